@@ -1,0 +1,72 @@
+"""The command line `nipq-search`: parse, call, print.
+
+`main` is the whole contract about exit codes: 0 fine, 1 failure, 2 usage or configuration,
+3 finished but some trials failed, 130 interrupted. Every error becomes one line on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from nipq_search.errors import UserError
+
+FINE = 0
+FAILURE = 1
+USAGE = 2
+SOME_FAILED = 3
+INTERRUPTED = 130
+
+DEBUG = "NIPQ_DEBUG"
+"""Environment variable; `1` shows the traceback of every error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; without arguments, print the help.
+
+    Args:
+        argv: arguments without the program's name, by default those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        from nipq_search.cli.app import app
+
+        # Outside typer's standalone mode a command's return value is the exit code, and errors
+        # arrive here instead of being drawn over several lines.
+        return int(app(args=arguments, prog_name="nipq-search", standalone_mode=False) or FINE)
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception as error:
+        if os.environ.get(DEBUG) == "1":
+            traceback.print_exc()
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Print `error` as one line on stderr and return the exit code that it means."""
+    if type(error).__name__ == "Abort":  # what some versions of typer make of Ctrl-C
+        return _interrupted()
+    if isinstance(error, UserError):
+        return _fail(str(error), USAGE)
+    if hasattr(error, "format_message"):  # typer's own usage errors
+        return _fail(f"{error.format_message()} (see nipq-search --help)", USAGE)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        module = error.name.partition(".")[0]
+        if module != "nipq_search":
+            fix = "install it with: python -m pip install 'nipq-search[all]'"
+            return _fail(f"the package {module} is not installed; {fix}", FAILURE)
+    # A RuntimeError is how the search says that it cannot go on; its text is made for people.
+    kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+    return _fail(f"{kind}{error} ({DEBUG}=1 shows the traceback)", FAILURE)
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return INTERRUPTED

@@ -1,0 +1,84 @@
+"""Figures as people read them. Pure functions; None always reads `-`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+NOTHING = "-"
+
+_STEPS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def bops(value: float | None) -> str:
+    """Bit operations with a decimal suffix: `5.30 GBOPs`."""
+    if value is None:
+        return NOTHING
+    for step, letter in _STEPS:
+        if value >= step:
+            return f"{value / step:.2f} {letter}BOPs"
+    return f"{value:.0f} BOPs"
+
+
+def kilobytes(value: float | None) -> str:
+    """Bytes in units of 1000: `24.0 kB`."""
+    return NOTHING if value is None else f"{value / 1000:,.1f} kB"
+
+
+def metric(value: float | None) -> str:
+    """A task's metric with four digits after the point."""
+    return NOTHING if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def bits(value: float | None) -> str:
+    """A mean bit-width: `3.42`; a layer's own width stays whole: `4`."""
+    if value is None:
+        return NOTHING
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+def count(value: float | None) -> str:
+    """A count with separators: `1,200,000`."""
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def share(value: float | None) -> str:
+    """A share in percent: `98.2 %`."""
+    return NOTHING if value is None else f"{100 * value:.1f} %"
+
+
+def cost(name: str, value: float | None) -> str:
+    """A cost in the unit that its name tells: `bops`, `..._bytes`, `..._bits`."""
+    if name == "bops":
+        return bops(value)
+    if name.endswith("_bytes"):
+        return kilobytes(value)
+    if name.endswith("_bits"):
+        return NOTHING if value is None else f"{value:.2f} bits"
+    return NOTHING if value is None else f"{value:.4g}"
+
+
+def costs(values: Mapping[str, float] | None) -> str:
+    """Several costs on one line: `bops 5.30 GBOPs, weight_bytes 24.0 kB`."""
+    return ", ".join(f"{name} {cost(name, value)}" for name, value in (values or {}).items())
+
+
+def duration(seconds: float | None) -> str:
+    """A time as its two largest units: `45 s`, `12 min`, `2 h 5 min`."""
+    if seconds is None or not math.isfinite(seconds):
+        return NOTHING
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def setting(value: object) -> str:
+    """A hyperparameter: floats with four significant digits, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def one_line(text: str | None) -> str:
+    """`text` on one line and without control characters, which could drive the terminal."""
+    words = " ".join((text or NOTHING).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in words)

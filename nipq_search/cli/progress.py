@@ -1,0 +1,119 @@
+"""Progress of a running sweep: one live line on a terminal, plain log lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+from nipq_search.cli import numbers
+from nipq_search.cli.output import console
+
+if TYPE_CHECKING:
+    from nipq_search.search.progress import Progress
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def progress_line(progress: Progress) -> str:
+    """`progress` on one line; what matters most comes first, for a terminal may cut the end."""
+    parts = [
+        f"{progress.stage} {progress.done}/{progress.total} done",
+        f"{progress.running} running",
+        f"{progress.failed} failed",
+    ]
+    if progress.seconds_left is not None:
+        parts.append(f"{numbers.duration(progress.seconds_left)} left")
+    if progress.best:
+        best = "; ".join(
+            f"{label} {numbers.metric(value)} at {numbers.cost(progress.front_cost, cost)}"
+            for label, (value, cost) in progress.best.items()
+        )
+        parts.append(f"best {progress.metric}: {best}")
+    return numbers.one_line(", ".join(parts))
+
+
+class ProgressLine:
+    """A `ProgressSink` that owns the last line of a terminal while it is open."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Prepare for `stream`, which must be a terminal."""
+        from rich.live import Live
+
+        self._console = console(stream)
+        # Drawn on update only: no thread, and a lost driver leaves no spinning line behind.
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> ProgressLine:
+        """Start to draw."""
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the live line away; the messages stay."""
+        self._live.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Redraw the live line."""
+        from rich.text import Text
+
+        line = Text(progress_line(progress), no_wrap=True, overflow="crop")
+        self._live.update(line, refresh=True)
+
+    def message(self, text: str) -> None:
+        """Print a line that stays, above the live one."""
+        self._console.print(numbers.one_line(text))
+
+
+class ProgressLog:
+    """A `ProgressSink` for files and pipes: every message, and progress now and then."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        """Write to `stream`; `clock` gives seconds."""
+        self._stream = stream
+        self._clock = clock
+        self._last_line = ""
+        self._last_time = float("-inf")
+
+    def __enter__(self) -> ProgressLog:
+        """Nothing to start."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing to end."""
+
+    def update(self, progress: Progress) -> None:
+        """Write a line if the last is old enough and says something else."""
+        line = progress_line(progress)
+        now = self._clock()
+        if line == self._last_line or now - self._last_time < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line, self._last_time = line, now
+        self._write(line)
+
+    def message(self, text: str) -> None:
+        """Write `text` at once."""
+        self._write(numbers.one_line(text))
+
+    def _write(self, text: str) -> None:
+        print(time.strftime("%H:%M:%S"), text, file=self._stream, flush=True)
+
+
+def progress_sink(stream: TextIO | None = None) -> ProgressLine | ProgressLog:
+    """The sink that suits `stream`, by default stderr; a context manager."""
+    stream = stream or sys.stderr
+    screen = console(stream)
+    live = screen.is_terminal and not screen.is_dumb_terminal
+    return ProgressLine(stream) if live else ProgressLog(stream)

@@ -1,0 +1,116 @@
+"""Commands that read: each asks the search layer for one document and prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nipq_search.cli import FAILURE, FINE, numbers, tables
+from nipq_search.cli.arguments import parse_limits
+from nipq_search.cli.output import chatter_on_stderr, emit_json, emit_table, emit_text, say
+from nipq_search.records import SCHEMA
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from nipq_search.search.sweep import Sweep
+
+_READ_BYTES = 1 << 20
+
+
+def _sweep(folder: Path) -> Sweep:
+    from nipq_search.search.sweep import Sweep
+
+    return Sweep.open(folder)
+
+
+def _print(
+    document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]
+) -> None:
+    if as_json:
+        emit_json(document)
+    else:
+        emit_table(table(document))
+
+
+def plan(config: Path, overrides: Sequence[str], as_json: bool) -> int:
+    """What a sweep file would search and spend; nothing is trained."""
+    with chatter_on_stderr():
+        from nipq_search.search.config import load_config
+        from nipq_search.search.plan import plan as make_plan
+
+        document = make_plan(load_config(config, overrides))
+    _print(document, as_json, tables.plan)
+    return FINE
+
+
+def status(folder: Path, as_json: bool) -> int:
+    """States of a sweep's trials."""
+    with chatter_on_stderr():
+        document = _sweep(folder).status()
+    _print(document, as_json, tables.status)
+    return FINE
+
+
+def front(folder: Path, as_json: bool) -> int:
+    """The Pareto front so far."""
+    with chatter_on_stderr():
+        document = _sweep(folder).front_document()
+    _print(document, as_json, tables.front)
+    return FINE
+
+
+def show(folder: Path, trial: int, as_json: bool) -> int:
+    """One trial and its bits by layer."""
+    with chatter_on_stderr():
+        document = _sweep(folder).show(trial)
+    _print(document, as_json, tables.show)
+    return FINE
+
+
+def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
+    """The best trained point inside limits; outside reach, the nearest one, and exit 1."""
+    limits = parse_limits(limit_texts)
+    with chatter_on_stderr():
+        document = _sweep(folder).best(limits)
+    _print(document, as_json, tables.best)
+    if document.get("point") is not None:
+        return FINE
+    say(f"error: no trained point holds {numbers.costs(limits) or 'what was asked'}")
+    return FAILURE
+
+
+def logs(folder: Path, trial: int, as_json: bool) -> int:
+    """Output and traceback of one trial, attempt by attempt."""
+    with chatter_on_stderr():
+        files = _sweep(folder).log_files(trial)
+    if as_json:
+        entries = [{"file": str(file), "text": file.read_text(errors="replace")} for file in files]
+        emit_json({"schema": SCHEMA, "trial": trial, "logs": entries})
+        return FINE
+    for file in files:
+        emit_text(f"==> {file} <==\n")
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            while chunk := stream.read(_READ_BYTES):
+                emit_text(chunk)
+    if not files:
+        say(f"trial {trial} has written nothing yet")
+    return FINE
+
+
+def doctor(config: Path | None, as_json: bool) -> int:
+    """Checks of the installation, and of a sweep file's data and storage; 1 if one fails."""
+    with chatter_on_stderr():
+        from nipq_search.search.doctor import doctor as run_checks
+
+        loaded = None
+        if config is not None:
+            from nipq_search.search.config import load_config
+
+            loaded = load_config(config)
+        checks = run_checks(loaded)
+    healthy = all(check.get("ok") for check in checks)
+    document = {"schema": SCHEMA, "ok": healthy, "checks": checks}
+    _print(document, as_json, lambda found: tables.doctor(found["checks"]))
+    return FINE if healthy else FAILURE

@@ -1,0 +1,211 @@
+"""Documents as tables and lines for people: pure functions of what `--json` prints.
+
+Any figure may be missing (None, or no key at all) and reads `-`: a sweep can be looked at from
+its first second on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nipq_search.cli import numbers
+
+Document = Mapping[str, Any]
+
+_LEFT = {"budget", "state", "reason", "layer", "kind", "check", "result", "detail", "cost name"}
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in _LEFT else "right")
+    for row in rows:
+        # Text, not str: a layer may be called `[bold]`.
+        table.add_row(*(Text(numbers.one_line(cell)) for cell in row))
+    return table
+
+
+def _line(text: str) -> Text:
+    return Text(numbers.one_line(text))
+
+
+def front(document: Document) -> RenderableType:
+    """The Pareto front, the float model and the uniform baselines, and the hypervolume."""
+    front_cost = str(document.get("front_cost") or "bops")
+    metric = (document.get("metric") or {}).get("name") or "metric"
+    points = document.get("points") or []
+    on_front = [point for point in points if point.get("on_front")]
+    on_front.sort(key=lambda point: (point.get("cost") or {}).get(front_cost) or 0.0)
+    names = list(dict.fromkeys([front_cost, "bops", "weight_bytes"]))
+    rows = [_front_row(str(point["trial"]), _budget(point), names, point) for point in on_front]
+    rows.append(_front_row(numbers.NOTHING, "float model", names, document.get("float") or {}))
+    for model in document.get("baselines") or []:
+        rows.append(_front_row(numbers.NOTHING, f"LSQ uniform {model.get('bits')}", names, model))
+    columns = ["trial", "budget", *names, "mean W bits", "mean A bits", "validation", "test"]
+    counts = f"{len(on_front)} of {len(points)} finished trials are on the front"
+    return Group(
+        _line(f"{document.get('sweep')}: {metric} against {front_cost}, {counts}"),
+        _table(columns, rows),
+        _line(f"hypervolume, validation: {numbers.metric(document.get('hypervolume'))}"),
+        _line(f"hypervolume, test: {numbers.metric(document.get('test_hypervolume'))}"),
+        _line(f"training samples: {numbers.count(document.get('total_samples'))}"),
+        _convention(document),
+    )
+
+
+def _convention(document: Document) -> Text:
+    return _line(f"BOPs convention {document.get('bops_convention') or numbers.NOTHING}")
+
+
+def _budget(point: Document) -> str:
+    return str(point.get("budget_label") or numbers.costs(point.get("budget")) or numbers.NOTHING)
+
+
+def _front_row(trial: str, label: str, names: Sequence[str], point: Document) -> list[str]:
+    cost = point.get("cost") or {}
+    return [
+        trial,
+        label,
+        *(numbers.cost(name, cost.get(name)) for name in names),
+        numbers.bits(cost.get("mean_weight_bits")),
+        numbers.bits(cost.get("mean_activation_bits")),
+        numbers.metric(point.get("validation")),
+        numbers.metric(point.get("test")),
+    ]
+
+
+def best(document: Document) -> RenderableType:
+    """The point that was found, or the nearest one, against each limit."""
+    point = document.get("point") or document.get("nearest")
+    if point is None:
+        return Group(*(_line(text) for text in document.get("blocks") or []))
+    limits = document.get("limits") or {}
+    cost = point.get("cost") or {}
+    title = "trial" if document.get("point") else "nearest: trial"
+    rows = [
+        [name, numbers.cost(name, value), numbers.cost(name, limits.get(name))]
+        for name, value in cost.items()
+    ]
+    return Group(
+        _line(
+            f"{title} {point.get('trial')} ({_budget(point)}), "
+            f"validation {numbers.metric(point.get('validation'))}, "
+            f"test {numbers.metric(point.get('test'))}"
+        ),
+        _table(["cost name", "cost", "limit"], rows),
+        *(_line(text) for text in document.get("blocks") or []),
+    )
+
+
+def status(document: Document) -> RenderableType:
+    """How many trials are in which state, who drives the sweep, and every trial."""
+    states = document.get("states") or {}
+    driver = document.get("driver")
+    by = f"driven by {driver['host']} pid {driver['pid']}" if driver else "no driver is running"
+    counts = ", ".join(f"{number} {state}" for state, number in states.items() if number)
+    rows = [
+        [
+            str(trial["trial"]),
+            str(trial.get("state") or numbers.NOTHING),
+            _budget(trial),
+            numbers.count(trial.get("epoch")),
+            numbers.duration(trial.get("seconds")),
+            str(trial.get("reason") or ""),
+        ]
+        for trial in document.get("trials") or []
+    ]
+    return Group(
+        _line(f"{document.get('sweep')}: {by}"),
+        _line(f"{counts or 'nothing yet'} of {document.get('total') or numbers.NOTHING} trials"),
+        _table(["trial", "state", "budget", "epoch", "time", "reason"], rows),
+        _line(f"training samples: {numbers.count(document.get('total_samples'))}"),
+    )
+
+
+def show(document: Document) -> RenderableType:
+    """One trial: what it was asked, what it reached, and its bits by layer."""
+    params = ", ".join(
+        f"{name} {numbers.setting(value)}"
+        for name, value in (document.get("params") or {}).items()
+    )
+    lines = [
+        f"trial {document.get('trial')} {document.get('state') or ''}, {_budget(document)}",
+        f"validation {numbers.metric(document.get('validation'))}, "
+        f"test {numbers.metric(document.get('test'))}",
+        f"cost: {numbers.costs(document.get('cost')) or numbers.NOTHING}",
+        f"parameters: {params or numbers.NOTHING}",
+    ]
+    if document.get("reason"):
+        lines.append(f"reason: {document['reason']}")
+    return Group(*map(_line, lines), layers(document.get("layers") or []))
+
+
+def layers(rows: Sequence[Document]) -> RenderableType:
+    """Bits and costs by layer; `float` where a layer is not quantized."""
+    searched = any("searched" in row for row in rows)
+    columns = ["layer", "kind", "MACs", "W bits", "A bits", "BOPs", "weight"]
+    return _table(
+        [*columns, *(["searched"] if searched else [])],
+        (
+            [
+                str(row.get("name")),
+                str(row.get("kind") or numbers.NOTHING),
+                numbers.count(row.get("macs")),
+                _width(row.get("weight_bits")),
+                _width(row.get("activation_bits")),
+                numbers.bops(row.get("bops")),
+                numbers.kilobytes(row.get("weight_bytes")),
+                *(["yes" if row.get("searched") else "no"] if searched else []),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def _width(bits: float | None) -> str:
+    return "float" if bits is None else numbers.bits(bits)
+
+
+def plan(document: Document) -> RenderableType:
+    """What a sweep would search and spend: layers, reachable costs, budgets, samples, disk."""
+    reachable = [
+        [name, numbers.cost(name, ends.get("least")), numbers.cost(name, ends.get("greatest"))]
+        for name, ends in (document.get("reachable") or {}).items()
+    ]
+    budgets = [
+        [
+            str(budget.get("label")),
+            numbers.costs(budget.get("targets")) or numbers.NOTHING,
+            numbers.costs(budget.get("reachable")) or numbers.NOTHING,
+            numbers.share(budget.get("reachable_share")),
+        ]
+        for budget in document.get("budgets") or []
+    ]
+    return Group(
+        layers(document.get("layers") or []),
+        _table(["cost name", "least", "greatest"], reachable),
+        _table(["budget", "target", "reachable", "share"], budgets),
+        _line(
+            f"{numbers.count(document.get('trials'))} trials, "
+            f"{numbers.count(document.get('samples'))} training samples, "
+            f"{numbers.kilobytes(document.get('disk_bytes'))} on disk"
+        ),
+        _convention(document),
+    )
+
+
+def doctor(checks: Sequence[Document]) -> RenderableType:
+    """What was checked, what was found, and how to mend it."""
+    rows = []
+    for check in checks:
+        detail = str(check.get("detail") or "")
+        if not check.get("ok") and check.get("fix"):
+            detail = f"{detail}; {check['fix']}" if detail else str(check["fix"])
+        rows.append([str(check.get("check")), "ok" if check.get("ok") else "FAILED", detail])
+    return _table(["check", "result", "detail"], rows)

@@ -1,0 +1,232 @@
+"""`ui`: MLflow and optuna-dashboard on one sweep, on the loopback interface only."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from nipq_search.cli import FINE
+from nipq_search.cli.output import emit_text, say
+from nipq_search.errors import UserError
+
+HOST = "127.0.0.1"
+MLFLOW_PORT = 5000
+OPTUNA_PORT = 8080
+START_SECONDS = 120.0
+STOP_SECONDS = 10.0
+POLL_SECONDS = 0.2
+
+_MLFLOW_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # the sweep is nobody else's business
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else it starts processes of its own
+}
+# The command `optuna-dashboard`, wherever its script was installed.
+_OPTUNA_PROGRAM = (
+    "import sys; from importlib.metadata import entry_points; "
+    "(program,) = entry_points(group='console_scripts', name='optuna-dashboard'); "
+    "sys.exit(program.load()())"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A dashboard to start: its name, command, address, and environment on top of ours."""
+
+    name: str
+    command: Sequence[str]
+    port: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Where a browser finds it."""
+        return f"http://{HOST}:{self.port}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A started dashboard and the file that holds what it printed."""
+
+    server: Server
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+    def check(self) -> None:
+        """Raise RuntimeError with the dashboard's last words if it has ended."""
+        if self.process.poll() is None:
+            return
+        self.output.seek(0)
+        words = self.output.read().decode(errors="replace").strip().splitlines()
+        raise RuntimeError(f"{self.server.name} has ended: {words[-1] if words else 'no output'}")
+
+
+def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
+    """Serve both dashboards until Ctrl-C (or SIGTERM, SIGHUP), then end them.
+
+    Raises:
+        UserError: the folder holds neither a study nor an MLflow store, or a port is in use.
+        RuntimeError: a dashboard did not start, or ended by itself.
+    """
+    servers = plan_servers(folder, mlflow_port, optuna_port)
+    with _signals_interrupt(), contextlib.ExitStack() as stack:
+        running = [stack.enter_context(_started(server, folder)) for server in servers]
+        for dashboard in running:
+            _wait_until_it_answers(dashboard)
+            emit_text(f"{dashboard.server.name}: {dashboard.server.url}\n")
+        say("Ctrl-C ends this")
+        with contextlib.suppress(KeyboardInterrupt):  # the intended end, hence exit 0
+            while True:
+                for dashboard in running:
+                    dashboard.check()
+                time.sleep(POLL_SECONDS)
+    return FINE
+
+
+def plan_servers(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> list[Server]:
+    """The dashboards for which `folder` holds data; a missing one is told on stderr.
+
+    Raises:
+        UserError: the folder holds data for neither, or a port that was asked for is in use.
+    """
+    store = folder / "mlflow.db"
+    studies = [path for path in (folder / "study.log", folder / "study.db") if path.exists()]
+    if not store.exists() and not studies:
+        raise UserError(
+            f"{folder} is not a sweep's folder with records of its own: it has no mlflow.db, "
+            "study.log or study.db; give the folder that run wrote to"
+        )
+    servers = []
+    if store.exists():
+        port = _port(mlflow_port, MLFLOW_PORT, "--mlflow-port")
+        servers.append(_mlflow(port))
+    else:
+        say(f"{folder} has no mlflow.db: the runs are on the server of MLFLOW_TRACKING_URI")
+    if studies:
+        port = _port(optuna_port, OPTUNA_PORT, "--optuna-port")
+        servers.append(_optuna_dashboard(studies[0], port))
+    else:
+        say(f"{folder} has no study.log or study.db: the study is at NIPQ_STORAGE_URL")
+    return servers
+
+
+def _mlflow(port: int) -> Server:
+    # Relative names, resolved in the sweep's folder, so that a moved folder opens too.
+    options = {
+        "--backend-store-uri": "sqlite:///mlflow.db",
+        "--artifacts-destination": "./mlartifacts",
+        "--host": HOST,
+        "--port": str(port),
+        "--workers": "1",
+    }
+    command = [*_python("mlflow"), "-m", "mlflow", "server"]
+    for option in options.items():
+        command += option
+    return Server(name="MLflow", command=command, port=port, environment=_MLFLOW_ENVIRONMENT)
+
+
+def _optuna_dashboard(study: Path, port: int) -> Server:
+    # Absolute: under a relative name a journal's stale lock is never freed.
+    place = str(study.resolve()) if study.suffix == ".log" else f"sqlite:///{study.resolve()}"
+    command = [*_python("optuna_dashboard"), "-c", _OPTUNA_PROGRAM, place]
+    command += ["--host", HOST, "--port", str(port)]
+    return Server(name="optuna-dashboard", command=command, port=port)
+
+
+def _python(module: str) -> list[str]:
+    """The interpreter that runs `module`, if it is installed."""
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+    return [sys.executable, "-P"]  # nothing is imported from the sweep's folder
+
+
+def _port(wanted: int | None, usual: int, option: str) -> int:
+    """The port that was asked for, else the usual one, else any free one."""
+    for port in [wanted] if wanted else [usual, 0]:
+        with socket.socket() as probe:
+            # As the servers do: a port that was in use a minute ago is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind((HOST, port))
+                return int(probe.getsockname()[1])
+    raise UserError(f"{option} {wanted}: the port is in use; give another, or none")
+
+
+@contextlib.contextmanager
+def _started(server: Server, folder: Path) -> Iterator[Running]:
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            server.command,
+            cwd=folder,
+            env={**os.environ, **server.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own, to end with all it starts
+        )
+        try:
+            yield Running(server=server, process=process, output=output)
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process politely, and then whatever is left of its group."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_until_it_answers(dashboard: Running) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _answers(dashboard.server.port):
+        dashboard.check()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{dashboard.server.name} did not start in {START_SECONDS:.0f} s")
+        time.sleep(POLL_SECONDS)
+
+
+def _answers(port: int) -> bool:
+    # http.client, for it knows of no proxies.
+    connection = http.client.HTTPConnection(HOST, port, timeout=STOP_SECONDS)
+    try:
+        connection.request("GET", "/")
+        return connection.getresponse().status < 400
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal end the dashboards as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

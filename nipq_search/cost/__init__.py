@@ -1,0 +1,34 @@
+"""Costs of quantized models, budgets, and the projection onto them. Needs torch alone."""
+
+from nipq_search.cost import activations, average, bops, size
+from nipq_search.cost.base import COSTS, cost_estimate, exact_cost, exact_costs, register
+
+for _cost in (
+    bops.BOPS,
+    size.WEIGHT_BYTES,
+    activations.SUM,
+    activations.LARGEST,
+    average.MEAN_WEIGHT_BITS,
+    average.MEAN_ACTIVATION_BITS,
+):
+    register(_cost)
+
+from nipq_search.cost.bops import CONVENTION  # noqa: E402
+from nipq_search.cost.budget import Budget, cost_penalty  # noqa: E402
+from nipq_search.cost.profile import layer_rows, profile  # noqa: E402
+from nipq_search.cost.projection import freeze, project  # noqa: E402
+
+__all__ = [
+    "CONVENTION",
+    "COSTS",
+    "Budget",
+    "cost_estimate",
+    "cost_penalty",
+    "exact_cost",
+    "exact_costs",
+    "freeze",
+    "layer_rows",
+    "profile",
+    "project",
+    "register",
+]

@@ -1,0 +1,135 @@
+"""What a cost is: one formula over bit-widths, used soft by the loss and exact by the report.
+
+To add a cost write one file with a `Cost` and one line in `COSTS` (`cost/__init__.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from nipq_search.errors import UserError, nearest
+from nipq_search.quant.graph import FLOAT_BITS, Graph
+from nipq_search.quant.prepare import quant_state, quantizers
+
+Bits = Mapping[str, Any]
+"""Bit-widths by tensor name: integers, floats, or tensors with a gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A cost of a quantized model.
+
+    Attributes:
+        name: what budgets and tables call it, with its unit.
+        terms: the contributions by layer or tensor, given bit-widths of *every* tensor. They
+            do not fall when a bit-width rises.
+        combine: the cost from its terms; `sum_terms` or `largest_term`.
+        whole: whether the exact count is rounded up to an integer.
+    """
+
+    name: str
+    terms: Callable[[Graph, Bits], dict[str, Any]]
+    combine: Callable[[dict[str, Any]], Any]
+    whole: bool = True
+
+
+def sum_terms(terms: dict[str, Any]) -> Any:
+    """The sum of the contributions."""
+    return sum(terms.values())
+
+
+def largest_term(terms: dict[str, Any]) -> Any:
+    """The largest contribution; differentiable in it."""
+    largest: Any = 0
+    for term in terms.values():
+        if float(term) > float(largest):
+            largest = term
+    return largest
+
+
+COSTS: dict[str, Cost] = {}
+"""Costs by name."""
+
+
+def register(cost: Cost) -> None:
+    """Add a cost.
+
+    Raises:
+        KeyError: its name is taken.
+    """
+    if cost.name in COSTS:
+        raise KeyError(f"cost {cost.name!r} is registered already")
+    COSTS[cost.name] = cost
+
+
+def get_cost(name: str) -> Cost:
+    """The cost called `name`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in COSTS:
+        raise UserError(f"unknown cost '{name}'{nearest(name, COSTS)}")
+    return COSTS[name]
+
+
+def complete_bits(graph: Graph, bits: Bits) -> dict[str, Any]:
+    """`bits` with those of the tensors that have no quantizer added."""
+    fixed = {
+        name: FLOAT_BITS if tensor.fixed_bits is None else tensor.fixed_bits
+        for name, tensor in graph.tensors.items()
+        if name not in bits
+    }
+    return {**fixed, **bits}
+
+
+def exact_cost(name: str, graph: Graph, bits: Bits) -> float:
+    """The exact cost of integer bit-widths: what is reported and what budgets are held against.
+
+    Also evaluates the formula at fractional widths, for budgets such as `uniform 2.5`; only
+    integer widths are rounded up to whole units.
+    """
+    cost = get_cost(name)
+    value = cost.combine(cost.terms(graph, complete_bits(graph, bits)))
+    if cost.whole and all(float(b).is_integer() for b in bits.values()):
+        return math.ceil(value)
+    return float(value)
+
+
+def exact_costs(model: nn.Module) -> dict[str, float]:
+    """Every exact cost of a prepared model at its hard bit-widths."""
+    graph, bits = quant_state(model).graph, hard_bits(model)
+    return {name: exact_cost(name, graph, bits) for name in COSTS}
+
+
+def cost_estimate(name: str, model: nn.Module) -> Tensor:
+    """The cost at the soft bit-widths, shape (1,), differentiable: what the loss uses."""
+    cost = get_cost(name)
+    soft = {tensor: quantizer.bits.soft() for tensor, quantizer in quantizers(model).items()}
+    graph = quant_state(model).graph
+    return cost.combine(cost.terms(graph, complete_bits(graph, soft)))  # type: ignore[no-any-return]
+
+
+def hard_bits(model: nn.Module) -> dict[str, int]:
+    """Integer bit-widths of a prepared model by tensor name."""
+    return {name: quantizer.bits.hard() for name, quantizer in quantizers(model).items()}
+
+
+def uniform_bits(graph: Graph, bits: float) -> dict[str, float]:
+    """`bits` for every searched tensor; pinned ones keep their own."""
+    return {
+        name: bits if len(tensor.allowed) > 1 else tensor.allowed[0]
+        for name, tensor in graph.tensors.items()
+        if tensor.allowed
+    }
+
+
+def extreme_bits(graph: Graph, most: bool) -> dict[str, int]:
+    """The least, or the most, allowed bits of every tensor that has a quantizer."""
+    end = -1 if most else 0
+    return {name: t.allowed[end] for name, t in graph.tensors.items() if t.allowed}

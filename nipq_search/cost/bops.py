@@ -1,0 +1,31 @@
+"""Bit operations, convention 1 (see `CONVENTION`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nipq_search.cost.base import Bits, Cost, sum_terms
+from nipq_search.quant.graph import FLOAT_BITS, Graph
+
+CONVENTION = 1
+"""Version of the counting rules, printed beside every figure.
+
+A layer costs `MACs * weight bits * bits of the tensor consumed`, per sample. Raw uint8 input counts
+8 bits and an operand in floating point 32. Biases, normalization and element-wise operations are
+not counted. 1 GBOPs is 1e9.
+"""
+
+
+def bops_terms(graph: Graph, bits: Bits) -> dict[str, Any]:
+    """Bit operations of each layer, per sample."""
+
+    def width(tensor: str | None) -> Any:
+        return FLOAT_BITS if tensor is None else bits[tensor]
+
+    return {
+        layer.name: layer.macs * width(layer.weight) * width(layer.input)
+        for layer in graph.layers
+    }
+
+
+BOPS = Cost(name="bops", terms=bops_terms, combine=sum_terms)

@@ -1,0 +1,57 @@
+"""Cost by layer, of a prepared model or of a graph with given bit-widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from nipq_search.cost.base import Bits, complete_bits, hard_bits
+from nipq_search.cost.bops import bops_terms
+from nipq_search.quant.graph import Graph
+from nipq_search.quant.prepare import quant_state
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
+    """A row per layer: name, kind, macs, weight_bits, activation_bits, bops, weight_bytes.
+
+    Bits are null for an operand that does not exist or is in floating point; raw uint8 input
+    shows its 8 bits.
+    """
+    complete: Mapping[str, Any] = complete_bits(graph, bits)
+    bops = bops_terms(graph, complete)
+
+    def shown(tensor: str | None) -> int | None:
+        if tensor is None or complete[tensor] == 32:
+            return None
+        return int(complete[tensor])
+
+    return [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "macs": layer.macs,
+            "weight_bits": shown(layer.weight),
+            "activation_bits": shown(layer.input),
+            "bops": bops[layer.name],
+            "weight_bytes": 0
+            if layer.weight is None
+            else graph.tensors[layer.weight].numel * complete[layer.weight] / 8,
+        }
+        for layer in graph.layers
+    ]
+
+
+def profile(model: nn.Module) -> pandas.DataFrame:
+    """Table of a prepared model's layers at their hard bit-widths; see `layer_rows`.
+
+    MACs and BOPs are per sample (convention 1), bytes those of the packed weight alone. The row
+    `(unconverted)`, if any, holds multiplications that stay in floating point.
+    """
+    import pandas
+
+    return pandas.DataFrame(layer_rows(quant_state(model).graph, hard_bits(model)))

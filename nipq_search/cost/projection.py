@@ -1,0 +1,212 @@
+"""From learned bit-widths to allowed ones that keep a budget and use it up.
+
+The promise: no cost above its target, and afterwards either at least 97 % of a target is used or
+no single tensor can be given its next allowed width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from nipq_search.cost.base import (
+    Bits,
+    complete_bits,
+    exact_cost,
+    extreme_bits,
+    get_cost,
+    hard_bits,
+)
+from nipq_search.cost.budget import Budget
+from nipq_search.errors import UserError
+from nipq_search.quant.functional import nearest_bits
+from nipq_search.quant.graph import Graph
+from nipq_search.quant.prepare import M, freeze_bits, quant_state, quantizers
+
+FULL = 0.97
+"""Share of a target from which on it counts as used up."""
+
+
+def usage(graph: Graph, bits: Bits, budget: Budget) -> float:
+    """The largest ratio of a cost to its target: above 1 the budget is broken."""
+    return max(exact_cost(name, graph, bits) / target for name, target in budget.targets.items())
+
+
+def least_costs(graph: Graph) -> dict[str, float]:
+    """The least reachable value of every cost."""
+    from nipq_search.cost.base import COSTS
+
+    bits = extreme_bits(graph, most=False)
+    return {name: exact_cost(name, graph, bits) for name in COSTS}
+
+
+def check_reachable(graph: Graph, budget: Budget) -> None:
+    """Check that some allowed bit-widths keep the budget.
+
+    Raises:
+        UserError: a target is below the least reachable cost; names the layers that set it.
+    """
+    bits = extreme_bits(graph, most=False)
+    for name, target in budget.targets.items():
+        least = exact_cost(name, graph, bits)
+        if least <= target:
+            continue
+        terms = get_cost(name).terms(graph, complete_bits(graph, bits))
+        total = sum(float(term) for term in terms.values())
+        largest = sorted(terms.items(), key=lambda item: -float(item[1]))[:3]
+        blame = ", ".join(f"{layer} {100 * float(v) / total:.0f} %" for layer, v in largest)
+        raise UserError(
+            f"{name}: the target {target:,.6g} is below the least reachable cost {least:,.6g} "
+            f"(set by {blame}); raise it, allow fewer bits, or unpin layers"
+        )
+
+
+def error_scales(soft: Mapping[str, float], marginal: Mapping[str, float]) -> dict[str, float]:
+    """The factor c of each tensor's predicted loss `c * 4**-bits`.
+
+    Rounding error falls by four with every bit (its variance is step**2 / 12), so a marginal
+    loss dL/db at b bits gives `c = -dL/db * 4**b / (2 ln 2)`. Where noise made the estimate
+    negative, a small positive value stands in; where nothing was measured all tensors gain alike.
+    """
+    raw = {n: -marginal.get(n, 0.0) * 4.0**b / (2 * math.log(2)) for n, b in soft.items()}
+    positive = sorted(value for value in raw.values() if value > 0)
+    if not positive:
+        return {name: 4.0**b for name, b in soft.items()}
+    floor = positive[len(positive) // 2] * 1e-3
+    return {name: max(value, floor) for name, value in raw.items()}
+
+
+class _Projection:
+    """Greedy descent into the budget, then greedy ascent until nothing fits."""
+
+    def __init__(self, graph: Graph, budget: Budget, scales: Mapping[str, float]) -> None:
+        self.graph, self.budget, self.scales = graph, budget, scales
+        self.allowed = {name: t.allowed for name, t in graph.tensors.items() if t.allowed}
+
+    def neighbour(self, bits: dict[str, int], name: str, up: bool) -> int | None:
+        """The next allowed width of a tensor, or None at the end of its set."""
+        allowed = self.allowed[name]
+        index = allowed.index(bits[name]) + (1 if up else -1)
+        return allowed[index] if 0 <= index < len(allowed) else None
+
+    def ratios(self, bits: dict[str, int]) -> dict[str, float]:
+        """Every budgeted cost over its target."""
+        targets = self.budget.targets.items()
+        return {name: exact_cost(name, self.graph, bits) / target for name, target in targets}
+
+    def loss_change(self, name: str, before: int, after: int) -> float:
+        """Predicted change of the loss."""
+        return self.scales[name] * (4.0**-after - 4.0**-before)
+
+    def descend(self, bits: dict[str, int]) -> None:
+        """Lower the tensor that loses least per unit of excess cost, until the budget holds."""
+        while max((now := self.ratios(bits)).values()) > 1:
+            best: tuple[float, str, int] | None = None
+            for name, before in bits.items():
+                after = self.neighbour(bits, name, up=False)
+                if after is None:
+                    continue
+                then = self.ratios({**bits, name: after})
+                saved = sum(now[cost] - then[cost] for cost in now if now[cost] > 1)
+                if saved > 0:
+                    rate = self.loss_change(name, before, after) / saved
+                    if best is None or rate < best[0]:
+                        best = (rate, name, after)
+            if best is None:
+                check_reachable(self.graph, self.budget)
+                # A cost that is the largest of several terms may need two of them lowered.
+                name = max(bits, key=lambda n: (self.neighbour(bits, n, up=False) or 0, n))
+                best = (0.0, name, self.neighbour(bits, name, up=False) or bits[name])
+            bits[best[1]] = best[2]
+
+    def ascend(self, bits: dict[str, int], free: bool) -> None:
+        """Raise the tensor that gains most per unit of cost, while one fits.
+
+        With `free` unset, tensors that no budgeted cost counts stay where they were learned.
+        """
+        while True:
+            now = self.ratios(bits)
+            best: tuple[float, str, int] | None = None
+            for name, before in bits.items():
+                after = self.neighbour(bits, name, up=True)
+                if after is None:
+                    continue
+                then = self.ratios({**bits, name: after})
+                paid = max(then[cost] - now[cost] for cost in now)
+                if max(then.values()) > 1 or (paid <= 0 and not free):
+                    continue
+                rate = -self.loss_change(name, before, after) / max(paid, 1e-12)
+                if best is None or rate > best[0]:
+                    best = (rate, name, after)
+            if best is None:
+                return
+            bits[best[1]] = best[2]
+
+
+def project(
+    graph: Graph, budget: Budget, soft: Mapping[str, float], marginal: Mapping[str, float]
+) -> dict[str, int]:
+    """Allowed bit-widths near the learned ones that keep the promise of this module.
+
+    Args:
+        graph: the model's layers and tensors.
+        budget: what must hold.
+        soft: learned bit-width of every tensor that has a quantizer.
+        marginal: running mean of the task loss's derivative by bit-width, same keys.
+
+    Raises:
+        UserError: the budget cannot be reached.
+    """
+    check_reachable(graph, budget)
+    work = _Projection(graph, budget, error_scales(soft, marginal))
+    bits = {name: nearest_bits(soft[name], allowed) for name, allowed in work.allowed.items()}
+    work.descend(bits)
+    work.ascend(bits, free=False)
+    if usage(graph, bits, budget) < FULL:
+        work.ascend(bits, free=True)
+    return bits
+
+
+def freeze(model: M, budget: Budget | None = None) -> M:
+    """Project bit-widths onto the allowed sets and the budget and fix them, in place.
+
+    Afterwards bit-widths are integer buffers and the model computes hard quantization.
+
+    Args:
+        model: a prepared model.
+        budget: what must hold; None takes the nearest allowed width of every tensor.
+
+    Raises:
+        UserError: the budget cannot be reached, or the model is frozen and breaks it.
+    """
+    found = quantizers(model)
+    graph = quant_state(model).graph
+    if found and all(quantizer.bits.is_frozen for quantizer in found.values()):
+        if budget is not None and usage(graph, hard_bits(model), budget) > 1:
+            raise UserError("the model is frozen already, at a cost above this budget")
+        return model
+    if budget is None:
+        return freeze_bits(model)
+    soft = {name: float(q.bits.soft().detach()) for name, q in found.items()}
+    marginal = {name: float(q.bits.marginal) for name, q in found.items()}
+    return freeze_bits(model, project(graph, budget, soft, marginal))
+
+
+def is_tight(graph: Graph, bits: dict[str, int], budget: Budget) -> bool:
+    """Whether bit-widths keep the promise: within the budget, and used up as far as possible."""
+    if (used := usage(graph, bits, budget)) > 1:
+        return False
+    if used >= FULL:
+        return True
+    for name, tensor in graph.tensors.items():
+        for width in tensor.allowed:
+            if width > bits.get(name, 99) and usage(graph, {**bits, name: width}, budget) <= 1:
+                return False
+    return True
+
+
+def model_is_within(model: nn.Module, budget: Budget) -> bool:
+    """Whether a prepared model's exact costs keep the budget at its hard bit-widths."""
+    return usage(quant_state(model).graph, hard_bits(model), budget) <= 1

@@ -1,0 +1,76 @@
+"""Bit-widths as a JSON-able dict that can be carried from one model or run to another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from nipq_search.errors import UserError, nearest
+from nipq_search.quant.prepare import M, quant_state, quantizers
+
+
+def bit_config(model: nn.Module) -> dict[str, dict[str, int]]:
+    """The hard bit-widths of a prepared model.
+
+    Returns:
+        `{"weights": {layer: bits}, "activations": {layer: bits}}`; an activation that several
+        layers consume stands under each of them. Layers in float are left out.
+    """
+    hard = {name: quantizer.bits.hard() for name, quantizer in quantizers(model).items()}
+    result: dict[str, dict[str, int]] = {"weights": {}, "activations": {}}
+    for layer in quant_state(model).graph.layers:
+        if layer.weight in hard:
+            result["weights"][layer.name] = hard[layer.weight]
+        if layer.input in hard:
+            result["activations"][layer.name] = hard[layer.input]
+    return result
+
+
+def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) -> M:
+    """Give a prepared model the bit-widths of `bit_config`, in place.
+
+    Args:
+        model: a prepared model with the same layers.
+        bits: what `bit_config` returned.
+        freeze: freeze them, which is final; otherwise learning starts from them.
+
+    Raises:
+        UserError: a layer is unknown or missing, a width is not allowed there, or layers that
+            share a tensor disagree about it. Nothing is changed then.
+    """
+    found = quantizers(model)
+    wanted: dict[str, int] = {}
+    for part in ("weights", "activations"):
+        if not isinstance(bits.get(part), Mapping):
+            raise UserError(f"bit config: '{part}' is missing; expected weights and activations")
+        known = {
+            layer.name: tensor
+            for layer in quant_state(model).graph.layers
+            if (tensor := layer.weight if part == "weights" else layer.input) in found
+        }
+        for layer, width in bits[part].items():
+            if layer not in known:
+                raise UserError(f"bit config: {part}.{layer}: no such layer{nearest(layer, known)}")
+            tensor = known[layer]
+            assert tensor is not None
+            if wanted.setdefault(tensor, width) != width:
+                raise UserError(
+                    f"bit config: {part}.{layer}: {width} bits, but another layer that consumes "
+                    f"the same tensor has {wanted[tensor]}"
+                )
+            allowed = found[tensor].bits.allowed
+            if freeze and width not in allowed:
+                raise UserError(
+                    f"bit config: {part}.{layer}: {width} bits are not among {list(allowed)}"
+                )
+        missing = known.keys() - bits[part].keys()
+        if missing:
+            raise UserError(f"bit config: {part}.{min(missing)} is missing")
+    for tensor, width in wanted.items():
+        if freeze:
+            found[tensor].freeze(width)
+        else:
+            found[tensor].bits.start_at(width)
+    return model

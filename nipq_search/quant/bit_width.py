@@ -1,0 +1,144 @@
+"""A bit-width that is learned, then frozen into an integer that no optimizer can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq_search.errors import UserError
+from nipq_search.quant import functional as F
+
+LEAST_BITS, MOST_BITS = 1, 16
+
+
+def check_bits(bits: Sequence[int], what: str) -> tuple[int, ...]:
+    """Return an allowed set in ascending order.
+
+    Raises:
+        UserError: it is empty, repeats a width, or leaves 1..16.
+    """
+    allowed = tuple(sorted(bits))
+    if not allowed:
+        raise UserError(f"{what}: no bit-width is allowed; give a list such as [2, 4, 8]")
+    for width in allowed:
+        if isinstance(width, bool) or int(width) != width or not LEAST_BITS <= width <= MOST_BITS:
+            raise UserError(f"{what}: {width!r} is no bit-width; use integers from 1 to 16")
+    if len(set(allowed)) != len(allowed):
+        raise UserError(f"{what}: a bit-width stands twice in {list(bits)}; remove one")
+    return tuple(int(width) for width in allowed)
+
+
+class BitWidth(nn.Module):
+    """The bit-width of one tensor, chosen from an allowed set.
+
+    While it learns it has one parameter `theta` of shape (1,), except where the set holds a
+    single width or `learned` is false. `freeze` replaces theta by the integer buffer `frozen`.
+    `marginal` is a running mean of the derivative of the *task* loss with respect to the
+    bit-width, in loss per bit; the projection onto a budget ranks tensors by it.
+
+    Args:
+        allowed: allowed widths, ascending.
+        start: width at the start.
+        learned: whether gradient descent moves it.
+    """
+
+    theta: nn.Parameter | None
+    frozen: Tensor | None
+    marginal: Tensor
+    _allowed: Tensor
+
+    def __init__(self, allowed: tuple[int, ...], start: float = 8.0, learned: bool = True) -> None:
+        """Start at `start`, or at the nearest allowed width where nothing is learned."""
+        super().__init__()
+        self.allowed = allowed
+        self.learned = learned and len(allowed) > 1
+        self._fixed = F.nearest_bits(start, allowed)
+        self.register_parameter("theta", None)
+        self.register_buffer("frozen", None)
+        self.register_buffer("marginal", torch.zeros(1))
+        self.register_buffer("_allowed", torch.tensor(allowed, dtype=torch.float32), False)
+        self._marginal_step = -1
+        if self.learned:
+            theta = F.theta_for(start, allowed[0], allowed[-1])
+            self.theta = nn.Parameter(torch.full((1,), theta))
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the width is an integer for good."""
+        return self.frozen is not None
+
+    def soft(self) -> Tensor:
+        """The continuous bit-width, shape (1,), differentiable in theta."""
+        if self.theta is not None:
+            return F.soft_bits(self.theta, self.allowed[0], self.allowed[-1])
+        return self._allowed.new_tensor([float(self.hard())])
+
+    def hard(self) -> int:
+        """The integer width: the frozen one, else the allowed one nearest to the soft one."""
+        if self.frozen is not None:
+            return int(self.frozen)
+        if self.theta is not None:
+            return F.nearest_bits(float(self.soft().detach()), self.allowed)
+        return self._fixed
+
+    def sample(self, u: float, step: int) -> Tensor:
+        """An integer width for one training step, shape (1,); see `functional.sample_bits`.
+
+        Args:
+            u: uniform on (-1/2, 1/2).
+            step: number of the step; `marginal` decays once per step.
+        """
+        if self.theta is None:
+            return self.soft()
+        bits = F.sample_bits(self.soft(), self._allowed, u)
+        if bits.requires_grad:
+            if step != self._marginal_step:
+                self._marginal_step = step
+                self.marginal.mul_(0.98)
+            bits.register_hook(self._observe)
+        return bits
+
+    def _observe(self, grad: Tensor) -> None:
+        self.marginal.add_(grad.detach(), alpha=0.02)
+
+    def freeze(self, bits: int | None = None) -> None:
+        """Fix the width to `bits` (default: the nearest allowed one).
+
+        Raises:
+            UserError: `bits` is not allowed here.
+        """
+        width = self.hard() if bits is None else bits
+        if width not in self.allowed:
+            raise UserError(f"bit-width {width} is not among the allowed {list(self.allowed)}")
+        device = self._allowed.device
+        self.theta = None
+        self.frozen = torch.tensor(width, dtype=torch.int64, device=device)
+
+    def start_at(self, bits: float) -> None:
+        """Let an unfrozen width continue from `bits`, for a warm start."""
+        self._fixed = F.nearest_bits(bits, self.allowed)
+        if self.theta is not None:
+            with torch.no_grad():
+                self.theta.fill_(F.theta_for(bits, self.allowed[0], self.allowed[-1]))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A checkpoint decides the phase: a frozen one freezes, a learning one thaws.
+        if prefix + "frozen" in state_dict:
+            if not self.is_frozen:
+                self.freeze(self.allowed[0])
+        elif self.is_frozen:
+            self.frozen = None
+            if self.learned:
+                device = self._allowed.device
+                self.theta = nn.Parameter(torch.zeros(1, device=device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The allowed set and the present width."""
+        state = "frozen" if self.is_frozen else ("learned" if self.learned else "fixed")
+        return f"allowed={list(self.allowed)}, bits={self.hard()}, {state}"

@@ -1,0 +1,150 @@
+"""How a model is quantized: frozen, checked, and plain enough to stand in a sweep file."""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from nipq_search.errors import UserError, nearest
+from nipq_search.quant.bit_width import check_bits
+from nipq_search.quant.quantizer import QUANTIZERS
+
+FLOAT = "float"
+"""The pin that leaves a layer in floating point."""
+
+
+class Granularity(enum.StrEnum):
+    """How many truncation boundaries a weight tensor has."""
+
+    PER_TENSOR = "per_tensor"
+    PER_CHANNEL = "per_channel"
+
+
+class Start(enum.StrEnum):
+    """Starting value of a weight's truncation boundary."""
+
+    ABSMAX = "absmax"
+    MSE = "mse"
+
+
+class Proxy(enum.StrEnum):
+    """Law of the pseudo-quantization noise."""
+
+    UNIFORM = "uniform"
+    EMPIRICAL = "empirical"
+
+
+def _choice(kind: type[enum.StrEnum], value: str, key: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{key}: unknown value {value!r}{nearest(str(value), kind)}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightConfig:
+    """How weights are quantized.
+
+    Attributes:
+        bits: allowed bit-widths, each 2..16; gaps are fine.
+        granularity: one boundary per output channel, or one per tensor.
+        start: boundaries start at the absolute maximum, or where the mean squared error of
+            4-bit rounding is least.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    granularity: Granularity = Granularity.PER_CHANNEL
+    start: Start = Start.ABSMAX
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `UserError`."""
+        object.__setattr__(self, "bits", check_bits(self.bits, "quant.weights.bits"))
+        if self.bits[0] < 2:
+            raise UserError("quant.weights.bits: weights are signed and need at least 2 bits")
+        key = "quant.weights"
+        object.__setattr__(
+            self, "granularity", _choice(Granularity, self.granularity, f"{key}.granularity")
+        )
+        object.__setattr__(self, "start", _choice(Start, self.start, f"{key}.start"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationConfig:
+    """How activations are quantized; each tensor has one boundary.
+
+    Attributes:
+        bits: allowed bit-widths, each 1..16. Where 1 is allowed, a tensor with both signs gets
+            an affine grid, since a signed grid needs two bits.
+        percentile: share of the calibrated values that lies inside the starting boundary.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    percentile: float = 0.999
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `UserError`."""
+        object.__setattr__(self, "bits", check_bits(self.bits, "quant.activations.bits"))
+        if not 0.5 < self.percentile <= 1.0:
+            raise UserError("quant.activations.percentile: must be above 0.5 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How a model is quantized.
+
+    Attributes:
+        quantizer: `nipq` or `lsq`.
+        weights: how weights are quantized.
+        activations: how the inputs of layers are quantized.
+        pin: layer-name pattern (as in `fnmatch`) to a fixed bit-width, or to `float`. It holds
+            for the layer's weight and for its input; the first pattern that matches counts.
+        proxy: law of the noise that NIPQ trains with.
+        start_bits: bit-width at the start, clipped to [5 %, 95 %] of the allowed span.
+        input_bits: 8 where the model's raw input is uint8 data, which then stays as it is and
+            counts 8 bits; None quantizes it like any other tensor.
+        seed: seed of the noise.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    quantizer: str = "nipq"
+    weights: WeightConfig = field(default_factory=WeightConfig)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
+    pin: Mapping[str, int | str] = field(default_factory=dict)
+    proxy: Proxy = Proxy.UNIFORM
+    start_bits: float = 8.0
+    input_bits: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `UserError`."""
+        if self.quantizer not in QUANTIZERS:
+            hint = nearest(self.quantizer, QUANTIZERS)
+            raise UserError(f"quant.quantizer: unknown quantizer {self.quantizer!r}{hint}")
+        object.__setattr__(self, "proxy", _choice(Proxy, self.proxy, "quant.proxy"))
+        if not 1.0 <= self.start_bits <= 16.0:
+            raise UserError("quant.start_bits: must be between 1 and 16")
+        if self.input_bits is not None:
+            check_bits((self.input_bits,), "quant.input_bits")
+        for pattern, bits in self.pin.items():
+            if bits == FLOAT:
+                continue
+            if isinstance(bits, str):
+                raise UserError(f"quant.pin.{pattern}: give a bit-width or `float`, not {bits!r}")
+            check_bits((bits,), f"quant.pin.{pattern}")
+            if bits < 2:
+                raise UserError(f"quant.pin.{pattern}: weights need at least 2 bits")
+
+    def pin_of(self, layer: str) -> int | str | None:
+        """The pin of the layer named `layer`: a bit-width, `float`, or None."""
+        for pattern, bits in self.pin.items():
+            if fnmatch.fnmatchcase(layer, pattern):
+                return bits
+        return None

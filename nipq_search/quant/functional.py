@@ -1,0 +1,229 @@
+"""The mathematics of NIPQ as pure functions of tensors.
+
+Source: Shin et al., "NIPQ: Noise Proxy-based Integrated Pseudo-Quantization", CVPR 2023
+(arXiv 2206.00820). Every grid is written as `step * integer`, with the integers from `lowest` to
+`highest`; signed, unsigned and affine grids differ in those two numbers alone.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grid(enum.Enum):
+    """The shape of a quantization grid."""
+
+    SIGNED = "signed"
+    UNSIGNED = "unsigned"
+    AFFINE = "affine"
+
+    @property
+    def least_bits(self) -> int:
+        """The fewest bits that the grid can have: a signed one needs two."""
+        return 2 if self is Grid.SIGNED else 1
+
+
+class Range(NamedTuple):
+    """A quantization range, shapes broadcastable to the tensor that it quantizes.
+
+    Attributes:
+        step: distance between neighbouring grid points.
+        low: lower truncation boundary; values at or below it are truncated.
+        high: upper truncation boundary.
+        lowest: integer of the lowest grid point, `low / step` rounded.
+        highest: integer of the highest grid point.
+    """
+
+    step: Tensor
+    low: Tensor
+    high: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+
+def softplus_inverse(value: Tensor) -> Tensor:
+    """The `a` with `softplus(a) == value`, for positive values of any size.
+
+    Written as `v + log(-expm1(-v))`, which does not overflow where `log(expm1(v))` does.
+    """
+    return value + torch.log(-torch.expm1(-value))
+
+
+def soft_bits(theta: Tensor, least: float, most: float) -> Tensor:
+    """Continuous bit-width `least + (most - least) * sigmoid(theta)`."""
+    return least + (most - least) * torch.sigmoid(theta)
+
+
+def theta_for(bits: float, least: float, most: float) -> float:
+    """The `theta` whose soft bit-width is `bits`.
+
+    The sigmoid is clipped to [0.05, 0.95]: nearer to its ends theta has no gradient to speak of.
+    """
+    share = min(max((bits - least) / (most - least), 0.05), 0.95)
+    return math.log(share / (1.0 - share))
+
+
+def sample_bits(bits: Tensor, allowed: Tensor, u: float) -> Tensor:
+    """Round a soft bit-width stochastically to one of its two allowed neighbours.
+
+    Unbiased, `E[sample] == bits`, where `u` is uniform on (-1/2, 1/2). On a set without gaps this
+    is `round(bits + u)`. The derivative of the rounding is taken as 1.
+
+    Args:
+        bits: soft bit-width, shape (1,).
+        allowed: allowed widths in ascending order, shape (k,).
+        u: the draw; one per tensor and step.
+    """
+    with torch.no_grad():
+        above = torch.searchsorted(allowed, bits, right=True).clamp(1, max(len(allowed) - 1, 1))
+        above = above.clamp(max=len(allowed) - 1)
+        lower, upper = allowed[(above - 1).clamp(min=0)], allowed[above]
+        share = (bits - lower) / (upper - lower).clamp(min=1e-12)
+        sample = torch.where(share > 0.5 - u, upper, lower)
+    return sample + (bits - bits.detach())
+
+
+def nearest_bits(bits: float, allowed: tuple[int, ...]) -> int:
+    """The allowed width nearest to a soft one; the larger of two equally near ones."""
+    return min(allowed, key=lambda width: (abs(width - bits), -width))
+
+
+def quantization_range(alpha: Tensor, bits: Tensor, grid: Grid, minimum: Tensor) -> Range:
+    """Grid and truncation boundaries at `bits` bits; differentiable in `alpha` and `bits`.
+
+    Args:
+        alpha: truncation boundary: half the width of a signed range, the width of an unsigned or
+            affine one. Positive.
+        bits: bit-width, at least 2 for a signed grid and 1 for the others.
+        grid: its shape.
+        minimum: the least value of an affine tensor, from calibration; unused otherwise.
+
+    Returns:
+        The range. An affine zero-point is an integer and constant in the backward, so that zero
+        lies on the grid.
+    """
+    if grid is Grid.SIGNED:
+        highest = torch.exp2(bits - 1) - 1
+        step = alpha / highest
+        return Range(step, -alpha, alpha, -highest.detach(), highest.detach())
+    levels = torch.exp2(bits) - 1
+    step = alpha / levels
+    if grid is Grid.UNSIGNED:
+        zero = torch.zeros_like(alpha)
+        return Range(step, zero, alpha, torch.zeros_like(levels), levels.detach())
+    with torch.no_grad():
+        zero_point = torch.clamp(torch.round(-minimum / step), torch.zeros_like(step), levels)
+    low = -zero_point * step
+    return Range(step, low, alpha + low, -zero_point, levels.detach() - zero_point)
+
+
+def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Sum `tensor` down to `shape`, in an order that does not change from run to run."""
+    return tensor.sum_to_size(shape)
+
+
+def _range_gradients(
+    ctx: Any, grad: Tensor, x: Tensor, noise: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a quantizer with respect to x, step, low and high, given its noise."""
+    step, low, high = ctx.saved_tensors[1:4]
+    above, below = x >= high, x <= low
+    inside = grad.masked_fill(above | below, 0.0)
+    grad_step = grad_low = grad_high = None
+    if ctx.needs_input_grad[1]:
+        if noise is None:  # the hard quantizer's noise is its own rounding residual
+            scaled = x / step
+            noise = torch.round(scaled).sub_(scaled)
+        grad_step = _sum_to(inside * noise, step.shape)
+    if ctx.needs_input_grad[2]:
+        grad_low = _sum_to(torch.where(below, grad, 0.0), low.shape)
+    if ctx.needs_input_grad[3]:
+        grad_high = _sum_to(torch.where(above, grad, 0.0), high.shape)
+    return inside, grad_step, grad_low, grad_high
+
+
+class _PseudoQuantize(torch.autograd.Function):
+    """`x + noise * step` inside the range, the boundary outside; exact gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Return the noisy tensor."""
+        ctx.save_for_backward(x, step, low, high, noise)
+        y = torch.addcmul(x, noise, step)
+        y = torch.where(x >= high, high, y)
+        return torch.where(x <= low, low, y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Differentiate the forward, the noise held fixed."""
+        x, noise = ctx.saved_tensors[0], ctx.saved_tensors[4]
+        return *_range_gradients(ctx, grads[0], x, noise), None
+
+
+class _HardQuantize(torch.autograd.Function):
+    """`clip(round(x / step), lowest, highest) * step`; straight-through gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        low: Tensor,
+        high: Tensor,
+        lowest: Tensor,
+        highest: Tensor,
+    ) -> Tensor:
+        """Return the grid point nearest to each element."""
+        ctx.save_for_backward(x, step, low, high)
+        integers = torch.round(x / step)
+        return torch.minimum(torch.maximum(integers, lowest), highest).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Pass gradients straight through the rounding (LSQ, arXiv 1902.08153, eq. 3)."""
+        return *_range_gradients(ctx, grads[0], ctx.saved_tensors[0], None), None, None
+
+
+def pseudo_quantize(x: Tensor, range_: Range, noise: Tensor) -> Tensor:
+    """NIPQ's training forward: noise in place of rounding, no straight-through estimator.
+
+    Args:
+        x: tensor of any shape, float32 or float64.
+        range_: from `quantization_range`.
+        noise: same shape as `x`, in units of the step; carries no gradient.
+
+    Returns:
+        `x + noise * step` inside the truncation boundaries and the boundary outside. Gradients
+        are those of this expression with the noise held fixed.
+    """
+    return _PseudoQuantize.apply(x, range_.step, range_.low, range_.high, noise)  # type: ignore[no-any-return]
+
+
+def hard_quantize(x: Tensor, range_: Range) -> Tensor:
+    """Round to the grid: what evaluation, the tuning phase and an exported model compute."""
+    return _HardQuantize.apply(  # type: ignore[no-any-return]
+        x, range_.step, range_.low, range_.high, range_.lowest, range_.highest
+    )
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x` in the forward, its gradient times `factor` in the backward."""
+    return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return,no-untyped-call]

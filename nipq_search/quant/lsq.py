@@ -1,0 +1,58 @@
+"""LSQ: learned step size with the straight-through estimator (Esser et al., arXiv 1902.08153)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nipq_search.quant.bit_width import BitWidth
+from nipq_search.quant.functional import Grid, scale_gradient
+from nipq_search.quant.noise import NoiseClock
+from nipq_search.quant.quantizer import FakeQuantizer
+from nipq_search.quant.statistics import TensorStatistics
+
+
+class LSQ(FakeQuantizer):
+    """Trains with hard rounding at a fixed bit-width; the step is the parameter.
+
+    It keeps the paper's starting value, `2 * mean|x| / sqrt(Q)`, and its gradient scale,
+    `1 / sqrt(N * Q)`, where Q is the highest grid integer and N the number of weights, or of
+    features per sample, that one step serves. Signed grids are symmetric as everywhere here.
+    """
+
+    learns_bits = False
+
+    def __init__(
+        self, name: str, bits: BitWidth, channels: int, clock: NoiseClock, key: int, proxy: str
+    ) -> None:
+        """Build an uninitialized quantizer with a step of 1."""
+        super().__init__(name, bits, channels, clock, key, proxy)
+        self.step = nn.Parameter(torch.ones(channels))
+
+    def _levels(self, bits: int) -> int:
+        """Steps in a boundary: the highest integer of the grid (all of them where affine)."""
+        return 2 ** (bits - 1) - 1 if self.grid is Grid.SIGNED else 2**bits - 1
+
+    def set_boundary(self, statistics: TensorStatistics) -> None:
+        """Start at the published value; an affine grid, which LSQ lacks, at the calibrated one."""
+        levels = self._levels(self.bits.hard())
+        if self.grid is Grid.AFFINE:
+            start = statistics.alpha / levels
+        else:
+            start = 2.0 * statistics.mean_abs / levels**0.5
+        self.step.copy_(start.expand(self.channels))
+
+    def alpha(self, x: Tensor) -> Tensor:
+        """The truncation boundary, shape (channels,), its gradient scaled as published."""
+        levels = self._levels(self.bits.hard())
+        count = x.numel() / self.channels if self.channels > 1 else x.numel()
+        if self.name.endswith(".input") and x.dim() > 1:
+            count = x.numel() / len(x)
+        return scale_gradient(self.step.abs(), (count * levels) ** -0.5) * levels
+
+    def freeze(self, bits: int | None = None) -> None:
+        """Fix the bit-width and keep the boundary where it is."""
+        before = self._levels(self.bits.hard())
+        super().freeze(bits)
+        with torch.no_grad():
+            self.step.mul_(before / self._levels(self.bits.hard()))

@@ -1,0 +1,52 @@
+"""NIPQ: pseudo-quantization noise with learned boundary and bit-width (arXiv 2206.00820)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nipq_search.quant import functional as F
+from nipq_search.quant.bit_width import BitWidth
+from nipq_search.quant.noise import NoiseClock, centered_uniform, residual_noise, uniform_noise
+from nipq_search.quant.quantizer import FakeQuantizer
+from nipq_search.quant.statistics import TensorStatistics
+
+
+class NIPQ(FakeQuantizer):
+    """Trains with noise of one quantization step in place of rounding, then hard.
+
+    The boundary is `start * softplus(boundary) / softplus(boundary at the start)`. Relative to
+    its starting value, a small boundary learns as fast as a large one; under a plain softplus it
+    would be slower by about its square.
+    """
+
+    start: Tensor
+
+    def __init__(
+        self, name: str, bits: BitWidth, channels: int, clock: NoiseClock, key: int, proxy: str
+    ) -> None:
+        """Build an uninitialized quantizer with a boundary of 1."""
+        super().__init__(name, bits, channels, clock, key, proxy)
+        self.boundary = nn.Parameter(F.softplus_inverse(torch.ones(channels)))
+        self.register_buffer("start", torch.ones(channels))
+
+    def set_boundary(self, statistics: TensorStatistics) -> None:
+        """Start at the calibrated boundary."""
+        self.start.copy_(statistics.alpha.expand(self.channels))
+        self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
+
+    def alpha(self, x: Tensor) -> Tensor:
+        """The truncation boundary, shape (channels,)."""
+        return self.start * torch.nn.functional.softplus(self.boundary)
+
+    def train_forward(self, x: Tensor) -> Tensor:
+        """Add noise at a sampled bit-width."""
+        clock = self.clock
+        u = centered_uniform(clock.key(self.key, 0))
+        range_ = self.range(x, self.bits.sample(u, clock.step))
+        key = clock.key(self.key, 1)
+        if self.proxy == "empirical":
+            noise = residual_noise(x, range_.step, range_.low, range_.high, key)
+        else:
+            noise = uniform_noise(x.shape, key, x.device, x.dtype)
+        return F.pseudo_quantize(x, range_, noise)

@@ -1,0 +1,53 @@
+"""Normalization statistics of a quantized model, estimated anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from nipq_search.quant.prepare import M
+from nipq_search.quant.trace import as_arguments, unchanged_mode
+
+
+def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module], None]) -> M:
+    """Replace running statistics by the averages over `batches`, in place.
+
+    Everything but the normalization layers runs as in evaluation, hard-quantized; random
+    generators and modes are left as they were.
+
+    Args:
+        model: any model with batch normalization; others are returned as they are.
+        batches: inputs, one forward each (of a tuple `(images, labels)` the first entry), or a
+            function that runs the model on data itself.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    if not norms:
+        return model
+    momenta = [module.momentum for module in norms]
+    with unchanged_mode(model):
+        for module in norms:
+            module.reset_running_stats()
+            module.momentum = None  # a cumulative average
+            module.train()
+        try:
+            if callable(batches):
+                batches(model)
+            else:
+                for batch in batches:
+                    args, kwargs = as_arguments(batch)
+                    model(*args[:1], **kwargs)
+        finally:
+            for module, momentum in zip(norms, momenta, strict=True):
+                module.momentum = momentum
+    seen = [int(m.num_batches_tracked) for m in norms if m.num_batches_tracked is not None]
+    if seen and min(seen) == 0:
+        raise ValueError("reestimate_norm_stats: no batches; give at least one")
+    return model
+
+

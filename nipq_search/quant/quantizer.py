@@ -1,0 +1,122 @@
+"""The family of fake quantizers: what they share, and the registry.
+
+Life cycle of a quantizer: built by `prepare`; activations observe calibration batches; it is
+initialized from what was seen; it trains; `freeze` fixes its bit-width; hard training and
+evaluation follow. To add a quantizer write one file like `nipq.py` and one line in `QUANTIZERS`
+(`nipq_search/quant/__init__.py` imports the files).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq_search.quant.bit_width import BitWidth
+from nipq_search.quant.functional import Grid, Range, hard_quantize, quantization_range
+from nipq_search.quant.noise import NoiseClock
+from nipq_search.quant.statistics import Observer, TensorStatistics
+
+_GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
+
+
+class FakeQuantizer(nn.Module):
+    """Quantizes one tensor in floating point. Subclasses own the boundary's parameter.
+
+    Args:
+        name: name of the tensor, for example `conv1.weight` or `conv1.input`.
+        bits: its bit-width.
+        channels: number of boundaries: 1, or the size of dimension 0 of a weight.
+        clock: the model's noise clock.
+        key: number of this tensor in the model, part of the key of its noise.
+        proxy: law of the noise, for quantizers that have one.
+    """
+
+    learns_bits = True
+    """Whether gradient descent can move the bit-width."""
+
+    minimum: Tensor
+    grid_code: Tensor
+
+    def __init__(
+        self, name: str, bits: BitWidth, channels: int, clock: NoiseClock, key: int, proxy: str
+    ) -> None:
+        """Build an uninitialized quantizer; `initialize` gives it its values."""
+        super().__init__()
+        self.name, self.channels, self.key, self.proxy = name, channels, key, proxy
+        self.bits = bits
+        self.clock = clock
+        self.observer: Observer | None = None
+        self.register_buffer("minimum", torch.zeros(1))
+        self.register_buffer("grid_code", torch.zeros(1, dtype=torch.int64))
+        self.grid = Grid.SIGNED
+
+    def initialize(self, statistics: TensorStatistics) -> None:
+        """Set grid and boundary from calibration."""
+        self.grid = statistics.grid
+        with torch.no_grad():
+            self.grid_code.fill_(_GRIDS.index(statistics.grid))
+            self.minimum.copy_(statistics.minimum)
+            self.set_boundary(statistics)
+
+    def set_boundary(self, statistics: TensorStatistics) -> None:
+        """Give the boundary its starting value."""
+        raise AssertionError("abstract")
+
+    def alpha(self, x: Tensor) -> Tensor:
+        """The truncation boundary, shape (channels,), with the gradient that training uses."""
+        raise AssertionError("abstract")
+
+    def train_forward(self, x: Tensor) -> Tensor:
+        """What an unfrozen quantizer computes in training mode."""
+        return hard_quantize(x, self.range(x))
+
+    def range(self, x: Tensor, bits: Tensor | None = None) -> Range:
+        """The quantization range at `bits` (default: the hard width), broadcastable to `x`."""
+        alpha = self.alpha(x)
+        if bits is None:
+            bits = alpha.new_tensor([float(self.bits.hard())])
+        if self.channels > 1:
+            alpha = alpha.view(-1, *[1] * (x.dim() - 1))
+        return quantization_range(alpha, bits.to(alpha.dtype), self.grid, self.minimum)
+
+    def freeze(self, bits: int | None = None) -> None:
+        """Fix the bit-width; training continues with hard quantization."""
+        self.bits.freeze(bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` quantized, of the same shape and dtype."""
+        if self.observer is not None:
+            self.observer(x)
+            return x
+        # bfloat16 and float16 cannot hold grids above 8 bits: compute in float32.
+        value = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if self.training and not self.bits.is_frozen:
+            return self.train_forward(value).to(x.dtype)
+        return hard_quantize(value, self.range(value)).to(x.dtype)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.grid = _GRIDS[int(self.grid_code)]
+
+    def extra_repr(self) -> str:
+        """Name and grid."""
+        return f"{self.name}, {self.grid.value}, channels={self.channels}"
+
+
+QUANTIZERS: dict[str, type[FakeQuantizer]] = {}
+"""Quantizers by the name that configurations use."""
+
+
+def register(name: str, quantizer: type[FakeQuantizer]) -> None:
+    """Add a quantizer under `name`.
+
+    Raises:
+        KeyError: the name is taken.
+    """
+    if name in QUANTIZERS:
+        raise KeyError(f"quantizer {name!r} is registered already")
+    QUANTIZERS[name] = quantizer

@@ -1,0 +1,134 @@
+"""Starting values: what a tensor looked like in calibration, and the boundary that follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nipq_search.quant import functional as F
+from nipq_search.quant.functional import Grid
+
+_SAMPLE = 1 << 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorStatistics:
+    """Starting values of one tensor's quantizer.
+
+    Attributes:
+        grid: shape of its grid.
+        alpha: truncation boundary, shape (1,) or (channels,); positive.
+        mean_abs: mean absolute value, same shape.
+        minimum: least value of an affine tensor, shape (1,); zero otherwise.
+    """
+
+    grid: Grid
+    alpha: Tensor
+    mean_abs: Tensor
+    minimum: Tensor
+
+
+def weight_statistics(weight: Tensor, per_channel: bool, mse: bool) -> TensorStatistics:
+    """Statistics of a weight of shape (channels, ...): from its absolute maximum.
+
+    Args:
+        weight: the float weight.
+        per_channel: one boundary per output channel (dimension 0) rather than one in all.
+        mse: shrink the boundary to where the squared error of 4-bit rounding is least.
+    """
+    rows = weight.detach().float()
+    rows = rows.reshape(len(rows), -1) if per_channel else rows.reshape(1, -1)
+    alpha = rows.abs().amax(dim=1)
+    # A row of zeros still needs a positive boundary; any will do.
+    alpha = torch.where(alpha > 0, alpha, torch.ones_like(alpha))
+    if mse:
+        alpha = least_error_boundary(rows, alpha, bits=4)
+    return TensorStatistics(
+        grid=Grid.SIGNED,
+        alpha=alpha,
+        mean_abs=rows.abs().mean(dim=1).clamp(min=1e-8),
+        minimum=torch.zeros(1, device=rows.device),
+    )
+
+
+def least_error_boundary(rows: Tensor, largest: Tensor, bits: int) -> Tensor:
+    """Boundary of least squared rounding error on a signed grid, by search over 64 shares.
+
+    Args:
+        rows: values, shape (rows, n).
+        largest: absolute maximum of each row, shape (rows,).
+        bits: width of the grid.
+    """
+    best, best_error = largest, torch.full_like(largest, float("inf"))
+    width = torch.full((1,), float(bits), device=rows.device)
+    for share in torch.linspace(0.1, 1.0, 64).tolist():
+        alpha = largest * share
+        range_ = F.quantization_range(alpha[:, None], width, Grid.SIGNED, torch.zeros_like(width))
+        error = (F.hard_quantize(rows, range_) - rows).square().sum(dim=1)
+        best = torch.where(error < best_error, alpha, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+@dataclass
+class Observer:
+    """Collects a strided sample of an activation tensor over calibration batches."""
+
+    samples: list[Tensor] = field(default_factory=list)
+    minimum: float = float("inf")
+
+    def __call__(self, x: Tensor) -> None:
+        """Look at one batch."""
+        values = x.detach().float().reshape(-1)
+        if not values.numel():
+            return
+        stride = max(1, values.numel() // _SAMPLE)
+        self.minimum = min(self.minimum, float(values.min()))
+        self.samples.append(values[:: stride + 1 - stride % 2])
+
+    def statistics(self, percentile: float, signed_allowed: bool) -> TensorStatistics:
+        """Choose the grid and the boundary from everything seen.
+
+        A tensor without negative values is unsigned. One whose range lies much more to one side
+        of zero than to the other (SiLU, h-swish, GELU, LeakyReLU, ELU) is affine: a signed grid
+        would waste a good part of its levels. Everything else is signed.
+
+        Args:
+            percentile: share of the values inside the boundary.
+            signed_allowed: false where the allowed set holds widths too small for a signed grid.
+        """
+        if not self.samples:
+            values = torch.zeros(1)
+        else:
+            values = torch.cat(self.samples)
+            values = values[torch.isfinite(values)] if not values.isfinite().all() else values
+        device = values.device
+        least = min(self.minimum, 0.0) if self.samples else 0.0
+        magnitude = values.abs()
+        mean_abs = magnitude.mean().clamp(min=1e-8).reshape(1)
+        zero = torch.zeros(1, device=device)
+
+        def boundary(value: Tensor) -> Tensor:
+            return torch.where(value > 0, value, torch.ones_like(value)).reshape(1)
+
+        if least >= 0.0:
+            high = torch.quantile(values, percentile)
+            # More than `percentile` zeros would put the boundary at zero: use the maximum then.
+            alpha = boundary(high if high > 0 else values.max())
+            return TensorStatistics(
+                grid=Grid.UNSIGNED, alpha=alpha, mean_abs=mean_abs, minimum=zero
+            )
+        low, high = -torch.quantile(-values, percentile), torch.quantile(values, percentile)
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        lopsided = (high - low) < 1.5 * torch.maximum(high, -low)
+        if bool(lopsided) or not signed_allowed:
+            return TensorStatistics(
+                grid=Grid.AFFINE,
+                alpha=boundary(high - low),
+                mean_abs=mean_abs,
+                minimum=low.reshape(1),
+            )
+        alpha = boundary(torch.quantile(magnitude, percentile))
+        return TensorStatistics(grid=Grid.SIGNED, alpha=alpha, mean_abs=mean_abs, minimum=zero)

@@ -1,0 +1,75 @@
+"""Files that are either whole or absent: atomic writes and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one.
+
+    The data reach the disk before the name does: the file is flushed, renamed, and its folder
+    flushed too.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write `document` as JSON, atomically. NaN is refused (`ValueError`)."""
+    write_bytes(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any | None:
+    """Return the JSON document in `path`, or None where the file is missing or torn."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of `data` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical(document: Any) -> bytes:
+    """`document` as JSON bytes that do not depend on key order or spacing."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def write_sealed(path: Path, document: dict[str, Any]) -> None:
+    """Write `document` with a digest of itself, to be read by `read_sealed`."""
+    write_json(path, {**document, "sha256": digest(canonical(document))})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Return a document written by `write_sealed`; None if missing, torn or altered."""
+    document = read_json(path)
+    if not isinstance(document, dict):
+        return None
+    seal = document.pop("sha256", None)
+    return document if seal == digest(canonical(document)) else None

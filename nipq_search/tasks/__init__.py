@@ -1,0 +1,118 @@
+"""Tasks: the model, the data, the loss and the metric of a sweep.
+
+A sweep file names a task by its key in `TASKS`, or a class of your own as
+`package.module:Class`; `task_args` are the class's keyword arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from nipq_search.errors import UserError, nearest
+from nipq_search.tasks.base import Task, check_task
+from nipq_search.tasks.digits import Digits
+from nipq_search.tasks.fashion_mnist import FashionMnist
+
+__all__ = ["TASKS", "Task", "check_task", "make_task", "register"]
+
+TASKS: dict[str, Callable[..., Task]] = {"digits": Digits, "fashion_mnist": FashionMnist}
+"""Tasks that a sweep file may name without a module."""
+
+
+def register(name: str, factory: Callable[..., Task]) -> None:
+    """Add a task under `name`; `ValueError` if the name is taken."""
+    if name in TASKS:
+        raise ValueError(f"a task named '{name}' exists already")
+    TASKS[name] = factory
+
+
+def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
+    """Build the task that a sweep file names.
+
+    Args:
+        name: a key of `TASKS`, or `package.module:Class`; the module may lie in the current
+            directory.
+        args: keyword arguments of the class, `task_args` in the sweep file.
+
+    Raises:
+        UserError: unknown name, module or class, wrong arguments, or a class that is no task.
+    """
+    if ":" in name:
+        factory = _import_class(name)
+    elif name in TASKS:
+        factory = TASKS[name]
+    else:
+        raise UserError(
+            f"task: no task named '{name}'{nearest(name, TASKS)}; "
+            "a class of your own is named package.module:Class"
+        )
+    arguments = dict(args or {})
+    _check_arguments(name, factory, arguments)
+    try:
+        task = factory(**arguments)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"task_args: {name} refuses {arguments} ({error})") from error
+    check_task(task)
+    return task
+
+
+def _check_arguments(
+    name: str, factory: Callable[..., Task], arguments: Mapping[str, Any]
+) -> None:
+    """Raise `UserError` for a key that the class does not take and for one that it misses."""
+    parameters = inspect.signature(factory).parameters.values()
+    keys = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for key in arguments:
+        if key not in keys and not takes_any:
+            raise UserError(f"task_args.{key}: {name} has no such argument{nearest(key, keys)}")
+    for parameter in parameters:
+        required = parameter.name in keys and parameter.default is parameter.empty
+        if required and parameter.name not in arguments:
+            raise UserError(f"task_args.{parameter.name}: {name} needs this argument")
+
+
+def _import_class(name: str) -> Callable[..., Task]:
+    """The class that `package.module:Class` names."""
+    module_name, _, class_name = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
+        raise UserError(f"task: '{name}' is not of the form package.module:Class")
+    module = _import_module(module_name)
+    found = getattr(module, class_name, None)
+    if not callable(found):
+        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
+        raise UserError(
+            f"task: module {module_name} has no class '{class_name}'{nearest(class_name, classes)}"
+        )
+    factory: Callable[..., Task] = found
+    return factory
+
+
+def _import_module(name: str) -> ModuleType:
+    """Import a module, with the current directory as the last place to look in."""
+    directory = os.getcwd()
+    added = directory not in sys.path
+    if added:
+        sys.path.append(directory)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        if added:
+            sys.path.remove(directory)
+        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if missing and (name == missing or name.startswith(f"{missing}.")):
+            raise UserError(
+                f"task: no module named '{missing}', neither installed nor in {directory}"
+            ) from error
+        raise UserError(
+            f"task: importing {name} failed with {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,175 @@
+"""What a task is: a model, its data, its loss and the figure that the search maximizes.
+
+A task is any object with the members of `Task`; it need not inherit from anything. The functions
+here supply the optional members where a task has none, so that the callers never ask twice:
+
+- `distill_loss(model, teacher, batch)`: scalar term that pulls `model` towards `teacher`;
+- `num_samples(batch)`: training samples in a batch;
+- `to_device(batch, device)`: the batch on a device;
+- `load_data()`: reads the data into the task, called once before it is shipped to the nodes;
+- `input_bits`: 8 where the model's raw input is uint8 data, else None;
+- `dataset()`: name, sizes of the splits and a digest of the data, as plain JSON types.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from nipq_search.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+"""Names of the splits: training, selection, and the one that is read at the very end."""
+
+REQUIRED = ("build_model", "example_inputs", "loader", "loss", "evaluate")
+"""Methods that every task has."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """The members that every task has. A batch is whatever `loader` yields.
+
+    Attributes:
+        metric: name of an entry of `evaluate`'s result, and `max` or `min`.
+    """
+
+    metric: tuple[str, str]
+
+    def build_model(self) -> nn.Module:
+        """Return a new, untrained model; its starting weights come from torch's default RNG."""
+        ...
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """Return the arguments of one forward call, with a batch of one."""
+        ...
+
+    def loader(self, split: str, batch_size: int, seed: int | None) -> Iterable[Any]:
+        """Yield one epoch of a split.
+
+        The `train` split is shuffled and augmented as `seed` says, so that equal seeds give
+        equal batches; without a seed, and on the other splits, it comes in a fixed order.
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean task loss of a batch, a scalar; calibration calls it too."""
+        ...
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Return figures of a whole split, `metric` among them; the model's modes survive."""
+        ...
+
+
+def check_task(task: object) -> None:
+    """Raise `UserError` unless `task` has every required member."""
+    name = type(task).__name__
+    missing = [member for member in REQUIRED if not callable(getattr(task, member, None))]
+    if missing:
+        raise UserError(f"task {name} lacks {', '.join(f'{member}()' for member in missing)}")
+    metric = getattr(task, "metric", None)
+    if (
+        not isinstance(metric, tuple | list)
+        or len(metric) != 2
+        or not isinstance(metric[0], str)
+        or metric[1] not in ("max", "min")
+    ):
+        raise UserError(
+            f"task {name} needs metric = (NAME, 'max' or 'min'), such as ('accuracy', 'max')"
+        )
+
+
+def has_distillation(task: object) -> bool:
+    """Whether the task can pull a model towards a teacher."""
+    return callable(getattr(task, "distill_loss", None))
+
+
+def distill_loss(task: object, model: nn.Module, teacher: nn.Module, batch: Any) -> Tensor:
+    """The task's distillation term; `UserError` where it has none."""
+    own = getattr(task, "distill_loss", None)
+    if own is None:
+        raise UserError(
+            f"task {type(task).__name__} has no distill_loss(): set train.distill to false"
+        )
+    loss: Tensor = own(model, teacher, batch)
+    return loss
+
+
+def num_samples(task: object, batch: Any) -> int:
+    """Training samples in a batch: the task's own count, else its first tensor's length."""
+    own = getattr(task, "num_samples", None)
+    if own is not None:
+        return int(own(batch))
+    first = next(_tensors(batch), None)
+    if first is None or first.ndim == 0:
+        raise UserError(
+            f"task {type(task).__name__} needs num_samples(batch): its batches hold no tensor"
+        )
+    return int(first.shape[0])
+
+
+def to_device(task: object, batch: Any, device: torch.device | str) -> Any:
+    """The batch on `device`: by the task's own method, else every tensor in nested containers."""
+    own = getattr(task, "to_device", None)
+    return own(batch, device) if own is not None else move(batch, device)
+
+
+def load_data(task: object) -> None:
+    """Let the task read its data now, where it knows how to."""
+    own = getattr(task, "load_data", None)
+    if own is not None:
+        own()
+
+
+def input_bits(task: object) -> int | None:
+    """Bit-width of the model's raw input, or None where it is quantized like any activation."""
+    bits: int | None = getattr(task, "input_bits", None)
+    return bits
+
+
+def dataset(task: object) -> dict[str, Any]:
+    """Name, sizes of the splits and digest of the data; what the task does not tell is empty."""
+    own = getattr(task, "dataset", None)
+    known: Mapping[str, Any] = own() if own is not None else {}
+    return {"name": type(task).__name__, "splits": {}, "digest": None, **known}
+
+
+def move(batch: Any, device: torch.device | str) -> Any:
+    """Copy of nested tuples, lists and mappings whose tensors lie on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple
+        return type(batch)(*(move(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(move(value, device) for value in batch)
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and mappings, first to last."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from _tensors(value)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module has its former mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

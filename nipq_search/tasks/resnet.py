@@ -1,0 +1,88 @@
+"""A small residual network for small images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the image's size at stride 1."""
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; the activation follows the addition.
+
+    The shortcut is a 1x1 convolution where the shape changes, else the identity.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        """Build the layers; a stride of 2 halves the image."""
+        super().__init__()
+        self.conv1 = conv3x3(inputs, outputs, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = conv3x3(outputs, outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        # A module of its own for each activation: each gets its own quantizer.
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        y = self.relu1(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu2(y + self.shortcut(x))  # type: ignore[no-any-return]
+
+
+class ResNet(nn.Module):
+    """Stem, stages of basic blocks, global average pooling and a linear `head`.
+
+    Args:
+        width: channels of the first stage; each further stage doubles them and halves the image.
+        blocks: basic blocks in each stage; (1, 1, 1) is known as ResNet-8.
+        stem_stride: 2 halves the image at once, for a quarter of the work.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 1,
+        classes: int = 10,
+        width: int = 16,
+        blocks: Sequence[int] = (1, 1, 1),
+        stem_stride: int = 1,
+    ) -> None:
+        """Build the layers with He's starting values for the convolutions."""
+        super().__init__()
+        self.stem = conv3x3(in_channels, width, stem_stride)
+        self.bn = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        stages = []
+        inputs = width
+        for stage, count in enumerate(blocks):
+            outputs = width * 2**stage
+            strides = [1 if stage == 0 else 2] + [1] * (count - 1)
+            layers = []
+            for stride in strides:
+                layers.append(BasicBlock(inputs, outputs, stride))
+                inputs = outputs
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(inputs, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to logits (B, classes)."""
+        x = self.stages(self.relu(self.bn(self.stem(x))))
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return self.head(x)  # type: ignore[no-any-return]

@@ -1,0 +1,160 @@
+"""Results tables: records in, data frames out, parquet on disk.
+
+The tables are flat, so that any tool that reads parquet can use them: a mapping of a record
+becomes one column per key, with the mapping's name as prefix. A column has one type in every
+row; a table without rows has the same fixed columns, of the same types, as a full one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nipq_search.errors import UserError
+from nipq_search.records import CurvePoint, TrialRecord
+from nipq_search.storage import write_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+INTEGER, REAL, TRUTH, TEXT, TIME = "Int64", "float64", "bool", "string", "datetime64[us, UTC]"
+"""Column types. `INTEGER` may be missing; `TIME` is written as Unix seconds in the records."""
+
+RESULTS = {
+    "trial": "int64",
+    "state": TEXT,
+    "reason": TEXT,
+    "budget_label": TEXT,
+    "budget": TEXT,
+    "validation": REAL,
+    "test": REAL,
+    "on_front": TRUTH,
+    "samples": "int64",
+    "seconds": REAL,
+    "parent": INTEGER,
+    "attempts": "int64",
+    "seed": "int64",
+    "threads": "int64",
+    "started": TIME,
+    "ended": TIME,
+    "strategy": TEXT,
+    "folder": TEXT,
+}
+"""Fixed columns of the results table, in order. `budget` is JSON text."""
+
+CURVES = {"trial": "int64", "epoch": "int64", "step": "int64", "phase": TEXT, "timestamp": TIME}
+"""Fixed columns of the curves table, in order."""
+
+
+def results_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
+    """Return one row per trial, sorted by trial number.
+
+    Beside the fixed columns (`RESULTS`) there are `budget_<cost>`, `params_<name>`,
+    `metrics_<name>` and `cost_<name>`; a trial that lacks one of them has a missing value there.
+    Parameters keep their type where all trials agree on it, else they are JSON text.
+    """
+    records = sorted(records, key=lambda record: record.trial)
+    fixed = {name: [getattr(record, name) for record in records] for name in RESULTS}
+    fixed["budget"] = [json.dumps(dict(record.budget)) for record in records]
+    groups = {
+        "budget": [record.budget for record in records],
+        "params": [record.params for record in records],
+        "metrics": [record.metrics for record in records],
+        "cost": [record.cost for record in records],
+    }
+    return _frame(fixed, RESULTS, groups)
+
+
+def curves_table(curves: Mapping[int, Sequence[CurvePoint]]) -> pd.DataFrame:
+    """Return one row per trial and epoch, sorted by both, with `metrics_<name>` columns.
+
+    An epoch that was run again after a crash stands once, as it was first measured: training
+    resumes bit by bit, so both rows say the same.
+    """
+    rows: dict[tuple[int, int], CurvePoint] = {}
+    for trial in sorted(curves):
+        for point in sorted(curves[trial], key=lambda point: (point.epoch, point.timestamp)):
+            rows.setdefault((trial, point.epoch), point)
+    points = list(rows.values())
+    fixed: dict[str, list[Any]] = {"trial": [trial for trial, _ in rows]}
+    for name in ("epoch", "step", "phase", "timestamp"):
+        fixed[name] = [getattr(point, name) for point in points]
+    return _frame(fixed, CURVES, {"metrics": [point.metrics for point in points]})
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    """Write `frame` as parquet, atomically; `pandas.read_parquet` reads it.
+
+    Raises:
+        OSError: the folder cannot be written; an older file is intact.
+    """
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Return the table in `path`.
+
+    Raises:
+        UserError: the file is missing or is not parquet.
+    """
+    import pandas as pd
+    import pyarrow
+
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is its folder a sweep's?") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{path}: not a parquet table ({error}); delete it and run the sweep's command again"
+        ) from None
+
+
+def _frame(
+    fixed: Mapping[str, list[Any]],
+    types: Mapping[str, str],
+    groups: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> pd.DataFrame:
+    """Join fixed columns with one column per key of each group of mappings."""
+    import pandas as pd
+
+    columns = {name: _column(fixed[name], kind) for name, kind in types.items()}
+    for prefix, mappings in groups.items():
+        for key in _keys(mappings):
+            values = [mapping.get(key) for mapping in mappings]
+            kind = _type(values) if prefix == "params" else REAL
+            columns[f"{prefix}_{key}"] = _column(values, kind)
+    return pd.DataFrame(columns)
+
+
+def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every key that occurs, in order of first appearance."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _type(values: Iterable[Any]) -> str:
+    """The narrowest column type that holds all values; `object` asks for JSON text."""
+    present = [value for value in values if value is not None]
+    if all(isinstance(value, bool) for value in present):
+        return "boolean" if present else TEXT
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present):
+        return INTEGER if all(isinstance(value, int) for value in present) else REAL
+    return TEXT if all(isinstance(value, str) for value in present) else "object"
+
+
+def _column(values: list[Any], kind: str) -> pd.Series:
+    """One typed column; missing values stay missing."""
+    import pandas as pd
+
+    if kind == TIME:
+        seconds = pd.Series(values, dtype="float64")
+        return pd.to_datetime(seconds, unit="s", utc=True).astype("datetime64[us, UTC]")
+    if kind == "object":
+        texts = [None if value is None else json.dumps(value, default=str) for value in values]
+        return pd.Series(texts, dtype=TEXT)
+    return pd.Series(values, dtype=kind)

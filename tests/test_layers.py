@@ -44,7 +44,7 @@ TORCH_ALONE = ("quant", "cost", "tasks", "train")
 """Folders that work where nothing but the core dependencies is installed."""
 
 CORE = {"torch", "numpy"}
-OPTIONAL = {"tasks": {"sklearn"}}
+OPTIONAL = {"tasks": {"sklearn"}, "cost": {"pandas"}}
 """What a folder may import beyond the core, inside the function that needs it."""
 
 

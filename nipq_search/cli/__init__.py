@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # arrive here instead of being drawn over several lines.
         return int(app(args=arguments, prog_name="nipq-search", standalone_mode=False) or FINE)
     except KeyboardInterrupt:
-        return _interrupted()
+        return INTERRUPTED
     except Exception as error:
         if os.environ.get(DEBUG) == "1":
             traceback.print_exc()
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> int:
     """Print `error` as one line on stderr and return the exit code that it means."""
     if type(error).__name__ == "Abort":  # what some versions of typer make of Ctrl-C
-        return _interrupted()
+        return INTERRUPTED
     if isinstance(error, UserError):
         return _fail(str(error), USAGE)
     if hasattr(error, "format_message"):  # typer's own usage errors
@@ -65,8 +65,3 @@ def _explain(error: Exception) -> int:
 def _fail(text: str, code: int) -> int:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return code
-
-
-def _interrupted() -> int:
-    print("interrupted", file=sys.stderr)
-    return INTERRUPTED

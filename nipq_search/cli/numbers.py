@@ -1,18 +1,24 @@
-"""Figures as people read them. Pure functions; None always reads `-`."""
+"""Figures as people read them. Pure functions; None and NaN always read `-`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TypeGuard
 
 NOTHING = "-"
 
 _STEPS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
+def known(value: float | None) -> TypeGuard[float]:
+    """Whether there is a figure to show."""
+    return value is not None and math.isfinite(value)
+
+
 def bops(value: float | None) -> str:
     """Bit operations with a decimal suffix: `5.30 GBOPs`."""
-    if value is None:
+    if not known(value):
         return NOTHING
     for step, letter in _STEPS:
         if value >= step:
@@ -22,29 +28,34 @@ def bops(value: float | None) -> str:
 
 def kilobytes(value: float | None) -> str:
     """Bytes in units of 1000: `24.0 kB`."""
-    return NOTHING if value is None else f"{value / 1000:,.1f} kB"
+    return f"{value / 1000:,.1f} kB" if known(value) else NOTHING
+
+
+def megabytes(value: float | None) -> str:
+    """Bytes in units of a million: `1,200 MB`."""
+    return f"{math.ceil(value / 1e6):,} MB" if known(value) else NOTHING
 
 
 def metric(value: float | None) -> str:
     """A task's metric with four digits after the point."""
-    return NOTHING if value is None or math.isnan(value) else f"{value:.4f}"
+    return f"{value:.4f}" if known(value) else NOTHING
 
 
 def bits(value: float | None) -> str:
     """A mean bit-width: `3.42`; a layer's own width stays whole: `4`."""
-    if value is None:
+    if not known(value):
         return NOTHING
     return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def count(value: float | None) -> str:
     """A count with separators: `1,200,000`."""
-    return NOTHING if value is None else f"{value:,.0f}"
+    return f"{value:,.0f}" if known(value) else NOTHING
 
 
 def share(value: float | None) -> str:
     """A share in percent: `98.2 %`."""
-    return NOTHING if value is None else f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} %" if known(value) else NOTHING
 
 
 def cost(name: str, value: float | None) -> str:
@@ -54,8 +65,8 @@ def cost(name: str, value: float | None) -> str:
     if name.endswith("_bytes"):
         return kilobytes(value)
     if name.endswith("_bits"):
-        return NOTHING if value is None else f"{value:.2f} bits"
-    return NOTHING if value is None else f"{value:.4g}"
+        return f"{value:.2f} bits" if known(value) else NOTHING
+    return f"{value:.4g}" if known(value) else NOTHING
 
 
 def costs(values: Mapping[str, float] | None) -> str:
@@ -65,7 +76,7 @@ def costs(values: Mapping[str, float] | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """A time as its two largest units: `45 s`, `12 min`, `2 h 5 min`."""
-    if seconds is None or not math.isfinite(seconds):
+    if not known(seconds):
         return NOTHING
     if seconds < 60:
         return f"{seconds:.0f} s"

@@ -18,11 +18,18 @@ from nipq_search.cli import numbers
 
 Document = Mapping[str, Any]
 
+_HEADINGS = {
+    "weight_bytes": "weight",
+    "activation_sum_bytes": "activations",
+    "activation_largest_bytes": "largest act.",
+}
+"""Short column headings of costs, whose cells carry the unit."""
+
 _LEFT = {"budget", "state", "reason", "layer", "kind", "check", "result", "detail", "cost name"}
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in columns:
         table.add_column(column, justify="left" if column in _LEFT else "right")
     for row in rows:
@@ -35,10 +42,15 @@ def _line(text: str) -> Text:
     return Text(numbers.one_line(text))
 
 
+def _word(value: object) -> str:
+    """A name or number as it is; `-` where there is none."""
+    return numbers.NOTHING if value is None or value == "" else str(value)
+
+
 def front(document: Document) -> RenderableType:
     """The Pareto front, the float model and the uniform baselines, and the hypervolume."""
     front_cost = str(document.get("front_cost") or "bops")
-    metric = (document.get("metric") or {}).get("name") or "metric"
+    metric = _word((document.get("metric") or {}).get("name"))
     points = document.get("points") or []
     on_front = [point for point in points if point.get("on_front")]
     on_front.sort(key=lambda point: (point.get("cost") or {}).get(front_cost) or 0.0)
@@ -46,25 +58,29 @@ def front(document: Document) -> RenderableType:
     rows = [_front_row(str(point["trial"]), _budget(point), names, point) for point in on_front]
     rows.append(_front_row(numbers.NOTHING, "float model", names, document.get("float") or {}))
     for model in document.get("baselines") or []:
-        rows.append(_front_row(numbers.NOTHING, f"LSQ uniform {model.get('bits')}", names, model))
-    columns = ["trial", "budget", *names, "mean W bits", "mean A bits", "validation", "test"]
+        rows.append(
+            _front_row(numbers.NOTHING, f"LSQ uniform {_word(model.get('bits'))}", names, model)
+        )
+    headings = [_HEADINGS.get(name, name) for name in names]
+    columns = ["trial", "budget", *headings, "W bits", "A bits", "validation", "test"]
     counts = f"{len(on_front)} of {len(points)} finished trials are on the front"
     return Group(
-        _line(f"{document.get('sweep')}: {metric} against {front_cost}, {counts}"),
+        _line(f"{_word(document.get('sweep'))}: {metric} against {front_cost}, {counts}"),
         _table(columns, rows),
         _line(f"hypervolume, validation: {numbers.metric(document.get('hypervolume'))}"),
         _line(f"hypervolume, test: {numbers.metric(document.get('test_hypervolume'))}"),
         _line(f"training samples: {numbers.count(document.get('total_samples'))}"),
+        _line("W bits and A bits are means, of weights and of activations"),
         _convention(document),
     )
 
 
 def _convention(document: Document) -> Text:
-    return _line(f"BOPs convention {document.get('bops_convention') or numbers.NOTHING}")
+    return _line(f"BOPs convention {_word(document.get('bops_convention'))}")
 
 
 def _budget(point: Document) -> str:
-    return str(point.get("budget_label") or numbers.costs(point.get("budget")) or numbers.NOTHING)
+    return _word(point.get("budget_label") or numbers.costs(point.get("budget")))
 
 
 def _front_row(trial: str, label: str, names: Sequence[str], point: Document) -> list[str]:
@@ -84,7 +100,7 @@ def best(document: Document) -> RenderableType:
     """The point that was found, or the nearest one, against each limit."""
     point = document.get("point") or document.get("nearest")
     if point is None:
-        return Group(*(_line(text) for text in document.get("blocks") or []))
+        return Group(*(_line(text) for text in document.get("blocks") or ["no trained point yet"]))
     limits = document.get("limits") or {}
     cost = point.get("cost") or {}
     title = "trial" if document.get("point") else "nearest: trial"
@@ -94,7 +110,7 @@ def best(document: Document) -> RenderableType:
     ]
     return Group(
         _line(
-            f"{title} {point.get('trial')} ({_budget(point)}), "
+            f"{title} {_word(point.get('trial'))} ({_budget(point)}), "
             f"validation {numbers.metric(point.get('validation'))}, "
             f"test {numbers.metric(point.get('test'))}"
         ),
@@ -112,7 +128,7 @@ def status(document: Document) -> RenderableType:
     rows = [
         [
             str(trial["trial"]),
-            str(trial.get("state") or numbers.NOTHING),
+            _word(trial.get("state")),
             _budget(trial),
             numbers.count(trial.get("epoch")),
             numbers.duration(trial.get("seconds")),
@@ -121,8 +137,8 @@ def status(document: Document) -> RenderableType:
         for trial in document.get("trials") or []
     ]
     return Group(
-        _line(f"{document.get('sweep')}: {by}"),
-        _line(f"{counts or 'nothing yet'} of {document.get('total') or numbers.NOTHING} trials"),
+        _line(f"{_word(document.get('sweep'))}: {by}"),
+        _line(f"{counts or 'nothing yet'} of {_word(document.get('total'))} trials"),
         _table(["trial", "state", "budget", "epoch", "time", "reason"], rows),
         _line(f"training samples: {numbers.count(document.get('total_samples'))}"),
     )
@@ -135,11 +151,12 @@ def show(document: Document) -> RenderableType:
         for name, value in (document.get("params") or {}).items()
     )
     lines = [
-        f"trial {document.get('trial')} {document.get('state') or ''}, {_budget(document)}",
+        f"trial {_word(document.get('trial'))} {_word(document.get('state'))}, "
+        f"budget {_budget(document)}",
         f"validation {numbers.metric(document.get('validation'))}, "
         f"test {numbers.metric(document.get('test'))}",
-        f"cost: {numbers.costs(document.get('cost')) or numbers.NOTHING}",
-        f"parameters: {params or numbers.NOTHING}",
+        f"cost: {_word(numbers.costs(document.get('cost')))}",
+        f"parameters: {_word(params)}",
     ]
     if document.get("reason"):
         lines.append(f"reason: {document['reason']}")
@@ -154,11 +171,11 @@ def layers(rows: Sequence[Document]) -> RenderableType:
         [*columns, *(["searched"] if searched else [])],
         (
             [
-                str(row.get("name")),
-                str(row.get("kind") or numbers.NOTHING),
+                _word(row.get("name")),
+                _word(row.get("kind")),
                 numbers.count(row.get("macs")),
-                _width(row.get("weight_bits")),
-                _width(row.get("activation_bits")),
+                _width(row, "weight_bits"),
+                _width(row, "activation_bits"),
                 numbers.bops(row.get("bops")),
                 numbers.kilobytes(row.get("weight_bytes")),
                 *(["yes" if row.get("searched") else "no"] if searched else []),
@@ -168,8 +185,10 @@ def layers(rows: Sequence[Document]) -> RenderableType:
     )
 
 
-def _width(bits: float | None) -> str:
-    return "float" if bits is None else numbers.bits(bits)
+def _width(row: Document, key: str) -> str:
+    if row.get(key) is None and not row.get("searched"):
+        return "float"
+    return numbers.bits(row.get(key))
 
 
 def plan(document: Document) -> RenderableType:
@@ -180,21 +199,23 @@ def plan(document: Document) -> RenderableType:
     ]
     budgets = [
         [
-            str(budget.get("label")),
-            numbers.costs(budget.get("targets")) or numbers.NOTHING,
-            numbers.costs(budget.get("reachable")) or numbers.NOTHING,
+            _word(budget.get("label")),
+            _word(numbers.costs(budget.get("targets"))),
+            _word(numbers.costs(budget.get("reachable"))),
             numbers.share(budget.get("reachable_share")),
         ]
         for budget in document.get("budgets") or []
     ]
     return Group(
         layers(document.get("layers") or []),
+        Text(),
         _table(["cost name", "least", "greatest"], reachable),
+        Text(),
         _table(["budget", "target", "reachable", "share"], budgets),
         _line(
             f"{numbers.count(document.get('trials'))} trials, "
             f"{numbers.count(document.get('samples'))} training samples, "
-            f"{numbers.kilobytes(document.get('disk_bytes'))} on disk"
+            f"{numbers.megabytes(document.get('disk_bytes'))} on disk"
         ),
         _convention(document),
     )
@@ -207,5 +228,5 @@ def doctor(checks: Sequence[Document]) -> RenderableType:
         detail = str(check.get("detail") or "")
         if not check.get("ok") and check.get("fix"):
             detail = f"{detail}; {check['fix']}" if detail else str(check["fix"])
-        rows.append([str(check.get("check")), "ok" if check.get("ok") else "FAILED", detail])
+        rows.append([_word(check.get("check")), "ok" if check.get("ok") else "FAILED", detail])
     return _table(["check", "result", "detail"], rows)

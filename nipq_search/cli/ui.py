@@ -86,8 +86,8 @@ def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
         for dashboard in running:
             _wait_until_it_answers(dashboard)
             emit_text(f"{dashboard.server.name}: {dashboard.server.url}\n")
-        say("Ctrl-C ends this")
         with contextlib.suppress(KeyboardInterrupt):  # the intended end, hence exit 0
+            say("Ctrl-C ends this")
             while True:
                 for dashboard in running:
                     dashboard.check()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest
@@ -45,11 +46,7 @@ def sum_terms(terms: dict[str, Any]) -> Any:
 
 def largest_term(terms: dict[str, Any]) -> Any:
     """The largest contribution; differentiable in it."""
-    largest: Any = 0
-    for term in terms.values():
-        if float(term) > float(largest):
-            largest = term
-    return largest
+    return max(terms.values(), key=lambda t: float(t.detach() if isinstance(t, Tensor) else t))
 
 
 COSTS: dict[str, Cost] = {}
@@ -95,10 +92,10 @@ def exact_cost(name: str, graph: Graph, bits: Bits) -> float:
     integer widths are rounded up to whole units.
     """
     cost = get_cost(name)
-    value = cost.combine(cost.terms(graph, complete_bits(graph, bits)))
+    value = float(cost.combine(cost.terms(graph, complete_bits(graph, bits))))
     if cost.whole and all(float(b).is_integer() for b in bits.values()):
         return math.ceil(value)
-    return float(value)
+    return value
 
 
 def exact_costs(model: nn.Module) -> dict[str, float]:
@@ -108,11 +105,14 @@ def exact_costs(model: nn.Module) -> dict[str, float]:
 
 
 def cost_estimate(name: str, model: nn.Module) -> Tensor:
-    """The cost at the soft bit-widths, shape (1,), differentiable: what the loss uses."""
+    """The cost at the soft bit-widths, a scalar, differentiable: what the loss uses."""
     cost = get_cost(name)
     soft = {tensor: quantizer.bits.soft() for tensor, quantizer in quantizers(model).items()}
     graph = quant_state(model).graph
-    return cost.combine(cost.terms(graph, complete_bits(graph, soft)))  # type: ignore[no-any-return]
+    value = cost.combine(cost.terms(graph, complete_bits(graph, soft)))
+    if not isinstance(value, Tensor):  # no quantized tensor takes part in it
+        value = torch.tensor(float(value), device=next(model.parameters()).device)
+    return value.reshape(())
 
 
 def hard_bits(model: nn.Module) -> dict[str, int]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from nipq_search.cost.base import (
+    COSTS,
     Bits,
     complete_bits,
     exact_cost,
@@ -36,8 +37,6 @@ def usage(graph: Graph, bits: Bits, budget: Budget) -> float:
 
 def least_costs(graph: Graph) -> dict[str, float]:
     """The least reachable value of every cost."""
-    from nipq_search.cost.base import COSTS
-
     bits = extreme_bits(graph, most=False)
     return {name: exact_cost(name, graph, bits) for name in COSTS}
 
@@ -96,29 +95,44 @@ class _Projection:
         targets = self.budget.targets.items()
         return {name: exact_cost(name, self.graph, bits) / target for name, target in targets}
 
+    def excess(self, bits: dict[str, int]) -> float:
+        """By how much the budget is broken, in shares of the targets; 0 if it holds.
+
+        Terms that exceed a target by themselves add to it, so that a cost which is the largest
+        of several terms gets nearer with each of them.
+        """
+        total = 0.0
+        complete = complete_bits(self.graph, bits)
+        for name, target in self.budget.targets.items():
+            value = exact_cost(name, self.graph, bits)
+            if value > target:
+                terms = get_cost(name).terms(self.graph, complete).values()
+                over = sum(max(0.0, float(term) - target) for term in terms)
+                total += (value - target + over) / target
+        return total
+
     def loss_change(self, name: str, before: int, after: int) -> float:
         """Predicted change of the loss."""
         return self.scales[name] * (4.0**-after - 4.0**-before)
 
     def descend(self, bits: dict[str, int]) -> None:
         """Lower the tensor that loses least per unit of excess cost, until the budget holds."""
-        while max((now := self.ratios(bits)).values()) > 1:
+        while (now := self.excess(bits)) > 0:
             best: tuple[float, str, int] | None = None
             for name, before in bits.items():
                 after = self.neighbour(bits, name, up=False)
                 if after is None:
                     continue
-                then = self.ratios({**bits, name: after})
-                saved = sum(now[cost] - then[cost] for cost in now if now[cost] > 1)
+                saved = now - self.excess({**bits, name: after})
                 if saved > 0:
                     rate = self.loss_change(name, before, after) / saved
                     if best is None or rate < best[0]:
                         best = (rate, name, after)
             if best is None:
-                check_reachable(self.graph, self.budget)
-                # A cost that is the largest of several terms may need two of them lowered.
-                name = max(bits, key=lambda n: (self.neighbour(bits, n, up=False) or 0, n))
-                best = (0.0, name, self.neighbour(bits, name, up=False) or bits[name])
+                # Rounding up to whole units hides the saving of tiny tensors: lower the widest.
+                lower = {n: self.neighbour(bits, n, up=False) or 0 for n in bits}
+                name = max(lower, key=lambda n: (lower[n], n))
+                best = (0.0, name, lower[name])
             bits[best[1]] = best[2]
 
     def ascend(self, bits: dict[str, int], free: bool) -> None:

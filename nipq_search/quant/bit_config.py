@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.quant.bit_width import BitWidth
 from nipq_search.quant.prepare import M, quant_state, quantizers
 
 
@@ -37,8 +38,9 @@ def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) 
         freeze: freeze them, which is final; otherwise learning starts from them.
 
     Raises:
-        UserError: a layer is unknown or missing, a width is not allowed there, or layers that
-            share a tensor disagree about it. Nothing is changed then.
+        UserError: a layer is unknown or missing, a width is not allowed there or the layer is
+            frozen at another, or layers that share a tensor disagree about it. Nothing is changed
+            then.
     """
     found = quantizers(model)
     wanted: dict[str, int] = {}
@@ -52,7 +54,8 @@ def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) 
         }
         for layer, width in bits[part].items():
             if layer not in known:
-                raise UserError(f"bit config: {part}.{layer}: no such layer{nearest(layer, known)}")
+                hint = nearest(layer, known)
+                raise UserError(f"bit config: {part}.{layer}: no such layer{hint}")
             tensor = known[layer]
             assert tensor is not None
             if wanted.setdefault(tensor, width) != width:
@@ -60,11 +63,7 @@ def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) 
                     f"bit config: {part}.{layer}: {width} bits, but another layer that consumes "
                     f"the same tensor has {wanted[tensor]}"
                 )
-            allowed = found[tensor].bits.allowed
-            if freeze and width not in allowed:
-                raise UserError(
-                    f"bit config: {part}.{layer}: {width} bits are not among {list(allowed)}"
-                )
+            _check(found[tensor].bits, width, freeze, f"bit config: {part}.{layer}")
         missing = known.keys() - bits[part].keys()
         if missing:
             raise UserError(f"bit config: {part}.{min(missing)} is missing")
@@ -72,5 +71,14 @@ def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) 
         if freeze:
             found[tensor].freeze(width)
         else:
-            found[tensor].bits.start_at(width)
+            found[tensor].start_at(width)
     return model
+
+
+def _check(bits: BitWidth, width: Any, freeze: bool, key: str) -> None:
+    if isinstance(width, bool) or not isinstance(width, (int, float)):
+        raise UserError(f"{key}: {width!r} is no bit-width")
+    if bits.is_frozen and (width != bits.hard() or not freeze):
+        raise UserError(f"{key}: frozen at {bits.hard()} bits already; prepare a new model")
+    if freeze and width not in bits.allowed:
+        raise UserError(f"{key}: {width} bits are not among {list(bits.allowed)}")

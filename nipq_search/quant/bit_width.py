@@ -20,22 +20,23 @@ def check_bits(bits: Sequence[int], what: str) -> tuple[int, ...]:
     Raises:
         UserError: it is empty, repeats a width, or leaves 1..16.
     """
-    allowed = tuple(sorted(bits))
-    if not allowed:
+    if not bits:
         raise UserError(f"{what}: no bit-width is allowed; give a list such as [2, 4, 8]")
-    for width in allowed:
-        if isinstance(width, bool) or int(width) != width or not LEAST_BITS <= width <= MOST_BITS:
+    for width in bits:
+        whole = isinstance(width, int) and not isinstance(width, bool)
+        if not whole or not LEAST_BITS <= width <= MOST_BITS:
             raise UserError(f"{what}: {width!r} is no bit-width; use integers from 1 to 16")
-    if len(set(allowed)) != len(allowed):
+    if len(set(bits)) != len(bits):
         raise UserError(f"{what}: a bit-width stands twice in {list(bits)}; remove one")
-    return tuple(int(width) for width in allowed)
+    return tuple(sorted(bits))
 
 
 class BitWidth(nn.Module):
     """The bit-width of one tensor, chosen from an allowed set.
 
-    While it learns it has one parameter `theta` of shape (1,), except where the set holds a
-    single width or `learned` is false. `freeze` replaces theta by the integer buffer `frozen`.
+    While it learns it has one parameter `theta` of shape (1,). Where the set holds a single width,
+    or `learned` is false, it has the integer buffer `fixed` instead, which `start_at` can still
+    change. `freeze` replaces theta by the integer buffer `frozen`, for good.
     `marginal` is a running mean of the derivative of the *task* loss with respect to the
     bit-width, in loss per bit; the projection onto a budget ranks tensors by it.
 
@@ -46,6 +47,7 @@ class BitWidth(nn.Module):
     """
 
     theta: nn.Parameter | None
+    fixed: Tensor | None
     frozen: Tensor | None
     marginal: Tensor
     _allowed: Tensor
@@ -55,15 +57,18 @@ class BitWidth(nn.Module):
         super().__init__()
         self.allowed = allowed
         self.learned = learned and len(allowed) > 1
-        self._fixed = F.nearest_bits(start, allowed)
         self.register_parameter("theta", None)
+        self.register_buffer("fixed", None)
         self.register_buffer("frozen", None)
         self.register_buffer("marginal", torch.zeros(1))
         self.register_buffer("_allowed", torch.tensor(allowed, dtype=torch.float32), False)
         self._marginal_step = -1
+        self._width: int | None = None  # the integer buffer as a number: no device is asked
         if self.learned:
-            theta = F.theta_for(start, allowed[0], allowed[-1])
-            self.theta = nn.Parameter(torch.full((1,), theta))
+            self.theta = nn.Parameter(torch.zeros(1))
+        else:
+            self.fixed = torch.zeros(1, dtype=torch.int64)
+        self.start_at(start)
 
     @property
     def is_frozen(self) -> bool:
@@ -78,11 +83,9 @@ class BitWidth(nn.Module):
 
     def hard(self) -> int:
         """The integer width: the frozen one, else the allowed one nearest to the soft one."""
-        if self.frozen is not None:
-            return int(self.frozen)
-        if self.theta is not None:
-            return F.nearest_bits(float(self.soft().detach()), self.allowed)
-        return self._fixed
+        if self._width is not None:
+            return self._width
+        return F.nearest_bits(float(self.soft().detach()), self.allowed)
 
     def sample(self, u: float, step: int) -> Tensor:
         """An integer width for one training step, shape (1,); see `functional.sample_bits`.
@@ -98,7 +101,7 @@ class BitWidth(nn.Module):
             if step != self._marginal_step:
                 self._marginal_step = step
                 self.marginal.mul_(0.98)
-            bits.register_hook(self._observe)
+            bits.register_hook(self._observe)  # type: ignore[no-untyped-call]
         return bits
 
     def _observe(self, grad: Tensor) -> None:
@@ -108,21 +111,33 @@ class BitWidth(nn.Module):
         """Fix the width to `bits` (default: the nearest allowed one).
 
         Raises:
-            UserError: `bits` is not allowed here.
+            UserError: `bits` is not allowed here, or the width is frozen at another.
         """
         width = self.hard() if bits is None else bits
+        if self.is_frozen and width != self._width:
+            raise UserError(f"the bit-width is frozen at {self._width} and cannot become {width}")
         if width not in self.allowed:
             raise UserError(f"bit-width {width} is not among the allowed {list(self.allowed)}")
-        device = self._allowed.device
         self.theta = None
-        self.frozen = torch.tensor(width, dtype=torch.int64, device=device)
+        self.frozen = torch.full((1,), width, dtype=torch.int64, device=self._allowed.device)
+        self._width = width
 
     def start_at(self, bits: float) -> None:
-        """Let an unfrozen width continue from `bits`, for a warm start."""
-        self._fixed = F.nearest_bits(bits, self.allowed)
+        """Let an unfrozen width continue from `bits`, for a warm start.
+
+        Raises:
+            UserError: the width is frozen.
+        """
+        if self.is_frozen:
+            raise UserError(
+                f"the bit-width is frozen at {self._width} and cannot be learned again"
+            )
         if self.theta is not None:
             with torch.no_grad():
                 self.theta.fill_(F.theta_for(bits, self.allowed[0], self.allowed[-1]))
+        elif self.fixed is not None:
+            self._width = F.nearest_bits(bits, self.allowed)
+            self.fixed.fill_(self._width)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -134,9 +149,10 @@ class BitWidth(nn.Module):
         elif self.is_frozen:
             self.frozen = None
             if self.learned:
-                device = self._allowed.device
-                self.theta = nn.Parameter(torch.zeros(1, device=device))
+                self.theta = nn.Parameter(torch.zeros_like(self._allowed[:1]))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        width = self.fixed if self.frozen is None else self.frozen
+        self._width = None if width is None else int(width)
 
     def extra_repr(self) -> str:
         """The allowed set and the present width."""

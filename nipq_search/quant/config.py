@@ -136,7 +136,7 @@ class QuantConfig:
         for pattern, bits in self.pin.items():
             if bits == FLOAT:
                 continue
-            if isinstance(bits, str):
+            if not isinstance(bits, int):
                 raise UserError(f"quant.pin.{pattern}: give a bit-width or `float`, not {bits!r}")
             check_bits((bits,), f"quant.pin.{pattern}")
             if bits < 2:

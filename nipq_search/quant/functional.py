@@ -76,14 +76,13 @@ def sample_bits(bits: Tensor, allowed: Tensor, u: float) -> Tensor:
 
     Args:
         bits: soft bit-width, shape (1,).
-        allowed: allowed widths in ascending order, shape (k,).
+        allowed: allowed widths in ascending order, shape (k,), at least two.
         u: the draw; one per tensor and step.
     """
     with torch.no_grad():
-        above = torch.searchsorted(allowed, bits, right=True).clamp(1, max(len(allowed) - 1, 1))
-        above = above.clamp(max=len(allowed) - 1)
-        lower, upper = allowed[(above - 1).clamp(min=0)], allowed[above]
-        share = (bits - lower) / (upper - lower).clamp(min=1e-12)
+        above = torch.searchsorted(allowed, bits, right=True).clamp(1, len(allowed) - 1)
+        lower, upper = allowed[above - 1], allowed[above]
+        share = (bits - lower) / (upper - lower)
         sample = torch.where(share > 0.5 - u, upper, lower)
     return sample + (bits - bits.detach())
 
@@ -128,21 +127,26 @@ def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _range_gradients(
-    ctx: Any, grad: Tensor, x: Tensor, noise: Tensor | None
+    needed: tuple[bool, ...],
+    grad: Tensor,
+    x: Tensor,
+    step: Tensor,
+    low: Tensor,
+    high: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a quantizer with respect to x, step, low and high, given its noise."""
-    step, low, high = ctx.saved_tensors[1:4]
     above, below = x >= high, x <= low
     inside = grad.masked_fill(above | below, 0.0)
     grad_step = grad_low = grad_high = None
-    if ctx.needs_input_grad[1]:
+    if needed[1]:
         if noise is None:  # the hard quantizer's noise is its own rounding residual
             scaled = x / step
             noise = torch.round(scaled).sub_(scaled)
         grad_step = _sum_to(inside * noise, step.shape)
-    if ctx.needs_input_grad[2]:
+    if needed[2]:
         grad_low = _sum_to(torch.where(below, grad, 0.0), low.shape)
-    if ctx.needs_input_grad[3]:
+    if needed[3]:
         grad_high = _sum_to(torch.where(above, grad, 0.0), high.shape)
     return inside, grad_step, grad_low, grad_high
 
@@ -163,8 +167,7 @@ class _PseudoQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Differentiate the forward, the noise held fixed."""
-        x, noise = ctx.saved_tensors[0], ctx.saved_tensors[4]
-        return *_range_gradients(ctx, grads[0], x, noise), None
+        return *_range_gradients(ctx.needs_input_grad, grads[0], *ctx.saved_tensors), None
 
 
 class _HardQuantize(torch.autograd.Function):
@@ -188,7 +191,8 @@ class _HardQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Pass gradients straight through the rounding (LSQ, arXiv 1902.08153, eq. 3)."""
-        return *_range_gradients(ctx, grads[0], ctx.saved_tensors[0], None), None, None
+        found = _range_gradients(ctx.needs_input_grad, grads[0], *ctx.saved_tensors)
+        return *found, None, None
 
 
 def pseudo_quantize(x: Tensor, range_: Range, noise: Tensor) -> Tensor:
@@ -226,4 +230,4 @@ class _ScaleGradient(torch.autograd.Function):
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """`x` in the forward, its gradient times `factor` in the backward."""
-    return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return,no-untyped-call]
+    return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return]

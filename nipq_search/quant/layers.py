@@ -21,11 +21,15 @@ class QuantLayer(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The operand that the layer consumes."""
-        return x if self.input_quantizer is None else self.input_quantizer(x)  # type: ignore[no-any-return]
+        if self.input_quantizer is None:
+            return x
+        quantized: Tensor = self.input_quantizer(x)
+        return quantized
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer multiplies with."""
-        return self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
+        quantized: Tensor = self.weight_quantizer(self.weight)
+        return quantized
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -45,7 +49,8 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Shapes as in `nn.Conv1d`."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -55,7 +60,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Shapes as in `nn.Conv2d`."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
 
 
 class QuantConv3d(QuantLayer, nn.Conv3d):
@@ -65,7 +71,8 @@ class QuantConv3d(QuantLayer, nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Shapes as in `nn.Conv3d`."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
 
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +34,7 @@ class LSQ(FakeQuantizer):
 
     def _levels(self, bits: int) -> int:
         """Steps in a boundary: the highest integer of the grid (all of them where affine)."""
-        return 2 ** (bits - 1) - 1 if self.grid is Grid.SIGNED else 2**bits - 1
+        return (1 << (bits - 1 if self.grid is Grid.SIGNED else bits)) - 1
 
     def set_boundary(self, statistics: TensorStatistics) -> None:
         """Start at the published value; an affine grid, which LSQ lacks, at the calibrated one."""
@@ -45,14 +48,25 @@ class LSQ(FakeQuantizer):
     def alpha(self, x: Tensor) -> Tensor:
         """The truncation boundary, shape (channels,), its gradient scaled as published."""
         levels = self._levels(self.bits.hard())
-        count = x.numel() / self.channels if self.channels > 1 else x.numel()
-        if self.name.endswith(".input") and x.dim() > 1:
-            count = x.numel() / len(x)
+        is_weight = isinstance(x, nn.Parameter)
+        served = self.channels if is_weight else len(x)
+        count = max(1.0, x.numel() / max(1, served))
         return scale_gradient(self.step.abs(), (count * levels) ** -0.5) * levels
+
+    @contextmanager
+    def _same_boundary(self) -> Iterator[None]:
+        """Rescale the step when the bit-width changes, so that the boundary stays."""
+        before = self._levels(self.bits.hard())
+        yield
+        with torch.no_grad():
+            self.step.mul_(before / self._levels(self.bits.hard()))
 
     def freeze(self, bits: int | None = None) -> None:
         """Fix the bit-width and keep the boundary where it is."""
-        before = self._levels(self.bits.hard())
-        super().freeze(bits)
-        with torch.no_grad():
-            self.step.mul_(before / self._levels(self.bits.hard()))
+        with self._same_boundary():
+            super().freeze(bits)
+
+    def start_at(self, bits: float) -> None:
+        """Continue at another bit-width and keep the boundary where it is."""
+        with self._same_boundary():
+            super().start_at(bits)

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from nipq_search.quant import functional as F
 from nipq_search.quant.bit_width import BitWidth
-from nipq_search.quant.noise import NoiseClock, centered_uniform, residual_noise, uniform_noise
+from nipq_search.quant.noise import (
+    NoiseClock,
+    centered_uniform,
+    not_compiled,
+    residual_noise,
+    uniform_noise,
+)
 from nipq_search.quant.quantizer import FakeQuantizer
 from nipq_search.quant.statistics import TensorStatistics
 
@@ -39,6 +45,7 @@ class NIPQ(FakeQuantizer):
         """The truncation boundary, shape (channels,)."""
         return self.start * torch.nn.functional.softplus(self.boundary)
 
+    @not_compiled
     def train_forward(self, x: Tensor) -> Tensor:
         """Add noise at a sampled bit-width."""
         clock = self.clock

@@ -8,13 +8,26 @@ shuffled once per process: on a CPU, drawing fresh numbers costs many times what
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _BANK = 1 << 21
-_TABLE = 1 << 16
+_TABLE = 1 << 17
 _MASK = (1 << 64) - 1
+
+
+def not_compiled(function: Function) -> Function:
+    """Keep torch.compile out of `function`: noise hangs on a number that every step changes.
+
+    As `torch.compiler.disable`, which would load the compiler (a second) on import already.
+    """
+    return _disable_dynamo(function)  # type: ignore[return-value]
 
 
 def mix(*words: int) -> int:
@@ -70,7 +83,7 @@ def uniform_noise(shape: torch.Size, key: int, device: torch.device, dtype: torc
 def residual_noise(x: Tensor, step: Tensor, low: Tensor, high: Tensor, key: int) -> Tensor:
     """Noise drawn from the tensor's own rounding residuals ("empirical" proxy).
 
-    A bootstrap: the residuals `(Q(x) - x) / step` of a strided subsample of at most 65,536
+    A bootstrap: the residuals `(Q(x) - x) / step` of a strided subsample of at most 131,072
     elements are gathered at random positions, so each element's noise is independent of its own
     residual and follows the same law. Elements outside the boundary are left out. A tensor with
     nothing inside it gets zeros, which nothing reads.

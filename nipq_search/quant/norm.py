@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from nipq_search.errors import UserError
 from nipq_search.quant.prepare import M
 from nipq_search.quant.trace import as_arguments, unchanged_mode
 
@@ -21,6 +22,9 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
         model: any model with batch normalization; others are returned as they are.
         batches: inputs, one forward each (of a tuple `(images, labels)` the first entry), or a
             function that runs the model on data itself.
+
+    Raises:
+        UserError: there was no batch; the old statistics are lost.
     """
     norms = [
         module
@@ -47,7 +51,5 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
                 module.momentum = momentum
     seen = [int(m.num_batches_tracked) for m in norms if m.num_batches_tracked is not None]
     if seen and min(seen) == 0:
-        raise ValueError("reestimate_norm_stats: no batches; give at least one")
+        raise UserError("reestimate_norm_stats: no batches; give at least one")
     return model
-
-

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -14,7 +16,7 @@ from nipq_search.quant.bit_width import BitWidth
 from nipq_search.quant.config import FLOAT, Granularity, QuantConfig, Start
 from nipq_search.quant.graph import FLOAT_BITS, Graph, LayerInfo, TensorInfo
 from nipq_search.quant.layers import LAYERS, QuantLayer, convert
-from nipq_search.quant.noise import NoiseClock
+from nipq_search.quant.noise import NoiseClock, not_compiled
 from nipq_search.quant.quantizer import QUANTIZERS, FakeQuantizer
 from nipq_search.quant.statistics import Observer, weight_statistics
 from nipq_search.quant.trace import Trace, as_arguments, trace, unchanged_mode
@@ -37,6 +39,10 @@ class QuantState(nn.Module):
         super().__init__()
         self.graph, self.config, self.clock = graph, config, clock
 
+    def forward(self, x: Any) -> Any:
+        """Return `x`: a root such as `nn.Sequential` runs every child."""
+        return x
+
     def get_extra_state(self) -> dict[str, int]:
         """Seed and step of the noise clock."""
         return {"seed": self.clock.seed, "step": self.clock.step}
@@ -53,13 +59,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         UserError: `prepare` never saw this model.
     """
     inner: Any = model
-    while not hasattr(inner, STATE):
+    while STATE not in inner._modules:  # `hasattr` sees through torch.compile's wrapper
         if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
             inner = inner._orig_mod
         elif isinstance(getattr(inner, "module", None), nn.Module):
             inner = inner.module
         else:
-            raise UserError("the model is not prepared: call nipq_search.prepare(model, ...) first")
+            raise UserError("the model is not prepared: call nipq_search.prepare first")
     return inner  # type: ignore[no-any-return]
 
 
@@ -79,6 +85,7 @@ def is_frozen(model: nn.Module) -> bool:
     return all(quantizer.bits.is_frozen for quantizer in quantizers(model).values())
 
 
+@not_compiled
 def _tick(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of the root: the next step's noise."""
     if module.training:
@@ -93,18 +100,16 @@ class _Builder:
         self.clock = NoiseClock(config.seed)
         self.tensors: dict[str, TensorInfo] = {}
         self.layers: list[LayerInfo] = []
-        self.activations: dict[Any, FakeQuantizer] = {}
-        self.count = 0
-        pins = {name: config.pin_of(name) for name in found.layers}
+        self.activations: dict[str, FakeQuantizer] = {}
+        self.keys = itertools.count()
         for pattern in config.pin:
-            if not any(QuantConfig(pin={pattern: FLOAT}).pin_of(name) for name in found.layers):
+            if not fnmatch.filter(found.layers, pattern):
                 hint = nearest(pattern.strip("*"), found.layers)
                 raise UserError(f"quant.pin.{pattern}: no layer has such a name{hint}")
-        self.pins = pins
-        self.shared: dict[Any, list[str]] = {}
-        for name, call in found.layers.items():
-            self.shared.setdefault(self._key(name), []).append(name)
-            del call
+        self.pins = {name: config.pin_of(name) for name in found.layers}
+        self.consumers: dict[Any, list[str]] = {}
+        for name in found.layers:
+            self.consumers.setdefault(self._key(name), []).append(name)
 
     def _key(self, layer: str) -> Any:
         """Layers with equal keys consume the same tensor; a layer called twice has its own."""
@@ -114,9 +119,8 @@ class _Builder:
     def _quantizer(self, name: str, allowed: tuple[int, ...], channels: int) -> FakeQuantizer:
         kind = QUANTIZERS[self.config.quantizer]
         bits = BitWidth(allowed, self.config.start_bits, learned=kind.learns_bits)
-        quantizer = kind(name, bits, channels, self.clock, self.count, self.config.proxy.value)
-        self.count += 1
-        return quantizer
+        key = next(self.keys)
+        return kind(name, bits, channels, self.clock, key, self.config.proxy.value)
 
     def _weight(self, layer: str, module: Any) -> FakeQuantizer:
         config, pin = self.config.weights, self.pins[layer]
@@ -134,87 +138,73 @@ class _Builder:
         )
         return quantizer
 
-    def _activation(self, layer: str) -> FakeQuantizer | None:
-        key = self._key(layer)
-        if key in self.activations:
-            return self.activations[key]
-        call = self.found.layers[layer]
-        raw = set(call.inputs) <= self.found.raw
-        name = f"{layer}.input"
-        if raw and self.config.input_bits is not None:
-            self.tensors.setdefault(
-                name,
-                TensorInfo(
-                    name=name,
-                    role="activation",
-                    numel=call.input_numel,
-                    fixed_bits=self.config.input_bits,
-                ),
+    def _activation(self, layer: str) -> tuple[str, FakeQuantizer | None]:
+        """Name and quantizer of a layer's input; one for all layers that consume the tensor."""
+        key, call = self._key(layer), self.found.layers[layer]
+        name = f"{self.consumers[key][0]}.input"
+        in_float = self.pins[layer] == FLOAT
+        fixed: int | None = FLOAT_BITS if in_float else None
+        if self.config.input_bits is not None and self.found.raw.issuperset(call.inputs):
+            fixed = self.config.input_bits
+        elif in_float and any(self.pins[other] != FLOAT for other in self.consumers[key]):
+            name = f"{layer}.input"  # beside the quantized tensor the float one is kept
+        if fixed is not None:
+            self.tensors[name] = TensorInfo(
+                name=name, role="activation", numel=call.input_numel, fixed_bits=fixed
             )
-            return None
-        pins = {
-            self.pins[n] for n in self.shared[key] if self.pins[n] not in (None, FLOAT)
-        }
+            return name, None
+        quantized = [other for other in self.consumers[key] if self.pins[other] != FLOAT]
+        name = f"{quantized[0]}.input"
+        if name in self.activations:
+            return name, self.activations[name]
+        pins = {self.pins[other] for other in quantized} - {None}
         if len(pins) > 1:
             raise UserError(
-                f"quant.pin: {', '.join(self.shared[key])} consume the same tensor and are pinned "
-                "to different bit-widths; pin them alike"
+                f"quant.pin: {', '.join(quantized)} consume the same tensor and are pinned to "
+                "different bit-widths; pin them alike"
             )
         allowed = (int(pins.pop() or 0),) if pins else self.config.activations.bits
-        quantizer = self._quantizer(name, allowed, 1)
+        quantizer = self.activations[name] = self._quantizer(name, allowed, 1)
         self.tensors[name] = TensorInfo(
             name=name, role="activation", numel=call.input_numel, scales=1, allowed=allowed
         )
-        self.activations[key] = quantizer
-        return quantizer
+        return name, quantizer
 
-    def _float_input(self, layer: str) -> str:
-        name = f"{layer}.input"
-        numel = self.found.layers[layer].input_numel
-        self.tensors[name] = TensorInfo(
-            name=name, role="activation", numel=numel, fixed_bits=FLOAT_BITS
+    def _layer(self, layer: str, module: Any) -> None:
+        """Convert one layer in place, unless it is pinned to float, and note it."""
+        kind = LAYERS[type(module)].kind
+        source, activation = self._activation(layer)
+        weight = f"{layer}.weight"
+        if self.pins[layer] == FLOAT:
+            numel = module.weight.numel()
+            self.tensors[weight] = TensorInfo(
+                name=weight, role="weight", numel=numel, fixed_bits=FLOAT_BITS
+            )
+        else:
+            convert(module, self._weight(layer, module), activation)
+        macs = self.found.layers[layer].macs
+        self.layers.append(
+            LayerInfo(name=layer, kind=kind, macs=macs, weight=weight, input=source)
         )
-        return name
 
     def build(self) -> Graph:
         """Convert every layer in place and return the graph."""
         modules = dict(self.model.named_modules())
-        for layer, call in self.found.layers.items():
-            module = modules[layer]
-            kind = LAYERS[type(module)].kind
-            if self.pins[layer] == FLOAT:
-                weight = f"{layer}.weight"
-                numel = module.weight.numel()  # type: ignore[union-attr,operator]
-                self.tensors[weight] = TensorInfo(
-                    name=weight, role="weight", numel=numel, fixed_bits=FLOAT_BITS
-                )
-                source = self._float_input(layer)
-            else:
-                activation = self._activation(layer)
-                convert(module, self._weight(layer, module), activation)
-                weight = f"{layer}.weight"
-                source = activation.name if activation is not None else f"{layer}.input"
-            self.layers.append(
-                LayerInfo(name=layer, kind=kind, macs=call.macs, weight=weight, input=source)
-            )
+        weights = {id(modules[layer].weight): modules[layer].weight for layer in self.found.layers}
+        others = sum(p.numel() for p in self.model.parameters() if id(p) not in weights)
+        for layer in self.found.layers:
+            self._layer(layer, modules[layer])
         for index, numel in enumerate(self.found.additions):
-            name = f"addition{index}"
+            name = f"(addition {index})"
             self.tensors[name] = TensorInfo(
                 name=name, role="addition", numel=numel, fixed_bits=FLOAT_BITS
             )
-        if self.found.unconverted_macs:
-            macs = self.found.unconverted_macs
+        if macs := self.found.unconverted_macs:
             name = "(unconverted)"
             self.layers.append(
                 LayerInfo(name=name, kind="functional", macs=macs, weight=None, input=None)
             )
-        weights = sum(t.numel for t in self.tensors.values() if t.role == "weight")
-        scales = {id(p) for q in self.model.modules() if isinstance(q, FakeQuantizer)
-                  for p in q.parameters()}
-        total = sum(p.numel() for p in self.model.parameters() if id(p) not in scales)
-        return Graph(
-            layers=tuple(self.layers), tensors=self.tensors, float_parameters=total - weights
-        )
+        return Graph(layers=tuple(self.layers), tensors=self.tensors, float_parameters=others)
 
 
 def prepare(
@@ -234,17 +224,21 @@ def prepare(
             count: costs are those of these inputs, per sample.
         config: how to quantize.
         calibration: batches of inputs in the form of `example_inputs` (longer tuples, such as
-            `(images, labels)`, are cut), or a function that runs the model on data itself. Default:
-            the example inputs. Runs in eval mode and leaves random generators unchanged.
+            `(images, labels)`, are cut), or a function that runs the model on data itself.
+            Default: the example inputs. Runs in eval mode and leaves random generators unchanged.
 
     Raises:
         UserError: the model is prepared already, does not run on the example, has nothing to
-            quantize, or a pin matches no layer.
+            quantize, a pin matches no layer or contradicts another, or calibration has no data.
     """
     config = config or QuantConfig()
     if any(isinstance(module, (QuantState, QuantLayer)) for module in model.modules()):
         raise UserError("the model is prepared already; prepare the float model")
     prepared = copy.deepcopy(model)
+    for module in prepared.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fused inference kernel reads the float weights, past the quantizers.
+            module.activation_relu_or_gelu = 0
     found = trace(prepared, example_inputs)
     if not found.layers:
         kinds = ", ".join(sorted(kind.__name__ for kind in LAYERS))
@@ -265,14 +259,12 @@ def calibrate(
     calibration: Iterable[Any] | Callable[[nn.Module], None] | None,
 ) -> None:
     """Give every activation quantizer its grid and boundary; see `prepare`."""
-    config = quant_state(model).config
-    observed = {n: q for n, q in quantizers(model).items() if n.endswith(".input")}
-    for quantizer in observed.values():
-        quantizer.observer = Observer()
-    # Weights stay in float meanwhile: boundaries come from the float model's activations.
-    weights = [q for n, q in quantizers(model).items() if n not in observed]
-    for quantizer in weights:
-        quantizer.observer = Observer(samples=[])
+    graph, config = quant_state(model).graph, quant_state(model).config
+    found = quantizers(model)
+    observers = {n: Observer() for n in found if graph.tensors[n].role == "activation"}
+    for name, quantizer in found.items():
+        # Weights stay in float meanwhile: boundaries come from the float model's activations.
+        quantizer.observer = observers.get(name, _ignore)
     try:
         with unchanged_mode(model):
             if callable(calibration):
@@ -282,14 +274,18 @@ def calibrate(
                 for batch in calibration if calibration is not None else (example_inputs,):
                     args, kwargs = as_arguments(batch)
                     model(*args[:wanted], **kwargs)
-        for quantizer in observed.values():
-            observer = quantizer.observer
-            assert observer is not None
-            signed = quantizer.bits.allowed[0] >= 2
-            quantizer.initialize(observer.statistics(config.activations.percentile, signed))
     finally:
-        for quantizer in [*observed.values(), *weights]:
+        for quantizer in found.values():
             quantizer.observer = None
+    if observers and not any(observer.samples for observer in observers.values()):
+        raise UserError("calibration: no data went through the model; give at least one batch")
+    for name, observer in observers.items():
+        signed = found[name].bits.allowed[0] >= 2
+        found[name].initialize(observer.statistics(config.activations.percentile, signed))
+
+
+def _ignore(x: Tensor) -> None:
+    """Observe nothing."""
 
 
 def param_groups(

@@ -8,6 +8,7 @@ evaluation follow. To add a quantizer write one file like `nipq.py` and one line
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from nipq_search.quant.bit_width import BitWidth
 from nipq_search.quant.functional import Grid, Range, hard_quantize, quantization_range
 from nipq_search.quant.noise import NoiseClock
-from nipq_search.quant.statistics import Observer, TensorStatistics
+from nipq_search.quant.statistics import TensorStatistics
 
 _GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
 
@@ -31,6 +32,8 @@ class FakeQuantizer(nn.Module):
         clock: the model's noise clock.
         key: number of this tensor in the model, part of the key of its noise.
         proxy: law of the noise, for quantizers that have one.
+
+    While `observer` is set, as during calibration, tensors are shown to it and pass unchanged.
     """
 
     learns_bits = True
@@ -47,7 +50,7 @@ class FakeQuantizer(nn.Module):
         self.name, self.channels, self.key, self.proxy = name, channels, key, proxy
         self.bits = bits
         self.clock = clock
-        self.observer: Observer | None = None
+        self.observer: Callable[[Tensor], None] | None = None
         self.register_buffer("minimum", torch.zeros(1))
         self.register_buffer("grid_code", torch.zeros(1, dtype=torch.int64))
         self.grid = Grid.SIGNED
@@ -62,11 +65,11 @@ class FakeQuantizer(nn.Module):
 
     def set_boundary(self, statistics: TensorStatistics) -> None:
         """Give the boundary its starting value."""
-        raise AssertionError("abstract")
+        raise NotImplementedError
 
     def alpha(self, x: Tensor) -> Tensor:
         """The truncation boundary, shape (channels,), with the gradient that training uses."""
-        raise AssertionError("abstract")
+        raise NotImplementedError
 
     def train_forward(self, x: Tensor) -> Tensor:
         """What an unfrozen quantizer computes in training mode."""
@@ -84,6 +87,10 @@ class FakeQuantizer(nn.Module):
     def freeze(self, bits: int | None = None) -> None:
         """Fix the bit-width; training continues with hard quantization."""
         self.bits.freeze(bits)
+
+    def start_at(self, bits: float) -> None:
+        """Let learning continue from another bit-width, for a warm start."""
+        self.bits.start_at(bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` quantized, of the same shape and dtype."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -82,11 +83,12 @@ class Observer:
     def __call__(self, x: Tensor) -> None:
         """Look at one batch."""
         values = x.detach().float().reshape(-1)
+        values = values[values.isfinite()]
         if not values.numel():
             return
-        stride = max(1, values.numel() // _SAMPLE)
         self.minimum = min(self.minimum, float(values.min()))
-        self.samples.append(values[:: stride + 1 - stride % 2])
+        # An even stride would visit few channels only.
+        self.samples.append(values[:: (values.numel() // _SAMPLE) | 1])
 
     def statistics(self, percentile: float, signed_allowed: bool) -> TensorStatistics:
         """Choose the grid and the boundary from everything seen.
@@ -99,36 +101,30 @@ class Observer:
             percentile: share of the values inside the boundary.
             signed_allowed: false where the allowed set holds widths too small for a signed grid.
         """
-        if not self.samples:
-            values = torch.zeros(1)
+        values = torch.cat(self.samples) if self.samples else torch.zeros(1)
+        minimum = torch.zeros(1, device=values.device)
+        low = -_upper_end(-values, percentile).clamp(min=0.0)
+        high = _upper_end(values, percentile).clamp(min=0.0)
+        if self.minimum >= 0.0:
+            grid, alpha = Grid.UNSIGNED, high
+        elif high - low < 1.5 * torch.maximum(high, -low) or not signed_allowed:
+            grid, alpha, minimum = Grid.AFFINE, high - low, low.reshape(1)
         else:
-            values = torch.cat(self.samples)
-            values = values[torch.isfinite(values)] if not values.isfinite().all() else values
-        device = values.device
-        least = min(self.minimum, 0.0) if self.samples else 0.0
-        magnitude = values.abs()
-        mean_abs = magnitude.mean().clamp(min=1e-8).reshape(1)
-        zero = torch.zeros(1, device=device)
+            grid, alpha = Grid.SIGNED, _upper_end(values.abs(), percentile)
+        return TensorStatistics(
+            grid=grid,
+            # A tensor of zeros still needs a positive boundary; any will do.
+            alpha=torch.where(alpha > 0, alpha, 1.0).reshape(1),
+            mean_abs=values.abs().mean().clamp(min=1e-8).reshape(1),
+            minimum=minimum,
+        )
 
-        def boundary(value: Tensor) -> Tensor:
-            return torch.where(value > 0, value, torch.ones_like(value)).reshape(1)
 
-        if least >= 0.0:
-            high = torch.quantile(values, percentile)
-            # More than `percentile` zeros would put the boundary at zero: use the maximum then.
-            alpha = boundary(high if high > 0 else values.max())
-            return TensorStatistics(
-                grid=Grid.UNSIGNED, alpha=alpha, mean_abs=mean_abs, minimum=zero
-            )
-        low, high = -torch.quantile(-values, percentile), torch.quantile(values, percentile)
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        lopsided = (high - low) < 1.5 * torch.maximum(high, -low)
-        if bool(lopsided) or not signed_allowed:
-            return TensorStatistics(
-                grid=Grid.AFFINE,
-                alpha=boundary(high - low),
-                mean_abs=mean_abs,
-                minimum=low.reshape(1),
-            )
-        alpha = boundary(torch.quantile(magnitude, percentile))
-        return TensorStatistics(grid=Grid.SIGNED, alpha=alpha, mean_abs=mean_abs, minimum=zero)
+def _upper_end(values: Tensor, percentile: float) -> Tensor:
+    """The value that the share `percentile` does not exceed; the maximum where it is zero.
+
+    (More than `percentile` zeros would put a boundary at zero. `torch.quantile` refuses more than
+    16 million values.)
+    """
+    end = values.kthvalue(max(1, math.ceil(percentile * values.numel()))).values
+    return torch.where(end > 0, end, values.max())

@@ -50,7 +50,7 @@ class Trace:
 
 def tensor_key(x: Tensor) -> TensorKey:
     """Identity of the values of `x`, while its storage lives."""
-    return (x.untyped_storage().data_ptr() + x.storage_offset(), x._version, x.numel())
+    return (x.untyped_storage().data_ptr() + int(x.storage_offset()), x._version, x.numel())
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -74,11 +74,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-class _Additions(TorchDispatchMode):
+class _Additions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes sums of two tensors of equal shape that are no parameters: residual additions."""
 
     def __init__(self, parameters: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parameters = parameters
         self.numels: list[int] = []
 
@@ -138,10 +138,8 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         return note
 
     handles = []
-    seen: set[int] = set()
     for name, module in model.named_modules():
-        if type(module) in LAYERS and id(module) not in seen:
-            seen.add(id(module))
+        if type(module) in LAYERS:
             handles.append(module.register_forward_hook(hook(name), with_kwargs=True))
     args, kwargs = as_arguments(example_inputs)
     additions = _Additions({p.data_ptr() for p in model.parameters()})

@@ -154,9 +154,7 @@ def dataset_input(dataset: Mapping[str, Any]) -> Any:
             name=name,
             digest=str(dataset.get("digest") or "unknown")[:36],
             source_type="local",
-            source=json.dumps(
-                {"uri": str(dataset.get("source") or dataset.get("name") or "data")}
-            ),
+            source=json.dumps({"uri": source}),
             profile=json.dumps(dict(dataset), default=str),
         ),
         tags=[InputTag(key="mlflow.data.context", value="training")],

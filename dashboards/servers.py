@@ -1,0 +1,94 @@
+"""Web servers for the screenshots: started on a free port, ended with everything they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+START_SECONDS = 120.0
+STOP_SECONDS = 20.0
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    """Whether something at `url` answers at all."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+@contextmanager
+def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
+    """Run `command` in `folder` until it answers on `port`; yield its address, then end it.
+
+    Raises:
+        RuntimeError: the server stopped or did not answer in time; says what it printed.
+    """
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    address = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # its workers form a group with it, so that all of them end
+        )
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not answers(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    output.seek(0)
+                    printed = output.read().decode(errors="replace")[-1000:]
+                    raise RuntimeError(f"{' '.join(command)} does not answer: {printed}")
+                time.sleep(0.2)
+            yield address
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server and its group, politely first."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(STOP_SECONDS)
+            return
+        except ProcessLookupError:
+            process.wait(STOP_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def mlflow_command(port: int) -> list[str]:
+    """`mlflow ui` as a person types it in a sweep's folder."""
+    return [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
+
+
+def optuna_command(study: str, port: int) -> list[str]:
+    """`optuna-dashboard` on a study file in a sweep's folder."""
+    program = Path(sys.executable).with_name("optuna-dashboard")
+    storage = f"sqlite:///{study}" if study.endswith(".db") else study
+    return [str(program), storage, "--host", "127.0.0.1", "--port", str(port)]

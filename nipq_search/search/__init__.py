@@ -1,0 +1,1 @@
+"""The search: budgets, ledger, executor. The only place that imports ray and optuna."""

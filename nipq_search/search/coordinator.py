@@ -1,0 +1,265 @@
+"""What runs next: the float model, baselines, trials, the test split. No clock, no processes.
+
+The coordinator turns the ledger and the folders of finished jobs into the next job, and finished
+jobs into the ledger. It knows nothing of Ray, so any executor can drive it, and a new one that is
+built after a crash continues where the old one was.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import TrialState
+
+from nipq_search.errors import UserError
+from nipq_search.search import jobs
+from nipq_search.search.config import SweepConfig
+from nipq_search.search.facts import Facts
+from nipq_search.search.front import non_dominated
+from nipq_search.search.jobs import Job, committed, job_folder
+from nipq_search.search.ledger import BUDGET, Asked, Ledger
+from nipq_search.search.strategy import STRATEGIES
+from nipq_search.search.worker import TEST_FILE
+from nipq_search.storage import read_sealed
+from nipq_search.train.loop import seed_for
+
+
+class Verdict(enum.Enum):
+    """What an executor does when there is no next job."""
+
+    WAIT = "wait"
+    DONE = "done"
+
+
+class Coordinator:
+    """Decides what runs; see the module.
+
+    Args:
+        config: the sweep.
+        facts: graph and budgets.
+        ledger: the study.
+        out: the sweep's folder, absolute.
+        run: token of this driver's run.
+        enough: asked before a new trial is proposed; true once a limit is reached.
+        on_finished: called with a job whose result has been taken into the ledger.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: SweepConfig,
+        facts: Facts,
+        ledger: Ledger,
+        out: Path,
+        run: str,
+        enough: Callable[[], bool] = lambda: False,
+        on_finished: Callable[[Job], None] = lambda job: None,
+    ) -> None:
+        """Reconcile the ledger with what workers committed before a crash."""
+        self.config, self.facts, self.ledger = config, facts, ledger
+        self.out, self.run, self.enough, self.on_finished = out, run, enough, on_finished
+        self.strategy = STRATEGIES[config.search.strategy]()
+        self.document = config.as_json()
+        self.running: dict[str, Job] = {}
+        self.stopping = False
+        self.failure: str | None = None
+        self.tested = False
+        self._open = [t.number for t in ledger.trials(TrialState.RUNNING)]
+        for number in list(self._open):
+            if (record := committed(job_folder(out, "trial", number))) is not None:
+                self._tell(number, record)
+                self._open.remove(number)
+
+    def stop(self) -> None:
+        """Start nothing more; running jobs save their state and stay open in the ledger."""
+        self.stopping = True
+
+    @property
+    def stage(self) -> str:
+        """What goes on, in words."""
+        kinds = {job.kind for job in self.running.values()}
+        for kind, name in (
+            ("float", "float model"),
+            ("baseline", "baselines"),
+            ("test", "test split"),
+        ):
+            if kind in kinds and "trial" not in kinds:
+                return name
+        return "trials"
+
+    def has_work(self) -> bool:
+        """Whether there is anything to run, without taking it."""
+        if self.stopping or self.failure:
+            return False
+        baselines = [("baseline", bits) for bits in self.config.search.baselines]
+        if any(self._state(kind, n) is None for kind, n in [("float", 0), *baselines]):
+            return True
+        if self._open or (self.open_trials() > 0 and not self.enough()):
+            return True
+        return not self.tested and self._test_job() is not None
+
+    def next_job(self) -> Job | Verdict:
+        """The next job, or what to do without one."""
+        if self.stopping or self.failure:
+            return Verdict.DONE
+        if self._state("float", 0) is None:
+            return self._start(self._job("float", 0)) if not self.running else Verdict.WAIT
+        for bits in self.config.search.baselines:
+            job = self._job("baseline", bits)
+            if self._state("baseline", bits) is None and job.name not in self.running:
+                return self._start(job)
+        if (job_or_none := self._next_trial()) is not None:
+            return self._start(job_or_none)
+        if self.running:
+            return Verdict.WAIT
+        test = self._test_job()
+        if test is None or self.tested:
+            return Verdict.DONE
+        self.tested = True
+        return self._start(test)
+
+    def finished(self, job: Job, lost: str | None = None) -> None:
+        """Take a job's record into the ledger.
+
+        Args:
+            job: it runs no more.
+            lost: why it ended without a record, unless it was asked to stop.
+        """
+        self.running.pop(job.name, None)
+        record = committed(job.folder)
+        if record is None and lost is not None:
+            record = {"state": jobs.FAIL, "reason": lost}
+        if record is None:
+            if job.kind == "trial" and job.number not in self._open:
+                self._open.append(job.number)
+        elif job.kind == "trial":
+            self._tell(job.number, record)
+        elif record["state"] == jobs.FAIL and job.kind == "float":
+            self.failure = f"the float model failed: {record['reason']}"
+        self.on_finished(job)
+
+    def open_trials(self) -> int:
+        """Trials that still have to run, as far as the configuration and the queue say."""
+        trials = self.ledger.trials()
+        waiting = sum(t.state is TrialState.WAITING for t in trials)
+        asked = len(trials) - waiting
+        running = sum(t.state is TrialState.RUNNING for t in trials)
+        return running + max(waiting, self.config.search.trials - asked)
+
+    def _start(self, job: Job) -> Job:
+        self.running[job.name] = job
+        return job
+
+    def _state(self, kind: str, number: int) -> str | None:
+        record = committed(job_folder(self.out, kind, number))
+        return None if record is None else str(record["state"])
+
+    def _job(self, kind: str, number: int, **more: Any) -> Job:
+        salt = {"float": 2, "baseline": 3, "trial": 4, "test": 5}[kind]
+        return Job(
+            kind=kind,
+            number=number,
+            out=str(self.out),
+            config=self.document,
+            run=self.run,
+            seed=seed_for(self.config.seed, number, salt),
+            **more,
+        )
+
+    def _next_budget(self) -> int:
+        assigned = [
+            int(t.params[BUDGET])
+            for t in self.ledger.trials()
+            if BUDGET in t.params and t.state is not TrialState.FAIL
+        ]
+        return self.strategy.next_budget(assigned, len(self.facts.budgets))
+
+    def _next_trial(self) -> Job | None:
+        while True:
+            asked = self._next_asked()
+            if asked is None:
+                return None
+            try:
+                return self._trial_job(asked)
+            except UserError as error:  # somebody enqueued parameters that cannot be used
+                self.ledger.fail(asked.number, str(error), {})
+
+    def _next_asked(self) -> Asked | None:
+        budgets = len(self.facts.budgets)
+        if self._open:
+            return self.ledger.resume(self._open.pop(0), self._next_budget(), budgets)
+        if self.enough():
+            return None
+        trials = self.ledger.trials()
+        waiting = sum(t.state is TrialState.WAITING for t in trials)
+        if not waiting and len(trials) >= self.config.search.trials:
+            return None
+        return self.ledger.ask(self._next_budget(), budgets)
+
+    def _trial_job(self, asked: Asked) -> Job:
+        if not 0 <= asked.budget < len(self.facts.budgets):
+            last = len(self.facts.budgets) - 1
+            raise UserError(f"budget: index {asked.budget} is not one of 0..{last}")
+        self.config.train.with_hyperparameters(asked.params)
+        budget = self.facts.budgets[asked.budget]
+        job = self._job(
+            "trial", asked.number, params=dict(asked.params), budget=dict(budget.targets)
+        )
+        self.ledger.note(
+            asked.number,
+            {
+                "budget": budget.label,
+                **{f"budget_{name}": target for name, target in budget.targets.items()},
+                "strategy": self.config.search.strategy,
+                "seed": job.seed,
+            },
+        )
+        return job
+
+    def _tell(self, number: int, record: Mapping[str, Any]) -> None:
+        """Attributes, constraint and state of a trial, from its record alone."""
+        own = ("samples", "seconds", "attempts", "seed", "threads", "ended")
+        attributes = {key: record[key] for key in own if key in record}
+        reason = record.get("reason")
+        metric = record.get("metrics", {}).get(self.facts.metric)
+        if record["state"] == jobs.COMPLETE and metric is None:
+            reason = f"evaluate() returned no '{self.facts.metric}'"
+        elif record["state"] == jobs.COMPLETE and metric != metric:
+            reason = f"the validation {self.facts.metric} is NaN"
+        if reason is not None:
+            self.ledger.fail(number, reason, attributes)
+            return
+        cost, budget = record["cost"], record["budget"]
+        attributes |= {f"cost_{name}": value for name, value in cost.items()}
+        attributes |= {f"validation_{k}": v for k, v in record["metrics"].items() if v == v}
+        slack = max(cost[name] / target for name, target in budget.items()) - 1
+        values = (metric, cost[self.facts.front_cost])
+        self.ledger.complete(number, values, attributes, slack)
+
+    def front(self) -> set[int]:
+        """Numbers of the trials on the front."""
+        complete = self.ledger.trials(TrialState.COMPLETE)
+        points = {t.number: (t.values[0], t.values[1]) for t in complete}
+        return non_dominated(points, self.facts.mode)
+
+    def _test_job(self) -> Job | None:
+        """A job for everything that is shown and has no test figure yet."""
+        wanted = [self._job("float", 0)]
+        wanted += [
+            self._job("baseline", bits)
+            for bits in self.config.search.baselines
+            if self._state("baseline", bits) == jobs.COMPLETE
+        ]
+        for number in sorted(self.front()):
+            record = committed(job_folder(self.out, "trial", number))
+            if record is not None:
+                wanted.append(
+                    self._job("trial", number, params=record["params"], budget=record["budget"])
+                )
+        missing = [job for job in wanted if read_sealed(job.folder / TEST_FILE) is None]
+        if not missing:
+            return None
+        return self._job("test", 0, jobs=tuple(job.as_json() for job in missing))

@@ -1,0 +1,101 @@
+"""Checks of an installation, and of what a sweep file needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nipq_search.errors import UserError
+from nipq_search.search.config import SweepConfig
+
+PACKAGES = ("torch", "ray", "optuna", "mlflow", "pandas", "pyarrow", "plotly", "pydantic")
+
+
+def doctor(config: SweepConfig | None = None) -> list[dict[str, Any]]:
+    """Run every check; none of them raises.
+
+    Args:
+        config: a sweep whose data, model and storage are checked too.
+
+    Returns:
+        `{"check", "ok", "detail", "fix"}` for each; `fix` is null where nothing is wrong.
+    """
+    checks: list[tuple[str, Callable[[], str]]] = [
+        *((package, lambda p=package: importlib.metadata.version(p)) for package in PACKAGES),
+        ("machine", _machine),
+        ("disk", _disk),
+        ("study storage", _storage),
+        ("tracking", _tracking),
+    ]
+    if config is not None:
+        checks += [
+            ("task and data", lambda: _task(config)),
+            ("budgets", lambda: _budgets(config)),
+        ]
+    return [_run(name, check) for name, check in checks]
+
+
+def _run(name: str, check: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return {"check": name, "ok": True, "detail": check(), "fix": None}
+    except importlib.metadata.PackageNotFoundError:
+        fix = "python -m pip install 'nipq-search[all]'"
+        return {"check": name, "ok": False, "detail": "not installed", "fix": fix}
+    except UserError as error:
+        return {"check": name, "ok": False, "detail": "refused", "fix": str(error)}
+    except Exception as error:
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return {"check": name, "ok": False, "detail": detail, "fix": "see the message"}
+
+
+def _machine() -> str:
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"{os.cpu_count()} CPU cores, {gpus} GPUs, torch {torch.__version__}"
+
+
+def _disk() -> str:
+    with tempfile.NamedTemporaryFile(dir=Path.cwd()) as file:
+        file.write(b"x" * 1024)
+        file.flush()
+    free = shutil.disk_usage(Path.cwd()).free
+    if free < 1 << 30:
+        raise UserError(f"only {free >> 20} MB free here; make room or use --out elsewhere")
+    return f"{free >> 30} GB free in {Path.cwd()}"
+
+
+def _storage() -> str:
+    from nipq_search.search.ledger import open_storage, storage_url
+
+    if storage_url() is None:
+        return "a file in the sweep's folder (set NIPQ_STORAGE_URL for a server)"
+    open_storage(Path.cwd())
+    return "the server at NIPQ_STORAGE_URL answers"
+
+
+def _tracking() -> str:
+    from nipq_search.tracking.server import ping
+
+    return ping()
+
+
+def _task(config: SweepConfig) -> str:
+    from nipq_search.search.run import load_task
+    from nipq_search.tasks.base import dataset
+
+    data = dataset(load_task(config))
+    return f"{data['name']}: {data['splits']}"
+
+
+def _budgets(config: SweepConfig) -> str:
+    from nipq_search.search.facts import gather
+    from nipq_search.search.run import load_task
+
+    facts = gather(config, load_task(config))
+    return f"{len(facts.budgets)} budgets, all reachable"

@@ -1,0 +1,209 @@
+"""What the driver does beside deciding: progress, limits, hung trials, projections."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+from nipq_search import storage
+from nipq_search.records import TrialRecord
+from nipq_search.search import jobs, view
+from nipq_search.search.config import SweepConfig
+from nipq_search.search.coordinator import Coordinator
+from nipq_search.search.facts import Facts
+from nipq_search.search.jobs import Job
+from nipq_search.search.lease import STOP_FILE, stop_requested
+from nipq_search.search.progress import Progress, ProgressSink
+from nipq_search.search.sweep import FRONT_FILE, RESULTS_FILE, Sweep
+from nipq_search.tracking import MlflowRecorder
+from nipq_search.tracking.tables import results_table, write_table
+
+_log = logging.getLogger("nipq_search")
+_GRACE_SECONDS = 15
+_CHECK_SECONDS = 5
+
+
+class Driver:
+    """Watches a running sweep and keeps its projections up to date.
+
+    Args:
+        out: the sweep's folder.
+        config: the sweep.
+        facts: graph and budgets.
+        progress: shows how far it is.
+        stop: set by a signal.
+    """
+
+    def __init__(
+        self,
+        *,
+        out: Path,
+        config: SweepConfig,
+        facts: Facts,
+        progress: ProgressSink,
+        stop: threading.Event,
+    ) -> None:
+        """Start the clock of the hours limit."""
+        self.out, self.config, self.facts = out, config, facts
+        self.progress, self.stop = progress, stop
+        self.sweep = Sweep.open(out)
+        self.recorder = MlflowRecorder(out, config.name)
+        self.started = time.monotonic()
+        self.limit = ""
+        self.interrupted = False
+        self.checked = 0.0
+        self.samples = 0
+        self.finished_here: list[float] = []
+        self.records: list[TrialRecord] = []
+
+    def begin(self, coordinator: Coordinator) -> None:
+        """Open the tracking run and bring every projection up to date."""
+        self.coordinator = coordinator
+        dataset = self.sweep.facts.get("dataset", {})
+        tags = {"strategy": self.config.search.strategy, "task": self.config.task}
+        self.recorder.begin(self.config.as_json(), tags, dataset)
+        self._refresh()
+        for record in self.records:
+            if record.state in view.STATES[:3]:
+                self._record(record)
+
+    def enough(self) -> bool:
+        """Whether a limit forbids new trials."""
+        limits = self.config.limits
+        if limits.samples is not None and self.samples >= limits.samples:
+            self.limit = f"limits.samples ({limits.samples})"
+        if limits.hours is not None and time.monotonic() - self.started > 3600 * limits.hours:
+            self.limit = f"limits.hours ({limits.hours:g})"
+        return bool(self.limit)
+
+    def tick(self) -> None:
+        """Once a second: stop requests, limits, hung trials, the progress line."""
+        asked = self.stop.is_set() or stop_requested(self.out)
+        if asked and not self.interrupted:
+            self.interrupted = True
+            self._ask_workers_to_stop()
+        if time.monotonic() - self.checked > _CHECK_SECONDS:
+            self.checked = time.monotonic()
+            self.samples = view.total_samples(self.out)
+            hours = self.config.limits.hours
+            if self.enough() and hours is not None and "hours" in self.limit:
+                self._ask_workers_to_stop()
+            self._kill_hung()
+            self._record_running()
+        self.progress.update(self._progress())
+
+    def _ask_workers_to_stop(self) -> None:
+        self.coordinator.stop()
+        if not stop_requested(self.out):
+            storage.write_bytes(self.out / STOP_FILE, b"stop\n")
+
+    def _kill_hung(self) -> None:
+        """End attempts that outlasted their minutes and did not end themselves (stopped, say)."""
+        minutes = self.config.limits.trial_minutes
+        if minutes is None:
+            return
+        for job in list(self.coordinator.running.values()):
+            if job.kind not in ("trial", "baseline"):
+                continue
+            attempt = jobs.live_attempt(job.folder, job.run)
+            if attempt is None or time.time() - attempt["time"] < 60 * minutes + _GRACE_SECONDS:
+                continue
+            if attempt["host"] == socket.gethostname():
+                marker = Path(attempt["folder"]) / jobs.HANG
+                storage.write_bytes(marker, b"killed by the driver: no sign of an end in time\n")
+                try:
+                    os.kill(attempt["pid"], signal.SIGKILL)
+                except ProcessLookupError:
+                    _log.warning("%s: its process is gone", job.name)
+
+    def _refresh(self) -> None:
+        """Read the ledger again and write the results table."""
+        self.records = self.sweep.trials()
+        write_table(self.out / RESULTS_FILE, results_table(self.records))
+
+    def _record(self, record: TrialRecord) -> None:
+        layers = self.sweep.layers(record.trial) if record.state == "COMPLETE" else None
+        self.recorder.record(record, self.sweep.curve(record.trial), layers)
+
+    def _record_running(self) -> None:
+        numbers = {j.number for j in self.coordinator.running.values() if j.kind == "trial"}
+        if numbers - {record.trial for record in self.records}:
+            self._refresh()
+        for record in self.records:
+            if record.trial in numbers and record.state == "RUNNING":
+                self._record(record)
+
+    def job_finished(self, job: Job) -> None:
+        """A job's result is in the ledger: show it everywhere."""
+        done = jobs.committed(job.folder) if job.kind != "test" else {"state": jobs.COMPLETE}
+        state = str(done["state"]) if done else "stopped"
+        text = f"{job.name} {state}"
+        if done and done.get("metrics"):
+            metric, cost = self.facts.metric, self.facts.front_cost
+            text += f": {metric} {done['metrics'].get(metric, float('nan')):.4f}"
+            if cost in done.get("cost", {}):
+                text += f", {cost} {done['cost'][cost]:,.6g}"
+        elif done and done.get("reason"):
+            text += f": {done['reason']}"
+        self.progress.message(text)
+        if done and job.kind == "trial":
+            self.finished_here.append(time.monotonic())
+            self._refresh()
+            self._record(self.records[job.number])
+            self.recorder.update_front(self.coordinator.front())
+
+    def _progress(self) -> Progress:
+        best: dict[str, tuple[float, float]] = {}
+        sign = 1 if self.facts.mode == "max" else -1
+        for r in self.records:
+            if r.state == "COMPLETE" and r.validation is not None:
+                point = (r.validation, r.cost[self.facts.front_cost])
+                known = best.get(r.budget_label)
+                if known is None or sign * point[0] > sign * known[0]:
+                    best[r.budget_label] = point
+        finished = [r for r in self.records if r.state in ("COMPLETE", "PRUNED", "FAIL")]
+        total = max(self.config.search.trials, len(self.records))
+        left = None
+        if self.finished_here:
+            pace = (self.finished_here[-1] - self.started) / len(self.finished_here)
+            left = max(0, total - len(finished)) * pace
+        return Progress(
+            done=len(finished),
+            running=len(self.coordinator.running),
+            failed=sum(r.state == "FAIL" for r in self.records),
+            total=total,
+            stage=self.coordinator.stage,
+            best=best,
+            seconds_left=left,
+            metric=self.facts.metric,
+            front_cost=self.facts.front_cost,
+        )
+
+    def finish(self, status: str) -> None:
+        """Write every projection once more and close the tracking run. Never raises."""
+        try:
+            self._refresh()
+            self.sweep.write_tables()
+            document = self.sweep.front_document()
+            storage.write_json(self.out / FRONT_FILE, document)
+            self.sweep.write_report()
+            front = self.out / "front.parquet"
+            write_table(front, results_table([r for r in self.records if r.on_front]))
+            for record in self.records:
+                if record.state in view.STATES[:3]:
+                    self._record(record)
+            self.recorder.update_front(self.coordinator.front())
+            figures = {
+                name: document[name]
+                for name in ("hypervolume", "test_hypervolume", "total_samples")
+                if document[name] is not None
+            }
+            files = [front, self.out / FRONT_FILE, self.out / "report.html"]
+            self.recorder.finish(status, files, figures)
+        except Exception:
+            _log.exception("the results are safe, but a table or report could not be written")

@@ -1,0 +1,184 @@
+"""How jobs get onto machines: the protocol, and its implementation on Ray Tune.
+
+Tune starts and restarts processes, nothing more: what runs next, what a result means and what is
+resumed is the coordinator's business, so Tune's own experiment state is scratch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from nipq_search.errors import UserError
+from nipq_search.search.config import ResourcesSection
+from nipq_search.search.coordinator import Coordinator, Verdict
+from nipq_search.search.jobs import Job
+from nipq_search.tasks import Task
+
+_RETRIES_AT_START = 3
+"""Restarts that Tune grants on top of the trial's own: for processes that die before they can
+leave a trace."""
+
+
+class Executor(Protocol):
+    """Runs a coordinator's jobs until it has no more."""
+
+    def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
+        """Start every job that the coordinator hands out and tell it how each one ended.
+
+        Args:
+            coordinator: asked for the next job whenever there is room.
+            task: the sweep's task, its data loaded; reaches each node once.
+            tick: called about every second and after every report, in this thread.
+        """
+        ...
+
+
+def quiet_environment() -> None:
+    """Settings that Ray reads from the environment: no telemetry, no console noise."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+        "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+        "TUNE_RESULT_BUFFER_LENGTH": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[None]:
+    """Connect to a cluster, or start one on this machine and end it afterwards.
+
+    Raises:
+        UserError: no cluster at the address, or no node that holds one trial.
+    """
+    quiet_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "ignore_reinit_error": True,
+    }
+    if address is None:
+        cpus = os.cpu_count() or 1
+        if resources.cpus > cpus:
+            raise UserError(f"resources.cpus: {resources.cpus} asked, this machine has {cpus}")
+        # An address in the environment would silently lead to somebody's cluster.
+        options |= {"include_dashboard": False, "address": "local"}
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({reason}); start one with "
+            "`ray start --head`, or leave --address out"
+        ) from error
+    try:
+        _check_nodes(resources)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_nodes(resources: ResourcesSection) -> None:
+    """Raise `UserError` unless some node holds one trial."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for kind, key, wanted in (("CPU", "cpus", resources.cpus), ("GPU", "gpus", resources.gpus)):
+        most = max((node.get(kind, 0) for node in nodes), default=0)
+        if wanted > most:
+            raise UserError(
+                f"resources.{key}: {wanted:g} asked for one trial, the largest node has {most:g}"
+            )
+
+
+def slots(resources: ResourcesSection) -> int:
+    """Trials that fit at once, or fewer where the configuration says so."""
+    import ray
+
+    total = ray.cluster_resources()
+    fits = int(total.get("CPU", 1) // resources.cpus)
+    if resources.gpus:
+        fits = min(fits, int(total.get("GPU", 0) / resources.gpus))
+    fits = max(1, fits)
+    return fits if resources.concurrent is None else min(fits, resources.concurrent)
+
+
+def _trainable(config: dict[str, Any], task: Any = None) -> None:
+    """What Tune runs in a worker: one job, to its committed record."""
+    from ray import tune
+
+    from nipq_search.search.worker import execute
+
+    state = execute(Job(**config["job"]), task, tune.report)
+    tune.report({"state": state})
+
+
+class TuneExecutor:
+    """Runs jobs as Ray Tune trials.
+
+    Args:
+        resources: what each job gets.
+        max_failures: restarts of a job whose process dies.
+    """
+
+    def __init__(self, resources: ResourcesSection, max_failures: int) -> None:
+        """Remember what jobs need; nothing is started yet."""
+        self.resources, self.max_failures = resources, max_failures
+
+    def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
+        """See `Executor`."""
+        from ray import tune
+        from ray.tune import FailureConfig, RunConfig, TuneConfig
+
+        from nipq_search.search.tune_glue import JobSearcher, Ticker
+
+        trainable = tune.with_resources(
+            tune.with_parameters(_trainable, task=task),
+            {"cpu": self.resources.cpus, "gpu": self.resources.gpus},
+        )
+        scratch = Path(tempfile.mkdtemp(prefix="nipq-tune-"))
+        try:
+            tuner = tune.Tuner(
+                trainable,
+                tune_config=TuneConfig(
+                    search_alg=JobSearcher(coordinator),
+                    num_samples=-1,
+                    max_concurrent_trials=slots(self.resources),
+                    reuse_actors=True,
+                ),
+                run_config=RunConfig(
+                    name="jobs",
+                    storage_path=str(scratch),
+                    failure_config=FailureConfig(
+                        max_failures=self.max_failures + _RETRIES_AT_START
+                    ),
+                    callbacks=[Ticker(tick)],
+                    verbose=0,
+                ),
+            )
+            if coordinator.has_work():
+                tuner.fit()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+__all__ = ["Executor", "TuneExecutor", "Verdict", "ray_cluster", "slots"]

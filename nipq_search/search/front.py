@@ -1,0 +1,73 @@
+"""The Pareto front and its hypervolume, as pure functions of points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+
+def non_dominated(points: Mapping[int, tuple[float, float]], mode: str) -> set[int]:
+    """Keys of the points that no other one is at least as good and as cheap as.
+
+    Args:
+        points: (metric, cost) by key. Of equal points all stay, as in `optuna best-trials`.
+        mode: `max` or `min`, of the metric.
+    """
+    sign = 1.0 if mode == "max" else -1.0
+
+    def dominated(key: int) -> bool:
+        metric, cost = points[key]
+        return any(
+            sign * other >= sign * metric
+            and price <= cost
+            and (sign * other > sign * metric or price < cost)
+            for name, (other, price) in points.items()
+            if name != key
+        )
+
+    return {key for key in points if not dominated(key)}
+
+
+def hypervolume(
+    points: Sequence[tuple[float, float]],
+    *,
+    axis: tuple[float, float],
+    reference: float,
+    best: float,
+    mode: str,
+) -> float | None:
+    """Area under the front in (log2 cost, metric), as a share of a rectangle.
+
+    The rectangle reaches from the least reachable cost to the uniform 8-bit model's, and from the
+    reference metric to the float model's: 1.0 is float accuracy at the least cost. A metric above
+    the float model's counts in full, so the share can exceed 1.
+
+    Args:
+        points: (metric, cost); at each cost the metric of the dearest point within it counts.
+        axis: least reachable cost and the uniform 8-bit model's.
+        reference: metric below which nothing counts.
+        best: the float model's metric.
+        mode: `max` or `min`.
+
+    Returns:
+        The share; None where the rectangle is empty.
+    """
+    sign = 1.0 if mode == "max" else -1.0
+    low, high = (math.log2(max(end, 1e-300)) for end in axis)
+    height = sign * (best - reference)
+    if high <= low or height <= 0:
+        return None
+    area = 0.0
+    ordered = sorted(points, key=lambda point: point[1])
+    for index, (metric, cost) in enumerate(ordered):
+        start = min(max(math.log2(max(cost, 1e-300)), low), high)
+        end = high
+        if index + 1 < len(ordered):
+            end = min(max(math.log2(max(ordered[index + 1][1], 1e-300)), low), high)
+        area += max(0.0, sign * (metric - reference)) * (end - start)
+    return area / ((high - low) * height)
+
+
+def default_reference(best: float, mode: str) -> float:
+    """Reference metric where the sweep names none: 0.8 of the float model's (1.25 if minimized)."""
+    return 0.8 * best if mode == "max" else 1.25 * best

@@ -1,0 +1,205 @@
+"""A job is one training: the float model's, a baseline's or a trial's. Workers run it.
+
+A job owns a folder. Each start is an attempt with a folder of its own below it; what it did is
+final once `result.json` is there, whole. Nothing is reported before that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nipq_search import storage
+from nipq_search.records import CurvePoint
+
+COMPLETE, FAIL = "COMPLETE", "FAIL"
+RESULT, STARTED, STOPPED, PROGRESS, CURVE, LOG, TRACEBACK, HANG = (
+    "result.json",
+    "started.json",
+    "stopped.json",
+    "progress.json",
+    "curve.jsonl",
+    "log.txt",
+    "traceback.txt",
+    "hang.txt",
+)
+HANGS_ALLOWED = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is asked to do; plain types only, for it travels.
+
+    Attributes:
+        kind: `float`, `baseline`, `trial` or `test`.
+        number: trial number, bits of a baseline, else 0.
+        out: the sweep's folder, absolute.
+        config: the resolved sweep configuration.
+        run: token of the driver's run.
+        seed: of everything random in the training.
+        params: hyperparameters of a trial.
+        budget: absolute targets of a trial.
+        jobs: folders whose models a `test` job evaluates.
+    """
+
+    kind: str
+    number: int
+    out: str
+    config: Mapping[str, Any]
+    run: str
+    seed: int
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    jobs: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The job's own folder."""
+        return job_folder(Path(self.out), self.kind, self.number)
+
+    @property
+    def name(self) -> str:
+        """A readable name."""
+        if self.kind == "trial":
+            return f"trial-{self.number:03d}"
+        return f"lsq-{self.number}" if self.kind == "baseline" else self.kind
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain types."""
+        return dataclasses.asdict(self)
+
+
+def job_folder(out: Path, kind: str, number: int) -> Path:
+    """Folder of a job below the sweep's folder."""
+    if kind == "trial":
+        return out / "trials" / str(number)
+    if kind == "baseline":
+        return out / "baselines" / f"lsq-{number}"
+    return out / kind
+
+
+def attempts(folder: Path) -> list[Path]:
+    """Attempt folders of a job, first to last."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if p.name.startswith("attempt-")]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("attempt-")))
+
+
+def committed(folder: Path) -> dict[str, Any] | None:
+    """The result record of a job, if one of its attempts committed it whole."""
+    for attempt in reversed(attempts(folder)):
+        if (record := storage.read_sealed(attempt / RESULT)) is not None:
+            return record
+    return None
+
+
+def open_attempt(job: Job) -> Path:
+    """Make the next attempt's folder; the name can be taken only once."""
+    number = len(attempts(job.folder)) + 1
+    while True:
+        folder = job.folder / f"attempt-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            continue
+        storage.write_json(
+            folder / STARTED,
+            {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "run": job.run,
+                "time": time.time(),
+            },
+        )
+        return folder
+
+
+def hangs(folder: Path) -> int:
+    """Attempts of a job that were killed because they took too long."""
+    return sum(1 for attempt in attempts(folder) if _hung(attempt))
+
+
+def _hung(attempt: Path) -> bool:
+    marker = attempt / HANG
+    return marker.exists() and marker.stat().st_size > 0
+
+
+def crashes(folder: Path, run: str) -> int:
+    """Attempts of this driver's run whose process died, hangs and stops apart.
+
+    Attempts of earlier runs died with their driver, which is not the trial's fault.
+    """
+    count = 0
+    for attempt in attempts(folder):
+        started = storage.read_json(attempt / STARTED) or {}
+        ended = (attempt / RESULT).exists() or (attempt / STOPPED).exists() or _hung(attempt)
+        count += started.get("run") == run and not ended
+    return count
+
+
+def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
+    """`started.json` of the attempt that runs now as far as files tell, with its folder."""
+    for attempt in reversed(attempts(folder)):
+        ended = any((attempt / name).exists() for name in (RESULT, STOPPED))
+        started = storage.read_json(attempt / STARTED)
+        if started is None or ended or _hung(attempt) or started.get("run") != run:
+            return None
+        return {**started, "folder": str(attempt)}
+    return None
+
+
+def commit(attempt: Path, record: dict[str, Any]) -> None:
+    """Write the result record: from here on the job is done."""
+    storage.write_sealed(attempt / RESULT, record)
+
+
+def samples_processed(folder: Path) -> int:
+    """Training samples that all attempts of a job processed, repeated ones included."""
+    return sum(
+        int((storage.read_json(attempt / PROGRESS) or {}).get("samples", 0))
+        for attempt in attempts(folder)
+    )
+
+
+def seconds_spent(folder: Path) -> float:
+    """Wall time of all attempts of a job, up to their last sign of life."""
+    total = 0.0
+    for attempt in attempts(folder):
+        started = storage.read_json(attempt / STARTED) or {}
+        progress = storage.read_json(attempt / PROGRESS) or {}
+        if "time" in started and "time" in progress:
+            total += max(0.0, progress["time"] - started["time"])
+    return total
+
+
+def first_start(folder: Path) -> float | None:
+    """Unix time of a job's first attempt."""
+    times = [(storage.read_json(a / STARTED) or {}).get("time") for a in attempts(folder)]
+    return min((t for t in times if t is not None), default=None)
+
+
+def curve(folder: Path) -> list[CurvePoint]:
+    """The learning curve over all attempts; an epoch that was run again counts once."""
+    import json
+
+    points: dict[int, CurvePoint] = {}
+    for attempt in attempts(folder):
+        try:
+            lines = (attempt / CURVE).read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            try:
+                point = CurvePoint(**json.loads(line))
+            except (ValueError, TypeError):
+                continue  # a line torn by a kill
+            points.setdefault(point.epoch, point)
+    return [points[epoch] for epoch in sorted(points)]

@@ -1,0 +1,103 @@
+"""One driver at a time: the lock on a sweep's folder, and the request to stop.
+
+The lock is the operating system's (`flock`): it goes with the process, so nothing has to be
+cleaned up after a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nipq_search import storage
+from nipq_search.errors import UserError
+
+LOCK_FILE = "driver.lock"
+STOP_FILE = "stop.request"
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def live_driver(folder: Path) -> dict[str, Any] | None:
+    """`{"host": ..., "pid": ...}` of the driver that runs this sweep now, or None."""
+    path = folder / LOCK_FILE
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        if _try_lock(descriptor):
+            return None
+        return _owner(path)
+    finally:
+        os.close(descriptor)
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """Who holds the lock; a driver that has just taken it may not have signed yet."""
+    for _ in range(20):
+        if isinstance(owner := storage.read_json(path), dict):
+            return owner
+        time.sleep(0.05)
+    return {"host": "unknown", "pid": 0}
+
+
+@contextlib.contextmanager
+def driver_lease(folder: Path) -> Iterator[str]:
+    """Hold the sweep for this process; yields a token that is new for every run.
+
+    Raises:
+        UserError: another driver holds it; names host and pid.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _try_lock(descriptor):
+            owner = _owner(path)
+            raise UserError(
+                f"{folder}: a driver is running this sweep on host {owner['host']}, pid "
+                f"{owner['pid']}; wait for it, or end it with `nipq-search stop {folder}`"
+            )
+        token = uuid.uuid4().hex
+        # Written in place: replacing the file would leave the lock on the old one.
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": token}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        (folder / STOP_FILE).unlink(missing_ok=True)
+        yield token
+        (folder / STOP_FILE).unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def request_stop(folder: Path) -> str | None:
+    """Ask the live driver to stop gracefully; it sees the request within a second.
+
+    Returns:
+        Its host and pid, or None where no driver is live.
+    """
+    owner = live_driver(folder)
+    if owner is None:
+        return None
+    storage.write_bytes(folder / STOP_FILE, b"stop\n")
+    return f"host {owner['host']}, pid {owner['pid']}"
+
+
+def stop_requested(folder: Path) -> bool:
+    """Whether somebody asked this sweep to stop; workers on every node see the same file."""
+    return (folder / STOP_FILE).exists()

@@ -1,0 +1,266 @@
+"""The ledger: the Optuna study, which holds every decision of a sweep.
+
+Only the driver writes here. A trial's life: `ask` (RUNNING), a worker's result record, attributes
+and constraint, `tell` (COMPLETE or FAIL). A crash between any two of them is mended by doing the
+rest again: finished trials are never told twice, and running ones keep their number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import PartialFixedSampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from nipq_search.errors import UserError
+from nipq_search.search.sampler import SAMPLERS
+from nipq_search.train.loop import seed_for
+
+BUDGET = "budget"
+"""Name of the parameter that says which budget, by its index, a trial was given."""
+
+CONSTRAINT = "budget"
+JOURNAL, DATABASE = "study.log", "study.db"
+
+
+def storage_url() -> str | None:
+    """The study's URL from the environment, or None for a file in the sweep's folder.
+
+    Raises:
+        UserError: `NIPQ_STORAGE_URL_FILE` cannot be read.
+    """
+    if url := os.environ.get("NIPQ_STORAGE_URL"):
+        return url
+    if file := os.environ.get("NIPQ_STORAGE_URL_FILE"):
+        try:
+            return Path(file).read_text().strip()
+        except OSError as error:
+            raise UserError(f"NIPQ_STORAGE_URL_FILE: {file}: {error.strerror}") from error
+    return None
+
+
+def mend_journal(path: Path) -> None:
+    """Cut a last line that a crash tore, which would make every later record unreadable.
+
+    Call it only while holding the sweep's lease.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return
+    with path.open("r+b") as file:
+        end = size
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            position = file.read(end - start).rfind(b"\n")
+            if position >= 0:
+                end = start + position + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
+def open_storage(folder: Path) -> BaseStorage:
+    """The study's storage.
+
+    Raises:
+        UserError: the URL does not answer; the message holds no password.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        url = storage_url()
+        try:
+            if url is not None:
+                return RDBStorage(url)
+            if (folder / DATABASE).exists():
+                return RDBStorage(f"sqlite:///{(folder / DATABASE).resolve()}")
+        except Exception as error:
+            kind = type(error).__name__
+            raise UserError(
+                f"NIPQ_STORAGE_URL: the study's storage does not answer ({kind}); check scheme, "
+                "host, user, password and that the server runs"
+            ) from error
+        return JournalStorage(JournalFileBackend(str((folder / JOURNAL).resolve())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A trial that was proposed: its number, its budget's index and its hyperparameters."""
+
+    number: int
+    budget: int
+    params: Mapping[str, Any]
+
+
+def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution) -> Any:
+    """A parameter of a trial from its distribution, by Optuna's public calls."""
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return trial.suggest_int(name, distribution.low, distribution.high)
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+
+
+class Ledger:
+    """A sweep's study. See the module for the life of a trial.
+
+    Args:
+        study: the Optuna study.
+        space: distribution of each hyperparameter.
+        sampler: name of the sampler.
+        seed: the sweep's seed.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        *,
+        space: Mapping[str, BaseDistribution],
+        sampler: str,
+        seed: int,
+    ) -> None:
+        """Wrap a study."""
+        self.study, self.space, self.sampler, self.seed = study, space, sampler, seed
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        name: str,
+        mode: str,
+        *,
+        space: Mapping[str, BaseDistribution],
+        sampler: str,
+        seed: int,
+    ) -> Ledger:
+        """Create the study or load it.
+
+        Args:
+            folder: the sweep's folder.
+            name: the study's name.
+            mode: `max` or `min`, of the metric; the cost is minimized.
+            space: distribution of each hyperparameter.
+            sampler: name of the sampler.
+            seed: the sweep's seed.
+        """
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        if storage_url() is None:
+            mend_journal(folder / JOURNAL)
+        study = optuna.create_study(
+            storage=open_storage(folder),
+            study_name=name,
+            directions=["maximize" if mode == "max" else "minimize", "minimize"],
+            load_if_exists=True,
+        )
+        return cls(study, space=space, sampler=sampler, seed=seed)
+
+    def remember(self, key: str, value: Any) -> None:
+        """Store a fact of the sweep as an attribute of the study, if it changed."""
+        text = json.dumps(value, sort_keys=True)
+        if self.study.user_attrs.get(key) != text:
+            self.study.set_user_attr(key, text)
+
+    def recall(self, key: str) -> Any:
+        """A fact stored by `remember`, or None."""
+        text = self.study.user_attrs.get(key)
+        return None if text is None else json.loads(text)
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Trials in these states (default: all), by number."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def name_metrics(self, metric: str, cost: str) -> None:
+        """Label the objectives for the `optuna` command and the dashboard."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            if self.study.metric_names != [metric, cost]:
+                self.study.set_metric_names([metric, cost])
+
+    def ask(self, budget: int, budgets: int) -> Asked:
+        """Take the next waiting trial, or propose one for the given budget."""
+        # Seeded by the trial's number, so a resumed search neither repeats itself nor depends on
+        # where it was cut.
+        number = len(self.trials())
+        self._use_sampler(budget, number)
+        trial = self.study.ask()
+        return self._suggest(trial, budgets)
+
+    def resume(self, number: int, budget: int, budgets: int) -> Asked:
+        """A running trial again, with the parameters that it has; missing ones are proposed."""
+        frozen = self.trials()[number]
+        self._use_sampler(frozen.params.get(BUDGET, budget), number)
+        trial = optuna.trial.Trial(self.study, frozen._trial_id)
+        return self._suggest(trial, budgets)
+
+    def _use_sampler(self, budget: int, number: int) -> None:
+        base = SAMPLERS[self.sampler](seed_for(self.seed, number, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            self.study.sampler = PartialFixedSampler({BUDGET: budget}, base)
+
+    def _suggest(self, trial: optuna.trial.Trial, budgets: int) -> Asked:
+        wanted = {BUDGET: IntDistribution(0, max(budgets - 1, 1)), **self.space}
+        params = dict(trial.params)
+        for name, distribution in wanted.items():
+            if name not in params:
+                params[name] = suggest(trial, name, distribution)
+        # Somebody may have enqueued a trial with parameters that no sweep file names.
+        params = {name: params[name] for name in wanted}
+        return Asked(number=trial.number, budget=int(params.pop(BUDGET)), params=params)
+
+    def note(self, number: int, attributes: Mapping[str, Any]) -> None:
+        """Set user attributes of a trial that has not finished."""
+        frozen = self.trials()[number]
+        trial = optuna.trial.Trial(self.study, frozen._trial_id)
+        for key, value in attributes.items():
+            if frozen.user_attrs.get(key) != value:
+                trial.set_user_attr(key, value)
+
+    def complete(
+        self,
+        number: int,
+        values: Sequence[float],
+        attributes: Mapping[str, Any],
+        slack: float,
+    ) -> None:
+        """Attributes and constraint first, then `tell` COMPLETE; harmless when repeated.
+
+        Args:
+            number: the trial.
+            values: metric and front cost.
+            attributes: user attributes.
+            slack: largest cost / target - 1; at most 0 where the budget is kept.
+        """
+        frozen = self.trials()[number]
+        if frozen.state.is_finished():
+            return
+        self.note(number, {**attributes, "budget_slack": slack})
+        if CONSTRAINT not in frozen.constraints:
+            optuna.trial.Trial(self.study, frozen._trial_id).set_constraint(CONSTRAINT, slack)
+        self.study.tell(number, values=list(values), skip_if_finished=True)
+
+    def fail(self, number: int, reason: str, attributes: Mapping[str, Any]) -> None:
+        """Record why, then `tell` FAIL; harmless when repeated."""
+        if self.trials()[number].state.is_finished():
+            return
+        self.note(number, {**attributes, "reason": reason})
+        self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)

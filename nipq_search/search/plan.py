@@ -1,0 +1,97 @@
+"""What a sweep would search and spend, without training anything."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from nipq_search.cost import CONVENTION, COSTS, Budget, exact_cost, layer_rows, project
+from nipq_search.cost.base import uniform_bits
+from nipq_search.records import SCHEMA
+from nipq_search.search.budgets import REFERENCE_BITS
+from nipq_search.search.config import SweepConfig
+from nipq_search.search.facts import gather
+from nipq_search.search.run import load_task
+from nipq_search.tasks.base import dataset
+from nipq_search.train.loop import steps_in
+
+
+def plan(config: SweepConfig) -> dict[str, Any]:
+    """What `plan --json` prints.
+
+    Raises:
+        UserError: anything in the configuration that would stop a run.
+    """
+    task = load_task(config)
+    facts = gather(config, task)
+    graph = facts.graph
+    uniform = {n: int(b) for n, b in uniform_bits(graph, REFERENCE_BITS).items()}
+    layers = layer_rows(graph, uniform)
+    searched = {name for name, tensor in graph.tensors.items() if len(tensor.allowed) > 1}
+    for row, layer in zip(layers, graph.layers, strict=True):
+        row["searched"] = layer.weight in searched or layer.input in searched
+    flat = {name: 0.0 for name in uniform}
+    budgets = []
+    for budget in facts.budgets:
+        start = uniform_bits(graph, _width(facts.graph, Budget(**budget.targets)))
+        bits = project(graph, Budget(**budget.targets), start, flat)
+        reachable = {name: exact_cost(name, graph, bits) for name in budget.targets}
+        budgets.append(
+            {
+                "label": budget.label,
+                "targets": dict(budget.targets),
+                "reachable": reachable,
+                "reachable_share": max(reachable[n] / t for n, t in budget.targets.items()),
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "sweep": config.name,
+        "bops_convention": CONVENTION,
+        "layers": layers,
+        "reachable": {
+            name: {"least": facts.costs[name]["least"], "greatest": facts.costs[name]["greatest"]}
+            for name in COSTS
+        },
+        "budgets": budgets,
+        "trials": config.search.trials,
+        "samples": _samples(config, task),
+        "disk_bytes": _disk(config, facts.costs["weight_bytes"]["float"]),
+    }
+
+
+def _width(graph: Any, budget: Budget) -> float:
+    """The uniform bit-width that costs the budget."""
+    from nipq_search.cost.projection import usage
+
+    low, high = 1.0, 16.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (
+            (low, middle)
+            if usage(graph, uniform_bits(graph, middle), budget) > 1
+            else (middle, high)
+        )
+    return low
+
+
+def _samples(config: SweepConfig, task: Any) -> int:
+    """Training samples that the whole sweep would process if nothing fails."""
+    size = dataset(task)["splits"].get("train")
+    if size is None:
+        size = steps_in(task.loader("train", config.train.batch_size, 0)) * config.train.batch_size
+    train = config.train
+    batches = math.ceil(size / train.batch_size)
+    trained = train.epochs * size
+    extra = (min(train.calibration_batches, batches) + min(train.norm_batches, batches)) * (
+        train.batch_size
+    )
+    trainings = config.search.trials + len(config.search.baselines)
+    floats = 0 if config.float_model.checkpoint else config.float_model.epochs * size
+    return round(floats + trainings * (trained + extra))
+
+
+def _disk(config: SweepConfig, float_bytes: float) -> int:
+    """Bytes on disk at the end: one model per training, in float, and its records."""
+    trainings = 1 + config.search.trials + len(config.search.baselines)
+    return round(trainings * (1.1 * float_bytes + 50_000) + 10_000_000)

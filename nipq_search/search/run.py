@@ -1,0 +1,261 @@
+"""The driver of a sweep: check everything, then run to the end, a limit, or a request to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from optuna.trial import TrialState
+
+from nipq_search import storage
+from nipq_search.errors import UserError
+from nipq_search.search import view
+from nipq_search.search.config import SweepConfig, check_resume
+from nipq_search.search.coordinator import Coordinator
+from nipq_search.search.driver import Driver
+from nipq_search.search.executor import Executor, TuneExecutor, ray_cluster
+from nipq_search.search.facts import Facts, gather
+from nipq_search.search.lease import driver_lease
+from nipq_search.search.ledger import Ledger
+from nipq_search.search.progress import ProgressSink, Silent
+from nipq_search.search.space import distribution
+from nipq_search.search.sweep import FACTS_FILE, SWEEP_FILE, Sweep, is_sweep
+from nipq_search.tasks import Task, make_task
+from nipq_search.tasks.base import dataset, has_distillation, load_data
+
+_log = logging.getLogger("nipq_search")
+_HARMLESS = {"driver.lock", "stop.request"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        state: `finished`, `limit` (hours or samples used up) or `interrupted`.
+        message: what to tell a person, or empty.
+        complete: COMPLETE trials of the whole sweep.
+        failed: failed trials of the whole sweep.
+        pruned: pruned trials of the whole sweep.
+    """
+
+    state: str
+    message: str
+    complete: int
+    failed: int
+    pruned: int
+
+
+def check_folder(out: Path) -> None:
+    """Check that a folder can hold this sweep.
+
+    Raises:
+        UserError: it is a file, cannot be written, or holds something else.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".write-test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    found = {path.name for path in out.iterdir()} - _HARMLESS
+    known = {SWEEP_FILE, FACTS_FILE, "study.log", "study.db"}
+    if found and not is_sweep(out) and not found & known:
+        raise UserError(
+            f"--out {out}: not empty and not a sweep (it holds {min(found)!r}); give another folder"
+        )
+
+
+def load_task(config: SweepConfig) -> Task:
+    """The sweep's task with its data in memory.
+
+    Raises:
+        UserError: the task or its data cannot be loaded, or it lacks what the sweep asks for.
+    """
+    task = make_task(config.task, config.task_args)
+    load_data(task)
+    if config.train.distill and not has_distillation(task):
+        raise UserError(
+            f"train.distill: task {config.task} has no distill_loss; set train.distill to false"
+        )
+    file = config.float_model.checkpoint
+    if file is not None and not Path(file).is_file():
+        raise UserError(f"float.checkpoint: {file}: no such file")
+    return task
+
+
+def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Facts]:
+    """The ledger, checked against an earlier run's configuration, and the sweep's facts.
+
+    Raises:
+        UserError: the configuration differs, or a budget cannot be reached.
+    """
+    # Budgets are checked before the study exists, so that nothing is left of a bad start.
+    gather(config, task)
+    ledger = Ledger.open(
+        out,
+        config.name,
+        task.metric[1],
+        space={name: distribution(name, form) for name, form in config.search.space.items()},
+        sampler=config.search.sampler,
+        seed=config.seed,
+    )
+    before = ledger.recall("config")
+    if before is not None:
+        check_resume(before, config)
+    facts = gather(config, task, ledger.recall("budgets"))
+    data = dataset(task)
+    if (known := ledger.recall("dataset")) is not None and known["digest"] != data["digest"]:
+        raise UserError(
+            f"the data of sweep '{config.name}' changed since it began (digest "
+            f"{str(known['digest'])[:12]} -> {str(data['digest'])[:12]}); restore them, or give "
+            "the sweep another name"
+        )
+    ledger.name_metrics(facts.metric, facts.front_cost)
+    ledger.remember("budgets", [dict(b.entry) for b in facts.budgets])
+    ledger.remember("dataset", data)
+    ledger.remember("config", config.as_json())
+    storage.write_json(out / FACTS_FILE, {**facts.as_json(), "dataset": data})
+    text = yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True)
+    storage.write_bytes(out / SWEEP_FILE, text.encode())
+    return ledger, facts
+
+
+@contextlib.contextmanager
+def signals_to(stop: threading.Event, progress: ProgressSink) -> Iterator[None]:
+    """Let SIGINT and SIGTERM set `stop`; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.set()
+        progress.message("stopping: running trials save their state (once more to end at once)")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_sweep(
+    config: SweepConfig,
+    out: Path,
+    *,
+    trials: int | None = None,
+    address: str | None = None,
+    progress: ProgressSink | None = None,
+    executor: Executor | None = None,
+) -> Outcome:
+    """Start a sweep, or resume it.
+
+    Args:
+        config: the sweep.
+        out: its folder; created if missing.
+        trials: trials in all, instead of the configuration's.
+        address: of a Ray cluster; None starts one on this machine.
+        progress: shows how far it is.
+        executor: runs the jobs; default Ray Tune.
+
+    Raises:
+        UserError: anything that is wrong before the first job starts.
+        RuntimeError: the float model failed, so no trial can start.
+    """
+    progress = progress or Silent()
+    out = out.absolute()
+    if trials is not None:
+        if trials < 1:
+            raise UserError("--trials: must be at least 1")
+        section = config.search.model_copy(update={"trials": trials})
+        config = config.model_copy(update={"search": section})
+    check_folder(out)
+    stop = threading.Event()
+    with driver_lease(out) as run, signals_to(stop, progress):
+        task = load_task(config)
+        ledger, facts = open_ledger(config, task, out)
+        driver = Driver(out=out, config=config, facts=facts, progress=progress, stop=stop)
+        coordinator = Coordinator(
+            config=config,
+            facts=facts,
+            ledger=ledger,
+            out=out,
+            run=run,
+            enough=driver.enough,
+            on_finished=driver.job_finished,
+        )
+        driver.begin(coordinator)
+        ended = "KILLED"
+        try:
+            if coordinator.has_work():
+                with ray_cluster(address, config.resources):
+                    runner = executor or TuneExecutor(
+                        config.resources, config.limits.max_failures
+                    )
+                    runner.run(coordinator, task, driver.tick)
+            ended = "KILLED" if driver.interrupted else "FINISHED"
+            if coordinator.failure:
+                ended = "FAILED"
+        finally:
+            driver.finish(ended)
+        if coordinator.failure:
+            raise RuntimeError(coordinator.failure)
+        return _outcome(ledger, coordinator, driver, out)
+
+
+def _outcome(ledger: Ledger, coordinator: Coordinator, driver: Driver, out: Path) -> Outcome:
+    trials = ledger.trials()
+    counts = {state: sum(t.state is state for t in trials) for state in TrialState}
+    complete, failed = counts[TrialState.COMPLETE], counts[TrialState.FAIL]
+    state, message = "finished", ""
+    if driver.interrupted:
+        state, message = "interrupted", "stopped; the same command resumes"
+    elif driver.limit and coordinator.open_trials():
+        state = "limit"
+        message = f"{driver.limit} reached with {coordinator.open_trials()} trials to go; "
+        message += "the same command continues"
+    if failed and not complete and state != "interrupted":
+        reasons = [t.user_attrs.get("reason") for t in trials if t.state is TrialState.FAIL]
+        message = f"every trial failed; the first one: {reasons[0]}"
+    return Outcome(
+        state=state,
+        message=message,
+        complete=complete,
+        failed=failed,
+        pruned=counts[TrialState.PRUNED],
+    )
+
+
+def search(config: SweepConfig, out: Path | str | None = None, **options: Any) -> Sweep:
+    """Run a sweep from Python: what `nipq-search run` does.
+
+    Args:
+        config: the sweep.
+        out: its folder; default `runs/<name>`.
+        options: as in `run_sweep`.
+
+    Returns:
+        The sweep; `front()` is a pandas table.
+
+    Raises:
+        UserError: anything that is wrong before the first job starts.
+    """
+    folder = Path(out) if out is not None else Path("runs") / config.name
+    run_sweep(config, folder, **options)
+    return Sweep.open(folder)
+
+
+__all__ = ["Outcome", "check_folder", "load_task", "open_ledger", "run_sweep", "search", "view"]

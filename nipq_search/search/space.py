@@ -1,0 +1,70 @@
+"""The search space: from the sweep file to Optuna's distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from nipq_search.errors import UserError, nearest
+from nipq_search.train import HYPERPARAMETERS, TrainConfig
+
+FORMS = ("log", "uniform", "int", "choice")
+
+
+def check_space(space: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+    """Check names, forms and bounds, and that the training accepts every end of a range.
+
+    Raises:
+        UserError: names the key and the fix.
+    """
+    for name, form in space.items():
+        key = f"search.space.{name}"
+        if name not in HYPERPARAMETERS:
+            raise UserError(f"{key}: unknown hyperparameter{nearest(name, HYPERPARAMETERS)}")
+        for value in _ends(distribution(name, form)):
+            try:
+                TrainConfig().with_hyperparameters({name: value})
+            except (UserError, TypeError) as error:
+                raise UserError(f"{key}: {value!r} is not allowed ({error})") from error
+
+
+def _ends(distribution: BaseDistribution) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    return [distribution.low, distribution.high]
+
+
+def distribution(name: str, form: Mapping[str, Sequence[Any]]) -> BaseDistribution:
+    """Optuna's distribution of one hyperparameter.
+
+    Raises:
+        UserError: unknown form or wrong bounds.
+    """
+    key = f"search.space.{name}"
+    if len(form) != 1 or next(iter(form)) not in FORMS:
+        given = ", ".join(form) or "nothing"
+        raise UserError(f"{key}: give one of {', '.join(FORMS)}, not {given}")
+    kind, values = next(iter(form.items()))
+    if kind == "choice":
+        if not values:
+            raise UserError(f"{key}.choice: give at least one value")
+        if not all(v is None or isinstance(v, (bool, int, float, str)) for v in values):
+            raise UserError(f"{key}.choice: use numbers and words")
+        return CategoricalDistribution(list(values))
+    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if len(values) != 2 or len(numbers) != 2 or numbers[0] >= numbers[1]:
+        raise UserError(f"{key}.{kind}: give two numbers, the smaller one first")
+    low, high = numbers
+    if kind == "int":
+        return IntDistribution(int(low), int(high))
+    if kind == "log" and low <= 0:
+        raise UserError(f"{key}.log: both numbers must be above 0")
+    return FloatDistribution(float(low), float(high), log=kind == "log")

@@ -1,0 +1,217 @@
+"""A sweep's folder, read only; it works while the sweep runs and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import yaml
+
+from nipq_search import storage
+from nipq_search.cost import COSTS
+from nipq_search.errors import UserError, nearest
+from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
+from nipq_search.search import jobs, view
+from nipq_search.search.jobs import committed, job_folder
+from nipq_search.search.lease import live_driver
+from nipq_search.search.ledger import DATABASE, JOURNAL, open_storage, storage_url
+
+if TYPE_CHECKING:
+    import pandas
+
+SWEEP_FILE, FACTS_FILE, REPORT_FILE = "sweep.yaml", "facts.json", "report.html"
+RESULTS_FILE, CURVES_FILE, FRONT_FILE = "results.parquet", "curves.parquet", "front.json"
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder holds a sweep."""
+    return (folder / SWEEP_FILE).is_file() and (folder / FACTS_FILE).is_file()
+
+
+class Sweep:
+    """A sweep's folder.
+
+    Args:
+        folder: the folder that `run` wrote.
+        config: the resolved configuration.
+        facts: `Facts.as_json()` of the last run.
+    """
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> None:
+        """Bind to a folder; nothing is read yet."""
+        self.folder, self.config, self.facts = folder, config, facts
+
+    @classmethod
+    def open(cls, folder: Path) -> Sweep:
+        """Open a sweep's folder.
+
+        Raises:
+            UserError: it is not one.
+        """
+        folder = folder.absolute()
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; `nipq-search run CONFIG --out` makes one")
+        if not is_sweep(folder):
+            raise UserError(f"{folder}: not a sweep (it has no {SWEEP_FILE}); give the --out folder")
+        try:
+            config = yaml.safe_load((folder / SWEEP_FILE).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{folder / SWEEP_FILE}: cannot be read ({error})") from error
+        facts = storage.read_json(folder / FACTS_FILE)
+        if not isinstance(config, dict) or facts is None:
+            raise UserError(f"{folder}: {SWEEP_FILE} or {FACTS_FILE} is damaged; run it again")
+        return cls(folder, config, facts)
+
+    def trials(self) -> list[TrialRecord]:
+        """One record per trial of the ledger."""
+        if storage_url() is None and not any(
+            (self.folder / name).exists() for name in (JOURNAL, DATABASE)
+        ):
+            return []
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            study = optuna.load_study(
+                study_name=self.config["name"], storage=open_storage(self.folder)
+            )
+        except KeyError:
+            return []
+        return view.trial_records(study.get_trials(deepcopy=False), self.facts, self.folder)
+
+    def record(self, trial: int) -> TrialRecord:
+        """One trial.
+
+        Raises:
+            UserError: there is no such trial.
+        """
+        records = self.trials()
+        if not 0 <= trial < len(records):
+            known = f"0 to {len(records) - 1}" if records else "none yet"
+            raise UserError(f"trial {trial}: no such trial (there are {known})")
+        return records[trial]
+
+    def front(self) -> pandas.DataFrame:
+        """The points on the front, cheapest first: a row each, costs in columns."""
+        import pandas
+
+        points = [p for p in self.front_document()["points"] if p["on_front"]]
+        return pandas.DataFrame(
+            [
+                {
+                    "trial": p["trial"],
+                    "budget": p["budget_label"],
+                    **p["cost"],
+                    "validation": p["validation"],
+                    "test": p["test"],
+                    "samples": p["samples"],
+                }
+                for p in points
+            ]
+        )
+
+    def front_document(self) -> dict[str, Any]:
+        """What `front --json` prints."""
+        return view.front_document(self.trials(), self.facts, self.config, self.folder)
+
+    def status(self) -> dict[str, Any]:
+        """What `status --json` prints."""
+        driver = live_driver(self.folder)
+        shown = driver and {"host": driver["host"], "pid": driver["pid"]}
+        return view.status_document(self.trials(), self.config, shown, self.folder)
+
+    def layers(self, trial: int) -> list[dict[str, Any]]:
+        """Bits by layer of a finished trial; empty while there are none."""
+        return (committed(job_folder(self.folder, "trial", trial)) or {}).get("layers", [])
+
+    def show(self, trial: int) -> dict[str, Any]:
+        """What `show --json` prints.
+
+        Raises:
+            UserError: there is no such trial.
+        """
+        record = self.record(trial)
+        return {
+            "schema": SCHEMA,
+            "trial": trial,
+            "state": record.state,
+            "reason": record.reason,
+            "params": dict(record.params),
+            "budget": dict(record.budget),
+            "budget_label": record.budget_label,
+            "validation": record.validation,
+            "test": record.test,
+            "cost": dict(record.cost),
+            "bops_convention": view.CONVENTION,
+            "layers": self.layers(trial),
+        }
+
+    def best(self, limits: Mapping[str, float]) -> dict[str, Any]:
+        """What `best --json` prints.
+
+        Raises:
+            UserError: a limit names no cost.
+        """
+        for name in limits:
+            if name not in COSTS:
+                raise UserError(f"--max {name}: no such cost{nearest(name, COSTS)}")
+        return view.best_document(self.front_document()["points"], limits, self.facts)
+
+    def log_files(self, trial: int) -> list[Path]:
+        """Output, tracebacks and stacks of hangs, attempt by attempt.
+
+        Raises:
+            UserError: there is no such trial.
+        """
+        self.record(trial)
+        names = (jobs.LOG, jobs.TRACEBACK, jobs.HANG)
+        return [
+            attempt / name
+            for attempt in jobs.attempts(job_folder(self.folder, "trial", trial))
+            for name in names
+            if (attempt / name).exists() and (attempt / name).stat().st_size
+        ]
+
+    def curve(self, trial: int) -> list[CurvePoint]:
+        """The learning curve of a trial."""
+        return jobs.curve(job_folder(self.folder, "trial", trial))
+
+    def summary(self) -> SweepRecord:
+        """The sweep apart from its trials, for the report."""
+        return SweepRecord(
+            name=self.config["name"],
+            config=self.config,
+            task=self.config["task"],
+            dataset=self.facts.get("dataset", {}),
+            metric=self.facts["metric"],
+            mode=self.facts["mode"],
+            front=self.front_document(),
+            baselines=tuple(
+                view.baselines(
+                    self.config["search"]["baselines"], self.facts["metric"], self.folder
+                )
+            ),
+        )
+
+    def write_tables(self) -> None:
+        """Write `results.parquet` and `curves.parquet`, whole."""
+        from nipq_search.tracking.tables import curves_table, results_table, write_table
+
+        records = self.trials()
+        write_table(self.folder / RESULTS_FILE, results_table(records))
+        curves = {r.trial: self.curve(r.trial) for r in records}
+        write_table(self.folder / CURVES_FILE, curves_table(curves))
+
+    def write_report(self) -> Path:
+        """Write `report.html` and return its path."""
+        from nipq_search.report.html import render
+        from nipq_search.tracking.tables import curves_table, results_table
+
+        records = self.trials()
+        curves = {r.trial: self.curve(r.trial) for r in records}
+        layers = {r.trial: self.layers(r.trial) for r in records if r.state == "COMPLETE"}
+        page = render(self.summary(), results_table(records), curves_table(curves), layers)
+        storage.write_bytes(self.folder / REPORT_FILE, page.encode())
+        return self.folder / REPORT_FILE

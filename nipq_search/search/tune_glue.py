@@ -1,0 +1,86 @@
+"""The two objects that Ray Tune calls back. Neither holds state that a pickle could leak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.search import Searcher
+
+from nipq_search.search.coordinator import Coordinator, Verdict
+from nipq_search.search.jobs import Job
+
+
+class JobSearcher(Searcher):
+    """Hands the coordinator's jobs to Tune as suggestions and their ends back.
+
+    Tune pickles its searcher into the experiment's folder; this one leaves everything behind,
+    since nothing is ever restored from there and secrets must not be written.
+    """
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        """Bind to a coordinator."""
+        super().__init__(metric=None, mode=None)
+        self._coordinator: Coordinator | None = coordinator
+        self._jobs: dict[str, Job] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing of ours."""
+        return {"_metric": None, "_mode": None, "_coordinator": None, "_jobs": {}}
+
+    def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
+        """Accept whatever Tune sets."""
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next job; None to wait; FINISHED at the end."""
+        assert self._coordinator is not None
+        job = self._coordinator.next_job()
+        if job is Verdict.WAIT:
+            return None
+        if not isinstance(job, Job):
+            return Searcher.FINISHED
+        self._jobs[trial_id] = job
+        return {"job": job.as_json()}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """A job ended; what that means stands in its record."""
+        job = self._jobs.pop(trial_id, None)
+        if job is None:
+            return
+        assert self._coordinator is not None
+        lost = "its process died before it could start" if error else None
+        self._coordinator.finished(job, lost)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the ledger is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+class Ticker(Callback):
+    """Calls a function about every second, and soon after every report."""
+
+    def __init__(self, tick: Callable[[], None] | None) -> None:
+        """Call `tick`."""
+        self._tick = tick
+        self._last = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing of ours."""
+        return {"_tick": None, "_last": 0.0}
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        """Tune's loop went round once."""
+        if self._tick is not None and time.monotonic() - self._last > 0.5:
+            self._last = time.monotonic()
+            self._tick()
+
+    def get_state(self) -> dict[str, Any] | None:
+        """Nothing of ours."""
+        return None

@@ -1,0 +1,277 @@
+"""A sweep as people see it: trial records and the documents of the reading commands.
+
+Everything here is a pure function of the ledger's trials and the folders of the jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from nipq_search.cost import CONVENTION
+from nipq_search.records import SCHEMA, Baseline, TrialRecord
+from nipq_search.search import jobs
+from nipq_search.search.front import default_reference, hypervolume, non_dominated
+from nipq_search.search.jobs import committed, job_folder
+from nipq_search.search.ledger import BUDGET
+from nipq_search.search.worker import TEST_FILE
+from nipq_search.storage import read_json, read_sealed
+
+STATES = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
+
+
+def test_metric(folder: Path, metric: str) -> float | None:
+    """A job's metric on the test split, if it was ever read."""
+    document = read_sealed(folder / TEST_FILE)
+    return None if document is None else document["metrics"].get(metric)
+
+
+def _prefixed(attributes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in attributes.items() if k.startswith(prefix)}
+
+
+def trial_records(
+    trials: Sequence[FrozenTrial], facts: Mapping[str, Any], out: Path
+) -> list[TrialRecord]:
+    """One record per trial of the ledger.
+
+    Args:
+        trials: the study's trials.
+        facts: `Facts.as_json()`.
+        out: the sweep's folder.
+    """
+    points = {
+        t.number: (t.values[0], t.values[1]) for t in trials if t.state is TrialState.COMPLETE
+    }
+    front = non_dominated(points, facts["mode"])
+    return [_record(trial, facts, out, trial.number in front) for trial in trials]
+
+
+def _record(
+    trial: FrozenTrial, facts: Mapping[str, Any], out: Path, on_front: bool
+) -> TrialRecord:
+    attributes = trial.user_attrs
+    folder = job_folder(out, "trial", trial.number)
+    tries = jobs.attempts(folder)
+    finished = trial.state.is_finished()
+    targets = {
+        name: value
+        for name, value in _prefixed(attributes, "budget_").items()
+        if name in facts["costs"]
+    }
+    return TrialRecord(
+        trial=trial.number,
+        state=trial.state.name,
+        reason=attributes.get("reason"),
+        budget_label=attributes.get("budget", ""),
+        budget=targets,
+        params={k: v for k, v in trial.params.items() if k != BUDGET},
+        validation=trial.values[0] if trial.state is TrialState.COMPLETE else None,
+        test=test_metric(folder, facts["metric"]),
+        metrics=_prefixed(attributes, "validation_"),
+        cost=_prefixed(attributes, "cost_"),
+        on_front=on_front,
+        samples=attributes.get("samples", jobs.samples_processed(folder)),
+        seconds=attributes.get("seconds", jobs.seconds_spent(folder)),
+        parent=attributes.get("parent"),
+        attempts=attributes.get("attempts", len(tries)),
+        seed=attributes.get("seed", 0),
+        threads=attributes.get("threads", 1),
+        started=jobs.first_start(folder),
+        ended=attributes.get("ended") if finished else None,
+        strategy=attributes.get("strategy", ""),
+        folder=str(tries[-1].relative_to(out)) if tries else None,
+    )
+
+
+def baselines(bits: Sequence[int], metric: str, out: Path) -> list[Baseline]:
+    """The uniform LSQ models that have been trained."""
+    found = []
+    for width in bits:
+        folder = job_folder(out, "baseline", width)
+        record = committed(folder)
+        if record is None or record["state"] != jobs.COMPLETE:
+            continue
+        found.append(
+            Baseline(
+                bits=width,
+                validation=record["metrics"].get(metric),
+                test=test_metric(folder, metric),
+                cost=record["cost"],
+                samples=record["samples"],
+                seconds=record["seconds"],
+            )
+        )
+    return found
+
+
+def total_samples(out: Path) -> int:
+    """Training samples that the whole sweep processed, failed and repeated attempts included."""
+    folders = [out / "float"]
+    for parent in (out / "baselines", out / "trials"):
+        folders += sorted(parent.iterdir()) if parent.is_dir() else []
+    return sum(jobs.samples_processed(folder) for folder in folders)
+
+
+def front_document(
+    records: Sequence[TrialRecord],
+    facts: Mapping[str, Any],
+    config: Mapping[str, Any],
+    out: Path,
+) -> dict[str, Any]:
+    """What `front --json` prints: every COMPLETE trial, cheapest first, and the hypervolumes."""
+    metric, mode, cost = facts["metric"], facts["mode"], facts["front_cost"]
+    folder = job_folder(out, "float", 0)
+    record = committed(folder) or {}
+    floats = {
+        "validation": record.get("metrics", {}).get(metric),
+        "test": test_metric(folder, metric),
+        "cost": {name: values["float"] for name, values in facts["costs"].items()},
+    }
+    complete = sorted(
+        (r for r in records if r.state == "COMPLETE"), key=lambda r: (r.cost[cost], r.trial)
+    )
+    points = [
+        {
+            "trial": r.trial,
+            "on_front": r.on_front,
+            "budget_label": r.budget_label,
+            "budget": dict(r.budget),
+            "cost": dict(r.cost),
+            "validation": r.validation,
+            "test": r.test if r.on_front else None,
+            "samples": r.samples,
+            "seconds": r.seconds,
+            "parent": r.parent,
+        }
+        for r in complete
+    ]
+    given = config["search"].get("reference")
+    volumes: dict[str, float | None] = {}
+    references: dict[str, float | None] = {}
+    for split in ("validation", "test"):
+        best = floats[split]
+        references[split] = None
+        volumes[split] = None
+        chosen = [p for p in points if p["on_front"]]
+        if best is None or any(p[split] is None for p in chosen):
+            continue
+        references[split] = default_reference(best, mode) if given is None else given
+        volumes[split] = hypervolume(
+            [(p[split], p["cost"][cost]) for p in chosen],
+            axis=(facts["axis"][0], facts["axis"][1]),
+            reference=float(references[split] or 0.0),
+            best=best,
+            mode=mode,
+        )
+    return {
+        "schema": SCHEMA,
+        "sweep": config["name"],
+        "metric": {"name": metric, "mode": mode},
+        "bops_convention": CONVENTION,
+        "front_cost": cost,
+        "hypervolume": volumes["validation"],
+        "test_hypervolume": volumes["test"],
+        "reference": {
+            "metric": references["validation"],
+            "test_metric": references["test"],
+            "least_cost": facts["axis"][0],
+            "uniform8_cost": facts["axis"][1],
+        },
+        "total_samples": total_samples(out),
+        "float": floats,
+        "baselines": [
+            {
+                "bits": b.bits,
+                "validation": b.validation,
+                "test": b.test,
+                "cost": dict(b.cost),
+                "samples": b.samples,
+                "seconds": b.seconds,
+            }
+            for b in baselines(config["search"]["baselines"], metric, out)
+        ],
+        "points": points,
+    }
+
+
+def status_document(
+    records: Sequence[TrialRecord], config: Mapping[str, Any], driver: Any, out: Path
+) -> dict[str, Any]:
+    """What `status --json` prints."""
+    states = dict.fromkeys(STATES, 0)
+    rows = []
+    for record in records:
+        states[record.state] += 1
+        progress = {}
+        if record.folder is not None:
+            progress = read_json(out / record.folder / jobs.PROGRESS) or {}
+        rows.append(
+            {
+                "trial": record.trial,
+                "state": record.state,
+                "budget_label": record.budget_label,
+                "reason": record.reason,
+                "folder": record.folder,
+                "epoch": progress.get("epoch"),
+                "seconds": record.seconds,
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "sweep": config["name"],
+        "states": states,
+        "driver": driver,
+        "total": max(config["search"]["trials"], len(records)),
+        "total_samples": total_samples(out),
+        "trials": rows,
+    }
+
+
+def best_document(
+    points: Sequence[Mapping[str, Any]],
+    limits: Mapping[str, float],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `best --json` prints: the best point inside limits, or the nearest and what blocks."""
+    sign = 1.0 if facts["mode"] == "max" else -1.0
+
+    def excess(point: Mapping[str, Any]) -> float:
+        return max((point["cost"][name] / limit for name, limit in limits.items()), default=0.0)
+
+    inside = [point for point in points if excess(point) <= 1]
+    if inside:
+        chosen = max(inside, key=lambda p: (sign * p["validation"], -excess(p)))
+        return {
+            "schema": SCHEMA,
+            "limits": dict(limits),
+            "point": chosen,
+            "nearest": None,
+            "blocks": [],
+        }
+    nearest = min(points, key=lambda p: (excess(p), -sign * p["validation"]), default=None)
+    blocks = []
+    for name, limit in limits.items():
+        least = facts["costs"][name]["least"]
+        if least > limit:
+            blocks.append(
+                f"{name}: {limit:,.6g} is below the least reachable cost {least:,.6g} "
+                "with the allowed bit-widths"
+            )
+        elif nearest is not None and nearest["cost"][name] > limit:
+            blocks.append(
+                f"{name}: the nearest trained point costs {nearest['cost'][name]:,.6g}, "
+                f"{limit:,.6g} was asked; add a budget at or below it and run again"
+            )
+    if nearest is None:
+        blocks.append("no trial is complete yet")
+    return {
+        "schema": SCHEMA,
+        "limits": dict(limits),
+        "point": None,
+        "nearest": nearest,
+        "blocks": blocks,
+    }

@@ -1,0 +1,264 @@
+"""What happens in a worker process: one attempt of one job, whatever befalls it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from nipq_search import storage
+from nipq_search.cost import layer_rows
+from nipq_search.cost.base import hard_bits
+
+from nipq_search.quant.prepare import quant_state
+from nipq_search.records import CurvePoint
+from nipq_search.search import jobs
+from nipq_search.search.config import SweepConfig, parse_config
+from nipq_search.search.jobs import Job, job_folder
+from nipq_search.search.lease import stop_requested
+from nipq_search.tasks import Task
+from nipq_search.train import Hooks, Interrupted, TrainResult, TrainSpec, train
+from nipq_search.train.checkpoint import remove_checkpoints
+from nipq_search.train.trial import MODEL_FILE, load_trained
+
+_POLL_SECONDS = 0.5
+_log = logging.getLogger("nipq_search")
+
+
+def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
+    """What the training loop is asked to do for a job."""
+    float_file = job_folder(Path(job.out), "float", 0) / MODEL_FILE
+    if job.kind == "float":
+        training = config.float_model.as_training()
+        file = config.float_model.checkpoint
+        if file is not None:
+            # Loading is training of no step: the file is evaluated and stored as it is.
+            return TrainSpec(train=training, seed=job.seed, float_model=Path(file))
+        return TrainSpec(train=training, seed=job.seed)
+    quant = config.quant
+    if job.kind == "baseline":
+        quant = dataclasses.replace(
+            quant,
+            quantizer="lsq",
+            weights=dataclasses.replace(quant.weights, bits=(job.number,)),
+            activations=dataclasses.replace(quant.activations, bits=(job.number,)),
+        )
+    return TrainSpec(
+        train=config.train.with_hyperparameters(job.params),
+        seed=job.seed,
+        quant=quant,
+        budget=dict(job.budget) or None,
+        float_model=float_file,
+    )
+
+
+class _Reporter:
+    """Keeps an attempt's curve, its count of samples and its sign of life on disk."""
+
+    def __init__(self, job: Job, attempt: Path, report: Callable[[dict[str, Any]], None]) -> None:
+        self.job, self.attempt, self.report = job, attempt, report
+        self.samples = 0
+        self.epoch = 0
+        self.polled = 0.0
+        self.written = 0.0
+        self.stopping = False
+
+    def on_epoch(self, point: CurvePoint) -> None:
+        self.epoch = point.epoch
+        with (self.attempt / jobs.CURVE).open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(point)) + "\n")
+        self.write()
+        self.report({"epoch": point.epoch, "job": self.job.name})
+
+    def on_samples(self, count: int) -> None:
+        self.samples += count
+        if time.monotonic() - self.written > 2:
+            self.write()
+
+    def write(self) -> None:
+        self.written = time.monotonic()
+        storage.write_json(
+            self.attempt / jobs.PROGRESS,
+            {"samples": self.samples, "epoch": self.epoch, "time": time.time()},
+        )
+
+    def should_stop(self) -> bool:
+        if not self.stopping and time.monotonic() - self.polled > _POLL_SECONDS:
+            self.polled = time.monotonic()
+            self.stopping = stop_requested(Path(self.job.out))
+        return self.stopping
+
+
+@contextlib.contextmanager
+def _captured(path: Path) -> Iterator[None]:
+    """Send what the attempt prints and logs to its own file."""
+    with path.open("a", buffering=1) as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        _log.addHandler(handler)
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            _log.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _watchdog(path: Path, minutes: float | None) -> Iterator[None]:
+    """End this process, with a stack trace in `path`, if the attempt outlasts its minutes.
+
+    A thread in C does it, so it works in an endless loop that never gives up the interpreter.
+    """
+    if minutes is None:
+        yield
+        return
+    file: IO[bytes] = path.open("wb")
+    faulthandler.dump_traceback_later(60 * minutes, exit=True, file=file.fileno())
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        file.close()
+
+
+def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> str:
+    """Run an attempt of a job, or recognize that it is done already.
+
+    Args:
+        job: what to do.
+        task: the sweep's task, its data loaded.
+        report: gets small dictionaries as the job goes on.
+
+    Returns:
+        `COMPLETE` or `FAIL`, with the record committed, or `STOPPED`.
+    """
+    done = jobs.committed(job.folder) if job.kind != "test" else None
+    if done is not None:
+        return str(done["state"])
+    config = parse_config(dict(job.config))
+    limits = config.limits
+    gave_up = _give_up(job, limits.max_failures, limits.trial_minutes)
+    attempt = jobs.open_attempt(job)
+    if gave_up:
+        jobs.commit(attempt, _failure(job, gave_up))
+        return jobs.FAIL
+    minutes = limits.trial_minutes if job.kind in ("trial", "baseline") else None
+    reporter = _Reporter(job, attempt, report)
+    threads = config.resources.cpus
+    torch.set_num_threads(threads)
+    with _captured(attempt / jobs.LOG), _watchdog(attempt / jobs.HANG, minutes):
+        try:
+            if job.kind == "test":
+                record: dict[str, Any] = _run_test(job, config, task, reporter)
+            else:
+                record = _run_training(job, config, task, reporter)
+        except Interrupted:
+            reporter.write()
+            storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
+            return "STOPPED"
+        except Exception as error:
+            (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
+            traceback.print_exc()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            record = _failure(job, f"{type(error).__name__}: {reason}"[:500])
+    reporter.write()
+    record["seconds"] = jobs.seconds_spent(job.folder)
+    record["threads"] = threads
+    jobs.commit(attempt, record)
+    if job.kind != "test":
+        remove_checkpoints(job.folder / "checkpoints")
+    return str(record["state"])
+
+
+def _give_up(job: Job, max_failures: int, minutes: float | None) -> str | None:
+    """Why a job that failed before is not tried again, or None."""
+    if jobs.hangs(job.folder) >= jobs.HANGS_ALLOWED:
+        return f"hung: killed after {minutes:g} minutes, twice (limits.trial_minutes)"
+    if (died := jobs.crashes(job.folder, job.run)) >= max_failures:
+        return f"its process died {died} times (limits.max_failures)"
+    return None
+
+
+def _failure(job: Job, reason: str) -> dict[str, Any]:
+    """A record of a job that will not be tried again."""
+    return {
+        "state": jobs.FAIL,
+        "reason": reason,
+        "ended": time.time(),
+        "seed": job.seed,
+        "attempts": len(jobs.attempts(job.folder)),
+        "samples": jobs.samples_processed(job.folder),
+        "seconds": jobs.seconds_spent(job.folder),
+        "threads": 1,
+    }
+
+
+def _device(config: SweepConfig) -> torch.device:
+    wanted = config.resources.gpus > 0 and torch.cuda.is_available()
+    return torch.device("cuda" if wanted else "cpu")
+
+
+def _run_training(
+    job: Job, config: SweepConfig, task: Task, reporter: _Reporter
+) -> dict[str, Any]:
+    spec = train_spec(config, job)
+    device = _device(config)
+    hooks = Hooks(
+        on_epoch=reporter.on_epoch,
+        on_samples=reporter.on_samples,
+        should_stop=reporter.should_stop,
+    )
+    result = train(task, spec, job.folder, device, hooks)
+    record = _record(job, config, result)
+    if spec.quant is not None:
+        model = load_trained(task, spec, job.folder / MODEL_FILE, device)
+        graph = quant_state(model).graph
+        record["layers"] = layer_rows(graph, hard_bits(model))
+    return record
+
+
+def _record(job: Job, config: SweepConfig, result: TrainResult) -> dict[str, Any]:
+    return {
+        "state": jobs.COMPLETE,
+        "reason": None,
+        "ended": time.time(),
+        "metrics": dict(result.metrics),
+        "cost": dict(result.cost),
+        "bits": result.bits,
+        "samples": result.samples,
+        "steps": result.steps,
+        "model_sha256": result.model_sha256,
+        "seed": job.seed,
+        "params": dict(job.params),
+        "budget": dict(job.budget),
+        "attempts": len(jobs.attempts(job.folder)),
+    }
+
+
+TEST_FILE = "test.json"
+
+
+def _run_test(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) -> dict[str, Any]:
+    """Evaluate trained models on the test split; each result is written beside its model."""
+    device = _device(config)
+    for entry in job.jobs:
+        subject = Job(**entry)
+        target = subject.folder / TEST_FILE
+        if storage.read_sealed(target) is not None:
+            continue
+        spec = train_spec(config, subject)
+        model = load_trained(task, spec, subject.folder / MODEL_FILE, device)
+        metrics = {name: float(v) for name, v in task.evaluate(model, "test").items()}
+        storage.write_sealed(target, {"metrics": metrics})
+        if reporter.should_stop():
+            raise Interrupted
+    return {"state": jobs.COMPLETE, "reason": None, "ended": time.time(), "seed": job.seed}

@@ -1,0 +1,18 @@
+"""One training loop, its phases and its checkpoints. Needs torch alone."""
+
+from nipq_search.train.config import HYPERPARAMETERS, FloatConfig, TrainConfig
+from nipq_search.train.loop import NonFiniteLoss, Trainer
+from nipq_search.train.trial import Hooks, Interrupted, TrainResult, TrainSpec, train
+
+__all__ = [
+    "HYPERPARAMETERS",
+    "FloatConfig",
+    "Hooks",
+    "Interrupted",
+    "NonFiniteLoss",
+    "TrainConfig",
+    "TrainResult",
+    "TrainSpec",
+    "Trainer",
+    "train",
+]

@@ -1,0 +1,162 @@
+"""How a trial and the float model are trained: frozen and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nipq_search.errors import UserError, nearest
+
+HYPERPARAMETERS = {
+    "lr": "lr",
+    "lambda": "lambda_",
+    "noise_share": "noise_share",
+    "distill_weight": "distill_weight",
+    "proxy": "proxy",
+    "warmup": "warmup",
+    "weight_decay": "weight_decay",
+    "lr_bits": "lr_bits",
+    "lr_boundaries": "lr_boundaries",
+    "momentum": "momentum",
+}
+"""Names that a search space may use, and the field of `TrainConfig` that each one sets."""
+
+
+def _check(condition: bool, key: str, fix: str) -> None:
+    if not condition:
+        raise UserError(f"{key}: {fix}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a trial is trained. SGD with Nesterov momentum, warm-up and a cosine over both phases.
+
+    Attributes:
+        epochs: passes over the training split, both phases together; fractions are fine.
+        batch_size: samples in a batch.
+        lr: learning rate of the weights.
+        lr_bits: rate of the bit-widths as a multiple of `lr`.
+        lr_boundaries: rate of the truncation boundaries as a multiple of `lr`.
+        momentum: Nesterov momentum.
+        weight_decay: decay of weights with two or more dimensions.
+        lambda_: regularization strength on the smooth-L1 of cost / target (`lambda` in files).
+        noise_share: share of the steps that belong to the noise phase.
+        warmup: share of the steps in which the rate rises from a tenth.
+        distill: whether the float model teaches.
+        distill_weight: share of the loss that distillation gets, 0..1.
+        proxy: law of the noise, `uniform` or `empirical`; None takes `quant.proxy`.
+        start: bit-widths start at the uniform width that costs the `budget`, or at
+            `quant.start_bits` (`config`).
+        calibration_batches: batches that give activations their starting boundaries.
+        norm_batches: batches from which normalization statistics are estimated at the end.
+        grad_clip: largest norm of the gradient, or 0 for none.
+        checkpoint_minutes: at most so long between two checkpoints; every epoch has one anyway.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    epochs: float = 4
+    batch_size: int = 256
+    lr: float = 0.04
+    lr_bits: float = 1.0
+    lr_boundaries: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    lambda_: float = 15.9
+    noise_share: float = 0.3
+    warmup: float = 0.05
+    distill: bool = True
+    distill_weight: float = 0.5
+    proxy: str | None = None
+    start: str = "budget"
+    calibration_batches: int = 4
+    norm_batches: int = 20
+    grad_clip: float = 0.0
+    checkpoint_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `UserError`."""
+        _check(self.epochs > 0, "train.epochs", "must be above 0")
+        _check(self.batch_size >= 1, "train.batch_size", "must be at least 1")
+        for name in ("lr", "lr_bits", "lr_boundaries", "checkpoint_minutes"):
+            _check(getattr(self, name) > 0, f"train.{name}", "must be above 0")
+        for name in ("weight_decay", "grad_clip"):
+            _check(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
+        _check(self.lambda_ >= 0, "train.lambda", "must not be negative")
+        for name in ("noise_share", "distill_weight", "warmup"):
+            _check(0 <= getattr(self, name) <= 1, f"train.{name}", "must lie between 0 and 1")
+        _check(0 <= self.momentum < 1, "train.momentum", "must be at least 0 and below 1")
+        _check(
+            self.proxy in (None, "uniform", "empirical"),
+            "train.proxy",
+            f"unknown value {self.proxy!r}; use uniform or empirical",
+        )
+        _check(
+            self.start in ("budget", "config"),
+            "train.start",
+            f"unknown value {self.start!r}; use budget or config",
+        )
+        _check(self.calibration_batches >= 1, "train.calibration_batches", "must be at least 1")
+        _check(self.norm_batches >= 0, "train.norm_batches", "must not be negative")
+
+    def with_hyperparameters(self, params: Mapping[str, Any]) -> TrainConfig:
+        """This configuration with a trial's hyperparameters.
+
+        Raises:
+            UserError: a name or a value is unknown.
+        """
+        fields = {}
+        for name, value in params.items():
+            if name not in HYPERPARAMETERS:
+                raise UserError(f"search.space.{name}: unknown{nearest(name, HYPERPARAMETERS)}")
+            fields[HYPERPARAMETERS[name]] = value
+        return dataclasses.replace(self, **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatConfig:
+    """Where the float model comes from: trained here, once per sweep, or a file.
+
+    Attributes:
+        epochs: passes over the training split.
+        batch_size: samples in a batch.
+        lr: peak learning rate.
+        weight_decay: decay of weights with two or more dimensions.
+        momentum: Nesterov momentum.
+        warmup: share of the steps in which the rate rises from a tenth.
+        checkpoint: file with a state dict, instead of training.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    epochs: float = 6
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    warmup: float = 0.05
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `UserError`."""
+        _check(self.epochs > 0, "float.epochs", "must be above 0")
+        _check(self.batch_size >= 1, "float.batch_size", "must be at least 1")
+        _check(self.lr > 0, "float.lr", "must be above 0")
+        _check(self.weight_decay >= 0, "float.weight_decay", "must not be negative")
+        _check(0 <= self.momentum < 1, "float.momentum", "must be at least 0 and below 1")
+        _check(0 <= self.warmup <= 1, "float.warmup", "must lie between 0 and 1")
+
+    def as_training(self) -> TrainConfig:
+        """The configuration of the training loop for the float model."""
+        return TrainConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            warmup=self.warmup,
+            distill=False,
+            noise_share=0.0,
+        )

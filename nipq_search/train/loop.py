@@ -1,0 +1,263 @@
+"""The one training loop: of the float model, of trials, of baselines."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq_search.cost import Budget, cost_estimate, cost_penalty, freeze
+from nipq_search.quant import param_groups, quantizers
+from nipq_search.quant.noise import mix
+from nipq_search.records import CurvePoint
+from nipq_search.tasks import Task
+from nipq_search.tasks.base import distill_loss, num_samples, to_device
+from nipq_search.train.config import TrainConfig
+from nipq_search.train.forward import SharedForward
+from nipq_search.train.schedule import NOISE, TUNING, Schedule
+
+_FINITE_EVERY = 10
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+def seed_for(*words: int) -> int:
+    """A seed below 2**31, a function of the words; every generator takes such a one."""
+    return mix(*words) & 0x7FFFFFFF
+
+
+def steps_in(loader: Iterable[Any]) -> int:
+    """Batches in an epoch: the loader's length, else counted by going through it once."""
+    length = getattr(loader, "__len__", None)
+    return int(length()) if length is not None else sum(1 for _ in loader)
+
+
+class Trainer:
+    """Trains one model; its whole state can be saved and restored, to continue bit by bit.
+
+    Args:
+        task: gives batches and losses.
+        model: float or prepared; trained in place.
+        config: rates, phases, distillation.
+        schedule: steps of the phases.
+        seed: of the order of the data; the noise's seed is in the model.
+        device: where the model is.
+        budget: what the bit-widths must keep; needed for a prepared model that learns them.
+        teacher: the float model, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        model: nn.Module,
+        config: TrainConfig,
+        schedule: Schedule,
+        seed: int,
+        device: torch.device,
+        budget: Budget | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        """Build the optimizer; nothing is trained yet."""
+        self.task, self.model, self.config, self.schedule = task, model, config, schedule
+        self.seed, self.device, self.budget, self.teacher = seed, device, budget, teacher
+        self.step = 0
+        self.samples = 0
+        self.loss_sum = torch.zeros((), device=device)
+        self.loss_count = 0
+        self.optimizer = torch.optim.SGD(
+            self._groups(), lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+        )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        config = self.config
+        if self.schedule.quantized:
+            groups = param_groups(
+                self.model,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                lr_bits=config.lr * config.lr_bits,
+                lr_boundaries=config.lr * config.lr_boundaries,
+            )
+        else:
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            groups = [
+                {
+                    "name": name,
+                    "params": [p for p in parameters if (p.dim() > 1) == decayed],
+                    "lr": config.lr,
+                    "weight_decay": config.weight_decay if decayed else 0.0,
+                }
+                for name, decayed in (("decayed", True), ("plain", False))
+            ]
+        for group in groups:
+            group["base_lr"] = group["lr"]
+        return [group for group in groups if group["params"]]
+
+    @property
+    def phase(self) -> str:
+        """The phase of the step that comes next."""
+        return self.schedule.phase(self.step)
+
+    def run(
+        self,
+        *,
+        on_epoch: Callable[[CurvePoint], None],
+        save: Callable[[dict[str, Any]], None],
+        should_stop: Callable[[], bool],
+    ) -> bool:
+        """Train to the end.
+
+        Args:
+            on_epoch: gets a point of the learning curve after every epoch.
+            save: gets the whole state after every epoch, every few minutes, and on a stop.
+            should_stop: asked after every step.
+
+        Returns:
+            True at the end, False where `should_stop` ended it; the state is saved then.
+
+        Raises:
+            NonFiniteLoss: the loss became NaN or infinite.
+        """
+        saved_at = time.monotonic()
+        while self.step < self.schedule.total:
+            for batch in self._rest_of_epoch():
+                self._train_step(batch)
+                if self.step >= self.schedule.total:
+                    break
+                if should_stop():
+                    save(self.state_dict())
+                    return False
+                if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
+                    save(self.state_dict())
+                    saved_at = time.monotonic()
+            self._check_finite()
+            if self.step >= self.schedule.total:
+                self._enter_tuning()
+            on_epoch(self._curve_point())
+            self.loss_sum.zero_()
+            self.loss_count = 0
+            save(self.state_dict())
+            saved_at = time.monotonic()
+        return True
+
+    def _rest_of_epoch(self) -> Iterator[Any]:
+        """The batches of the present epoch that are still to come."""
+        epoch, done = divmod(self.step, self.schedule.steps_per_epoch)
+        loader = self.task.loader("train", self.config.batch_size, seed_for(self.seed, epoch))
+        count = 0
+        for index, batch in enumerate(loader):
+            count += 1
+            if index >= done:
+                yield to_device(self.task, batch, self.device)
+        if count != self.schedule.steps_per_epoch and self.step < self.schedule.total:
+            raise RuntimeError(
+                f"loader('train') gave {count} batches in epoch {epoch} and "
+                f"{self.schedule.steps_per_epoch} before: epochs must be equally long"
+            )
+
+    def _enter_tuning(self) -> None:
+        """Freeze the bit-widths onto the budget and take them from the optimizer."""
+        if not self.schedule.quantized:
+            return
+        if any(not q.bits.is_frozen for q in quantizers(self.model).values()):
+            freeze(self.model, self.budget)
+            self.optimizer.zero_grad(set_to_none=True)
+            for group in [g for g in self.optimizer.param_groups if g["name"] == "bits"]:
+                for parameter in group["params"]:
+                    self.optimizer.state.pop(parameter, None)
+                self.optimizer.param_groups.remove(group)
+
+    def _train_step(self, batch: Any) -> None:
+        if self.phase == TUNING:
+            self._enter_tuning()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * self.schedule.rate(self.step)
+        self.model.train()
+        loss = self._loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.config.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.samples += num_samples(self.task, batch)
+        self.step += 1
+        if self.step % _FINITE_EVERY == 0:
+            self._check_finite()
+
+    def _loss(self, batch: Any) -> Tensor:
+        model: Any = SharedForward(self.model)
+        share = self.config.distill_weight if self.teacher is not None else 0.0
+        loss = torch.zeros((), device=self.device)
+        if share < 1:
+            loss = loss + (1 - share) * self.task.loss(model, batch)
+        if self.teacher is not None and share > 0:
+            loss = loss + share * distill_loss(self.task, model, self.teacher, batch)
+        self.loss_sum += loss.detach()
+        self.loss_count += 1
+        if self.phase == NOISE and self.budget is not None:
+            loss = loss + self.config.lambda_ * cost_penalty(self.model, self.budget)
+        return loss
+
+    def _check_finite(self) -> None:
+        if not math.isfinite(float(self.loss_sum)):
+            raise NonFiniteLoss(
+                f"the loss became {float(self.loss_sum)} within step {self.step} "
+                f"({self.schedule.phase(max(0, self.step - 1))} phase): a lower lr may help"
+            )
+
+    def _curve_point(self) -> CurvePoint:
+        metrics = {"train_loss": float(self.loss_sum) / max(1, self.loss_count)}
+        validation = self.task.evaluate(self.model, "validation")
+        metrics.update({f"validation_{name}": float(v) for name, v in validation.items()})
+        metrics["lr"] = self.config.lr * self.schedule.rate(max(0, self.step - 1))
+        if self.schedule.quantized and self.budget is not None:
+            with torch.no_grad():
+                for name in self.budget:
+                    metrics[f"{name}_estimate"] = float(cost_estimate(name, self.model))
+        return CurvePoint(
+            epoch=math.ceil(self.step / self.schedule.steps_per_epoch),
+            step=self.step,
+            phase=self.schedule.phase(max(0, self.step - 1)),
+            timestamp=time.time(),
+            metrics=metrics,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the training depends on."""
+        state = {
+            "step": self.step,
+            "samples": self.samples,
+            "loss_sum": self.loss_sum,
+            "loss_count": self.loss_count,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.step, self.samples = state["step"], state["samples"]
+        self.loss_sum = state["loss_sum"].to(self.device)
+        self.loss_count = state["loss_count"]
+        self.model.load_state_dict(state["model"])
+        # A checkpoint of the tuning phase has no group of bits: rebuild the groups to match.
+        self.optimizer = torch.optim.SGD(
+            self._groups(),
+            lr=self.config.lr,
+            momentum=self.config.momentum,
+            nesterov=self.config.momentum > 0,
+        )
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)

@@ -1,0 +1,303 @@
+"""A whole training from its specification: the float model's, a trial's, a baseline's.
+
+Phases of a trial: calibrate, noise phase, project and freeze bits, tuning phase, re-estimate
+normalization statistics, evaluate. It can be killed at any moment and run again: it continues
+from its last checkpoint and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nipq_search import storage
+from nipq_search.cost import Budget, exact_costs
+from nipq_search.cost.base import uniform_bits
+from nipq_search.cost.projection import usage
+from nipq_search.errors import UserError
+from nipq_search.quant import (
+    QUANTIZERS,
+    Proxy,
+    QuantConfig,
+    bit_config,
+    prepare,
+    quantizers,
+    reestimate_norm_stats,
+)
+from nipq_search.quant.prepare import quant_state
+from nipq_search.records import CurvePoint
+from nipq_search.tasks import Task
+from nipq_search.tasks.base import input_bits, num_samples, to_device
+from nipq_search.train.checkpoint import (
+    from_bytes,
+    load_checkpoint,
+    save_checkpoint,
+    to_bytes,
+)
+from nipq_search.train.config import TrainConfig
+from nipq_search.train.loop import Trainer, seed_for, steps_in
+from nipq_search.train.schedule import make_schedule
+
+MODEL_FILE = "model.pt"
+
+
+class Interrupted(Exception):
+    """The training was asked to stop and has saved its state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """What to train.
+
+    Attributes:
+        train: rates, phases, distillation.
+        seed: of data order, noise and everything else that is random.
+        quant: how the model is quantized; None trains the float model.
+        budget: absolute targets; None leaves the bit-widths where they are (baselines).
+        float_model: file of the float model's state dict; None starts from scratch. Without
+            `quant` such a file is evaluated and stored as it is.
+    """
+
+    train: TrainConfig
+    seed: int
+    quant: QuantConfig | None = None
+    budget: Mapping[str, float] | None = None
+    float_model: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What came out: figures on the validation split, exact costs, bit-widths, samples."""
+
+    metrics: Mapping[str, float]
+    cost: Mapping[str, float]
+    bits: Mapping[str, Any]
+    samples: int
+    steps: int
+    model_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a training reports while it runs; every member may be left as it is.
+
+    Attributes:
+        on_epoch: a point of the learning curve.
+        on_samples: training samples just processed.
+        should_stop: asked after every step.
+    """
+
+    on_epoch: Callable[[CurvePoint], None] = lambda point: None
+    on_samples: Callable[[int], None] = lambda count: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -> nn.Module:
+    """The task's float model, with the weights in `path` if given.
+
+    Raises:
+        UserError: the file is missing or does not fit the model.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = task.build_model()
+    if path is not None:
+        try:
+            state = from_bytes(path.read_bytes())
+            model.load_state_dict(state.get("model", state))
+        except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"float model {path}: {reason[:300]}") from error
+        except Exception as error:  # torch raises its own kinds for files that are no checkpoints
+            raise UserError(f"float model {path}: not a file of torch.save'd weights") from error
+    return model.to(device)
+
+
+def prepare_for(
+    task: Task, model: nn.Module, spec: TrainSpec, device: torch.device, calibrated: bool = True
+) -> tuple[nn.Module, int]:
+    """The prepared model of a trial, and the samples that calibration processed.
+
+    Without `calibrated` the boundaries mean nothing and a state dict is to be loaded.
+    """
+    assert spec.quant is not None
+    quant = dataclasses.replace(
+        spec.quant,
+        seed=spec.seed,
+        proxy=Proxy(spec.train.proxy or spec.quant.proxy),
+        input_bits=spec.quant.input_bits or input_bits(task),
+    )
+    samples = 0
+
+    def calibration(observed: nn.Module) -> None:
+        nonlocal samples
+        loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 1 << 40))
+        for batch in itertools.islice(iter(loader), spec.train.calibration_batches):
+            samples += num_samples(task, batch)
+            task.loss(observed, to_device(task, batch, device))
+
+    example = tuple(to_device(task, x, device) for x in task.example_inputs())
+    prepared = prepare(model, example, quant, calibration=calibration if calibrated else None)
+    if spec.budget and spec.train.start == "budget":
+        start_at_budget(prepared, Budget(**spec.budget))
+    return prepared, samples
+
+
+def start_at_budget(model: nn.Module, budget: Budget) -> None:
+    """Let every learned bit-width start at the uniform width whose cost is the budget."""
+    graph = quant_state(model).graph
+    low, high = 1.0, 16.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if usage(graph, uniform_bits(graph, middle), budget) > 1:
+            high = middle
+        else:
+            low = middle
+    for quantizer in quantizers(model).values():
+        quantizer.bits.start_at(low)
+
+
+def train(
+    task: Task, spec: TrainSpec, folder: Path, device: torch.device, hooks: Hooks | None = None
+) -> TrainResult:
+    """Train to the end, or continue what an earlier call in `folder` began.
+
+    Writes checkpoints below `folder/checkpoints` and the model to `folder/model.pt`. The caller
+    removes the checkpoints once the result is safe.
+
+    Args:
+        task: model and data.
+        spec: what to train.
+        folder: the training's own folder.
+        device: where to train.
+        hooks: reports and stop requests.
+
+    Raises:
+        Interrupted: `should_stop` said so; the state is saved.
+        NonFiniteLoss: the loss became NaN or infinite.
+        UserError: the float model cannot be read, or the budget cannot be reached.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(spec.seed)
+        return _train(task, spec, folder, device, hooks or Hooks())
+
+
+def _train(
+    task: Task, spec: TrainSpec, folder: Path, device: torch.device, hooks: Hooks
+) -> TrainResult:
+    model = load_float(task, spec.float_model, spec.seed, device)
+    if spec.quant is None and spec.float_model is not None:
+        return _finish(task, spec, folder, model, device, Counts())
+    teacher = None
+    checkpoint = load_checkpoint(folder / "checkpoints")
+    calibration_samples = 0
+    if spec.quant is not None:
+        if spec.train.distill and spec.train.distill_weight > 0:
+            teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        model, calibration_samples = prepare_for(
+            task, model, spec, device, calibrated=checkpoint is None
+        )
+        hooks.on_samples(calibration_samples)
+    loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 0))
+    trainer = Trainer(
+        task=task,
+        model=model,
+        config=spec.train,
+        schedule=make_schedule(
+            epochs=spec.train.epochs,
+            steps_per_epoch=steps_in(loader),
+            noise_share=spec.train.noise_share,
+            warmup=spec.train.warmup,
+            quantized=spec.quant is not None,
+            learns_bits=spec.quant is not None and QUANTIZERS[spec.quant.quantizer].learns_bits,
+        ),
+        seed=spec.seed,
+        device=device,
+        budget=Budget(**spec.budget) if spec.budget else None,
+        teacher=teacher,
+    )
+    trainer.samples = calibration_samples
+    if checkpoint is not None:
+        trainer.load_state_dict(checkpoint)
+    counted = trainer.samples
+
+    def stop() -> bool:
+        nonlocal counted
+        hooks.on_samples(trainer.samples - counted)
+        counted = trainer.samples
+        return hooks.should_stop()
+
+    finished = trainer.run(
+        on_epoch=hooks.on_epoch,
+        save=lambda state: save_checkpoint(folder / "checkpoints", trainer.step, state),
+        should_stop=stop,
+    )
+    if not finished:
+        raise Interrupted
+    stop()
+    counts = Counts(samples=trainer.samples, steps=trainer.step)
+    result = _finish(task, spec, folder, model, device, counts)
+    hooks.on_samples(result.samples - counted)
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a training processed."""
+
+    samples: int = 0
+    steps: int = 0
+
+
+def _finish(
+    task: Task,
+    spec: TrainSpec,
+    folder: Path,
+    model: nn.Module,
+    device: torch.device,
+    counts: Counts,
+) -> TrainResult:
+    """Re-estimate normalization statistics, evaluate, store the model."""
+    samples = 0
+    if spec.quant is not None and spec.train.norm_batches:
+
+        def batches(observed: nn.Module) -> None:
+            nonlocal samples
+            seed = seed_for(spec.seed, 1 << 41)
+            loader = task.loader("train", spec.train.batch_size, seed)
+            for batch in itertools.islice(iter(loader), spec.train.norm_batches):
+                samples += num_samples(task, batch)
+                task.loss(observed, to_device(task, batch, device))
+
+        reestimate_norm_stats(model, batches)
+    metrics = {name: float(v) for name, v in task.evaluate(model, "validation").items()}
+    data = to_bytes({"model": model.state_dict()})
+    storage.write_bytes(folder / MODEL_FILE, data)
+    return TrainResult(
+        metrics=metrics,
+        cost=exact_costs(model) if spec.quant is not None else {},
+        bits=bit_config(model) if spec.quant is not None else {},
+        samples=counts.samples + samples,
+        steps=counts.steps,
+        model_sha256=storage.digest(data),
+    )
+
+
+def load_trained(
+    task: Task, spec: TrainSpec, path: Path, device: torch.device
+) -> nn.Module:
+    """A trained model from its file: the float model, or a frozen quantized one."""
+    if spec.quant is None:
+        return load_float(task, path, spec.seed, device).eval()
+    model = load_float(task, None, spec.seed, device)
+    model, _ = prepare_for(task, model, spec, device, calibrated=False)
+    model.load_state_dict(from_bytes(path.read_bytes())["model"])
+    return model.eval()

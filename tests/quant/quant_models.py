@@ -1,0 +1,52 @@
+"""Small models that the tests of the quantizers share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Residual(nn.Module):
+    """A strided stem, a residual block with a projection, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.main = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.side = nn.Conv2d(4, 6, 1, stride=2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = nn.functional.silu(self.main(x) + self.side(x))
+        return self.head(x.mean((2, 3)))
+
+
+class OneLayer(nn.Module):
+    """An activation function before one linear layer."""
+
+    def __init__(self, before: nn.Module, features: int = 64) -> None:
+        super().__init__()
+        self.before = before
+        self.linear = nn.Linear(features, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.before(x))
+
+
+def residual_net(seed: int = 0) -> Residual:
+    """A residual net with fixed weights; the global generator stays as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Residual()
+
+
+def images(seed: int = 0, batch: int = 4) -> Tensor:
+    """Grey 8x8 images in [0, 1)."""
+    return torch.rand(batch, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers, the same in every run."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -158,7 +158,7 @@ def take(
     page = context.new_page()
     page.goto(url)
     try:
-        page.wait_for_load_state("networkidle", timeout=8_000)
+        page.wait_for_load_state("networkidle", timeout=5_000)
     except PageTimeout:
         pass  # pages that refresh themselves are never idle
     page.wait_for_timeout(2_500)  # charts are drawn after the data has come

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
@@ -30,7 +31,8 @@ class Budget:
             raise UserError("Budget: give at least one target, such as bops=5.3e9")
         for name, target in targets.items():
             get_cost(name)
-            if isinstance(target, bool) or not isinstance(target, (int, float)) or not target > 0:
+            number = isinstance(target, (int, float)) and not isinstance(target, bool)
+            if not number or not 0 < target < math.inf:
                 raise UserError(f"Budget: {name}={target!r} is not a positive number")
         object.__setattr__(self, "targets", MappingProxyType(dict(targets)))
 

@@ -48,9 +48,8 @@ class LSQ(FakeQuantizer):
     def alpha(self, x: Tensor) -> Tensor:
         """The truncation boundary, shape (channels,), its gradient scaled as published."""
         levels = self._levels(self.bits.hard())
-        is_weight = isinstance(x, nn.Parameter)
-        served = self.channels if is_weight else len(x)
-        count = max(1.0, x.numel() / max(1, served))
+        served = self.channels if self.name.endswith(".weight") else max(1, len(x))
+        count = max(1.0, x.numel() / served)
         return scale_gradient(self.step.abs(), (count * levels) ** -0.5) * levels
 
     @contextmanager

@@ -145,7 +145,7 @@ def test_bad_bit_configs_change_nothing():
     assert all(torch.equal(after[n], v) for n, v in before.items())
     apply_bit_config(model, good)
     for freeze in (True, False):
-        with pytest.raises(UserError, match="weights.head: frozen at 8 bits already"):
+        with pytest.raises(UserError, match="frozen at 8 bits already"):
             apply_bit_config(model, broken("weights", "head", 4), freeze=freeze)
 
 

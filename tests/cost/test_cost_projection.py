@@ -1,0 +1,163 @@
+"""The budget promise: never above, and used up as far as single raises go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from random_graphs import ends, problems
+from torch import nn
+
+from nipq_search.cost import Budget, exact_cost, exact_costs, freeze, project
+from nipq_search.cost.projection import error_scales, is_tight, model_is_within, usage
+from nipq_search.errors import UserError
+from nipq_search.quant import QuantConfig, WeightConfig, prepare, quantizers
+from nipq_search.quant.graph import Graph, LayerInfo, TensorInfo
+from nipq_search.quant.prepare import quant_state
+
+
+def fits(graph, bits, budget):
+    return all(exact_cost(name, graph, bits) <= budget.targets[name] for name in budget)
+
+
+def some_raise_fits(graph, bits, budget):
+    return any(
+        fits(graph, {**bits, name: width}, budget)
+        for name, tensor in graph.tensors.items()
+        for width in tensor.allowed
+        if width > bits[name]
+    )
+
+
+def used(graph, bits, budget):
+    return max(exact_cost(n, graph, bits) / target for n, target in budget.targets.items())
+
+
+@settings(max_examples=250, deadline=None)
+@given(problems())
+def test_projection_keeps_the_promise(problem):
+    graph, budget, soft, marginal = problem
+    bits = project(graph, budget, soft, marginal)
+    assert all(bits[name] in graph.tensors[name].allowed for name in soft)
+    assert bits.keys() == soft.keys()
+    assert fits(graph, bits, budget)
+    tight = used(graph, bits, budget) >= 0.97 or not some_raise_fits(graph, bits, budget)
+    assert tight and is_tight(graph, bits, budget)
+    assert project(graph, budget, soft, marginal) == bits
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_tightness_is_what_brute_force_says(problem):
+    graph, budget, _, _ = problem
+    for bits in ends(graph):
+        inside = fits(graph, bits, budget)
+        tight = used(graph, bits, budget) >= 0.97 or not some_raise_fits(graph, bits, budget)
+        assert is_tight(graph, bits, budget) == (inside and tight)
+        assert usage(graph, bits, budget) == pytest.approx(used(graph, bits, budget))
+
+
+def pair(widths=(2, 3, 4, 5, 6, 7, 8), numels=(100, 100)):
+    """Two layers with inputs of their own."""
+    tensors, layers = {}, []
+    for name, numel in zip("ab", numels, strict=True):
+        for role, kind in (("weight", "weight"), ("input", "activation")):
+            full = f"{name}.{role}"
+            tensors[full] = TensorInfo(name=full, role=kind, numel=numel, allowed=widths)
+        layers.append(
+            LayerInfo(
+                name=name, kind="linear", macs=100, weight=f"{name}.weight", input=f"{name}.input"
+            )
+        )
+    return Graph(layers=tuple(layers), tensors=tensors)
+
+
+def test_sensitive_tensors_keep_their_bits():
+    graph = pair()
+    soft = dict.fromkeys(graph.tensors, 5.0)
+    marginal = dict.fromkeys(graph.tensors, -0.001) | {"a.weight": -1.0, "a.input": -1.0}
+    bits = project(graph, Budget(bops=100 * 16 * 2), soft, marginal)
+    assert bits["a.weight"] > bits["b.weight"] and bits["a.input"] > bits["b.input"]
+
+
+def test_largest_tensors_are_lowered_and_nothing_else():
+    """Two tensors set the cost together: lowering either alone saves nothing yet."""
+    graph = pair()
+    soft = dict.fromkeys(graph.tensors, 8.0)
+    bits = project(
+        graph, Budget(activation_largest_bytes=50), soft, dict.fromkeys(graph.tensors, -1.0)
+    )
+    assert bits == {"a.weight": 8, "b.weight": 8, "a.input": 4, "b.input": 4}
+
+
+def test_uncounted_tensors_stay_where_they_were_learned():
+    graph = pair()
+    soft = dict.fromkeys(graph.tensors, 3.0) | {"a.weight": 6.0, "b.weight": 6.0}
+    bits = project(graph, Budget(weight_bytes=100), soft, dict.fromkeys(graph.tensors, -1.0))
+    assert bits["a.weight"] + bits["b.weight"] == 8
+    assert bits["a.input"] == bits["b.input"] == 3
+
+
+def test_error_scales():
+    scales = error_scales({"a": 4.0, "b": 4.0, "c": 2.0}, {"a": -2.0, "b": -1.0, "c": 0.5})
+    assert scales["a"] == pytest.approx(2 * scales["b"])
+    assert 0 < scales["c"] < scales["b"]
+    assert error_scales({"a": 4.0, "b": 2.0}, {}) == {"a": 256.0, "b": 16.0}
+
+
+def test_unreachable_budgets_name_the_least_cost_and_its_layers():
+    graph = pair(numels=(900, 100))
+    with pytest.raises(UserError, match=r"bops: .*least reachable cost 800 \(set by a 50 %, b 50"):
+        project(graph, Budget(bops=799), {}, {})
+    with pytest.raises(
+        UserError, match=r"weight_bytes: the target 10 .* 250 \(set by a.weight 90"
+    ):
+        project(graph, Budget(weight_bytes=10), {}, {})
+    assert (
+        project(graph, Budget(bops=800), dict.fromkeys(graph.tensors, 8.0), {}) == ends(graph)[0]
+    )
+
+
+def net(**options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+        x = torch.randn(8, 20)
+    return prepare(model, x, QuantConfig(**options)), x
+
+
+@pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
+def test_freeze_keeps_the_budget(quantizer):
+    for target in (4000, 9000, 25_000):
+        model, x = net(quantizer=quantizer, weights=WeightConfig(bits=(2, 4, 8)))
+        model(x).square().sum().backward()
+        budget = Budget(bops=target, weight_bytes=900)
+        assert freeze(model, budget) is model
+        assert model_is_within(model, budget)
+        bits = {n: q.bits.hard() for n, q in quantizers(model).items()}
+        assert is_tight(quant_state(model).graph, bits, budget)
+        costs = exact_costs(model)
+        assert costs["bops"] <= target and costs["weight_bytes"] <= 900
+
+
+def test_freeze_without_a_budget_takes_the_nearest_width():
+    model, _ = net(start_bits=5)
+    freeze(model)
+    assert all(q.bits.is_frozen and q.bits.hard() == 5 for q in quantizers(model).values())
+
+
+def test_freezing_again_changes_nothing():
+    model, _ = net(start_bits=5)
+    freeze(model)
+    before = {n: q.bits.hard() for n, q in quantizers(model).items()}
+    freeze(model, Budget(bops=1e9))
+    assert before == {n: q.bits.hard() for n, q in quantizers(model).items()}
+    with pytest.raises(UserError, match="frozen already, at a cost above"):
+        freeze(model, Budget(bops=3500))
+
+
+def test_an_unreachable_budget_freezes_nothing():
+    model, _ = net()
+    with pytest.raises(UserError, match="least reachable cost"):
+        freeze(model, Budget(bops=10))
+    assert not any(q.bits.is_frozen for q in quantizers(model).values())

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from torch import nn
 
 from nipq_search.cost.base import (
-    COSTS,
     Bits,
     complete_bits,
     exact_cost,
@@ -33,12 +32,6 @@ FULL = 0.97
 def usage(graph: Graph, bits: Bits, budget: Budget) -> float:
     """The largest ratio of a cost to its target: above 1 the budget is broken."""
     return max(exact_cost(name, graph, bits) / target for name, target in budget.targets.items())
-
-
-def least_costs(graph: Graph) -> dict[str, float]:
-    """The least reachable value of every cost."""
-    bits = extreme_bits(graph, most=False)
-    return {name: exact_cost(name, graph, bits) for name in COSTS}
 
 
 def check_reachable(graph: Graph, budget: Budget) -> None:

@@ -153,6 +153,9 @@ class BitWidth(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         width = self.fixed if self.frozen is None else self.frozen
         self._width = None if width is None else int(width)
+        if self._width not in (None, *self.allowed):
+            errors: list[str] = args[-1]
+            errors.append(f"{prefix}: {self._width} bits are not among {list(self.allowed)}")
 
     def extra_repr(self) -> str:
         """The allowed set and the present width."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -190,7 +190,7 @@ class _Builder:
     def build(self) -> Graph:
         """Convert every layer in place and return the graph."""
         modules = dict(self.model.named_modules())
-        weights = {id(modules[layer].weight): modules[layer].weight for layer in self.found.layers}
+        weights = {id(modules[layer].weight) for layer in self.found.layers}
         others = sum(p.numel() for p in self.model.parameters() if id(p) not in weights)
         for layer in self.found.layers:
             self._layer(layer, modules[layer])
@@ -339,17 +339,3 @@ def freeze_bits(model: M, bits: Mapping[str, int] | None = None) -> M:
     for name, quantizer in quantizers(model).items():
         quantizer.freeze(None if bits is None else bits[name])
     return model
-
-
-def layer_bits(model: nn.Module) -> Iterator[tuple[LayerInfo, int, int]]:
-    """Every layer with the hard bit-widths of its weight and its input."""
-    graph = quant_state(model).graph
-    hard = {name: quantizer.bits.hard() for name, quantizer in quantizers(model).items()}
-
-    def bits(tensor: str | None) -> int:
-        if tensor is None:
-            return FLOAT_BITS
-        return hard.get(tensor, graph.tensors[tensor].fixed_bits or FLOAT_BITS)
-
-    for layer in graph.layers:
-        yield layer, bits(layer.weight), bits(layer.input)

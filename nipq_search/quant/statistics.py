@@ -121,7 +121,7 @@ class Observer:
 
 
 def _upper_end(values: Tensor, percentile: float) -> Tensor:
-    """The value that the share `percentile` does not exceed; the maximum where it is zero.
+    """The value at or below which the share `percentile` lies; the maximum where that is <= 0.
 
     (More than `percentile` zeros would put a boundary at zero. `torch.quantile` refuses more than
     16 million values.)

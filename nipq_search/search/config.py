@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nipq_search.errors import UserError, nearest
 from nipq_search.quant import QuantConfig
@@ -147,6 +154,16 @@ class SweepConfig(_Section):
             raise ValueError("a budget stands twice; remove one")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lambda(cls, document: Any) -> Any:
+        """`lambda` is a word of Python's own, so the field has another name."""
+        train = document.get("train") if isinstance(document, dict) else None
+        if not isinstance(train, dict) or "lambda" not in train:
+            return document
+        renamed = {("lambda_" if key == "lambda" else key): v for key, v in train.items()}
+        return {**document, "train": renamed}
+
     @property
     def front_cost(self) -> str:
         """Name of the cost of the front."""
@@ -171,10 +188,6 @@ def parse_config(document: Any, source: str = "sweep") -> SweepConfig:
     """
     if not isinstance(document, dict):
         raise UserError(f"{source}: a sweep file is a mapping of keys such as name, task, budgets")
-    document = dict(document)
-    train = document.get("train")
-    if isinstance(train, dict) and "lambda" in train:
-        document["train"] = {("lambda_" if k == "lambda" else k): v for k, v in train.items()}
     try:
         config = SweepConfig.model_validate(document)
     except ValidationError as error:
@@ -226,14 +239,14 @@ class _Loader(yaml.SafeLoader):
         """Refuse repeated keys, of which YAML would silently keep the last."""
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str):
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
                         problem=f"key '{key}' stands twice", problem_mark=key_node.start_mark
                     )
                 seen.add(key)
-        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+        return super().construct_mapping(node, deep)
 
 
 def _add_float_resolver() -> None:

@@ -20,7 +20,7 @@ from nipq_search.search.config import SweepConfig
 from nipq_search.search.facts import Facts
 from nipq_search.search.front import non_dominated
 from nipq_search.search.jobs import Job, committed, job_folder
-from nipq_search.search.ledger import BUDGET, Asked, Ledger
+from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
 from nipq_search.search.strategy import STRATEGIES
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.storage import read_sealed
@@ -67,6 +67,7 @@ class Coordinator:
         self.stopping = False
         self.failure: str | None = None
         self.tested = False
+        self._lost: set[Path] = set()
         self._open = [t.number for t in ledger.trials(TrialState.RUNNING)]
         for number in list(self._open):
             if (record := committed(job_folder(out, "trial", number))) is not None:
@@ -131,6 +132,7 @@ class Coordinator:
         self.running.pop(job.name, None)
         record = committed(job.folder)
         if record is None and lost is not None:
+            self._lost.add(job.folder)
             record = {"state": jobs.FAIL, "reason": lost}
         if record is None:
             if job.kind == "trial" and job.number not in self._open:
@@ -154,8 +156,10 @@ class Coordinator:
         return job
 
     def _state(self, kind: str, number: int) -> str | None:
-        record = committed(job_folder(self.out, kind, number))
-        return None if record is None else str(record["state"])
+        folder = job_folder(self.out, kind, number)
+        if (record := committed(folder)) is not None:
+            return str(record["state"])
+        return jobs.FAIL if folder in self._lost else None
 
     def _job(self, kind: str, number: int, **more: Any) -> Job:
         salt = {"float": 2, "baseline": 3, "trial": 4, "test": 5}[kind]
@@ -179,13 +183,11 @@ class Coordinator:
 
     def _next_trial(self) -> Job | None:
         while True:
-            asked = self._next_asked()
-            if asked is None:
-                return None
             try:
-                return self._trial_job(asked)
-            except UserError as error:  # somebody enqueued parameters that cannot be used
-                self.ledger.fail(asked.number, str(error), {})
+                asked = self._next_asked()
+                return None if asked is None else self._trial_job(asked)
+            except Refused as refused:
+                self.ledger.fail(refused.number, str(refused), {})
 
     def _next_asked(self) -> Asked | None:
         budgets = len(self.facts.budgets)
@@ -202,8 +204,11 @@ class Coordinator:
     def _trial_job(self, asked: Asked) -> Job:
         if not 0 <= asked.budget < len(self.facts.budgets):
             last = len(self.facts.budgets) - 1
-            raise UserError(f"budget: index {asked.budget} is not one of 0..{last}")
-        self.config.train.with_hyperparameters(asked.params)
+            raise Refused(asked.number, f"budget: index {asked.budget} is not one of 0..{last}")
+        try:
+            self.config.train.with_hyperparameters(asked.params)
+        except UserError as error:
+            raise Refused(asked.number, str(error)) from error
         budget = self.facts.budgets[asked.budget]
         job = self._job(
             "trial", asked.number, params=dict(asked.params), budget=dict(budget.targets)

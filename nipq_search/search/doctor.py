@@ -80,9 +80,19 @@ def _storage() -> str:
 
 
 def _tracking() -> str:
-    from nipq_search.tracking.server import ping
+    from nipq_search.tracking.server import open_client
 
-    return ping()
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        return "a file in the sweep's folder (set MLFLOW_TRACKING_URI for a server)"
+    try:
+        open_client(uri).search_experiments(max_results=1)
+    except Exception as error:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: the server does not answer ({type(error).__name__}); check "
+            "URI, user, password and that it runs"
+        ) from error
+    return "the server at MLFLOW_TRACKING_URI answers"
 
 
 def _task(config: SweepConfig) -> str:

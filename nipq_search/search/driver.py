@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from nipq_search import storage
 from nipq_search.records import TrialRecord
@@ -140,7 +141,9 @@ class Driver:
 
     def job_finished(self, job: Job) -> None:
         """A job's result is in the ledger: show it everywhere."""
-        done = jobs.committed(job.folder) if job.kind != "test" else {"state": jobs.COMPLETE}
+        done: dict[str, Any] | None = {"state": jobs.COMPLETE}
+        if job.kind != "test":
+            done = jobs.committed(job.folder)
         state = str(done["state"]) if done else "stopped"
         text = f"{job.name} {state}"
         if done and done.get("metrics"):

@@ -101,7 +101,7 @@ def _check_nodes(resources: ResourcesSection) -> None:
     """Raise `UserError` unless some node holds one trial."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     for kind, key, wanted in (("CPU", "cpus", resources.cpus), ("GPU", "gpus", resources.gpus)):
         most = max((node.get(kind, 0) for node in nodes), default=0)
         if wanted > most:
@@ -114,7 +114,7 @@ def slots(resources: ResourcesSection) -> int:
     """Trials that fit at once, or fewer where the configuration says so."""
     import ray
 
-    total = ray.cluster_resources()
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
     fits = int(total.get("CPU", 1) // resources.cpus)
     if resources.gpus:
         fits = min(fits, int(total.get("GPU", 0) / resources.gpus))

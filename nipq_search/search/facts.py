@@ -76,12 +76,12 @@ def model_graph(config: SweepConfig, task: Task) -> Graph:
 
 def float_cost(graph: Graph, name: str) -> float:
     """A cost of the model in floating point: 32 bits everywhere."""
-    return exact_cost(name, graph, {tensor: 32 for tensor, t in graph.tensors.items() if t.allowed})
+    return exact_cost(
+        name, graph, {tensor: 32 for tensor, t in graph.tensors.items() if t.allowed}
+    )
 
 
-def gather(
-    config: SweepConfig, task: Task, order: list[Mapping[str, Any]] | None = None
-) -> Facts:
+def gather(config: SweepConfig, task: Task, order: list[Mapping[str, Any]] | None = None) -> Facts:
     """Everything that can be said, and checked, before a sweep starts.
 
     Args:
@@ -100,7 +100,9 @@ def gather(
     for budget in budgets:
         key = tuple(sorted(budget.targets.items()))
         if key in resolved:
-            raise UserError(f"budgets: {resolved[key]} and {budget.label} are the same; remove one")
+            raise UserError(
+                f"budgets: {resolved[key]} and {budget.label} are the same; remove one"
+            )
         resolved[key] = label_of(budget.entry)
     least, most = extreme_bits(graph, most=False), extreme_bits(graph, most=True)
     uniform = uniform_bits(graph, REFERENCE_BITS)

@@ -69,5 +69,5 @@ def hypervolume(
 
 
 def default_reference(best: float, mode: str) -> float:
-    """Reference metric where the sweep names none: 0.8 of the float model's (1.25 if minimized)."""
+    """The reference where none is named: 0.8 of the float model's metric, 1.25 if minimized."""
     return 0.8 * best if mode == "max" else 1.25 * best

@@ -110,6 +110,15 @@ class Asked:
     params: Mapping[str, Any]
 
 
+class Refused(UserError):
+    """A trial that somebody enqueued with values that cannot be used."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        """Say which trial, and why."""
+        super().__init__(reason)
+        self.number = number
+
+
 def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution) -> Any:
     """A parameter of a trial from its distribution, by Optuna's public calls."""
     if isinstance(distribution, CategoricalDistribution):
@@ -196,7 +205,11 @@ class Ledger:
                 self.study.set_metric_names([metric, cost])
 
     def ask(self, budget: int, budgets: int) -> Asked:
-        """Take the next waiting trial, or propose one for the given budget."""
+        """Take the next waiting trial, or propose one for the given budget.
+
+        Raises:
+            Refused: the waiting trial has values that no sweep could use.
+        """
         # Seeded by the trial's number, so a resumed search neither repeats itself nor depends on
         # where it was cut.
         number = len(self.trials())
@@ -222,7 +235,10 @@ class Ledger:
         params = dict(trial.params)
         for name, distribution in wanted.items():
             if name not in params:
-                params[name] = suggest(trial, name, distribution)
+                try:
+                    params[name] = suggest(trial, name, distribution)
+                except (ValueError, TypeError) as error:
+                    raise Refused(trial.number, f"{name}: {error}") from error
         # Somebody may have enqueued a trial with parameters that no sweep file names.
         params = {name: params[name] for name in wanted}
         return Asked(number=trial.number, budget=int(params.pop(BUDGET)), params=params)

@@ -77,7 +77,7 @@ def _width(graph: Any, budget: Budget) -> float:
 
 def _samples(config: SweepConfig, task: Any) -> int:
     """Training samples that the whole sweep would process if nothing fails."""
-    size = dataset(task)["splits"].get("train")
+    size: int | None = dataset(task)["splits"].get("train")
     if size is None:
         size = steps_in(task.loader("train", config.train.batch_size, 0)) * config.train.batch_size
     train = config.train
@@ -87,7 +87,7 @@ def _samples(config: SweepConfig, task: Any) -> int:
         train.batch_size
     )
     trainings = config.search.trials + len(config.search.baselines)
-    floats = 0 if config.float_model.checkpoint else config.float_model.epochs * size
+    floats: float = 0 if config.float_model.checkpoint else config.float_model.epochs * size
     return round(floats + trainings * (trained + extra))
 
 

@@ -71,7 +71,8 @@ def check_folder(out: Path) -> None:
     known = {SWEEP_FILE, FACTS_FILE, "study.log", "study.db"}
     if found and not is_sweep(out) and not found & known:
         raise UserError(
-            f"--out {out}: not empty and not a sweep (it holds {min(found)!r}); give another folder"
+            f"--out {out}: not empty and not a sweep (it holds {min(found)!r}); "
+            "give another folder"
         )
 
 
@@ -201,10 +202,9 @@ def run_sweep(
         ended = "KILLED"
         try:
             if coordinator.has_work():
-                with ray_cluster(address, config.resources):
-                    runner = executor or TuneExecutor(
-                        config.resources, config.limits.max_failures
-                    )
+                # Ray installs handlers of its own when it starts: ours go on top of them.
+                with ray_cluster(address, config.resources), signals_to(stop, progress):
+                    runner = executor or TuneExecutor(config.resources, config.limits.max_failures)
                     runner.run(coordinator, task, driver.tick)
             ended = "KILLED" if driver.interrupted else "FINISHED"
             if coordinator.failure:

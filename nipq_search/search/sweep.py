@@ -10,7 +10,7 @@ import optuna
 import yaml
 
 from nipq_search import storage
-from nipq_search.cost import COSTS
+from nipq_search.cost import CONVENTION, COSTS
 from nipq_search.errors import UserError, nearest
 from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
 from nipq_search.search import jobs, view
@@ -39,9 +39,7 @@ class Sweep:
         facts: `Facts.as_json()` of the last run.
     """
 
-    def __init__(
-        self, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Bind to a folder; nothing is read yet."""
         self.folder, self.config, self.facts = folder, config, facts
 
@@ -56,7 +54,9 @@ class Sweep:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; `nipq-search run CONFIG --out` makes one")
         if not is_sweep(folder):
-            raise UserError(f"{folder}: not a sweep (it has no {SWEEP_FILE}); give the --out folder")
+            raise UserError(
+                f"{folder}: not a sweep (it has no {SWEEP_FILE}); give the --out folder"
+            )
         try:
             config = yaml.safe_load((folder / SWEEP_FILE).read_text())
         except (OSError, yaml.YAMLError) as error:
@@ -124,7 +124,8 @@ class Sweep:
 
     def layers(self, trial: int) -> list[dict[str, Any]]:
         """Bits by layer of a finished trial; empty while there are none."""
-        return (committed(job_folder(self.folder, "trial", trial)) or {}).get("layers", [])
+        record = committed(job_folder(self.folder, "trial", trial)) or {}
+        return list(record.get("layers", []))
 
     def show(self, trial: int) -> dict[str, Any]:
         """What `show --json` prints.
@@ -144,7 +145,7 @@ class Sweep:
             "validation": record.validation,
             "test": record.test,
             "cost": dict(record.cost),
-            "bops_convention": view.CONVENTION,
+            "bops_convention": CONVENTION,
             "layers": self.layers(trial),
         }
 

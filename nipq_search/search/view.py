@@ -134,7 +134,7 @@ def front_document(
     complete = sorted(
         (r for r in records if r.state == "COMPLETE"), key=lambda r: (r.cost[cost], r.trial)
     )
-    points = [
+    points: list[dict[str, Any]] = [
         {
             "trial": r.trial,
             "on_front": r.on_front,
@@ -206,7 +206,7 @@ def status_document(
     rows = []
     for record in records:
         states[record.state] += 1
-        progress = {}
+        progress: dict[str, Any] = {}
         if record.folder is not None:
             progress = read_json(out / record.folder / jobs.PROGRESS) or {}
         rows.append(

@@ -7,6 +7,7 @@ import dataclasses
 import faulthandler
 import json
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ import torch
 from nipq_search import storage
 from nipq_search.cost import layer_rows
 from nipq_search.cost.base import hard_bits
-
 from nipq_search.quant.prepare import quant_state
 from nipq_search.records import CurvePoint
 from nipq_search.search import jobs
@@ -26,6 +26,7 @@ from nipq_search.search.config import SweepConfig, parse_config
 from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.lease import stop_requested
 from nipq_search.tasks import Task
+from nipq_search.tasks.base import evaluate
 from nipq_search.train import Hooks, Interrupted, TrainResult, TrainSpec, train
 from nipq_search.train.checkpoint import remove_checkpoints
 from nipq_search.train.trial import MODEL_FILE, load_trained
@@ -182,7 +183,8 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
 def _give_up(job: Job, max_failures: int, minutes: float | None) -> str | None:
     """Why a job that failed before is not tried again, or None."""
     if jobs.hangs(job.folder) >= jobs.HANGS_ALLOWED:
-        return f"hung: killed after {minutes:g} minutes, twice (limits.trial_minutes)"
+        limit = "" if minutes is None else f" after {minutes:g} minutes"
+        return f"hung: killed{limit}, twice (limits.trial_minutes)"
     if (died := jobs.crashes(job.folder, job.run)) >= max_failures:
         return f"its process died {died} times (limits.max_failures)"
     return None
@@ -218,6 +220,9 @@ def _run_training(
         should_stop=reporter.should_stop,
     )
     result = train(task, spec, job.folder, device, hooks)
+    name = task.metric[0]
+    if not math.isfinite(value := result.metrics.get(name, 0.0)):
+        raise ValueError(f"the validation {name} is {value}")
     record = _record(job, config, result)
     if spec.quant is not None:
         model = load_trained(task, spec, job.folder / MODEL_FILE, device)
@@ -231,7 +236,8 @@ def _record(job: Job, config: SweepConfig, result: TrainResult) -> dict[str, Any
         "state": jobs.COMPLETE,
         "reason": None,
         "ended": time.time(),
-        "metrics": dict(result.metrics),
+        # A record is strict JSON, which has no NaN.
+        "metrics": {name: v for name, v in result.metrics.items() if math.isfinite(v)},
         "cost": dict(result.cost),
         "bits": result.bits,
         "samples": result.samples,
@@ -257,7 +263,8 @@ def _run_test(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) ->
             continue
         spec = train_spec(config, subject)
         model = load_trained(task, spec, subject.folder / MODEL_FILE, device)
-        metrics = {name: float(v) for name, v in task.evaluate(model, "test").items()}
+        metrics = evaluate(task, model, "test")
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         storage.write_sealed(target, {"metrics": metrics})
         if reporter.should_stop():
             raise Interrupted

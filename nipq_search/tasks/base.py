@@ -117,6 +117,12 @@ def to_device(task: object, batch: Any, device: torch.device | str) -> Any:
     return own(batch, device) if own is not None else move(batch, device)
 
 
+def evaluate(task: Task, model: nn.Module, split: str) -> dict[str, float]:
+    """The task's figures of a split; evaluation mode is set here, whatever the task does."""
+    with evaluating(model):
+        return {name: float(value) for name, value in task.evaluate(model, split).items()}
+
+
 def load_data(task: object) -> None:
     """Let the task read its data now, where it knows how to."""
     own = getattr(task, "load_data", None)

@@ -25,9 +25,7 @@ def to_bytes(state: dict[str, Any]) -> bytes:
 
 def from_bytes(data: bytes) -> dict[str, Any]:
     """The state in `data`; nothing but tensors and plain types is ever unpickled."""
-    state: dict[str, Any] = torch.load(
-        io.BytesIO(data), map_location="cpu", weights_only=True
-    )
+    state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.cost import Budget, cost_estimate, cost_penalty, freeze
+from nipq_search.errors import UserError
 from nipq_search.quant import param_groups, quantizers
 from nipq_search.quant.noise import mix
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
-from nipq_search.tasks.base import distill_loss, num_samples, to_device
+from nipq_search.tasks.base import distill_loss, evaluate, num_samples, to_device
 from nipq_search.train.config import TrainConfig
 from nipq_search.train.forward import SharedForward
 from nipq_search.train.schedule import NOISE, TUNING, Schedule
@@ -33,9 +34,16 @@ def seed_for(*words: int) -> int:
 
 
 def steps_in(loader: Iterable[Any]) -> int:
-    """Batches in an epoch: the loader's length, else counted by going through it once."""
+    """Batches in an epoch: the loader's length, else counted by going through it once.
+
+    Raises:
+        UserError: there are none.
+    """
     length = getattr(loader, "__len__", None)
-    return int(length()) if length is not None else sum(1 for _ in loader)
+    steps = int(length()) if length is not None else sum(1 for _ in loader)
+    if steps < 1:
+        raise UserError("loader('train') gives no batches: the split is empty")
+    return steps
 
 
 class Trainer:
@@ -131,6 +139,8 @@ class Trainer:
                 self._train_step(batch)
                 if self.step >= self.schedule.total:
                     break
+                if self.step % self.schedule.steps_per_epoch == 0:
+                    continue  # the epoch is to be reported before anything is saved
                 if should_stop():
                     save(self.state_dict())
                     return False
@@ -145,6 +155,8 @@ class Trainer:
             self.loss_count = 0
             save(self.state_dict())
             saved_at = time.monotonic()
+            if self.step < self.schedule.total and should_stop():
+                return False
         return True
 
     def _rest_of_epoch(self) -> Iterator[Any]:
@@ -214,8 +226,8 @@ class Trainer:
 
     def _curve_point(self) -> CurvePoint:
         metrics = {"train_loss": float(self.loss_sum) / max(1, self.loss_count)}
-        validation = self.task.evaluate(self.model, "validation")
-        metrics.update({f"validation_{name}": float(v) for name, v in validation.items()})
+        validation = evaluate(self.task, self.model, "validation")
+        metrics.update({f"validation_{name}": value for name, value in validation.items()})
         metrics["lr"] = self.config.lr * self.schedule.rate(max(0, self.step - 1))
         if self.schedule.quantized and self.budget is not None:
             with torch.no_grad():

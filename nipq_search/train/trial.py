@@ -35,7 +35,7 @@ from nipq_search.quant import (
 from nipq_search.quant.prepare import quant_state
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
-from nipq_search.tasks.base import input_bits, num_samples, to_device
+from nipq_search.tasks.base import evaluate, input_bits, move, num_samples, to_device
 from nipq_search.train.checkpoint import (
     from_bytes,
     load_checkpoint,
@@ -144,7 +144,7 @@ def prepare_for(
             samples += num_samples(task, batch)
             task.loss(observed, to_device(task, batch, device))
 
-    example = tuple(to_device(task, x, device) for x in task.example_inputs())
+    example = move(task.example_inputs(), device)
     prepared = prepare(model, example, quant, calibration=calibration if calibrated else None)
     if spec.budget and spec.train.start == "budget":
         start_at_budget(prepared, Budget(**spec.budget))
@@ -235,14 +235,16 @@ def _train(
         counted = trainer.samples
         return hooks.should_stop()
 
-    finished = trainer.run(
-        on_epoch=hooks.on_epoch,
-        save=lambda state: save_checkpoint(folder / "checkpoints", trainer.step, state),
-        should_stop=stop,
-    )
+    try:
+        finished = trainer.run(
+            on_epoch=hooks.on_epoch,
+            save=lambda state: save_checkpoint(folder / "checkpoints", trainer.step, state),
+            should_stop=stop,
+        )
+    finally:
+        stop()  # samples of a step that failed count too
     if not finished:
         raise Interrupted
-    stop()
     counts = Counts(samples=trainer.samples, steps=trainer.step)
     result = _finish(task, spec, folder, model, device, counts)
     hooks.on_samples(result.samples - counted)
@@ -278,7 +280,7 @@ def _finish(
                 task.loss(observed, to_device(task, batch, device))
 
         reestimate_norm_stats(model, batches)
-    metrics = {name: float(v) for name, v in task.evaluate(model, "validation").items()}
+    metrics = evaluate(task, model, "validation")
     data = to_bytes({"model": model.state_dict()})
     storage.write_bytes(folder / MODEL_FILE, data)
     return TrainResult(
@@ -291,9 +293,7 @@ def _finish(
     )
 
 
-def load_trained(
-    task: Task, spec: TrainSpec, path: Path, device: torch.device
-) -> nn.Module:
+def load_trained(task: Task, spec: TrainSpec, path: Path, device: torch.device) -> nn.Module:
     """A trained model from its file: the float model, or a frozen quantized one."""
     if spec.quant is None:
         return load_float(task, path, spec.seed, device).eval()

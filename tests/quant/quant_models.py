@@ -1,9 +1,15 @@
-"""Small models that the tests of the quantizers share."""
+"""Small models, and a textbook quantizer, that the tests of the quantizers share."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from nipq_search.quant.functional import Grid
+
+WIDTHS = [(Grid.SIGNED, b) for b in range(2, 15)] + [
+    (grid, b) for grid in (Grid.UNSIGNED, Grid.AFFINE) for b in range(1, 15)
+]
 
 
 class Residual(nn.Module):
@@ -50,3 +56,16 @@ def images(seed: int = 0, batch: int = 4) -> Tensor:
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers, the same in every run."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def plain_quantize(x, alpha, bits, grid, minimum):
+    """The textbook quantizer, written apart from the library: steps, clip, scale."""
+    if grid is Grid.SIGNED:
+        least, most = -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
+        step = alpha / most
+    else:
+        step = alpha / (2**bits - 1)
+        zero = round(float(-minimum / step)) if grid is Grid.AFFINE else 0
+        zero = min(max(zero, 0), 2**bits - 1)
+        least, most = -zero, 2**bits - 1 - zero
+    return (x / step).round().clamp(least, most) * step

@@ -94,6 +94,13 @@ def test_start_at_survives_a_state_dict():
         assert target.hard() == source.hard() == 4
 
 
+def test_a_checkpoint_with_other_widths_is_refused():
+    source, target = BitWidth((3, 5)), BitWidth((4, 8))
+    source.freeze(3)
+    with pytest.raises(RuntimeError, match=r"3 bits are not among \[4, 8\]"):
+        target.load_state_dict(source.state_dict())
+
+
 @pytest.mark.parametrize(
     ("bits", "message"),
     [

@@ -8,28 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quant_models import normal
+from quant_models import WIDTHS, normal, plain_quantize
 
 from nipq_search.quant import functional as F
 from nipq_search.quant.functional import Grid
 
 LN2 = math.log(2.0)
-WIDTHS = [(Grid.SIGNED, b) for b in range(2, 15)] + [
-    (grid, b) for grid in (Grid.UNSIGNED, Grid.AFFINE) for b in range(1, 15)
-]
-
-
-def plain_quantize(x, alpha, bits, grid, minimum):
-    """The textbook quantizer, written apart from the library: steps, clip, scale."""
-    if grid is Grid.SIGNED:
-        least, most = -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
-        step = alpha / most
-    else:
-        step = alpha / (2**bits - 1)
-        zero = round(float(-minimum / step)) if grid is Grid.AFFINE else 0
-        zero = min(max(zero, 0), 2**bits - 1)
-        least, most = -zero, 2**bits - 1 - zero
-    return (x / step).round().clamp(least, most) * step
 
 
 def setting(grid, per_channel, seed=0):

@@ -81,6 +81,9 @@ def tensors(pin, **options):
 
 
 def test_pins():
+    ordered = QuantConfig(pin={"block1.*": "float", "*": 3})
+    assert ordered.pin_of("block1.conv") == "float" and ordered.pin_of("block10.conv") == 3
+    assert QuantConfig(pin={"a?": 3}).pin_of("a") is None
     model, found, _ = tensors({"a": 6})
     assert found["a.weight"].allowed == (6,) and len(found["b.weight"].allowed) == 7
     assert found["a.input"].allowed == (6,)

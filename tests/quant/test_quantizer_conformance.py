@@ -8,8 +8,7 @@ import pickle
 
 import pytest
 import torch
-from quant_models import images, normal, residual_net
-from test_quant_functional import WIDTHS, plain_quantize
+from quant_models import WIDTHS, images, normal, plain_quantize, residual_net
 from torch import nn
 
 from nipq_search.quant import (

@@ -1,0 +1,224 @@
+"""Sweeps as people run them: the real command in a process of its own, and what it left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
+
+BIN = Path(sys.executable).parent
+TOKEN = "NIPQ_TEST_TOKEN"
+"""Environment variable by which a test knows every process that its sweep started."""
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 0,
+    "task": "digits",
+    "task_args": {"width": 4},
+    "float": {"epochs": 1, "batch_size": 64},
+    "quant": {
+        "weights": {"bits": [2, 3, 4, 5, 6, 7, 8]},
+        "activations": {"bits": [2, 3, 4, 6, 8]},
+    },
+    "budgets": [{"bops": "uniform 3.3"}, {"weight_bytes": "uniform 2.6"}],
+    "train": {"epochs": 1, "batch_size": 64, "lr": 0.05, "distill": True},
+    "search": {
+        "sampler": "random",
+        "trials": 4,
+        "baselines": [],
+        "space": {"lr": {"log": [0.02, 0.1]}, "lambda": {"log": [3, 60]}},
+    },
+    "resources": {"cpus": 1, "gpus": 0, "concurrent": 2},
+}
+
+
+def write_sweep(folder: Path, **changes: Any) -> Path:
+    """Write the tiny sweep with changes (`section__key=value`) to `folder/sweep.yaml`."""
+    document = json.loads(json.dumps(TINY))
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        place = document
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+class Command:
+    """`nipq-search` in a folder of its own; `out` is the sweep's."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.folder, self.out = folder, folder / "out"
+        self.token = uuid.uuid4().hex
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("NIPQ_", "MLFLOW_", "RAY_", "PYTEST_"))
+        }
+        self.environment = {**kept, "OMP_NUM_THREADS": "1", TOKEN: self.token, **environment}
+
+    def arguments(self, *more: str) -> list[str]:
+        """`run` on the folder's sweep file."""
+        return ["run", "sweep.yaml", "--out", "out", *more]
+
+    def popen(self, *arguments: str, script: Path | None = None) -> subprocess.Popen[str]:
+        """Start the command, as the leader of a session of its own."""
+        program = [str(BIN / "nipq-search")] if script is None else [sys.executable, str(script)]
+        return subprocess.Popen(
+            [*program, *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(
+        self, *arguments: str, code: int = 0, script: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the command to its end and check the exit code."""
+        process = self.popen(*arguments, script=script)
+        with ended(process):
+            stdout, stderr = process.communicate(timeout=240)
+        assert process.returncode == code, f"exit {process.returncode}\n{stdout}\n{stderr}"
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+    def run(self, *more: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """`run` to the end."""
+        return self(*self.arguments(*more), code=code)
+
+    def document(self, *arguments: str) -> dict[str, Any]:
+        """The document that a reading command prints with `--json`."""
+        document: dict[str, Any] = json.loads(self(*arguments, "--json").stdout)
+        assert document["schema"] == 1
+        return document
+
+    def processes(self) -> list[int]:
+        """Every living process that descends from one of this object's commands."""
+        mark = f"{TOKEN}={self.token}".encode()
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                try:
+                    if mark in (folder / "environ").read_bytes().split(b"\0"):
+                        found.append(int(folder.name))
+                except OSError:
+                    continue
+        return found
+
+    def no_orphans(self) -> None:
+        """Assert that nothing that the commands started lives on."""
+        wait_for(lambda: not self.processes(), "the sweep's processes to end", 30)
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """See to it that a process of ours does not outlive a failing test."""
+    try:
+        yield
+    except BaseException:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        raise
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90) -> None:
+    """Return as soon as `condition()` holds."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"waited {seconds:g} s for {what}"
+        time.sleep(0.05)
+
+
+def study(out: Path, name: str = "tiny") -> optuna.Study:
+    """The sweep's study, opened by Optuna alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        backend = JournalFileBackend(str((out / "study.log").resolve()))
+        return optuna.load_study(study_name=name, storage=JournalStorage(backend))
+
+
+def trials(out: Path) -> list[FrozenTrial]:
+    """The study's trials."""
+    return study(out).get_trials()
+
+
+def states(out: Path) -> list[str]:
+    """States by trial number."""
+    found = trials(out)
+    assert [trial.number for trial in found] == list(range(len(found)))
+    return [trial.state.name for trial in found]
+
+
+def attempts(out: Path, trial: int) -> list[Path]:
+    """Attempt folders of a trial, first to last."""
+    folders = (out / "trials" / str(trial)).glob("attempt-*")
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("attempt-")))
+
+
+def epochs(attempt: Path) -> list[int]:
+    """Epochs in an attempt's learning curve."""
+    try:
+        lines = (attempt / "curve.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    return [json.loads(line)["epoch"] for line in lines]
+
+
+def result(out: Path, trial: int) -> dict[str, Any] | None:
+    """A trial's result record, from whichever attempt committed one; never two."""
+    records = [a / "result.json" for a in attempts(out, trial)]
+    found = [json.loads(path.read_text()) for path in records if path.exists()]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def results(out: Path) -> dict[str, int]:
+    """Every committed result and when it was written: equal again if nothing was repeated."""
+    files = out.glob("*/**/attempt-*/result.json")
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
+
+
+class Runs:
+    """The runs in a sweep's MLflow database, read with plain SQL."""
+
+    def __init__(self, out: Path) -> None:
+        with closing(sqlite3.connect(out / "mlflow.db")) as database:
+            rows = database.execute("select run_uuid, name, status from runs").fetchall()
+            tags: dict[str, dict[str, str]] = {row[0]: {} for row in rows}
+            for run, key, value in database.execute("select run_uuid, key, value from tags"):
+                tags[run][key] = value
+        self.parents = [r for r in rows if "mlflow.parentRunId" not in tags[r[0]]]
+        self.children = {}
+        self.tags = {}
+        for run, _, status in rows:
+            if "mlflow.parentRunId" in tags[run]:
+                number = int(tags[run]["nipq.trial"])
+                assert number not in self.children, f"trial {number} has two runs"
+                assert tags[run]["mlflow.parentRunId"] == self.parents[0][0]
+                self.children[number] = status
+                self.tags[number] = tags[run]
+        assert len(self.parents) == 1
+        self.parent = self.parents[0][2]
+        self.parent_tags = tags[self.parents[0][0]]

@@ -73,6 +73,7 @@ class Coordinator:
             if (record := committed(job_folder(out, "trial", number))) is not None:
                 self._tell(number, record)
                 self._open.remove(number)
+        self._check_float()
 
     def stop(self) -> None:
         """Start nothing more; running jobs save their state and stay open in the ledger."""
@@ -139,9 +140,19 @@ class Coordinator:
                 self._open.append(job.number)
         elif job.kind == "trial":
             self._tell(job.number, record)
-        elif record["state"] == jobs.FAIL and job.kind == "float":
-            self.failure = f"the float model failed: {record['reason']}"
+        elif job.kind == "float":
+            self._check_float()
         self.on_finished(job)
+
+    def _check_float(self) -> None:
+        """Without the float model nothing can start, in this run or a later one."""
+        folder = job_folder(self.out, "float", 0)
+        record = committed(folder)
+        if record is not None and record["state"] == jobs.FAIL:
+            self.failure = (
+                f"the float model failed: {record['reason']}; once that is mended, remove "
+                f"{folder} to try again"
+            )
 
     def open_trials(self) -> int:
         """Trials that still have to run, as far as the configuration and the queue say."""

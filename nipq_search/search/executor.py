@@ -80,6 +80,9 @@ def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[No
             raise UserError(f"resources.cpus: {resources.cpus} asked, this machine has {cpus}")
         # An address in the environment would silently lead to somebody's cluster.
         options |= {"include_dashboard": False, "address": "local"}
+        # The cluster's head dies with this process. Whatever Ray started besides looks for it so
+        # many seconds at a time, and would otherwise outlive a killed driver by minutes.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
     else:
         options["address"] = address
     try:

@@ -25,11 +25,12 @@ STOP_FILE = "stop.request"
 
 
 def _try_lock(descriptor: int) -> bool:
+    """Take the lock; False where somebody holds it, or removed its file after we opened it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return True
+    return os.fstat(descriptor).st_nlink > 0
 
 
 def live_driver(folder: Path) -> dict[str, Any] | None:
@@ -63,9 +64,9 @@ def driver_lease(folder: Path) -> Iterator[str]:
     Raises:
         UserError: another driver holds it; names host and pid.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK_FILE
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _open_lock(path)
     try:
         if not _try_lock(descriptor):
             owner = _owner(path)
@@ -79,10 +80,35 @@ def driver_lease(folder: Path) -> Iterator[str]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         (folder / STOP_FILE).unlink(missing_ok=True)
-        yield token
-        (folder / STOP_FILE).unlink(missing_ok=True)
+        try:
+            yield token
+        finally:
+            (folder / STOP_FILE).unlink(missing_ok=True)
+            _leave_nothing(path, created)
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """Open the lock file, made if missing.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"--out {path.parent}: cannot be written ({error.strerror})") from error
+
+
+def _leave_nothing(path: Path, created: list[Path]) -> None:
+    """Remove a lock that guards an empty folder, and the folders that were made for it."""
+    if [entry.name for entry in path.parent.iterdir()] == [LOCK_FILE]:
+        path.unlink()
+        with contextlib.suppress(OSError):  # somebody else put something there meanwhile
+            for folder in created:
+                folder.rmdir()
 
 
 def request_stop(folder: Path) -> str | None:

@@ -58,15 +58,12 @@ def check_folder(out: Path) -> None:
     """Check that a folder can hold this sweep.
 
     Raises:
-        UserError: it is a file, cannot be written, or holds something else.
+        UserError: it is a file, or holds something else.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".write-test"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out}: this is a file; give a folder")
     found = {path.name for path in out.iterdir()} - _HARMLESS
     known = {SWEEP_FILE, FACTS_FILE, "study.log", "study.db"}
     if found and not is_sweep(out) and not found & known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +23,14 @@ HYPERPARAMETERS = {
     "momentum": "momentum",
 }
 """Names that a search space may use, and the field of `TrainConfig` that each one sets."""
+
+
+def _check_finite(config: TrainConfig | FloatConfig, section: str) -> None:
+    """Raise `UserError` for a figure that is infinite or NaN."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{section}.{field.name.rstrip('_')}: {value} is no finite number")
 
 
 def _check(condition: bool, key: str, fix: str) -> None:
@@ -60,7 +69,7 @@ class TrainConfig:
     epochs: float = 4
     batch_size: int = 256
     lr: float = 0.04
-    lr_bits: float = 1.0
+    lr_bits: float = 5.0
     lr_boundaries: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -78,6 +87,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check every field; raise `UserError`."""
+        _check_finite(self, "train")
         _check(self.epochs > 0, "train.epochs", "must be above 0")
         _check(self.batch_size >= 1, "train.batch_size", "must be at least 1")
         for name in ("lr", "lr_bits", "lr_boundaries", "checkpoint_minutes"):
@@ -141,6 +151,7 @@ class FloatConfig:
 
     def __post_init__(self) -> None:
         """Check every field; raise `UserError`."""
+        _check_finite(self, "float")
         _check(self.epochs > 0, "float.epochs", "must be above 0")
         _check(self.batch_size >= 1, "float.batch_size", "must be at least 1")
         _check(self.lr > 0, "float.lr", "must be above 0")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from quant_models import WIDTHS, normal, plain_quantize
 
@@ -119,6 +119,7 @@ def test_affine_grid_holds_zero_and_its_ends():
         torch.testing.assert_close(range_.high, range_.highest * range_.step)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-6, 1e4))
 def test_softplus_inverse(value):
     v = torch.tensor([value], dtype=torch.float64)
@@ -126,6 +127,7 @@ def test_softplus_inverse(value):
     assert F.softplus_inverse(v.float()).isfinite()
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(1, 16), min_size=2).map(lambda s: tuple(sorted(s))), st.floats(0, 1))
 def test_theta_and_soft_bits_are_inverse_away_from_the_ends(allowed, share):
     bits = allowed[0] + (allowed[-1] - allowed[0]) * (0.05 + 0.9 * share)
@@ -139,6 +141,7 @@ def test_theta_and_soft_bits_are_inverse_away_from_the_ends(allowed, share):
         assert float(slope) > 0.04 * (allowed[-1] - allowed[0])
 
 
+@settings(deadline=None)
 @given(
     st.sets(st.integers(1, 16), min_size=2).map(lambda s: tuple(sorted(s))),
     st.floats(0, 1),

@@ -68,6 +68,7 @@ class Command:
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder, self.out = folder, folder / "out"
         self.token = uuid.uuid4().hex
+        self.sessions: set[str] = set()
         kept = {
             key: value
             for key, value in os.environ.items()
@@ -82,7 +83,7 @@ class Command:
     def popen(self, *arguments: str, script: Path | None = None) -> subprocess.Popen[str]:
         """Start the command, as the leader of a session of its own."""
         program = [str(BIN / "nipq-search")] if script is None else [sys.executable, str(script)]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*program, *arguments],
             cwd=self.folder,
             env=self.environment,
@@ -92,6 +93,8 @@ class Command:
             text=True,
             start_new_session=True,
         )
+        self.sessions.add(str(process.pid))
+        return process
 
     def __call__(
         self, *arguments: str, code: int = 0, script: Path | None = None
@@ -120,10 +123,14 @@ class Command:
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 try:
-                    if mark in (folder / "environ").read_bytes().split(b"\0"):
-                        found.append(int(folder.name))
+                    # Processes that rename themselves may overwrite their environment.
+                    stat = (folder / "stat").read_text().rpartition(")")[2].split()
+                    ours = stat[3] in self.sessions
+                    ours = ours or mark in (folder / "environ").read_bytes().split(b"\0")
                 except OSError:
                     continue
+                if ours and stat[0] != "Z":
+                    found.append(int(folder.name))
         return found
 
     def no_orphans(self) -> None:

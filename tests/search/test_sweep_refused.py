@@ -1,0 +1,61 @@
+"""Bad starts: one line that names the fix, exit 2, and nothing started or left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sweep_helpers import Command, write_sweep
+
+pytestmark = pytest.mark.slow
+
+
+def refused(command: Command, *arguments: str) -> str:
+    """The single line that a refused run prints; it must have left nothing in its folder."""
+    before = {path: path.read_bytes() for path in command.folder.rglob("*") if path.is_file()}
+    done = command.run(*arguments, code=2)
+    after = {path: path.read_bytes() for path in command.folder.rglob("*") if path.is_file()}
+    assert after == before
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_budget_below_the_least_cost_is_refused(tmp_path: Path) -> None:
+    write_sweep(tmp_path, budgets=[{"bops": "uniform 4"}, {"bops": 20_000}])
+    line = refused(Command(tmp_path))
+    assert "{bops: 20000}" in line and "least" in line
+    assert "stem" in line  # a layer that sets the least cost
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_are_refused_with_the_way_to_get_them(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_sweep(tmp_path, task="fashion_mnist", task_args={"path": "empty"})
+    line = refused(Command(tmp_path))
+    assert "empty" in line and "dataset-fashion-mnist" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    line = refused(Command(tmp_path))
+    assert "not a sweep" in line and "thesis.tex" in line
+
+
+def test_a_misspelt_key_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    line = refused(Command(tmp_path), "--set", "train.epoch=3")
+    assert "train.epoch" in line and "'epochs'" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_storage_that_does_not_answer_is_refused_without_its_password(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    url = "postgresql://user:s3cr3t-word@127.0.0.1:1/x"
+    line = refused(Command(tmp_path, NIPQ_STORAGE_URL=url))
+    assert "NIPQ_STORAGE_URL" in line and "s3cr3t" not in line
+    assert not (tmp_path / "out").exists()

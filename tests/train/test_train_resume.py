@@ -1,0 +1,170 @@
+"""A training that was cut off at any moment ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from train_tasks import CPU, Regression, SpiedDigits, digits_spec, interrupted, mlp_spec, outcome
+
+from nipq_search.quant import QuantConfig
+from nipq_search.storage import digest
+from nipq_search.train import Hooks, Interrupted, train, trial
+from nipq_search.train.checkpoint import load_checkpoint
+
+KINDS = {
+    "uniform": {"proxy": "uniform"},
+    "empirical": {"proxy": "empirical"},
+    "lsq": {"quant": QuantConfig(quantizer="lsq", start_bits=4), "budget": None},
+}
+MOMENTS = {
+    "within the noise phase": [4],
+    "at the end of an epoch": [9],
+    "right at the freeze": [14],
+    "within the tuning phase": [20],
+    "at every moment": [4, 5, 5, 6],
+}
+
+
+@pytest.fixture(scope="module")
+def whole(float_model, tmp_path_factory):
+    """Result and curve of the uninterrupted training of each kind."""
+    found = {}
+    for kind, changes in KINDS.items():
+        folder, curve = tmp_path_factory.mktemp(kind), []
+        spec = digits_spec(float_model, **changes)
+        result = train(SpiedDigits(), spec, folder, CPU, Hooks(on_epoch=curve.append))
+        assert digest((folder / "model.pt").read_bytes()) == result.model_sha256
+        found[kind] = result, curve
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        *(("uniform", moment) for moment in MOMENTS),
+        ("empirical", "at every moment"),
+        ("lsq", "at every moment"),
+    ],
+)
+def test_resumed_equals_uninterrupted(kind, moment, whole, float_model, digits, tmp_path):
+    spec = digits_spec(float_model, **KINDS[kind])
+    for steps in MOMENTS[moment]:
+        interrupted(digits, spec, tmp_path, steps)
+    assert load_checkpoint(tmp_path / "checkpoints")["step"] == sum(MOMENTS[moment])
+    torch.manual_seed(99)  # a fresh process has another generator
+    result = train(digits, spec, tmp_path, CPU)
+    assert outcome(result) == outcome(whole[kind][0])
+    assert digest((tmp_path / "model.pt").read_bytes()) == whole[kind][0].model_sha256
+
+
+def test_the_curve_has_every_epoch_once_wherever_it_was_cut(whole, float_model, digits, tmp_path):
+    curve, spec = [], digits_spec(float_model)
+    for steps in (9, 5, 4, None):
+        asked = iter(range(1, 100))
+        hooks = Hooks(
+            on_epoch=curve.append,
+            should_stop=lambda asked=asked, steps=steps: next(asked) == steps,
+        )
+        try:
+            train(digits, spec, tmp_path, CPU, hooks)
+        except Interrupted:
+            continue
+    expected = whole["uniform"][1]
+    assert [(p.epoch, p.step, p.phase) for p in curve] == [
+        (1, 9, "noise"),
+        (2, 18, "tuning"),
+        (3, 27, "tuning"),
+    ]
+    assert [p.metrics for p in curve] == [p.metrics for p in expected]
+
+
+def test_killed_before_the_checkpoint_of_an_epoch(whole, float_model, digits, tmp_path):
+    """A process that dies saves nothing: the epoch is trained again."""
+    spec = digits_spec(float_model)
+
+    def die(point):
+        if point.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(digits, spec, tmp_path, CPU, Hooks(on_epoch=die))
+    assert load_checkpoint(tmp_path / "checkpoints")["step"] == 9
+    assert outcome(train(digits, spec, tmp_path, CPU)) == outcome(whole["uniform"][0])
+
+
+def test_killed_after_the_last_step(whole, float_model, digits, tmp_path, monkeypatch):
+    spec = digits_spec(float_model)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trial, "_finish", _die)
+        train(digits, spec, tmp_path, CPU)
+    assert load_checkpoint(tmp_path / "checkpoints")["step"] == 27
+    assert outcome(train(digits, spec, tmp_path, CPU)) == outcome(whole["uniform"][0])
+
+
+def _die(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("damage", ["garbage", "torn state", "torn manifest", "no manifest"])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, tmp_path, caplog):
+    spec = mlp_spec()
+    expected = train(Regression(), spec, tmp_path / "whole", CPU)
+    folder = tmp_path / "cut"
+    interrupted(Regression(), spec, folder, 8)
+    newest = max((folder / "checkpoints").iterdir())
+    state, manifest = newest / "state.pt", newest / "manifest.json"
+    if damage == "garbage":
+        state.write_bytes(b"nothing of value")
+    elif damage == "torn state":
+        state.write_bytes(state.read_bytes()[:-7])
+    elif damage == "torn manifest":
+        manifest.write_bytes(manifest.read_bytes()[:20])
+    else:
+        manifest.unlink()
+    with caplog.at_level(logging.WARNING, "nipq_search"):
+        assert load_checkpoint(folder / "checkpoints")["step"] == 6
+        result = train(Regression(), spec, folder, CPU)
+    assert str(newest) in caplog.text and "damaged" in caplog.text
+    assert outcome(result) == outcome(expected)
+
+
+def test_without_any_whole_checkpoint_training_starts_again(tmp_path, caplog):
+    spec = mlp_spec()
+    expected = train(Regression(), spec, tmp_path / "whole", CPU)
+    folder = tmp_path / "cut"
+    interrupted(Regression(), spec, folder, 2)
+    for manifest in folder.rglob("manifest.json"):
+        manifest.write_text("{}")
+    result = train(Regression(), spec, folder, CPU)
+    assert outcome(result) == outcome(expected)
+
+
+def test_two_checkpoints_are_kept(tmp_path):
+    train(Regression(), mlp_spec(epochs=5), tmp_path, CPU)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "000000024",
+        "000000030",
+    ]
+
+
+def test_checkpoints_come_every_few_minutes_too(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trial, "save_checkpoint", lambda folder, step, state: seen.append(step))
+    train(Regression(), mlp_spec(checkpoint_minutes=1e-9), tmp_path, CPU)
+    assert seen == list(range(1, 19))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
+    spec = mlp_spec()
+    interrupted(Regression(), spec, tmp_path, 2)
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("nipq_search.storage.write_bytes", full)
+        train(Regression(), spec, tmp_path, CPU)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000000002"]
+    train(Regression(), spec, tmp_path, CPU)

@@ -1,0 +1,137 @@
+"""Tasks and specifications that the tests of the training loop share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq_search.quant import QuantConfig, WeightConfig
+from nipq_search.tasks.digits import Digits
+from nipq_search.train import Hooks, Interrupted, TrainConfig, TrainResult, TrainSpec, train
+
+CPU = torch.device("cpu")
+
+
+class SpiedDigits(Digits):
+    """Digits with a narrow network; counts every training sample that leaves its loader."""
+
+    def __init__(self) -> None:
+        super().__init__(width=4)
+        self.load_data()
+        self.given = 0
+        self.splits_read: set[str] = set()
+
+    def loader(self, split: str, batch_size: int, seed: int | None = None) -> Any:
+        self.splits_read.add(split)
+        return _Counted(self, super().loader(split, batch_size, seed), split)
+
+
+class _Counted:
+    def __init__(self, task: SpiedDigits, batches: Any, split: str) -> None:
+        self.task, self.batches, self.split = task, batches, split
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            if self.split == "train":
+                self.task.given += len(batch[1])
+            yield batch
+
+
+class Regression:
+    """A user's own task: a plain MLP, batches that are dicts, a figure to minimize."""
+
+    metric = ("mse", "min")
+
+    def __init__(self, lengths: tuple[int, ...] = (6,)) -> None:
+        """`lengths`: batches of the epochs, in turn; the loader has no length of its own."""
+        self.lengths = lengths
+        self.epochs = 0
+        self.poison = False
+        self.given = 0
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 1)
+        )
+
+    def example_inputs(self) -> tuple[Tensor]:
+        return (torch.zeros(1, 4),)
+
+    def loader(self, split: str, batch_size: int, seed: int | None = None) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        length = self.lengths[min(self.epochs, len(self.lengths) - 1)]
+        self.epochs += split == "train"
+        for _ in range(length):
+            x = torch.rand(batch_size, 4, generator=generator)
+            yield {"x": x, "y": x.sum(1, keepdim=True)}
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        self.given += len(batch["x"])
+        loss = nn.functional.mse_loss(model(batch["x"]), batch["y"])
+        return loss * float("nan") if self.poison else loss
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        batch = next(iter(self.loader(split, 64)))
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            error = nn.functional.mse_loss(model(batch["x"]), batch["y"])
+        model.train(training)
+        return {"mse": float(error)}
+
+
+def digits_spec(float_model: Path | None, **changes: Any) -> TrainSpec:
+    """A trial on digits of 27 steps, 9 to an epoch; the bits freeze within the second epoch."""
+    train = TrainConfig(
+        **{"epochs": 3, "batch_size": 128, "lr": 0.05, "noise_share": 0.5, "norm_batches": 2}
+        | {"calibration_batches": 1, "lr_bits": 20.0, "distill_weight": 0.5}
+        | {k: v for k, v in changes.items() if k not in ("quant", "budget")}
+    )
+    return TrainSpec(
+        train=train,
+        seed=7,
+        quant=changes.get("quant", QuantConfig()),
+        budget=changes.get("budget", {"bops": 1.2e6}),
+        float_model=float_model,
+    )
+
+
+def mlp_spec(**changes: Any) -> TrainSpec:
+    """A trial on the regression of 18 steps, 6 to an epoch."""
+    options = {"epochs": 3, "batch_size": 32, "distill": False, "noise_share": 0.5, "lr": 0.02}
+    quant = QuantConfig(weights=WeightConfig(bits=(2, 4, 8)))
+    return TrainSpec(
+        train=TrainConfig(**options | changes), seed=3, quant=quant, budget={"bops": 6000}
+    )
+
+
+def stop_after(steps: int) -> Hooks:
+    """Hooks that ask for a stop once so many steps of this call are done."""
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked >= steps
+
+    return Hooks(should_stop=should_stop)
+
+
+def interrupted(task: Any, spec: TrainSpec, folder: Path, steps: int) -> None:
+    """Train for so many steps of this call, then stop as a request to stop does."""
+    with contextlib.suppress(Interrupted):
+        train(task, spec, folder, CPU, stop_after(steps))
+        raise AssertionError("the training ended before it was interrupted")
+
+
+def outcome(result: TrainResult) -> dict[str, Any]:
+    """Everything that a resumed training must have in common with one that was not."""
+    return vars(result)

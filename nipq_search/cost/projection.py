@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from torch import nn
-
 from nipq_search.cost.base import (
     Bits,
     complete_bits,
@@ -18,6 +16,7 @@ from nipq_search.cost.base import (
     extreme_bits,
     get_cost,
     hard_bits,
+    sum_terms,
 )
 from nipq_search.cost.budget import Budget
 from nipq_search.errors import UserError
@@ -76,6 +75,12 @@ class _Projection:
     def __init__(self, graph: Graph, budget: Budget, scales: Mapping[str, float]) -> None:
         self.graph, self.budget, self.scales = graph, budget, scales
         self.allowed = {name: t.allowed for name, t in graph.tensors.items() if t.allowed}
+        self.additive = all(get_cost(name).combine is sum_terms for name in budget)
+        self.partners = {name: {name} for name in self.allowed}
+        for layer in graph.layers:
+            operands = {n for n in (layer.weight, layer.input) if n in self.partners and n}
+            for operand in operands:
+                self.partners[operand] |= operands
 
     def neighbour(self, bits: dict[str, int], name: str, up: bool) -> int | None:
         """The next allowed width of a tensor, or None at the end of its set."""
@@ -108,48 +113,69 @@ class _Projection:
         """Predicted change of the loss."""
         return self.scales[name] * (4.0**-after - 4.0**-before)
 
+    def touched(self, name: str) -> set[str]:
+        """Tensors whose effect on a cost changes when the bit-width of `name` does.
+
+        Additive costs multiply only the operands of a layer; any other cost couples everything.
+        """
+        return self.partners[name] if self.additive else set(self.allowed)
+
     def descend(self, bits: dict[str, int]) -> None:
         """Lower the tensor that loses least per unit of excess cost, until the budget holds."""
+        rates: dict[str, tuple[float, int]] = {}
+        stale = set(bits)
+        broken: set[str] = set()
         while (now := self.excess(bits)) > 0:
-            best: tuple[float, str, int] | None = None
-            for name, before in bits.items():
+            if broken != (still := {n for n, ratio in self.ratios(bits).items() if ratio > 1}):
+                broken, stale = still, set(bits)
+            for name in stale:
+                rates.pop(name, None)
                 after = self.neighbour(bits, name, up=False)
                 if after is None:
                     continue
                 saved = now - self.excess({**bits, name: after})
                 if saved > 0:
-                    rate = self.loss_change(name, before, after) / saved
-                    if best is None or rate < best[0]:
-                        best = (rate, name, after)
-            if best is None:
+                    rates[name] = (self.loss_change(name, bits[name], after) / saved, after)
+            if rates:
+                name = min(rates, key=lambda n: (rates[n][0], n))
+                after = rates[name][1]
+            else:
                 # Rounding up to whole units hides the saving of tiny tensors: lower the widest.
                 lower = {n: self.neighbour(bits, n, up=False) or 0 for n in bits}
                 name = max(lower, key=lambda n: (lower[n], n))
-                best = (0.0, name, lower[name])
-            bits[best[1]] = best[2]
+                after = lower[name]
+            bits[name] = after
+            stale = self.touched(name)
 
     def ascend(self, bits: dict[str, int], free: bool) -> None:
         """Raise the tensor that gains most per unit of cost, while one fits.
 
-        With `free` unset, tensors that no budgeted cost counts stay where they were learned.
+        With `free` unset, tensors that no budgeted cost counts stay where they were learned. A
+        raise that does not fit never fits later, for costs only grow here.
         """
+        rates: dict[str, tuple[float, int]] = {}
+        stale = set(bits)
         while True:
             now = self.ratios(bits)
-            best: tuple[float, str, int] | None = None
-            for name, before in bits.items():
+            for name in stale:
+                rates.pop(name, None)
                 after = self.neighbour(bits, name, up=True)
                 if after is None:
                     continue
                 then = self.ratios({**bits, name: after})
                 paid = max(then[cost] - now[cost] for cost in now)
-                if max(then.values()) > 1 or (paid <= 0 and not free):
-                    continue
-                rate = -self.loss_change(name, before, after) / max(paid, 1e-12)
-                if best is None or rate > best[0]:
-                    best = (rate, name, after)
-            if best is None:
+                if max(then.values()) <= 1 and (paid > 0 or free):
+                    gain = -self.loss_change(name, bits[name], after)
+                    rates[name] = (gain / max(paid, 1e-12), after)
+            while rates:
+                name = max(rates, key=lambda n: (rates[n][0], n))
+                after = rates.pop(name)[1]
+                if usage(self.graph, {**bits, name: after}, self.budget) <= 1:
+                    break
+            else:
                 return
-            bits[best[1]] = best[2]
+            bits[name] = after
+            stale = self.touched(name)
 
 
 def project(
@@ -212,8 +238,3 @@ def is_tight(graph: Graph, bits: dict[str, int], budget: Budget) -> bool:
             if width > bits.get(name, 99) and usage(graph, {**bits, name: width}, budget) <= 1:
                 return False
     return True
-
-
-def model_is_within(model: nn.Module, budget: Budget) -> bool:
-    """Whether a prepared model's exact costs keep the budget at its hard bit-widths."""
-    return usage(quant_state(model).graph, hard_bits(model), budget) <= 1

@@ -73,7 +73,7 @@ class Coordinator:
             if (record := committed(job_folder(out, "trial", number))) is not None:
                 self._tell(number, record)
                 self._open.remove(number)
-        self._check_float()
+        self._check_float(committed(job_folder(out, "float", 0)))
 
     def stop(self) -> None:
         """Start nothing more; running jobs save their state and stay open in the ledger."""
@@ -141,17 +141,16 @@ class Coordinator:
         elif job.kind == "trial":
             self._tell(job.number, record)
         elif job.kind == "float":
-            self._check_float()
+            self._check_float(record)
         self.on_finished(job)
 
-    def _check_float(self) -> None:
+    def _check_float(self, record: Mapping[str, Any] | None) -> None:
         """Without the float model nothing can start, in this run or a later one."""
-        folder = job_folder(self.out, "float", 0)
-        record = committed(folder)
         if record is not None and record["state"] == jobs.FAIL:
+            folder = job_folder(self.out, "float", 0)
             self.failure = (
-                f"the float model failed: {record['reason']}; once that is mended, remove "
-                f"{folder} to try again"
+                f"the float model failed: {record['reason']}; mend that, then remove {folder} "
+                "to try again"
             )
 
     def open_trials(self) -> int:

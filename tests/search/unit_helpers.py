@@ -1,0 +1,170 @@
+"""A tiny sweep for the tests of the search layer: no Ray, and mostly no training either."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nipq_search import storage
+from nipq_search.search import jobs
+from nipq_search.search.config import SweepConfig, parse_config
+from nipq_search.search.coordinator import Coordinator
+from nipq_search.search.facts import Facts, gather
+from nipq_search.search.jobs import Job
+from nipq_search.search.ledger import Ledger
+from nipq_search.search.run import open_ledger
+from nipq_search.search.sweep import Sweep
+from nipq_search.search.worker import TEST_FILE
+from nipq_search.tasks.digits import Digits
+
+DOCUMENT: dict[str, Any] = {
+    "name": "unit",
+    "seed": 5,
+    "task": "digits",
+    "task_args": {"width": 4},
+    "float": {"epochs": 0.2, "batch_size": 128},
+    "quant": {"activations": {"bits": [1, 2, 4, 8]}},
+    "budgets": [{"bops": "uniform 4"}, {"bops": "uniform 3"}],
+    "train": {"epochs": 0.4, "batch_size": 128, "norm_batches": 1, "calibration_batches": 1},
+    "search": {
+        "trials": 4,
+        "sampler": "random",
+        "baselines": [4],
+        "space": {
+            "lr": {"log": [0.01, 0.1]},
+            "distill_weight": {"choice": [0, 0.5]},
+        },
+    },
+}
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """The tiny sweep with changes, `section__key=value`."""
+    found = copy.deepcopy(DOCUMENT)
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return found
+
+
+def make_config(**changes: Any) -> SweepConfig:
+    """The tiny sweep, checked."""
+    return parse_config(document(**changes))
+
+
+@functools.lru_cache(maxsize=1)
+def digits() -> Digits:
+    """The task of the tiny sweep, its data read once."""
+    task = Digits(width=4)
+    task.load_data()
+    return task
+
+
+@functools.lru_cache(maxsize=8)
+def _facts(text: str) -> Facts:
+    return gather(parse_config(json.loads(text)), digits())
+
+
+def facts_of(config: SweepConfig) -> Facts:
+    """The facts of a sweep on digits, gathered once."""
+    return _facts(json.dumps(config.as_json()))
+
+
+class Crash(BaseException):
+    """The driver dies here."""
+
+
+class Bench:
+    """A sweep without Ray: jobs run one after another in this process.
+
+    Args:
+        out: the sweep's folder.
+        config: the sweep.
+    """
+
+    def __init__(self, out: Path, config: SweepConfig) -> None:
+        self.out, self.config = out, config
+        self.executed: list[str] = []
+        self.fail: Callable[[Job], str | None] = lambda job: None
+        self.enough: Callable[[], bool] = lambda: False
+        self.runs = 0
+
+    def open(self) -> Coordinator:
+        """Ledger and coordinator as a new driver builds them."""
+        self.out.mkdir(exist_ok=True)
+        self.runs += 1
+        self.ledger, self.facts = open_ledger(self.config, digits(), self.out)
+        return Coordinator(
+            config=self.config,
+            facts=self.facts,
+            ledger=self.ledger,
+            out=self.out,
+            run=f"run-{self.runs}",
+            enough=self.enough,
+        )
+
+    def sweep(self, execute: Callable[[Job], str] | None = None) -> Coordinator:
+        """Run to the end."""
+        coordinator = self.open()
+        while isinstance(job := coordinator.next_job(), Job):
+            (execute or self.execute)(job)
+            coordinator.finished(job)
+        return coordinator
+
+    def execute(self, job: Job) -> str:
+        """What a worker does, with made-up figures."""
+        if job.kind != "test" and (done := jobs.committed(job.folder)) is not None:
+            return str(done["state"])
+        self.executed.append(job.name)
+        attempt = jobs.open_attempt(job)
+        progress = {"samples": 100, "epoch": 1, "time": time.time()}
+        storage.write_json(attempt / jobs.PROGRESS, progress)
+        for entry in job.jobs:
+            figures = {"metrics": {"accuracy": 0.5, "loss": 1.0}}
+            storage.write_sealed(Job(**entry).folder / TEST_FILE, figures)
+        record = self.record(job)
+        jobs.commit(attempt, record)
+        return str(record["state"])
+
+    def record(self, job: Job) -> dict[str, Any]:
+        """A made-up record; dearer and faster-learning trials are better."""
+        reason = self.fail(job)
+        uniform = {name: costs["uniform8"] for name, costs in self.facts.costs.items()}
+        cost = {**uniform, **{name: 0.98 * target for name, target in job.budget.items()}}
+        accuracy = 0.9 if job.kind == "float" else 0.5 + float(job.params.get("lr", 0))
+        record = {
+            "state": jobs.COMPLETE if reason is None else jobs.FAIL,
+            "reason": reason,
+            "ended": time.time(),
+            "seed": job.seed,
+            "samples": 100,
+            "seconds": 1.5,
+            "attempts": len(jobs.attempts(job.folder)),
+            "threads": 1,
+        }
+        if reason is None:
+            record |= {
+                "metrics": {"accuracy": accuracy, "loss": 1 - accuracy},
+                "cost": cost,
+                "params": dict(job.params),
+                "budget": dict(job.budget),
+                "layers": [{"name": "stem", "kind": "conv", "weight_bits": 4}],
+            }
+        return record
+
+    def view(self) -> Sweep:
+        """The sweep as reading commands see it."""
+        return Sweep.open(self.out)
+
+
+def ledger_of(out: Path, config: SweepConfig) -> Ledger:
+    """The ledger of a sweep that has been opened before."""
+    return open_ledger(config, digits(), out)[0]

@@ -42,7 +42,6 @@ _HOME = {
     "prepare": "quant",
     "profile": "cost",
     "reestimate_norm_stats": "quant",
-    "search": "search.run",
 }
 
 __all__ = [
@@ -68,6 +67,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for."""
+    if name == "search":  # function and package in one, whichever is imported first
+        return importlib.import_module(f"{__name__}.search")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -366,7 +366,8 @@ def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
 
     def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
         kept = {k: v for k, v in config.items() if k not in ("budgets", "resources", "limits")}
-        kept["search"] = {k: v for k, v in config["search"].items() if k != "trials"}
+        free = ("trials", "front_cost")  # the front's cost counts, however it is named: see below
+        kept["search"] = {k: v for k, v in config["search"].items() if k not in free}
         return kept
 
     found = differences(fixed(old), fixed(document))

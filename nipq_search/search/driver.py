@@ -20,7 +20,7 @@ from nipq_search.search.facts import Facts
 from nipq_search.search.jobs import Job
 from nipq_search.search.lease import STOP_FILE, stop_requested
 from nipq_search.search.progress import Progress, ProgressSink
-from nipq_search.search.sweep import FRONT_FILE, RESULTS_FILE, Sweep
+from nipq_search.search.sweep import FRONT_FILE, Sweep
 from nipq_search.tracking import MlflowRecorder
 from nipq_search.tracking.tables import results_table, write_table
 
@@ -123,9 +123,10 @@ class Driver:
                     _log.warning("%s: its process is gone", job.name)
 
     def _refresh(self) -> None:
-        """Read the ledger again and write the results table."""
-        self.records = self.sweep.trials()
-        write_table(self.out / RESULTS_FILE, results_table(self.records))
+        """Read the ledger again and write the tables."""
+        trials = self.coordinator.ledger.trials()
+        self.records = view.trial_records(trials, self.sweep.facts, self.out)
+        self.sweep.write_tables(self.records)
 
     def _record(self, record: TrialRecord) -> None:
         layers = self.sweep.layers(record.trial) if record.state == "COMPLETE" else None
@@ -191,15 +192,13 @@ class Driver:
         """Write every projection once more and close the tracking run. Never raises."""
         try:
             self._refresh()
-            self.sweep.write_tables()
             document = self.sweep.front_document()
             storage.write_json(self.out / FRONT_FILE, document)
             self.sweep.write_report()
             front = self.out / "front.parquet"
             write_table(front, results_table([r for r in self.records if r.on_front]))
-            for record in self.records:
-                if record.state in view.STATES[:3]:
-                    self._record(record)
+            for record in self.records:  # those that stay open too: they show as KILLED
+                self._record(record)
             self.recorder.update_front(self.coordinator.front())
             figures = {
                 name: document[name]

@@ -56,6 +56,12 @@ def quiet_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def token_exists() -> bool:
+    """Whether this machine has a token for Ray clusters, where Ray looks for it."""
+    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return given or (Path.home() / ".ray" / "auth_token").is_file()
+
+
 @contextmanager
 def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine and end it afterwards.
@@ -64,6 +70,10 @@ def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[No
         UserError: no cluster at the address, or no node that holds one trial.
     """
     quiet_environment()
+    if address is not None and token_exists():
+        # Ray's own default: `ray start` demands the token as soon as there is one, but `ray.init`
+        # does not send it. A cluster without authentication does not mind it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():

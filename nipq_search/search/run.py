@@ -25,6 +25,7 @@ from nipq_search.search.executor import Executor, TuneExecutor, ray_cluster
 from nipq_search.search.facts import Facts, gather
 from nipq_search.search.lease import driver_lease
 from nipq_search.search.ledger import Ledger
+from nipq_search.search.logs import driver_log
 from nipq_search.search.progress import ProgressSink, Silent
 from nipq_search.search.space import distribution
 from nipq_search.search.sweep import FACTS_FILE, SWEEP_FILE, Sweep, is_sweep
@@ -54,8 +55,16 @@ class Outcome:
     pruned: int
 
 
-def check_folder(out: Path) -> None:
-    """Check that a folder can hold this sweep.
+def _held_by(out: Path) -> str | None:
+    """Name of the sweep in a folder; None where there is none that can be read."""
+    try:
+        return str(Sweep.open(out).config["name"])
+    except (UserError, KeyError):
+        return None
+
+
+def check_folder(out: Path, name: str) -> None:
+    """Check that a folder can hold the sweep called `name`.
 
     Raises:
         UserError: it is a file, or holds something else.
@@ -70,6 +79,10 @@ def check_folder(out: Path) -> None:
         raise UserError(
             f"--out {out}: not empty and not a sweep (it holds {min(found)!r}); "
             "give another folder"
+        )
+    if (held := _held_by(out)) not in (None, name):
+        raise UserError(
+            f"--out {out}: holds the sweep '{held}', not '{name}'; give another folder"
         )
 
 
@@ -110,6 +123,12 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
     before = ledger.recall("config")
     if before is not None:
         check_resume(before, config)
+    elif any(out.glob("**/attempt-*")):
+        # Jobs are numbered by their study: those of another one would count as this one's.
+        raise UserError(
+            f"--out {out}: holds trials of another study; give another folder, or the "
+            "NIPQ_STORAGE_URL that the sweep began with"
+        )
     facts = gather(config, task, ledger.recall("budgets"))
     data = dataset(task)
     if (known := ledger.recall("dataset")) is not None and known["digest"] != data["digest"]:
@@ -180,7 +199,7 @@ def run_sweep(
             raise UserError("--trials: must be at least 1")
         section = config.search.model_copy(update={"trials": trials})
         config = config.model_copy(update={"search": section})
-    check_folder(out)
+    check_folder(out, config.name)
     stop = threading.Event()
     with driver_lease(out) as run, signals_to(stop, progress):
         task = load_task(config)
@@ -200,7 +219,11 @@ def run_sweep(
         try:
             if coordinator.has_work():
                 # Ray installs handlers of its own when it starts: ours go on top of them.
-                with ray_cluster(address, config.resources), signals_to(stop, progress):
+                with (
+                    ray_cluster(address, config.resources),
+                    driver_log(out),
+                    signals_to(stop, progress),
+                ):
                     runner = executor or TuneExecutor(config.resources, config.limits.max_failures)
                     runner.run(coordinator, task, driver.tick)
             ended = "KILLED" if driver.interrupted else "FINISHED"

@@ -64,6 +64,8 @@ def distribution(name: str, form: Mapping[str, Sequence[Any]]) -> BaseDistributi
         raise UserError(f"{key}.{kind}: give two numbers, the smaller one first")
     low, high = numbers
     if kind == "int":
+        if low != int(low) or high != int(high):
+            raise UserError(f"{key}.int: give whole numbers, or use uniform")
         return IntDistribution(int(low), int(high))
     if kind == "log" and low <= 0:
         raise UserError(f"{key}.log: both numbers must be above 0")

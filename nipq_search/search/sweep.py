@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,8 @@ class Sweep:
         try:
             config = yaml.safe_load((folder / SWEEP_FILE).read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{folder / SWEEP_FILE}: cannot be read ({error})") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder / SWEEP_FILE}: cannot be read ({reason})") from error
         facts = storage.read_json(folder / FACTS_FILE)
         if not isinstance(config, dict) or facts is None:
             raise UserError(f"{folder}: {SWEEP_FILE} or {FACTS_FILE} is damaged; run it again")
@@ -196,11 +197,10 @@ class Sweep:
             ),
         )
 
-    def write_tables(self) -> None:
-        """Write `results.parquet` and `curves.parquet`, whole."""
+    def write_tables(self, records: Sequence[TrialRecord]) -> None:
+        """Write `results.parquet` and `curves.parquet`, whole, from the sweep's trials."""
         from nipq_search.tracking.tables import curves_table, results_table, write_table
 
-        records = self.trials()
         write_table(self.folder / RESULTS_FILE, results_table(records))
         curves = {r.trial: self.curve(r.trial) for r in records}
         write_table(self.folder / CURVES_FILE, curves_table(curves))

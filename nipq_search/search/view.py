@@ -57,6 +57,8 @@ def _record(
     folder = job_folder(out, "trial", trial.number)
     tries = jobs.attempts(folder)
     finished = trial.state.is_finished()
+    # Figures of a finished trial stand in the ledger; a running one's are in its folder.
+    told = finished and "samples" in attributes and "seconds" in attributes
     targets = {
         name: value
         for name, value in _prefixed(attributes, "budget_").items()
@@ -74,8 +76,8 @@ def _record(
         metrics=_prefixed(attributes, "validation_"),
         cost=_prefixed(attributes, "cost_"),
         on_front=on_front,
-        samples=attributes.get("samples", jobs.samples_processed(folder)),
-        seconds=attributes.get("seconds", jobs.seconds_spent(folder)),
+        samples=attributes["samples"] if told else jobs.samples_processed(folder),
+        seconds=attributes["seconds"] if told else jobs.seconds_spent(folder),
         parent=attributes.get("parent"),
         attempts=attributes.get("attempts", len(tries)),
         seed=attributes.get("seed", 0),

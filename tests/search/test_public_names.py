@@ -51,7 +51,7 @@ def test_every_public_name_resolves():
         "from nipq_search import SweepConfig, search",
         "from nipq_search import search, SweepConfig",
         "import nipq_search.search.config; from nipq_search import search",
-        "from nipq_search import search; import nipq_search.search.config as config; config.nearest",
+        "from nipq_search import search; import nipq_search.search.space as space; space.FORMS",
     ],
 )
 def test_search_can_be_called_whatever_was_imported_before(lines):

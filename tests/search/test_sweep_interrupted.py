@@ -24,12 +24,39 @@ from sweep_helpers import (
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-TRIALS, EPOCHS = 3, 16
+MODULE = '''
+import os
+import time
+
+from nipq_search.tasks.digits import Digits
+
+
+class Held(Digits):
+    """Digits, but no evaluation ends while a certain file exists."""
+
+    def __init__(self, *, hold):
+        super().__init__(width=4)
+        self.hold = hold
+
+    def evaluate(self, model, split):
+        while os.path.exists(self.hold):
+            time.sleep(0.02)
+        return super().evaluate(model, split)
+'''
+TRIALS, EPOCHS = 3, 12
 LONG: dict[str, Any] = {
     "search__trials": TRIALS,
     "train__epochs": EPOCHS,
     "resources__concurrent": 1,
 }
+
+
+def held_sweep(folder: Path) -> Command:
+    """A sweep of trials that are long enough to be disturbed; `folder/hold` holds them up."""
+    (folder / "my_module.py").write_text(MODULE)
+    arguments = {"hold": str(folder / "hold")}
+    write_sweep(folder, task="my_module:Held", task_args=arguments, **LONG)
+    return Command(folder)
 
 
 def models(out: Path) -> list[str]:
@@ -41,9 +68,7 @@ def models(out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Digests of the models that the sweep ends with if nothing happens to it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_sweep(folder, **LONG)
-    command = Command(folder)
+    command = held_sweep(tmp_path_factory.mktemp("undisturbed"))
     command.run()
     found = models(command.out)
     assert len(set(found)) == TRIALS
@@ -53,8 +78,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_a_sweep_that_is_interrupted_three_times_ends_with_the_same_models(
     tmp_path: Path, undisturbed: list[str]
 ) -> None:
-    write_sweep(tmp_path, **LONG)
-    command, out = Command(tmp_path), tmp_path / "out"
+    command, out, hold = held_sweep(tmp_path), tmp_path / "out", tmp_path / "hold"
 
     def interrupt(trial: int, attempt: int, how: Callable[[int], Any]) -> None:
         """Run until a trial is in the middle of an attempt, then interrupt the driver."""
@@ -62,8 +86,10 @@ def test_a_sweep_that_is_interrupted_three_times_ends_with_the_same_models(
         with ended(process):
             folder = out / "trials" / str(trial) / f"attempt-{attempt}"
             wait_for(lambda: process.poll() is not None or len(epochs(folder)) >= 2, "2 epochs")
+            hold.touch()
             asked = time.monotonic()
             how(process.pid)
+            hold.unlink()
             _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert time.monotonic() - asked < 30
@@ -106,8 +132,7 @@ def test_a_sweep_that_is_interrupted_three_times_ends_with_the_same_models(
 def test_a_trial_whose_worker_is_killed_ends_with_the_same_model(
     tmp_path: Path, undisturbed: list[str]
 ) -> None:
-    write_sweep(tmp_path, **LONG)
-    command, out = Command(tmp_path), tmp_path / "out"
+    command, out = held_sweep(tmp_path), tmp_path / "out"
     process = command.popen(*command.arguments())
     with ended(process):
         folder = out / "trials" / "1" / "attempt-1"

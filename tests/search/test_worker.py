@@ -1,0 +1,208 @@
+"""Real workers on digits, a few steps each: records, failures, and the test split."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from unit_helpers import Bench, digits, make_config
+
+from nipq_search import storage
+from nipq_search.search import jobs
+from nipq_search.search.coordinator import Coordinator
+from nipq_search.search.jobs import Job
+from nipq_search.search.worker import TEST_FILE, execute
+from nipq_search.tasks.digits import Digits
+from nipq_search.train.trial import MODEL_FILE
+
+ACCURACY = "accuracy"
+
+
+class Spied(Digits):
+    """Digits that remembers which splits were read, and fails on demand."""
+
+    def __init__(self) -> None:
+        super().__init__(width=4)
+        self._splits = digits().splits()
+        self.read: list[str] = []
+        self.answer: dict[str, float] | None = None
+        self.error: Exception | None = None
+
+    def evaluate(self, model, split):
+        self.read.append(split)
+        if self.error is not None:
+            raise self.error
+        return super().evaluate(model, split) if self.answer is None else self.answer
+
+
+@pytest.fixture
+def task():
+    return Spied()
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path / "sweep", make_config(search__trials=3))
+
+
+def run(bench, task, until=None):
+    """Run the sweep with real workers; each job's name with its reports and splits read."""
+    seen: dict[str, list[str]] = {}
+
+    def worker(job: Job) -> str:
+        task.read.clear()
+        state = execute(job, task, lambda report: None)
+        seen[job.name] = list(task.read)
+        return state
+
+    return bench.sweep(worker), seen
+
+
+def test_a_whole_sweep_of_real_trainings(bench, task):
+    torch.manual_seed(3)
+    generator = torch.get_rng_state()
+    coordinator, seen = run(bench, task)
+    assert torch.equal(generator, torch.get_rng_state())
+    trials = bench.ledger.trials()
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 3
+    front = coordinator.front()
+    for name, splits in seen.items():
+        assert set(splits) == ({"test"} if name == "test" else {"validation"})
+    assert len(seen["test"]) == 2 + len(front)
+    for trial in trials:
+        folder = bench.out / "trials" / str(trial.number)
+        assert (folder / TEST_FILE).exists() == (trial.number in front)
+        assert (folder / MODEL_FILE).exists() and not (folder / "checkpoints").exists()
+        record = jobs.committed(folder)
+        budget = bench.facts.budgets[trial.params["budget"]]
+        assert trial.values[1] == record["cost"]["bops"] <= budget.targets["bops"]
+        assert trial.user_attrs["budget_slack"] <= 0
+        assert record["samples"] == jobs.samples_processed(folder) == 128 + 4 * 128 + 128
+        assert [point.epoch for point in jobs.curve(folder)] == [1]
+        attempt = jobs.attempts(folder)[0]
+        assert {p.name for p in attempt.iterdir()} >= {jobs.RESULT, jobs.STARTED, jobs.LOG}
+    layers = bench.view().show(0)["layers"]
+    assert {"name", "kind", "macs", "weight_bits", "activation_bits", "bops", "weight_bytes"} == (
+        layers[0].keys()
+    )
+    assert sum(row["bops"] for row in layers) == pytest.approx(trials[0].values[1], abs=1)
+    lsq = jobs.committed(bench.out / "baselines" / "lsq-4")
+    assert lsq["cost"]["mean_weight_bits"] == 4
+
+
+def test_a_committed_job_is_not_trained_again(bench, task):
+    coordinator = bench.open()
+    job = coordinator.next_job()
+    for _ in range(2):
+        assert execute(job, task, lambda report: None) == "COMPLETE"
+    assert len(jobs.attempts(job.folder)) == 1
+
+
+def test_equal_sweeps_have_equal_models(tmp_path, task):
+    shas = []
+    for name in ("one", "two"):
+        bench = Bench(tmp_path / name, make_config(search__trials=1, search__baselines=[]))
+        run(bench, task)
+        shas.append(jobs.committed(bench.out / "trials" / "0")["model_sha256"])
+    assert shas[0] == shas[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_no_number_fails_the_trial(value, bench, task):
+    bench.sweep(lambda job: _float_first(bench, job, task, answer={ACCURACY: value, "loss": 1.0}))
+    reasons = {t.user_attrs["reason"] for t in bench.ledger.trials()}
+    assert reasons == {f"ValueError: the validation accuracy is {value}"}
+    assert [t.state.name for t in bench.ledger.trials()] == ["FAIL"] * 3
+
+
+def _float_first(bench, job, task, answer=None, error=None):
+    """The float model trains well; every other job meets a task that answers like this."""
+    task.answer, task.error = (None, None) if job.kind in ("float", "test") else (answer, error)
+    return execute(job, task, lambda report: None)
+
+
+def test_other_figures_that_are_no_numbers_are_left_out(bench, task):
+    answer = {ACCURACY: 0.5, "loss": float("nan")}
+    bench.sweep(lambda job: _float_first(bench, job, task, answer=answer))
+    trials = bench.ledger.trials()
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 3
+    assert "validation_loss" not in trials[0].user_attrs
+    json.dumps(bench.view().front_document(), allow_nan=False)
+
+
+def test_a_task_that_raises_fails_the_trial_with_its_traceback(bench, task):
+    error = RuntimeError("the data\nare gone")
+    bench.sweep(lambda job: _float_first(bench, job, task, error=error))
+    trials = bench.ledger.trials()
+    assert {t.user_attrs["reason"] for t in trials} == {"RuntimeError: the data are gone"}
+    names = {path.name for path in bench.view().log_files(0)}
+    assert {jobs.LOG, jobs.TRACEBACK} <= names
+    assert trials[0].user_attrs["samples"] > 0, "what a failure processed counts"
+
+
+def open_trial(bench, task):
+    """The coordinator and its first trial, the float model being there."""
+    coordinator: Coordinator = bench.open()
+    while (job := coordinator.next_job()).kind != "trial":
+        execute(job, task, lambda report: None)
+        coordinator.finished(job)
+    return job
+
+
+def test_a_stop_request_saves_the_state_and_ends_the_attempt(bench, task):
+    job = open_trial(bench, task)
+    stop = bench.out / "stop.request"
+    stop.touch()
+    assert execute(job, task, lambda report: None) == "STOPPED"
+    attempt = jobs.attempts(job.folder)[0]
+    assert (attempt / jobs.STOPPED).exists() and jobs.committed(job.folder) is None
+    assert (job.folder / "checkpoints").is_dir()
+    stop.unlink()
+    assert execute(job, task, lambda report: None) == "COMPLETE"
+    record = jobs.committed(job.folder)
+    assert record["attempts"] == 2 and jobs.crashes(job.folder, job.run) == 0
+    assert jobs.samples_processed(job.folder) == record["samples"], "no step was taken twice"
+
+
+@pytest.mark.parametrize("minutes", [3, None])
+def test_a_job_that_hung_twice_is_given_up(minutes, bench, task):
+    bench.config = make_config(limits={"trial_minutes": minutes})
+    job = open_trial(bench, task)
+    for _ in range(2):
+        (jobs.open_attempt(job) / jobs.HANG).write_text("stack")
+    assert execute(job, task, lambda report: None) == "FAIL"
+    reason = jobs.committed(job.folder)["reason"]
+    assert reason.startswith("hung: killed") and "limits.trial_minutes" in reason
+    assert ("3 minutes" in reason) == (minutes is not None)
+
+
+def test_a_job_whose_process_died_too_often_is_given_up(bench, task):
+    job = open_trial(bench, task)
+    for _ in range(3):
+        jobs.open_attempt(job)
+    assert execute(job, task, lambda report: None) == "FAIL"
+    record = jobs.committed(job.folder)
+    assert record["reason"] == "its process died 3 times (limits.max_failures)"
+    assert record["attempts"] == 4
+
+
+def test_a_float_model_from_a_file(tmp_path, task):
+    torch.save(task.build_model().state_dict(), tmp_path / "float.pt")
+    config = make_config(float={"checkpoint": str(tmp_path / "float.pt")}, search__trials=1)
+    bench = Bench(tmp_path / "sweep", config)
+    run(bench, task)
+    record = jobs.committed(bench.out / "float")
+    assert (record["samples"], record["steps"], record["state"]) == (0, 0, "COMPLETE")
+    assert storage.read_sealed(bench.out / "float" / TEST_FILE)["metrics"].keys() == {
+        ACCURACY,
+        "loss",
+    }
+
+
+def test_a_float_file_that_does_not_fit_ends_the_sweep(tmp_path, task):
+    (tmp_path / "float.pt").write_bytes(b"nothing")
+    config = make_config(float={"checkpoint": str(tmp_path / "float.pt")})
+    coordinator, seen = run(Bench(tmp_path / "sweep", config), task)
+    assert list(seen) == ["float"]
+    assert "float.pt: not a file of torch.save'd weights" in coordinator.failure

@@ -107,8 +107,10 @@ class Coordinator:
         """The next job, or what to do without one."""
         if self.stopping or self.failure:
             return Verdict.DONE
+        if "float" in self.running:  # even if its record is there: it may be a failure
+            return Verdict.WAIT
         if self._state("float", 0) is None:
-            return self._start(self._job("float", 0)) if not self.running else Verdict.WAIT
+            return self._start(self._job("float", 0))
         for bits in self.config.search.baselines:
             job = self._job("baseline", bits)
             if self._state("baseline", bits) is None and job.name not in self.running:

@@ -168,7 +168,6 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
             return "STOPPED"
         except Exception as error:
             (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
-            traceback.print_exc()
             reason = " ".join(str(error).split()) or type(error).__name__
             record = _failure(job, f"{type(error).__name__}: {reason}"[:500])
     reporter.write()

@@ -158,6 +158,12 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90) -> No
         time.sleep(0.05)
 
 
+def reach(process: subprocess.Popen[str], condition: Callable[[], Any], what: str) -> None:
+    """Return as soon as `condition()` holds; fail at once if the process ends before that."""
+    wait_for(lambda: process.poll() is not None or condition(), what)
+    assert process.poll() is None, f"ended before {what}:\n{process.communicate()[1]}"
+
+
 def study(out: Path, name: str = "tiny") -> optuna.Study:
     """The sweep's study, opened by Optuna alone."""
     with warnings.catch_warnings():

@@ -17,9 +17,9 @@ from sweep_helpers import (
     attempts,
     ended,
     epochs,
+    reach,
     result,
     states,
-    wait_for,
     write_sweep,
 )
 
@@ -85,7 +85,7 @@ def test_a_sweep_that_is_interrupted_three_times_ends_with_the_same_models(
         process = command.popen(*command.arguments())
         with ended(process):
             folder = out / "trials" / str(trial) / f"attempt-{attempt}"
-            wait_for(lambda: process.poll() is not None or len(epochs(folder)) >= 2, "2 epochs")
+            reach(process, lambda: len(epochs(folder)) >= 2, "2 epochs")
             hold.touch()
             asked = time.monotonic()
             how(process.pid)
@@ -136,7 +136,7 @@ def test_a_trial_whose_worker_is_killed_ends_with_the_same_model(
     process = command.popen(*command.arguments())
     with ended(process):
         folder = out / "trials" / "1" / "attempt-1"
-        wait_for(lambda: process.poll() is not None or len(epochs(folder)) >= 3, "3 epochs")
+        reach(process, lambda: len(epochs(folder)) >= 3, "3 epochs")
         os.kill(json.loads((folder / "started.json").read_text())["pid"], signal.SIGKILL)
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr

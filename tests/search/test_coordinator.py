@@ -113,6 +113,14 @@ def test_a_crash_loses_and_doubles_nothing(boundary, when, bench, whole, monkeyp
     assert sorted(bench.executed) == sorted(EVERYTHING)
 
 
+def test_a_committed_record_is_told_before_anything_runs(bench, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_after(patch, Bench, "execute", when=3)
+        bench.sweep()
+    bench.open()
+    assert [t.state for t in bench.ledger.trials()] == [TrialState.COMPLETE]
+
+
 def test_a_driver_that_dies_again_and_again(bench, whole, monkeypatch):
     for owner, name, before in BOUNDARIES.values():
         with monkeypatch.context() as patch, pytest.raises(Crash):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sweep_helpers import Command, Runs, attempts, ended, result, results, states, write_sweep
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 KILLER = '''
 """The command, but the n-th passage of a boundary kills the driver."""

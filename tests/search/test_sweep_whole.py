@@ -18,7 +18,7 @@ from nipq_search.search.config import load_config
 from nipq_search.search.facts import model_graph
 from nipq_search.tasks import make_task
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 TRIALS = 4
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
@@ -21,10 +21,16 @@ from nipq_search.search.facts import Facts
 from nipq_search.search.front import non_dominated
 from nipq_search.search.jobs import Job, committed, job_folder
 from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
-from nipq_search.search.strategy import STRATEGIES
+from nipq_search.search.strategy import STRATEGIES, Finished
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.storage import read_sealed
 from nipq_search.train.loop import seed_for
+
+
+def costs_of(trial: FrozenTrial) -> dict[str, float]:
+    """Exact costs of a finished trial, from its attributes."""
+    found = trial.user_attrs.items()
+    return {k.removeprefix("cost_"): float(v) for k, v in found if k.startswith("cost_")}
 
 
 class Verdict(enum.Enum):
@@ -223,7 +229,11 @@ class Coordinator:
             raise Refused(asked.number, str(error)) from error
         budget = self.facts.budgets[asked.budget]
         job = self._job(
-            "trial", asked.number, params=dict(asked.params), budget=dict(budget.targets)
+            "trial",
+            asked.number,
+            params=dict(asked.params),
+            budget=dict(budget.targets),
+            parent=self._parent(asked.number, budget.targets),
         )
         self.ledger.note(
             asked.number,
@@ -232,9 +242,23 @@ class Coordinator:
                 **{f"budget_{name}": target for name, target in budget.targets.items()},
                 "strategy": self.config.search.strategy,
                 "seed": job.seed,
+                "parent": job.parent,
             },
         )
         return job
+
+    def _parent(self, number: int, budget: Mapping[str, float]) -> int | None:
+        """The trial that a new one starts from; of a resumed one, what was decided before."""
+        known = self.ledger.trials()[number].user_attrs
+        if "parent" in known:
+            return None if known["parent"] is None else int(known["parent"])
+        sign = 1 if self.facts.mode == "max" else -1
+        finished = [
+            Finished(number=trial.number, metric=sign * trial.values[0], cost=cost)
+            for trial in self.ledger.trials(TrialState.COMPLETE)
+            if budget.keys() <= (cost := costs_of(trial)).keys()
+        ]
+        return self.strategy.parent(budget, finished)
 
     def _tell(self, number: int, record: Mapping[str, Any]) -> None:
         """Attributes, constraint and state of a trial, from its record alone."""

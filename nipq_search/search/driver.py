@@ -60,11 +60,13 @@ class Driver:
         self.checked = 0.0
         self.samples = 0
         self.finished_here: list[float] = []
+        self.trials_began = 0.0
         self.records: list[TrialRecord] = []
 
     def begin(self, coordinator: Coordinator) -> None:
         """Open the tracking run and bring every projection up to date."""
         self.coordinator = coordinator
+        self.samples = view.total_samples(self.out)
         dataset = self.sweep.facts.get("dataset", {})
         tags = {"strategy": self.config.search.strategy, "task": self.config.task}
         self.recorder.begin(self.config.as_json(), tags, dataset)
@@ -84,7 +86,11 @@ class Driver:
 
     def tick(self) -> None:
         """Once a second: stop requests, limits, hung trials, the progress line."""
-        asked = self.stop.is_set() or stop_requested(self.out)
+        # The hours limit stops workers by the same file; that is no interruption.
+        stopping = self.coordinator.stopping
+        if not self.trials_began and self.coordinator.stage == "trials":
+            self.trials_began = time.monotonic()
+        asked = self.stop.is_set() or (not stopping and stop_requested(self.out))
         if asked and not self.interrupted:
             self.interrupted = True
             self._ask_workers_to_stop()
@@ -142,6 +148,7 @@ class Driver:
 
     def job_finished(self, job: Job) -> None:
         """A job's result is in the ledger: show it everywhere."""
+        self.samples = view.total_samples(self.out)  # before a next trial is asked for
         done: dict[str, Any] | None = {"state": jobs.COMPLETE}
         if job.kind != "test":
             done = jobs.committed(job.folder)
@@ -173,8 +180,9 @@ class Driver:
         finished = [r for r in self.records if r.state in ("COMPLETE", "PRUNED", "FAIL")]
         total = max(self.config.search.trials, len(self.records))
         left = None
-        if self.finished_here:
-            pace = (self.finished_here[-1] - self.started) / len(self.finished_here)
+        if self.finished_here and self.trials_began:
+            # The float model and the baselines came first: the pace is that of the trials.
+            pace = (self.finished_here[-1] - self.trials_began) / len(self.finished_here)
             left = max(0, total - len(finished)) * pace
         return Progress(
             done=len(finished),

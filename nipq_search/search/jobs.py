@@ -45,6 +45,7 @@ class Job:
         seed: of everything random in the training.
         params: hyperparameters of a trial.
         budget: absolute targets of a trial.
+        parent: number of the trial that a trial starts from, or None.
         jobs: folders whose models a `test` job evaluates.
     """
 
@@ -56,6 +57,7 @@ class Job:
     seed: int
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    parent: int | None = None
     jobs: tuple[Mapping[str, Any], ...] = ()
 
     @property

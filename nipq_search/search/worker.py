@@ -25,6 +25,7 @@ from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig, parse_config
 from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.lease import stop_requested
+from nipq_search.search.strategy import STRATEGIES
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import evaluate
 from nipq_search.train import Hooks, Interrupted, TrainResult, TrainSpec, train
@@ -53,12 +54,18 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
             weights=dataclasses.replace(quant.weights, bits=(job.number,)),
             activations=dataclasses.replace(quant.activations, bits=(job.number,)),
         )
+    training, parent = config.train.with_hyperparameters(job.params), None
+    if job.parent is not None:
+        share = STRATEGIES[config.search.strategy].epochs_share
+        training = dataclasses.replace(training, epochs=training.epochs * share)
+        parent = job_folder(Path(job.out), "trial", job.parent) / MODEL_FILE
     return TrainSpec(
-        train=config.train.with_hyperparameters(job.params),
+        train=training,
         seed=job.seed,
         quant=quant,
         budget=dict(job.budget) or None,
         float_model=float_file,
+        parent=parent,
     )
 
 
@@ -245,6 +252,7 @@ def _record(job: Job, config: SweepConfig, result: TrainResult) -> dict[str, Any
         "seed": job.seed,
         "params": dict(job.params),
         "budget": dict(job.budget),
+        "parent": job.parent,
         "attempts": len(jobs.attempts(job.folder)),
     }
 

@@ -20,8 +20,6 @@ from torch import nn
 
 from nipq_search import storage
 from nipq_search.cost import Budget, exact_costs
-from nipq_search.cost.base import uniform_bits
-from nipq_search.cost.projection import usage
 from nipq_search.errors import UserError
 from nipq_search.quant import (
     QUANTIZERS,
@@ -29,10 +27,8 @@ from nipq_search.quant import (
     QuantConfig,
     bit_config,
     prepare,
-    quantizers,
     reestimate_norm_stats,
 )
-from nipq_search.quant.prepare import quant_state
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import evaluate, input_bits, move, num_samples, to_device
@@ -45,6 +41,7 @@ from nipq_search.train.checkpoint import (
 from nipq_search.train.config import TrainConfig
 from nipq_search.train.loop import Trainer, seed_for, steps_in
 from nipq_search.train.schedule import make_schedule
+from nipq_search.train.start import start_at_budget, warm_start
 
 MODEL_FILE = "model.pt"
 
@@ -62,6 +59,7 @@ class TrainSpec:
         seed: of data order, noise and everything else that is random.
         quant: how the model is quantized; None trains the float model.
         budget: absolute targets; None leaves the bit-widths where they are (baselines).
+        parent: file of the finished trial that this one starts from; None for the float model.
         float_model: file of the float model's state dict; None starts from scratch. Without
             `quant` such a file is evaluated and stored as it is.
     """
@@ -71,6 +69,7 @@ class TrainSpec:
     quant: QuantConfig | None = None
     budget: Mapping[str, float] | None = None
     float_model: Path | None = None
+    parent: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,23 +145,12 @@ def prepare_for(
 
     example = move(task.example_inputs(), device)
     prepared = prepare(model, example, quant, calibration=calibration if calibrated else None)
-    if spec.budget and spec.train.start == "budget":
-        start_at_budget(prepared, Budget(**spec.budget))
+    bits = None
+    if spec.parent is not None and calibrated:
+        bits = warm_start(prepared, from_bytes(spec.parent.read_bytes())["model"])
+    if spec.budget and (bits is not None or spec.train.start == "budget"):
+        start_at_budget(prepared, Budget(**spec.budget), bits)
     return prepared, samples
-
-
-def start_at_budget(model: nn.Module, budget: Budget) -> None:
-    """Let every learned bit-width start at the uniform width whose cost is the budget."""
-    graph = quant_state(model).graph
-    low, high = 1.0, 16.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        if usage(graph, uniform_bits(graph, middle), budget) > 1:
-            high = middle
-        else:
-            low = middle
-    for quantizer in quantizers(model).values():
-        quantizer.bits.start_at(low)
 
 
 def train(

@@ -62,6 +62,23 @@ def token_exists() -> bool:
     return given or (Path.home() / ".ray" / "auth_token").is_file()
 
 
+def check_machine(resources: ResourcesSection) -> None:
+    """Check that this machine holds one trial, before Ray is started on it.
+
+    Raises:
+        UserError: it has too few cores or GPUs.
+    """
+    import torch
+
+    found = {"cpus": os.cpu_count() or 1, "gpus": torch.cuda.device_count()}
+    for key, most in found.items():
+        wanted = getattr(resources, key)
+        if wanted > most:
+            raise UserError(
+                f"resources.{key}: {wanted:g} asked for one trial, this machine has {most}"
+            )
+
+
 @contextmanager
 def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine and end it afterwards.
@@ -85,9 +102,6 @@ def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[No
         "ignore_reinit_error": True,
     }
     if address is None:
-        cpus = os.cpu_count() or 1
-        if resources.cpus > cpus:
-            raise UserError(f"resources.cpus: {resources.cpus} asked, this machine has {cpus}")
         # An address in the environment would silently lead to somebody's cluster.
         options |= {"include_dashboard": False, "address": "local"}
         # The cluster's head dies with this process. Whatever Ray started besides looks for it so

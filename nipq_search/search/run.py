@@ -21,7 +21,7 @@ from nipq_search.search import view
 from nipq_search.search.config import SweepConfig, check_resume
 from nipq_search.search.coordinator import Coordinator
 from nipq_search.search.driver import Driver
-from nipq_search.search.executor import Executor, TuneExecutor, ray_cluster
+from nipq_search.search.executor import Executor, TuneExecutor, check_machine, ray_cluster
 from nipq_search.search.facts import Facts, gather
 from nipq_search.search.lease import driver_lease
 from nipq_search.search.ledger import Ledger
@@ -200,6 +200,8 @@ def run_sweep(
         section = config.search.model_copy(update={"trials": trials})
         config = config.model_copy(update={"search": section})
     check_folder(out, config.name)
+    if address is None and executor is None:
+        check_machine(config.resources)
     stop = threading.Event()
     with driver_lease(out) as run, signals_to(stop, progress):
         task = load_task(config)

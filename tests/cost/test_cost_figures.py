@@ -116,7 +116,6 @@ def test_costs_do_not_depend_on_the_example_batch():
 
 def test_bops_agree_with_qonnx(model):
     """The same net written by hand as an ONNX graph of Quant nodes."""
-    pytest.importorskip("qonnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from onnx import TensorProto, helper

@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 DEMO := $(VENV)/.installed-demo
 ALL := $(VENV)/.installed-all
 REQUIREMENTS := pyproject.toml constraints.txt
-DEMO_EXTRAS := search,tracking,report,cli,digits
+DEMO_EXTRAS := search,tracking,report,cli,digits,dashboards
 ALL_EXTRAS := all,test
 
 # Debian's own Python comes without ensurepip, which makes environments.

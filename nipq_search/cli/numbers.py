@@ -27,8 +27,10 @@ def bops(value: float | None) -> str:
 
 
 def kilobytes(value: float | None) -> str:
-    """Bytes in units of 1000: `24.0 kB`."""
-    return f"{value / 1000:,.1f} kB" if known(value) else NOTHING
+    """Bytes in units of 1000, small ones exactly: `24.0 kB`, `4,608 B`."""
+    if not known(value):
+        return NOTHING
+    return f"{value:,.0f} B" if value < 10_000 else f"{value / 1000:,.1f} kB"
 
 
 def megabytes(value: float | None) -> str:

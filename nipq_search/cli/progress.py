@@ -19,17 +19,16 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def progress_line(progress: Progress) -> str:
     """`progress` on one line; what matters most comes first, for a terminal may cut the end."""
-    parts = [
-        f"{progress.stage} {progress.done}/{progress.total} done",
-        f"{progress.running} running",
-        f"{progress.failed} failed",
-    ]
+    done = f"{progress.done}/{progress.total} trials"
+    if progress.stage != "trials":
+        done = f"{progress.stage}, {done}"
+    parts = [done, f"{progress.running} running", f"{progress.failed} failed"]
     if progress.seconds_left is not None:
         parts.append(f"{numbers.duration(progress.seconds_left)} left")
     if progress.best:
         best = "; ".join(
-            f"{label} {numbers.metric(value)} at {numbers.cost(progress.front_cost, cost)}"
-            for label, (value, cost) in progress.best.items()
+            f"{label.removeprefix(f'{progress.front_cost}: ')} {numbers.metric(value)}"
+            for label, (value, _) in progress.best.items()
         )
         parts.append(f"best {progress.metric}: {best}")
     return numbers.one_line(", ".join(parts))

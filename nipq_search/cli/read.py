@@ -77,7 +77,8 @@ def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
     _print(document, as_json, tables.best)
     if document.get("point") is not None:
         return FINE
-    say(f"error: no trained point holds {numbers.costs(limits) or 'what was asked'}")
+    if document.get("nearest") is not None:
+        say(f"error: no trained point stays within {numbers.costs(limits)}")
     return FAILURE
 
 
@@ -95,7 +96,7 @@ def logs(folder: Path, trial: int, as_json: bool) -> int:
             while chunk := stream.read(_READ_BYTES):
                 emit_text(chunk)
     if not files:
-        say(f"trial {trial} has written nothing yet")
+        say(f"trial {trial} wrote nothing")
     return FINE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,17 +70,18 @@ def _front_document(folder: Path) -> dict[str, Any]:
 def next_steps(folder: Path, failed: int, front: Mapping[str, Any] | None) -> list[str]:
     """Where to look after a run: at failed trials, and at the front if there is one."""
     lines = []
+    shown = shlex.quote(str(folder))
     if failed:
         lines.append(
-            f"{failed} failed: nipq-search status {folder} says why, "
-            f"nipq-search logs {folder} TRIAL shows a trial's output"
+            f"{failed} failed: nipq-search status {shown} says why, "
+            f"nipq-search logs {shown} TRIAL shows a trial's output"
         )
     if front is not None:
         lines += [
             "look next:",
-            f"  {folder / 'report.html'}",
-            f"  nipq-search ui {folder}",
-            f"  nipq-search best {folder} --max {_example_limit(front)}",
+            f"  {shlex.quote(str(folder / 'report.html'))}",
+            f"  nipq-search ui {shown}",
+            f"  nipq-search best {shown} --max {_example_limit(front)}",
         ]
     return lines
 

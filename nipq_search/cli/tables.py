@@ -31,7 +31,9 @@ _LEFT = {"budget", "state", "reason", "layer", "kind", "check", "result", "detai
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in columns:
-        table.add_column(column, justify="left" if column in _LEFT else "right")
+        left = column in _LEFT
+        # Rather cut a long label than break every row of a narrow terminal in two.
+        table.add_column(column, justify="left" if left else "right", no_wrap=column == "budget")
     for row in rows:
         # Text, not str: a layer may be called `[bold]`.
         table.add_row(*(Text(numbers.one_line(cell)) for cell in row))
@@ -62,7 +64,7 @@ def front(document: Document) -> RenderableType:
             _front_row(numbers.NOTHING, f"LSQ uniform {_word(model.get('bits'))}", names, model)
         )
     headings = [_HEADINGS.get(name, name) for name in names]
-    columns = ["trial", "budget", *headings, "W bits", "A bits", "validation", "test"]
+    columns = ["trial", "budget", *headings, "W bits", "A bits", "valid.", "test"]
     counts = f"{len(on_front)} of {len(points)} finished trials are on the front"
     return Group(
         _line(f"{_word(document.get('sweep'))}: {metric} against {front_cost}, {counts}"),
@@ -99,6 +101,7 @@ def _front_row(trial: str, label: str, names: Sequence[str], point: Document) ->
 def best(document: Document) -> RenderableType:
     """The point that was found, or the nearest one, against each limit."""
     point = document.get("point") or document.get("nearest")
+    model = f"model: {document['model']} in the sweep's folder" if document.get("model") else ""
     if point is None:
         return Group(*(_line(text) for text in document.get("blocks") or ["no trained point yet"]))
     limits = document.get("limits") or {}
@@ -115,6 +118,11 @@ def best(document: Document) -> RenderableType:
             f"test {numbers.metric(point.get('test'))}"
         ),
         _table(["cost name", "cost", "limit"], rows),
+        *(
+            [_line(f"model: {document['model']} in the sweep's folder")]
+            if document.get("model")
+            else []
+        ),
         *(_line(text) for text in document.get("blocks") or []),
     )
 
@@ -138,7 +146,8 @@ def status(document: Document) -> RenderableType:
     ]
     return Group(
         _line(f"{_word(document.get('sweep'))}: {by}"),
-        _line(f"{counts or 'nothing yet'} of {_word(document.get('total'))} trials"),
+        _line(f"{counts or 'no trial yet'} of {_word(document.get('total'))} trials"),
+        *([_line(f"now: {document['stage']}")] if document.get("stage") else []),
         _table(["trial", "state", "budget", "epoch", "time", "reason"], rows),
         _line(f"training samples: {numbers.count(document.get('total_samples'))}"),
     )
@@ -158,6 +167,8 @@ def show(document: Document) -> RenderableType:
         f"cost: {_word(numbers.costs(document.get('cost')))}",
         f"parameters: {_word(params)}",
     ]
+    if document.get("model"):
+        lines.append(f"model: {document['model']}")
     if document.get("reason"):
         lines.append(f"reason: {document['reason']}")
     return Group(*map(_line, lines), layers(document.get("layers") or []))

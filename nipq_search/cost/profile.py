@@ -9,6 +9,7 @@ from torch import nn
 
 from nipq_search.cost.base import Bits, complete_bits, hard_bits
 from nipq_search.cost.bops import bops_terms
+from nipq_search.errors import UserError
 from nipq_search.quant.graph import Graph
 from nipq_search.quant.prepare import quant_state
 
@@ -51,7 +52,13 @@ def profile(model: nn.Module) -> pandas.DataFrame:
 
     MACs and BOPs are per sample (convention 1), bytes those of the packed weight alone. The row
     `(unconverted)`, if any, holds multiplications that stay in floating point.
+
+    Raises:
+        UserError: pandas is not installed.
     """
-    import pandas
+    try:
+        import pandas
+    except ImportError as error:
+        raise UserError("profile makes a pandas table: python -m pip install pandas") from error
 
     return pandas.DataFrame(layer_rows(quant_state(model).graph, hard_bits(model)))

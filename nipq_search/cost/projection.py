@@ -47,9 +47,9 @@ def check_reachable(graph: Graph, budget: Budget) -> None:
         terms = get_cost(name).terms(graph, complete_bits(graph, bits))
         total = sum(float(term) for term in terms.values())
         largest = sorted(terms.items(), key=lambda item: -float(item[1]))[:3]
-        blame = ", ".join(f"{layer} {100 * float(v) / total:.0f} %" for layer, v in largest)
+        blame = ", ".join(f"{layer}: {100 * float(v) / total:.0f} %" for layer, v in largest)
         raise UserError(
-            f"{name}: the target {target:,.6g} is below the least reachable cost {least:,.6g} "
+            f"{name}: the target {target:,.10g} is below the least reachable cost {least:,.10g} "
             f"(set by {blame}); raise it, allow fewer bits, or unpin layers"
         )
 

@@ -12,6 +12,13 @@ from nipq_search.quant.prepare import M
 from nipq_search.quant.trace import as_arguments, unchanged_mode
 
 
+def norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The layers of a model that keep running statistics."""
+    kind = nn.modules.batchnorm._BatchNorm
+    found = (module for module in model.modules() if isinstance(module, kind))
+    return [module for module in found if module.track_running_stats]
+
+
 def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module], None]) -> M:
     """Replace running statistics by the averages over `batches`, in place.
 
@@ -26,11 +33,7 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
     Raises:
         UserError: there was no batch; the old statistics are lost.
     """
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
+    norms = norm_layers(model)
     if not norms:
         return model
     momenta = [module.momentum for module in norms]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,10 @@ class _Search(ModuleType):
     """
 
     def __call__(
-        self, config: SweepConfig, out: Path | str | None = None, **options: Any
+        self,
+        config: SweepConfig | Mapping[str, Any] | Path | str,
+        out: Path | str | None = None,
+        **options: Any,
     ) -> Sweep:
         """Run a sweep; see `nipq_search.search.run.search`."""
         from nipq_search.search.run import search

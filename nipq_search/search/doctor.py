@@ -13,7 +13,17 @@ from typing import Any
 from nipq_search.errors import UserError
 from nipq_search.search.config import SweepConfig
 
-PACKAGES = ("torch", "ray", "optuna", "mlflow", "pandas", "pyarrow", "plotly", "pydantic")
+PACKAGES = (
+    "torch",
+    "ray",
+    "optuna",
+    "mlflow",
+    "pandas",
+    "pyarrow",
+    "plotly",
+    "pydantic",
+    "optuna-dashboard",
+)
 
 
 def doctor(config: SweepConfig | None = None) -> list[dict[str, Any]]:
@@ -100,7 +110,7 @@ def _task(config: SweepConfig) -> str:
     from nipq_search.tasks.base import dataset
 
     data = dataset(load_task(config))
-    return f"{data['name']}: {data['splits']}"
+    return f"{data['name']}: {data['splits'] or 'the task tells no sizes'}"
 
 
 def _budgets(config: SweepConfig) -> str:

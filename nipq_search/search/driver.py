@@ -29,6 +29,11 @@ _GRACE_SECONDS = 15
 _CHECK_SECONDS = 5
 
 
+def figure(value: float) -> str:
+    """A cost in full: whole numbers with separators, others with two digits."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
+
+
 class Driver:
     """Watches a running sweep and keeps its projections up to date.
 
@@ -158,7 +163,7 @@ class Driver:
             metric, cost = self.facts.metric, self.facts.front_cost
             text += f": {metric} {done['metrics'].get(metric, float('nan')):.4f}"
             if cost in done.get("cost", {}):
-                text += f", {cost} {done['cost'][cost]:,.6g}"
+                text += f", {cost} {figure(done['cost'][cost])}"
         elif done and done.get("reason"):
             text += f": {done['reason']}"
         self.progress.message(text)

@@ -7,6 +7,7 @@ from typing import Any
 
 from nipq_search.cost import CONVENTION, COSTS, Budget, exact_cost, layer_rows, project
 from nipq_search.cost.base import uniform_bits
+from nipq_search.quant.norm import norm_layers
 from nipq_search.records import SCHEMA
 from nipq_search.search.budgets import REFERENCE_BITS
 from nipq_search.search.config import SweepConfig
@@ -14,6 +15,7 @@ from nipq_search.search.facts import gather
 from nipq_search.search.run import load_task
 from nipq_search.tasks.base import dataset
 from nipq_search.train.loop import steps_in
+from nipq_search.train.start import bits_at_budget
 
 
 def plan(config: SweepConfig) -> dict[str, Any]:
@@ -33,8 +35,8 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     flat = {name: 0.0 for name in uniform}
     budgets = []
     for budget in facts.budgets:
-        start = uniform_bits(graph, _width(facts.graph, Budget(**budget.targets)))
-        bits = project(graph, Budget(**budget.targets), start, flat)
+        targets = Budget(**budget.targets)
+        bits = project(graph, targets, bits_at_budget(graph, targets), flat)
         reachable = {name: exact_cost(name, graph, bits) for name in budget.targets}
         budgets.append(
             {
@@ -60,21 +62,6 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     }
 
 
-def _width(graph: Any, budget: Budget) -> float:
-    """The uniform bit-width that costs the budget."""
-    from nipq_search.cost.projection import usage
-
-    low, high = 1.0, 16.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (
-            (low, middle)
-            if usage(graph, uniform_bits(graph, middle), budget) > 1
-            else (middle, high)
-        )
-    return low
-
-
 def _samples(config: SweepConfig, task: Any) -> int:
     """Training samples that the whole sweep would process if nothing fails."""
     size: int | None = dataset(task)["splits"].get("train")
@@ -83,8 +70,9 @@ def _samples(config: SweepConfig, task: Any) -> int:
     train = config.train
     batches = math.ceil(size / train.batch_size)
     trained = train.epochs * size
-    extra = (min(train.calibration_batches, batches) + min(train.norm_batches, batches)) * (
-        train.batch_size
+    norm_batches = train.norm_batches if norm_layers(task.build_model()) else 0
+    extra = train.batch_size * sum(
+        min(n, batches) for n in (train.calibration_batches, norm_batches)
     )
     trainings = config.search.trials + len(config.search.baselines)
     floats: float = 0 if config.float_model.checkpoint else config.float_model.epochs * size

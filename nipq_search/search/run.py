@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from nipq_search import storage
 from nipq_search.errors import UserError
 from nipq_search.search import view
-from nipq_search.search.config import SweepConfig, check_resume
+from nipq_search.search.config import SweepConfig, check_resume, load_config, parse_config
 from nipq_search.search.coordinator import Coordinator
 from nipq_search.search.driver import Driver
 from nipq_search.search.executor import Executor, TuneExecutor, check_machine, ray_cluster
@@ -217,9 +217,10 @@ def run_sweep(
             on_finished=driver.job_finished,
         )
         driver.begin(coordinator)
+        idle = not coordinator.has_work()
         ended = "KILLED"
         try:
-            if coordinator.has_work():
+            if not idle:
                 # Ray installs handlers of its own when it starts: ours go on top of them.
                 with (
                     ray_cluster(address, config.resources),
@@ -235,10 +236,10 @@ def run_sweep(
             driver.finish(ended)
         if coordinator.failure:
             raise RuntimeError(coordinator.failure)
-        return _outcome(ledger, coordinator, driver, out)
+        return _outcome(ledger, coordinator, driver, idle)
 
 
-def _outcome(ledger: Ledger, coordinator: Coordinator, driver: Driver, out: Path) -> Outcome:
+def _outcome(ledger: Ledger, coordinator: Coordinator, driver: Driver, idle: bool) -> Outcome:
     trials = ledger.trials()
     counts = {state: sum(t.state is state for t in trials) for state in TrialState}
     complete, failed = counts[TrialState.COMPLETE], counts[TrialState.FAIL]
@@ -249,6 +250,8 @@ def _outcome(ledger: Ledger, coordinator: Coordinator, driver: Driver, out: Path
         state = "limit"
         message = f"{driver.limit} reached with {coordinator.open_trials()} trials to go; "
         message += "the same command continues"
+    elif idle:
+        message = f"nothing left to run: all {len(trials)} trials have ended (see --trials)"
     if failed and not complete and state != "interrupted":
         reasons = [t.user_attrs.get("reason") for t in trials if t.state is TrialState.FAIL]
         message = f"every trial failed; the first one: {reasons[0]}"
@@ -261,13 +264,17 @@ def _outcome(ledger: Ledger, coordinator: Coordinator, driver: Driver, out: Path
     )
 
 
-def search(config: SweepConfig, out: Path | str | None = None, **options: Any) -> Sweep:
+def search(
+    config: SweepConfig | Mapping[str, Any] | Path | str,
+    out: Path | str | None = None,
+    **options: Any,
+) -> Sweep:
     """Run a sweep from Python: what `nipq-search run` does.
 
     Args:
-        config: the sweep.
+        config: the sweep: a configuration, the same as a mapping, or a sweep file.
         out: its folder; default `runs/<name>`.
-        options: as in `run_sweep`.
+        options: as in `run_sweep`, for example `trials` or `progress`.
 
     Returns:
         The sweep; `front()` is a pandas table.
@@ -275,6 +282,10 @@ def search(config: SweepConfig, out: Path | str | None = None, **options: Any) -
     Raises:
         UserError: anything that is wrong before the first job starts.
     """
+    if isinstance(config, (str, Path)):
+        config = load_config(Path(config))
+    elif not isinstance(config, SweepConfig):
+        config = parse_config(config)
     folder = Path(out) if out is not None else Path("runs") / config.name
     run_sweep(config, folder, **options)
     return Sweep.open(folder)

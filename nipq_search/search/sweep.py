@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
+import torch
 import yaml
+from torch import nn
 
 from nipq_search import storage
 from nipq_search.cost import CONVENTION, COSTS
 from nipq_search.errors import UserError, nearest
 from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
 from nipq_search.search import jobs, view
+from nipq_search.search.config import parse_config
 from nipq_search.search.jobs import committed, job_folder
 from nipq_search.search.lease import live_driver
 from nipq_search.search.ledger import DATABASE, JOURNAL, open_storage, storage_url
+from nipq_search.tasks import make_task
+from nipq_search.train import TrainSpec
+from nipq_search.train.trial import MODEL_FILE, load_trained
 
 if TYPE_CHECKING:
     import pandas
@@ -44,13 +50,13 @@ class Sweep:
         self.folder, self.config, self.facts = folder, config, facts
 
     @classmethod
-    def open(cls, folder: Path) -> Sweep:
+    def open(cls, folder: Path | str) -> Sweep:
         """Open a sweep's folder.
 
         Raises:
             UserError: it is not one.
         """
-        folder = folder.absolute()
+        folder = Path(folder).absolute()
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; `nipq-search run CONFIG --out` makes one")
         if not is_sweep(folder):
@@ -128,6 +134,32 @@ class Sweep:
         record = committed(job_folder(self.folder, "trial", trial)) or {}
         return list(record.get("layers", []))
 
+    def model_file(self, trial: int) -> Path | None:
+        """File of a trial's trained model; None while there is none."""
+        folder = job_folder(self.folder, "trial", trial)
+        return (
+            folder / MODEL_FILE if committed(folder) and (folder / MODEL_FILE).exists() else None
+        )
+
+    def load_model(self, trial: int) -> nn.Module:
+        """The trained model of a COMPLETE trial, hard-quantized, in evaluation mode on the CPU.
+
+        Raises:
+            UserError: the trial has no model, or the sweep's task cannot be built.
+        """
+        file = self.model_file(trial)
+        if file is None or self.record(trial).state != "COMPLETE":
+            raise UserError(f"trial {trial}: it has no trained model (see `nipq-search status`)")
+        config = parse_config(dict(self.config))
+        task = make_task(config.task, config.task_args)
+        record = committed(job_folder(self.folder, "trial", trial)) or {}
+        spec = TrainSpec(
+            train=config.train.with_hyperparameters(record["params"]),
+            seed=record["seed"],
+            quant=config.quant,
+        )
+        return load_trained(task, spec, file, torch.device("cpu"))
+
     def show(self, trial: int) -> dict[str, Any]:
         """What `show --json` prints.
 
@@ -146,9 +178,14 @@ class Sweep:
             "validation": record.validation,
             "test": record.test,
             "cost": dict(record.cost),
+            "model": self._shown_file(trial),
             "bops_convention": CONVENTION,
             "layers": self.layers(trial),
         }
+
+    def _shown_file(self, trial: int) -> str | None:
+        file = self.model_file(trial)
+        return None if file is None else str(file.relative_to(self.folder))
 
     def best(self, limits: Mapping[str, float]) -> dict[str, Any]:
         """What `best --json` prints.
@@ -159,7 +196,9 @@ class Sweep:
         for name in limits:
             if name not in COSTS:
                 raise UserError(f"--max {name}: no such cost{nearest(name, COSTS)}")
-        return view.best_document(self.front_document()["points"], limits, self.facts)
+        document = view.best_document(self.front_document()["points"], limits, self.facts)
+        point = document["point"]
+        return {**document, "model": point and self._shown_file(point["trial"])}
 
     def log_files(self, trial: int) -> list[Path]:
         """Output, tracebacks and stacks of hangs, attempt by attempt.

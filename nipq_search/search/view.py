@@ -200,6 +200,20 @@ def front_document(
     }
 
 
+def _stage(
+    states: Mapping[str, int], driver: Any, config: Mapping[str, Any], out: Path
+) -> str | None:
+    """What a live driver is busy with, in words."""
+    if driver is None:
+        return None
+    if committed(job_folder(out, "float", 0)) is None:
+        return "float model"
+    widths = config["search"]["baselines"]
+    if any(committed(job_folder(out, "baseline", bits)) is None for bits in widths):
+        return "baselines"
+    return "trials" if states["RUNNING"] else "test split"
+
+
 def status_document(
     records: Sequence[TrialRecord], config: Mapping[str, Any], driver: Any, out: Path
 ) -> dict[str, Any]:
@@ -227,6 +241,7 @@ def status_document(
         "sweep": config["name"],
         "states": states,
         "driver": driver,
+        "stage": _stage(states, driver, config, out),
         "total": max(config["search"]["trials"], len(records)),
         "total_samples": total_samples(out),
         "trials": rows,

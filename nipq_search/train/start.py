@@ -10,22 +10,22 @@ from torch import nn
 from nipq_search.cost import Budget
 from nipq_search.cost.projection import usage
 from nipq_search.quant import quantizers
+from nipq_search.quant.graph import Graph
 from nipq_search.quant.prepare import quant_state
 
 _BISECTIONS = 40
 
 
 def bits_at_budget(
-    model: nn.Module, budget: Budget, base: Mapping[str, float] | None = None
+    graph: Graph, budget: Budget, base: Mapping[str, float] | None = None
 ) -> dict[str, float]:
     """Soft bit-widths that cost the budget: `base` plus one shift for all, by bisection.
 
     Args:
-        model: a prepared model.
+        graph: a model's layers and tensors.
         budget: its binding target is met as closely as the allowed spans let it.
         base: bit-widths by tensor; None for equal ones, which gives the uniform width.
     """
-    graph = quant_state(model).graph
     spans = {name: t.allowed for name, t in graph.tensors.items() if t.allowed}
 
     def shifted(shift: float) -> dict[str, float]:
@@ -51,7 +51,7 @@ def start_at_budget(
 
     Short noise phases need it: from 8 bits most of them would be spent on the way down.
     """
-    bits = bits_at_budget(model, budget, base)
+    bits = bits_at_budget(quant_state(model).graph, budget, base)
     for name, quantizer in quantizers(model).items():
         quantizer.start_at(bits[name])
 

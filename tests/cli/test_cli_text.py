@@ -156,11 +156,13 @@ def progress(done=7, **changes):
 
 def test_the_progress_line():
     assert progress_line(progress()) == (
-        "trials 7/20 done, 2 running, 1 failed, 12 min left, "
-        "best accuracy: bops: uniform 4 0.9731 at 5.25 GBOPs"
+        "7/20 trials, 2 running, 1 failed, 12 min left, best accuracy: uniform 4 0.9731"
     )
     assert progress_line(progress(best={}, seconds_left=None)) == (
-        "trials 7/20 done, 2 running, 1 failed"
+        "7/20 trials, 2 running, 1 failed"
+    )
+    assert progress_line(progress(stage="float model", best={}, seconds_left=None)) == (
+        "float model, 7/20 trials, 2 running, 1 failed"
     )
 
 
@@ -172,7 +174,7 @@ def test_a_log_gets_a_line_now_and_then_and_every_message():
             sink.update(progress(done=second))
         sink.message("trial 3 COMPLETE")
     lines = [line.split(" ", 1)[1] for line in stream.getvalue().splitlines()]
-    assert [line.split("/")[0] for line in lines[:-1]] == ["trials 0", "trials 10", "trials 20"]
+    assert [line.split("/")[0] for line in lines[:-1]] == ["0", "10", "20"]
     assert lines[-1] == "trial 3 COMPLETE"
 
 
@@ -201,7 +203,7 @@ def test_a_terminal_gets_one_live_line_and_the_messages_stay(monkeypatch):
         sink.update(progress(done=8))
     text = stream.getvalue()
     assert "trial 3 COMPLETE\n" in text
-    assert "trials 8/20 done" in text
+    assert "8/20 trials" in text
     assert "uniform" not in text  # cut at the terminal's edge instead of folded
 
 

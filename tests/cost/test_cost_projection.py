@@ -108,10 +108,12 @@ def test_error_scales():
 
 def test_unreachable_budgets_name_the_least_cost_and_its_layers():
     graph = pair(numels=(900, 100))
-    with pytest.raises(UserError, match=r"bops: .*least reachable cost 800 \(set by a 50 %, b 50"):
+    with pytest.raises(
+        UserError, match=r"bops: .*least reachable cost 800 \(set by a: 50 %, b: 50"
+    ):
         project(graph, Budget(bops=799), {}, {})
     with pytest.raises(
-        UserError, match=r"weight_bytes: the target 10 .* 250 \(set by a.weight 90"
+        UserError, match=r"weight_bytes: the target 10 .* 250 \(set by a.weight: 90"
     ):
         project(graph, Budget(weight_bytes=10), {}, {})
     assert (

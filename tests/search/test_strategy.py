@@ -81,10 +81,10 @@ def test_start_at_the_budget_keeps_differences_between_layers():
     net, _ = prepared("nipq", 1)
     graph = quant_state(net).graph
     budget = Budget(bops=exact_cost("bops", graph, dict.fromkeys(quantizers(net), 4)))
-    uniform = bits_at_budget(net, budget)
+    uniform = bits_at_budget(graph, budget)
     assert all(abs(bits - 4) < 1e-6 for bits in uniform.values())
     base = {name: 5.0 + index for index, name in enumerate(quantizers(net))}
-    shifted = bits_at_budget(net, budget, base)
+    shifted = bits_at_budget(graph, budget, base)
     assert usage(graph, shifted, budget) == pytest.approx(1.0)
     shifts = [bits - base[name] for name, bits in shifted.items() if 2 < bits < 8]
     assert shifts == pytest.approx([shifts[0]] * len(shifts))

@@ -103,6 +103,7 @@ def test_status_document(sweep):
         "sweep",
         "states",
         "driver",
+        "stage",
         "total",
         "total_samples",
         "trials",
@@ -118,7 +119,9 @@ def test_status_document(sweep):
     failed = document["trials"][2]
     assert (failed["state"], failed["reason"]) == ("FAIL", "no luck")
     with driver_lease(sweep.folder):
-        assert sweep.status()["driver"].keys() == {"host", "pid"}
+        live = sweep.status()
+        assert live["driver"].keys() == {"host", "pid"}
+        assert live["stage"] in ("float model", "baselines", "trials", "test split")
 
 
 def test_show_document(sweep):
@@ -138,7 +141,7 @@ def test_best_document(sweep):
     points = sweep.front_document()["points"]
     cheapest = min(point["cost"]["bops"] for point in points)
     document = sweep.best({"bops": 1e12})
-    assert document.keys() == {"schema", "limits", "point", "nearest", "blocks"}
+    assert document.keys() == {"schema", "limits", "point", "nearest", "blocks", "model"}
     assert document["point"]["validation"] == max(point["validation"] for point in points)
     assert sweep.best({"bops": cheapest})["point"]["cost"]["bops"] == cheapest
     blocked = sweep.best({"bops": 0.9 * cheapest})

@@ -118,11 +118,7 @@ def best(document: Document) -> RenderableType:
             f"test {numbers.metric(point.get('test'))}"
         ),
         _table(["cost name", "cost", "limit"], rows),
-        *(
-            [_line(f"model: {document['model']} in the sweep's folder")]
-            if document.get("model")
-            else []
-        ),
+        *([_line(model)] if model else []),
         *(_line(text) for text in document.get("blocks") or []),
     )
 
@@ -168,7 +164,7 @@ def show(document: Document) -> RenderableType:
         f"parameters: {_word(params)}",
     ]
     if document.get("model"):
-        lines.append(f"model: {document['model']}")
+        lines.append(f"model: {document['model']} in the sweep's folder")
     if document.get("reason"):
         lines.append(f"reason: {document['reason']}")
     return Group(*map(_line, lines), layers(document.get("layers") or []))

@@ -24,6 +24,7 @@ class LSQ(FakeQuantizer):
     """
 
     learns_bits = False
+    initial: Tensor
 
     def __init__(
         self, name: str, bits: BitWidth, channels: int, clock: NoiseClock, key: int, proxy: str
@@ -38,12 +39,15 @@ class LSQ(FakeQuantizer):
 
     def set_boundary(self, statistics: TensorStatistics) -> None:
         """Start at the published value; an affine grid, which LSQ lacks, at the calibrated one."""
+        affine = self.grid is Grid.AFFINE
+        initial = statistics.alpha if affine else 2.0 * statistics.mean_abs
+        self.register_buffer("initial", initial.expand(self.channels).clone(), persistent=False)
+        self.step.copy_(self._published())
+
+    def _published(self) -> Tensor:
+        """The starting value of the step at the present bit-width."""
         levels = self._levels(self.bits.hard())
-        if self.grid is Grid.AFFINE:
-            start = statistics.alpha / levels
-        else:
-            start = 2.0 * statistics.mean_abs / levels**0.5
-        self.step.copy_(start.expand(self.channels))
+        return self.initial / (levels if self.grid is Grid.AFFINE else levels**0.5)
 
     def alpha(self, x: Tensor) -> Tensor:
         """The truncation boundary, shape (channels,), its gradient scaled as published."""
@@ -56,9 +60,13 @@ class LSQ(FakeQuantizer):
     def _same_boundary(self) -> Iterator[None]:
         """Rescale the step when the bit-width changes, so that the boundary stays."""
         before = self._levels(self.bits.hard())
+        untrained = "initial" in self._buffers and torch.equal(self.step, self._published())
         yield
         with torch.no_grad():
-            self.step.mul_(before / self._levels(self.bits.hard()))
+            if untrained:  # the published value is one of the bit-width
+                self.step.copy_(self._published())
+            else:
+                self.step.mul_(before / self._levels(self.bits.hard()))
 
     def freeze(self, bits: int | None = None) -> None:
         """Fix the bit-width and keep the boundary where it is."""

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nipq_search.errors import UserError
 from nipq_search.quant.layers import LAYERS
 
-TensorKey = tuple[int, int, int]
-"""Identity of a tensor's values: storage, version, elements. Reshaped views keep it."""
+TensorKey = tuple[int, int, int, tuple[tuple[int, int], ...]]
+"""Identity of a tensor's values: storage, version, elements, and where they lie if with gaps.
+Reshaped and permuted views keep it."""
 
 
 @dataclass
@@ -50,7 +52,10 @@ class Trace:
 
 def tensor_key(x: Tensor) -> TensorKey:
     """Identity of the values of `x`, while its storage lives."""
-    return (x.untyped_storage().data_ptr() + int(x.storage_offset()), x._version, x.numel())
+    axes = tuple(sorted((t, s) for s, t in zip(x.shape, x.stride(), strict=True) if s > 1))
+    dense = 1 + sum((size - 1) * stride for stride, size in axes) == x.numel()
+    start = x.untyped_storage().data_ptr() + int(x.storage_offset())
+    return (start, x._version, x.numel(), () if dense else axes)
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -109,6 +114,20 @@ def unchanged_mode(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Attention and recurrent layers as the products they are: fused kernels count nothing."""
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # `backends.mkldnn.flags` warns about Intel's GPUs
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(onednn)
+
+
 def trace(model: nn.Module, example_inputs: Any) -> Trace:
     """Run `model` once on the example and note what it multiplies.
 
@@ -145,7 +164,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     additions = _Additions({p.data_ptr() for p in model.parameters()})
     flops = FlopCounterMode(display=False)
     try:
-        with unchanged_mode(model), additions, flops:
+        with unchanged_mode(model), _plain_kernels(), additions, flops:
             model(*args, **kwargs)
     except Exception as error:
         raise UserError(

@@ -69,6 +69,9 @@ class Coordinator:
         self.out, self.run, self.enough, self.on_finished = out, run, enough, on_finished
         self.strategy = STRATEGIES[config.search.strategy]()
         self.document = config.as_json()
+        if (file := self.document["float"]["checkpoint"]) is not None:
+            # Ray's workers have a working directory of their own.
+            self.document["float"]["checkpoint"] = str(Path(file).expanduser().absolute())
         self.running: dict[str, Job] = {}
         self.stopping = False
         self.failure: str | None = None

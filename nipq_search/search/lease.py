@@ -24,13 +24,22 @@ LOCK_FILE = "driver.lock"
 STOP_FILE = "stop.request"
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     """Take the lock; False where somebody holds it, or removed its file after we opened it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return os.fstat(descriptor).st_nlink > 0
+
+
+def _take(descriptor: int) -> bool:
+    """Take the lock for a driver; an onlooker holds it for an instant only."""
+    for _ in range(5):
+        if _try_lock(descriptor):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def live_driver(folder: Path) -> dict[str, Any] | None:
@@ -41,7 +50,8 @@ def live_driver(folder: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     try:
-        if _try_lock(descriptor):
+        # Shared: two onlookers do not take each other for a driver.
+        if _try_lock(descriptor, fcntl.LOCK_SH):
             return None
         return _owner(path)
     finally:
@@ -68,7 +78,7 @@ def driver_lease(folder: Path) -> Iterator[str]:
     path = folder / LOCK_FILE
     descriptor = _open_lock(path)
     try:
-        if not _try_lock(descriptor):
+        if not _take(descriptor):
             owner = _owner(path)
             raise UserError(
                 f"{folder}: a driver is running this sweep on host {owner['host']}, pid "

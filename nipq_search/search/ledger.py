@@ -212,7 +212,9 @@ class Ledger:
         """
         # Seeded by the trial's number, so a resumed search neither repeats itself nor depends on
         # where it was cut.
-        number = len(self.trials())
+        # `study.ask` takes the first waiting trial, whose number is lower than a new one's.
+        waiting = self.trials(TrialState.WAITING)
+        number = waiting[0].number if waiting else len(self.trials())
         self._use_sampler(budget, number)
         trial = self.study.ask()
         return self._suggest(trial, budgets)
@@ -248,7 +250,7 @@ class Ledger:
         frozen = self.trials()[number]
         trial = optuna.trial.Trial(self.study, frozen._trial_id)
         for key, value in attributes.items():
-            if frozen.user_attrs.get(key) != value:
+            if key not in frozen.user_attrs or frozen.user_attrs[key] != value:
                 trial.set_user_attr(key, value)
 
     def complete(

@@ -250,6 +250,8 @@ def _outcome(ledger: Ledger, coordinator: Coordinator, driver: Driver, idle: boo
         state = "limit"
         message = f"{driver.limit} reached with {coordinator.open_trials()} trials to go; "
         message += "the same command continues"
+        if "hours" in driver.limit:
+            message += ", and the test split is read at its end"
     elif idle:
         message = f"nothing left to run: all {len(trials)} trials have ended (see --trials)"
     if failed and not complete and state != "interrupted":

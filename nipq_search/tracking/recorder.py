@@ -250,14 +250,16 @@ class MlflowRecorder:
             status = "RUNNING" if self._ended is None else "KILLED"
         else:
             digest = wanted.digest()
-        tags = projection.trial_tags(trial)
+        tags = self._fixed_tags() | projection.trial_tags(trial)
         if child is None:
             child = RunMemory(
                 found.client,
                 found.client.create_run(
                     found.experiment,
                     start_time=_milliseconds(trial.started),
-                    tags=tags | {"mlflow.parentRunId": found.parent.run_id},
+                    tags=server.context_tags()
+                    | tags
+                    | {"mlflow.parentRunId": found.parent.run_id},
                     run_name=projection.run_name(trial),
                 ),
             )
@@ -273,6 +275,12 @@ class MlflowRecorder:
         if digest:
             tags["nipq.digest"] = digest
         child.send(params=projection.trial_params(trial), tags=tags, rows=rows)
+
+    def _fixed_tags(self) -> dict[str, str]:
+        """Tags that the sweep's configuration gives where a trial searched nothing else."""
+        train = self._begun[0].get("train") if self._begun else None
+        strength = train.get("lambda") if isinstance(train, Mapping) else None
+        return {} if strength is None else {"lambda": projection.value_text(strength)}
 
     def _store_layers(
         self, found: _Server, child: RunMemory, layers: Sequence[Mapping[str, Any]]

@@ -164,8 +164,13 @@ class Trainer:
         epoch, done = divmod(self.step, self.schedule.steps_per_epoch)
         loader = self.task.loader("train", self.config.batch_size, seed_for(self.seed, epoch))
         count = 0
+        # A DataLoader draws from the global generator when an epoch begins; on a resume within
+        # one that draw is in the restored state already.
+        rng = torch.get_rng_state() if done else None
         for index, batch in enumerate(loader):
             count += 1
+            if index == done and rng is not None:
+                torch.set_rng_state(rng)
             if index >= done:
                 yield to_device(self.task, batch, self.device)
         if count != self.schedule.steps_per_epoch and self.step < self.schedule.total:

@@ -263,8 +263,13 @@ def _finish(
             nonlocal samples
             seed = seed_for(spec.seed, 1 << 41)
             loader = task.loader("train", spec.train.batch_size, seed)
+            first = 0
             for batch in itertools.islice(iter(loader), spec.train.norm_batches):
-                samples += num_samples(task, batch)
+                count = num_samples(task, batch)
+                first = first or count
+                if count < first:
+                    continue  # in the average a partial batch would weigh as much as a full one
+                samples += count
                 task.loss(observed, to_device(task, batch, device))
 
         reestimate_norm_stats(model, batches)

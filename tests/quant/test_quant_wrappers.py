@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from nipq_search.errors import UserError
 from nipq_search.quant import (
     LSQ,
+    ActivationConfig,
     QuantConfig,
     WeightConfig,
     apply_bit_config,
@@ -99,11 +100,29 @@ def test_bit_config_round_trip(quantizer):
     assert torch.equal(source.eval()(images()), target.eval()(images()))
     apply_bit_config(target, carried)  # the same again is no change
     warm = prepare(residual_net(), images(), QuantConfig(quantizer=quantizer))
+    with torch.no_grad():  # trained a little: an untrained LSQ takes its published value anew
+        for found in quantizers(warm).values():
+            for parameter in found.parameters(recurse=False):
+                parameter.mul_(1.1)
     boundaries = {n: q.alpha(images()).detach().clone() for n, q in quantizers(warm).items()}
     apply_bit_config(warm, carried, freeze=False)
     assert not is_frozen(warm) and bit_config(warm) == carried
     for name, found in quantizers(warm).items():
         torch.testing.assert_close(found.alpha(images()).detach(), boundaries[name])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lsq_starts_at_the_published_value_of_the_width_that_it_is_given(bits):
+    fixed = QuantConfig(
+        quantizer="lsq",
+        weights=WeightConfig(bits=(bits,)),
+        activations=ActivationConfig(bits=(bits,)),
+    )
+    expected = prepare(residual_net(), images(), fixed)
+    given = prepare(residual_net(), images(), QuantConfig(quantizer="lsq"))
+    apply_bit_config(given, bit_config(expected))
+    for name, found in quantizers(given).items():
+        torch.testing.assert_close(found.step, quantizers(expected)[name].step)
 
 
 def test_warm_starts_are_clipped():

@@ -136,8 +136,9 @@ def test_a_task_that_raises_fails_the_trial_with_its_traceback(bench, task):
     bench.sweep(lambda job: _float_first(bench, job, task, error=error))
     trials = bench.ledger.trials()
     assert {t.user_attrs["reason"] for t in trials} == {"RuntimeError: the data are gone"}
-    names = {path.name for path in bench.view().log_files(0)}
-    assert {jobs.LOG, jobs.TRACEBACK} <= names
+    texts = {path.name: path.read_text() for path in bench.view().log_files(0)}
+    assert "the data\nare gone" in texts[jobs.TRACEBACK]
+    assert "are gone" not in texts.get(jobs.LOG, ""), "shown once"
     assert trials[0].user_attrs["samples"] > 0, "what a failure processed counts"
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, prepare
 from nipq_search.quant import quantizers as find_quantizers
-from nipq_search.quant.prepare import quant_state
+from nipq_search.quant.prepare import quant_state, quantizers
 
 
 def macs_by_torch(model, x):
@@ -134,6 +134,60 @@ def test_multiplications_outside_layers_are_never_left_out():
         model = prepare(Attention(), normal(2, 5, 8))
     last = quant_state(model).graph.layers[-1]
     assert (last.kind, last.macs, last.weight) == ("functional", 2 * 5 * 5 * 8, None)
+
+
+class Sdpa(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+class Attended(nn.Module):
+    """Something quantizable in front, so that `prepare` has work, and what is counted behind."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.kind = kind
+        self.inner = {
+            "mha": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+            "lstm": lambda: nn.LSTM(8, 8, batch_first=True),
+            "sdpa": Sdpa,
+        }[kind]()
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.kind == "mha":
+            return self.inner(x, x, x)[0]
+        return self.inner(x) if self.kind == "sdpa" else self.inner(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "macs"),
+    [
+        # projections in and out, then scores and their product with the values
+        ("mha", 5 * 8 * 24 + 5 * 8 * 8 + 2 * 5 * 5 * 8),
+        ("sdpa", 2 * 5 * 5 * 8),
+        ("lstm", 5 * 2 * 4 * 8 * 8),
+    ],
+)
+def test_fused_kernels_are_counted_too(kind, macs):
+    with pytest.warns(UserWarning, match="outside layers"):
+        model = prepare(Attended(kind), normal(2, 5, 8))
+    assert quant_state(model).graph.layers[-1].macs == macs
+
+
+def test_slices_of_one_tensor_do_not_share_a_quantizer():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(8, 3)
+
+        def forward(self, x):
+            y = torch.relu(x)
+            return self.a(y[:, :4]).sum() + self.b(y[: len(y) // 2]).sum()
+
+    model = prepare(Sliced(), normal(4, 8))
+    assert {"a.input", "b.input"} <= quantizers(model).keys()
 
 
 def test_transformer_layers_evaluate_quantized():

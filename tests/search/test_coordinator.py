@@ -301,3 +301,39 @@ def test_changed_data_stop_a_resume(bench, monkeypatch):
     )
     with pytest.raises(Exception, match="the data of sweep 'unit' changed since it began"):
         bench.sweep()
+
+
+def test_a_relative_float_checkpoint_is_absolute_in_jobs_alone(tmp_path, monkeypatch):
+    """Ray's workers have a working directory of their own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "float.pt").write_bytes(b"weights")
+    bench = Bench(tmp_path / "sweep", make_config(float={"checkpoint": "float.pt"}))
+    job = bench.open().next_job()
+    assert job.config["float"]["checkpoint"] == str(tmp_path / "float.pt")
+    assert bench.ledger.recall("config")["float"]["checkpoint"] == "float.pt"
+
+
+def test_the_ladder_starts_from_finished_trials_and_keeps_what_it_decided(tmp_path):
+    search = {"trials": 4, "strategy": "ladder", "baselines": [], "sampler": "random"}
+    bench = Bench(tmp_path / "sweep", make_config(search=search))
+    coordinator = bench.open()
+    bench.execute(first := coordinator.next_job())
+    coordinator.finished(first)  # the float model
+    stopped = coordinator.next_job()  # asked while nothing is finished
+    other = coordinator.next_job()
+    assert stopped.parent is None and other.parent is None
+    bench.execute(other)
+    coordinator.finished(other)
+    coordinator.finished(stopped)  # it was stopped and has no record
+    parents = {}
+    bench.sweep(lambda job: parents.update({job.name: job.parent}) or bench.execute(job))
+    assert parents["trial-000"] is None, "decided before the stop"
+    assert [t.user_attrs["parent"] for t in bench.ledger.trials()] == [
+        None,
+        None,
+        parents["trial-002"],
+        parents["trial-003"],
+    ]
+    assert parents["trial-003"] is not None
+    trial = bench.view().record(3)
+    assert trial.parent == parents["trial-003"]

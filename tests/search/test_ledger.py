@@ -154,6 +154,21 @@ def test_enqueued_trials_are_honoured(home, wanted, budget):
     assert len(ledger.trials()) == 1
 
 
+def test_what_enqueued_trials_leave_out_is_proposed_anew_for_each(home):
+    ledger = open_ledger(home)
+    for _ in range(3):
+        ledger.study.enqueue_trial({BUDGET: 0})
+    rates = [ledger.ask(0, 2).params["lr"] for _ in range(4)]
+    assert len(set(rates)) == 4
+
+
+def test_an_attribute_that_is_null_is_stored(home):
+    ledger = open_ledger(home)
+    number = ledger.ask(0, 2).number
+    ledger.note(number, {"parent": None})
+    assert "parent" in ledger.trials()[number].user_attrs
+
+
 def test_enqueued_trials_may_lie_outside_the_space(home):
     ledger = open_ledger(home)
     ledger.study.enqueue_trial({"lr": 0.5, "colour": "red", BUDGET: 7})

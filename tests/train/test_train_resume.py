@@ -168,3 +168,26 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
         train(Regression(), spec, tmp_path, CPU)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000000002"]
     train(Regression(), spec, tmp_path, CPU)
+
+
+class Dropped(Regression):
+    """Dropout draws from the global generator, and so does a DataLoader when an epoch begins."""
+
+    def build_model(self):
+        return torch.nn.Sequential(
+            torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(16, 1)
+        )
+
+    def loader(self, split, batch_size, seed=None):
+        generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        x = torch.rand(6 * batch_size, 4, generator=generator)
+        data = [{"x": row, "y": row.sum(0, keepdim=True)} for row in x]
+        return torch.utils.data.DataLoader(data, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("steps", [4, 7, 14])
+def test_dropout_and_a_dataloader_resume_bit_by_bit(steps, tmp_path):
+    expected = train(Dropped(), mlp_spec(), tmp_path / "whole", CPU)
+    interrupted(Dropped(), mlp_spec(), tmp_path / "cut", steps)
+    torch.manual_seed(99)
+    assert outcome(train(Dropped(), mlp_spec(), tmp_path / "cut", CPU)) == outcome(expected)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ BUDGET = "budget"
 
 CONSTRAINT = "budget"
 JOURNAL, DATABASE = "study.log", "study.db"
+_LOCK_SECONDS = 5
 
 
 def storage_url() -> str | None:
@@ -76,6 +78,25 @@ def mend_journal(path: Path) -> None:
             end = start
         if end < size:
             file.truncate(end)
+
+
+def free_journal(path: Path) -> None:
+    """Remove the journal's lock if the process that took it is gone.
+
+    Optuna holds it for milliseconds and waits half a minute before it breaks one, or for ever
+    where the lock points into a folder that was moved since. Call it only while holding the
+    sweep's lease: nobody but the `optuna` command or its dashboard can write meanwhile.
+    """
+    lock = path.with_name(path.name + ".lock")
+    for _ in range(100):
+        try:
+            age = time.time() - lock.lstat().st_mtime
+        except OSError:
+            return
+        if age > _LOCK_SECONDS or age < -_LOCK_SECONDS:
+            lock.unlink(missing_ok=True)
+            return
+        time.sleep(0.1)
 
 
 def open_storage(folder: Path) -> BaseStorage:
@@ -173,6 +194,7 @@ class Ledger:
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         if storage_url() is None:
+            free_journal(folder / JOURNAL)
             mend_journal(folder / JOURNAL)
         study = optuna.create_study(
             storage=open_storage(folder),

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, prepare
 from nipq_search.quant import quantizers as find_quantizers
-from nipq_search.quant.prepare import quant_state, quantizers
+from nipq_search.quant.prepare import quant_state
 
 
 def macs_by_torch(model, x):
@@ -187,7 +187,7 @@ def test_slices_of_one_tensor_do_not_share_a_quantizer():
             return self.a(y[:, :4]).sum() + self.b(y[: len(y) // 2]).sum()
 
     model = prepare(Sliced(), normal(4, 8))
-    assert {"a.input", "b.input"} <= quantizers(model).keys()
+    assert {"a.input", "b.input"} <= find_quantizers(model).keys()
 
 
 def test_transformer_layers_evaluate_quantized():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import optuna
@@ -250,6 +252,18 @@ def test_whole_empty_and_missing_journals_stay_as_they_are(journal, tmp_path):
     mend_journal(tmp_path / "none")
     assert (tmp_path / "empty").read_bytes() == b""
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("target", ["study.log", "/moved/away/study.log"])
+def test_a_lock_that_a_dead_process_left_is_broken(target, tmp_path, monkeypatch):
+    monkeypatch.delenv("NIPQ_STORAGE_URL", raising=False)
+    open_ledger(tmp_path).ask(0, 2)
+    lock = tmp_path / "study.log.lock"
+    lock.symlink_to(target)
+    long_ago = time.time() - 60
+    os.utime(lock, (long_ago, long_ago), follow_symlinks=False)
+    assert open_ledger(tmp_path).ask(0, 2).number == 1
+    assert not lock.is_symlink()
 
 
 def test_the_storage_url_may_stand_in_a_file(tmp_path, monkeypatch):

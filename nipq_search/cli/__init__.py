@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name, by default those of the process.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         from nipq_search.cli.app import app

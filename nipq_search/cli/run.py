@@ -102,7 +102,8 @@ def stop(folder: Path) -> int:
         from nipq_search.search.lease import request_stop
         from nipq_search.search.sweep import Sweep
 
-        driver = request_stop(Sweep.open(folder).folder)
+        # A driver that has just begun holds the folder before there is a sweep in it.
+        driver = request_stop(folder) or request_stop(Sweep.open(folder).folder)
     if driver is None:
         say(f"nothing to stop: no driver is running on {folder}")
     else:

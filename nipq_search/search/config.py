@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,6 +22,7 @@ from nipq_search.search.budgets import check_budget
 from nipq_search.search.sampler import SAMPLERS
 from nipq_search.search.space import check_space
 from nipq_search.search.strategy import STRATEGIES
+from nipq_search.search.yaml_loader import parse_yaml
 from nipq_search.train import FloatConfig, TrainConfig
 
 BudgetEntry = dict[str, float | int | str]
@@ -220,43 +220,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         raise UserError(f"{path}: not UTF-8 text") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    try:
-        document = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "not valid YAML"
-        raise UserError(f"{path}:{place} {reason}") from error
+    document = parse_yaml(text, str(path))
+    if overrides and not isinstance(document, dict):
+        return parse_config(document, str(path))  # which says what a sweep file is
     for override in overrides:
         _override(document, override)
     return parse_config(document, str(path))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without two surprises: `1e-3` is a number, and a key that stands twice an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Refuse repeated keys, of which YAML would silently keep the last."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"key '{key}' stands twice", problem_mark=key_node.start_mark
-                    )
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _add_float_resolver() -> None:
-    import re
-
-    pattern = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789"))
-
-
-_add_float_resolver()
 
 
 def _override(document: Any, text: str) -> None:
@@ -265,8 +234,8 @@ def _override(document: Any, text: str) -> None:
     if not separator or not key:
         raise UserError(f"--set {text}: write KEY=VALUE, such as search.trials=8")
     try:
-        parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+        parsed = parse_yaml(value, "value")
+    except UserError as error:
         raise UserError(f"--set {text}: the value is not valid YAML") from error
     *parents, last = key.split(".")
     place = document
@@ -276,7 +245,10 @@ def _override(document: Any, text: str) -> None:
         elif isinstance(place, dict):
             entry = name
         else:
-            raise UserError(f"--set {text}: {'.'.join(parents[:index])} is no section")
+            section = ".".join(parents[:index])
+            if isinstance(place, list):
+                raise UserError(f"--set {text}: {section} has entries 0 to {len(place) - 1}")
+            raise UserError(f"--set {text}: {section} is no section")
         if index == len(parents):
             place[entry] = parsed
         elif isinstance(place, dict):

@@ -23,8 +23,9 @@ from nipq_search.search.jobs import Job, committed, job_folder
 from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
 from nipq_search.search.strategy import STRATEGIES, Finished
 from nipq_search.search.worker import TEST_FILE
-from nipq_search.storage import read_sealed
+from nipq_search.storage import digest, read_sealed
 from nipq_search.train.loop import seed_for
+from nipq_search.train.trial import MODEL_FILE
 
 
 def costs_of(trial: FrozenTrial) -> dict[str, float]:
@@ -163,6 +164,17 @@ class Coordinator:
                 f"the float model failed: {record['reason']}; mend that, then remove {folder} "
                 "to try again"
             )
+        elif record is not None:
+            file = job_folder(self.out, "float", 0) / MODEL_FILE
+            if not file.is_file() or digest(file.read_bytes()) != record["model_sha256"]:
+                self.failure = (
+                    f"{file}: missing or damaged; remove {file.parent} and the same command "
+                    "trains the float model again"
+                )
+
+    def halt(self, reason: str) -> None:
+        """Start nothing more, for the machine is unfit; open trials stay open."""
+        self.failure = self.failure or reason
 
     def open_trials(self) -> int:
         """Trials that still have to run, as far as the configuration and the queue say."""

@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from nipq_search import storage
 from nipq_search.records import TrialRecord
@@ -62,6 +61,7 @@ class Driver:
         self.started = time.monotonic()
         self.limit = ""
         self.interrupted = False
+        self.problem = ""
         self.checked = 0.0
         self.samples = 0
         self.finished_here: list[float] = []
@@ -154,9 +154,14 @@ class Driver:
     def job_finished(self, job: Job) -> None:
         """A job's result is in the ledger: show it everywhere."""
         self.samples = view.total_samples(self.out)  # before a next trial is asked for
-        done: dict[str, Any] | None = {"state": jobs.COMPLETE}
-        if job.kind != "test":
-            done = jobs.committed(job.folder)
+        done = jobs.committed(job.folder)
+        if (
+            job.kind == "test"
+        ):  # several test jobs share the folder: the last attempt is this one's
+            last = jobs.attempts(job.folder)[-1:]
+            done = storage.read_sealed(last[0] / jobs.RESULT) if last else None
+            if done and done["state"] == jobs.FAIL:
+                self.problem = f"the test split: {done['reason']}"
         state = str(done["state"]) if done else "stopped"
         text = f"{job.name} {state}"
         if done and done.get("metrics"):
@@ -220,5 +225,9 @@ class Driver:
             }
             files = [front, self.out / FRONT_FILE, self.out / "report.html"]
             self.recorder.finish(status, files, figures)
-        except Exception:
-            _log.exception("the results are safe, but a table or report could not be written")
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.problem = (
+                f"the trials are safe, but tables or report could not be written ({reason}); "
+                "the same command writes them again"
+            )

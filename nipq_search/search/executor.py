@@ -111,8 +111,13 @@ def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[No
         options["address"] = address
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises the bare class where a node does not start
         reason = " ".join(str(error).split())[:200]
+        if address is None:
+            raise RuntimeError(
+                f"Ray did not start on this machine ({reason}); is it out of memory or very busy? "
+                "The same command tries again"
+            ) from error
         raise UserError(
             f"--address {address}: no Ray cluster answers there ({reason}); start one with "
             "`ray start --head`, or leave --address out"

@@ -190,7 +190,7 @@ def run_sweep(
 
     Raises:
         UserError: anything that is wrong before the first job starts.
-        RuntimeError: the float model failed, so no trial can start.
+        RuntimeError: the float model failed, a disk is full, or the results could not be shown.
     """
     progress = progress or Silent()
     out = out.absolute()
@@ -234,8 +234,8 @@ def run_sweep(
                 ended = "FAILED"
         finally:
             driver.finish(ended)
-        if coordinator.failure:
-            raise RuntimeError(coordinator.failure)
+        if problem := coordinator.failure or driver.problem:
+            raise RuntimeError(problem)
         return _outcome(ledger, coordinator, driver, idle)
 
 

@@ -65,11 +65,16 @@ class Sweep:
             )
         try:
             config = yaml.safe_load((folder / SWEEP_FILE).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{folder / SWEEP_FILE}: cannot be read ({reason})") from error
         facts = storage.read_json(folder / FACTS_FILE)
-        if not isinstance(config, dict) or facts is None:
+        needed = {"name", "task", "search", "budgets"}, {"metric", "mode", "costs", "axis"}
+        if (
+            not (isinstance(config, dict) and needed[0] <= config.keys())
+            or not isinstance(facts, dict)
+            or not needed[1] <= facts.keys()
+        ):
             raise UserError(f"{folder}: {SWEEP_FILE} or {FACTS_FILE} is damaged; run it again")
         return cls(folder, config, facts)
 

@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 
 from nipq_search.search.coordinator import Coordinator, Verdict
 from nipq_search.search.jobs import Job
+from nipq_search.search.worker import HALT
 
 
 class JobSearcher(Searcher):
@@ -53,6 +54,9 @@ class JobSearcher(Searcher):
         if job is None:
             return
         assert self._coordinator is not None
+        state = str((result or {}).get("state", ""))
+        if state.startswith(HALT):
+            self._coordinator.halt(state.removeprefix(HALT))
         lost = "its process died before it could start" if error else None
         self._coordinator.finished(job, lost)
 

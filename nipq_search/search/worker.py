@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import faulthandler
 import json
 import logging
@@ -19,6 +20,7 @@ import torch
 from nipq_search import storage
 from nipq_search.cost import layer_rows
 from nipq_search.cost.base import hard_bits
+from nipq_search.errors import UserError, nearest
 from nipq_search.quant.prepare import quant_state
 from nipq_search.records import CurvePoint
 from nipq_search.search import jobs
@@ -33,6 +35,9 @@ from nipq_search.train.checkpoint import remove_checkpoints
 from nipq_search.train.trial import MODEL_FILE, load_trained
 
 _POLL_SECONDS = 0.5
+HALT = "HALT "
+"""Begins the answer of a worker that found its machine unfit; the reason follows."""
+MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _log = logging.getLogger("nipq_search")
 
 
@@ -147,7 +152,8 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
         report: gets small dictionaries as the job goes on.
 
     Returns:
-        `COMPLETE` or `FAIL`, with the record committed, or `STOPPED`.
+        `COMPLETE` or `FAIL`, with the record committed; `STOPPED`; or `HALT` and why no job can
+        run on this machine, such as a full disk.
     """
     done = jobs.committed(job.folder) if job.kind != "test" else None
     if done is not None:
@@ -174,6 +180,9 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
             storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
             return "STOPPED"
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
+                # Not the trial's fault: it stays open, and the sweep ends until it is mended.
+                return f"{HALT}{job.out}: {error.strerror}; mend that, the same command resumes"
             (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
             reason = " ".join(str(error).split()) or type(error).__name__
             record = _failure(job, f"{type(error).__name__}: {reason}"[:500])
@@ -227,7 +236,9 @@ def _run_training(
     )
     result = train(task, spec, job.folder, device, hooks)
     name = task.metric[0]
-    if not math.isfinite(value := result.metrics.get(name, 0.0)):
+    if name not in result.metrics:
+        raise UserError(f"evaluate() returned no '{name}'{nearest(name, result.metrics)}")
+    if not math.isfinite(value := result.metrics[name]):
         raise ValueError(f"the validation {name} is {value}")
     record = _record(job, config, result)
     if spec.quant is not None:
@@ -263,16 +274,24 @@ TEST_FILE = "test.json"
 def _run_test(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) -> dict[str, Any]:
     """Evaluate trained models on the test split; each result is written beside its model."""
     device = _device(config)
+    failed = []
     for entry in job.jobs:
         subject = Job(**entry)
         target = subject.folder / TEST_FILE
         if storage.read_sealed(target) is not None:
             continue
-        spec = train_spec(config, subject)
-        model = load_trained(task, spec, subject.folder / MODEL_FILE, device)
-        metrics = evaluate(task, model, "test")
+        try:
+            spec = train_spec(config, subject)
+            model = load_trained(task, spec, subject.folder / MODEL_FILE, device)
+            metrics = evaluate(task, model, "test")
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(f"{subject.name} ({' '.join(str(error).split())[:120]})")
+            continue
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         storage.write_sealed(target, {"metrics": metrics})
         if reporter.should_stop():
             raise Interrupted
+    if failed:
+        raise RuntimeError(f"could not be evaluated on the test split: {', '.join(failed)}")
     return {"state": jobs.COMPLETE, "reason": None, "ended": time.time(), "seed": job.seed}

@@ -58,8 +58,9 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
         task = factory(**arguments)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"task_args: {name} refuses {arguments} ({error})") from error
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"task_args: {name} refuses {arguments} ({reason})") from error
     check_task(task)
     return task
 
@@ -105,7 +106,7 @@ def _import_module(name: str) -> ModuleType:
     importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if added:
             sys.path.remove(directory)
         missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None

@@ -188,7 +188,12 @@ class MlflowRecorder:
             self._retry_at = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
             if not self._away:
-                log.warning("MLflow is not up to date, the search goes on: %s", _line(error))
+                fix = ""
+                if self._uri == server.own_uri(self._out):
+                    fix = "; if it stays so, remove mlflow.db and the same command writes it again"
+                log.warning(
+                    "MLflow is not up to date, the search goes on: %s%s", _line(error), fix
+                )
             self._away = True
         else:
             if self._away:

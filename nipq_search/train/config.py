@@ -88,7 +88,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check every field; raise `UserError`."""
         _check_finite(self, "train")
-        _check(self.epochs > 0, "train.epochs", "must be above 0")
+        _check(0 < self.epochs <= 1e6, "train.epochs", "must be above 0 and at most a million")
         _check(self.batch_size >= 1, "train.batch_size", "must be at least 1")
         for name in ("lr", "lr_bits", "lr_boundaries", "checkpoint_minutes"):
             _check(getattr(self, name) > 0, f"train.{name}", "must be above 0")
@@ -152,7 +152,7 @@ class FloatConfig:
     def __post_init__(self) -> None:
         """Check every field; raise `UserError`."""
         _check_finite(self, "float")
-        _check(self.epochs > 0, "float.epochs", "must be above 0")
+        _check(0 < self.epochs <= 1e6, "float.epochs", "must be above 0 and at most a million")
         _check(self.batch_size >= 1, "float.batch_size", "must be at least 1")
         _check(self.lr > 0, "float.lr", "must be above 0")
         _check(self.weight_decay >= 0, "float.weight_decay", "must not be negative")

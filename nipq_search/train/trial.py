@@ -107,7 +107,15 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = task.build_model()
+        try:
+            model = task.build_model()
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"task: build_model() failed with {reason}") from error
+        if not isinstance(model, nn.Module):
+            raise UserError(f"task: build_model() returned {type(model).__name__}, not a module")
     if path is not None:
         try:
             state = from_bytes(path.read_bytes())

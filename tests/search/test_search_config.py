@@ -209,7 +209,7 @@ def test_overrides_from_the_command_line(tmp_path):
         ("=3", "write KEY=VALUE"),
         ("search.trials=[", "not valid YAML"),
         ("name.first=x", "name is no section"),
-        ("budgets.7.bops=3", "budgets is no section"),
+        ("budgets.7.bops=3", "budgets has entries 0 to 0"),
         ("search.trails=3", "search.trails: unknown key (did you mean 'trials'?)"),
     ],
 )

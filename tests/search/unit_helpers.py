@@ -21,6 +21,7 @@ from nipq_search.search.run import open_ledger
 from nipq_search.search.sweep import Sweep
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.tasks.digits import Digits
+from nipq_search.train.trial import MODEL_FILE
 
 DOCUMENT: dict[str, Any] = {
     "name": "unit",
@@ -151,7 +152,10 @@ class Bench:
             "threads": 1,
         }
         if reason is None:
+            model = job.name.encode()
+            storage.write_bytes(job.folder / MODEL_FILE, model)
             record |= {
+                "model_sha256": storage.digest(model),
                 "metrics": {"accuracy": accuracy, "loss": 1 - accuracy},
                 "cost": cost,
                 "params": dict(job.params),

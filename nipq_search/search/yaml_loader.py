@@ -1,0 +1,61 @@
+"""YAML as sweep files use it: plain types only, numbers as people write them, no key twice."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from nipq_search.errors import UserError
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without two surprises: `1e-3` is a number, and a key that stands twice an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Refuse repeated keys, of which YAML would silently keep the last."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"key '{key}' stands twice", problem_mark=key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The document in `text`.
+
+    Args:
+        text: YAML.
+        source: where it is from, for messages.
+
+    Raises:
+        UserError: it is not valid; names the line where that is known.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(f"{source}:{place} {reason}") from error
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        # Values that only look like dates or numbers, and documents nested beyond reason.
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: not valid YAML ({reason})") from error

@@ -103,7 +103,8 @@ def open_storage(folder: Path) -> BaseStorage:
     """The study's storage.
 
     Raises:
-        UserError: the URL does not answer; the message holds no password.
+        UserError: the URL does not answer (the message holds no password), or the journal is
+            damaged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -119,7 +120,14 @@ def open_storage(folder: Path) -> BaseStorage:
                 f"NIPQ_STORAGE_URL: the study's storage does not answer ({kind}); check scheme, "
                 "host, user, password and that the server runs"
             ) from error
-        return JournalStorage(JournalFileBackend(str((folder / JOURNAL).resolve())))
+        journal = (folder / JOURNAL).resolve()
+        try:
+            return JournalStorage(JournalFileBackend(str(journal)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{journal}: a line in it is damaged ({' '.join(str(error).split())[:120]}); "
+                "remove that line, or restore the file"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -266,6 +266,17 @@ def test_a_lock_that_a_dead_process_left_is_broken(target, tmp_path, monkeypatch
     assert not lock.is_symlink()
 
 
+@pytest.mark.parametrize("garbage", [b"garbage\n", b"[1]\n", b"\xff\xfe\x00\n"])
+def test_a_damaged_journal_is_named(garbage, tmp_path, monkeypatch):
+    monkeypatch.delenv("NIPQ_STORAGE_URL", raising=False)
+    open_ledger(tmp_path).ask(0, 2)
+    journal = tmp_path / JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:2], garbage, *lines[2:]]))
+    with pytest.raises(UserError, match="study.log: a line in it is damaged"):
+        open_storage(tmp_path)
+
+
 def test_the_storage_url_may_stand_in_a_file(tmp_path, monkeypatch):
     monkeypatch.delenv("NIPQ_STORAGE_URL", raising=False)
     secret = tmp_path / "secret"

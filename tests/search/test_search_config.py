@@ -293,3 +293,18 @@ def test_a_resume_may_change_nothing_else(changes, fragment):
 def test_differences_are_named_by_leaf():
     old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
     assert differences(old, new) == ["a.c: 2 -> 5", "d: 3 -> None", "e: None -> 4"]
+
+
+def test_merge_keys_are_yaml_too(tmp_path):
+    text = BASE + "float: &same {epochs: 2, batch_size: 32}\ntrain: {<<: *same, epochs: 3}\n"
+    config = load_config(write(tmp_path, text))
+    assert (config.train.batch_size, config.train.epochs) == (32, 3)
+
+
+@pytest.mark.parametrize(
+    "line", ["seed: !!int foo", "seed: 2020-99-01", "seed: " + "[" * 3000 + "]" * 3000]
+)
+def test_values_that_yaml_cannot_build_are_one_line(line, tmp_path):
+    with pytest.raises(UserError, match="not valid YAML") as caught:
+        load_config(write(tmp_path, BASE + line + "\n"))
+    assert "\n" not in str(caught.value) and "sweep.yaml" in str(caught.value)

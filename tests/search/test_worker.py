@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from nipq_search import storage
 from nipq_search.search import jobs
 from nipq_search.search.coordinator import Coordinator
 from nipq_search.search.jobs import Job
-from nipq_search.search.worker import TEST_FILE, execute
+from nipq_search.search.worker import HALT, TEST_FILE, execute
 from nipq_search.tasks.digits import Digits
 from nipq_search.train.trial import MODEL_FILE
 
@@ -207,3 +208,51 @@ def test_a_float_file_that_does_not_fit_ends_the_sweep(tmp_path, task):
     coordinator, seen = run(Bench(tmp_path / "sweep", config), task)
     assert list(seen) == ["float"]
     assert "float.pt: not a file of torch.save'd weights" in coordinator.failure
+
+
+def test_a_full_disk_leaves_the_trial_open_and_ends_the_sweep(bench, task):
+    job = open_trial(bench, task)
+    task.error = OSError(errno.ENOSPC, "No space left on device")
+    state = execute(job, task, lambda report: None)
+    assert state.startswith(HALT) and "No space left on device" in state
+    coordinator = bench.open()
+    coordinator.halt(state.removeprefix(HALT))
+    assert not isinstance(coordinator.next_job(), Job)
+    task.error = None
+    run(bench, task)
+    assert [t.state.name for t in bench.ledger.trials()] == ["COMPLETE"] * 3
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_float_model_fails_no_trial(damage, bench, task):
+    run(bench, task)
+    file = bench.out / "float" / MODEL_FILE
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:100])
+    bench.config = make_config(search__trials=4)
+    coordinator, seen = run(bench, task)
+    assert str(file) in coordinator.failure and "damaged" in coordinator.failure
+    assert seen == {} and len(bench.ledger.trials()) == 3
+
+
+def test_one_damaged_model_does_not_keep_the_others_from_the_test_split(bench, task):
+    coordinator, _ = run(bench, task)
+    for path in bench.out.rglob(TEST_FILE):
+        path.unlink()
+    broken = min(coordinator.front())
+    (bench.out / "trials" / str(broken) / MODEL_FILE).write_bytes(b"garbage")
+    run(bench, task)
+    found = {path.parent.name for path in bench.out.rglob(TEST_FILE)}
+    assert "float" in found and str(broken) not in found
+    last = jobs.attempts(bench.out / "test")[-1]
+    record = storage.read_sealed(last / jobs.RESULT)
+    assert record["state"] == "FAIL" and f"trial-{broken:03d}" in record["reason"]
+
+
+def test_a_metric_that_evaluate_does_not_return_stops_at_the_float_model(bench, task):
+    task.answer = {"acuracy": 0.5}
+    coordinator, seen = run(bench, task)
+    assert "no 'accuracy' (did you mean 'acuracy'?)" in coordinator.failure
+    assert list(seen) == ["float"]

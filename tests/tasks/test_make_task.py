@@ -94,6 +94,7 @@ def test_batch_without_tensors_needs_a_count():
         ("own_task_absent:Task", {}, "no module named 'own_task_absent', neither installed nor"),
         ("own_task_broken:Task", {}, "importing own_task_broken failed with ModuleNotFoundError"),
         ("own_task_raises:Task", {}, "importing own_task_raises failed with ZeroDivisionError"),
+        ("own_task_exits:Task", {}, "importing own_task_exits failed with SystemExit"),
         ("../evil:Task", {}, "is not of the form package.module:Class"),
         ("module:", {}, "is not of the form package.module:Class"),
     ],
@@ -101,6 +102,7 @@ def test_batch_without_tensors_needs_a_count():
 def test_what_is_wrong_is_said_in_one_line(here, name, args, problem):
     (here / "own_task_broken.py").write_text("import no_such_package_here\n")
     (here / "own_task_raises.py").write_text("1 / 0\n")
+    (here / "own_task_exits.py").write_text("raise SystemExit(0)\n")
     with pytest.raises(UserError, match=problem) as error:
         make_task(name, args)
     assert "\n" not in str(error.value)

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from nipq_search.errors import UserError
 from nipq_search.search.config import ResourcesSection
 from nipq_search.search.coordinator import Coordinator, Verdict
 from nipq_search.search.jobs import Job
+from nipq_search.search.reaper import reaped
 from nipq_search.tasks import Task
 
 _RETRIES_AT_START = 3
@@ -109,6 +110,19 @@ def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[No
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
     else:
         options["address"] = address
+    with nullcontext() if address else reaped():
+        _start(options, address)
+        try:
+            _check_nodes(resources)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start(options: dict[str, Any], address: str | None) -> None:
+    """Start Ray here, or connect to a cluster; see `ray_cluster`."""
+    import ray
+
     try:
         ray.init(**options)
     except Exception as error:  # Ray raises the bare class where a node does not start
@@ -122,11 +136,6 @@ def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[No
             f"--address {address}: no Ray cluster answers there ({reason}); start one with "
             "`ray start --head`, or leave --address out"
         ) from error
-    try:
-        _check_nodes(resources)
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _check_nodes(resources: ResourcesSection) -> None:

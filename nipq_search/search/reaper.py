@@ -57,10 +57,14 @@ def children_now() -> set[int]:
 
 
 def _is_ray(pid: int) -> bool:
+    """Whether a process runs something of Ray's package: its servers, its Python daemons."""
     try:
-        return b"ray" in (_PROC / str(pid) / "cmdline").read_bytes()
+        command = (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
         return False
+    return (
+        b"/ray/core/" in command or b"/ray/_private/" in command or b"/ray/dashboard/" in command
+    )
 
 
 def ray_children(driver: int, others: set[int]) -> set[int]:

@@ -19,7 +19,7 @@ sleep = "import time; time.sleep(600)"
 other = subprocess.Popen([sys.executable, "-c", sleep])
 with reaped():
     agent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
-    daemon = subprocess.Popen([sys.executable, "-c", agent, "raylet"])
+    daemon = subprocess.Popen([sys.executable, "-c", agent, "/site/ray/core/src/raylet"])
     late = subprocess.Popen([sys.executable, "-c", sleep, "mine"])
     print(other.pid, late.pid, daemon.pid, flush=True)
     if sys.argv[1] == "hang":

@@ -25,6 +25,7 @@ from playwright.sync_api import TimeoutError as PageTimeout
 from servers import free_port, mlflow_command, optuna_command, serve
 
 CHROMIUM = "/usr/bin/chromium"
+# `tests/report/test_report_browser.py` starts Chromium with these too.
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -8,6 +8,7 @@ evaluation follow. To add a quantizer write one file like `nipq.py` and one line
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from nipq_search.quant.statistics import TensorStatistics
 _GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
 
 
-class FakeQuantizer(nn.Module):
+class FakeQuantizer(nn.Module, abc.ABC):
     """Quantizes one tensor in floating point. Subclasses own the boundary's parameter.
 
     Args:
@@ -63,13 +64,13 @@ class FakeQuantizer(nn.Module):
             self.minimum.copy_(statistics.minimum)
             self.set_boundary(statistics)
 
+    @abc.abstractmethod
     def set_boundary(self, statistics: TensorStatistics) -> None:
         """Give the boundary its starting value."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def alpha(self, x: Tensor) -> Tensor:
         """The truncation boundary, shape (channels,), with the gradient that training uses."""
-        raise NotImplementedError
 
     def train_forward(self, x: Tensor) -> Tensor:
         """What an unfrozen quantizer computes in training mode."""

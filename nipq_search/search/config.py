@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -54,18 +55,12 @@ class SearchSection(_Section):
     reference: float | None = None
     baselines: tuple[int, ...] = (8, 4)
 
-    @field_validator("strategy")
+    @field_validator("strategy", "sampler")
     @classmethod
-    def _strategy(cls, value: str) -> str:
-        if value not in STRATEGIES:
-            raise ValueError(f"unknown strategy {value!r}{nearest(value, STRATEGIES)}")
-        return value
-
-    @field_validator("sampler")
-    @classmethod
-    def _sampler(cls, value: str) -> str:
-        if value not in SAMPLERS:
-            raise ValueError(f"unknown sampler {value!r}{nearest(value, SAMPLERS)}")
+    def _registered(cls, value: str, info: ValidationInfo) -> str:
+        known = STRATEGIES if info.field_name == "strategy" else SAMPLERS
+        if value not in known:
+            raise ValueError(f"unknown {info.field_name} {value!r}{nearest(value, known)}")
         return value
 
     @field_validator("baselines")

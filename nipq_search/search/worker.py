@@ -155,6 +155,21 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
         `COMPLETE` or `FAIL`, with the record committed; `STOPPED`; or `HALT` and why no job can
         run on this machine, such as a full disk.
     """
+    try:
+        return _attempt(job, task, report)
+    except OSError as error:
+        if error.errno not in MACHINE_FAULTS:
+            raise
+        # Not the job's fault: it stays open, and the sweep ends until that is mended.
+        return f"{HALT}{job.out}: {error.strerror}; mend that, the same command resumes"
+
+
+def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> str:
+    """One attempt; see `execute`.
+
+    Raises:
+        OSError: the machine is unfit; nothing is recorded of the job.
+    """
     done = jobs.committed(job.folder) if job.kind != "test" else None
     if done is not None:
         return str(done["state"])
@@ -181,8 +196,7 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
             return "STOPPED"
         except Exception as error:
             if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
-                # Not the trial's fault: it stays open, and the sweep ends until it is mended.
-                return f"{HALT}{job.out}: {error.strerror}; mend that, the same command resumes"
+                raise
             (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
             reason = " ".join(str(error).split()) or type(error).__name__
             record = _failure(job, f"{type(error).__name__}: {reason}"[:500])

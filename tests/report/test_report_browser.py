@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +14,8 @@ from nipq_search.report import ReportData, render
 
 pytestmark = pytest.mark.browser
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+sys.path.insert(0, str(Path(__file__).parents[2] / "dashboards"))
+from screenshots import ARGUMENTS  # noqa: E402
 
 HEIGHTS = """() => document.getElementById("bits").data.map(trace => trace.y)"""
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from nipq_search.cost import Budget, cost_estimate, cost_penalty, freeze
 from nipq_search.errors import UserError
-from nipq_search.quant import param_groups, quantizers
+from nipq_search.quant import quantizers
 from nipq_search.quant.noise import mix
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import distill_loss, evaluate, num_samples, to_device
 from nipq_search.train.config import TrainConfig
 from nipq_search.train.forward import SharedForward
+from nipq_search.train.optimizer import drop_group, make_optimizer
 from nipq_search.train.schedule import NOISE, TUNING, Schedule
 
 _FINITE_EVERY = 10
@@ -79,34 +80,7 @@ class Trainer:
         self.samples = 0
         self.loss_sum = torch.zeros((), device=device)
         self.loss_count = 0
-        self.optimizer = torch.optim.SGD(
-            self._groups(), lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
-        )
-
-    def _groups(self) -> list[dict[str, Any]]:
-        config = self.config
-        if self.schedule.quantized:
-            groups = param_groups(
-                self.model,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                lr_bits=config.lr * config.lr_bits,
-                lr_boundaries=config.lr * config.lr_boundaries,
-            )
-        else:
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            groups = [
-                {
-                    "name": name,
-                    "params": [p for p in parameters if (p.dim() > 1) == decayed],
-                    "lr": config.lr,
-                    "weight_decay": config.weight_decay if decayed else 0.0,
-                }
-                for name, decayed in (("decayed", True), ("plain", False))
-            ]
-        for group in groups:
-            group["base_lr"] = group["lr"]
-        return [group for group in groups if group["params"]]
+        self.optimizer = make_optimizer(model, config, schedule.quantized)
 
     @property
     def phase(self) -> str:
@@ -186,10 +160,7 @@ class Trainer:
         if any(not q.bits.is_frozen for q in quantizers(self.model).values()):
             freeze(self.model, self.budget)
             self.optimizer.zero_grad(set_to_none=True)
-            for group in [g for g in self.optimizer.param_groups if g["name"] == "bits"]:
-                for parameter in group["params"]:
-                    self.optimizer.state.pop(parameter, None)
-                self.optimizer.param_groups.remove(group)
+            drop_group(self.optimizer, "bits")
 
     def _train_step(self, batch: Any) -> None:
         if self.phase == TUNING:
@@ -267,13 +238,8 @@ class Trainer:
         self.loss_sum = state["loss_sum"].to(self.device)
         self.loss_count = state["loss_count"]
         self.model.load_state_dict(state["model"])
-        # A checkpoint of the tuning phase has no group of bits: rebuild the groups to match.
-        self.optimizer = torch.optim.SGD(
-            self._groups(),
-            lr=self.config.lr,
-            momentum=self.config.momentum,
-            nesterov=self.config.momentum > 0,
-        )
+        # A checkpoint of the tuning phase has no group of bits: build the groups to match.
+        self.optimizer = make_optimizer(self.model, self.config, self.schedule.quantized)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state:

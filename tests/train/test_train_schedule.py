@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -74,6 +75,7 @@ def test_no_warm_up_and_nothing_else(warmup):
         ("distill_weight", 2),
         ("proxy", "gaussian"),
         ("start", "warm"),
+        ("optimizer", "adam"),
         ("calibration_batches", 0),
         ("norm_batches", -1),
         ("grad_clip", -1),
@@ -94,7 +96,7 @@ def test_lambda_is_named_as_in_files():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("epochs", 0), ("batch_size", 0), ("lr", -1), ("weight_decay", -1), ("warmup", 2)]
-    + [("momentum", 1)],
+    + [("momentum", 1), ("optimizer", "adam"), ("grad_clip", -1), ("grad_clip", float("nan"))],
 )
 def test_wrong_values_of_the_float_training_name_their_key(field, value):
     with pytest.raises(UserError, match=f"^float.{field}: "):
@@ -105,6 +107,14 @@ def test_the_float_training_has_no_phases_and_no_teacher():
     training = FloatConfig(epochs=3, lr=0.2, warmup=0.1).as_training()
     assert (training.epochs, training.lr, training.warmup) == (3, 0.2, 0.1)
     assert not training.distill and training.noise_share == 0
+
+
+def test_the_float_training_gets_every_setting_that_both_have():
+    options = {"optimizer": "adamw", "grad_clip": 0.5, "momentum": 0.8, "weight_decay": 0.2}
+    training = FloatConfig(**options).as_training()
+    assert {name: getattr(training, name) for name in options} == options
+    common = {field.name for field in dataclasses.fields(FloatConfig)} - {"checkpoint"}
+    assert common - {"epochs", "batch_size", "lr", "warmup"} == options.keys()
 
 
 def test_hyperparameters_set_their_fields():

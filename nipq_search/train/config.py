@@ -51,7 +51,8 @@ def _check_common(config: TrainConfig | FloatConfig, section: str) -> None:
     """Check the fields that both trainings have; raise `UserError`."""
     _check_finite(config, section)
     _check(0 < config.epochs <= 1e6, f"{section}.epochs", "must be above 0 and at most a million")
-    _check(config.batch_size >= 1, f"{section}.batch_size", "must be at least 1")
+    for name in ("batch_size", "accumulate"):
+        _check(getattr(config, name) >= 1, f"{section}.{name}", "must be at least 1")
     _check(config.lr > 0, f"{section}.lr", "must be above 0")
     for name in ("weight_decay", "grad_clip"):
         _check(getattr(config, name) >= 0, f"{section}.{name}", "must not be negative")
@@ -67,6 +68,7 @@ class TrainConfig:
     Attributes:
         epochs: passes over the training split, both phases together; fractions are fine.
         batch_size: samples in a batch.
+        accumulate: batches to a step; its loss is their mean.
         lr: learning rate of the weights.
         lr_bits: rate of the bit-widths as a multiple of `lr`.
         lr_boundaries: rate of the truncation boundaries as a multiple of `lr`.
@@ -91,6 +93,7 @@ class TrainConfig:
 
     epochs: float = 4
     batch_size: int = 256
+    accumulate: int = 1
     lr: float = 0.04
     lr_bits: float = 5.0
     lr_boundaries: float = 1.0
@@ -144,6 +147,7 @@ class FloatConfig:
     Attributes:
         epochs: passes over the training split.
         batch_size: samples in a batch.
+        accumulate: batches to a step; its loss is their mean.
         lr: peak learning rate.
         weight_decay: decay of weights with two or more dimensions.
         optimizer: `sgd`, or `adamw` with betas 0.9 and 0.999 and an epsilon of 1e-8.
@@ -157,6 +161,7 @@ class FloatConfig:
 
     epochs: float = 6
     batch_size: int = 128
+    accumulate: int = 1
     lr: float = 0.1
     weight_decay: float = 5e-4
     optimizer: str = "sgd"
@@ -174,6 +179,7 @@ class FloatConfig:
         return TrainConfig(
             epochs=self.epochs,
             batch_size=self.batch_size,
+            accumulate=self.accumulate,
             lr=self.lr,
             weight_decay=self.weight_decay,
             optimizer=self.optimizer,

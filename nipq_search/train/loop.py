@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -109,8 +109,8 @@ class Trainer:
         """
         saved_at = time.monotonic()
         while self.step < self.schedule.total:
-            for batch in self._rest_of_epoch():
-                self._train_step(batch)
+            for group in self._rest_of_epoch():
+                self._train_step(group)
                 if self.step >= self.schedule.total:
                     break
                 if self.step % self.schedule.steps_per_epoch == 0:
@@ -133,24 +133,30 @@ class Trainer:
                 return False
         return True
 
-    def _rest_of_epoch(self) -> Iterator[Any]:
-        """The batches of the present epoch that are still to come."""
-        epoch, done = divmod(self.step, self.schedule.steps_per_epoch)
+    def _rest_of_epoch(self) -> Iterator[list[Any]]:
+        """The batches of the present epoch that are still to come, step by step."""
+        schedule = self.schedule
+        epoch, steps = divmod(self.step, schedule.steps_per_epoch)
+        done = steps * schedule.accumulate
         loader = self.task.loader("train", self.config.batch_size, seed_for(self.seed, epoch))
         count = 0
         # A DataLoader draws from the global generator when an epoch begins; on a resume within
         # one that draw is in the restored state already.
         rng = torch.get_rng_state() if done else None
+        group: list[Any] = []
         for index, batch in enumerate(loader):
             count += 1
             if index == done and rng is not None:
                 torch.set_rng_state(rng)
-            if index >= done:
-                yield to_device(self.task, batch, self.device)
-        if count != self.schedule.steps_per_epoch and self.step < self.schedule.total:
+            if done <= index < schedule.batches_per_epoch:
+                group.append(batch)
+                if len(group) == schedule.accumulate or index + 1 == schedule.batches_per_epoch:
+                    yield group
+                    group = []
+        if count != schedule.batches_per_epoch and self.step < schedule.total:
             raise RuntimeError(
                 f"loader('train') gave {count} batches in epoch {epoch} and "
-                f"{self.schedule.steps_per_epoch} before: epochs must be equally long"
+                f"{schedule.batches_per_epoch} before: epochs must be equally long"
             )
 
     def _enter_tuning(self) -> None:
@@ -162,24 +168,35 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             drop_group(self.optimizer, "bits")
 
-    def _train_step(self, batch: Any) -> None:
+    def _train_step(self, group: Sequence[Any]) -> None:
         if self.phase == TUNING:
             self._enter_tuning()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self.schedule.rate(self.step)
+        for part in self.optimizer.param_groups:
+            part["lr"] = part["base_lr"] * self.schedule.rate(self.step)
         self.model.train()
-        loss = self._loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        for index, batch in enumerate(group, start=1):
+            moved = to_device(self.task, batch, self.device)
+            loss = self._loss(moved)
+            if index == len(group) and self.phase == NOISE and self.budget is not None:
+                penalty = self.config.lambda_ * cost_penalty(self.model, self.budget)
+                loss = loss + len(group) * penalty  # the mean over the group has it once
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.samples += num_samples(self.task, moved)
+        if len(group) > 1:
+            # Not the losses: a bit-width's `marginal` is a derivative of the loss of a batch.
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(len(group))
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
-        self.samples += num_samples(self.task, batch)
         self.step += 1
         if self.step % _FINITE_EVERY == 0:
             self._check_finite()
 
     def _loss(self, batch: Any) -> Tensor:
+        """The task's loss of a batch, distillation included."""
         model: Any = SharedForward(self.model)
         share = self.config.distill_weight if self.teacher is not None else 0.0
         loss = torch.zeros((), device=self.device)
@@ -189,8 +206,6 @@ class Trainer:
             loss = loss + share * distill_loss(self.task, model, self.teacher, batch)
         self.loss_sum += loss.detach()
         self.loss_count += 1
-        if self.phase == NOISE and self.budget is not None:
-            loss = loss + self.config.lambda_ * cost_penalty(self.model, self.budget)
         return loss
 
     def _check_finite(self) -> None:

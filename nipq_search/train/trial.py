@@ -209,7 +209,8 @@ def _train(
         config=spec.train,
         schedule=make_schedule(
             epochs=spec.train.epochs,
-            steps_per_epoch=steps_in(loader),
+            batches_per_epoch=steps_in(loader),
+            accumulate=spec.train.accumulate,
             noise_share=spec.train.noise_share,
             warmup=spec.train.warmup,
             quantized=spec.quant is not None,

@@ -29,6 +29,9 @@ HYPERPARAMETERS = {
 OPTIMIZERS = ("sgd", "adamw")
 """Optimizers that a training can have; `make_optimizer` builds them."""
 
+PRECISIONS = ("float32", "bfloat16")
+"""Arithmetic that a training can have; see `arithmetic`."""
+
 
 def _check_finite(config: TrainConfig | FloatConfig, section: str) -> None:
     """Raise `UserError` for a figure that is infinite or NaN."""
@@ -59,6 +62,7 @@ def _check_common(config: TrainConfig | FloatConfig, section: str) -> None:
     _check(0 <= config.momentum < 1, f"{section}.momentum", "must be at least 0 and below 1")
     _check(0 <= config.warmup <= 1, f"{section}.warmup", "must lie between 0 and 1")
     _check_choice(config.optimizer, OPTIMIZERS, f"{section}.optimizer")
+    _check_choice(config.precision, PRECISIONS, f"{section}.precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,8 @@ class TrainConfig:
         calibration_batches: batches that give activations their starting boundaries.
         norm_batches: batches from which normalization statistics are estimated at the end.
         grad_clip: largest norm of the gradient, or 0 for none.
+        precision: of forwards and losses, in training and validation: `float32`, or `bfloat16`
+            by autocast. Parameters and quantizers keep float32.
         checkpoint_minutes: at most so long between two checkpoints; every epoch has one anyway.
     """
 
@@ -110,6 +116,7 @@ class TrainConfig:
     calibration_batches: int = 4
     norm_batches: int = 20
     grad_clip: float = 0.0
+    precision: str = "float32"
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
@@ -154,6 +161,8 @@ class FloatConfig:
         momentum: Nesterov momentum of `sgd`; `adamw` makes nothing of it.
         warmup: share of the steps in which the rate rises from a tenth.
         grad_clip: largest norm of the gradient, or 0 for none.
+        precision: of forwards and losses, in training and validation: `float32`, or `bfloat16`
+            by autocast. Parameters and quantizers keep float32.
         checkpoint: file with a state dict, instead of training.
     """
 
@@ -168,6 +177,7 @@ class FloatConfig:
     momentum: float = 0.9
     warmup: float = 0.05
     grad_clip: float = 0.0
+    precision: str = "float32"
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
@@ -186,6 +196,7 @@ class FloatConfig:
             momentum=self.momentum,
             warmup=self.warmup,
             grad_clip=self.grad_clip,
+            precision=self.precision,
             distill=False,
             noise_share=0.0,
         )

@@ -18,7 +18,7 @@ from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import distill_loss, evaluate, num_samples, to_device
 from nipq_search.train.config import TrainConfig
-from nipq_search.train.forward import SharedForward
+from nipq_search.train.forward import SharedForward, arithmetic
 from nipq_search.train.optimizer import drop_group, make_optimizer
 from nipq_search.train.schedule import NOISE, TUNING, Schedule
 
@@ -177,7 +177,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for index, batch in enumerate(group, start=1):
             moved = to_device(self.task, batch, self.device)
-            loss = self._loss(moved)
+            with arithmetic(self.config.precision, self.device):
+                loss = self._loss(moved)
             if index == len(group) and self.phase == NOISE and self.budget is not None:
                 penalty = self.config.lambda_ * cost_penalty(self.model, self.budget)
                 loss = loss + len(group) * penalty  # the mean over the group has it once
@@ -217,7 +218,8 @@ class Trainer:
 
     def _curve_point(self) -> CurvePoint:
         metrics = {"train_loss": float(self.loss_sum) / max(1, self.loss_count)}
-        validation = evaluate(self.task, self.model, "validation")
+        with arithmetic(self.config.precision, self.device):
+            validation = evaluate(self.task, self.model, "validation")
         metrics.update({f"validation_{name}": value for name, value in validation.items()})
         metrics["lr"] = self.config.lr * self.schedule.rate(max(0, self.step - 1))
         if self.schedule.quantized and self.budget is not None:

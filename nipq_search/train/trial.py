@@ -39,6 +39,7 @@ from nipq_search.train.checkpoint import (
     to_bytes,
 )
 from nipq_search.train.config import TrainConfig
+from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import Trainer, seed_for, steps_in
 from nipq_search.train.schedule import make_schedule
 from nipq_search.train.start import start_at_budget, warm_start
@@ -281,8 +282,10 @@ def _finish(
                 samples += count
                 task.loss(observed, to_device(task, batch, device))
 
-        reestimate_norm_stats(model, batches)
-    metrics = evaluate(task, model, "validation")
+        with arithmetic(spec.train.precision, device):
+            reestimate_norm_stats(model, batches)
+    with arithmetic(spec.train.precision, device):
+        metrics = evaluate(task, model, "validation")
     data = to_bytes({"model": model.state_dict()})
     storage.write_bytes(folder / MODEL_FILE, data)
     return TrainResult(

@@ -85,6 +85,7 @@ def test_no_warm_up_and_nothing_else(warmup):
         ("proxy", "gaussian"),
         ("start", "warm"),
         ("optimizer", "adam"),
+        ("precision", "float16"),
         ("calibration_batches", 0),
         ("norm_batches", -1),
         ("grad_clip", -1),
@@ -109,6 +110,7 @@ def test_lambda_is_named_as_in_files():
         ("momentum", 1),
         ("accumulate", 0),
         ("optimizer", "adam"),
+        ("precision", "float16"),
         ("grad_clip", -1),
         ("grad_clip", float("nan")),
     ],
@@ -128,6 +130,7 @@ def test_the_float_training_gets_every_setting_that_both_have():
     options = {
         "accumulate": 3,
         "optimizer": "adamw",
+        "precision": "bfloat16",
         "grad_clip": 0.5,
         "momentum": 0.8,
         "weight_decay": 0.2,

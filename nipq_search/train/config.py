@@ -22,6 +22,7 @@ HYPERPARAMETERS = {
     "lr_boundaries": "lr_boundaries",
     "momentum": "momentum",
     "grad_clip": "grad_clip",
+    "ema": "ema",
 }
 """Names that a search space may use, and the field of `TrainConfig` that each one sets."""
 
@@ -59,7 +60,10 @@ def _check_common(config: TrainConfig | FloatConfig, section: str) -> None:
     _check(config.lr > 0, f"{section}.lr", "must be above 0")
     for name in ("weight_decay", "grad_clip"):
         _check(getattr(config, name) >= 0, f"{section}.{name}", "must not be negative")
-    _check(0 <= config.momentum < 1, f"{section}.momentum", "must be at least 0 and below 1")
+    for name in ("momentum", "ema"):
+        _check(
+            0 <= getattr(config, name) < 1, f"{section}.{name}", "must be at least 0 and below 1"
+        )
     _check(0 <= config.warmup <= 1, f"{section}.warmup", "must lie between 0 and 1")
     _check_choice(config.optimizer, OPTIMIZERS, f"{section}.optimizer")
     _check_choice(config.precision, PRECISIONS, f"{section}.precision")
@@ -92,6 +96,8 @@ class TrainConfig:
         grad_clip: largest norm of the gradient, or 0 for none.
         precision: of forwards and losses, in training and validation: `float32`, or `bfloat16`
             by autocast. Parameters and quantizers keep float32.
+        ema: decay of the moving average of the weights that is taken in the tuning phase, and is
+            what is validated and stored; 0 for none. Its warm-up: see `Average`.
         checkpoint_minutes: at most so long between two checkpoints; every epoch has one anyway.
     """
 
@@ -117,6 +123,7 @@ class TrainConfig:
     norm_batches: int = 20
     grad_clip: float = 0.0
     precision: str = "float32"
+    ema: float = 0.0
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
@@ -163,6 +170,8 @@ class FloatConfig:
         grad_clip: largest norm of the gradient, or 0 for none.
         precision: of forwards and losses, in training and validation: `float32`, or `bfloat16`
             by autocast. Parameters and quantizers keep float32.
+        ema: decay of the moving average of the weights, which is what is validated and stored; 0
+            for none. Its warm-up: see `Average`.
         checkpoint: file with a state dict, instead of training.
     """
 
@@ -178,6 +187,7 @@ class FloatConfig:
     warmup: float = 0.05
     grad_clip: float = 0.0
     precision: str = "float32"
+    ema: float = 0.0
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
@@ -197,6 +207,7 @@ class FloatConfig:
             warmup=self.warmup,
             grad_clip=self.grad_clip,
             precision=self.precision,
+            ema=self.ema,
             distill=False,
             noise_share=0.0,
         )

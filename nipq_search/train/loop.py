@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from nipq_search.quant.noise import mix
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import distill_loss, evaluate, num_samples, to_device
+from nipq_search.train.average import Average
 from nipq_search.train.config import TrainConfig
 from nipq_search.train.forward import SharedForward, arithmetic
 from nipq_search.train.optimizer import drop_group, make_optimizer
@@ -81,6 +83,7 @@ class Trainer:
         self.loss_sum = torch.zeros((), device=device)
         self.loss_count = 0
         self.optimizer = make_optimizer(model, config, schedule.quantized)
+        self.average: Average | None = None
 
     @property
     def phase(self) -> str:
@@ -133,6 +136,11 @@ class Trainer:
                 return False
         return True
 
+    def use_average(self) -> None:
+        """Give the model the averaged weights for good, where there are any; ends the training."""
+        if self.average is not None:
+            self.average.copy_to(self.model)
+
     def _rest_of_epoch(self) -> Iterator[list[Any]]:
         """The batches of the present epoch that are still to come, step by step."""
         schedule = self.schedule
@@ -171,6 +179,8 @@ class Trainer:
     def _train_step(self, group: Sequence[Any]) -> None:
         if self.phase == TUNING:
             self._enter_tuning()
+        if self.phase != NOISE and self.config.ema and self.average is None:
+            self.average = Average(self.model, self.config.ema)
         for part in self.optimizer.param_groups:
             part["lr"] = part["base_lr"] * self.schedule.rate(self.step)
         self.model.train()
@@ -192,6 +202,8 @@ class Trainer:
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model)
         self.step += 1
         if self.step % _FINITE_EVERY == 0:
             self._check_finite()
@@ -218,7 +230,9 @@ class Trainer:
 
     def _curve_point(self) -> CurvePoint:
         metrics = {"train_loss": float(self.loss_sum) / max(1, self.loss_count)}
-        with arithmetic(self.config.precision, self.device):
+        average = self.average
+        averaged = contextlib.nullcontext() if average is None else average.applied(self.model)
+        with averaged, arithmetic(self.config.precision, self.device):
             validation = evaluate(self.task, self.model, "validation")
         metrics.update({f"validation_{name}": value for name, value in validation.items()})
         metrics["lr"] = self.config.lr * self.schedule.rate(max(0, self.step - 1))
@@ -245,6 +259,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state
@@ -258,6 +274,9 @@ class Trainer:
         # A checkpoint of the tuning phase has no group of bits: build the groups to match.
         self.optimizer = make_optimizer(self.model, self.config, self.schedule.quantized)
         self.optimizer.load_state_dict(state["optimizer"])
+        if "average" in state:
+            self.average = Average(self.model, self.config.ema)
+            self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)

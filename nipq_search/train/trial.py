@@ -243,6 +243,7 @@ def _train(
         stop()  # samples of a step that failed count too
     if not finished:
         raise Interrupted
+    trainer.use_average()
     counts = Counts(samples=trainer.samples, steps=trainer.step)
     result = _finish(task, spec, folder, model, device, counts)
     hooks.on_samples(result.samples - counted)

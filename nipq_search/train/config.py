@@ -86,7 +86,7 @@ class TrainConfig:
         lambda_: regularization strength on the smooth-L1 of cost / target (`lambda` in files).
         noise_share: share of the steps that belong to the noise phase.
         warmup: share of the steps in which the rate rises from a tenth.
-        distill: whether the float model teaches.
+        distill: whether a teacher helps: the task's own, else the float model.
         distill_weight: share of the loss that distillation gets, 0..1.
         proxy: law of the noise, `uniform` or `empirical`; None takes `quant.proxy`.
         start: bit-widths start at the uniform width that costs the `budget`, or at

@@ -60,7 +60,7 @@ class Trainer:
         seed: of the order of the data; the noise's seed is in the model.
         device: where the model is.
         budget: what the bit-widths must keep; needed for a prepared model that learns them.
-        teacher: the float model, or None.
+        teacher: the float model or one of the task's own; None for no distillation.
     """
 
     def __init__(

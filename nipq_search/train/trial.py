@@ -31,7 +31,14 @@ from nipq_search.quant import (
 )
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
-from nipq_search.tasks.base import evaluate, input_bits, move, num_samples, to_device
+from nipq_search.tasks.base import (
+    build_teacher,
+    evaluate,
+    input_bits,
+    move,
+    num_samples,
+    to_device,
+)
 from nipq_search.train.checkpoint import (
     from_bytes,
     load_checkpoint,
@@ -129,6 +136,20 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
     return model.to(device)
 
 
+def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) -> nn.Module:
+    """What teaches: the task's own teacher, or else a copy of the float model.
+
+    Raises:
+        UserError: the task's teacher cannot be built.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        own = build_teacher(task)
+    if own is not None:
+        return own.to(device)
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
 def prepare_for(
     task: Task, model: nn.Module, spec: TrainSpec, device: torch.device, calibrated: bool = True
 ) -> tuple[nn.Module, int]:
@@ -198,7 +219,7 @@ def _train(
     calibration_samples = 0
     if spec.quant is not None:
         if spec.train.distill and spec.train.distill_weight > 0:
-            teacher = copy.deepcopy(model).eval().requires_grad_(False)
+            teacher = teacher_of(task, model, spec.seed, device)
         model, calibration_samples = prepare_for(
             task, model, spec, device, calibrated=checkpoint is None
         )

@@ -21,7 +21,10 @@ from nipq_search.tasks.fashion_mnist import FashionMnist
 
 __all__ = ["TASKS", "Task", "check_task", "make_task", "register"]
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": Digits, "fashion_mnist": FashionMnist}
+TASKS: dict[str, Callable[..., Task]] = {
+    "digits": Digits,
+    "fashion_mnist": FashionMnist,
+}
 """Tasks that a sweep file may name without a module."""
 
 

@@ -9,7 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ARGUMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {}
+from tiny_language import TINY, reviews, write_table, write_tokenizer
+
+
+def text_classification(folder: Path) -> dict[str, Any]:
+    """Good and bad reviews, a BERT of two layers, split by film."""
+    return {
+        "model": str(write_tokenizer(folder)),
+        "path": str(write_table(folder / "reviews.csv", reviews(240))),
+        "text": "review",
+        "label": "verdict",
+        "group": "film",
+        "validation": 0.2,
+        "test": 0.2,
+        "max_length": 24,
+        "train_from_scratch": True,
+        "config": {"model_type": "bert", **TINY},
+        "hidden_weight": 1.0,
+    }
+
+
+ARGUMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "text_classification": text_classification,
+}
 """By the name of the task in the registry; a task without an entry is built without arguments."""
 
 

@@ -18,10 +18,15 @@ from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.base import Task, check_task
 from nipq_search.tasks.digits import Digits
 from nipq_search.tasks.fashion_mnist import FashionMnist
+from nipq_search.tasks.text_classification import TextClassification
 
 __all__ = ["TASKS", "Task", "check_task", "make_task", "register"]
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": Digits, "fashion_mnist": FashionMnist}
+TASKS: dict[str, Callable[..., Task]] = {
+    "digits": Digits,
+    "fashion_mnist": FashionMnist,
+    "text_classification": TextClassification,
+}
 """Tasks that a sweep file may name without a module."""
 
 

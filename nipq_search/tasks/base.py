@@ -9,7 +9,9 @@ here supply the optional members where a task has none, so that the callers neve
 - `to_device(batch, device)`: the batch on a device;
 - `load_data()`: reads the data into the task, called once before it is shipped to the nodes;
 - `input_bits`: 8 where the model's raw input is uint8 data, else None;
-- `dataset()`: name, sizes of the splits and a digest of the data, as plain JSON types.
+- `dataset()`: name, sizes of the splits and a digest of the data, as plain JSON types;
+- `sample_keys(split)`: one hashable value per sample that tells it from all others, in any order;
+  the tests ask for it where the first tensors of a batch do not tell samples apart.
 """
 
 from __future__ import annotations
@@ -44,8 +46,11 @@ class Task(Protocol):
         """Return a new, untrained model; its starting weights come from torch's default RNG."""
         ...
 
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        """Return the arguments of one forward call, with a batch of one."""
+    def example_inputs(self) -> tuple[Tensor, ...] | dict[str, Tensor]:
+        """Return the arguments of one forward call, with a batch of one.
+
+        They are a tuple, or a dict of keywords. Their shapes are those that costs count.
+        """
         ...
 
     def loader(self, split: str, batch_size: int, seed: int | None) -> Iterable[Any]:

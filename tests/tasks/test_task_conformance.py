@@ -1,24 +1,49 @@
-"""What every registered task must do; a new entry of the registry is tested by being there."""
+"""What every registered task must do; a new entry of the registry is tested by being there.
+
+A task that needs arguments gets them from `sample_arguments`.
+"""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
 import pickle
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from sample_arguments import sample_arguments
 
 from nipq_search.errors import UserError
+from nipq_search.quant.trace import as_arguments, tensors_in
 from nipq_search.tasks import TASKS, base, check_task, make_task
 from nipq_search.tasks.classification import ArrayClassification
+from nipq_search.train.forward import SharedForward
+
+
+class Case(NamedTuple):
+    """A registered name, and the arguments that a small instance takes."""
+
+    name: str
+    arguments: dict
+
+    def make(self, **more):
+        return make_task(self.name, {**self.arguments, **more})
 
 
 @pytest.fixture(scope="module", params=sorted(TASKS))
-def task(request):
-    made = make_task(request.param)
+def case(request, tmp_path_factory):
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    return Case(request.param, sample_arguments(request.param, folder))
+
+
+@pytest.fixture(scope="module")
+def task(case):
+    made = case.make()
     base.load_data(made)
     return made
 
@@ -29,11 +54,23 @@ def first_batches(task, split, seed, count=2, batch_size=32):
 
 
 def equal(left, right):
-    return all(
-        torch.equal(a, b)
-        for one, other in zip(left, right, strict=True)
-        for a, b in zip(one, other, strict=True)
-    )
+    """Whether two lists of batches, however nested, hold equal tensors in equal places."""
+    one, other = list(tensors_in(left)), list(tensors_in(right))
+    assert one and other, "no tensor in the batches"
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def first_batch(task):
+    return base.to_device(task, first_batches(task, "train", 0)[0], "cpu")
+
+
+def keys(task, split):
+    """What tells the samples of a split apart: the task's own keys, else their first tensor."""
+    own = getattr(task, "sample_keys", None)
+    if own is not None:
+        return set(own(split))
+    batches = task.loader(split, 500, None)
+    return {row.numpy().tobytes() for batch in batches for row in next(tensors_in(batch))}
 
 
 def test_has_the_members_of_a_task(task):
@@ -78,8 +115,7 @@ def test_unknown_split_is_named(task):
 
 def test_loss_is_finite_and_reaches_every_parameter(task):
     model = task.build_model()
-    batch = base.to_device(task, first_batches(task, "train", 0)[0], "cpu")
-    loss = task.loss(model, batch)
+    loss = task.loss(model, first_batch(task))
     assert loss.ndim == 0 and math.isfinite(loss.item())
     loss.backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -88,13 +124,16 @@ def test_loss_is_finite_and_reaches_every_parameter(task):
 def test_example_inputs_fit_the_model(task):
     model = task.build_model().eval()
     inputs = task.example_inputs()
-    assert isinstance(inputs, tuple)
-    assert torch.isfinite(model(*inputs)).all()
+    assert isinstance(inputs, tuple | dict)
+    assert {len(tensor) for tensor in tensors_in(inputs)} == {1}, "a batch of one"
+    positional, keywords = as_arguments(inputs)
+    outputs = list(tensors_in(model(*positional, **keywords)))
+    assert outputs and all(torch.isfinite(output).all() for output in outputs)
 
 
 def test_distillation_reaches_the_model_alone(task):
     model, teacher = task.build_model(), task.build_model().eval()
-    batch = first_batches(task, "train", 0)[0]
+    batch = first_batch(task)
     if not base.has_distillation(task):
         with pytest.raises(UserError, match="set train.distill to false"):
             base.distill_loss(task, model, teacher, batch)
@@ -104,9 +143,23 @@ def test_distillation_reaches_the_model_alone(task):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_loss_and_distillation_share_a_forward(task):
+    """Otherwise every step of a trial would run the model twice, with two draws of noise."""
+    if not base.has_distillation(task):
+        return
+    model, teacher, calls = task.build_model(), task.build_model().eval(), []
+    model.register_forward_hook(lambda *given: calls.append(None))
+    shared, batch = SharedForward(model), first_batch(task)
+    task.loss(shared, batch)
+    base.distill_loss(task, shared, teacher, batch)
+    assert len(calls) == 1
+
+
 def test_evaluate_has_the_metric_and_restores_the_modes(task):
     model = task.build_model()
-    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    leaves = [module for module in model.modules() if not list(module.children())]
+    norms = [leaf for leaf in leaves if isinstance(leaf, torch.nn.BatchNorm2d)]
+    frozen = (norms or leaves)[0]
     frozen.eval()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     figures = task.evaluate(model, "validation")
@@ -136,16 +189,20 @@ def test_read_only_copies_work_alike(task):
     assert base.dataset(copy) == base.dataset(task)
 
 
-def test_splits_are_disjoint_and_fixed_by_the_seed(task):
-    assert isinstance(task, ArrayClassification), "say here how another task shows its splits"
+def test_splits_are_disjoint_and_fixed_by_the_seed(case, task):
     # Published data hold a few identical images, so a trace of overlap is theirs.
-    seen = [{image.tobytes() for image in task.split(name).images} for name in base.SPLITS]
+    seen = [keys(task, name) for name in base.SPLITS]
     for one, other in itertools.combinations(seen, 2):
         assert len(one & other) < 0.01 * min(len(one), len(other))
-    again = make_task(task.name)
-    assert again.dataset()["digest"] == task.dataset()["digest"]
-    other = make_task(task.name, {"split_seed": 1})
-    assert other.dataset()["digest"] != task.dataset()["digest"]
-    labels = [np.bincount(task.split(name).labels, minlength=10) for name in base.SPLITS]
-    for counts in labels:
+    digest = base.dataset(task)["digest"]
+    assert base.dataset(case.make())["digest"] == digest
+    if "split_seed" in inspect.signature(TASKS[case.name]).parameters:
+        assert base.dataset(case.make(split_seed=1))["digest"] != digest
+
+
+def test_images_of_a_split_have_the_classes_in_proportion(task):
+    if not isinstance(task, ArrayClassification):
+        return
+    for name in base.SPLITS:
+        counts = np.bincount(task.split(name).labels, minlength=10)
         assert counts.min() > 0.85 * counts.max()

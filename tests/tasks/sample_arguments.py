@@ -1,0 +1,40 @@
+"""Arguments with which the conformance tests build a task: tiny data of its own, if it needs any.
+
+A task that needs arguments has a function here; it writes its files into the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiny_language import TINY, reviews, write_table, write_tokenizer
+
+
+def text_classification(folder: Path) -> dict[str, Any]:
+    """Good and bad reviews, a BERT of two layers, split by film."""
+    return {
+        "model": str(write_tokenizer(folder)),
+        "path": str(write_table(folder / "reviews.csv", reviews(240))),
+        "text": "review",
+        "label": "verdict",
+        "group": "film",
+        "validation": 0.2,
+        "test": 0.2,
+        "max_length": 24,
+        "train_from_scratch": True,
+        "config": {"model_type": "bert", **TINY},
+        "hidden_weight": 1.0,
+    }
+
+
+ARGUMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "text_classification": text_classification,
+}
+"""By the name of the task in the registry; a task without an entry is built without arguments."""
+
+
+def sample_arguments(name: str, folder: Path) -> dict[str, Any]:
+    """`task_args` of a small instance of a task; calls with the same folder give the same."""
+    return ARGUMENTS[name](folder) if name in ARGUMENTS else {}

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nipq_search as ns
 from nipq_search.cost.base import exact_cost, hard_bits, uniform_bits
+from nipq_search.quant import quantizers
 from nipq_search.quant.prepare import quant_state
 from nipq_search.quant.trace import as_arguments, plain_kernels
 
@@ -66,6 +67,26 @@ def count_macs(model: nn.Module, inputs: Any) -> int:
     return counter.get_total_flops() // 2
 
 
+def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
+    """Largest difference of outputs from the float model's, with every quantizer passing through.
+
+    In units of the outputs' standard deviation.
+    """
+    args, kwargs = as_arguments(inputs)
+    found = quantizers(prepared).values()
+    for quantizer in found:
+        quantizer.observer = lambda x: None
+    outputs = []
+    for candidate in (model.eval(), prepared.eval()):
+        torch.manual_seed(0)  # some models draw masks in evaluation too
+        outputs.append(list(tensors_with_gradient(candidate(*args, **kwargs))))
+    for quantizer in found:
+        quantizer.observer = None
+    scales = [max(float(a.detach().std(correction=0)), 1e-3) for a in outputs[0]]
+    pairs = zip(*outputs, scales, strict=True)
+    return max(float((a - b).detach().abs().max()) / scale for a, b, scale in pairs)
+
+
 def try_model(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """What became of one model; raises what fails."""
     args, kwargs = as_arguments(inputs)
@@ -74,6 +95,7 @@ def try_model(model: nn.Module, inputs: Any) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         prepared = ns.prepare(model, inputs)
     table = ns.profile(prepared)
+    difference = distance(model, prepared, inputs)
     graph = quant_state(prepared).graph
     budget = ns.Budget(bops=exact_cost("bops", graph, uniform_bits(graph, 4)))
     optimizer = torch.optim.SGD(ns.param_groups(prepared, lr=1e-4), lr=1e-4)
@@ -94,6 +116,8 @@ def try_model(model: nn.Module, inputs: Any) -> dict[str, Any]:
     prepared.eval()
     counted = (int(table["macs"].sum()), count_macs(prepared, inputs))
     failures = []
+    if not difference < 1e-3:
+        failures.append(f"with quantizers off it computes something else ({difference:.1g})")
     if not torch.isfinite(loss):
         failures.append("the loss is not finite")
     if lost:

@@ -97,7 +97,7 @@ def _assign(layer: Layer, products: bool) -> bool:
         layer.why = f"{call.function} has no quantized form"
     elif first is None or second is None:
         layer.why = "an operand is no tensor of floating-point numbers"
-    elif second.is_weight and (not first.is_weight or _is_input_of(second, first)):
+    elif second.is_weight and (not first.is_weight or _goes_through(call, first, second)):
         layer.weight, layer.slots = 1, {FIRST: 0}
     elif first.is_weight and not second.is_weight:
         layer.weight, layer.slots = 0, {FIRST: 1}
@@ -112,9 +112,11 @@ def _assign(layer: Layer, products: bool) -> bool:
     return True
 
 
-def _is_input_of(weight: Operand, other: Operand) -> bool:
-    """Whether of two operands made of parameters one is a weight and the other goes through it."""
-    return weight.parameter is not None and other.parameter is None
+def _goes_through(call: Call, first: Operand, second: Operand) -> bool:
+    """Whether of two operands made of parameters the second is the weight of the first."""
+    assert call.op is not None and call.op.first is not None
+    is_layer = call.op.first.axis is None and call.op.second.axis is not None
+    return second.parameter is not None and (is_layer or first.parameter is None)
 
 
 def _name(layer: Layer, taken: set[str]) -> str:

@@ -156,13 +156,21 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
 
 
 def _finished(model: nn.Module) -> nn.Module:
-    """Without the pooler, which no task reads, and with linear layers that can be quantized."""
+    """Without the pooler, which no task reads, and with linear layers that can be quantized.
+
+    An output layer that shares its weight with the embeddings gets a copy: quantization changes
+    the layer alone, and costs would miss the embeddings, which stay in float.
+    """
     if getattr(model, "pooler", None) is not None:
         model.register_module("pooler", None)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__ == "Conv1D":
                 setattr(module, name, as_linear(child))
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if head is not None and head.weight is table.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
     return model.train()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, prepare
 from nipq_search.tasks import make_task
 from nipq_search.tasks.language_corpus import IGNORED, Masking, split_blocks
-from nipq_search.tasks.language_models import ModelSource, load_tokenizer, transformers
+from nipq_search.tasks.language_models import ModelSource, load_tokenizer
 
 CLS, SEP, MASK = (SPECIAL.index(word) for word in ("[CLS]", "[SEP]", "[MASK]"))
 NAMES = ("masked_lm", "causal_lm")
@@ -131,34 +130,12 @@ def test_hidden_states_are_matched(make):
     assert task.distill_loss(model, other, batch) > plain.distill_loss(model, other, batch) + 0.1
 
 
-def test_gpt2_gets_linear_layers_that_compute_the_same(arguments, tmp_path, make):
-    config = transformers().AutoConfig.for_model(**arguments["causal_lm"]["config"], vocab_size=40)
-    original = transformers().AutoModelForCausalLM.from_config(config)
-    original.save_pretrained(tmp_path)
-    write_tokenizer(tmp_path)
-    task = make("causal_lm", model=str(tmp_path), train_from_scratch=False, config=None)
-    model, ids = task.build_model().eval(), task.example_inputs()[0]
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids), original.eval()(ids).logits)
-    kinds = {type(module).__name__ for module in model.modules()}
-    assert "Conv1D" not in kinds and "Linear" in kinds
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_output_layer_has_a_weight_of_its_own(make, name):
-    model = make(name).build_model().model
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    assert head.weight is not table.weight
-    assert torch.equal(head.weight, table.weight)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prepared_model_learns(make, name):
     task = make(name, hidden_weight=0.0)
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "[0-9.]+ % of the multiplications are outside")
-        model = prepare(task.build_model(), task.example_inputs(), QuantConfig())
+    # A warning would tell of multiplications that stay in float.
+    model = prepare(task.build_model(), task.example_inputs(), QuantConfig())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = task.evaluate(model, "validation")
     for epoch in range(3):

@@ -2,12 +2,12 @@
 
     python benchmarks/accuracy.py benchmarks/minilm.yaml --json minilm.json --workers 2
 
-The file names a pipeline, a budget, seeds, and variants: overrides of the pipeline as `--set` takes
-them. Each seed trains its own float model; every variant of a seed starts from it. Rows: mean of
-the metric on the test split, its difference from the float model and from the first variant as
-paired means with a 95 % interval (Student's t over seeds). The selection of anything on these
-figures should be made on the validation columns. Finished trainings are kept in the JSON file and
-not run again.
+The file names a pipeline, a budget, seeds, and variants: overrides of the pipeline as `--set`
+takes them. Each seed trains its own float model; every variant of a seed starts from it. Columns:
+the mean metric on validation and test, and its difference on test from the float model and from
+the first variant, as paired means with a 95 % interval (Student's t over seeds). Whoever chooses
+by these figures should choose by validation. Finished trainings are kept in the JSON file and not
+run again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def execute(run: Run) -> dict[str, Any]:
     load_data(task)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if run.name == "float":
-        spec = TrainSpec(train=config.float_.as_training(), seed=run.seed)
+        spec = TrainSpec(train=config.float_model.as_training(), seed=run.seed)
     else:
         budget = resolve({"bops": run.plan["budget"]}, model_graph(config, task)).targets
         spec = TrainSpec(
@@ -169,7 +169,8 @@ def main() -> None:
                 results.append(result)
                 options.json.write_text(json.dumps(results, indent=1))
                 print(
-                    f"{result['name']} seed {result['seed']}: validation {result['validation']:.4f}, "
+                    f"{result['name']} seed {result['seed']}: "
+                    f"validation {result['validation']:.4f}, "
                     f"test {result['test']:.4f}, {result['seconds']:.0f} s",
                     flush=True,
                 )

@@ -18,12 +18,14 @@ from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.base import Task, check_task
 from nipq_search.tasks.digits import Digits
 from nipq_search.tasks.fashion_mnist import FashionMnist
+from nipq_search.tasks.image_folder import ImageFolder
 
 __all__ = ["TASKS", "Task", "check_task", "make_task", "register"]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "digits": Digits,
     "fashion_mnist": FashionMnist,
+    "image_folder": ImageFolder,
 }
 """Tasks that a sweep file may name without a module."""
 

@@ -70,6 +70,8 @@ def _read(files: Sequence[Path], columns: tuple[str, str]) -> tuple[list[bytes],
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UserError(f"task image_folder needs pyarrow to read Parquet: {INSTALL}") from error
+    if columns[0] == columns[1]:
+        raise UserError("task_args.label: names the same column as task_args.image")
     images: list[bytes] = []
     labels: list[Any] = []
     for file in files:
@@ -84,6 +86,8 @@ def _read(files: Sequence[Path], columns: tuple[str, str]) -> tuple[list[bytes],
         except (OSError, pa.ArrowInvalid) as error:
             reason = str(error).splitlines()[0][:200]
             raise UserError(f"{file}: cannot be read as Parquet ({reason})") from error
+        if not table.num_rows:
+            continue
         column = table.column(columns[0])
         if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
             column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])

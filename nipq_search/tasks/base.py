@@ -4,6 +4,7 @@ A task is any object with the members of `Task`; it need not inherit from anythi
 here supply the optional members where a task has none, so that the callers never ask twice:
 
 - `distill_loss(model, teacher, batch)`: scalar term that pulls `model` towards `teacher`;
+- `build_teacher()`: a trained module that teaches in the float model's place, or None;
 - `num_samples(batch)`: training samples in a batch;
 - `to_device(batch, device)`: the batch on a device;
 - `load_data()`: reads the data into the task, called once before it is shipped to the nodes;
@@ -101,6 +102,34 @@ def distill_loss(task: object, model: nn.Module, teacher: nn.Module, batch: Any)
         )
     loss: Tensor = own(model, teacher, batch)
     return loss
+
+
+def build_teacher(task: object) -> nn.Module | None:
+    """The task's own teacher, in evaluation mode and without gradients.
+
+    Returns:
+        None where the float model is to teach.
+
+    Raises:
+        UserError: it cannot be built, or is no module.
+    """
+    own = getattr(task, "build_teacher", None)
+    if own is None:
+        return None
+    try:
+        teacher = own()
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"task: build_teacher() failed with {reason}") from error
+    if teacher is None:
+        return None
+    if not isinstance(teacher, nn.Module):
+        raise UserError(
+            f"task: build_teacher() returned {type(teacher).__name__}, not a module or None"
+        )
+    return teacher.eval().requires_grad_(False)
 
 
 def num_samples(task: object, batch: Any) -> int:

@@ -21,8 +21,17 @@ HYPERPARAMETERS = {
     "lr_bits": "lr_bits",
     "lr_boundaries": "lr_boundaries",
     "momentum": "momentum",
+    "grad_clip": "grad_clip",
+    "ema": "ema",
 }
 """Names that a search space may use, and the field of `TrainConfig` that each one sets."""
+
+
+OPTIMIZERS = ("sgd", "adamw")
+"""Optimizers that a training can have; `make_optimizer` builds them."""
+
+PRECISIONS = ("float32", "bfloat16")
+"""Arithmetic that a training can have; see `arithmetic`."""
 
 
 def _check_finite(config: TrainConfig | FloatConfig, section: str) -> None:
@@ -38,22 +47,46 @@ def _check(condition: bool, key: str, fix: str) -> None:
         raise UserError(f"{key}: {fix}")
 
 
+def _check_choice(value: str | None, allowed: tuple[str, ...], key: str) -> None:
+    _check(value in allowed, key, f"unknown value {value!r}; use {' or '.join(allowed)}")
+
+
+def _check_common(config: TrainConfig | FloatConfig, section: str) -> None:
+    """Check the fields that both trainings have; raise `UserError`."""
+    _check_finite(config, section)
+    _check(0 < config.epochs <= 1e6, f"{section}.epochs", "must be above 0 and at most a million")
+    for name in ("batch_size", "accumulate"):
+        _check(getattr(config, name) >= 1, f"{section}.{name}", "must be at least 1")
+    _check(config.lr > 0, f"{section}.lr", "must be above 0")
+    for name in ("weight_decay", "grad_clip"):
+        _check(getattr(config, name) >= 0, f"{section}.{name}", "must not be negative")
+    for name in ("momentum", "ema"):
+        _check(
+            0 <= getattr(config, name) < 1, f"{section}.{name}", "must be at least 0 and below 1"
+        )
+    _check(0 <= config.warmup <= 1, f"{section}.warmup", "must lie between 0 and 1")
+    _check_choice(config.optimizer, OPTIMIZERS, f"{section}.optimizer")
+    _check_choice(config.precision, PRECISIONS, f"{section}.precision")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a trial is trained. SGD with Nesterov momentum, warm-up and a cosine over both phases.
+    """How a trial is trained. SGD or AdamW, warm-up and a cosine over both phases.
 
     Attributes:
         epochs: passes over the training split, both phases together; fractions are fine.
         batch_size: samples in a batch.
+        accumulate: batches to a step; its loss is their mean.
         lr: learning rate of the weights.
         lr_bits: rate of the bit-widths as a multiple of `lr`.
         lr_boundaries: rate of the truncation boundaries as a multiple of `lr`.
-        momentum: Nesterov momentum.
+        optimizer: `sgd`, or `adamw` with betas 0.9 and 0.999 and an epsilon of 1e-8.
+        momentum: Nesterov momentum of `sgd`; `adamw` makes nothing of it.
         weight_decay: decay of weights with two or more dimensions.
         lambda_: regularization strength on the smooth-L1 of cost / target (`lambda` in files).
         noise_share: share of the steps that belong to the noise phase.
         warmup: share of the steps in which the rate rises from a tenth.
-        distill: whether the float model teaches.
+        distill: whether a teacher helps: the task's own, else the float model.
         distill_weight: share of the loss that distillation gets, 0..1.
         proxy: law of the noise, `uniform` or `empirical`; None takes `quant.proxy`.
         start: bit-widths start at the uniform width that costs the `budget`, or at
@@ -61,6 +94,10 @@ class TrainConfig:
         calibration_batches: batches that give activations their starting boundaries.
         norm_batches: batches from which normalization statistics are estimated at the end.
         grad_clip: largest norm of the gradient, or 0 for none.
+        precision: of forwards and losses, in training and validation: `float32`, or `bfloat16`
+            by autocast. Parameters and quantizers keep float32.
+        ema: decay of the moving average of the weights that is taken in the tuning phase, and is
+            what is validated and stored; 0 for none. Its warm-up: see `Average`.
         checkpoint_minutes: at most so long between two checkpoints; every epoch has one anyway.
     """
 
@@ -68,9 +105,11 @@ class TrainConfig:
 
     epochs: float = 4
     batch_size: int = 256
+    accumulate: int = 1
     lr: float = 0.04
     lr_bits: float = 5.0
     lr_boundaries: float = 1.0
+    optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     lambda_: float = 15.9
@@ -83,31 +122,21 @@ class TrainConfig:
     calibration_batches: int = 4
     norm_batches: int = 20
     grad_clip: float = 0.0
+    precision: str = "float32"
+    ema: float = 0.0
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
         """Check every field; raise `UserError`."""
-        _check_finite(self, "train")
-        _check(0 < self.epochs <= 1e6, "train.epochs", "must be above 0 and at most a million")
-        _check(self.batch_size >= 1, "train.batch_size", "must be at least 1")
-        for name in ("lr", "lr_bits", "lr_boundaries", "checkpoint_minutes"):
+        _check_common(self, "train")
+        for name in ("lr_bits", "lr_boundaries", "checkpoint_minutes"):
             _check(getattr(self, name) > 0, f"train.{name}", "must be above 0")
-        for name in ("weight_decay", "grad_clip"):
-            _check(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
         _check(self.lambda_ >= 0, "train.lambda", "must not be negative")
-        for name in ("noise_share", "distill_weight", "warmup"):
+        for name in ("noise_share", "distill_weight"):
             _check(0 <= getattr(self, name) <= 1, f"train.{name}", "must lie between 0 and 1")
-        _check(0 <= self.momentum < 1, "train.momentum", "must be at least 0 and below 1")
-        _check(
-            self.proxy in (None, "uniform", "empirical"),
-            "train.proxy",
-            f"unknown value {self.proxy!r}; use uniform or empirical",
-        )
-        _check(
-            self.start in ("budget", "config"),
-            "train.start",
-            f"unknown value {self.start!r}; use budget or config",
-        )
+        if self.proxy is not None:
+            _check_choice(self.proxy, ("uniform", "empirical"), "train.proxy")
+        _check_choice(self.start, ("budget", "config"), "train.start")
         _check(self.calibration_batches >= 1, "train.calibration_batches", "must be at least 1")
         _check(self.norm_batches >= 0, "train.norm_batches", "must not be negative")
 
@@ -132,10 +161,17 @@ class FloatConfig:
     Attributes:
         epochs: passes over the training split.
         batch_size: samples in a batch.
+        accumulate: batches to a step; its loss is their mean.
         lr: peak learning rate.
         weight_decay: decay of weights with two or more dimensions.
-        momentum: Nesterov momentum.
+        optimizer: `sgd`, or `adamw` with betas 0.9 and 0.999 and an epsilon of 1e-8.
+        momentum: Nesterov momentum of `sgd`; `adamw` makes nothing of it.
         warmup: share of the steps in which the rate rises from a tenth.
+        grad_clip: largest norm of the gradient, or 0 for none.
+        precision: of forwards and losses, in training and validation: `float32`, or `bfloat16`
+            by autocast. Parameters and quantizers keep float32.
+        ema: decay of the moving average of the weights, which is what is validated and stored; 0
+            for none. Its warm-up: see `Average`.
         checkpoint: file with a state dict, instead of training.
     """
 
@@ -143,31 +179,35 @@ class FloatConfig:
 
     epochs: float = 6
     batch_size: int = 128
+    accumulate: int = 1
     lr: float = 0.1
     weight_decay: float = 5e-4
+    optimizer: str = "sgd"
     momentum: float = 0.9
     warmup: float = 0.05
+    grad_clip: float = 0.0
+    precision: str = "float32"
+    ema: float = 0.0
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field; raise `UserError`."""
-        _check_finite(self, "float")
-        _check(0 < self.epochs <= 1e6, "float.epochs", "must be above 0 and at most a million")
-        _check(self.batch_size >= 1, "float.batch_size", "must be at least 1")
-        _check(self.lr > 0, "float.lr", "must be above 0")
-        _check(self.weight_decay >= 0, "float.weight_decay", "must not be negative")
-        _check(0 <= self.momentum < 1, "float.momentum", "must be at least 0 and below 1")
-        _check(0 <= self.warmup <= 1, "float.warmup", "must lie between 0 and 1")
+        _check_common(self, "float")
 
     def as_training(self) -> TrainConfig:
         """The configuration of the training loop for the float model."""
         return TrainConfig(
             epochs=self.epochs,
             batch_size=self.batch_size,
+            accumulate=self.accumulate,
             lr=self.lr,
             weight_decay=self.weight_decay,
+            optimizer=self.optimizer,
             momentum=self.momentum,
             warmup=self.warmup,
+            grad_clip=self.grad_clip,
+            precision=self.precision,
+            ema=self.ema,
             distill=False,
             noise_share=0.0,
         )

@@ -1,10 +1,26 @@
-"""One forward of a model per batch, however many losses ask for its output."""
+"""How a model's forward runs: once per batch, in the precision of its training."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import torch
 from torch import nn
+
+
+def arithmetic(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context in which forwards and losses run.
+
+    Parameters keep float32, and quantizers compute in it, whatever the precision.
+
+    Args:
+        precision: `float32` or `bfloat16`, as `TrainConfig` checks it.
+        device: where the model is.
+    """
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 class SharedForward:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from nipq_search.cost import Budget, cost_estimate, cost_penalty, freeze
 from nipq_search.errors import UserError
-from nipq_search.quant import param_groups, quantizers
+from nipq_search.quant import quantizers
 from nipq_search.quant.noise import mix
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import distill_loss, evaluate, num_samples, to_device
+from nipq_search.train.average import Average
 from nipq_search.train.config import TrainConfig
-from nipq_search.train.forward import SharedForward
+from nipq_search.train.forward import SharedForward, arithmetic
+from nipq_search.train.optimizer import drop_group, make_optimizer
 from nipq_search.train.schedule import NOISE, TUNING, Schedule
 
 _FINITE_EVERY = 10
@@ -57,7 +60,7 @@ class Trainer:
         seed: of the order of the data; the noise's seed is in the model.
         device: where the model is.
         budget: what the bit-widths must keep; needed for a prepared model that learns them.
-        teacher: the float model, or None.
+        teacher: the float model or one of the task's own; None for no distillation.
     """
 
     def __init__(
@@ -79,34 +82,8 @@ class Trainer:
         self.samples = 0
         self.loss_sum = torch.zeros((), device=device)
         self.loss_count = 0
-        self.optimizer = torch.optim.SGD(
-            self._groups(), lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
-        )
-
-    def _groups(self) -> list[dict[str, Any]]:
-        config = self.config
-        if self.schedule.quantized:
-            groups = param_groups(
-                self.model,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                lr_bits=config.lr * config.lr_bits,
-                lr_boundaries=config.lr * config.lr_boundaries,
-            )
-        else:
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            groups = [
-                {
-                    "name": name,
-                    "params": [p for p in parameters if (p.dim() > 1) == decayed],
-                    "lr": config.lr,
-                    "weight_decay": config.weight_decay if decayed else 0.0,
-                }
-                for name, decayed in (("decayed", True), ("plain", False))
-            ]
-        for group in groups:
-            group["base_lr"] = group["lr"]
-        return [group for group in groups if group["params"]]
+        self.optimizer = make_optimizer(model, config, schedule.quantized)
+        self.average: Average | None = None
 
     @property
     def phase(self) -> str:
@@ -135,8 +112,8 @@ class Trainer:
         """
         saved_at = time.monotonic()
         while self.step < self.schedule.total:
-            for batch in self._rest_of_epoch():
-                self._train_step(batch)
+            for group in self._rest_of_epoch():
+                self._train_step(group)
                 if self.step >= self.schedule.total:
                     break
                 if self.step % self.schedule.steps_per_epoch == 0:
@@ -159,24 +136,35 @@ class Trainer:
                 return False
         return True
 
-    def _rest_of_epoch(self) -> Iterator[Any]:
-        """The batches of the present epoch that are still to come."""
-        epoch, done = divmod(self.step, self.schedule.steps_per_epoch)
+    def use_average(self) -> None:
+        """Give the model the averaged weights for good, where there are any; ends the training."""
+        if self.average is not None:
+            self.average.copy_to(self.model)
+
+    def _rest_of_epoch(self) -> Iterator[list[Any]]:
+        """The batches of the present epoch that are still to come, step by step."""
+        schedule = self.schedule
+        epoch, steps = divmod(self.step, schedule.steps_per_epoch)
+        done = steps * schedule.accumulate
         loader = self.task.loader("train", self.config.batch_size, seed_for(self.seed, epoch))
         count = 0
         # A DataLoader draws from the global generator when an epoch begins; on a resume within
         # one that draw is in the restored state already.
         rng = torch.get_rng_state() if done else None
+        group: list[Any] = []
         for index, batch in enumerate(loader):
             count += 1
             if index == done and rng is not None:
                 torch.set_rng_state(rng)
-            if index >= done:
-                yield to_device(self.task, batch, self.device)
-        if count != self.schedule.steps_per_epoch and self.step < self.schedule.total:
+            if done <= index < schedule.batches_per_epoch:
+                group.append(batch)
+                if len(group) == schedule.accumulate or index + 1 == schedule.batches_per_epoch:
+                    yield group
+                    group = []
+        if count != schedule.batches_per_epoch and self.step < schedule.total:
             raise RuntimeError(
                 f"loader('train') gave {count} batches in epoch {epoch} and "
-                f"{self.schedule.steps_per_epoch} before: epochs must be equally long"
+                f"{schedule.batches_per_epoch} before: epochs must be equally long"
             )
 
     def _enter_tuning(self) -> None:
@@ -186,29 +174,42 @@ class Trainer:
         if any(not q.bits.is_frozen for q in quantizers(self.model).values()):
             freeze(self.model, self.budget)
             self.optimizer.zero_grad(set_to_none=True)
-            for group in [g for g in self.optimizer.param_groups if g["name"] == "bits"]:
-                for parameter in group["params"]:
-                    self.optimizer.state.pop(parameter, None)
-                self.optimizer.param_groups.remove(group)
+            drop_group(self.optimizer, "bits")
 
-    def _train_step(self, batch: Any) -> None:
+    def _train_step(self, group: Sequence[Any]) -> None:
         if self.phase == TUNING:
             self._enter_tuning()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self.schedule.rate(self.step)
+        if self.phase != NOISE and self.config.ema and self.average is None:
+            self.average = Average(self.model, self.config.ema)
+        for part in self.optimizer.param_groups:
+            part["lr"] = part["base_lr"] * self.schedule.rate(self.step)
         self.model.train()
-        loss = self._loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        for index, batch in enumerate(group, start=1):
+            moved = to_device(self.task, batch, self.device)
+            with arithmetic(self.config.precision, self.device):
+                loss = self._loss(moved)
+            if index == len(group) and self.phase == NOISE and self.budget is not None:
+                penalty = self.config.lambda_ * cost_penalty(self.model, self.budget)
+                loss = loss + len(group) * penalty  # the mean over the group has it once
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.samples += num_samples(self.task, moved)
+        if len(group) > 1:
+            # Not the losses: a bit-width's `marginal` is a derivative of the loss of a batch.
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(len(group))
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
-        self.samples += num_samples(self.task, batch)
+        if self.average is not None:
+            self.average.update(self.model)
         self.step += 1
         if self.step % _FINITE_EVERY == 0:
             self._check_finite()
 
     def _loss(self, batch: Any) -> Tensor:
+        """The task's loss of a batch, distillation included."""
         model: Any = SharedForward(self.model)
         share = self.config.distill_weight if self.teacher is not None else 0.0
         loss = torch.zeros((), device=self.device)
@@ -218,8 +219,6 @@ class Trainer:
             loss = loss + share * distill_loss(self.task, model, self.teacher, batch)
         self.loss_sum += loss.detach()
         self.loss_count += 1
-        if self.phase == NOISE and self.budget is not None:
-            loss = loss + self.config.lambda_ * cost_penalty(self.model, self.budget)
         return loss
 
     def _check_finite(self) -> None:
@@ -231,7 +230,10 @@ class Trainer:
 
     def _curve_point(self) -> CurvePoint:
         metrics = {"train_loss": float(self.loss_sum) / max(1, self.loss_count)}
-        validation = evaluate(self.task, self.model, "validation")
+        average = self.average
+        averaged = contextlib.nullcontext() if average is None else average.applied(self.model)
+        with averaged, arithmetic(self.config.precision, self.device):
+            validation = evaluate(self.task, self.model, "validation")
         metrics.update({f"validation_{name}": value for name, value in validation.items()})
         metrics["lr"] = self.config.lr * self.schedule.rate(max(0, self.step - 1))
         if self.schedule.quantized and self.budget is not None:
@@ -257,6 +259,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state
@@ -267,14 +271,12 @@ class Trainer:
         self.loss_sum = state["loss_sum"].to(self.device)
         self.loss_count = state["loss_count"]
         self.model.load_state_dict(state["model"])
-        # A checkpoint of the tuning phase has no group of bits: rebuild the groups to match.
-        self.optimizer = torch.optim.SGD(
-            self._groups(),
-            lr=self.config.lr,
-            momentum=self.config.momentum,
-            nesterov=self.config.momentum > 0,
-        )
+        # A checkpoint of the tuning phase has no group of bits: build the groups to match.
+        self.optimizer = make_optimizer(self.model, self.config, self.schedule.quantized)
         self.optimizer.load_state_dict(state["optimizer"])
+        if "average" in state:
+            self.average = Average(self.model, self.config.ema)
+            self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)

@@ -14,13 +14,17 @@ class Schedule:
     """When what happens, counted in optimizer steps.
 
     Attributes:
-        steps_per_epoch: batches in an epoch.
+        batches_per_epoch: batches in an epoch.
+        accumulate: batches to a step; the last step of an epoch may have fewer.
+        steps_per_epoch: steps in an epoch.
         total: steps in all.
         noise: steps of the noise phase, at the start.
         warmup: steps in which the rate rises linearly from a tenth.
         quantized: whether the model is prepared.
     """
 
+    batches_per_epoch: int
+    accumulate: int
     steps_per_epoch: int
     total: int
     noise: int
@@ -44,16 +48,20 @@ class Schedule:
 def make_schedule(
     *,
     epochs: float,
-    steps_per_epoch: int,
+    batches_per_epoch: int,
+    accumulate: int = 1,
     noise_share: float,
     warmup: float,
     quantized: bool,
     learns_bits: bool,
 ) -> Schedule:
     """The schedule of a training; a quantizer that learns no bits has no noise phase."""
+    steps_per_epoch = math.ceil(batches_per_epoch / accumulate)
     total = max(1, round(epochs * steps_per_epoch))
     noise = round(noise_share * total) if quantized and learns_bits else 0
     return Schedule(
+        batches_per_epoch=batches_per_epoch,
+        accumulate=accumulate,
         steps_per_epoch=steps_per_epoch,
         total=total,
         noise=noise,

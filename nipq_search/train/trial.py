@@ -31,7 +31,14 @@ from nipq_search.quant import (
 )
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
-from nipq_search.tasks.base import evaluate, input_bits, move, num_samples, to_device
+from nipq_search.tasks.base import (
+    build_teacher,
+    evaluate,
+    input_bits,
+    move,
+    num_samples,
+    to_device,
+)
 from nipq_search.train.checkpoint import (
     from_bytes,
     load_checkpoint,
@@ -39,6 +46,7 @@ from nipq_search.train.checkpoint import (
     to_bytes,
 )
 from nipq_search.train.config import TrainConfig
+from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import Trainer, seed_for, steps_in
 from nipq_search.train.schedule import make_schedule
 from nipq_search.train.start import start_at_budget, warm_start
@@ -128,6 +136,20 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
     return model.to(device)
 
 
+def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) -> nn.Module:
+    """What teaches: the task's own teacher, or else a copy of the float model.
+
+    Raises:
+        UserError: the task's teacher cannot be built.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        own = build_teacher(task)
+    if own is not None:
+        return own.to(device)
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
 def prepare_for(
     task: Task, model: nn.Module, spec: TrainSpec, device: torch.device, calibrated: bool = True
 ) -> tuple[nn.Module, int]:
@@ -197,7 +219,7 @@ def _train(
     calibration_samples = 0
     if spec.quant is not None:
         if spec.train.distill and spec.train.distill_weight > 0:
-            teacher = copy.deepcopy(model).eval().requires_grad_(False)
+            teacher = teacher_of(task, model, spec.seed, device)
         model, calibration_samples = prepare_for(
             task, model, spec, device, calibrated=checkpoint is None
         )
@@ -209,7 +231,8 @@ def _train(
         config=spec.train,
         schedule=make_schedule(
             epochs=spec.train.epochs,
-            steps_per_epoch=steps_in(loader),
+            batches_per_epoch=steps_in(loader),
+            accumulate=spec.train.accumulate,
             noise_share=spec.train.noise_share,
             warmup=spec.train.warmup,
             quantized=spec.quant is not None,
@@ -241,6 +264,7 @@ def _train(
         stop()  # samples of a step that failed count too
     if not finished:
         raise Interrupted
+    trainer.use_average()
     counts = Counts(samples=trainer.samples, steps=trainer.step)
     result = _finish(task, spec, folder, model, device, counts)
     hooks.on_samples(result.samples - counted)
@@ -280,8 +304,10 @@ def _finish(
                 samples += count
                 task.loss(observed, to_device(task, batch, device))
 
-        reestimate_norm_stats(model, batches)
-    metrics = evaluate(task, model, "validation")
+        with arithmetic(spec.train.precision, device):
+            reestimate_norm_stats(model, batches)
+    with arithmetic(spec.train.precision, device):
+        metrics = evaluate(task, model, "validation")
     data = to_bytes({"model": model.state_dict()})
     storage.write_bytes(folder / MODEL_FILE, data)
     return TrainResult(

@@ -10,13 +10,19 @@ from train_tasks import CPU, Regression, SpiedDigits, digits_spec, interrupted, 
 
 from nipq_search.quant import QuantConfig
 from nipq_search.storage import digest
-from nipq_search.train import Hooks, Interrupted, train, trial
+from nipq_search.train import FloatConfig, Hooks, Interrupted, TrainSpec, train, trial
 from nipq_search.train.checkpoint import load_checkpoint
 
 KINDS = {
     "uniform": {"proxy": "uniform"},
     "empirical": {"proxy": "empirical"},
     "lsq": {"quant": QuantConfig(quantizer="lsq", start_bits=4), "budget": None},
+    "adamw": {"optimizer": "adamw", "lr": 0.01},
+    # 5 steps to an epoch, the last of one batch; the bits freeze after 8 of 15.
+    "all": {"optimizer": "adamw", "lr": 0.01, "accumulate": 2, "precision": "bfloat16"}
+    | {"ema": 0.9, "grad_clip": 1.0},
+    "lsq, all": {"quant": QuantConfig(quantizer="lsq", start_bits=4), "budget": None}
+    | {"accumulate": 2, "precision": "bfloat16", "ema": 0.9},
 }
 MOMENTS = {
     "within the noise phase": [4],
@@ -24,6 +30,11 @@ MOMENTS = {
     "right at the freeze": [14],
     "within the tuning phase": [20],
     "at every moment": [4, 5, 5, 6],
+    "of 15, within the noise phase": [3],
+    "of 15, right at the freeze": [8],
+    "of 15, just after the freeze": [9],
+    "of 15, within the tuning phase": [12],
+    "of 15, at every moment": [3, 2, 3, 1, 3],
 }
 
 
@@ -43,9 +54,11 @@ def whole(float_model, tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "moment"),
     [
-        *(("uniform", moment) for moment in MOMENTS),
+        *(("all" if "15" in moment else "uniform", moment) for moment in MOMENTS),
         ("empirical", "at every moment"),
         ("lsq", "at every moment"),
+        ("adamw", "at every moment"),
+        ("lsq, all", "of 15, at every moment"),
     ],
 )
 def test_resumed_equals_uninterrupted(kind, moment, whole, float_model, digits, tmp_path):
@@ -94,13 +107,33 @@ def test_killed_before_the_checkpoint_of_an_epoch(whole, float_model, digits, tm
     assert outcome(train(digits, spec, tmp_path, CPU)) == outcome(whole["uniform"][0])
 
 
-def test_killed_after_the_last_step(whole, float_model, digits, tmp_path, monkeypatch):
-    spec = digits_spec(float_model)
+@pytest.mark.parametrize("kind", ["uniform", "all"])
+def test_killed_after_the_last_step(kind, whole, float_model, digits, tmp_path, monkeypatch):
+    spec = digits_spec(float_model, **KINDS[kind])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trial, "_finish", _die)
         train(digits, spec, tmp_path, CPU)
-    assert load_checkpoint(tmp_path / "checkpoints")["step"] == 27
-    assert outcome(train(digits, spec, tmp_path, CPU)) == outcome(whole["uniform"][0])
+    assert load_checkpoint(tmp_path / "checkpoints")["step"] == whole[kind][0].steps
+    assert outcome(train(digits, spec, tmp_path, CPU)) == outcome(whole[kind][0])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_float_training_resumes_too(optimizer, digits, tmp_path):
+    config = FloatConfig(
+        optimizer=optimizer,
+        lr=0.01,
+        accumulate=2,
+        precision="bfloat16",
+        ema=0.9,
+        grad_clip=1.0,
+        epochs=2,
+    )
+    spec = TrainSpec(train=config.as_training(), seed=4)
+    expected = train(digits, spec, tmp_path / "whole", CPU)
+    for steps in (3, 2, 2):
+        interrupted(digits, spec, tmp_path / "cut", steps)
+    torch.manual_seed(99)
+    assert outcome(train(digits, spec, tmp_path / "cut", CPU)) == outcome(expected)
 
 
 def _die(*args):
@@ -185,9 +218,10 @@ class Dropped(Regression):
         return torch.utils.data.DataLoader(data, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("steps", [4, 7, 14])
-def test_dropout_and_a_dataloader_resume_bit_by_bit(steps, tmp_path):
-    expected = train(Dropped(), mlp_spec(), tmp_path / "whole", CPU)
-    interrupted(Dropped(), mlp_spec(), tmp_path / "cut", steps)
+@pytest.mark.parametrize(("steps", "accumulate"), [(4, 1), (7, 1), (14, 1), (1, 4), (5, 4)])
+def test_dropout_and_a_dataloader_resume_bit_by_bit(steps, accumulate, tmp_path):
+    spec = mlp_spec(accumulate=accumulate)
+    expected = train(Dropped(), spec, tmp_path / "whole", CPU)
+    interrupted(Dropped(), spec, tmp_path / "cut", steps)
     torch.manual_seed(99)
-    assert outcome(train(Dropped(), mlp_spec(), tmp_path / "cut", CPU)) == outcome(expected)
+    assert outcome(train(Dropped(), spec, tmp_path / "cut", CPU)) == outcome(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from nipq_search.train.schedule import make_schedule
 
 
 def schedule(**changes):
-    options = {"epochs": 4, "steps_per_epoch": 25, "noise_share": 0.3, "warmup": 0.1}
+    options = {"epochs": 4, "batches_per_epoch": 25, "noise_share": 0.3, "warmup": 0.1}
     return make_schedule(**options | {"quantized": True, "learns_bits": True} | changes)
 
 
@@ -29,6 +30,14 @@ def test_noise_then_tuning():
 def test_models_that_learn_no_bits_have_no_noise_phase():
     assert set(phases(schedule(learns_bits=False))) == {"tuning"}
     assert set(phases(schedule(quantized=False))) == {"float"}
+
+
+def test_steps_of_several_batches():
+    plan = schedule(accumulate=4)
+    assert (plan.batches_per_epoch, plan.steps_per_epoch) == (25, 7)
+    assert (plan.total, plan.noise, plan.warmup) == (28, 8, 3)
+    assert schedule(accumulate=100).total == 4
+    assert schedule(accumulate=4, epochs=0.5).total == 4
 
 
 def test_fractions_of_an_epoch():
@@ -62,6 +71,7 @@ def test_no_warm_up_and_nothing_else(warmup):
         ("epochs", float("nan")),
         ("epochs", float("inf")),
         ("batch_size", 0),
+        ("accumulate", 0),
         ("lr", 0),
         ("lr", float("inf")),
         ("lr_bits", -1),
@@ -74,6 +84,10 @@ def test_no_warm_up_and_nothing_else(warmup):
         ("distill_weight", 2),
         ("proxy", "gaussian"),
         ("start", "warm"),
+        ("optimizer", "adam"),
+        ("precision", "float16"),
+        ("ema", 1),
+        ("ema", -0.1),
         ("calibration_batches", 0),
         ("norm_batches", -1),
         ("grad_clip", -1),
@@ -94,7 +108,16 @@ def test_lambda_is_named_as_in_files():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("epochs", 0), ("batch_size", 0), ("lr", -1), ("weight_decay", -1), ("warmup", 2)]
-    + [("momentum", 1)],
+    + [
+        ("momentum", 1),
+        ("accumulate", 0),
+        ("optimizer", "adam"),
+        ("precision", "float16"),
+        ("ema", 1),
+        ("ema", -0.1),
+        ("grad_clip", -1),
+        ("grad_clip", float("nan")),
+    ],
 )
 def test_wrong_values_of_the_float_training_name_their_key(field, value):
     with pytest.raises(UserError, match=f"^float.{field}: "):
@@ -105,6 +128,22 @@ def test_the_float_training_has_no_phases_and_no_teacher():
     training = FloatConfig(epochs=3, lr=0.2, warmup=0.1).as_training()
     assert (training.epochs, training.lr, training.warmup) == (3, 0.2, 0.1)
     assert not training.distill and training.noise_share == 0
+
+
+def test_the_float_training_gets_every_setting_that_both_have():
+    options = {
+        "accumulate": 3,
+        "optimizer": "adamw",
+        "precision": "bfloat16",
+        "ema": 0.9,
+        "grad_clip": 0.5,
+        "momentum": 0.8,
+        "weight_decay": 0.2,
+    }
+    training = FloatConfig(**options).as_training()
+    assert {name: getattr(training, name) for name in options} == options
+    common = {field.name for field in dataclasses.fields(FloatConfig)} - {"checkpoint"}
+    assert common - {"epochs", "batch_size", "lr", "warmup"} == options.keys()
 
 
 def test_hyperparameters_set_their_fields():

@@ -1,0 +1,64 @@
+"""The optimizer of a training: parameter groups with their own rates, SGD or AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from nipq_search.quant import param_groups
+from nipq_search.train.config import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, quantized: bool) -> Optimizer:
+    """A fresh optimizer of what `model` can learn at present; frozen bit-widths are not in it.
+
+    Every group has a `name`, and a `base_lr` that the schedule multiplies.
+
+    Args:
+        model: float or prepared.
+        config: kind of optimizer, rates and decay.
+        quantized: whether the model is prepared.
+    """
+    groups = _groups(model, config, quantized)
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        )
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+    )
+
+
+def _groups(model: nn.Module, config: TrainConfig, quantized: bool) -> list[dict[str, Any]]:
+    if quantized:
+        return param_groups(
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            lr_bits=config.lr * config.lr_bits,
+            lr_boundaries=config.lr * config.lr_boundaries,
+        )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "params": [p for p in parameters if (p.dim() > 1) == decayed],
+            "lr": config.lr,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for name, decayed in (("decayed", True), ("plain", False))
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def drop_group(optimizer: Optimizer, name: str) -> None:
+    """Take a group and its state from the optimizer; nothing happens where there is none."""
+    for group in [group for group in optimizer.param_groups if group["name"] == name]:
+        for parameter in group["params"]:
+            optimizer.state.pop(parameter, None)
+        optimizer.param_groups.remove(group)

@@ -19,6 +19,7 @@ from nipq_search.tasks.base import Task, check_task
 from nipq_search.tasks.digits import Digits
 from nipq_search.tasks.fashion_mnist import FashionMnist
 from nipq_search.tasks.image_folder import ImageFolder
+from nipq_search.tasks.text_classification import TextClassification
 
 __all__ = ["TASKS", "Task", "check_task", "make_task", "register"]
 
@@ -26,6 +27,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "digits": Digits,
     "fashion_mnist": FashionMnist,
     "image_folder": ImageFolder,
+    "text_classification": TextClassification,
 }
 """Tasks that a sweep file may name without a module."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from nipq_search.errors import UserError
 from nipq_search.tasks.image_layers import plain_layers
 from nipq_search.tasks.image_sources import INSTALL
 from nipq_search.tasks.image_transforms import ChannelNormalization
+from nipq_search.tasks.resources import resolve_file
 
 PRETRAINED = "timm"
 """Value of `weights` that asks timm for its own."""
@@ -76,7 +76,7 @@ class ModelConfig:
 
     def _load(self, model: nn.Module, weights: str) -> None:
         """Copy the file's weights into the model; the classifier only where classes are equal."""
-        path = resource_path(weights, f"task_args.{self.key}")
+        path = resolve_file(weights, f"task_args.{self.key}")
         state, own = read_state(path), model.state_dict()
         if self.weights_order:
             if len(state) != len(own):
@@ -109,21 +109,6 @@ class ModelConfig:
                 f"shape {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
             )
         model.load_state_dict({**own, **state})
-
-
-def resource_path(place: str, key: str) -> Path:
-    """A file by its path, or as `package://NAME/FILE` inside of an installed package."""
-    if not place.startswith("package://"):
-        path = Path(place).expanduser()
-    else:
-        name, _, rest = place.removeprefix("package://").partition("/")
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"{key}: {place}: no package named '{name}' is installed")
-        path = Path(spec.submodule_search_locations[0], rest)
-    if not path.is_file():
-        raise UserError(f"{key}: {path}: no such file")
-    return path
 
 
 def _first(keys: list[str]) -> str:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from sample_arguments import image_tree
+from tiny_images import image_tree
 
 from nipq_search.errors import UserError
 from nipq_search.tasks import base, make_task

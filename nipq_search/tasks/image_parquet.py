@@ -10,7 +10,6 @@ import numpy as np
 
 from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.image_sources import (
-    INSTALL,
     Encoded,
     Found,
     Packed,
@@ -19,6 +18,7 @@ from nipq_search.tasks.image_sources import (
     check_classes,
     split_of,
 )
+from nipq_search.tasks.resources import needed
 
 
 def find_parquet(path: Path, wanted: Wanted, columns: tuple[str, str]) -> Found:
@@ -65,11 +65,9 @@ def find_parquet(path: Path, wanted: Wanted, columns: tuple[str, str]) -> Found:
 
 def _read(files: Sequence[Path], columns: tuple[str, str]) -> tuple[list[bytes], list[Any]]:
     """Encoded images and labels of one split's files, in order."""
-    try:
+    with needed("task image_folder", "vision"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UserError(f"task image_folder needs pyarrow to read Parquet: {INSTALL}") from error
     if columns[0] == columns[1]:
         raise UserError("task_args.label: names the same column as task_args.image")
     images: list[bytes] = []

@@ -30,8 +30,6 @@ NAMES = {
 }
 """What folders and files of a split are called, in order of preference."""
 
-INSTALL = "pip install 'nipq-search[vision]'"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:

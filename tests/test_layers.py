@@ -47,6 +47,9 @@ CORE = {"torch", "numpy"}
 OPTIONAL = {
     "tasks": {
         "sklearn",
+        "timm",
+        "PIL",
+        "safetensors",
         "pyarrow",
         "torchmetrics",
         "transformers",

@@ -18,6 +18,7 @@ from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.base import Task, check_task
 from nipq_search.tasks.digits import Digits
 from nipq_search.tasks.fashion_mnist import FashionMnist
+from nipq_search.tasks.image_folder import ImageFolder
 from nipq_search.tasks.language_modeling import (
     CausalLanguageModeling,
     MaskedLanguageModeling,
@@ -29,6 +30,7 @@ __all__ = ["TASKS", "Task", "check_task", "make_task", "register"]
 TASKS: dict[str, Callable[..., Task]] = {
     "digits": Digits,
     "fashion_mnist": FashionMnist,
+    "image_folder": ImageFolder,
     "text_classification": TextClassification,
     "masked_lm": MaskedLanguageModeling,
     "causal_lm": CausalLanguageModeling,

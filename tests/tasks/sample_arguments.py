@@ -9,7 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tiny_images import image_tree
 from tiny_language import TINY, prose, reviews, write_table, write_tokenizer
+
+
+def image_folder(folder: Path) -> dict[str, Any]:
+    """Class folders without splits, and a small model of timm's."""
+    tree = folder / "images"
+    if not tree.exists():
+        image_tree(tree, {".": 20})
+    return {"path": str(tree), "model": "test_efficientnet", "size": 32, "augment": "imagenet"}
 
 
 def text_classification(folder: Path) -> dict[str, Any]:
@@ -52,6 +61,7 @@ def causal_lm(folder: Path) -> dict[str, Any]:
 ARGUMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "causal_lm": causal_lm,
     "masked_lm": masked_lm,
+    "image_folder": image_folder,
     "text_classification": text_classification,
 }
 """By the name of the task in the registry; a task without an entry is built without arguments."""

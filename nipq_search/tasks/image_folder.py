@@ -1,0 +1,302 @@
+"""Classification of images that lie in folders, Parquet files or IDX files, with timm's models."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nipq_search.errors import UserError, nearest
+from nipq_search.tasks.arrays import Split, digest_splits
+from nipq_search.tasks.base import evaluating, move
+from nipq_search.tasks.image_arguments import check_choice, check_number, normalization
+from nipq_search.tasks.image_batches import Batch, ImageBatches, decoded
+from nipq_search.tasks.image_models import (
+    PRETRAINED,
+    ModelConfig,
+    Teacher,
+    check_name,
+    data_config,
+)
+from nipq_search.tasks.image_sources import Found, find
+from nipq_search.tasks.image_splits import ImageSplit, Place, choose, fingerprint, wanted_names
+from nipq_search.tasks.image_transforms import (
+    AUGMENTATIONS,
+    INTERPOLATIONS,
+    Crop,
+)
+from nipq_search.tasks.resources import needed, resolve
+
+FORMATS = ("folder", "parquet", "idx")
+CACHES = ("memory", "none")
+EVALUATION_BATCH = 256
+
+
+class ImageFolder:
+    """Images by class, and a model of timm's.
+
+    Batches are (images (B, 3, size, size) float32, labels (B,) int64).
+
+    Args:
+        path: a folder with `train`, `val` and `test` folders of class folders, or of class
+            folders alone; a Parquet file, or a folder of some; or a folder of IDX files.
+        model: timm's name of the model.
+        format: `folder`, `parquet` or `idx`; found out by default.
+        image: Parquet column of the images: bytes, or a struct with `bytes`.
+        label: Parquet column of the labels: integers or text.
+        weights: starting weights: None, `timm` for timm's own, a file, or `package://NAME/FILE`.
+        weights_order: the file's entries are the model's in order, whatever they are called.
+        teacher: timm's name of a model that teaches instead of the float model.
+        teacher_weights: as `weights`.
+        size: pixels of either side of the input.
+        validation: the folder that validates, or a share of the training images; by default the
+            folder that is named so, else a tenth.
+        test: likewise.
+        train_samples: most training images.
+        validation_samples: most validation images.
+        test_samples: most test images.
+        split_seed: decides what is a share, and which images `..._samples` keep.
+        augment: `none`; `light`, mirrored and moved by up to a sixteenth; or `imagenet`, random
+            resized crops, mirrored.
+        interpolation: way to resize; the model's own by default, as the next three.
+        crop_pct: share of the shorter side that the centre crop keeps.
+        mean: what is subtracted, for bytes scaled to 0..1; a number or one per channel.
+        std: what is divided by after that.
+        cache: `memory` keeps decoded images, `none` reads each from disk in every epoch.
+        workers: processes that read and decode where there is no cache.
+        label_smoothing: share of a label that goes to all classes alike, in training.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: greatest stochastic depth.
+        channels_last: memory layout that suits GPUs.
+    """
+
+    name = "image_folder"
+    metric: tuple[str, str] = ("accuracy", "max")
+    input_bits: int | None = 8
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        model: str,
+        format: str | None = None,
+        image: str = "image",
+        label: str = "label",
+        weights: str | None = None,
+        weights_order: bool = False,
+        teacher: str | None = None,
+        teacher_weights: str | None = PRETRAINED,
+        size: int = 224,
+        validation: Place = None,
+        test: Place = None,
+        train_samples: int | None = None,
+        validation_samples: int | None = None,
+        test_samples: int | None = None,
+        split_seed: int = 0,
+        augment: str = "none",
+        interpolation: str | None = None,
+        crop_pct: float | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        cache: str = "memory",
+        workers: int = 0,
+        label_smoothing: float = 0.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        channels_last: bool = False,
+    ) -> None:
+        """Check and keep the arguments; the data are read later."""
+        for module in ("timm", "PIL", "torchmetrics"):
+            with needed("task image_folder", "vision"):
+                importlib.import_module(module)
+        check_choice("format", format, (None, *FORMATS))
+        check_choice("cache", cache, CACHES)
+        check_choice("augment", augment, AUGMENTATIONS)
+        check_name(model, "model")
+        if teacher is not None:
+            check_name(teacher, "teacher")
+        known = data_config(model)
+        interpolation = interpolation or str(known.get("interpolation", "bicubic"))
+        check_choice("interpolation", interpolation, tuple(INTERPOLATIONS))
+        check_number("size", size, 1, 10_000)
+        check_number("workers", workers, 0, 1_000)
+        share = crop_pct if crop_pct is not None else float(known.get("crop_pct", 1.0))
+        check_number("crop_pct", share, 0.01, 1)
+        for key, rate in (
+            ("label_smoothing", label_smoothing),
+            ("drop_rate", drop_rate),
+            ("drop_path_rate", drop_path_rate),
+        ):
+            check_number(key, rate, 0, 0.999)
+        self.path = resolve(path, "task_args.path")
+        self.format, self.columns = format, (image, label)
+        self.places: tuple[Place, Place] = (validation, test)
+        self.wanted = wanted_names(validation, test)
+        self.caps = {
+            "train": train_samples,
+            "validation": validation_samples,
+            "test": test_samples,
+        }
+        self.split_seed = split_seed
+        self.crop = Crop(size=size, share=share, interpolation=interpolation)
+        self.normalization = normalization(known, mean, std)
+        self.augment, self.cache, self.workers = augment, cache, workers
+        self.label_smoothing, self.channels_last = label_smoothing, channels_last
+        self.model = ModelConfig(
+            name=model,
+            weights=weights,
+            weights_order=weights_order,
+            classes=0,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = ModelConfig(
+                name=teacher, weights=teacher_weights, classes=0, key="teacher_weights"
+            )
+        self._found: Found | None = None
+        self._splits: Mapping[str, ImageSplit | Split] | None = None
+
+    def load_data(self) -> None:
+        """List the images, and decode them where `cache` is `memory`; once."""
+        if self._splits is not None:
+            return
+        found = find(self.path, self.wanted, self.format, self.columns)
+        validation, test = self.places
+        chosen = choose(
+            found, validation=validation, test=test, caps=self.caps, seed=self.split_seed
+        )
+        self.classes = found.classes
+        self._splits = chosen
+        if self.cache == "memory":
+            threads = max(1, self.workers)
+            self._splits = {name: decoded(s, self.crop, threads) for name, s in chosen.items()}
+
+    def splits(self) -> Mapping[str, ImageSplit | Split]:
+        """Splits by name, read at the first call."""
+        self.load_data()
+        assert self._splits is not None
+        return self._splits
+
+    def split(self, name: str) -> ImageSplit | Split:
+        """One split; `UserError` for an unknown name."""
+        splits = self.splits()
+        if name not in splits:
+            raise UserError(f"no split named '{name}'{nearest(name, splits)}")
+        return splits[name]
+
+    def dataset(self) -> dict[str, Any]:
+        """Name, sizes of the splits, and a digest.
+
+        The digest covers every pixel where images are kept in memory. Of files that are read anew
+        in every epoch it covers names and labels alone.
+        """
+        splits = self.splits()
+        arrays = {name: split for name, split in splits.items() if isinstance(split, Split)}
+        files = {name: split for name, split in splits.items() if isinstance(split, ImageSplit)}
+        return {
+            "name": self.name,
+            "splits": {name: len(split) for name, split in splits.items()},
+            "digest": digest_splits(arrays) if arrays else fingerprint(files),
+        }
+
+    def build_model(self) -> nn.Module:
+        """The model for the data's classes, with its starting weights."""
+        self.load_data()
+        model = dataclasses.replace(self.model, classes=len(self.classes)).build()
+        return self._laid_out(model)
+
+    def build_teacher(self) -> nn.Module | None:
+        """The teacher in evaluation mode; None where the float model teaches."""
+        if self.teacher is None:
+            return None
+        self.load_data()
+        model = dataclasses.replace(self.teacher, classes=len(self.classes)).build()
+        own = normalization(data_config(self.teacher.name), None, None)
+        return self._laid_out(Teacher(model, own, self.normalization)).eval()
+
+    def _laid_out(self, model: nn.Module) -> nn.Module:
+        if not self.channels_last:
+            return model
+        return model.to(memory_format=torch.channels_last)
+
+    def example_inputs(self) -> tuple[Tensor]:
+        """One image of the training split, shape (1, 3, size, size)."""
+        images, _ = next(iter(self._batches("train", 1, None)))
+        return (images,)
+
+    def loader(self, split: str, batch_size: int, seed: int | None = None) -> ImageBatches:
+        """One epoch; `seed` orders and augments the training split and is unused elsewhere."""
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size} is not positive")
+        return self._batches(split, batch_size, seed if split == "train" else None, self.workers)
+
+    def _batches(
+        self, split: str, batch_size: int, seed: int | None, workers: int = 0
+    ) -> ImageBatches:
+        images = self.split(split)
+        cached = isinstance(images, Split)
+        return ImageBatches(
+            split=images,
+            # What is in memory has been cut out already.
+            crop=dataclasses.replace(self.crop, share=1.0) if cached else self.crop,
+            normalization=self.normalization,
+            batch_size=batch_size,
+            seed=seed,
+            augment=self.augment,
+            workers=0 if cached else workers,
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats, with smoothed labels where asked for."""
+        images, labels = batch
+        return F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
+
+    def distill_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy with the teacher's probabilities at temperature 1, in nats."""
+        images, _ = batch
+        with torch.no_grad():
+            probabilities = teacher(images).softmax(dim=1)
+        return F.cross_entropy(model(images), probabilities)
+
+    def num_samples(self, batch: Batch) -> int:
+        """Images in the batch."""
+        return len(batch[1])
+
+    def to_device(self, batch: Batch, device: torch.device | str) -> Batch:
+        """The batch on `device`, in the model's memory layout."""
+        images, labels = move(batch, device)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """`accuracy`, `top5` where there are more than 5 classes, and mean `loss` in nats."""
+        from torchmetrics import MeanMetric, Metric
+        from torchmetrics.classification import MulticlassAccuracy
+
+        parameter = next(model.parameters(), None)
+        device = parameter.device if parameter is not None else torch.device("cpu")
+        count = len(self.classes)
+        metrics: dict[str, Metric] = {
+            "accuracy": MulticlassAccuracy(count, average="micro"),
+            "loss": MeanMetric().set_dtype(torch.float64),
+        }
+        if count > 5:
+            metrics["top5"] = MulticlassAccuracy(count, top_k=5, average="micro")
+        for metric in metrics.values():
+            metric.to(device)
+        with evaluating(model):
+            for batch in self.loader(split, EVALUATION_BATCH):
+                images, labels = self.to_device(batch, device)
+                outputs = model(images).float()
+                losses = F.cross_entropy(outputs, labels, reduction="none")
+                for name, metric in metrics.items():
+                    metric.update(losses) if name == "loss" else metric.update(outputs, labels)
+        return {name: float(metric.compute()) for name, metric in metrics.items()}

@@ -123,9 +123,10 @@ def prepare(
         example_inputs: arguments of one forward: a tensor, a tuple, or a dict of keywords. Shapes
             count: costs are those of these inputs, per sample.
         config: how to quantize.
-        calibration: batches of inputs in the form of `example_inputs` (longer tuples, such as
-            `(images, labels)`, are cut, and other keywords left out), or a function that runs the model on data itself.
-            Default: the example inputs. Runs in eval mode and leaves random generators unchanged.
+        calibration: batches of inputs in the form of `example_inputs` (what is more in them, such
+            as the labels of `(images, labels)`, is left out), or a function that runs the model on
+            data itself. Default: the example inputs. Runs in eval mode and leaves random
+            generators unchanged.
 
     Raises:
         UserError: the model is prepared already, has lazy, meta, complex or integer parameters,

@@ -10,9 +10,9 @@ from nipq_search.quant.graph import FLOAT_BITS, Graph
 CONVENTION = 1
 """Version of the counting rules, printed beside every figure.
 
-A layer costs `MACs * weight bits * bits of the tensor consumed`, per sample. Raw uint8 input
-counts 8 bits and an operand in floating point 32. Biases, normalization and element-wise
-operations are not counted. 1 GBOPs is 1e9.
+A layer costs `MACs * weight bits * bits of the tensor consumed`, per sample; a product of two
+activations `MACs * bits * bits`. Raw uint8 input counts 8 bits and an operand in floating point
+32. Biases, normalization and element-wise operations are not counted. 1 GBOPs is 1e9.
 """
 
 
@@ -23,7 +23,8 @@ def bops_terms(graph: Graph, bits: Bits) -> dict[str, Any]:
         return FLOAT_BITS if tensor is None else bits[tensor]
 
     return {
-        layer.name: layer.macs * width(layer.weight) * width(layer.input) for layer in graph.layers
+        layer.name: layer.macs * width(layer.weight or layer.second) * width(layer.input)
+        for layer in graph.layers
     }
 
 

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 
 def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
-    """A row per layer: name, kind, macs, weight_bits, activation_bits, bops, weight_bytes.
+    """A row per layer: name, kind, macs, weight_bits, activation_bits, bops, weight_bytes, ...
 
-    Bits are null for an operand that does not exist or is in floating point; raw uint8 input
-    shows its 8 bits.
+    `second_activation_bits` is of the other operand in a product of two activations, and `why`
+    says why the layer stays in floating point. Bits are null for an operand that does not exist or
+    is in floating point; raw uint8 input shows its 8 bits. A weight that several layers use has
+    its bytes at the first one.
     """
     complete: Mapping[str, Any] = complete_bits(graph, bits)
     bops = bops_terms(graph, complete)
@@ -31,6 +33,7 @@ def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
             return None
         return int(complete[tensor])
 
+    first_use = {layer.weight: layer.name for layer in reversed(graph.layers)}
     return [
         {
             "name": layer.name,
@@ -40,8 +43,10 @@ def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
             "activation_bits": shown(layer.input),
             "bops": bops[layer.name],
             "weight_bytes": 0
-            if layer.weight is None
+            if layer.weight is None or first_use[layer.weight] != layer.name
             else graph.tensors[layer.weight].numel * complete[layer.weight] / 8,
+            "second_activation_bits": shown(layer.second),
+            "why": layer.why,
         }
         for layer in graph.layers
     ]
@@ -50,8 +55,9 @@ def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
 def profile(model: nn.Module) -> pandas.DataFrame:
     """Table of a prepared model's layers at their hard bit-widths; see `layer_rows`.
 
-    MACs and BOPs are per sample (convention 1), bytes those of the packed weight alone. The row
-    `(unconverted)`, if any, holds multiplications that stay in floating point.
+    MACs and BOPs are per sample (convention 1), bytes those of the packed weight alone. Rows with
+    a text in `why` are multiplications that stay in floating point; `(unconverted)` is what no
+    Python function showed.
 
     Raises:
         UserError: pandas is not installed.

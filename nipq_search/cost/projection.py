@@ -74,13 +74,24 @@ class _Projection:
 
     def __init__(self, graph: Graph, budget: Budget, scales: Mapping[str, float]) -> None:
         self.graph, self.budget, self.scales = graph, budget, scales
-        self.allowed = {name: t.allowed for name, t in graph.tensors.items() if t.allowed}
+        # A group moves as one: its first tensor stands for it.
+        self.members: dict[str, list[str]] = {}
+        for name, tensor in graph.tensors.items():
+            if tensor.allowed:
+                self.members.setdefault(tensor.group or name, []).append(name)
+        self.allowed = {name: graph.tensors[name].allowed for name in self.members}
         self.additive = all(get_cost(name).combine is sum_terms for name in budget)
         self.partners = {name: {name} for name in self.allowed}
+        unit = {member: name for name, members in self.members.items() for member in members}
         for layer in graph.layers:
-            operands = {n for n in (layer.weight, layer.input) if n in self.partners and n}
-            for operand in operands:
-                self.partners[operand] |= operands
+            operands = {layer.weight, layer.input, layer.second} - {None}
+            units = {unit[n] for n in operands if n in unit}
+            for name in units:
+                self.partners[name] |= units
+
+    def moved(self, bits: dict[str, int], name: str, width: int) -> dict[str, int]:
+        """`bits` with a tensor, and the rest of its group, at another width."""
+        return {**bits, **dict.fromkeys(self.members[name], width)}
 
     def neighbour(self, bits: dict[str, int], name: str, up: bool) -> int | None:
         """The next allowed width of a tensor, or None at the end of its set."""
@@ -111,7 +122,8 @@ class _Projection:
 
     def loss_change(self, name: str, before: int, after: int) -> float:
         """Predicted change of the loss."""
-        return self.scales[name] * (4.0**-after - 4.0**-before)
+        scale = sum(self.scales[member] for member in self.members[name])
+        return scale * (4.0**-after - 4.0**-before)
 
     def touched(self, name: str) -> set[str]:
         """Tensors whose effect on a cost changes when the bit-width of `name` does.
@@ -123,17 +135,17 @@ class _Projection:
     def descend(self, bits: dict[str, int]) -> None:
         """Lower the tensor that loses least per unit of excess cost, until the budget holds."""
         rates: dict[str, tuple[float, int]] = {}
-        stale = set(bits)
+        stale = set(self.allowed)
         broken: set[str] = set()
         while (now := self.excess(bits)) > 0:
             if broken != (still := {n for n, ratio in self.ratios(bits).items() if ratio > 1}):
-                broken, stale = still, set(bits)
+                broken, stale = still, set(self.allowed)
             for name in stale:
                 rates.pop(name, None)
                 after = self.neighbour(bits, name, up=False)
                 if after is None:
                     continue
-                saved = now - self.excess({**bits, name: after})
+                saved = now - self.excess(self.moved(bits, name, after))
                 if saved > 0:
                     rates[name] = (self.loss_change(name, bits[name], after) / saved, after)
             if rates:
@@ -141,10 +153,10 @@ class _Projection:
                 after = rates[name][1]
             else:
                 # Rounding up to whole units hides the saving of tiny tensors: lower the widest.
-                lower = {n: self.neighbour(bits, n, up=False) or 0 for n in bits}
+                lower = {n: self.neighbour(bits, n, up=False) or 0 for n in self.allowed}
                 name = max(lower, key=lambda n: (lower[n], n))
                 after = lower[name]
-            bits[name] = after
+            bits.update(self.moved({}, name, after))
             stale = self.touched(name)
 
     def ascend(self, bits: dict[str, int], free: bool) -> None:
@@ -154,7 +166,7 @@ class _Projection:
         raise that does not fit never fits later, for costs only grow here.
         """
         rates: dict[str, tuple[float, int]] = {}
-        stale = set(bits)
+        stale = set(self.allowed)
         while True:
             now = self.ratios(bits)
             for name in stale:
@@ -162,7 +174,7 @@ class _Projection:
                 after = self.neighbour(bits, name, up=True)
                 if after is None:
                     continue
-                then = self.ratios({**bits, name: after})
+                then = self.ratios(self.moved(bits, name, after))
                 paid = max(then[cost] - now[cost] for cost in now)
                 if max(then.values()) <= 1 and (paid > 0 or free):
                     gain = -self.loss_change(name, bits[name], after)
@@ -170,11 +182,11 @@ class _Projection:
             while rates:
                 name = max(rates, key=lambda n: (rates[n][0], n))
                 after = rates.pop(name)[1]
-                if usage(self.graph, {**bits, name: after}, self.budget) <= 1:
+                if usage(self.graph, self.moved(bits, name, after), self.budget) <= 1:
                     break
             else:
                 return
-            bits[name] = after
+            bits.update(self.moved({}, name, after))
             stale = self.touched(name)
 
 
@@ -194,7 +206,11 @@ def project(
     """
     check_reachable(graph, budget)
     work = _Projection(graph, budget, error_scales(soft, marginal))
-    bits = {name: nearest_bits(soft[name], allowed) for name, allowed in work.allowed.items()}
+    bits = {
+        member: nearest_bits(soft[name], work.allowed[name])
+        for name, members in work.members.items()
+        for member in members
+    }
     work.descend(bits)
     work.ascend(bits, free=False)
     if usage(graph, bits, budget) < FULL:
@@ -233,8 +249,10 @@ def is_tight(graph: Graph, bits: dict[str, int], budget: Budget) -> bool:
         return False
     if used >= FULL:
         return True
-    for name, tensor in graph.tensors.items():
-        for width in tensor.allowed:
-            if width > bits.get(name, 99) and usage(graph, {**bits, name: width}, budget) <= 1:
+    work = _Projection(graph, budget, dict.fromkeys(bits, 1.0))
+    for name, allowed in work.allowed.items():
+        for width in allowed:
+            raised = work.moved(bits, name, width)
+            if width > bits[name] and usage(graph, raised, budget) <= 1:
                 return False
     return True

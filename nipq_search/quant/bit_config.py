@@ -9,7 +9,10 @@ from torch import nn
 
 from nipq_search.errors import UserError, nearest
 from nipq_search.quant.bit_width import BitWidth
+from nipq_search.quant.graph import Graph
 from nipq_search.quant.prepare import M, quant_state, quantizers
+
+PARTS = ("weights", "activations")
 
 
 def bit_config(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -17,16 +20,27 @@ def bit_config(model: nn.Module) -> dict[str, dict[str, int]]:
 
     Returns:
         `{"weights": {layer: bits}, "activations": {layer: bits}}`; an activation that several
-        layers consume stands under each of them. Layers in float are left out.
+        layers consume stands under each of them. The second operand of a product of two
+        activations is `<layer>.second`, a residual sum stands under its own name. Layers in float
+        are left out.
     """
     hard = {name: quantizer.bits.hard() for name, quantizer in quantizers(model).items()}
-    result: dict[str, dict[str, int]] = {"weights": {}, "activations": {}}
-    for layer in quant_state(model).graph.layers:
-        if layer.weight in hard:
-            result["weights"][layer.name] = hard[layer.weight]
-        if layer.input in hard:
-            result["activations"][layer.name] = hard[layer.input]
-    return result
+    graph = quant_state(model).graph
+    return {
+        part: {
+            key: hard[tensor] for key, tensor in _entries(graph, part).items() if tensor in hard
+        }
+        for part in PARTS
+    }
+
+
+def _entries(graph: Graph, part: str) -> dict[str, str | None]:
+    """Tensors by the names that a bit configuration gives them."""
+    if part == "weights":
+        return {layer.name: layer.weight for layer in graph.layers}
+    entries = {layer.name: layer.input for layer in graph.layers}
+    entries |= {f"{layer.name}.second": layer.second for layer in graph.layers}
+    return entries | {n: n for n, tensor in graph.tensors.items() if tensor.role == "addition"}
 
 
 def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) -> M:
@@ -44,13 +58,14 @@ def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) 
     """
     found = quantizers(model)
     wanted: dict[str, int] = {}
-    for part in ("weights", "activations"):
+    groups = {name: tensor.group for name, tensor in quant_state(model).graph.tensors.items()}
+    for part in PARTS:
         if not isinstance(bits.get(part), Mapping):
             raise UserError(f"bit config: '{part}' is missing; expected weights and activations")
         known = {
-            layer.name: tensor
-            for layer in quant_state(model).graph.layers
-            if (tensor := layer.weight if part == "weights" else layer.input) in found
+            key: tensor
+            for key, tensor in _entries(quant_state(model).graph, part).items()
+            if tensor in found
         }
         for layer, width in bits[part].items():
             if layer not in known:
@@ -62,6 +77,11 @@ def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) 
                 raise UserError(
                     f"bit config: {part}.{layer}: {width} bits, but another layer that consumes "
                     f"the same tensor has {wanted[tensor]}"
+                )
+            group = groups.get(tensor) or tensor
+            if wanted.setdefault(group, width) != width:
+                raise UserError(
+                    f"bit config: {part}.{layer}: {width} bits, but its group has {wanted[group]}"
                 )
             _check(found[tensor].bits, width, freeze, f"bit config: {part}.{layer}")
         missing = known.keys() - bits[part].keys()

@@ -44,6 +44,7 @@ class BitWidth(nn.Module):
         allowed: allowed widths, ascending.
         start: width at the start.
         learned: whether gradient descent moves it.
+        key: number of this bit-width in the model, part of the key of its draws.
     """
 
     theta: nn.Parameter | None
@@ -52,10 +53,13 @@ class BitWidth(nn.Module):
     marginal: Tensor
     _allowed: Tensor
 
-    def __init__(self, allowed: tuple[int, ...], start: float = 8.0, learned: bool = True) -> None:
+    def __init__(
+        self, allowed: tuple[int, ...], start: float = 8.0, learned: bool = True, key: int = 0
+    ) -> None:
         """Start at `start`, or at the nearest allowed width where nothing is learned."""
         super().__init__()
-        self.allowed = allowed
+        self.allowed, self.key = allowed, key
+        self.start, self.wanted = start, learned
         self.learned = learned and len(allowed) > 1
         self.register_parameter("theta", None)
         self.register_buffer("fixed", None)
@@ -63,9 +67,12 @@ class BitWidth(nn.Module):
         self.register_buffer("marginal", torch.zeros(1))
         self.register_buffer("_allowed", torch.tensor(allowed, dtype=torch.float32), False)
         self._marginal_step = -1
+        # Theta, while no optimizer may find it: thawing restores it, and with it a tie.
+        self._home: tuple[nn.Parameter, ...] = ()
         self._width: int | None = None  # the integer buffer as a number: no device is asked
         if self.learned:
             self.theta = nn.Parameter(torch.zeros(1))
+            self._home = (self.theta,)
         else:
             self.fixed = torch.zeros(1, dtype=torch.int64)
         self.start_at(start)
@@ -103,6 +110,12 @@ class BitWidth(nn.Module):
                 self.marginal.mul_(0.98)
             bits.register_hook(self._observe)  # type: ignore[no-untyped-call]
         return bits
+
+    def tie(self, other: BitWidth) -> None:
+        """Learn one bit-width with `other`, which has the same allowed set."""
+        if self.theta is not None:
+            self.theta = other.theta
+            self._home = other._home
 
     def _observe(self, grad: Tensor) -> None:
         self.marginal.add_(grad.detach(), alpha=0.02)
@@ -149,7 +162,7 @@ class BitWidth(nn.Module):
         elif self.is_frozen:
             self.frozen = None
             if self.learned:
-                self.theta = nn.Parameter(torch.zeros_like(self._allowed[:1]))
+                self.theta = self._home[0]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         width = self.fixed if self.frozen is None else self.frozen
         self._width = None if width is None else int(width)

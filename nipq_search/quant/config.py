@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -103,8 +102,17 @@ class QuantConfig:
         quantizer: `nipq` or `lsq`.
         weights: how weights are quantized.
         activations: how the inputs of layers are quantized.
-        pin: layer-name pattern (as in `fnmatch`) to a fixed bit-width, or to `float`. It holds
-            for the layer's weight and for its input; the first pattern that matches counts.
+        pin: pattern of layers to a fixed bit-width, or to `float`. It holds for the layer's
+            weight and for what it consumes; the first pattern that matches counts. A pattern is
+            one of names (as in `fnmatch`), `kind:` and one of kinds, `order:first` or
+            `order:last`.
+        exclude: patterns of layers that stay in float.
+        include: patterns of the only layers that are quantized; empty for all.
+        products: whether products of two activations, as in attention, are quantized.
+        residuals: whether residual sums are quantized: both terms with one quantizer.
+        groups: tensors that share one bit-width: `qkv` (projections that one attention
+            multiplies and that consume one tensor), `residual` (sums along one residual
+            stream), a pattern of layers, or a list of such patterns.
         proxy: law of the noise that NIPQ trains with.
         start_bits: bit-width at the start, clipped to [5 %, 95 %] of the allowed span.
         input_bits: 8 where the model's raw input is uint8 data, which then stays as it is and
@@ -118,6 +126,11 @@ class QuantConfig:
     weights: WeightConfig = field(default_factory=WeightConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     pin: Mapping[str, int | str] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    products: bool = True
+    residuals: bool = False
+    groups: tuple[str | tuple[str, ...], ...] = ()
     proxy: Proxy = Proxy.UNIFORM
     start_bits: float = 8.0
     input_bits: int | None = None
@@ -131,6 +144,13 @@ class QuantConfig:
         object.__setattr__(self, "proxy", _choice(Proxy, self.proxy, "quant.proxy"))
         if not 1.0 <= self.start_bits <= 16.0:
             raise UserError("quant.start_bits: must be between 1 and 16")
+        for name in ("exclude", "include", "groups"):
+            if isinstance(getattr(self, name), str):
+                raise UserError(f"quant.{name}: give a list of patterns, such as ['head*']")
+        if "residual" in self.groups and not self.residuals:
+            raise UserError(
+                "quant.groups: residual sums are not quantized; add `residuals: true` to quant"
+            )
         if self.input_bits is not None:
             check_bits((self.input_bits,), "quant.input_bits")
         for pattern, bits in self.pin.items():
@@ -141,10 +161,3 @@ class QuantConfig:
             check_bits((bits,), f"quant.pin.{pattern}")
             if bits < 2:
                 raise UserError(f"quant.pin.{pattern}: weights need at least 2 bits")
-
-    def pin_of(self, layer: str) -> int | str | None:
-        """The pin of the layer named `layer`: a bit-width, `float`, or None."""
-        for pattern, bits in self.pin.items():
-            if fnmatch.fnmatchcase(layer, pattern):
-                return bits
-        return None

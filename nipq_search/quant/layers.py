@@ -1,14 +1,17 @@
 """Quantized layers. Conversion swaps a module's class, so names, hooks and references stay.
 
-To support another kind of layer add a class and a line in `LAYERS`.
+The layers that models are mostly made of have a class here, which torch.compile can see through.
+Everything else that multiplies, subclasses of these layers included, goes by `sites.py`.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from nipq_search.quant.quantizer import FakeQuantizer
+from nipq_search.quant.sites import inside_owner
 
 
 class QuantLayer(nn.Module):
@@ -19,17 +22,22 @@ class QuantLayer(nn.Module):
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | None
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """The operand that the layer consumes."""
-        if self.input_quantizer is None:
-            return x
-        quantized: Tensor = self.input_quantizer(x)
-        return quantized
+    def forward(self, input: Tensor) -> Tensor:
+        """Shapes as in the float layer."""
+        if not torch.compiler.is_compiling() and inside_owner():
+            # The owner of sites around this layer must not take its multiplication for its own.
+            with torch._C.DisableTorchFunction():
+                return self._quantized(input)
+        return self._quantized(input)
 
-    def quantized_weight(self) -> Tensor:
-        """The weight that the layer multiplies with."""
-        quantized: Tensor = self.weight_quantizer(self.weight)
-        return quantized
+    def _quantized(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return self.product(x, self.weight_quantizer(self.weight))
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The float layer's computation with the given operands."""
+        raise NotImplementedError
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -37,42 +45,35 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     kind = "linear"
 
-    def forward(self, input: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Shapes as in `nn.Linear`."""
-        return nnf.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return nnf.linear(x, weight, self.bias)
 
 
-class QuantConv1d(QuantLayer, nn.Conv1d):
+class QuantConv(QuantLayer):
+    """A convolution with quantized weight and input."""
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Shapes as in the float convolution."""
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[operator, no-any-return]
+
+
+class QuantConv1d(QuantConv, nn.Conv1d):
     """A 1-D convolution with quantized weight and input."""
 
     kind = "conv1d"
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Shapes as in `nn.Conv1d`."""
-        x, weight = self.quantized_input(input), self.quantized_weight()
-        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
 
-
-class QuantConv2d(QuantLayer, nn.Conv2d):
+class QuantConv2d(QuantConv, nn.Conv2d):
     """A 2-D convolution with quantized weight and input."""
 
     kind = "conv2d"
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Shapes as in `nn.Conv2d`."""
-        x, weight = self.quantized_input(input), self.quantized_weight()
-        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
 
-
-class QuantConv3d(QuantLayer, nn.Conv3d):
+class QuantConv3d(QuantConv, nn.Conv3d):
     """A 3-D convolution with quantized weight and input."""
 
     kind = "conv3d"
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Shapes as in `nn.Conv3d`."""
-        x, weight = self.quantized_input(input), self.quantized_weight()
-        return self._conv_forward(x, weight, self.bias)  # type: ignore[no-any-return]
 
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {

@@ -49,12 +49,10 @@ class LSQ(FakeQuantizer):
         levels = self._levels(self.bits.hard())
         return self.initial / (levels if self.grid is Grid.AFFINE else levels**0.5)
 
-    def alpha(self, x: Tensor) -> Tensor:
+    def alpha(self, served: float = 1.0) -> Tensor:
         """The truncation boundary, shape (channels,), its gradient scaled as published."""
         levels = self._levels(self.bits.hard())
-        served = self.channels if self.name.endswith(".weight") else max(1, len(x))
-        count = max(1.0, x.numel() / served)
-        return scale_gradient(self.step.abs(), (count * levels) ** -0.5) * levels
+        return scale_gradient(self.step.abs(), (served * levels) ** -0.5) * levels
 
     @contextmanager
     def _same_boundary(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from nipq_search.quant.noise import (
     residual_noise,
     uniform_noise,
 )
-from nipq_search.quant.quantizer import FakeQuantizer
+from nipq_search.quant.quantizer import FakeQuantizer, Placement
 from nipq_search.quant.statistics import TensorStatistics
 
 
@@ -41,16 +41,16 @@ class NIPQ(FakeQuantizer):
         self.start.copy_(statistics.alpha.expand(self.channels))
         self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
 
-    def alpha(self, x: Tensor) -> Tensor:
+    def alpha(self, served: float = 1.0) -> Tensor:
         """The truncation boundary, shape (channels,)."""
         return self.start * torch.nn.functional.softplus(self.boundary)
 
     @not_compiled
-    def train_forward(self, x: Tensor) -> Tensor:
+    def train_forward(self, x: Tensor, place: Placement) -> Tensor:
         """Add noise at a sampled bit-width."""
         clock = self.clock
-        u = centered_uniform(clock.key(self.key, 0))
-        range_ = self.range(x, self.bits.sample(u, clock.step))
+        u = centered_uniform(clock.key(self.bits.key, 0))
+        range_ = self.range(x, place, self.bits.sample(u, clock.step))
         key = clock.key(self.key, 1)
         if self.proxy == "empirical":
             noise = residual_noise(x, range_.step, range_.low, range_.high, key)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
-import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from nipq_search.errors import UserError, nearest
+from nipq_search.errors import UserError
 from nipq_search.quant.bit_width import BitWidth
-from nipq_search.quant.config import FLOAT, Granularity, QuantConfig, Start
-from nipq_search.quant.graph import FLOAT_BITS, Graph, LayerInfo, TensorInfo
-from nipq_search.quant.layers import LAYERS, QuantLayer, convert
+from nipq_search.quant.build import Builder
+from nipq_search.quant.config import QuantConfig
+from nipq_search.quant.flow import tensors_in
+from nipq_search.quant.graph import Graph
+from nipq_search.quant.layers import LAYERS, QuantLayer
 from nipq_search.quant.noise import NoiseClock, not_compiled
-from nipq_search.quant.quantizer import QUANTIZERS, FakeQuantizer
-from nipq_search.quant.statistics import Observer, weight_statistics
-from nipq_search.quant.trace import Trace, as_arguments, trace, unchanged_mode
+from nipq_search.quant.quantizer import FakeQuantizer
+from nipq_search.quant.sites import Owner
+from nipq_search.quant.statistics import Observer
+from nipq_search.quant.trace import as_arguments, trace, unchanged_mode
 
 STATE = "quant_state"
 """Name of the submodule that `prepare` adds to the root."""
@@ -92,121 +95,6 @@ def _tick(module: nn.Module, args: Any) -> None:
         getattr(module, STATE).clock.step += 1
 
 
-class _Builder:
-    """Builds quantizers and the graph from a trace; one per call of `prepare`."""
-
-    def __init__(self, model: nn.Module, found: Trace, config: QuantConfig) -> None:
-        self.model, self.found, self.config = model, found, config
-        self.clock = NoiseClock(config.seed)
-        self.tensors: dict[str, TensorInfo] = {}
-        self.layers: list[LayerInfo] = []
-        self.activations: dict[str, FakeQuantizer] = {}
-        self.keys = itertools.count()
-        for pattern in config.pin:
-            if not fnmatch.filter(found.layers, pattern):
-                hint = nearest(pattern.strip("*"), found.layers)
-                raise UserError(f"quant.pin.{pattern}: no layer has such a name{hint}")
-        self.pins = {name: config.pin_of(name) for name in found.layers}
-        self.consumers: dict[Any, list[str]] = {}
-        for name in found.layers:
-            self.consumers.setdefault(self._key(name), []).append(name)
-
-    def _key(self, layer: str) -> Any:
-        """Layers with equal keys consume the same tensor; a layer called twice has its own."""
-        inputs = set(self.found.layers[layer].inputs)
-        return inputs.pop() if len(inputs) == 1 else layer
-
-    def _quantizer(self, name: str, allowed: tuple[int, ...], channels: int) -> FakeQuantizer:
-        kind = QUANTIZERS[self.config.quantizer]
-        bits = BitWidth(allowed, self.config.start_bits, learned=kind.learns_bits)
-        key = next(self.keys)
-        return kind(name, bits, channels, self.clock, key, self.config.proxy.value)
-
-    def _weight(self, layer: str, module: Any) -> FakeQuantizer:
-        config, pin = self.config.weights, self.pins[layer]
-        allowed = config.bits if pin is None else (int(pin),)
-        per_channel = config.granularity is Granularity.PER_CHANNEL
-        weight = module.weight
-        quantizer = self._quantizer(f"{layer}.weight", allowed, len(weight) if per_channel else 1)
-        quantizer.initialize(weight_statistics(weight, per_channel, config.start is Start.MSE))
-        self.tensors[quantizer.name] = TensorInfo(
-            name=quantizer.name,
-            role="weight",
-            numel=weight.numel(),
-            scales=quantizer.channels,
-            allowed=allowed,
-        )
-        return quantizer
-
-    def _activation(self, layer: str) -> tuple[str, FakeQuantizer | None]:
-        """Name and quantizer of a layer's input; one for all layers that consume the tensor."""
-        key, call = self._key(layer), self.found.layers[layer]
-        name = f"{self.consumers[key][0]}.input"
-        in_float = self.pins[layer] == FLOAT
-        fixed: int | None = FLOAT_BITS if in_float else None
-        if self.config.input_bits is not None and self.found.raw.issuperset(call.inputs):
-            fixed = self.config.input_bits
-        elif in_float and any(self.pins[other] != FLOAT for other in self.consumers[key]):
-            name = f"{layer}.input"  # beside the quantized tensor the float one is kept
-        if fixed is not None:
-            self.tensors[name] = TensorInfo(
-                name=name, role="activation", numel=call.input_numel, fixed_bits=fixed
-            )
-            return name, None
-        quantized = [other for other in self.consumers[key] if self.pins[other] != FLOAT]
-        name = f"{quantized[0]}.input"
-        if name in self.activations:
-            return name, self.activations[name]
-        pins = {self.pins[other] for other in quantized} - {None}
-        if len(pins) > 1:
-            raise UserError(
-                f"quant.pin: {', '.join(quantized)} consume the same tensor and are pinned to "
-                "different bit-widths; pin them alike"
-            )
-        allowed = (int(pins.pop() or 0),) if pins else self.config.activations.bits
-        quantizer = self.activations[name] = self._quantizer(name, allowed, 1)
-        self.tensors[name] = TensorInfo(
-            name=name, role="activation", numel=call.input_numel, scales=1, allowed=allowed
-        )
-        return name, quantizer
-
-    def _layer(self, layer: str, module: Any) -> None:
-        """Convert one layer in place, unless it is pinned to float, and note it."""
-        kind = LAYERS[type(module)].kind
-        source, activation = self._activation(layer)
-        weight = f"{layer}.weight"
-        if self.pins[layer] == FLOAT:
-            numel = module.weight.numel()
-            self.tensors[weight] = TensorInfo(
-                name=weight, role="weight", numel=numel, fixed_bits=FLOAT_BITS
-            )
-        else:
-            convert(module, self._weight(layer, module), activation)
-        macs = self.found.layers[layer].macs
-        self.layers.append(
-            LayerInfo(name=layer, kind=kind, macs=macs, weight=weight, input=source)
-        )
-
-    def build(self) -> Graph:
-        """Convert every layer in place and return the graph."""
-        modules = dict(self.model.named_modules())
-        weights = {id(modules[layer].weight) for layer in self.found.layers}
-        others = sum(p.numel() for p in self.model.parameters() if id(p) not in weights)
-        for layer in self.found.layers:
-            self._layer(layer, modules[layer])
-        for index, numel in enumerate(self.found.additions):
-            name = f"(addition {index})"
-            self.tensors[name] = TensorInfo(
-                name=name, role="addition", numel=numel, fixed_bits=FLOAT_BITS
-            )
-        if macs := self.found.unconverted_macs:
-            name = "(unconverted)"
-            self.layers.append(
-                LayerInfo(name=name, kind="functional", macs=macs, weight=None, input=None)
-            )
-        return Graph(layers=tuple(self.layers), tensors=self.tensors, float_parameters=others)
-
-
 def prepare(
     model: nn.Module,
     example_inputs: Any,
@@ -215,8 +103,10 @@ def prepare(
 ) -> nn.Module:
     """Return a copy of `model` that learns bit-widths and truncation boundaries.
 
-    Every convolution and linear layer quantizes its weight and its input. Layers that consume the
-    same tensor share one quantizer for it.
+    Every multiplication by a weight quantizes the weight and the other operand, every product of
+    two activations both of them, every embedding its table: in layers of torch and wherever else
+    the model's own code multiplies. Layers that consume the same tensor share one quantizer for
+    it, and so do layers that share a weight. What stays in float is in `profile`, with the reason.
 
     Args:
         model: any float module; it is not changed.
@@ -228,23 +118,24 @@ def prepare(
             Default: the example inputs. Runs in eval mode and leaves random generators unchanged.
 
     Raises:
-        UserError: the model is prepared already, does not run on the example, has nothing to
-            quantize, a pin matches no layer or contradicts another, or calibration has no data.
+        UserError: the model is prepared already, has lazy, meta, complex or integer parameters,
+            does not run on the example, has nothing to quantize, a pattern matches no layer or
+            contradicts another, or calibration has no data.
     """
     config = config or QuantConfig()
-    if any(isinstance(module, (QuantState, QuantLayer)) for module in model.modules()):
-        raise UserError("the model is prepared already; prepare the float model")
+    check_model(model, example_inputs)
     prepared = copy.deepcopy(model)
     for module in prepared.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             # Its fused inference kernel reads the float weights, past the quantizers.
             module.activation_relu_or_gelu = 0
     found = trace(prepared, example_inputs)
-    if not found.layers:
+    builder = Builder(prepared, found, config)
+    graph = builder.build()
+    if not any(layer.macs for layer in graph.layers):
         kinds = ", ".join(sorted(kind.__name__ for kind in LAYERS))
         raise UserError(f"the model has nothing to quantize: it runs none of {kinds}")
-    builder = _Builder(prepared, found, config)
-    graph = builder.build()
+    warn_of_float_work(graph)
     setattr(prepared, STATE, QuantState(graph, config, builder.clock))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     prepared.to(device)
@@ -253,15 +144,52 @@ def prepare(
     return prepared
 
 
+def check_model(model: nn.Module, example_inputs: Any) -> None:
+    """Raise `UserError` for a model that cannot be prepared."""
+    if any(isinstance(module, (QuantState, QuantLayer, Owner)) for module in model.modules()):
+        raise UserError("the model is prepared already; prepare the float model")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise UserError(f"{name}: a lazy module; run the model once on a batch before prepare")
+        if tensor.is_meta:
+            raise UserError(f"{name}: on the meta device; load the weights before prepare")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"{name}: {kind} parameters cannot be quantized; use float32")
+    for x in tensors_in(example_inputs):
+        if x.is_complex():
+            raise UserError(
+                "example_inputs: complex numbers cannot be quantized; give real and imaginary "
+                "parts as channels"
+            )
+
+
+def warn_of_float_work(graph: Graph) -> None:
+    """Warn of multiplications that stay in float though nobody asked for it."""
+    unasked = ("by ", "quant.")
+    left = [x for x in graph.layers if x.why and x.macs and not any(w in x.why for w in unasked)]
+    if left:
+        total = sum(layer.macs for layer in graph.layers)
+        share = 100 * sum(layer.macs for layer in left) / total
+        reasons = "; ".join(f"{layer.name}: {layer.why}" for layer in left[:2])
+        more = f"; and {len(left) - 2} more" if len(left) > 2 else ""
+        warnings.warn(
+            f"{share:.2g} % of the multiplications stay in float and count 32 x 32 bits "
+            f"({reasons}{more}; see `profile`)",
+            stacklevel=3,
+        )
+
+
 def calibrate(
     model: nn.Module,
     example_inputs: Any,
     calibration: Iterable[Any] | Callable[[nn.Module], None] | None,
 ) -> None:
     """Give every activation quantizer its grid and boundary; see `prepare`."""
-    graph, config = quant_state(model).graph, quant_state(model).config
+    config = quant_state(model).config
     found = quantizers(model)
-    observers = {n: Observer() for n in found if graph.tensors[n].role == "activation"}
+    observers = {n: Observer() for n, q in found.items() if q.role != "weight"}
     for name, quantizer in found.items():
         # Weights stay in float meanwhile: boundaries come from the float model's activations.
         quantizer.observer = observers.get(name, _ignore)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,20 @@ from nipq_search.quant.statistics import TensorStatistics
 _GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
 
 
+class Placement(NamedTuple):
+    """Which boundary serves which element: channels lie along `axis`, or `rows` names them."""
+
+    axis: int = 0
+    rows: Tensor | None = None
+
+
 class FakeQuantizer(nn.Module, abc.ABC):
     """Quantizes one tensor in floating point. Subclasses own the boundary's parameter.
 
     Args:
         name: name of the tensor, for example `conv1.weight` or `conv1.input`.
         bits: its bit-width.
-        channels: number of boundaries: 1, or the size of dimension 0 of a weight.
+        channels: number of boundaries: 1, or the number of a weight's output channels.
         clock: the model's noise clock.
         key: number of this tensor in the model, part of the key of its noise.
         proxy: law of the noise, for quantizers that have one.
@@ -51,6 +58,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
         self.name, self.channels, self.key, self.proxy = name, channels, key, proxy
         self.bits = bits
         self.clock = clock
+        self.role = "activation"
         self.observer: Callable[[Tensor], None] | None = None
         self.register_buffer("minimum", torch.zeros(1))
         self.register_buffer("grid_code", torch.zeros(1, dtype=torch.int64))
@@ -69,21 +77,41 @@ class FakeQuantizer(nn.Module, abc.ABC):
         """Give the boundary its starting value."""
 
     @abc.abstractmethod
-    def alpha(self, x: Tensor) -> Tensor:
-        """The truncation boundary, shape (channels,), with the gradient that training uses."""
+    def alpha(self, served: float = 1.0) -> Tensor:
+        """The truncation boundary, shape (channels,), with the gradient that training uses.
 
-    def train_forward(self, x: Tensor) -> Tensor:
+        Args:
+            served: elements that one boundary serves; of an activation those of one sample.
+        """
+
+    def train_forward(self, x: Tensor, place: Placement) -> Tensor:
         """What an unfrozen quantizer computes in training mode."""
-        return hard_quantize(x, self.range(x))
+        return hard_quantize(x, self.range(x, place))
 
-    def range(self, x: Tensor, bits: Tensor | None = None) -> Range:
+    def range(
+        self, x: Tensor, place: Placement | None = None, bits: Tensor | None = None
+    ) -> Range:
         """The quantization range at `bits` (default: the hard width), broadcastable to `x`."""
-        alpha = self.alpha(x)
+        place = place or Placement()
+        alpha = self.alpha(self._served(x, place))
         if bits is None:
             bits = alpha.new_tensor([float(self.bits.hard())])
         if self.channels > 1:
-            alpha = alpha.view(-1, *[1] * (x.dim() - 1))
+            if place.rows is not None:
+                alpha = alpha[place.rows]
+            shape = [1] * x.dim()
+            shape[place.axis] = -1
+            alpha = alpha.view(shape)
         return quantization_range(alpha, bits.to(alpha.dtype), self.grid, self.minimum)
+
+    def _served(self, x: Tensor, place: Placement) -> float:
+        if self.role != "weight":
+            boundaries = len(x)
+        elif place.rows is not None:
+            boundaries = len(x) if self.channels > 1 else 1
+        else:
+            boundaries = self.channels
+        return max(1.0, x.numel() / max(1, boundaries))
 
     def freeze(self, bits: int | None = None) -> None:
         """Fix the bit-width; training continues with hard quantization."""
@@ -93,16 +121,23 @@ class FakeQuantizer(nn.Module, abc.ABC):
         """Let learning continue from another bit-width, for a warm start."""
         self.bits.start_at(bits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x` quantized, of the same shape and dtype."""
+    def forward(self, x: Tensor, axis: int | None = 0, rows: Tensor | None = None) -> Tensor:
+        """Return `x` quantized, of the same shape and dtype.
+
+        Args:
+            x: the tensor.
+            axis: dimension of the output channels, where there are boundaries by channel.
+            rows: for rows looked up in a weight: their numbers, shape (len(x),).
+        """
         if self.observer is not None:
             self.observer(x)
             return x
         # bfloat16 and float16 cannot hold grids above 8 bits: compute in float32.
         value = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        place = Placement(axis or 0, rows)
         if self.training and not self.bits.is_frozen:
-            return self.train_forward(value).to(x.dtype)
-        return hard_quantize(value, self.range(value)).to(x.dtype)
+            return self.train_forward(value, place).to(x.dtype)
+        return hard_quantize(value, self.range(value, place)).to(x.dtype)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

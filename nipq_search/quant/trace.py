@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,24 +10,91 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.overrides import TorchFunctionMode
 
 from nipq_search.errors import UserError
-from nipq_search.quant.layers import LAYERS
+from nipq_search.quant.flow import (
+    INPUT,
+    LAYER,
+    PARAMETER,
+    SUM,
+    Flow,
+    Origins,
+    TensorKey,
+    tensor_key,
+    tensors_in,
+)
+from nipq_search.quant.ops import DECOMPOSED, Op, op_of
 
-TensorKey = tuple[int, int, int, tuple[tuple[int, int], ...]]
-"""Identity of a tensor's values: storage, version, elements, and where they lie if with gaps.
-Reshaped and permuted views keep it."""
+
+@dataclass(frozen=True, kw_only=True)
+class Operand:
+    """An operand of a traced call.
+
+    Attributes:
+        key: identity of its values.
+        shape: its shape.
+        origins: where its values come from; see `flow.Flow`.
+        parameter: name of the parameter that it is, or is a dense view of.
+        value: the tensor itself, where it is a weight.
+        raw: whether it is one of the model's own inputs.
+        trained: whether a parameter that it is made of has gradients.
+    """
+
+    key: TensorKey
+    shape: tuple[int, ...]
+    origins: Origins
+    parameter: str | None
+    value: Tensor | None
+    raw: bool
+    trained: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements, those of the whole batch."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether it depends on the model's inputs."""
+        return any(not origin.startswith(PARAMETER) for origin in self.origins)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is computed from parameters, and from nothing that the model is given."""
+        return bool(self.origins) and not self.is_activation
 
 
 @dataclass
-class LayerCall:
-    """What one layer did in the traced forward, summed over its calls."""
+class Call:
+    """A site of the model: one call in one module, or the same call made again.
 
+    Attributes:
+        owner: name of the innermost module whose forward made the call.
+        op: what was called; None for a function that has no quantized form.
+        function: its name.
+        ordinal: number of the call among those of its kind in the owner's forward.
+        around: names of the modules whose forwards ran around the owner's.
+        operands: both operands of every time that it was made.
+        macs: multiply-accumulates, summed over those times and over the batch.
+        outputs: elements of the result.
+    """
+
+    owner: str
+    op: Op | None
+    function: str
+    ordinal: int
+    around: tuple[str, ...] = ()
+    operands: list[tuple[Operand | None, Operand | None]] = field(default_factory=list)
     macs: int = 0
-    inputs: list[TensorKey] = field(default_factory=list)
-    input_numel: int = 0
+    outputs: int = 0
+
+    @property
+    def label(self) -> str:
+        """Its name in `Flow`."""
+        kind = self.op.kind if self.op else self.function
+        head = SUM if self.op is not None and self.op.is_sum else LAYER
+        return f"{head}{self.owner}/{kind}_{self.ordinal}"
 
 
 @dataclass
@@ -36,68 +102,90 @@ class Trace:
     """What the forward showed.
 
     Attributes:
-        layers: calls of every layer that can be converted, in order of execution.
-        raw: keys of the model's own inputs.
-        additions: elements per sample of every sum of two activations.
-        unconverted_macs: multiply-accumulates per sample outside those layers.
+        calls: every site, in order of execution.
+        unseen_macs: multiply-accumulates outside them: TorchScript, compiled code.
         batch: samples in the example.
     """
 
-    layers: dict[str, LayerCall] = field(default_factory=dict)
-    raw: set[TensorKey] = field(default_factory=set)
-    additions: list[int] = field(default_factory=list)
-    unconverted_macs: int = 0
+    calls: list[Call] = field(default_factory=list)
+    unseen_macs: int = 0
     batch: int = 1
 
 
-def tensor_key(x: Tensor) -> TensorKey:
-    """Identity of the values of `x`, while its storage lives."""
-    axes = tuple(sorted((t, s) for s, t in zip(x.shape, x.stride(), strict=True) if s > 1))
-    dense = 1 + sum((size - 1) * stride for stride, size in axes) == x.numel()
-    start = x.untyped_storage().data_ptr() + int(x.storage_offset())
-    return (start, x._version, x.numel(), () if dense else axes)
+class _Recorder(TorchFunctionMode):
+    """Notes every call that multiplies, with the module that made it."""
 
+    def __init__(self, flow: Flow, names: dict[int, str]) -> None:
+        super().__init__()
+        self.flow, self.names = flow, names
+        self.raw: set[TensorKey] = set()
+        self.parameters: dict[tuple[TensorKey, int], str] = {}
+        self.trained: set[str] = set()
+        self.calls: dict[tuple[str, str, int], Call] = {}
+        self.stack: list[tuple[str, dict[str, int]]] = []
 
-def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a forward from a tensor, a tuple or a dict."""
-    if isinstance(inputs, dict):
-        return (), inputs
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    return (inputs,), {}
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook: calls from here on are this module's."""
+        self.stack.append((self.names[id(module)], {}))
 
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Forward hook."""
+        self.stack.pop()
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-
-
-class _Additions(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes sums of two tensors of equal shape that are no parameters: residual additions."""
-
-    def __init__(self, parameters: set[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.parameters = parameters
-        self.numels: list[int] = []
-
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        packet = getattr(func, "overloadpacket", None)
-        if packet in (torch.ops.aten.add, torch.ops.aten.add_) and len(args) > 1:
-            a, b = args[0], args[1]
-            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
-                known = a.data_ptr() in self.parameters or b.data_ptr() in self.parameters
-                if a.dim() > 1 and a.is_floating_point() and not known:
-                    self.numels.append(a.numel())
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in DECOMPOSED:
+            with self:
+                return DECOMPOSED[func](*args, **kwargs)
+        op = op_of(func, args)
+        operands = (None, None) if op is None else self._operands(op, args, kwargs)
+        before = self.flow.flops
+        out = func(*args, **kwargs)
+        macs = (self.flow.flops - before) // 2
+        if self.stack and (op is not None or macs):
+            self._note(op, func, operands, macs, out)
+        return out
+
+    def _operands(self, op: Op, args: Any, kwargs: Any) -> tuple[Operand | None, Operand | None]:
+        first = op.first.of(args, kwargs) if op.first is not None else None
+        return self._operand(first), self._operand(op.second.of(args, kwargs))
+
+    def _operand(self, x: Any) -> Operand | None:
+        strided = isinstance(x, Tensor) and x.layout is torch.strided
+        if not strided or not x.is_floating_point():
+            return None
+        key, origins = tensor_key(x), self.flow.of(x)
+        weight = bool(origins) and all(o.startswith(PARAMETER) for o in origins)
+        return Operand(
+            key=key,
+            shape=tuple(x.shape),
+            origins=origins,
+            parameter=self.parameters.get((key, x.numel())),
+            value=x.detach() if weight else None,
+            raw=key in self.raw,
+            trained=bool(self.trained & origins),
+        )
+
+    def _note(self, op: Op | None, func: Any, operands: Any, macs: int, out: Any) -> None:
+        owner, counts = self.stack[-1]
+        kind = op.kind if op is not None else getattr(func, "__name__", str(func))
+        ordinal = counts.get(kind, 0)
+        counts[kind] = ordinal + 1
+        around = tuple(name for name, _ in self.stack[:-1])
+        call = self.calls.setdefault(
+            (owner, kind, ordinal),
+            Call(owner=owner, op=op, function=kind, ordinal=ordinal, around=around),
+        )
+        call.macs += macs
+        call.operands.append(operands)
+        results = [x for x in tensors_in(out) if x.layout is torch.strided]
+        call.outputs = max([call.outputs, *(x.numel() for x in results)])
+        activation = any(operand is not None and operand.is_activation for operand in operands)
+        if activation and (macs or (op is not None and op.is_sum and all(operands))):
+            for x in results:
+                self.flow.set(x, frozenset({call.label}))
 
 
 @contextmanager
@@ -115,7 +203,7 @@ def unchanged_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_kernels() -> Iterator[None]:
+def plain_kernels() -> Iterator[None]:
     """Attention and recurrent layers as the products they are: fused kernels count nothing."""
     fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -128,60 +216,56 @@ def _plain_kernels() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(onednn)
 
 
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a forward from a tensor, a tuple or a dict."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
 def trace(model: nn.Module, example_inputs: Any) -> Trace:
     """Run `model` once on the example and note what it multiplies.
 
     Raises:
         UserError: the model does not run on the example inputs, or they hold no tensor.
     """
-    result = Trace()
     examples = list(tensors_in(example_inputs))
     if not examples:
         raise UserError("example_inputs: no tensor in it; give the arguments of one forward")
-    result.batch = max(1, examples[0].shape[0] if examples[0].dim() else 1)
-    result.raw = {tensor_key(x) for x in examples}
-    # Keys are addresses: keeping every tensor alive keeps them distinct.
-    alive: list[Any] = list(examples)
-    counters: dict[str, LayerCall] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
-            alive.extend((x, out))
-            call = counters.setdefault(name, LayerCall())
-            per_output = module.weight[0].numel()
-            call.macs += out.numel() * per_output // result.batch
-            call.inputs.append(tensor_key(x))
-            call.input_numel = max(call.input_numel, x.numel() // result.batch)
-
-        return note
-
+    batch = max(1, examples[0].shape[0] if examples[0].dim() else 1)
+    flow = Flow()
+    names = {id(module): name for name, module in model.named_modules()}
+    recorder = _Recorder(flow, names)
+    for name, tensor in model.named_parameters():
+        flow.set(tensor, frozenset({PARAMETER + name}))
+        if tensor.requires_grad:
+            recorder.trained.add(PARAMETER + name)
+        recorder.parameters.setdefault((tensor_key(tensor), tensor.numel()), name)
+    for x in examples:
+        flow.set(x, frozenset({INPUT}))
+        recorder.raw.add(tensor_key(x))
     handles = []
-    for name, module in model.named_modules():
-        if type(module) in LAYERS:
-            handles.append(module.register_forward_hook(hook(name), with_kwargs=True))
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(recorder.enter))
+        handles.append(module.register_forward_hook(recorder.leave, always_call=True))
     args, kwargs = as_arguments(example_inputs)
-    additions = _Additions({p.data_ptr() for p in model.parameters()})
-    flops = FlopCounterMode(display=False)
     try:
-        with unchanged_mode(model), _plain_kernels(), additions, flops:
+        with unchanged_mode(model), plain_kernels(), flow, recorder:
             model(*args, **kwargs)
+    except UserError:
+        raise
     except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"example_inputs: the model does not run on them: {str(error).splitlines()[0]}"
+            f"example_inputs: the model does not run on them ({type(error).__name__}: {reason}); "
+            "give the arguments of one forward"
         ) from error
     finally:
         for handle in handles:
             handle.remove()
-    result.layers = counters
-    result.additions = [numel // result.batch for numel in additions.numels]
-    total = flops.get_total_flops() // 2 // result.batch
-    result.unconverted_macs = max(0, total - sum(call.macs for call in counters.values()))
-    if result.unconverted_macs:
-        share = 100 * result.unconverted_macs / total
-        warnings.warn(
-            f"{share:.2g} % of the multiplications are outside layers that can be quantized; "
-            "they stay in float and count 32 x 32 bits (see `profile`)",
-            stacklevel=3,
-        )
-    return result
+    calls = list(recorder.calls.values())
+    total = flow.flops // 2
+    unseen = max(0, total - sum(call.macs for call in calls))
+    return Trace(calls=calls, unseen_macs=unseen, batch=batch)

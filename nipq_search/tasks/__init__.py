@@ -19,6 +19,10 @@ from nipq_search.tasks.base import Task, check_task
 from nipq_search.tasks.digits import Digits
 from nipq_search.tasks.fashion_mnist import FashionMnist
 from nipq_search.tasks.image_folder import ImageFolder
+from nipq_search.tasks.language_modeling import (
+    CausalLanguageModeling,
+    MaskedLanguageModeling,
+)
 from nipq_search.tasks.text_classification import TextClassification
 
 __all__ = ["TASKS", "Task", "check_task", "make_task", "register"]
@@ -28,6 +32,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "fashion_mnist": FashionMnist,
     "image_folder": ImageFolder,
     "text_classification": TextClassification,
+    "masked_lm": MaskedLanguageModeling,
+    "causal_lm": CausalLanguageModeling,
 }
 """Tasks that a sweep file may name without a module."""
 

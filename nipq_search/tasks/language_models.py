@@ -156,23 +156,10 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
 
 
 def _finished(model: nn.Module) -> nn.Module:
-    """Without the pooler, which no task reads, and with linear layers that can be quantized."""
+    """Without the pooler, which no task reads."""
     if getattr(model, "pooler", None) is not None:
         model.register_module("pooler", None)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ == "Conv1D":
-                setattr(module, name, as_linear(child))
     return model.train()
-
-
-def as_linear(layer: Any) -> nn.Linear:
-    """The same layer as transformers' Conv1D, whose weight is transposed, (inputs, outputs)."""
-    inputs, outputs = layer.weight.shape
-    linear = nn.Linear(inputs, outputs, device="meta")
-    linear.weight = nn.Parameter(layer.weight.detach().T.contiguous())
-    linear.bias = layer.bias
-    return linear
 
 
 def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor) -> Tensor:
@@ -183,9 +170,10 @@ def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: 
         teacher: the same of the teacher.
         mask: (B, L), 1 where a token counts.
     """
-    weight = mask.unsqueeze(-1).to(student[0].dtype)
+    weight = mask.unsqueeze(-1).float()
     total = torch.zeros((), device=student[0].device)
     for own, other in zip(student[1:], teacher[1:], strict=True):
+        own, other = own.float(), other.float()
         count = weight.sum() * own.shape[-1]
         mean = (other * weight).sum() / count
         variance = ((other - mean).square() * weight).sum() / count

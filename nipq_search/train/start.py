@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from nipq_search.cost import Budget
+from nipq_search.cost.base import exact_cost
 from nipq_search.cost.projection import usage
 from nipq_search.quant import quantizers
 from nipq_search.quant.graph import Graph
@@ -21,6 +22,8 @@ def bits_at_budget(
 ) -> dict[str, float]:
     """Soft bit-widths that cost the budget: `base` plus one shift for all, by bisection.
 
+    Tensors that no budgeted cost counts, such as an embedding under BOPs, start at their most.
+
     Args:
         graph: a model's layers and tensors.
         budget: its binding target is met as closely as the allowed spans let it.
@@ -31,9 +34,20 @@ def bits_at_budget(
     def shifted(shift: float) -> dict[str, float]:
         return {
             name: min(max((base[name] if base else 0.0) + shift, allowed[0]), allowed[-1])
+            if counted[name] or base
+            else most[name]
             for name, allowed in spans.items()
         }
 
+    most = {name: float(allowed[-1]) for name, allowed in spans.items()}
+    counted = {
+        name: any(
+            exact_cost(cost, graph, {**most, name: float(allowed[0])})
+            < exact_cost(cost, graph, most)
+            for cost in budget
+        )
+        for name, allowed in spans.items()
+    }
     low, high = -16.0, 32.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

@@ -76,6 +76,8 @@ def test_bops_by_hand(model):
         "activation_bits",
         "bops",
         "weight_bytes",
+        "second_activation_bits",
+        "why",
     ]
 
 

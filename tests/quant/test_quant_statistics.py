@@ -70,7 +70,7 @@ def test_boundary_is_the_percentile():
     config = QuantConfig(activations=ActivationConfig(percentile=0.9))
     quantizer = input_quantizer(nn.Identity(), config, x)
     assert quantizer.grid is Grid.UNSIGNED
-    assert float(quantizer.alpha(x).detach()) == pytest.approx(0.9, abs=0.01)
+    assert float(quantizer.alpha().detach()) == pytest.approx(0.9, abs=0.01)
 
 
 def test_observer_copes_with_everything():
@@ -111,7 +111,7 @@ def test_mse_start_has_the_least_error():
         assert (error(found) <= error(found * share)).all()
     config = QuantConfig(weights=WeightConfig(start=Start.MSE))
     model = prepare(nn.Linear(500, 4), normal(2, 500), config)
-    assert (model.weight_quantizer.alpha(model.weight) <= model.weight.abs().amax(1)).all()
+    assert (model.weight_quantizer.alpha() <= model.weight.abs().amax(1)).all()
 
 
 def test_calibration_leaves_generators_modes_and_the_model_alone():
@@ -143,7 +143,7 @@ def test_calibration_sees_the_float_model():
     expected = Observer()
     with torch.no_grad():
         expected(model.before(x))
-    found = find_quantizers(prepared)["linear.input"].alpha(x).detach()
+    found = find_quantizers(prepared)["linear.input"].alpha().detach()
     assert torch.allclose(found, expected.statistics(0.999, True).alpha)
 
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, prepare
 from nipq_search.quant import quantizers as find_quantizers
+from nipq_search.quant.pins import LayerName, matching, pins_of
 from nipq_search.quant.prepare import quant_state
 
 
@@ -51,7 +52,7 @@ def test_macs_of_a_whole_net():
     assert [info.name for info in graph.layers] == ["stem", "main", "side", "head"]
     assert [info.kind for info in graph.layers] == ["conv2d", "conv2d", "conv2d", "linear"]
     assert graph.tensors["main.input"].numel == 4 * 64
-    assert graph.tensors["(addition 0)"].numel == 6 * 16
+    assert graph.tensors["add"].numel == 6 * 16
     plain = 8 + 6 + 6 + 3  # normalization and biases
     assert graph.float_parameters == plain
 
@@ -82,8 +83,9 @@ def tensors(pin, **options):
 
 def test_pins():
     ordered = QuantConfig(pin={"block1.*": "float", "*": 3})
-    assert ordered.pin_of("block1.conv") == "float" and ordered.pin_of("block10.conv") == 3
-    assert QuantConfig(pin={"a?": 3}).pin_of("a") is None
+    names = [LayerName(name, "conv2d", True) for name in ("block1.conv", "block10.conv")]
+    assert [pin.bits for pin in pins_of(names, ordered)] == ["float", 3]
+    assert matching("a?", [LayerName("a", "linear", True)]) == set()
     model, found, _ = tensors({"a": 6})
     assert found["a.weight"].allowed == (6,) and len(found["b.weight"].allowed) == 7
     assert found["a.input"].allowed == (6,)
@@ -120,7 +122,13 @@ def test_bad_pins_are_named():
         tensors({"a": 4, "b": 8})
 
 
-def test_multiplications_outside_layers_are_never_left_out():
+def rows(model):
+    """Layers of a prepared model: name, kind, macs, operands."""
+    graph = quant_state(model).graph
+    return [(x.name, x.kind, x.macs, x.weight, x.input, x.second) for x in graph.layers]
+
+
+def test_products_of_activations_are_layers():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -130,10 +138,18 @@ def test_multiplications_outside_layers_are_never_left_out():
             q, k, v = self.qkv(x).chunk(3, -1)
             return torch.softmax(q @ k.transpose(1, 2), -1) @ v
 
-    with pytest.warns(UserWarning, match="outside layers"):
-        model = prepare(Attention(), normal(2, 5, 8))
+    model = prepare(Attention(), normal(2, 5, 8))
+    work = 5 * 5 * 8
+    assert rows(model)[1:] == [
+        ("matmul", "matmul", work, None, "matmul.input", "matmul.second"),
+        ("matmul_1", "matmul", work, None, "matmul_1.input", "matmul_1.second"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nobody is warned of what he asked for
+        model = prepare(Attention(), normal(2, 5, 8), QuantConfig(products=False))
     last = quant_state(model).graph.layers[-1]
-    assert (last.kind, last.macs, last.weight) == ("functional", 2 * 5 * 5 * 8, None)
+    assert (last.macs, last.weight) == (work, None) and "quant.products" in last.why
+    assert quant_state(model).graph.tensors[last.input].fixed_bits == 32
 
 
 class Sdpa(nn.Module):
@@ -161,19 +177,27 @@ class Attended(nn.Module):
         return self.inner(x) if self.kind == "sdpa" else self.inner(x)[0]
 
 
-@pytest.mark.parametrize(
-    ("kind", "macs"),
-    [
-        # projections in and out, then scores and their product with the values
-        ("mha", 5 * 8 * 24 + 5 * 8 * 8 + 2 * 5 * 5 * 8),
-        ("sdpa", 2 * 5 * 5 * 8),
-        ("lstm", 5 * 2 * 4 * 8 * 8),
-    ],
-)
-def test_fused_kernels_are_counted_too(kind, macs):
-    with pytest.warns(UserWarning, match="outside layers"):
-        model = prepare(Attended(kind), normal(2, 5, 8))
-    assert quant_state(model).graph.layers[-1].macs == macs
+def test_fused_attention_is_taken_apart():
+    work = 5 * 5 * 8
+    model = prepare(Attended("mha"), normal(2, 5, 8))
+    assert [row[:4] for row in rows(model)[1:]] == [
+        ("inner.in_proj", "linear", 5 * 8 * 24, "inner.in_proj.weight"),
+        ("inner.scores", "scores", work, None),
+        ("inner.values", "values", work, None),
+        ("inner.out_proj", "linear", 5 * 8 * 8, "inner.out_proj.weight"),
+    ]
+    model = prepare(Attended("sdpa"), normal(2, 5, 8))
+    assert [row[:4] for row in rows(model)[1:]] == [
+        ("inner.scores", "scores", work, None),
+        ("inner.values", "values", work, None),
+    ]
+
+
+def test_fused_kernels_without_a_quantized_form_are_counted_and_named():
+    with pytest.warns(UserWarning, match="inner.lstm: lstm has no quantized form"):
+        model = prepare(Attended("lstm"), normal(2, 5, 8))
+    last = quant_state(model).graph.layers[-1]
+    assert (last.name, last.macs) == ("inner.lstm", 5 * 2 * 4 * 8 * 8)
 
 
 def test_slices_of_one_tensor_do_not_share_a_quantizer():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_images import image_tree
-from tiny_language import TINY, reviews, write_table, write_tokenizer
+from tiny_language import TINY, prose, reviews, write_table, write_tokenizer
 
 
 def image_folder(folder: Path) -> dict[str, Any]:
@@ -38,8 +38,30 @@ def text_classification(folder: Path) -> dict[str, Any]:
     }
 
 
+def masked_lm(folder: Path) -> dict[str, Any]:
+    """Running text in two files, a BERT of two layers."""
+    for number in range(2):
+        (folder / f"part{number}.txt").write_text(prose(1500, number))
+    return {
+        "model": str(write_tokenizer(folder / "tokenizer")),
+        "path": str(folder / "*.txt"),
+        "block": 16,
+        "train_from_scratch": True,
+        "config": {"model_type": "bert", **TINY},
+        "hidden_weight": 1.0,
+    }
+
+
+def causal_lm(folder: Path) -> dict[str, Any]:
+    """The same text, a GPT-2 of two layers."""
+    config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}
+    return {**masked_lm(folder), "config": {**config, "n_positions": 64}}
+
+
 ARGUMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "image_folder": image_folder,
+    "causal_lm": causal_lm,
+    "masked_lm": masked_lm,
     "text_classification": text_classification,
 }
 """By the name of the task in the registry; a task without an entry is built without arguments."""

@@ -1,0 +1,181 @@
+"""Accuracy at one budget, of variants of a sweep file, over several seeds, paired.
+
+    python benchmarks/accuracy.py benchmarks/minilm.yaml --json minilm.json --workers 2
+
+The file names a pipeline, a budget, seeds, and variants: overrides of the pipeline as `--set`
+takes them. Each seed trains its own float model; every variant of a seed starts from it. Columns:
+the mean metric on validation and test, and its difference on test from the float model and from
+the first variant, as paired means with a 95 % interval (Student's t over seeds). Whoever chooses
+by these figures should choose by validation. Finished trainings are kept in the JSON file and not
+run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nipq_search.search.budgets import resolve
+from nipq_search.search.config import SweepConfig, load_config
+from nipq_search.search.facts import model_graph
+from nipq_search.tasks import make_task
+from nipq_search.tasks.base import evaluate, load_data
+from nipq_search.train import TrainSpec, train
+from nipq_search.train.trial import MODEL_FILE, load_trained
+
+CPU = torch.device("cpu")
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t, two-sided 95 %, by degrees of freedom."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: a variant, or the float model, with one seed."""
+
+    plan: dict[str, Any]
+    name: str
+    seed: int
+    folder: Path
+
+    def config(self) -> SweepConfig:
+        """The pipeline with the plan's overrides and the variant's."""
+        own = {} if self.name == "float" else self.plan["variants"][self.name]
+        overrides = {**self.plan.get("set", {}), **(own or {})}
+        texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        return load_config(Path(self.plan["pipeline"]), texts)
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Train, evaluate on validation and test."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    config = run.config()
+    task = make_task(config.task, config.task_args)
+    load_data(task)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if run.name == "float":
+        spec = TrainSpec(train=config.float_model.as_training(), seed=run.seed)
+    else:
+        budget = resolve({"bops": run.plan["budget"]}, model_graph(config, task)).targets
+        spec = TrainSpec(
+            train=config.train,
+            seed=run.seed,
+            quant=config.quant,
+            budget=budget,
+            float_model=run.folder.parent / "float" / MODEL_FILE,
+        )
+    result = train(task, spec, run.folder, device)
+    model = load_trained(task, spec, run.folder / MODEL_FILE, device)
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "validation": float(result.metrics[task.metric[0]]),
+        "test": float(evaluate(task, model, "test")[task.metric[0]]),
+        "cost": dict(result.cost),
+        "steps": result.steps,
+        "samples": result.samples,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean and half of the 95 % interval."""
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return mean, float("nan")
+    spread = statistics.stdev(differences) / len(differences) ** 0.5
+    return mean, T95.get(len(differences) - 1, 2.0) * spread
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """A row per variant."""
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in results:
+        by_name.setdefault(result["name"], {})[result["seed"]] = result
+    names = [name for name in by_name if name != "float"]
+    lines = [
+        "| variant | seeds | validation | test | test, from float | test, from "
+        f"{names[0] if names else 'first'} | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def paired(name: str, other: str) -> str:
+        shared = sorted(by_name[name].keys() & by_name.get(other, {}).keys())
+        if name == other or not shared:
+            return ""
+        mean, half = interval(
+            [100 * (by_name[name][s]["test"] - by_name[other][s]["test"]) for s in shared]
+        )
+        return f"{mean:+.2f} ± {half:.2f}"
+
+    for name, runs in by_name.items():
+        means = [
+            100 * statistics.fmean(r[key] for r in runs.values()) for key in ("validation", "test")
+        ]
+        minutes = statistics.fmean(r["seconds"] for r in runs.values()) / 60
+        lines.append(
+            f"| {name} | {len(runs)} | {means[0]:.2f} | {means[1]:.2f} | {paired(name, 'float')} "
+            f"| {paired(name, names[0]) if names else ''} | {minutes:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def pending(
+    plan: dict[str, Any], done: Iterable[tuple[str, int]], folder: Path
+) -> list[list[Run]]:
+    """Runs that are left: the float models, then the variants, seed by seed."""
+    known = set(done)
+
+    def runs(names: Iterable[str]) -> list[Run]:
+        return [
+            Run(plan, name, seed, folder / str(seed) / name)
+            for seed in plan["seeds"]
+            for name in names
+            if (name, seed) not in known
+        ]
+
+    return [runs(["float"]), runs(plan["variants"])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("plan", type=Path, help="YAML: pipeline, budget, seeds, variants")
+    parser.add_argument("--json", type=Path, required=True, help="results; kept and added to")
+    parser.add_argument("--folder", type=Path, help="models; default: beside the results")
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--only", nargs="*", help="these variants")
+    options = parser.parse_args()
+    plan = yaml.safe_load(options.plan.read_text())
+    if options.only:
+        plan["variants"] = {name: plan["variants"][name] for name in options.only}
+    results = json.loads(options.json.read_text()) if options.json.exists() else []
+    folder = options.folder or options.json.with_suffix("")
+    done = [(r["name"], r["seed"]) for r in results]
+    for stage in pending(plan, done, folder):
+        with multiprocessing.get_context("spawn").Pool(
+            options.workers, maxtasksperchild=1
+        ) as pool:
+            for result in pool.imap_unordered(execute, stage):
+                results.append(result)
+                options.json.write_text(json.dumps(results, indent=1))
+                print(
+                    f"{result['name']} seed {result['seed']}: "
+                    f"validation {result['validation']:.4f}, "
+                    f"test {result['test']:.4f}, {result['seconds']:.0f} s",
+                    flush=True,
+                )
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

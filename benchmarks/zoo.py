@@ -1,0 +1,228 @@
+"""Can every model be prepared, trained a step, frozen and profiled?
+
+    python benchmarks/zoo.py                    every family of timm, transformers' architectures
+    python benchmarks/zoo.py --only vit swin    families whose names hold one of the words
+    python benchmarks/zoo.py --json FILE        results, written after every model and resumed
+    python benchmarks/zoo.py --table docs/models.md    writes the table between its markers
+
+A model passes if it trains one step in which every parameter that has a gradient in the float
+model, and every quantizer parameter, gets one; if its multiply-accumulates by `profile` equal half
+of torch's own FLOP count, before and after the freeze; and if the frozen model runs within its
+budget. Weights are random: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import nipq_search as ns
+from nipq_search.cost.base import exact_cost, hard_bits, uniform_bits
+from nipq_search.quant import quantizers
+from nipq_search.quant.prepare import quant_state
+from nipq_search.quant.trace import as_arguments, plain_kernels
+
+sys.path.insert(0, str(Path(__file__).parent))
+from zoo_models import timm_models, transformers_models
+
+MARKS = ("<!-- zoo -->", "<!-- /zoo -->")
+
+
+def tensors_with_gradient(value: Any) -> Iterator[Tensor]:
+    """Every tensor of an output that a loss can use."""
+    if isinstance(value, Tensor):
+        if value.requires_grad and value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_with_gradient(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_with_gradient(item)
+
+
+def any_loss(output: Any) -> Tensor:
+    """A loss that hangs on every output."""
+    return sum((x.float().square().mean() for x in tensors_with_gradient(output)), torch.zeros(()))
+
+
+def twice(inputs: Any) -> Any:
+    """The inputs as a batch of two."""
+    if isinstance(inputs, Tensor):
+        return torch.cat([inputs, inputs + 0.1 if inputs.is_floating_point() else inputs])
+    return {key: twice(value) for key, value in inputs.items()}
+
+
+def count_macs(model: nn.Module, inputs: Any) -> int:
+    """Half of torch's FLOP count, fused kernels taken apart."""
+    args, kwargs = as_arguments(inputs)
+    counter = FlopCounterMode(display=False)
+    with plain_kernels(), counter:
+        model(*args, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
+    """Largest difference of outputs from the float model's, with every quantizer passing through.
+
+    In units of the outputs' standard deviation.
+    """
+    args, kwargs = as_arguments(inputs)
+    found = quantizers(prepared).values()
+    for quantizer in found:
+        quantizer.observer = lambda x: None
+    outputs = []
+    for candidate in (model.eval(), prepared.eval()):
+        torch.manual_seed(0)  # some models draw masks in evaluation too
+        outputs.append(list(tensors_with_gradient(candidate(*args, **kwargs))))
+    for quantizer in found:
+        quantizer.observer = None
+    scales = [max(float(a.detach().std(correction=0)), 1e-3) for a in outputs[0]]
+    pairs = zip(*outputs, scales, strict=True)
+    return max(float((a - b).detach().abs().max()) / scale for a, b, scale in pairs)
+
+
+def try_model(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """What became of one model; raises what fails."""
+    args, kwargs = as_arguments(inputs)
+    macs = count_macs(model.eval(), inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = ns.prepare(model, inputs)
+    table = ns.profile(prepared)
+    difference = distance(model, prepared, inputs)
+    graph = quant_state(prepared).graph
+    budget = ns.Budget(bops=exact_cost("bops", graph, uniform_bits(graph, 4)))
+    optimizer = torch.optim.SGD(ns.param_groups(prepared, lr=1e-4), lr=1e-4)
+    prepared.train()
+    args, kwargs = as_arguments(twice(inputs))  # normalization wants more than one value
+    loss = any_loss(prepared(*args, **kwargs)) + ns.cost_penalty(prepared, budget)
+    loss.backward()
+    any_loss(model.train()(*args, **kwargs)).backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    lost = [
+        name
+        for name, p in prepared.named_parameters()
+        if p.grad is None
+        and p.requires_grad
+        and (name in trained or name not in dict(model.named_parameters()))
+    ]
+    optimizer.step()
+    ns.freeze(prepared, budget)
+    prepared.eval()
+    counted = (int(table["macs"].sum()), count_macs(prepared, inputs))
+    failures = []
+    if not difference < 1e-3:
+        failures.append(f"with quantizers off it computes something else ({difference:.1g})")
+    if not torch.isfinite(loss):
+        failures.append("the loss is not finite")
+    if lost:
+        failures.append(f"no gradient: {', '.join(lost[:3])} ({len(lost)})")
+    if counted != (macs, macs):
+        failures.append(f"MACs {counted} instead of {macs}")
+    if exact_cost("bops", graph, hard_bits(prepared)) > budget.targets["bops"]:
+        failures.append("above the budget")
+    left = table[table["why"] != ""]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "macs": macs,
+        "layers": len(table),
+        "float_share": float(left["macs"].sum() / max(1, macs)),
+        "float_work": sorted({f"{row.kind}: {row.why}" for row in left.itertuples()}),
+        "failures": failures,
+    }
+
+
+def run(name: str, make: Any) -> dict[str, Any]:
+    """`try_model` with its errors as failures."""
+    started = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            architecture, model, inputs = make()
+        result = {"model": architecture, **try_model(model, inputs)}
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        result = {"model": name, "failures": [f"{type(error).__name__}: {text}"]}
+        result["traceback"] = traceback.format_exc()
+    return {"name": name, **result, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The table of a page, and the share that passes."""
+    lines = []
+    for source in dict.fromkeys(result["source"] for result in results):
+        mine = [r for r in results if r["source"] == source]
+        passed = sum(not r["failures"] for r in mine)
+        lines += [
+            f"### {source}: {passed} of {len(mine)} pass ({100 * passed / len(mine):.1f} %)",
+            "",
+            "| family | model | parameters | MACs | layers | in float | result |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for r in mine:
+            text = "; ".join(r["failures"]).replace("|", "/") or "passes"
+            if "macs" in r:
+                share = f"{100 * r['float_share']:.2g} %" if r["float_share"] else ""
+                lines.append(
+                    f"| {r['name']} | {r['model']} | {r['parameters'] / 1e6:.1f} M "
+                    f"| {r['macs'] / 1e6:,.0f} M | {r['layers']} | {share} | {text} |"
+                )
+            else:
+                lines.append(f"| {r['name']} | {r['model']} | | | | | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=[], help="parts of names")
+    parser.add_argument("--source", choices=["timm", "transformers"], help="one of the two")
+    parser.add_argument("--json", type=Path, help="results; what is in it already is kept")
+    parser.add_argument("--table", type=Path, help="page whose table is written anew")
+    options = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text())
+    done = {(r["source"], r["name"]) for r in results}
+    sources = {"timm": timm_models, "transformers": transformers_models}
+    for source, models in sources.items():
+        if options.source not in (None, source):
+            continue
+        for name, make in models():
+            if (source, name) in done or (
+                options.only and not any(word in name for word in options.only)
+            ):
+                continue
+            result = {"source": source, **run(name, make)}
+            results.append(result)
+            state = "; ".join(result["failures"]) or "passes"
+            print(
+                f"{source} {name} ({result['model']}), {result['seconds']} s: {state}", flush=True
+            )
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1))
+            gc.collect()
+    if options.table:
+        page = options.table.read_text()
+        head, tail = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
+        options.table.write_text(f"{head}{MARKS[0]}\n{markdown(results)}{MARKS[1]}{tail}")
+    else:
+        print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

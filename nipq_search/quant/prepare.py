@@ -124,7 +124,7 @@ def prepare(
     """
     config = config or QuantConfig()
     check_model(model, example_inputs)
-    prepared = copy.deepcopy(model)
+    prepared = copy_model(model)
     for module in prepared.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             # Its fused inference kernel reads the float weights, past the quantizers.
@@ -142,6 +142,16 @@ def prepare(
     calibrate(prepared, example_inputs, calibration)
     prepared.register_forward_pre_hook(_tick)
     return prepared
+
+
+def copy_model(model: M) -> M:
+    """A deep copy; results that modules keep from earlier forwards are copied without history."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for x in tensors_in(vars(module)):
+            if not x.is_leaf:
+                memo[id(x)] = x.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def check_model(model: nn.Module, example_inputs: Any) -> None:

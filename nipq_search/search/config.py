@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -324,6 +325,8 @@ def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
         UserError: anything else differs; names it.
     """
     document = new.as_json()
+    with contextlib.suppress(UserError):  # a key that is newer than the sweep has its default
+        old = parse_config(dict(old)).as_json()
     lost = [entry for entry in old["budgets"] if entry not in document["budgets"]]
     if lost:
         raise UserError(

@@ -30,7 +30,17 @@ from nipq_search.tasks.language_models import (
     load_model,
     load_tokenizer,
 )
-from nipq_search.tasks.text_arguments import mapping, number, parts, paths, positive, refuse
+from nipq_search.tasks.text_arguments import (
+    flag,
+    mapping,
+    number,
+    parts,
+    paths,
+    positive,
+    refuse,
+    seed,
+    word,
+)
 from nipq_search.tasks.text_files import find_files
 
 Batch = tuple[Tensor, Tensor]
@@ -95,18 +105,18 @@ class LanguageModeling(abc.ABC):
             dropout: every dropout probability; None keeps those of the configuration.
             hidden_weight: strength with which distillation matches hidden states too.
         """
-        self.paths, self.encoding = paths("path", path), encoding
+        self.paths, self.encoding = paths("path", path), word("encoding", encoding)
         self.block = positive("block", block)
         self.validation, self.test = parts(validation, test)
         self.train_samples = (
             None if train_samples is None else positive("train_samples", train_samples)
         )
-        self.split_seed = split_seed
+        self.split_seed = seed("split_seed", split_seed)
         self.hidden_weight = number("hidden_weight", hidden_weight, 0)
         self.source = ModelSource(
             name=model,
             config=mapping("config", config),
-            from_scratch=train_from_scratch,
+            from_scratch=flag("train_from_scratch", train_from_scratch),
             dropout=None if dropout is None else number("dropout", dropout, 0, 1),
         )
         self._splits: Mapping[str, Blocks] | None = None

@@ -133,6 +133,8 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
     library = transformers()
     config = load_config(source, vocabulary)
     maker = getattr(library, factory)
+    if type(config) not in maker._model_mapping:
+        raise refuse("model", f"{config.model_type} models are no kind of {factory}")
     if source.from_scratch:
         with _quiet(), _loading(source, "model"):
             return _finished(maker.from_config(config, dtype=torch.float32))

@@ -36,6 +36,38 @@ def one_of(key: str, value: Any, known: Iterable[str]) -> str:
     return str(value)
 
 
+def word(key: str, value: Any) -> str:
+    """`value` as text, if there is any."""
+    if not isinstance(value, str | int) or value == "":
+        raise refuse(key, f"{value!r} is not a name")
+    return str(value)
+
+
+def flag(key: str, value: Any) -> bool:
+    """`value` if it is true or false."""
+    if not isinstance(value, bool):
+        raise refuse(key, f"{value!r} is neither true nor false")
+    return value
+
+
+def seed(key: str, value: Any) -> int:
+    """`value` as a seed of numpy's generators."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise refuse(key, f"{value!r} is not an integer from 0 to {2**32 - 1}")
+    return value
+
+
+def names(key: str, value: Any) -> tuple[str, ...] | None:
+    """`value`, a list of different names, as a tuple; or None."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        found = tuple(word(key, name) for name in value)
+        if found and len(set(found)) == len(found):
+            return found
+    raise refuse(key, f"{value!r} is not a list of different names")
+
+
 def mapping(key: str, value: Any) -> dict[str, Any] | None:
     """`value` as a mapping, or None."""
     if value is not None and not isinstance(value, Mapping):

@@ -19,7 +19,18 @@ from nipq_search.tasks.language_models import (
     load_tokenizer,
 )
 from nipq_search.tasks.resources import needed
-from nipq_search.tasks.text_arguments import mapping, number, one_of, parts, positive, refuse
+from nipq_search.tasks.text_arguments import (
+    flag,
+    mapping,
+    names,
+    number,
+    one_of,
+    parts,
+    positive,
+    refuse,
+    seed,
+    word,
+)
 from nipq_search.tasks.text_splits import SplitRules, split_rows
 from nipq_search.tasks.text_table import Columns, Row, read_rows
 from nipq_search.tasks.text_tokens import TextBatches, TokenSplit, digest_tokens, tokenize
@@ -105,8 +116,8 @@ class TextClassification:
         text_pair: str | None = None,
         labels: Sequence[str] | None = None,
         group: str | None = None,
-        validation: float | str = 0.1,
-        test: float | str = 0.1,
+        validation: float | str | Sequence[str] = 0.1,
+        test: float | str | Sequence[str] = 0.1,
         deduplicate: bool = True,
         columns: Sequence[str] | None = None,
         encoding: str = "utf-8",
@@ -123,37 +134,35 @@ class TextClassification:
     ) -> None:
         """Check and keep the arguments; files are read later."""
         self.metric = (one_of("metric", metric, METRICS), "max")
-        self.path, self.encoding = path, encoding
+        self.path, self.encoding = path, word("encoding", encoding)
         self.columns = Columns(
-            text=text,
-            label=label,
-            text_pair=text_pair,
-            group=group,
-            names=None if columns is None else tuple(map(str, columns)),
+            text=word("text", text),
+            label=word("label", label),
+            text_pair=None if text_pair is None else word("text_pair", text_pair),
+            group=None if group is None else word("group", group),
+            names=names("columns", columns),
         )
-        if labels is not None and (isinstance(labels, str) or len(set(labels)) < len(labels)):
-            raise refuse("labels", f"{labels!r} is not a list of different classes")
         validation_part, test_part = parts(validation, test)
         self.rules = SplitRules(
-            labels=None if labels is None else tuple(map(str, labels)),
+            labels=names("labels", labels),
             validation=validation_part,
             test=test_part,
-            deduplicate=deduplicate,
+            deduplicate=flag("deduplicate", deduplicate),
             train_samples=None
             if train_samples is None
             else positive("train_samples", train_samples),
-            seed=split_seed,
+            seed=seed("split_seed", split_seed),
         )
         self.max_length = positive("max_length", max_length)
         self.example_length = positive("example_length", example_length or max_length)
         if self.example_length > self.max_length:
             raise refuse("example_length", f"{example_length} is more than max_length")
-        self.similar_lengths = similar_lengths
+        self.similar_lengths = flag("similar_lengths", similar_lengths)
         self.hidden_weight = number("hidden_weight", hidden_weight, 0)
         self.source = ModelSource(
             name=model,
             config=mapping("config", config),
-            from_scratch=train_from_scratch,
+            from_scratch=flag("train_from_scratch", train_from_scratch),
             dropout=None if dropout is None else number("dropout", dropout, 0, 1),
         )
         self._splits: Mapping[str, TokenSplit] | None = None

@@ -125,7 +125,7 @@ def _clean(
     groups: set[str | None],
     dropped: collections.Counter[str],
 ) -> list[Row]:
-    """Rows with a known label and neither a text nor a group of an earlier split.
+    """Rows with a known label, some text, and neither a text nor a group of an earlier split.
 
     What is kept is added to the texts and groups that later calls avoid.
     """
@@ -134,6 +134,8 @@ def _clean(
     for row in rows:
         if row.label not in known:
             dropped["label"] += 1
+        elif not row.text.strip():
+            dropped["empty"] += 1
         elif rules.deduplicate and row.content in texts:
             dropped["duplicate"] += 1
         elif row.group is not None and row.group in former:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -187,6 +188,11 @@ def test_the_task_ships_arrays_and_no_tokenizer(arguments):
         ({"max_length": 65}, "task_args.max_length: the model takes 64 tokens"),
         ({"example_length": 99}, "task_args.example_length: 99 is more than max_length"),
         ({"labels": "good"}, "task_args.labels: 'good' is not a list"),
+        ({"labels": ["bad", "bad"]}, "task_args.labels: .* not a list of different names"),
+        ({"columns": [1.5]}, "task_args.columns: 1.5 is not a name"),
+        ({"group": ["film"]}, "task_args.group: .'film'. is not a name"),
+        ({"split_seed": -1}, "task_args.split_seed: -1 is not an integer from 0 to"),
+        ({"deduplicate": "no"}, "task_args.deduplicate: 'no' is neither true nor false"),
         ({"labels": ["good", "bad", "okay"]}, "task_args.labels: no row is labelled 'okay'"),
         ({"hidden_weight": -1}, "task_args.hidden_weight: -1 is not a number of 0 or more"),
         ({"dropout": 2}, "task_args.dropout: 2 is not a number from 0 to 1"),
@@ -244,3 +250,10 @@ def test_bad_input_exits_2_with_one_line(arguments, tmp_path, capsys):
         raise SystemExit(main(["plan", str(tmp_path / "sweep.yaml")]))
     assert stopped.value.code == 2
     assert "no column 'verdikt' (did you mean 'verdict'?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("library", ["transformers", "torchmetrics", "pyarrow"])
+def test_a_missing_library_is_named(arguments, library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=rf"needs {library}: pip install 'nipq-search\[text\]'"):
+        make(arguments).load_data()

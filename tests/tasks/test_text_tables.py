@@ -147,6 +147,11 @@ def test_bad_labels_are_named_in_one_line(rows, changes, problem):
     assert "\n" not in str(error.value)
 
 
+def test_rows_without_text_are_dropped():
+    rows = [Row(text=" " * n if n < 5 else str(n), label=str(n % 2)) for n in range(100)]
+    assert split(rows).dropped == {"empty": 5}
+
+
 def test_all_columns_are_read(tmp_path):
     path = write_table(tmp_path / "r.csv", reviews(3))
     columns = Columns(text="review", label="verdict", text_pair="film", group="film")

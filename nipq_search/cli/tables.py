@@ -173,23 +173,41 @@ def show(document: Document) -> RenderableType:
 def layers(rows: Sequence[Document]) -> RenderableType:
     """Bits and costs by layer; `float` where a layer is not quantized."""
     searched = any("searched" in row for row in rows)
+    reasons = any(row.get("why") for row in rows)
     columns = ["layer", "kind", "MACs", "W bits", "A bits", "BOPs", "weight"]
     return _table(
-        [*columns, *(["searched"] if searched else [])],
+        [*columns, *(["searched"] if searched else []), *(["why in float"] if reasons else [])],
         (
             [
                 _word(row.get("name")),
                 _word(row.get("kind")),
                 numbers.count(row.get("macs")),
-                _width(row, "weight_bits"),
-                _width(row, "activation_bits"),
+                _weight_width(row),
+                _activation_width(row),
                 numbers.bops(row.get("bops")),
                 numbers.kilobytes(row.get("weight_bytes")),
                 *(["yes" if row.get("searched") else "no"] if searched else []),
+                *([_word(row.get("why"))] if reasons else []),
             ]
             for row in rows
         ),
     )
+
+
+def _weight_width(row: Document) -> str:
+    """Bits of the weight; none in a product of two activations."""
+    if row.get("weight_bits") is None and row.get("second_activation_bits") is not None:
+        return "-"
+    return _width(row, "weight_bits")
+
+
+def _activation_width(row: Document) -> str:
+    """Bits of what the layer consumes, of both operands in a product of two activations."""
+    if row.get("kind") == "embedding":
+        return "-"
+    bits = _width(row, "activation_bits")
+    second = row.get("second_activation_bits")
+    return bits if second is None else f"{bits} x {numbers.bits(second)}"
 
 
 def _width(row: Document, key: str) -> str:

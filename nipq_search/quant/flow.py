@@ -18,6 +18,15 @@ SUM = "sum:"
 
 Origins = frozenset[str]
 
+_MOVES = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "cat", "clone", "constant_pad_nd", "flip", "im2col", "index_select", "pixel_unshuffle",
+        "reflection_pad2d", "replication_pad2d", "roll", "_to_copy",
+    )
+}  # fmt: skip
+"""Operations whose results hold values of their operands, or zeros."""
+
 TensorKey = tuple[int, int, int, int, tuple[tuple[int, int], ...]]
 """Identity of a tensor's values: storage, offset, version, elements, and where they lie if with
 gaps. Reshaped and permuted views keep it."""
@@ -59,6 +68,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self._origins: dict[int, Origins] = {}
+        self._raw: set[int] = set()
         # A weak reference keeps an address from being given to another storage.
         self._storages: dict[int, Any] = {}
 
@@ -72,6 +82,15 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def of(self, x: Tensor) -> Origins:
         """Where the values of `x` come from; nothing for constants."""
         return self._origins.get(x.untyped_storage()._cdata, frozenset())
+
+    def set_raw(self, x: Tensor) -> None:
+        """Say that `x` is one of the model's own inputs."""
+        self.set(x, frozenset({INPUT}))
+        self._raw.add(x.untyped_storage()._cdata)
+
+    def is_raw(self, x: Tensor) -> bool:
+        """Whether `x` holds values of the model's own inputs, moved or padded but not computed."""
+        return x.untyped_storage()._cdata in self._raw
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -87,12 +106,16 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=out))
-        sources = frozenset[str]().union(
-            *(self.of(x) for x in (*tensors_in(args), *tensors_in(kwargs)) if _has_storage(x))
-        )
+        given = [x for x in (*tensors_in(args), *tensors_in(kwargs)) if _has_storage(x)]
+        sources = frozenset[str]().union(*map(self.of, given))
+        moves = func.overloadpacket in _MOVES and bool(given) and all(map(self.is_raw, given))
         for x in tensors_in(out):
             if _has_storage(x):
                 self.set(x, self.of(x) | sources)
+                if moves:
+                    self._raw.add(x.untyped_storage()._cdata)
+                elif func._schema.is_mutable:
+                    self._raw.discard(x.untyped_storage()._cdata)
         return out
 
 

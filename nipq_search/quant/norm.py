@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from nipq_search.errors import UserError
-from nipq_search.quant.prepare import M
+from nipq_search.quant.prepare import M, quant_state
 from nipq_search.quant.trace import as_arguments, unchanged_mode
 
 
@@ -27,8 +27,9 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
 
     Args:
         model: any model with batch normalization; others are returned as they are.
-        batches: inputs, one forward each (of a tuple `(images, labels)` the first entry), or a
-            function that runs the model on data itself.
+        batches: inputs, one forward each, as `prepare` takes them for calibration (for a model
+            that is not prepared the first entry of a tuple), or a function that runs the model
+            on data itself.
 
     Raises:
         UserError: there was no batch; the old statistics are lost.
@@ -47,8 +48,8 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
                 batches(model)
             else:
                 for batch in batches:
-                    args, kwargs = as_arguments(batch)
-                    model(*args[:1], **kwargs)
+                    args, kwargs = _arguments(model, batch)
+                    model(*args, **kwargs)
         finally:
             for module, momentum in zip(norms, momenta, strict=True):
                 module.momentum = momentum
@@ -56,3 +57,11 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
     if seen and min(seen) == 0:
         raise UserError("reestimate_norm_stats: no batches; give at least one")
     return model
+
+
+def _arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    try:
+        return quant_state(model).arguments(batch)
+    except UserError:
+        args, kwargs = as_arguments(batch)
+        return args[:1], kwargs

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from nipq_search.errors import UserError
 from nipq_search.quant.bit_width import BitWidth
 from nipq_search.quant.build import Builder
-from nipq_search.quant.config import QuantConfig
+from nipq_search.quant.config import ActivationStart, QuantConfig
 from nipq_search.quant.flow import tensors_in
 from nipq_search.quant.graph import Graph
 from nipq_search.quant.layers import LAYERS, QuantLayer
@@ -37,10 +37,20 @@ class QuantState(nn.Module):
     noise that it would have seen.
     """
 
-    def __init__(self, graph: Graph, config: QuantConfig, clock: NoiseClock) -> None:
+    def __init__(
+        self, graph: Graph, config: QuantConfig, clock: NoiseClock, example_inputs: Any
+    ) -> None:
         """Hold what `prepare` found."""
         super().__init__()
         self.graph, self.config, self.clock = graph, config, clock
+        args, kwargs = as_arguments(example_inputs)
+        self.positional, self.keywords = len(args), tuple(kwargs)
+
+    def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a forward in a batch, which may hold more, such as labels."""
+        args, kwargs = as_arguments(batch)
+        kept = {key: value for key, value in kwargs.items() if key in self.keywords}
+        return args[: self.positional], kept
 
     def forward(self, x: Any) -> Any:
         """Return `x`: a root such as `nn.Sequential` runs every child."""
@@ -113,9 +123,10 @@ def prepare(
         example_inputs: arguments of one forward: a tensor, a tuple, or a dict of keywords. Shapes
             count: costs are those of these inputs, per sample.
         config: how to quantize.
-        calibration: batches of inputs in the form of `example_inputs` (longer tuples, such as
-            `(images, labels)`, are cut), or a function that runs the model on data itself.
-            Default: the example inputs. Runs in eval mode and leaves random generators unchanged.
+        calibration: batches of inputs in the form of `example_inputs` (what is more in them, such
+            as the labels of `(images, labels)`, is left out), or a function that runs the model on
+            data itself. Default: the example inputs. Runs in eval mode and leaves random
+            generators unchanged.
 
     Raises:
         UserError: the model is prepared already, has lazy, meta, complex or integer parameters,
@@ -136,10 +147,10 @@ def prepare(
         kinds = ", ".join(sorted(kind.__name__ for kind in LAYERS))
         raise UserError(f"the model has nothing to quantize: it runs none of {kinds}")
     warn_of_float_work(graph)
-    setattr(prepared, STATE, QuantState(graph, config, builder.clock))
+    setattr(prepared, STATE, QuantState(graph, config, builder.clock, example_inputs))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     prepared.to(device)
-    calibrate(prepared, example_inputs, calibration)
+    calibrate(prepared, (example_inputs,) if calibration is None else calibration)
     prepared.register_forward_pre_hook(_tick)
     return prepared
 
@@ -191,11 +202,7 @@ def warn_of_float_work(graph: Graph) -> None:
         )
 
 
-def calibrate(
-    model: nn.Module,
-    example_inputs: Any,
-    calibration: Iterable[Any] | Callable[[nn.Module], None] | None,
-) -> None:
+def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module], None]) -> None:
     """Give every activation quantizer its grid and boundary; see `prepare`."""
     config = quant_state(model).config
     found = quantizers(model)
@@ -208,10 +215,9 @@ def calibrate(
             if callable(calibration):
                 calibration(model)
             else:
-                wanted = len(as_arguments(example_inputs)[0])
-                for batch in calibration if calibration is not None else (example_inputs,):
-                    args, kwargs = as_arguments(batch)
-                    model(*args[:wanted], **kwargs)
+                for batch in calibration:
+                    args, kwargs = quant_state(model).arguments(batch)
+                    model(*args, **kwargs)
     finally:
         for quantizer in found.values():
             quantizer.observer = None
@@ -219,7 +225,8 @@ def calibrate(
         raise UserError("calibration: no data went through the model; give at least one batch")
     for name, observer in observers.items():
         signed = found[name].bits.allowed[0] >= 2
-        found[name].initialize(observer.statistics(config.activations.percentile, signed))
+        mse = config.activations.start is ActivationStart.MSE
+        found[name].initialize(observer.statistics(config.activations.percentile, signed, mse))
 
 
 def _ignore(x: Tensor) -> None:

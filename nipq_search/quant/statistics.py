@@ -90,7 +90,9 @@ class Observer:
         # An even stride would visit few channels only.
         self.samples.append(values[:: (values.numel() // _SAMPLE) | 1])
 
-    def statistics(self, percentile: float, signed_allowed: bool) -> TensorStatistics:
+    def statistics(
+        self, percentile: float, signed_allowed: bool, mse: bool = False
+    ) -> TensorStatistics:
         """Choose the grid and the boundary from everything seen.
 
         A tensor without negative values is unsigned. One whose range lies much more to one side
@@ -99,6 +101,7 @@ class Observer:
 
         Args:
             percentile: share of the values inside the boundary.
+            mse: shrink the boundary to where the squared error of 4-bit rounding is least.
             signed_allowed: false where the allowed set holds widths too small for a signed grid.
         """
         values = torch.cat(self.samples) if self.samples else torch.zeros(1)
@@ -111,13 +114,31 @@ class Observer:
             grid, alpha, minimum = Grid.AFFINE, high - low, low.reshape(1)
         else:
             grid, alpha = Grid.SIGNED, _upper_end(values.abs(), percentile)
+        # A tensor of zeros still needs a positive boundary; any will do.
+        alpha = torch.where(alpha > 0, alpha, 1.0).reshape(1)
+        if mse:
+            share = _least_error_share(values, alpha, grid, minimum, bits=4)
+            alpha, minimum = alpha * share, minimum * share
         return TensorStatistics(
             grid=grid,
-            # A tensor of zeros still needs a positive boundary; any will do.
-            alpha=torch.where(alpha > 0, alpha, 1.0).reshape(1),
+            alpha=alpha,
             mean_abs=values.abs().mean().clamp(min=1e-8).reshape(1),
             minimum=minimum,
         )
+
+
+def _least_error_share(
+    values: Tensor, alpha: Tensor, grid: Grid, minimum: Tensor, bits: int
+) -> float:
+    """The share of a range, both ends alike, whose squared rounding error is least."""
+    width = torch.full((1,), float(bits), device=values.device)
+
+    def error(share: float) -> float:
+        range_ = F.quantization_range(alpha * share, width, grid, minimum * share)
+        return float((F.hard_quantize(values, range_) - values).square().sum())
+
+    shares: list[float] = torch.linspace(0.1, 1.0, 64).tolist()
+    return min(shares, key=error)
 
 
 def _upper_end(values: Tensor, percentile: float) -> Tensor:

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from nipq_search.errors import UserError
 from nipq_search.quant.flow import (
-    INPUT,
     LAYER,
     PARAMETER,
     SUM,
@@ -37,7 +36,7 @@ class Operand:
         origins: where its values come from; see `flow.Flow`.
         parameter: name of the parameter that it is, or is a dense view of.
         value: the tensor itself, where it is a weight.
-        raw: whether it is one of the model's own inputs.
+        raw: whether it holds values of the model's own inputs, moved or padded at most.
         trained: whether a parameter that it is made of has gradients.
     """
 
@@ -118,7 +117,6 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, flow: Flow, names: dict[int, str]) -> None:
         super().__init__()
         self.flow, self.names = flow, names
-        self.raw: set[TensorKey] = set()
         self.parameters: dict[tuple[TensorKey, int], str] = {}
         self.trained: set[str] = set()
         self.calls: dict[tuple[str, str, int], Call] = {}
@@ -164,7 +162,7 @@ class _Recorder(TorchFunctionMode):
             origins=origins,
             parameter=self.parameters.get((key, x.numel())),
             value=x.detach() if weight else None,
-            raw=key in self.raw,
+            raw=self.flow.is_raw(x),
             trained=bool(self.trained & origins),
         )
 
@@ -244,8 +242,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             recorder.trained.add(PARAMETER + name)
         recorder.parameters.setdefault((tensor_key(tensor), tensor.numel()), name)
     for x in examples:
-        flow.set(x, frozenset({INPUT}))
-        recorder.raw.add(tensor_key(x))
+        flow.set_raw(x)
     handles = []
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(recorder.enter))

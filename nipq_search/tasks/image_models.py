@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError
-from nipq_search.tasks.image_layers import plain_layers
 from nipq_search.tasks.image_transforms import ChannelNormalization
 from nipq_search.tasks.resources import needed, resolve_file
 
@@ -73,7 +72,7 @@ class ModelConfig:
             self._check_classes("timm", data_config(self.name).get("num_classes", self.classes))
         if self.weights is not None and not pretrained:
             self._load(model, self.weights)
-        return plain_layers(model)
+        return model
 
     def _check_classes(self, place: str, known: int) -> None:
         """Say that the classifier is new where the weights know another number of classes."""

@@ -13,6 +13,7 @@ from quant_models import normal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import nipq_search as ns
 from nipq_search.cost import Budget, exact_costs, freeze, profile
 from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, prepare, quantizers
@@ -326,3 +327,54 @@ def test_optimizer_groups_hold_every_parameter_once():
     groups = param_groups(prepared, lr=0.1)
     found = [id(p) for group in groups for p in group["params"]]
     assert sorted(found) == sorted(id(p) for p in prepared.parameters())
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(4, 3), nn.Linear(5, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x, y):
+        return {"logits": self.norm(self.a(x) + self.b(y))}
+
+
+def test_models_of_several_inputs():
+    x, y, label = normal(6, 4), normal(6, 5), torch.zeros(6)
+    by_place = prepare(TwoInputs(), (x, y), calibration=[(x, y, label)])
+    by_name = prepare(
+        TwoInputs(), {"x": x, "y": y}, calibration=[{"x": x, "y": y, "labels": label}]
+    )
+    assert set(layers(by_place)) == set(layers(by_name)) == {"a", "b"}
+    for model, batch in ((by_place, (x, y, label)), (by_name, {"y": y, "x": x, "labels": label})):
+        ns.reestimate_norm_stats(model, [batch])
+        assert model.norm.running_mean.abs().sum() > 0
+
+
+def test_results_that_modules_keep_do_not_stop_the_copy():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.cache = nn.Linear(4, 4), {}
+
+        def forward(self, x):
+            self.cache["last"] = [self.linear(x)]
+            return self.cache["last"][0]
+
+    model = Keeping()
+    model(normal(2, 4))
+    assert prepare(model, normal(2, 4))(normal(2, 4)).requires_grad
+
+
+@pytest.mark.parametrize("padding", [1, 0])
+def test_padded_input_is_still_raw(padding):
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+
+        def forward(self, x):
+            x = nnf.pad(x, (1, 1, 1, 1)) if padding else x * 2
+            return self.conv(x)
+
+    prepared = prepare(Padded(), normal(2, 1, 6, 6), QuantConfig(input_bits=8))
+    assert (quant_state(prepared).graph.tensors["conv.input"].fixed_bits == 8) is bool(padding)

@@ -176,3 +176,31 @@ def test_norm_statistics_need_data():
         reestimate_norm_stats(prepare(residual_net(), images()), [])
     plain = nn.Linear(2, 2)
     assert reestimate_norm_stats(plain, []) is plain
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        normal(4000),
+        normal(4000).relu(),
+        nn.functional.gelu(3 * normal(4000)),
+        torch.cat([normal(4000), torch.tensor([60.0, -45.0])]),
+    ],
+    ids=["signed", "unsigned", "affine", "outliers"],
+)
+def test_activations_may_start_where_the_error_is_least(values):
+    observer = Observer()
+    observer(values)
+    wide, best = (observer.statistics(1.0, True, mse) for mse in (False, True))
+    assert best.grid is wide.grid
+
+    def error(share):
+        range_ = quantization_range(
+            best.alpha * share, torch.tensor([4.0]), best.grid, best.minimum * share
+        )
+        return float((hard_quantize(values, range_) - values).square().sum())
+
+    assert error(1.0) <= min(error(share) for share in (0.8, 0.95, 1.05, 1.2))
+    config = QuantConfig(activations=ActivationConfig(start="mse", percentile=1.0))
+    model = prepare(nn.Linear(1, 1), values[:, None], config)
+    torch.testing.assert_close(model.input_quantizer.alpha().detach(), best.alpha)

@@ -59,9 +59,9 @@ def causal_lm(folder: Path) -> dict[str, Any]:
 
 
 ARGUMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "image_folder": image_folder,
     "causal_lm": causal_lm,
     "masked_lm": masked_lm,
+    "image_folder": image_folder,
     "text_classification": text_classification,
 }
 """By the name of the task in the registry; a task without an entry is built without arguments."""

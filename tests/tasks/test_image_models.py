@@ -15,7 +15,6 @@ from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant.prepare import quant_state
 from nipq_search.tasks import make_task
-from nipq_search.tasks.image_layers import SameConv2d, plain_layers
 from nipq_search.tasks.image_models import read_state
 from nipq_search.tasks.resources import resolve_file
 from nipq_search.train import Hooks, Interrupted, TrainConfig, TrainSpec, train
@@ -253,18 +252,6 @@ def test_a_teacher_is_checked_with_the_data(task_of, tmp_path):
 
 
 # Layers
-
-
-def test_tensorflow_s_padding_is_timm_s():
-    from timm.layers import Conv2dSame
-
-    x = torch.randn(2, 4, 17, 12)
-    for kernel, stride, dilation in [(3, 2, 1), (5, 2, 1), (5, 3, 2), (1, 2, 1), ((3, 5), 2, 1)]:
-        theirs = torch.nn.Sequential(Conv2dSame(4, 4, kernel, stride, dilation=dilation, groups=2))
-        expected = theirs(x)
-        ours = plain_layers(theirs)
-        assert type(ours[0]) is SameConv2d
-        assert torch.equal(ours(x), expected)
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "mobilenetv3_small_050"])

@@ -23,7 +23,7 @@ from nipq_search.tasks.image_models import (
     check_name,
     data_config,
 )
-from nipq_search.tasks.image_sources import Found, find
+from nipq_search.tasks.image_sources import find
 from nipq_search.tasks.image_splits import ImageSplit, Place, choose, fingerprint, wanted_names
 from nipq_search.tasks.image_transforms import (
     AUGMENTATIONS,
@@ -164,7 +164,6 @@ class ImageFolder:
                 key="teacher_weights",
                 new_classifier=False,
             )
-        self._found: Found | None = None
         self._splits: Mapping[str, ImageSplit | Split] | None = None
 
     def load_data(self) -> None:
@@ -179,11 +178,11 @@ class ImageFolder:
         with torch.random.fork_rng():
             # What is wrong with it is to be said before anything is trained.
             self._teacher(len(found.classes))
-        self.classes = found.classes
-        self._splits = chosen
+        splits: dict[str, ImageSplit | Split] = {**chosen}
         if self.cache == "memory":
             threads = max(1, self.workers)
-            self._splits = {name: decoded(s, self.crop, threads) for name, s in chosen.items()}
+            splits = {name: decoded(s, self.crop, threads) for name, s in chosen.items()}
+        self.classes, self._splits = found.classes, splits
 
     def splits(self) -> Mapping[str, ImageSplit | Split]:
         """Splits by name, read at the first call."""

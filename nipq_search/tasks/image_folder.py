@@ -23,7 +23,7 @@ from nipq_search.tasks.image_models import (
     check_name,
     data_config,
 )
-from nipq_search.tasks.image_sources import Found, find
+from nipq_search.tasks.image_sources import find
 from nipq_search.tasks.image_splits import ImageSplit, Place, choose, fingerprint, wanted_names
 from nipq_search.tasks.image_transforms import (
     AUGMENTATIONS,
@@ -158,9 +158,12 @@ class ImageFolder:
         self.teacher = None
         if teacher is not None:
             self.teacher = ModelConfig(
-                name=teacher, weights=teacher_weights, classes=0, key="teacher_weights"
+                name=teacher,
+                weights=teacher_weights,
+                classes=0,
+                key="teacher_weights",
+                new_classifier=False,
             )
-        self._found: Found | None = None
         self._splits: Mapping[str, ImageSplit | Split] | None = None
 
     def load_data(self) -> None:
@@ -172,11 +175,14 @@ class ImageFolder:
         chosen = choose(
             found, validation=validation, test=test, caps=self.caps, seed=self.split_seed
         )
-        self.classes = found.classes
-        self._splits = chosen
+        with torch.random.fork_rng():
+            # What is wrong with it is to be said before anything is trained.
+            self._teacher(len(found.classes))
+        splits: dict[str, ImageSplit | Split] = {**chosen}
         if self.cache == "memory":
             threads = max(1, self.workers)
-            self._splits = {name: decoded(s, self.crop, threads) for name, s in chosen.items()}
+            splits = {name: decoded(s, self.crop, threads) for name, s in chosen.items()}
+        self.classes, self._splits = found.classes, splits
 
     def splits(self) -> Mapping[str, ImageSplit | Split]:
         """Splits by name, read at the first call."""
@@ -214,10 +220,13 @@ class ImageFolder:
 
     def build_teacher(self) -> nn.Module | None:
         """The teacher in evaluation mode; None where the float model teaches."""
+        self.load_data()
+        return self._teacher(len(self.classes))
+
+    def _teacher(self, classes: int) -> nn.Module | None:
         if self.teacher is None:
             return None
-        self.load_data()
-        model = dataclasses.replace(self.teacher, classes=len(self.classes)).build()
+        model = dataclasses.replace(self.teacher, classes=classes).build()
         own = normalization(data_config(self.teacher.name), None, None)
         return self._laid_out(Teacher(model, own, self.normalization)).eval()
 

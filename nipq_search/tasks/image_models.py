@@ -37,6 +37,7 @@ class ModelConfig:
         key: the sweep file's key of the weights, for messages.
         drop_rate: dropout before the classifier.
         drop_path_rate: greatest stochastic depth.
+        new_classifier: whether weights for another number of classes may be used without theirs.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ModelConfig:
     weights_order: bool = False
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    new_classifier: bool = True
 
     def build(self) -> nn.Module:
         """The model with its weights; what stays random comes from torch's default generator."""
@@ -66,11 +68,20 @@ class ModelConfig:
                 f"task_args.{self.key}: timm has no weights of {self.name} to give ({reason}); "
                 "download them once, or name a file"
             ) from error
-        if pretrained and data_config(self.name).get("num_classes") != self.classes:
-            _log.info("%s: new classifier of %d classes", self.name, self.classes)
+        if pretrained:
+            self._check_classes("timm", data_config(self.name).get("num_classes", self.classes))
         if self.weights is not None and not pretrained:
             self._load(model, self.weights)
         return model
+
+    def _check_classes(self, place: str, known: int) -> None:
+        """Say that the classifier is new where the weights know another number of classes."""
+        if known == self.classes:
+            return
+        said = f"{self.name}: {place} has {known} classes and the data {self.classes}"
+        if not self.new_classifier:
+            raise UserError(f"task_args.{self.key}: {said}; a teacher needs the same")
+        _log.info("%s: new classifier", said)
 
     def _load(self, model: nn.Module, weights: str) -> None:
         """Copy the file's weights into the model; the classifier only where classes are equal."""
@@ -96,10 +107,7 @@ class ModelConfig:
         wrong = [key for key, value in state.items() if value.shape != own[key].shape]
         classifier = tuple(f"{name}." for name in classifier_names(self.name))
         if wrong and all(key.startswith(classifier) for key in wrong):
-            _log.info(
-                "%s: %s has %d classes and the data %d: new classifier",
-                *(self.name, path, len(state[wrong[0]]), self.classes),
-            )
+            self._check_classes(str(path), len(state[wrong[0]]))
             state = {key: value for key, value in state.items() if key not in wrong}
         elif wrong:
             raise UserError(

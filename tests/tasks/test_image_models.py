@@ -240,9 +240,15 @@ def test_a_teacher_sees_images_as_it_knows_them(task_of, tmp_path):
     task.distill_loss(task.build_model().eval(), teacher, (one, None)).backward()
 
 
-def test_a_teacher_s_weights_are_named_apart(task_of):
-    with pytest.raises(UserError, match="task_args.teacher_weights: .*nowhere"):
-        task_of(teacher=MODEL, teacher_weights="nowhere").build_teacher()
+def test_a_teacher_is_checked_with_the_data(task_of, tmp_path):
+    checkpoint(tmp_path / "w.pt", classes=9)
+    for weights, problem in [
+        ("nowhere.pt", "task_args.teacher_weights: .*nowhere"),
+        (str(tmp_path / "w.pt"), "w.pt has 9 classes and the data 6; a teacher needs the same"),
+    ]:
+        with pytest.raises(UserError, match=problem) as error:
+            task_of(teacher=MODEL, teacher_weights=weights).load_data()
+        assert "\n" not in str(error.value)
 
 
 # Layers

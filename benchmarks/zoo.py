@@ -161,6 +161,11 @@ def run(name: str, make: Any) -> dict[str, Any]:
     return {"name": name, **result, "seconds": round(time.perf_counter() - started, 1)}
 
 
+def short(number: int) -> str:
+    """A number in thousands or millions."""
+    return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number / 1e3:.0f} k"
+
+
 def markdown(results: list[dict[str, Any]]) -> str:
     """The table of a page, and the share that passes."""
     lines = []
@@ -178,8 +183,8 @@ def markdown(results: list[dict[str, Any]]) -> str:
             if "macs" in r:
                 share = f"{100 * r['float_share']:.2g} %" if r["float_share"] else ""
                 lines.append(
-                    f"| {r['name']} | {r['model']} | {r['parameters'] / 1e6:.1f} M "
-                    f"| {r['macs'] / 1e6:,.0f} M | {r['layers']} | {share} | {text} |"
+                    f"| {r['name']} | {r['model']} | {short(r['parameters'])} "
+                    f"| {short(r['macs'])} | {r['layers']} | {share} | {text} |"
                 )
             else:
                 lines.append(f"| {r['name']} | {r['model']} | | | | | {text} |")

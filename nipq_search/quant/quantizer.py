@@ -20,6 +20,7 @@ from nipq_search.quant.functional import Grid, Range, hard_quantize, quantizatio
 from nipq_search.quant.noise import NoiseClock
 from nipq_search.quant.statistics import TensorStatistics
 
+_LEAST_BOUNDARY = 1e-12  # a diverging training may drive a boundary to 0; x / 0 is no number
 _GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
 
 
@@ -93,7 +94,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
     ) -> Range:
         """The quantization range at `bits` (default: the hard width), broadcastable to `x`."""
         place = place or Placement()
-        alpha = self.alpha(self._served(x, place))
+        alpha = self.alpha(self._served(x, place)).clamp(min=_LEAST_BOUNDARY)
         if bits is None:
             bits = alpha.new_tensor([float(self.bits.hard())])
         if self.channels > 1:

@@ -218,3 +218,16 @@ def test_zeros_and_empty_tensors(name):
 def test_a_name_is_taken_once(name):
     with pytest.raises(KeyError, match="registered already"):
         register(name, QUANTIZERS[name])
+
+
+def test_a_boundary_that_collapsed_gives_numbers(name):
+    model = prepared(name)
+    with torch.no_grad():
+        for quantizer in quantizers(model).values():
+            for parameter in quantizer.parameters(recurse=False):
+                parameter.fill_(-1e4 if parameter is getattr(quantizer, "boundary", None) else 0.0)
+    for training in (True, False):
+        y = model.train(training)(images())
+        y.sum().backward()
+        assert y.isfinite().all()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -182,6 +182,11 @@ class Builder:
         """Name and quantizer of a layer's weight; one for all layers that use the parameter."""
         config, uses = self.config.weights, self.weight_uses[self._weight_key(layer)]
         quantized = [use for use in uses if not use.in_float]
+        if quantized and any(use.pin == FLOAT for use in uses):
+            raise UserError(
+                f"quant.pin: {', '.join(use.name for use in uses)} share a weight, and some of "
+                "them are to stay in float; pin them alike"
+            )
         name = f"{(quantized or uses)[0].name}.weight"
         values = [_weight_value(use) for use in uses]
         numel = values[0].numel()
@@ -215,8 +220,8 @@ class Builder:
         pins = {use.pin for use in uses} - {None}
         if len(pins) > 1:
             raise UserError(
-                f"quant.pin: {', '.join(use.name for use in uses)} consume the same tensor and "
-                "are pinned to different bit-widths; pin them alike"
+                f"quant.pin: {', '.join(use.name for use in uses)} consume the same tensor, or "
+                "share a weight, and are pinned to different bit-widths; pin them alike"
             )
         return (int(pins.pop() or 0),) if pins else searched
 

@@ -11,6 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from nipq_search.quant.flops import register_formulas
+
 INPUT = "input"
 PARAMETER = "parameter:"
 LAYER = "layer:"
@@ -50,6 +52,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item)
+
+
+register_formulas()
 
 
 class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]

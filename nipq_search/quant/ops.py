@@ -92,7 +92,13 @@ OPS: dict[Any, Op] = {
 }
 """Functions by the object that is called."""
 
-for _name, _other in (("matmul", "other"), ("mm", "mat2"), ("bmm", "mat2")):
+for _name, _other in (
+    ("matmul", "other"),
+    ("mm", "mat2"),
+    ("bmm", "mat2"),
+    ("mv", "vec"),
+    ("dot", "tensor"),
+):
     for _owner in (_torch, _tensor):
         OPS[getattr(_owner, _name)] = _op("matmul", 0, "input", 1, _other, _MATMUL)
 OPS[_tensor.__matmul__] = OPS[_tensor.matmul]
@@ -101,6 +107,8 @@ for _n in (1, 2, 3):
     OPS[getattr(_torch, f"conv_transpose{_n}d")] = _op(
         f"conv_transpose{_n}d", 0, "input", 1, "weight", (None, 1)
     )
+if hasattr(_torch, "_grouped_mm"):  # what `F.grouped_mm` calls; experts share the scales
+    OPS[_torch._grouped_mm] = _op("grouped_mm", 0, "input", 1, "mat2", _MATMUL)
 for _function in (_torch.add, *(getattr(_tensor, n) for n in ("add", "__add__", "__radd__"))):
     OPS[_function] = _op("add", 0, "input", 1, "other", (None, None))
 

@@ -127,7 +127,15 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
     if path is not None:
         try:
             state = from_bytes(path.read_bytes())
-            model.load_state_dict(state.get("model", state))
+            state = state.get("model", state)
+            if missing := [key for key in model.state_dict() if key not in state]:
+                raise UserError(
+                    f"float model {path}: {len(missing)} entries are missing, such as "
+                    f"{', '.join(missing[:3])}; give the state dict of this task's whole model"
+                )
+            model.load_state_dict(state)
+        except UserError:
+            raise
         except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"float model {path}: {reason[:300]}") from error

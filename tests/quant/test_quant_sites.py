@@ -378,3 +378,45 @@ def test_padded_input_is_still_raw(padding):
 
     prepared = prepare(Padded(), normal(2, 1, 6, 6), QuantConfig(input_bits=8))
     assert (quant_state(prepared).graph.tensors["conv.input"].fixed_bits == 8) is bool(padding)
+
+
+class Experts(nn.Module):
+    """Rows meet the matrix of their group; and a product with a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.vector = nn.Parameter(normal(3, 8, 16)), nn.Parameter(normal(16))
+
+    def forward(self, x):
+        ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+        return torch._grouped_mm(x, self.weight, offs=ends) @ self.vector
+
+
+def test_work_that_torch_does_not_count_is_counted():
+    prepared = prepare(Experts(), normal(5, 8))
+    found = layers(prepared)
+    assert {(x.kind, x.macs, x.why) for x in found.values()} == {
+        ("grouped_mm", 8 * 16, ""),
+        ("matmul", 16, ""),
+    }
+    prepared(normal(5, 8)).sum().backward()
+    assert all(p.grad is not None for p in prepared.parameters())
+
+
+def test_layers_that_share_a_weight_are_pinned_alike():
+    for pin in ({"head": "float"}, {"embedding": 8, "head": 4}):
+        with pytest.raises(UserError, match="share a weight"):
+            prepare(TinyLanguageModel(), (IDS,), QuantConfig(pin=pin))
+    both = prepare(TinyLanguageModel(), (IDS,), QuantConfig(pin={"embedding": 6, "head": 6}))
+    assert quant_state(both).graph.tensors["embedding.weight"].allowed == (6,)
+
+
+def test_owners_run_under_the_compiler():
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    prepared = prepare(model, normal(2, 5, 16))
+    plain = copy.deepcopy(prepared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        compiled = torch.compile(prepared, backend="eager")
+        for _ in range(3):
+            torch.testing.assert_close(compiled(normal(2, 5, 16)), plain(normal(2, 5, 16)))

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
-from train_tasks import CPU, Regression, digits_spec, mlp_spec, outcome
+from train_tasks import CPU, Regression, SpiedDigits, digits_spec, mlp_spec, outcome
 
 from nipq_search.cost import cost_estimate, exact_cost
 from nipq_search.cost.projection import FULL
@@ -251,3 +251,12 @@ def test_learning_starts_at_the_budget(float_model, digits):
     assert len({round(q.bits.soft().item(), 3) for q in quantizers(prepared).values()}) == 1
     assert estimate == pytest.approx(spec.budget["bops"], rel=0.01)
     assert samples == 128
+
+
+def test_a_float_model_that_lacks_entries_is_refused(tmp_path):
+    task = SpiedDigits()
+    state = task.build_model().state_dict()
+    state.pop("head.bias")
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(UserError, match=r"1 entries are missing, such as head\.bias; give"):
+        load_float(task, tmp_path / "part.pt", 0, CPU)

@@ -124,6 +124,8 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
             raise UserError(f"task: build_model() failed with {reason}") from error
         if not isinstance(model, nn.Module):
             raise UserError(f"task: build_model() returned {type(model).__name__}, not a module")
+    if meta := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise UserError(f"task: build_model() left {meta} on the meta device; load its weights")
     if path is not None:
         try:
             state = from_bytes(path.read_bytes())

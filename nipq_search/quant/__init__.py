@@ -10,6 +10,7 @@ register("lsq", LSQ)
 from nipq_search.quant.bit_config import apply_bit_config, bit_config  # noqa: E402
 from nipq_search.quant.config import (  # noqa: E402
     ActivationConfig,
+    ActivationStart,
     Granularity,
     Proxy,
     QuantConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "NIPQ",
     "QUANTIZERS",
     "ActivationConfig",
+    "ActivationStart",
     "FakeQuantizer",
     "Granularity",
     "Proxy",

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import yaml
+from pages import write_table
 
 from nipq_search.search.budgets import resolve
 from nipq_search.search.config import SweepConfig, load_config
@@ -33,7 +34,6 @@ from nipq_search.tasks.base import evaluate, load_data
 from nipq_search.train import TrainSpec, train
 from nipq_search.train.trial import MODEL_FILE, load_trained
 
-CPU = torch.device("cpu")
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, two-sided 95 %, by degrees of freedom."""
 
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="results; kept and added to")
     parser.add_argument("--folder", type=Path, help="models; default: beside the results")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--table", type=Path, help="page whose table of this plan is written anew")
     parser.add_argument("--only", nargs="*", help="these variants")
     options = parser.parse_args()
     plan = yaml.safe_load(options.plan.read_text())
@@ -174,7 +175,10 @@ def main() -> None:
                     f"test {result['test']:.4f}, {result['seconds']:.0f} s",
                     flush=True,
                 )
-    print(markdown(results))
+    if options.table:
+        write_table(options.table, options.plan.stem, markdown(results))
+    else:
+        print(markdown(results))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,8 @@ from nipq_search.quant.prepare import quant_state
 from nipq_search.quant.trace import as_arguments, plain_kernels
 
 sys.path.insert(0, str(Path(__file__).parent))
+from pages import write_table
 from zoo_models import timm_models, transformers_models
-
-MARKS = ("<!-- zoo -->", "<!-- /zoo -->")
 
 
 def tensors_with_gradient(value: Any) -> Iterator[Tensor]:
@@ -222,9 +221,7 @@ def main() -> None:
                 options.json.write_text(json.dumps(results, indent=1))
             gc.collect()
     if options.table:
-        page = options.table.read_text()
-        head, tail = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
-        options.table.write_text(f"{head}{MARKS[0]}\n{markdown(results)}{MARKS[1]}{tail}")
+        write_table(options.table, "zoo", markdown(results))
     else:
         print(markdown(results))
 

@@ -6,6 +6,7 @@ They are registered with torch itself (`torch.utils.flop_counter.register_flop_f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,18 @@ def _added_products(bias: Shape, first: Shape, second: Shape, *args: Any, **kwar
     return 2 * first.numel() * second[-1]
 
 
+def _trilinear(first: Shape, second: Shape, third: Shape, *args: Any, **kwargs: Any) -> int:
+    """What `F.bilinear` computes: products of three tensors, broadcast and summed."""
+    shapes = []
+    for shape, new in zip((first, second, third), args, strict=False):
+        sizes = list(shape)
+        for dimension in sorted(new):
+            sizes.insert(dimension, 1)
+        shapes.append(sizes)
+    whole: tuple[int, ...] = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return 2 * math.prod(whole)
+
+
 def register_formulas() -> None:
     """Register what is missing; does nothing the second time."""
     formulas: dict[str, Callable[..., int]] = {
@@ -46,6 +59,7 @@ def register_formulas() -> None:
         "vdot": _vector,
         "addmv": _added_vector,
         "addbmm": _added_products,
+        "_trilinear": _trilinear,
     }
     for name, formula in formulas.items():
         operation = getattr(torch.ops.aten, name, None)

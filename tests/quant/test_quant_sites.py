@@ -420,3 +420,21 @@ def test_owners_run_under_the_compiler():
         compiled = torch.compile(prepared, backend="eager")
         for _ in range(3):
             torch.testing.assert_close(compiled(normal(2, 5, 16)), plain(normal(2, 5, 16)))
+
+
+def test_products_of_three_tensors_are_counted_in_float():
+    class Bilinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Bilinear(4, 5, 3)
+
+        def forward(self, x, y):
+            y = torch.einsum("ni,nj,ij->nj", x, y, self.b.weight[0])
+            return self.b(self.a(x), y)
+
+    with pytest.warns(UserWarning, match="stay in float"):
+        prepared = prepare(Bilinear(), (normal(2, 4), normal(2, 5)))
+    found = layers(prepared)
+    assert found["b.bilinear"].macs == 4 * 5 * 3
+    assert "no quantized form" in found["b.bilinear"].why
+    assert "no quantized form" in found["einsum"].why and found["einsum"].macs > 0

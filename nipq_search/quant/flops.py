@@ -50,6 +50,28 @@ def _trilinear(first: Shape, second: Shape, third: Shape, *args: Any, **kwargs: 
     return 2 * math.prod(whole)
 
 
+def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
+    """Scores, and their product with the values; shapes (B, heads, L, E)."""
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[-2] * (width + value[-1])
+
+
+def _multi_head(
+    query: Shape, key: Shape, value: Shape, width: int, *args: Any, **kwargs: Any
+) -> int:
+    """Projections of queries, keys, values and the output, and attention; shapes (B, L, E)."""
+    batch, length, _ = query
+    projections = batch * width * width * (2 * length + key[1] + value[1])
+    return 2 * (projections + 2 * batch * length * key[1] * width)
+
+
+def _encoder_layer(source: Shape, width: int, heads: int, *args: Any, **kwargs: Any) -> int:
+    """A whole encoder layer: attention, and the two layers behind it."""
+    hidden = next(shape[0] for shape in args[8:] if isinstance(shape, Shape) and len(shape) == 2)
+    batch, length, _ = source
+    return _multi_head(source, source, source, width) + 4 * batch * length * width * hidden
+
+
 def register_formulas() -> None:
     """Register what is missing; does nothing the second time."""
     formulas: dict[str, Callable[..., int]] = {
@@ -60,6 +82,9 @@ def register_formulas() -> None:
         "addmv": _added_vector,
         "addbmm": _added_products,
         "_trilinear": _trilinear,
+        "_scaled_dot_product_flash_attention_for_cpu": _attention,
+        "_native_multi_head_attention": _multi_head,
+        "_transformer_encoder_layer_fwd": _encoder_layer,
     }
     for name, formula in formulas.items():
         operation = getattr(torch.ops.aten, name, None)

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as nnf
 from quant_models import normal
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nipq_search.quant import prepare, quantizers
 from nipq_search.quant.attention import attention, multi_head_attention
+from nipq_search.quant.prepare import quant_state
 
 Q, K, V = (normal(2, 4, 5, 8, seed=s) for s in range(3))
 ALLOWED = torch.ones(5, 5, dtype=torch.bool).tril(1)
@@ -112,3 +114,24 @@ def test_every_operand_of_attention_is_quantized():
         quantizer.observer = lambda x, name=name: seen.add(name)
     prepared.eval()(*(normal(2, 5, 16),) * 3)
     assert seen == set(quantizers(prepared))
+
+
+@pytest.mark.parametrize(
+    ("model", "args"),
+    [
+        (nn.MultiheadAttention(16, 4, batch_first=True), (normal(2, 5, 16),) * 3),
+        (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), (normal(2, 5, 16),)),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2),
+         (normal(2, 5, 16),)),
+    ],
+)  # fmt: skip
+def test_torch_counts_fused_kernels_as_we_count_their_parts(model, args):
+    macs = sum(layer.macs for layer in quant_state(prepare(model, args)).graph.layers)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.eval()(*args)
+    assert counter.get_total_flops() == 2 * 2 * macs
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model.train()(*args)
+    assert counter.get_total_flops() == 2 * 2 * macs

@@ -67,12 +67,9 @@ class BitWidth(nn.Module):
         self.register_buffer("marginal", torch.zeros(1))
         self.register_buffer("_allowed", torch.tensor(allowed, dtype=torch.float32), False)
         self._marginal_step = -1
-        # Theta, while no optimizer may find it: thawing restores it, and with it a tie.
-        self._home: tuple[nn.Parameter, ...] = ()
         self._width: int | None = None  # the integer buffer as a number: no device is asked
         if self.learned:
             self.theta = nn.Parameter(torch.zeros(1))
-            self._home = (self.theta,)
         else:
             self.fixed = torch.zeros(1, dtype=torch.int64)
         self.start_at(start)
@@ -113,9 +110,8 @@ class BitWidth(nn.Module):
 
     def tie(self, other: BitWidth) -> None:
         """Learn one bit-width with `other`, which has the same allowed set."""
-        if self.theta is not None:
+        if self.theta is not None and other.theta is not None:
             self.theta = other.theta
-            self._home = other._home
 
     def _observe(self, grad: Tensor) -> None:
         self.marginal.add_(grad.detach(), alpha=0.02)
@@ -162,7 +158,7 @@ class BitWidth(nn.Module):
         elif self.is_frozen:
             self.frozen = None
             if self.learned:
-                self.theta = self._home[0]
+                self.theta = nn.Parameter(torch.zeros_like(self._allowed[:1]))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         width = self.fixed if self.frozen is None else self.frozen
         self._width = None if width is None else int(width)

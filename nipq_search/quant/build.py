@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +20,12 @@ from nipq_search.quant.layers import LAYERS, QuantLayer, convert
 from nipq_search.quant.noise import NoiseClock
 from nipq_search.quant.pins import LayerName, pins_of
 from nipq_search.quant.quantizer import QUANTIZERS, FakeQuantizer
-from nipq_search.quant.sites import Owner, Site, make_owner, site_key
+from nipq_search.quant.sites import Site, guard, make_owner, site_key
 from nipq_search.quant.statistics import weight_statistics
-from nipq_search.quant.trace import Call, Operand, Trace
+from nipq_search.quant.trace import Call, Operand, Trace, parameter_homes
+
+UNTRAINED = "the table is not trained"
+IDLE = "did not run on the example inputs"
 
 FIRST, SECOND = "input", "second"
 """Slots of the activations that a layer consumes; they end the names of tensors."""
@@ -89,9 +93,9 @@ def _assign(layer: Layer, products: bool) -> bool:
         layer.weight = 1
         if second is None or not second.is_weight:
             return False
-        layer.why = "" if second.trained else "the table is not trained"
+        layer.why = "" if second.trained else UNTRAINED
         return True
-    if not call.macs:
+    if not call.macs and not call.label:
         return False
     if call.op is None:
         layer.why = f"{call.function} has no quantized form"
@@ -124,7 +128,7 @@ def _name(layer: Layer, taken: set[str]) -> str:
     operand = None if layer.weight is None else call.operands[0][layer.weight]
     if operand is not None and operand.parameter is not None:
         name = operand.parameter.removesuffix("weight").rstrip("._")
-        if name not in taken and (name == call.owner or operand.parameter.endswith("weight")):
+        if name not in taken and (name or not call.owner):
             return name
     if operand is not None and call.owner not in taken:
         return call.owner
@@ -141,12 +145,18 @@ class Builder:
         self.model, self.found, self.config = model, found, config
         self.clock = NoiseClock(config.seed)
         self.tensors: dict[str, TensorInfo] = {}
+        self.sites: dict[str, dict[str, Site]] = {}
         self.quantizers: dict[str, FakeQuantizer] = {}
+        self.idle: set[str] = set()
         self.keys = itertools.count()
         self.parameters = {name: p.numel() for name, p in model.named_parameters()}
         self.layers = find_layers(found, config.products)
+        self.sums = find_sums(found)
         names = [LayerName(x.name, x.kind, x.weight is not None) for x in self.layers]
-        for layer, pin in zip(self.layers, pins_of(names, config), strict=True):
+        names += [LayerName(name, "add", False) for name in self.sums if config.residuals]
+        pins = pins_of(names, config)
+        self.sum_pins = dict(zip(self.sums, pins[len(self.layers) :], strict=False))
+        for layer, pin in zip(self.layers, pins, strict=False):
             layer.pin = pin.bits
             if pin.bits == FLOAT and not layer.why:
                 layer.why = pin.why
@@ -158,6 +168,10 @@ class Builder:
         for layer in self.layers:
             if layer.weight is not None:
                 self.weight_uses.setdefault(self._weight_key(layer), []).append(layer)
+        for uses in self.weight_uses.values():
+            if any(not use.why for use in uses):
+                for use in uses:  # a table that is not trained, but is another layer's weight
+                    use.why = "" if use.why == UNTRAINED else use.why
 
     def _key(self, layer: Layer, slot: str) -> Any:
         """Slots with equal keys consume the same tensor; one filled by several has its own."""
@@ -189,7 +203,7 @@ class Builder:
             )
         name = f"{(quantized or uses)[0].name}.weight"
         values = [_weight_value(use) for use in uses]
-        numel = values[0].numel()
+        numel = _stored(values[0])
         if layer.in_float:
             info = TensorInfo(name=name, role="weight", numel=numel, fixed_bits=FLOAT_BITS)
             self.tensors.setdefault(name, info)
@@ -252,38 +266,38 @@ class Builder:
         )
         return name, quantizer
 
-    def _sums(self, sites: dict[str, dict[str, Site]]) -> dict[str, list[Call]]:
+    def _sums(self) -> dict[str, list[Call]]:
         """Note residual sums; with `quant.residuals` both terms share a quantizer."""
-        named: dict[str, list[Call]] = {}
-        for call in self.found.calls:
-            if call.op is None or not call.op.is_sum or not _is_residual(call):
-                continue
-            base = ".".join(part for part in (call.owner, "add") if part)
-            name = f"{base}_{call.ordinal}" if call.ordinal else base
+        quantized: dict[str, list[Call]] = {}
+        for name, call in self.sums.items():
             numel = call.outputs // self.found.batch
-            if not self.config.residuals:
+            pin = self.sum_pins.get(name)
+            if pin is None or pin.bits == FLOAT:
                 self.tensors[name] = TensorInfo(
                     name=name, role="addition", numel=numel, fixed_bits=FLOAT_BITS
                 )
                 continue
-            allowed = self.config.activations.bits
+            searched = self.config.activations.bits
+            allowed = searched if pin.bits is None else (int(pin.bits),)
             quantizer = self._quantizer(name, allowed, 1)
             self.tensors[name] = TensorInfo(
                 name=name, role="addition", numel=numel, scales=1, allowed=allowed
             )
-            site = Site(quantizer, quantizer)
-            sites.setdefault(call.owner, {})[site_key("add", call.ordinal)] = site
-            named[name] = [call]
-        return named
+            self._add_site(call, Site(quantizer, quantizer))
+            quantized[name] = [call]
+        return quantized
 
-    def build(self) -> Graph:
-        """Convert every layer in place and return the graph."""
+    def _add_site(self, call: Call, site: Site) -> None:
+        assert call.op is not None
+        key = site_key(call.op.kind, call.label, call.ordinal)
+        self.sites.setdefault(call.owner, {})[key] = site
+
+    def build(self) -> tuple[Graph, nn.ModuleDict]:
+        """Convert every layer in place; return the graph, and the sites by owner."""
         modules = dict(self.model.named_modules())
-        sites: dict[str, dict[str, Site]] = {}
-        infos: list[LayerInfo] = []
-        for layer in self.layers:
-            infos.append(self._layer(layer, modules, sites))
-        sums = self._sums(sites)
+        infos = [self._layer(layer, modules) for layer in self.layers]
+        infos += self._idle_layers(modules)
+        quantized_sums = self._sums()
         if self.found.unseen_macs:
             infos.append(
                 LayerInfo(
@@ -295,40 +309,66 @@ class Builder:
                     why="outside Python functions, as in TorchScript",
                 )
             )
-        groups = tensor_groups(self.config.groups, self.layers, infos, sums, self.tensors)
+        wanted = self.config.groups
+        groups = tensor_groups(wanted, self.layers, infos, quantized_sums, self.tensors)
         share_bits(groups, self.tensors, self.quantizers)
-        self._make_owners(modules, sites)
-        return Graph(
+        sites = self._make_owners(modules)
+        graph = Graph(
             layers=tuple(infos), tensors=self.tensors, float_parameters=self._float_parameters()
         )
+        return graph, sites
 
-    def _make_owners(
-        self, modules: Mapping[str, nn.Module], sites: Mapping[str, dict[str, Site]]
-    ) -> None:
+    def _idle_layers(self, modules: Mapping[str, nn.Module]) -> list[LayerInfo]:
+        """Layers that the example did not reach, such as experts that got no row."""
+        covered = self._covered()
+        infos = []
+        for name, module in modules.items():
+            weight = f"{name}.weight"
+            if type(module) in LAYERS and weight in self.parameters and weight not in covered:
+                self.idle.add(weight)
+                self.tensors[weight] = TensorInfo(
+                    name=weight,
+                    role="weight",
+                    numel=self.parameters[weight],
+                    fixed_bits=FLOAT_BITS,
+                )
+                infos.append(
+                    LayerInfo(
+                        name=name,
+                        kind=LAYERS[type(module)].kind,
+                        macs=0,
+                        weight=weight,
+                        input=None,
+                        why=IDLE,
+                    )
+                )
+        return infos
+
+    def _make_owners(self, modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
         """Let the modules that have quantized sites run them, and guard the modules within."""
         active = {
-            owner: own
-            for owner, own in sites.items()
-            if any(site.first is not None or site.second is not None for site in own.values())
+            owner: nn.ModuleDict(own)
+            for owner, own in self.sites.items()
+            if not all(site.is_empty for site in own.values())
         }
-        kinds = {owner: {key.rpartition("_")[0] for key in own} for owner, own in active.items()}
         for call in self.found.calls:
-            if call.op is None or call.owner in active:
-                continue
-            if isinstance(modules[call.owner], QuantLayer | Owner):
-                continue
-            if any(call.op.kind in kinds.get(name, ()) for name in call.around):
-                # Else the module around would take this call for one of its own.
-                make_owner(modules[call.owner], {})
+            if call.op is not None and call.owner in active:
+                key = site_key(call.op.kind, call.label, call.ordinal)
+                if key not in active[call.owner]:
+                    active[call.owner][key] = Site(None, None)
+        homes = {home[0]: home for home in parameter_homes(self.model)}
+        for name, module in modules.items():
+            around = self.found.inside.get(name, set())
+            within = any(o in around or not o or name.startswith(f"{o}.") for o in active)
+            if within and name and name not in active and not isinstance(module, QuantLayer):
+                guard(module)
         for owner, own in active.items():
-            make_owner(modules[owner], own)
+            calls = [call for call in self.found.calls if call.owner == owner]
+            labels = sorted({call.label.partition("@")[0] for call in calls} - {""})
+            make_owner(modules[owner], owner, own, tuple(homes[label] for label in labels))
+        return nn.ModuleDict({f"of {o.replace('.', '-')}": own for o, own in active.items()})
 
-    def _layer(
-        self,
-        layer: Layer,
-        modules: Mapping[str, nn.Module],
-        sites: dict[str, dict[str, Site]],
-    ) -> LayerInfo:
+    def _layer(self, layer: Layer, modules: Mapping[str, nn.Module]) -> LayerInfo:
         """Give one layer its quantizers and note it."""
         names: dict[str, str] = {}
         operands: list[FakeQuantizer | None] = [None, None]
@@ -338,10 +378,10 @@ class Builder:
         if layer.weight is not None:
             weight, operands[layer.weight] = self._weight(layer)
         call, module = layer.call, modules[layer.call.owner]
-        leaf = LAYERS.get(type(module))
+        leaf = None if "forward" in vars(module) else LAYERS.get(type(module))
         if leaf is None or leaf.kind != layer.kind:
-            key = site_key(layer.kind, call.ordinal)
-            sites.setdefault(call.owner, {})[key] = Site(operands[0], operands[1])
+            if call.op is not None:
+                self._add_site(call, Site(operands[0], operands[1]))
         elif operands[1] is not None:
             convert(module, operands[1], operands[0])
         return LayerInfo(
@@ -354,14 +394,36 @@ class Builder:
             why=layer.why,
         )
 
-    def _float_parameters(self) -> int:
-        """Parameters that no weight of the graph is made of."""
+    def _covered(self) -> set[str]:
+        """Names of the parameters that the layers' weights are made of."""
         covered: set[str] = set()
         for layer in self.layers:
             if layer.weight is not None:
                 origins = layer.operands(layer.weight)[0].origins
                 covered.update(origin.removeprefix(PARAMETER) for origin in origins)
-        return sum(numel for name, numel in self.parameters.items() if name not in covered)
+        return covered
+
+    def _float_parameters(self) -> int:
+        """Parameters that no weight of the graph is made of."""
+        counted = self._covered() | self.idle
+        return sum(numel for name, numel in self.parameters.items() if name not in counted)
+
+
+def find_sums(found: Trace) -> dict[str, Call]:
+    """The residual sums of a trace, by name."""
+    sums: dict[str, Call] = {}
+    for call in found.calls:
+        if call.op is not None and call.op.is_sum and _is_residual(call):
+            base = ".".join(part for part in (call.owner, "add") if part)
+            names = itertools.chain([base], (f"{base}_{n}" for n in itertools.count(1)))
+            sums[next(name for name in names if name not in sums)] = call
+    return sums
+
+
+def _stored(value: Tensor) -> int:
+    """Elements of a weight as it is stored: an expanded one is not stored more than once."""
+    sizes = zip(value.shape, value.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride != 0)
 
 
 def _tensor_name(use: tuple[Layer, str]) -> str:
@@ -395,4 +457,5 @@ def _is_residual(call: Call) -> bool:
         and len(first.shape) > 1
         and first.is_activation
         and second.is_activation
+        and first.origins != second.origins  # else a part of an activation function, as in GELU
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,14 +39,15 @@ def tensor_key(x: Tensor) -> TensorKey:
     axes = tuple(sorted((t, s) for s, t in zip(x.shape, x.stride(), strict=True) if s > 1))
     dense = 1 + sum((size - 1) * stride for stride, size in axes) == x.numel()
     storage = x.untyped_storage()._cdata
-    return (storage, int(x.storage_offset()), x._version, x.numel(), () if dense else axes)
+    version = 0 if x.is_inference() else x._version
+    return (storage, int(x.storage_offset()), version, x.numel(), () if dense else axes)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):

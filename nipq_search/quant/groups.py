@@ -54,7 +54,7 @@ def tensor_groups(
 
 def _projections(layers: Sequence[Layer], infos: Sequence[LayerInfo]) -> list[list[str]]:
     """Weights of layers that consume one tensor and whose outputs attention multiplies."""
-    by_label = {layer.call.label: info for layer, info in zip(layers, infos, strict=False)}
+    by_label = {layer.call.origin: info for layer, info in zip(layers, infos, strict=False)}
     groups: dict[tuple[str, str], list[str]] = {}
     for layer in layers:
         if len(layer.slots) < 2:
@@ -72,7 +72,7 @@ def _projections(layers: Sequence[Layer], infos: Sequence[LayerInfo]) -> list[li
 
 def _residual(sums: Mapping[str, Sequence[Call]]) -> list[list[str]]:
     """Sums of which one adds to the other's result."""
-    by_label = {call.label: name for name, calls in sums.items() for call in calls}
+    by_label = {call.origin: name for name, calls in sums.items() for call in calls}
     groups = []
     for name, calls in sums.items():
         for call in calls:
@@ -132,8 +132,26 @@ def share_bits(
         allowed = tuple(sorted(common))
         first = quantizers[group[0]].bits
         for name in group:
-            # Each keeps a bit-width of its own, for its own marginal loss; theta is one.
+            # Each keeps a bit-width of its own, for its own marginal loss; theta becomes one.
             bits = BitWidth(allowed, first.start, learned=first.wanted, key=first.key)
-            quantizers[name].bits = bits
-            bits.tie(quantizers[group[0]].bits)
+            quantizers[name].use(bits)
             tensors[name] = dataclasses.replace(tensors[name], allowed=allowed, group=group[0])
+    tie(groups, quantizers)
+
+
+def tie(groups: Iterable[Sequence[str]], quantizers: Mapping[str, FakeQuantizer]) -> None:
+    """Let the members of each group learn one theta; also after a load that made new ones."""
+    for group in groups:
+        for name in group:
+            quantizers[name].bits.tie(quantizers[group[0]].bits)
+
+
+def groups_of(tensors: Mapping[str, TensorInfo]) -> list[list[str]]:
+    """The groups of a graph, each with its first member in front."""
+    found: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.group is not None:
+            found.setdefault(tensor.group, [tensor.group])
+            if name != tensor.group:
+                found[tensor.group].append(name)
+    return list(found.values())

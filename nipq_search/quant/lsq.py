@@ -66,6 +66,11 @@ class LSQ(FakeQuantizer):
             else:
                 self.step.mul_(before / self._levels(self.bits.hard()))
 
+    def use(self, bits: BitWidth) -> None:
+        """Take another bit-width; an untrained step starts at that one's published value."""
+        with self._same_boundary():
+            super().use(bits)
+
     def freeze(self, bits: int | None = None) -> None:
         """Fix the bit-width and keep the boundary where it is."""
         with self._same_boundary():

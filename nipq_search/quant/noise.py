@@ -48,6 +48,11 @@ def centered_uniform(*words: int) -> float:
 
 @functools.lru_cache(maxsize=8)
 def _bank(device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not serve a later training
+        return _new_bank(device, dtype)
+
+
+def _new_bank(device: torch.device, dtype: torch.dtype) -> Tensor:
     # A shuffled lattice rather than random numbers: its mean is 0 and its law uniform exactly.
     order = torch.randperm(_BANK, generator=torch.Generator().manual_seed(0x4E495051))
     return ((order.to(torch.float64) + 0.5) / _BANK - 0.5).to(device=device, dtype=dtype)

@@ -32,13 +32,14 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
             on data itself.
 
     Raises:
-        UserError: there was no batch; the old statistics are lost.
+        UserError: there was no batch; the old statistics are back.
     """
     norms = norm_layers(model)
     if not norms:
         return model
     momenta = [module.momentum for module in norms]
     with unchanged_mode(model):
+        before = [{n: b.clone() for n, b in module.named_buffers()} for module in norms]
         for module in norms:
             module.reset_running_stats()
             module.momentum = None  # a cumulative average
@@ -53,8 +54,12 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
         finally:
             for module, momentum in zip(norms, momenta, strict=True):
                 module.momentum = momentum
-    seen = [int(m.num_batches_tracked) for m in norms if m.num_batches_tracked is not None]
-    if seen and min(seen) == 0:
+    seen = [int(m.num_batches_tracked) if m.num_batches_tracked is not None else 0 for m in norms]
+    for module, count, buffers in zip(norms, seen, before, strict=True):
+        if count == 0:  # it did not run, as auxiliary heads do not in evaluation
+            for name, buffer in buffers.items():
+                module.get_buffer(name).copy_(buffer)
+    if max(seen) == 0:
         raise UserError("reestimate_norm_stats: no batches; give at least one")
     return model
 

@@ -6,7 +6,7 @@ with those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,11 @@ class Op:
         """Whether it reads rows of a weight and multiplies nothing."""
         return self.first is None
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether its results are the rows themselves, so that these alone can be quantized."""
+        return self.kind == "embedding"
+
 
 def _op(kind: str, first: int, name: str, second: int, other: str, axes: tuple[Any, Any]) -> Op:
     return Op(kind, Operand(first, name, axes[0]), Operand(second, other, axes[1]))
@@ -80,6 +85,7 @@ _torch: Any = torch
 OPS: dict[Any, Op] = {
     nnf.linear: _op("linear", 0, "input", 1, "weight", (None, 0)),
     nnf.embedding: Op("embedding", None, Operand(1, "weight", 0)),
+    nnf.embedding_bag: Op("embedding_bag", None, Operand(1, "weight", 0)),
     attention_scores: _op("scores", 0, "query", 1, "key", (None, None)),
     attention_values: _op("values", 0, "probabilities", 1, "value", (None, None)),
     _torch.addmm: _op("addmm", 1, "mat1", 2, "mat2", _MATMUL),
@@ -119,10 +125,23 @@ for _function in IN_PLACE:
     OPS[_function] = _op("add", 0, "input", 1, "other", (None, None))
 
 
-def op_of(func: Any, args: tuple[Any, ...]) -> Op | None:
-    """How `func` multiplies, or None; einsum has a quantized form for two operands only."""
+def op_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Op | None:
+    """How a call multiplies or adds, or None.
+
+    An einsum of another number of operands has no quantized form; a sum with a number is none.
+    """
     op = OPS.get(func)
-    return None if op is not None and op.kind == "einsum" and len(args) != 3 else op
+    if op is None or (op.kind == "einsum" and (len(args) != 3 or not _tensors(args[1:]))):
+        return None
+    if op.is_sum and not (
+        op.first and _tensors([op.first.of(args, kwargs), op.second.of(args, kwargs)])
+    ):
+        return None
+    return op
+
+
+def _tensors(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
 
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {
@@ -130,3 +149,6 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {
     nnf.multi_head_attention_forward: multi_head_attention,
 }
 """Fused functions, and how they are written with functions of `OPS`."""
+
+PARTS = frozenset({"linear", "scores", "values"})
+"""Kinds of the functions that they are written with."""

@@ -13,10 +13,11 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from nipq_search.errors import UserError
 from nipq_search.quant.bit_width import BitWidth
-from nipq_search.quant.build import Builder
+from nipq_search.quant.build import IDLE, Builder
 from nipq_search.quant.config import ActivationStart, QuantConfig
 from nipq_search.quant.flow import tensors_in
 from nipq_search.quant.graph import Graph
+from nipq_search.quant.groups import groups_of, tie
 from nipq_search.quant.layers import LAYERS, QuantLayer
 from nipq_search.quant.noise import NoiseClock, not_compiled
 from nipq_search.quant.quantizer import FakeQuantizer
@@ -25,7 +26,9 @@ from nipq_search.quant.statistics import Observer
 from nipq_search.quant.trace import as_arguments, trace, unchanged_mode
 
 STATE = "quant_state"
-"""Name of the submodule that `prepare` adds to the root."""
+"""Name of the submodule that `prepare` adds."""
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,10 +41,16 @@ class QuantState(nn.Module):
     """
 
     def __init__(
-        self, graph: Graph, config: QuantConfig, clock: NoiseClock, example_inputs: Any
+        self,
+        graph: Graph,
+        config: QuantConfig,
+        clock: NoiseClock,
+        example_inputs: Any,
+        sites: nn.ModuleDict,
     ) -> None:
         """Hold what `prepare` found."""
         super().__init__()
+        self.sites = sites
         self.graph, self.config, self.clock = graph, config, clock
         args, kwargs = as_arguments(example_inputs)
         self.positional, self.keywords = len(args), tuple(kwargs)
@@ -72,7 +81,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         UserError: `prepare` never saw this model.
     """
     inner: Any = model
-    while STATE not in inner._modules:  # `hasattr` sees through torch.compile's wrapper
+    while not _has_state(inner):  # `hasattr` sees through torch.compile's wrapper
         if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
             inner = inner._orig_mod
         elif isinstance(getattr(inner, "module", None), nn.Module):
@@ -85,6 +94,39 @@ def unwrap(model: nn.Module) -> nn.Module:
 def quant_state(model: nn.Module) -> QuantState:
     """The quantization state of a prepared, possibly wrapped, model."""
     return getattr(unwrap(model), STATE)  # type: ignore[no-any-return]
+
+
+def _has_state(module: nn.Module) -> bool:
+    return STATE in module._modules or STATE in vars(module)
+
+
+def attach_state(root: nn.Module, state: QuantState) -> None:
+    """Make the state a child of the root.
+
+    A container, such as `nn.Sequential`, would take it for a layer of its own: there it is a
+    child of the first module inside that is none.
+    """
+    home = root
+    if isinstance(root, CONTAINERS):
+        home = next((m for m in root.modules() if not isinstance(m, CONTAINERS)), root)
+    home.add_module(STATE, state)
+    if home is not root:
+        vars(root)[STATE] = state
+        root.register_load_state_dict_pre_hook(_rename_state)  # type: ignore[no-untyped-call]
+    root.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]
+
+
+def _rename_state(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load pre-hook: version 0.1 had the state of a container among its layers."""
+    old = f"{prefix}{STATE}._extra_state"
+    if old in state:
+        names = {id(m): name for name, m in module.named_modules()}
+        state[f"{prefix}{names[id(quant_state(module))]}._extra_state"] = state.pop(old)
+
+
+def _tie_again(module: nn.Module, incompatible: Any) -> None:
+    """Load post-hook: a load may have given the members of a group new parameters."""
+    tie(groups_of(quant_state(module).graph.tensors), quantizers(module))
 
 
 def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
@@ -102,9 +144,10 @@ def is_frozen(model: nn.Module) -> bool:
 def _tick(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of the root: the next step's noise."""
     if module.training:
-        getattr(module, STATE).clock.step += 1
+        quant_state(module).clock.step += 1
 
 
+@torch.inference_mode(False)  # parameters that are made under it could never be trained
 def prepare(
     model: nn.Module,
     example_inputs: Any,
@@ -140,14 +183,17 @@ def prepare(
         if isinstance(module, nn.TransformerEncoderLayer):
             # Its fused inference kernel reads the float weights, past the quantizers.
             module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            # So do nested tensors, which its padding mask would make.
+            module.enable_nested_tensor = module.use_nested_tensor = False
     found = trace(prepared, example_inputs)
     builder = Builder(prepared, found, config)
-    graph = builder.build()
+    graph, sites = builder.build()
     if not any(layer.macs for layer in graph.layers):
         kinds = ", ".join(sorted(kind.__name__ for kind in LAYERS))
         raise UserError(f"the model has nothing to quantize: it runs none of {kinds}")
     warn_of_float_work(graph)
-    setattr(prepared, STATE, QuantState(graph, config, builder.clock, example_inputs))
+    attach_state(prepared, QuantState(graph, config, builder.clock, example_inputs, sites))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     prepared.to(device)
     calibrate(prepared, (example_inputs,) if calibration is None else calibration)
@@ -172,6 +218,10 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, UninitializedTensorMixin):
             raise UserError(f"{name}: a lazy module; run the model once on a batch before prepare")
+        if tensor.is_inference():
+            raise UserError(
+                f"{name}: made under torch.inference_mode; make the model outside of it"
+            )
         if tensor.is_meta:
             raise UserError(f"{name}: on the meta device; load the weights before prepare")
     for name, parameter in model.named_parameters():
@@ -189,6 +239,14 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
 def warn_of_float_work(graph: Graph) -> None:
     """Warn of multiplications that stay in float though nobody asked for it."""
     unasked = ("by ", "quant.")
+    idle = [layer.name for layer in graph.layers if layer.why == IDLE]
+    if idle:
+        more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+        warnings.warn(
+            f"{', '.join(idle[:3])}{more} did not run on the example inputs and stay in float; "
+            "give an example that reaches them",
+            stacklevel=3,
+        )
     left = [x for x in graph.layers if x.why and x.macs and not any(w in x.why for w in unasked)]
     if left:
         total = sum(layer.macs for layer in graph.layers)
@@ -223,6 +281,14 @@ def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module
             quantizer.observer = None
     if observers and not any(observer.samples for observer in observers.values()):
         raise UserError("calibration: no data went through the model; give at least one batch")
+    unseen = [name for name, observer in observers.items() if not observer.samples]
+    if unseen:
+        more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
+        warnings.warn(
+            f"calibration did not reach {', '.join(unseen[:3])}{more}: their boundaries start at "
+            "1; give batches that do",
+            stacklevel=3,
+        )
     for name, observer in observers.items():
         signed = found[name].bits.allowed[0] >= 2
         mse = config.activations.start is ActivationStart.MSE

@@ -114,6 +114,10 @@ class FakeQuantizer(nn.Module, abc.ABC):
             boundaries = self.channels
         return max(1.0, x.numel() / max(1, boundaries))
 
+    def use(self, bits: BitWidth) -> None:
+        """Take another bit-width, before training, as the member of a group."""
+        self.bits = bits
+
     def freeze(self, bits: int | None = None) -> None:
         """Fix the bit-width; training continues with hard quantization."""
         self.bits.freeze(bits)

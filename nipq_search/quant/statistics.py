@@ -108,7 +108,7 @@ class Observer:
         minimum = torch.zeros(1, device=values.device)
         low = -_upper_end(-values, percentile).clamp(min=0.0)
         high = _upper_end(values, percentile).clamp(min=0.0)
-        if self.minimum >= 0.0:
+        if self.minimum >= 0.0 and bool(values.any()):
             grid, alpha = Grid.UNSIGNED, high
         elif high - low < 1.5 * torch.maximum(high, -low) or not signed_allowed:
             grid, alpha, minimum = Grid.AFFINE, high - low, low.reshape(1)

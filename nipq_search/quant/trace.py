@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,8 @@ from nipq_search.quant.flow import (
     tensor_key,
     tensors_in,
 )
-from nipq_search.quant.ops import DECOMPOSED, Op, op_of
+from nipq_search.quant.ops import DECOMPOSED, PARTS, Op, op_of
+from nipq_search.quant.sites import Home, ParameterTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,8 @@ class Call:
         owner: name of the innermost module whose forward made the call.
         op: what was called; None for a function that has no quantized form.
         function: its name.
-        ordinal: number of the call among those of its kind in the owner's forward.
-        around: names of the modules whose forwards ran around the owner's.
+        label: the parameter that it multiplies with, by `sites.ParameterTable`.
+        ordinal: number of the call among those of its kind and parameter in the owner's forward.
         operands: both operands of every time that it was made.
         macs: multiply-accumulates, summed over those times and over the batch.
         outputs: elements of the result.
@@ -82,18 +83,18 @@ class Call:
     owner: str
     op: Op | None
     function: str
+    label: str
     ordinal: int
-    around: tuple[str, ...] = ()
     operands: list[tuple[Operand | None, Operand | None]] = field(default_factory=list)
     macs: int = 0
     outputs: int = 0
 
     @property
-    def label(self) -> str:
+    def origin(self) -> str:
         """Its name in `Flow`."""
         kind = self.op.kind if self.op else self.function
         head = SUM if self.op is not None and self.op.is_sum else LAYER
-        return f"{head}{self.owner}/{kind}_{self.ordinal}"
+        return f"{head}{self.owner}/{kind}/{self.label}/{self.ordinal}"
 
 
 @dataclass
@@ -102,11 +103,13 @@ class Trace:
 
     Attributes:
         calls: every site, in order of execution.
+        inside: by module that ran, the modules around it.
         unseen_macs: multiply-accumulates outside them: TorchScript, compiled code.
         batch: samples in the example.
     """
 
     calls: list[Call] = field(default_factory=list)
+    inside: dict[str, set[str]] = field(default_factory=dict)
     unseen_macs: int = 0
     batch: int = 1
 
@@ -114,17 +117,22 @@ class Trace:
 class _Recorder(TorchFunctionMode):
     """Notes every call that multiplies, with the module that made it."""
 
-    def __init__(self, flow: Flow, names: dict[int, str]) -> None:
+    def __init__(self, flow: Flow, model: nn.Module) -> None:
         super().__init__()
-        self.flow, self.names = flow, names
-        self.parameters: dict[tuple[TensorKey, int], str] = {}
-        self.trained: set[str] = set()
-        self.calls: dict[tuple[str, str, int], Call] = {}
-        self.stack: list[tuple[str, dict[str, int]]] = []
+        self.flow = flow
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.parameters = ParameterTable(parameter_homes(model))
+        self.trained = {PARAMETER + n for n, p in model.named_parameters() if p.requires_grad}
+        self.calls: dict[tuple[str, str, str, int], Call] = {}
+        self.stack: list[tuple[str, dict[tuple[str, str], int]]] = []
+        self.inside: dict[str, set[str]] = {}
+        self.kinds: frozenset[str] | None = None
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook: calls from here on are this module's."""
-        self.stack.append((self.names[id(module)], {}))
+        name = self.names[id(module)]
+        self.inside.setdefault(name, set()).update(around for around, _ in self.stack)
+        self.stack.append((name, {}))
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
         """Forward hook."""
@@ -135,15 +143,22 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in DECOMPOSED:
-            with self:
-                return DECOMPOSED[func](*args, **kwargs)
-        op = op_of(func, args)
+            before, self.kinds = self.kinds, PARTS
+            try:
+                with self:
+                    return DECOMPOSED[func](*args, **kwargs)
+            finally:
+                self.kinds = before
+        op = op_of(func, args, kwargs)
+        if op is not None and self.kinds is not None and op.kind not in self.kinds:
+            return func(*args, **kwargs)
         operands = (None, None) if op is None else self._operands(op, args, kwargs)
-        before = self.flow.flops
+        label = "" if op is None else self.parameters.of_call(op, args, kwargs)
+        before_flops = self.flow.flops
         out = func(*args, **kwargs)
-        macs = (self.flow.flops - before) // 2
+        macs = (self.flow.flops - before_flops) // 2
         if self.stack and (op is not None or macs):
-            self._note(op, func, operands, macs, out)
+            self._note(op, func, label, operands, macs, out)
         return out
 
     def _operands(self, op: Op, args: Any, kwargs: Any) -> tuple[Operand | None, Operand | None]:
@@ -160,21 +175,29 @@ class _Recorder(TorchFunctionMode):
             key=key,
             shape=tuple(x.shape),
             origins=origins,
-            parameter=self.parameters.get((key, x.numel())),
+            parameter=self._whole(x),
             value=x.detach() if weight else None,
             raw=self.flow.is_raw(x),
             trained=bool(self.trained & origins),
         )
 
-    def _note(self, op: Op | None, func: Any, operands: Any, macs: int, out: Any) -> None:
+    def _whole(self, x: Tensor) -> str | None:
+        """Name of the parameter that `x` is, as a whole."""
+        label = self.parameters.label(x)
+        return label if label and "@" not in label else None
+
+    def _note(
+        self, op: Op | None, func: Any, label: str, operands: Any, macs: int, out: Any
+    ) -> None:
         owner, counts = self.stack[-1]
         kind = op.kind if op is not None else getattr(func, "__name__", str(func))
-        ordinal = counts.get(kind, 0)
-        counts[kind] = ordinal + 1
-        around = tuple(name for name, _ in self.stack[:-1])
+        # What has no quantized form is not counted when the model runs.
+        counted = (kind if op is not None else f"{kind} in float", label)
+        ordinal = counts.get(counted, 0)
+        counts[counted] = ordinal + 1
         call = self.calls.setdefault(
-            (owner, kind, ordinal),
-            Call(owner=owner, op=op, function=kind, ordinal=ordinal, around=around),
+            (owner, *counted, ordinal),
+            Call(owner=owner, op=op, function=kind, label=label, ordinal=ordinal),
         )
         call.macs += macs
         call.operands.append(operands)
@@ -183,7 +206,7 @@ class _Recorder(TorchFunctionMode):
         activation = any(operand is not None and operand.is_activation for operand in operands)
         if activation and (macs or (op is not None and op.is_sum and all(operands))):
             for x in results:
-                self.flow.set(x, frozenset({call.label}))
+                self.flow.set(x, frozenset({call.origin}))
 
 
 @contextmanager
@@ -214,10 +237,19 @@ def plain_kernels() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(onednn)
 
 
+def parameter_homes(model: nn.Module) -> list[Home]:
+    """Every parameter of a model, once."""
+    homes: list[Home] = []
+    for name, _ in model.named_parameters():
+        owner, _, key = name.rpartition(".")
+        homes.append((name, model.get_submodule(owner), key))
+    return homes
+
+
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a forward from a tensor, a tuple or a dict."""
-    if isinstance(inputs, dict):
-        return (), inputs
+    """Positional and keyword arguments of a forward from a tensor, a tuple or a mapping."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
     if isinstance(inputs, (tuple, list)):
         return tuple(inputs), {}
     return (inputs,), {}
@@ -234,19 +266,18 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         raise UserError("example_inputs: no tensor in it; give the arguments of one forward")
     batch = max(1, examples[0].shape[0] if examples[0].dim() else 1)
     flow = Flow()
-    names = {id(module): name for name, module in model.named_modules()}
-    recorder = _Recorder(flow, names)
+    recorder = _Recorder(flow, model)
     for name, tensor in model.named_parameters():
         flow.set(tensor, frozenset({PARAMETER + name}))
-        if tensor.requires_grad:
-            recorder.trained.add(PARAMETER + name)
-        recorder.parameters.setdefault((tensor_key(tensor), tensor.numel()), name)
     for x in examples:
         flow.set_raw(x)
     handles = []
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(recorder.enter))
-        handles.append(module.register_forward_hook(recorder.leave, always_call=True))
+        # First of all hooks: what the others compute is the surrounding module's.
+        handles.append(
+            module.register_forward_hook(recorder.leave, prepend=True, always_call=True)
+        )
     args, kwargs = as_arguments(example_inputs)
     try:
         with unchanged_mode(model), plain_kernels(), flow, recorder:
@@ -265,4 +296,4 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     calls = list(recorder.calls.values())
     total = flow.flops // 2
     unseen = max(0, total - sum(call.macs for call in calls))
-    return Trace(calls=calls, unseen_macs=unseen, batch=batch)
+    return Trace(calls=calls, inside=recorder.inside, unseen_macs=unseen, batch=batch)

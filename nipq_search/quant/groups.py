@@ -14,7 +14,7 @@ from nipq_search.quant.pins import LayerName, check_patterns, matching
 from nipq_search.quant.quantizer import FakeQuantizer
 
 if TYPE_CHECKING:
-    from nipq_search.quant.build import Layer
+    from nipq_search.quant.roles import Layer
     from nipq_search.quant.trace import Call
 
 QKV, RESIDUAL = "qkv", "residual"

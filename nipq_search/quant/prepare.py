@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from nipq_search.errors import UserError
 from nipq_search.quant.bit_width import BitWidth
-from nipq_search.quant.build import IDLE, Builder
+from nipq_search.quant.build import Builder
 from nipq_search.quant.config import ActivationStart, QuantConfig
 from nipq_search.quant.flow import tensors_in
 from nipq_search.quant.graph import Graph
@@ -21,6 +21,7 @@ from nipq_search.quant.groups import groups_of, tie
 from nipq_search.quant.layers import LAYERS, QuantLayer
 from nipq_search.quant.noise import NoiseClock, not_compiled
 from nipq_search.quant.quantizer import FakeQuantizer
+from nipq_search.quant.roles import IDLE
 from nipq_search.quant.sites import Owner
 from nipq_search.quant.statistics import Observer
 from nipq_search.quant.trace import as_arguments, trace, unchanged_mode

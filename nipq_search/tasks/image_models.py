@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nipq_search.errors import UserError
 from nipq_search.tasks.image_transforms import ChannelNormalization
-from nipq_search.tasks.resources import needed, resolve_file
+from nipq_search.tasks.resources import anchored, needed, resolve_file
 
 PRETRAINED = "timm"
 """Value of `weights` that asks timm for its own."""
@@ -48,6 +48,11 @@ class ModelConfig:
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     new_classifier: bool = True
+
+    def __post_init__(self) -> None:
+        """Make a file's name absolute."""
+        if self.weights != PRETRAINED:
+            object.__setattr__(self, "weights", anchored(self.weights))
 
     def build(self) -> nn.Module:
         """The model with its weights; what stays random comes from torch's default generator."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.tasks.resources import PREFIX
 
 
 def refuse(key: str, problem: str) -> UserError:
@@ -75,6 +77,11 @@ def mapping(key: str, value: Any) -> dict[str, Any] | None:
     return None if value is None else dict(value)
 
 
+def place(path: str) -> str:
+    """A path or pattern that means the same in every working directory."""
+    return path if path.startswith(PREFIX) else str(Path(path).expanduser().absolute())
+
+
 def paths(key: str, value: Any) -> tuple[str, ...]:
     """`value`, a path or a list of them, as a tuple."""
     found = (value,) if isinstance(value, str) else value
@@ -82,7 +89,7 @@ def paths(key: str, value: Any) -> tuple[str, ...]:
         raise refuse(key, f"{value!r} is neither a path nor a list of paths")
     if not all(isinstance(path, str) and path for path in found):
         raise refuse(key, f"{value!r} holds something that is no path")
-    return tuple(found)
+    return tuple(place(path) for path in found)
 
 
 Part = float | tuple[str, ...]

@@ -26,6 +26,7 @@ from nipq_search.tasks.text_arguments import (
     number,
     one_of,
     parts,
+    paths,
     positive,
     refuse,
     seed,
@@ -134,7 +135,8 @@ class TextClassification:
     ) -> None:
         """Check and keep the arguments; files are read later."""
         self.metric = (one_of("metric", metric, METRICS), "max")
-        self.path, self.encoding = path, word("encoding", encoding)
+        (self.path,) = paths("path", [path])
+        self.encoding = word("encoding", encoding)
         self.columns = Columns(
             text=word("text", text),
             label=word("label", label),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 
 import pytest
@@ -67,6 +68,22 @@ def test_a_checkpoint_is_loaded(task_of, tmp_path, wrap):
     state = checkpoint(tmp_path / "w.pt", wrap=wrap)
     built = task_of(weights=str(tmp_path / "w.pt")).build_model().state_dict()
     assert all(torch.equal(state[key], built[key]) for key in state)
+
+
+def test_relative_names_hold_in_other_folders(tree, tmp_path, monkeypatch):
+    for name in (MODEL, "test_resnet"):
+        checkpoint(tmp_path / f"{name}.pt", model=name)
+    (tmp_path / "tree").symlink_to(tree)
+    monkeypatch.chdir(tmp_path)
+    args = {"path": "tree", "model": MODEL, "size": 32, "cache": "none"}
+    args |= {"weights": f"{MODEL}.pt", "teacher": "test_resnet"}
+    task = make_task("image_folder", {**args, "teacher_weights": "test_resnet.pt"})
+    task.load_data()
+    data = pickle.dumps(task)
+    monkeypatch.chdir(tree)
+    task = pickle.loads(data)
+    assert task.build_model() is not None and task.build_teacher() is not None
+    assert len(next(iter(task.loader("train", 4)))[1]) == 4
 
 
 def test_safetensors_are_loaded(task_of, tmp_path):

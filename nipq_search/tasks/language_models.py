@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.tasks.arguments import refuse
 from nipq_search.tasks.resources import PREFIX, anchored, needed, resolve
-from nipq_search.tasks.text_arguments import refuse
 
 TOKENIZER_FILES = (
     "tokenizer.json",

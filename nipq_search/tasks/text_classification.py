@@ -11,15 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest
-from nipq_search.tasks.base import evaluating
-from nipq_search.tasks.language_models import (
-    ModelSource,
-    hidden_loss,
-    load_model,
-    load_tokenizer,
-)
-from nipq_search.tasks.resources import needed
-from nipq_search.tasks.text_arguments import (
+from nipq_search.tasks.arguments import (
     flag,
     mapping,
     names,
@@ -32,6 +24,14 @@ from nipq_search.tasks.text_arguments import (
     seed,
     word,
 )
+from nipq_search.tasks.base import evaluating
+from nipq_search.tasks.language_models import (
+    ModelSource,
+    hidden_loss,
+    load_model,
+    load_tokenizer,
+)
+from nipq_search.tasks.resources import needed
 from nipq_search.tasks.text_splits import SplitRules, split_rows
 from nipq_search.tasks.text_table import Columns, Row, read_rows
 from nipq_search.tasks.text_tokens import TextBatches, TokenSplit, digest_tokens, tokenize

@@ -123,6 +123,7 @@ def test_entries_can_be_taken_in_order(task_of, tmp_path):
         (lambda s: dict(list(s.items())[3:]), {}, "lacks conv_stem.weight, bn1.weight and 1 more"),
         (lambda s: {**s, "z": torch.ones(1)}, {}, "it has z, unknown to the model"),
         (lambda s: {**s, "bn1.bias": torch.ones(3)}, {}, r"bn1.bias has shape \(3,\), not"),
+        (lambda s: {**s, "bn1.bias": s["bn1.bias"] / 0}, {}, "weights are not finite: bn1.bias"),
         (lambda s: {**s, "z": 1}, {}, "holds no state dict"),
         (lambda s: [1], {}, "holds no state dict"),
         (lambda s: {**s, "z": torch.ones(1)}, {"weights_order": True}, "needs as many"),

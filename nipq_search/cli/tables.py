@@ -231,7 +231,12 @@ def plan(document: Document) -> RenderableType:
         ]
         for budget in document.get("budgets") or []
     ]
+    data = document.get("data") or {}
+    sizes = [f"{numbers.count(n)} {split}" for split, n in (data.get("splits") or {}).items()]
+    if data.get("classes") is not None:
+        sizes.append(f"{numbers.count(data['classes'])} classes")
     return Group(
+        *([_line(f"{_word(data.get('name'))}: {', '.join(sizes)}"), Text()] if sizes else []),
         layers(document.get("layers") or []),
         Text(),
         _table(["cost name", "least", "greatest"], reachable),

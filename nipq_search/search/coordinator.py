@@ -162,7 +162,7 @@ class Coordinator:
             folder = job_folder(self.out, "float", 0)
             self.failure = (
                 f"the float model failed: {record['reason']}; mend that, then remove {folder} "
-                "to try again"
+                "to begin anew"
             )
         elif record is not None:
             file = job_folder(self.out, "float", 0) / MODEL_FILE

@@ -223,6 +223,11 @@ class Ledger:
         text = self.study.user_attrs.get(key)
         return None if text is None else json.loads(text)
 
+    @property
+    def mode(self) -> str:
+        """`max` or `min`: the direction of the metric for which the study was made."""
+        return "max" if self.study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else "min"
+
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials in these states (default: all), by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)

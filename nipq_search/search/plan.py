@@ -50,6 +50,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "schema": SCHEMA,
         "sweep": config.name,
         "bops_convention": CONVENTION,
+        "data": _data(task),
         "layers": layers,
         "reachable": {
             name: {"least": facts.costs[name]["least"], "greatest": facts.costs[name]["greatest"]}
@@ -60,6 +61,14 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "samples": _samples(config, task),
         "disk_bytes": _disk(config, facts.costs["weight_bytes"]["float"]),
     }
+
+
+def _data(task: Any) -> dict[str, Any]:
+    """Name, number of classes (None where there are none) and sizes of the splits."""
+    known = dataset(task)
+    classes = known.get("classes")
+    count = classes if classes is None or isinstance(classes, int) else len(classes)
+    return {"name": known["name"], "classes": count, "splits": dict(known["splits"])}
 
 
 def _samples(config: SweepConfig, task: Any) -> int:

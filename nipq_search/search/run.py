@@ -23,6 +23,7 @@ from nipq_search.search.coordinator import Coordinator
 from nipq_search.search.driver import Driver
 from nipq_search.search.executor import Executor, TuneExecutor, check_machine, ray_cluster
 from nipq_search.search.facts import Facts, gather
+from nipq_search.search.jobs import FAIL, committed, job_folder
 from nipq_search.search.lease import driver_lease
 from nipq_search.search.ledger import Ledger
 from nipq_search.search.logs import driver_log
@@ -108,10 +109,11 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
     """The ledger, checked against an earlier run's configuration, and the sweep's facts.
 
     Raises:
-        UserError: the configuration differs, or a budget cannot be reached.
+        UserError: a budget cannot be reached; or the configuration or the data differ from those
+            of a sweep of which anything was started.
     """
     # Budgets are checked before the study exists, so that nothing is left of a bad start.
-    gather(config, task)
+    facts, data = gather(config, task), dataset(task)
     ledger = Ledger.open(
         out,
         config.name,
@@ -121,22 +123,19 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
         seed=config.seed,
     )
     before = ledger.recall("config")
-    if before is not None:
-        check_resume(before, config)
-    elif any(out.glob("**/attempt-*")):
-        # Jobs are numbered by their study: those of another one would count as this one's.
-        raise UserError(
-            f"--out {out}: holds trials of another study; give another folder, or the "
-            "NIPQ_STORAGE_URL that the sweep began with"
-        )
-    facts = gather(config, task, ledger.recall("budgets"))
-    data = dataset(task)
-    if (known := ledger.recall("dataset")) is not None and known["digest"] != data["digest"]:
-        raise UserError(
-            f"the data of sweep '{config.name}' changed since it began (digest "
-            f"{str(known['digest'])[:12]} -> {str(data['digest'])[:12]}); restore them, or give "
-            "the sweep another name"
-        )
+    if ledger.trials() or any(out.glob("**/attempt-*")):
+        if before is None and any(out.glob("**/attempt-*")):
+            # Jobs are numbered by their study: those of another one would count as this one's.
+            raise UserError(
+                f"--out {out}: holds trials of another study; give another folder, or the "
+                "NIPQ_STORAGE_URL that the sweep began with"
+            )
+        if before is not None:
+            _check_same(ledger, config, data, out)
+        facts = gather(config, task, ledger.recall("budgets"))
+    elif before is not None:
+        # Nothing has been started yet: this is a new beginning, whatever was wanted before.
+        _check_mode(ledger, task)
     ledger.name_metrics(facts.metric, facts.front_cost)
     ledger.remember("budgets", [dict(b.entry) for b in facts.budgets])
     ledger.remember("dataset", data)
@@ -145,6 +144,33 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
     text = yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True)
     storage.write_bytes(out / SWEEP_FILE, text.encode())
     return ledger, facts
+
+
+def _check_same(ledger: Ledger, config: SweepConfig, data: Mapping[str, Any], out: Path) -> None:
+    """Raise `UserError` where configuration or data are not those that the sweep began with."""
+    try:
+        check_resume(ledger.recall("config"), config)
+        known = ledger.recall("dataset")
+        if known is not None and known["digest"] != data["digest"]:
+            raise UserError(
+                f"the data of sweep '{config.name}' changed since it began (digest "
+                f"{str(known['digest'])[:12]} -> {str(data['digest'])[:12]}); restore them, or "
+                "give the sweep another name"
+            )
+    except UserError as error:
+        folder = job_folder(out, "float", 0)
+        if ledger.trials() or (committed(folder) or {}).get("state") != FAIL:
+            raise
+        raise UserError(f"{error}; or remove {folder}, which failed, to begin anew") from error
+
+
+def _check_mode(ledger: Ledger, task: Task) -> None:
+    """Raise `UserError` where a study made earlier wants the metric's other direction."""
+    if ledger.mode != task.metric[1]:
+        raise UserError(
+            f"the study of this sweep was made for a metric with '{ledger.mode}', and "
+            f"{task.metric[0]} has '{task.metric[1]}'; give the sweep another name and --out"
+        )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from nipq_search.errors import UserError, nearest
-from nipq_search.tasks.base import Task, check_task
+from nipq_search.tasks.base import Task, check_task, unreadable
 from nipq_search.tasks.digits import Digits
 from nipq_search.tasks.fashion_mnist import FashionMnist
 from nipq_search.tasks.image_folder import ImageFolder
@@ -71,6 +71,8 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
         task = factory(**arguments)
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"task_args: {unreadable(error)}") from error
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"task_args: {name} refuses {arguments} ({reason})") from error

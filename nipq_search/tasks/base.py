@@ -158,10 +158,22 @@ def evaluate(task: Task, model: nn.Module, split: str) -> dict[str, float]:
 
 
 def load_data(task: object) -> None:
-    """Let the task read its data now, where it knows how to."""
+    """Let the task read its data now, where it knows how to.
+
+    Raises:
+        UserError: something wrong that the task names, or a file that may not be read.
+    """
     own = getattr(task, "load_data", None)
     if own is not None:
-        own()
+        try:
+            own()
+        except PermissionError as error:
+            raise UserError(unreadable(error)) from error
+
+
+def unreadable(error: PermissionError) -> str:
+    """What is to be said of a file or folder that this user may not read."""
+    return f"{error.filename or error}: cannot be read: permission denied"
 
 
 def input_bits(task: object) -> int | None:

@@ -62,10 +62,11 @@ class ArrayClassification(abc.ABC):
         return splits[name]
 
     def dataset(self) -> dict[str, Any]:
-        """Name, sizes of the splits and digest of the data."""
+        """Name, number of classes, sizes of the splits and digest of the data."""
         splits = self.splits()
         return {
             "name": self.name,
+            "classes": len(np.unique(splits["train"].labels)),
             "splits": {name: len(split) for name, split in splits.items()},
             "digest": digest_splits(splits),
         }

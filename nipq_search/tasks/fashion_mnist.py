@@ -15,6 +15,7 @@ from nipq_search.tasks.arrays import Normalization, Split, stratified
 from nipq_search.tasks.classification import ArrayClassification
 from nipq_search.tasks.idx import read_idx
 from nipq_search.tasks.resnet import ResNet
+from nipq_search.tasks.resources import anchored
 
 DEFAULT_PATH = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package dataset-fashion-mnist puts the files."""
@@ -56,7 +57,7 @@ class FashionMnist(ArrayClassification):
         """Check and keep the arguments; the files are read later."""
         if train_samples is not None and train_samples < 1:
             raise UserError(f"task_args.train_samples: {train_samples} is not positive")
-        self.path = path
+        self.path = anchored(path)
         self.train_samples = train_samples
         self.shift = 2 if augment else 0
         self.split_seed = split_seed

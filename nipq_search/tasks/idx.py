@@ -30,6 +30,8 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         data = path.read_bytes()
         if path.suffix == ".gz":
             data = gzip.decompress(data)
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read: permission denied") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); install the file again") from error
     header = 4 + 4 * dimensions

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,7 +89,8 @@ class ImageBatches:
         if isinstance(self.split, Split) and (self.seed is None or self.augment == "none"):
             raw = self.split.images[numbers]
         else:
-            raw = stack([self._image(int(number)) for number in numbers])
+            with quiet():
+                raw = stack([self._image(int(number)) for number in numbers])
         # Indexing by an array copies, so torch may own the result.
         return self.normalization(torch.from_numpy(raw)), torch.from_numpy(
             self.split.labels[numbers]
@@ -104,6 +107,14 @@ class ImageBatches:
         else:
             image = as_image(self.split.images[number])
         return augmented(image, self.crop, self.augment, generator)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Pillow's warnings, such as that an image is large. Not for several threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def cores() -> int:
@@ -159,7 +170,7 @@ def decoded(split: ImageSplit, crop: Crop, threads: int = 1) -> Split:
         images[number] = array
         return len(array) == 1
 
-    with ThreadPoolExecutor(max_workers=threads) as pool:
+    with quiet(), ThreadPoolExecutor(max_workers=threads) as pool:
         grey = all(list(pool.map(put, range(len(split)))))
     return Split(images=images[:, :1].copy() if grey else images, labels=split.labels)
 

@@ -12,18 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.tasks.arguments import flag, integer, most, number, one_of, seed, text
 from nipq_search.tasks.arrays import Split, digest_splits
 from nipq_search.tasks.base import evaluating, move
-from nipq_search.tasks.image_arguments import check_choice, check_number, normalization
 from nipq_search.tasks.image_batches import Batch, ImageBatches, decoded
 from nipq_search.tasks.image_models import (
     PRETRAINED,
     ModelConfig,
     Teacher,
     check_name,
+    check_size,
     data_config,
 )
-from nipq_search.tasks.image_sources import find
+from nipq_search.tasks.image_normalization import normalization
+from nipq_search.tasks.image_search import find
 from nipq_search.tasks.image_splits import ImageSplit, Place, choose, fingerprint, wanted_names
 from nipq_search.tasks.image_transforms import (
     AUGMENTATIONS,
@@ -35,6 +37,8 @@ from nipq_search.tasks.resources import needed, resolve
 FORMATS = ("folder", "parquet", "idx")
 CACHES = ("memory", "none")
 EVALUATION_BATCH = 256
+LEAST_SIZE = 8
+"""Below so many pixels a side nothing can be seen, and no model works."""
 
 
 class ImageFolder:
@@ -114,52 +118,52 @@ class ImageFolder:
         for module in ("timm", "PIL", "torchmetrics"):
             with needed("task image_folder", "vision"):
                 importlib.import_module(module)
-        check_choice("format", format, (None, *FORMATS))
-        check_choice("cache", cache, CACHES)
-        check_choice("augment", augment, AUGMENTATIONS)
+        if format is not None:
+            one_of("format", format, FORMATS)
         check_name(model, "model")
         if teacher is not None:
             check_name(teacher, "teacher")
         known = data_config(model)
         interpolation = interpolation or str(known.get("interpolation", "bicubic"))
-        check_choice("interpolation", interpolation, tuple(INTERPOLATIONS))
-        check_number("size", size, 1, 10_000)
-        check_number("workers", workers, 0, 1_000)
+        for name in (model, teacher):
+            check_size(name, integer("size", size, LEAST_SIZE, 10_000))
         share = crop_pct if crop_pct is not None else float(known.get("crop_pct", 1.0))
-        check_number("crop_pct", share, 0.01, 1)
-        for key, rate in (
-            ("label_smoothing", label_smoothing),
-            ("drop_rate", drop_rate),
-            ("drop_path_rate", drop_path_rate),
-        ):
-            check_number(key, rate, 0, 0.999)
+        self.crop = Crop(
+            size=size,
+            share=number("crop_pct", share, 0.01, 1),
+            interpolation=one_of("interpolation", interpolation, INTERPOLATIONS),
+        )
         self.path = resolve(path, "task_args.path")
-        self.format, self.columns = format, (image, label)
+        self.format, self.columns = format, (text("image", image), text("label", label))
         self.places: tuple[Place, Place] = (validation, test)
         self.wanted = wanted_names(validation, test)
         self.caps = {
-            "train": train_samples,
-            "validation": validation_samples,
-            "test": test_samples,
+            "train": most("train_samples", train_samples),
+            "validation": most("validation_samples", validation_samples),
+            "test": most("test_samples", test_samples),
         }
-        self.split_seed = split_seed
-        self.crop = Crop(size=size, share=share, interpolation=interpolation)
+        self.split_seed = seed("split_seed", split_seed)
         self.normalization = normalization(known, mean, std)
-        self.augment, self.cache, self.workers = augment, cache, workers
-        self.label_smoothing, self.channels_last = label_smoothing, channels_last
+        self.augment = one_of("augment", augment, AUGMENTATIONS)
+        self.cache = one_of("cache", cache, CACHES)
+        self.workers = integer("workers", workers, 0, 1_000)
+        self.label_smoothing = number("label_smoothing", label_smoothing, 0, 0.999)
+        self.channels_last = flag("channels_last", channels_last)
         self.model = ModelConfig(
             name=model,
-            weights=weights,
-            weights_order=weights_order,
+            weights=None if weights is None else text("weights", weights),
+            weights_order=flag("weights_order", weights_order),
             classes=0,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
+            drop_rate=number("drop_rate", drop_rate, 0, 0.999),
+            drop_path_rate=number("drop_path_rate", drop_path_rate, 0, 0.999),
         )
         self.teacher = None
         if teacher is not None:
             self.teacher = ModelConfig(
                 name=teacher,
-                weights=teacher_weights,
+                weights=None
+                if teacher_weights is None
+                else text("teacher_weights", teacher_weights),
                 classes=0,
                 key="teacher_weights",
                 new_classifier=False,
@@ -198,7 +202,7 @@ class ImageFolder:
         return splits[name]
 
     def dataset(self) -> dict[str, Any]:
-        """Name, sizes of the splits, and a digest.
+        """Name, number of classes, sizes of the splits, and a digest.
 
         The digest covers every pixel where images are kept in memory. Of files that are read anew
         in every epoch it covers names and labels alone.
@@ -208,6 +212,7 @@ class ImageFolder:
         files = {name: split for name, split in splits.items() if isinstance(split, ImageSplit)}
         return {
             "name": self.name,
+            "classes": len(self.classes),
             "splits": {name: len(split) for name, split in splits.items()},
             "digest": digest_splits(arrays) if arrays else fingerprint(files),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError
+from nipq_search.tasks.arguments import refuse, text
+from nipq_search.tasks.base import unreadable
 from nipq_search.tasks.image_transforms import ChannelNormalization
-from nipq_search.tasks.resources import needed, resolve_file
+from nipq_search.tasks.resources import anchored, needed, resolve_file
 
 PRETRAINED = "timm"
 """Value of `weights` that asks timm for its own."""
@@ -48,6 +51,11 @@ class ModelConfig:
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     new_classifier: bool = True
+
+    def __post_init__(self) -> None:
+        """Make a file's name absolute."""
+        if self.weights != PRETRAINED:
+            object.__setattr__(self, "weights", anchored(self.weights))
 
     def build(self) -> nn.Module:
         """The model with its weights; what stays random comes from torch's default generator."""
@@ -87,6 +95,8 @@ class ModelConfig:
         """Copy the file's weights into the model; the classifier only where classes are equal."""
         path = resolve_file(weights, f"task_args.{self.key}")
         state, own = read_state(path), model.state_dict()
+        if bad := next((k for k, v in state.items() if not is_finite(v)), None):
+            raise refuse(self.key, f"{path}: weights are not finite: {bad}")
         if self.weights_order:
             if len(state) != len(own):
                 raise UserError(
@@ -132,7 +142,7 @@ def import_timm() -> Any:
 def check_name(name: str, key: str) -> None:
     """Raise `UserError` unless timm has a model of this name."""
     timm = import_timm()
-    if not timm.is_model(name):
+    if not timm.is_model(text(key, name)):
         close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
         raise UserError(f"task_args.{key}: timm has no model named '{name}'{hint}")
@@ -142,6 +152,14 @@ def data_config(name: str) -> Mapping[str, Any]:
     """What timm knows of a model's inputs: `mean`, `std`, `interpolation`, `crop_pct`, ..."""
     cfg = import_timm().get_pretrained_cfg(name)
     return cfg.to_dict() if cfg is not None else {}
+
+
+def check_size(name: str | None, size: int) -> None:
+    """Raise `UserError` for a model that takes images of another size alone."""
+    known = {} if name is None else data_config(name)
+    fixed = known.get("input_size", (3, size, size))[-1]
+    if known.get("fixed_input_size") and fixed != size:
+        raise refuse("size", f"{name} takes images of {fixed} pixels alone; write size: {fixed}")
 
 
 def classifier_names(name: str) -> tuple[str, ...]:
@@ -162,9 +180,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
                 from safetensors.torch import load_file
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # torch's, about some suffixes
+                warnings.simplefilter("ignore")
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(unreadable(error)) from error
     except Exception as error:  # every format has errors of its own
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: no readable file of weights ({reason})") from error
@@ -174,6 +196,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: holds no state dict, a mapping of names to tensors")
     return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity."""
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
 class Teacher(nn.Module):

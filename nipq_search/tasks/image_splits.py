@@ -46,9 +46,9 @@ def wanted_names(validation: Place, test: Place) -> Wanted:
             names[split] = (place,)
         elif place is None:
             names[split] = NAMES[split]
-        elif isinstance(place, bool) or not 0 < place < 1:
+        elif isinstance(place, bool) or not isinstance(place, float | int) or not 0 < place < 1:
             raise UserError(
-                f"task_args.{split}: {place} is no share; use a number between 0 and 1, or the "
+                f"task_args.{split}: {place!r} is no share; use a number between 0 and 1, or the "
                 "name of a folder"
             )
         else:
@@ -94,10 +94,8 @@ def choose(
         part = train if split in parts else found.parts[split]
         index, cap = parts.get(split), caps[split]
         there = len(part.labels) if index is None else len(index)
-        if cap is not None and not 1 <= cap <= there:
-            raise UserError(
-                f"task_args.{split}_samples: {cap} is not between 1 and the {there} there are"
-            )
+        if cap is not None and cap > there:
+            raise UserError(f"task_args.{split}_samples: {cap} is more than the {there} there are")
         if index is None:
             (index,) = stratified(part.labels, [cap or there], seed)
         index = np.sort(index[: cap or there])

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nipq_search.tasks.text_arguments import Part, refuse
+from nipq_search.tasks.arguments import Part, refuse
 from nipq_search.tasks.text_files import read_text
 
 IGNORED = -100

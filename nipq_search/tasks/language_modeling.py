@@ -13,6 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.tasks.arguments import (
+    flag,
+    mapping,
+    number,
+    parts,
+    paths,
+    positive,
+    refuse,
+    seed,
+    word,
+)
 from nipq_search.tasks.base import evaluating
 from nipq_search.tasks.language_corpus import (
     IGNORED,
@@ -29,17 +40,6 @@ from nipq_search.tasks.language_models import (
     hidden_loss,
     load_model,
     load_tokenizer,
-)
-from nipq_search.tasks.text_arguments import (
-    flag,
-    mapping,
-    number,
-    parts,
-    paths,
-    positive,
-    refuse,
-    seed,
-    word,
 )
 from nipq_search.tasks.text_files import find_files
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest
-from nipq_search.tasks.resources import PREFIX, needed, resolve
-from nipq_search.tasks.text_arguments import refuse
+from nipq_search.tasks.arguments import refuse
+from nipq_search.tasks.resources import PREFIX, anchored, needed, resolve
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,7 +48,10 @@ class ModelSource:
     dropout: float | None = 0.0
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for a whole configuration without `from_scratch`."""
+        """Make a folder's name absolute; `UserError` for a whole configuration without
+        `from_scratch`.
+        """
+        object.__setattr__(self, "name", anchored(self.name))
         if self.config is not None and "model_type" in self.config and not self.from_scratch:
             raise refuse(
                 "config",

@@ -12,6 +12,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nipq_search.errors import UserError, nearest
 
@@ -26,13 +27,16 @@ def resolve(path: str, key: str) -> Path:
         path: a path, `~` allowed, or `package://NAME/REST`.
         key: key of the sweep file, for messages.
 
+    Returns:
+        An absolute path.
+
     Raises:
         UserError: the form is wrong, the package is not installed, or has no such file.
     """
     if not isinstance(path, str) or not path:
         raise UserError(f"{key}: {path!r} is not a path")
     if not path.startswith(PREFIX):
-        return Path(path).expanduser()
+        return Path(path).expanduser().absolute()
     found = _FORM.fullmatch(path)
     if found is None or ".." in found["rest"].split("/"):
         raise UserError(f"{key}: '{path}' is not of the form {PREFIX}NAME/FILE")
@@ -50,6 +54,17 @@ def resolve(path: str, key: str) -> Path:
         raise UserError(f"{key}: {found['name']} is a single module and holds no files")
     hint = _neighbours(folders[0] / found["rest"])
     raise UserError(f"{key}: the package {found['name']} has no '{found['rest']}'{hint}")
+
+
+def anchored(name: Any) -> Any:
+    """`name`, as an absolute path if there is such a file or folder, for use in other processes.
+
+    Workers have working directories of their own, so tasks keep no relative paths.
+    """
+    if not isinstance(name, str) or not name or name.startswith(PREFIX):
+        return name
+    place = Path(name).expanduser()
+    return str(place.absolute()) if place.exists() else name
 
 
 def resolve_file(path: str, key: str) -> Path:

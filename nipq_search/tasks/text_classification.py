@@ -11,6 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.tasks.arguments import (
+    flag,
+    mapping,
+    names,
+    number,
+    one_of,
+    parts,
+    paths,
+    positive,
+    refuse,
+    seed,
+    word,
+)
 from nipq_search.tasks.base import evaluating
 from nipq_search.tasks.language_models import (
     ModelSource,
@@ -19,18 +32,6 @@ from nipq_search.tasks.language_models import (
     load_tokenizer,
 )
 from nipq_search.tasks.resources import needed
-from nipq_search.tasks.text_arguments import (
-    flag,
-    mapping,
-    names,
-    number,
-    one_of,
-    parts,
-    positive,
-    refuse,
-    seed,
-    word,
-)
 from nipq_search.tasks.text_splits import SplitRules, split_rows
 from nipq_search.tasks.text_table import Columns, Row, read_rows
 from nipq_search.tasks.text_tokens import TextBatches, TokenSplit, digest_tokens, tokenize
@@ -134,7 +135,8 @@ class TextClassification:
     ) -> None:
         """Check and keep the arguments; files are read later."""
         self.metric = (one_of("metric", metric, METRICS), "max")
-        self.path, self.encoding = path, word("encoding", encoding)
+        (self.path,) = paths("path", [path])
+        self.encoding = word("encoding", encoding)
         self.columns = Columns(
             text=word("text", text),
             label=word("label", label),

@@ -27,7 +27,8 @@ def read_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{path}: cannot be read: {reason}") from error
     opener = OPENERS.get(path.suffix)
     try:
         return opener(data) if opener is not None else data

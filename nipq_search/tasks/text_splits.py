@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from nipq_search.errors import nearest
+from nipq_search.tasks.arguments import Part, refuse
 from nipq_search.tasks.arrays import stratified
 from nipq_search.tasks.base import SPLITS
-from nipq_search.tasks.text_arguments import Part, refuse
 from nipq_search.tasks.text_table import Row
 
 MOST_CLASSES = 1000

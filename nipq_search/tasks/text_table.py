@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nipq_search.errors import nearest
+from nipq_search.tasks.arguments import refuse
 from nipq_search.tasks.resources import needed, resolve_file
-from nipq_search.tasks.text_arguments import refuse
 from nipq_search.tasks.text_files import OPENERS, read_bytes, read_text
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import optuna
 import pytest
 from optuna.trial import TrialState
-from unit_helpers import Bench, Crash, make_config
+from unit_helpers import Bench, Crash, digits, make_config
 
+from nipq_search.errors import UserError
 from nipq_search.search import jobs, view
 from nipq_search.search.coordinator import Verdict
 from nipq_search.search.jobs import Job
@@ -203,6 +206,33 @@ def test_without_a_float_model_nothing_starts(bench):
     again = bench.sweep()
     assert bench.executed == ["float"] and again.failure == coordinator.failure
     assert not again.has_work()
+
+
+def test_after_a_failed_float_model_the_configuration_may_change(bench):
+    bench.fail = lambda job: "no such weights" if job.kind == "float" else None
+    coordinator = bench.sweep()
+    folder = bench.out / "float"
+    assert f"then remove {folder} to begin anew" in coordinator.failure
+    budgets = [{"bops": "uniform 5"}]
+    bench.config = make_config(budgets=budgets, search__space={"lr": {"log": [0.1, 0.2]}})
+    with pytest.raises(UserError, match=f"budgets: .*; or remove {folder}, which"):
+        bench.open()
+    shutil.rmtree(folder)
+    bench.fail = lambda job: None
+    assert bench.sweep().failure is None
+    assert bench.ledger.recall("budgets") == budgets
+    assert [t.state.name for t in bench.ledger.trials()] == ["COMPLETE"] * 4
+    bench.config = make_config()
+    with pytest.raises(UserError, match="budgets: ") as error:
+        bench.open()
+    assert "remove" not in str(error.value)
+
+
+def test_a_study_for_the_other_direction_is_refused(bench, monkeypatch):
+    bench.open()
+    monkeypatch.setattr(digits(), "metric", ("loss", "min"))
+    with pytest.raises(UserError, match="was made for a metric with 'max', and loss has 'min'"):
+        bench.open()
 
 
 def test_processes_that_die_before_they_leave_a_trace(bench):

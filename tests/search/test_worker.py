@@ -84,9 +84,8 @@ def test_a_whole_sweep_of_real_trainings(bench, task):
         attempt = jobs.attempts(folder)[0]
         assert {p.name for p in attempt.iterdir()} >= {jobs.RESULT, jobs.STARTED, jobs.LOG}
     layers = bench.view().show(0)["layers"]
-    assert {"name", "kind", "macs", "weight_bits", "activation_bits", "bops", "weight_bytes"} == (
-        layers[0].keys()
-    )
+    shown = {"name", "kind", "macs", "weight_bits", "activation_bits", "bops", "weight_bytes"}
+    assert shown <= layers[0].keys()
     assert sum(row["bops"] for row in layers) == pytest.approx(trials[0].values[1], abs=1)
     lsq = jobs.committed(bench.out / "baselines" / "lsq-4")
     assert lsq["cost"]["mean_weight_bits"] == 4

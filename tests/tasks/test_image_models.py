@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 
 import pytest
@@ -69,6 +70,22 @@ def test_a_checkpoint_is_loaded(task_of, tmp_path, wrap):
     assert all(torch.equal(state[key], built[key]) for key in state)
 
 
+def test_relative_names_hold_in_other_folders(tree, tmp_path, monkeypatch):
+    for name in (MODEL, "test_resnet"):
+        checkpoint(tmp_path / f"{name}.pt", model=name)
+    (tmp_path / "tree").symlink_to(tree)
+    monkeypatch.chdir(tmp_path)
+    args = {"path": "tree", "model": MODEL, "size": 32, "cache": "none"}
+    args |= {"weights": f"{MODEL}.pt", "teacher": "test_resnet"}
+    task = make_task("image_folder", {**args, "teacher_weights": "test_resnet.pt"})
+    task.load_data()
+    data = pickle.dumps(task)
+    monkeypatch.chdir(tree)
+    task = pickle.loads(data)
+    assert task.build_model() is not None and task.build_teacher() is not None
+    assert len(next(iter(task.loader("train", 4)))[1]) == 4
+
+
 def test_safetensors_are_loaded(task_of, tmp_path):
     state = timm.create_model(MODEL, num_classes=6).state_dict()
     save_file(state, tmp_path / "w.safetensors")
@@ -106,6 +123,7 @@ def test_entries_can_be_taken_in_order(task_of, tmp_path):
         (lambda s: dict(list(s.items())[3:]), {}, "lacks conv_stem.weight, bn1.weight and 1 more"),
         (lambda s: {**s, "z": torch.ones(1)}, {}, "it has z, unknown to the model"),
         (lambda s: {**s, "bn1.bias": torch.ones(3)}, {}, r"bn1.bias has shape \(3,\), not"),
+        (lambda s: {**s, "bn1.bias": s["bn1.bias"] / 0}, {}, "weights are not finite: bn1.bias"),
         (lambda s: {**s, "z": 1}, {}, "holds no state dict"),
         (lambda s: [1], {}, "holds no state dict"),
         (lambda s: {**s, "z": torch.ones(1)}, {"weights_order": True}, "needs as many"),

@@ -28,10 +28,11 @@ def test_a_file_in_a_package_is_found_without_importing_it(package):
     assert "own_data_package" not in sys.modules
 
 
-def test_plain_paths_stay(tmp_path, monkeypatch):
+def test_plain_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/x", "path") == tmp_path / "x"
-    assert str(resolve("a/b", "path")) == "a/b"
+    monkeypatch.chdir(tmp_path)
+    assert resolve("a/b", "path") == tmp_path / "a" / "b"
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,27 @@ def task(case):
     return made
 
 
+def test_relative_paths_are_the_same_in_other_processes(case, tmp_path, monkeypatch):
+    """Workers unpickle the task in a working directory of their own."""
+
+    def relative(value):
+        if isinstance(value, dict):
+            return {key: relative(entry) for key, entry in value.items()}
+        return value.removeprefix(f"{folder}/") if isinstance(value, str) else value
+
+    paths = [value for value in case.arguments.values() if str(value).startswith("/")]
+    folder = Path(paths[0]).parent if paths else tmp_path
+    while not all(str(path).startswith(f"{folder}/") for path in paths):
+        folder = folder.parent
+    monkeypatch.chdir(folder)
+    here = make_task(case.name, relative(case.arguments))
+    base.load_data(here)
+    monkeypatch.chdir(tmp_path)
+    there = pickle.loads(pickle.dumps(here))
+    there.build_model()
+    assert equal(first_batches(here, "train", 0), first_batches(there, "train", 0))
+
+
 def first_batches(task, split, seed, count=2, batch_size=32):
     batches = zip(range(count), task.loader(split, batch_size, seed), strict=False)
     return [batch for _, batch in batches]

@@ -1,11 +1,13 @@
-"""Checks of the arguments of the text tasks: one line each for whatever is wrong."""
+"""Checks of the arguments of tasks: one line each for whatever is wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.tasks.resources import PREFIX
 
 
 def refuse(key: str, problem: str) -> UserError:
@@ -17,6 +19,25 @@ def positive(key: str, value: Any) -> int:
     """`value` as an integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise refuse(key, f"{value!r} is not an integer of 1 or more")
+    return value
+
+
+def integer(key: str, value: Any, low: int, high: int) -> int:
+    """`value` as an integer from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise refuse(key, f"{value!r} is not an integer from {low} to {high}")
+    return value
+
+
+def most(key: str, value: Any) -> int | None:
+    """`value` as an integer of 1 or more, or None for no limit."""
+    return None if value is None else positive(key, value)
+
+
+def text(key: str, value: Any) -> str:
+    """`value` if it is text and not empty."""
+    if not isinstance(value, str) or not value:
+        raise refuse(key, f"{value!r} is not a name")
     return value
 
 
@@ -75,6 +96,11 @@ def mapping(key: str, value: Any) -> dict[str, Any] | None:
     return None if value is None else dict(value)
 
 
+def place(path: str) -> str:
+    """A path or pattern that means the same in every working directory."""
+    return path if path.startswith(PREFIX) else str(Path(path).expanduser().absolute())
+
+
 def paths(key: str, value: Any) -> tuple[str, ...]:
     """`value`, a path or a list of them, as a tuple."""
     found = (value,) if isinstance(value, str) else value
@@ -82,7 +108,14 @@ def paths(key: str, value: Any) -> tuple[str, ...]:
         raise refuse(key, f"{value!r} is neither a path nor a list of paths")
     if not all(isinstance(path, str) and path for path in found):
         raise refuse(key, f"{value!r} holds something that is no path")
-    return tuple(found)
+    return tuple(place(path) for path in found)
+
+
+def distinct(key: str, files: Iterable[Any], others: Iterable[Any]) -> None:
+    """Raise `UserError` where a file stands in two splits."""
+    shared = sorted(str(file) for file in set(files) & set(others))
+    if shared:
+        raise refuse(key, f"{shared[0]} validates already; a file belongs to one split")
 
 
 Part = float | tuple[str, ...]
@@ -101,4 +134,6 @@ def parts(validation: Any, test: Any) -> tuple[Part, Part]:
             raise refuse(key, f"{value!r} is not a share between 0 and 1, nor a path")
     if sum(part for part in found if isinstance(part, float)) >= 1:
         raise refuse("validation", "together with test it leaves nothing to train")
+    if not any(isinstance(part, float) for part in found):
+        distinct("test", paths("test", test), paths("validation", validation))
     return found[0], found[1]

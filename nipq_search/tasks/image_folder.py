@@ -76,6 +76,7 @@ class ImageFolder:
         label_smoothing: share of a label that goes to all classes alike, in training.
         drop_rate: dropout before the classifier.
         drop_path_rate: greatest stochastic depth.
+        norm_momentum: share of a batch in running statistics; the model's own by default.
         channels_last: memory layout that suits GPUs.
     """
 
@@ -112,6 +113,7 @@ class ImageFolder:
         label_smoothing: float = 0.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        norm_momentum: float | None = None,
         channels_last: bool = False,
     ) -> None:
         """Check and keep the arguments; the data are read later."""
@@ -156,6 +158,9 @@ class ImageFolder:
             classes=0,
             drop_rate=number("drop_rate", drop_rate, 0, 0.999),
             drop_path_rate=number("drop_path_rate", drop_path_rate, 0, 0.999),
+            norm_momentum=None
+            if norm_momentum is None
+            else number("norm_momentum", norm_momentum, 1e-6, 1),
         )
         self.teacher = None
         if teacher is not None:

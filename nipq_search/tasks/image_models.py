@@ -40,6 +40,7 @@ class ModelConfig:
         key: the sweep file's key of the weights, for messages.
         drop_rate: dropout before the classifier.
         drop_path_rate: greatest stochastic depth.
+        norm_momentum: share of a batch in running statistics; None keeps the model's.
         new_classifier: whether weights for another number of classes may be used without theirs.
     """
 
@@ -50,6 +51,7 @@ class ModelConfig:
     weights_order: bool = False
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    norm_momentum: float | None = None
     new_classifier: bool = True
 
     def __post_init__(self) -> None:
@@ -80,6 +82,9 @@ class ModelConfig:
             self._check_classes("timm", data_config(self.name).get("num_classes", self.classes))
         if self.weights is not None and not pretrained:
             self._load(model, self.weights)
+        for module in model.modules() if self.norm_momentum is not None else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = self.norm_momentum
         return model
 
     def _check_classes(self, place: str, known: int) -> None:

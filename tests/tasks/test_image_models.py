@@ -200,6 +200,15 @@ def test_few_classes_have_no_top5(tmp_path):
     assert set(task.evaluate(task.build_model(), "test")) == {"accuracy", "loss"}
 
 
+def test_statistics_may_forget_faster(task_of):
+    norms = [
+        m for m in task_of(norm_momentum=0.3).build_model().modules() if hasattr(m, "momentum")
+    ]
+    assert norms and {norm.momentum for norm in norms} == {0.3}
+    with pytest.raises(UserError, match="task_args.norm_momentum: "):
+        task_of(norm_momentum=2)
+
+
 def test_channels_last_changes_the_layout_alone(task_of):
     plain, task = task_of(), task_of(channels_last=True)
     models = seeded(plain), seeded(task)

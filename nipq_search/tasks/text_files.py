@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import glob
 import gzip
 import lzma
@@ -20,6 +21,10 @@ OPENERS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
 }
 """How a compressed file is read, by the end of its name."""
+
+
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""What files in UTF-16 begin with."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -42,18 +47,31 @@ def read_text(path: Path, encoding: str) -> str:
     """Text of a file without a byte order mark.
 
     Raises:
-        UserError: it cannot be read, or has bytes that the encoding does not know.
+        UserError: it cannot be read, is no text, or has bytes that the encoding does not know.
     """
     data = read_bytes(path)
     try:
-        return data.decode(encoding).removeprefix("\ufeff")
+        text = data.decode(encoding).removeprefix("\ufeff")
+        if "\0" in text:
+            raise _no_text(path, data)
+        return text
     except LookupError as error:
         raise UserError(f"task_args.encoding: no encoding is called '{encoding}'") from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
+        if b"\0" in data or data.startswith(UTF16):
+            raise _no_text(path, data) from error
         raise UserError(
-            f"{path}: byte {error.start} is not {encoding}; name the file's encoding with "
+            f"{path}: byte {start} is not {encoding}; name the file's encoding with "
             "`task_args: {encoding: latin-1}`, or another"
         ) from error
+
+
+def _no_text(path: Path, data: bytes) -> UserError:
+    """What is to be said of a file with zero bytes."""
+    if data.startswith(UTF16):
+        return UserError(f"{path}: this is UTF-16; write `task_args: {{encoding: utf-16}}`")
+    return UserError(f"{path}: this is no text file: it has zero bytes in it")
 
 
 def find_files(given: Iterable[str], key: str) -> list[Path]:

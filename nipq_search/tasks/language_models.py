@@ -147,6 +147,10 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
     if isinstance(place, Path) and not any(any(place.glob(name)) for name in WEIGHT_FILES):
         raise refuse("model", f"no weights in {place}; set train_from_scratch for random ones")
     with _quiet(), _loading(source, "model"):
+        # transformers says of files that may not be read that they are not there.
+        for file in place.iterdir() if isinstance(place, Path) else ():
+            if file.is_file():
+                file.open("rb").close()
         model, info = maker.from_pretrained(
             str(place),
             config=config,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nipq_search.errors import UserError
-from nipq_search.tasks.resources import PREFIX, resolve, resolve_file
+from nipq_search.tasks.resources import PREFIX, files_below, resolve, resolve_file
 
 OPENERS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
@@ -89,9 +89,7 @@ def find_files(given: Iterable[str], key: str) -> list[Path]:
             names = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
             matches = [name for name in names if name.is_file()]
         elif (folder := resolve(path, key)).is_dir():
-            below = (file.relative_to(folder) for file in folder.rglob("*"))
-            shown = (name for name in below if not any(p.startswith(".") for p in name.parts))
-            matches = [folder / name for name in sorted(shown) if (folder / name).is_file()]
+            matches = files_below(folder)
         else:
             matches = [resolve_file(path, key)]
         if not matches:

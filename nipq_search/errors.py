@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """Wrong usage or configuration. The command line prints it as one line and exits 2."""
+
+
+def one_line(error: BaseException, most: int = 240) -> str:
+    """What an error says, in one line that is cut between words."""
+    return textwrap.shorten(str(error), most, placeholder=" ...")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

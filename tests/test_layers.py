@@ -47,6 +47,7 @@ CORE = {"torch", "numpy"}
 OPTIONAL = {
     "tasks": {
         "sklearn",
+        "huggingface_hub",
         "timm",
         "PIL",
         "safetensors",

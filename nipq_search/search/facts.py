@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from nipq_search.cost import COSTS, exact_cost
 from nipq_search.cost.base import extreme_bits, uniform_bits
@@ -18,7 +20,7 @@ from nipq_search.quant.prepare import quant_state
 from nipq_search.search.budgets import REFERENCE_BITS, ResolvedBudget, label_of, resolve
 from nipq_search.search.config import SweepConfig
 from nipq_search.tasks import Task
-from nipq_search.tasks.base import input_bits
+from nipq_search.tasks.base import input_bits, unreadable
 from nipq_search.train.trial import load_float
 
 
@@ -59,18 +61,44 @@ class Facts:
         }
 
 
+def float_model(config: SweepConfig, task: Task) -> nn.Module:
+    """The task's model, with the weights in `float.checkpoint` where the sweep has one.
+
+    Raises:
+        UserError: it cannot be built, or the file is no checkpoint of it.
+    """
+    device = torch.device("cpu")
+    if (name := config.float_model.checkpoint) is None:
+        return load_float(task, None, 0, device)
+    file = Path(name).expanduser()
+    try:
+        if file.is_dir():
+            raise UserError(f"float.checkpoint: {file} is a folder; name a file in it")
+        if not file.is_file():
+            raise UserError(f"float.checkpoint: {file}: no such file")
+        model = load_float(task, file, 0, device)
+    except PermissionError as error:
+        raise UserError(f"float.checkpoint: {unreadable(error)}") from error
+    except UserError as error:
+        if isinstance(cause := error.__cause__, PermissionError):
+            raise UserError(f"float.checkpoint: {unreadable(cause)}") from error
+        raise UserError(str(error).replace("float model", "float.checkpoint:", 1)) from error
+    for weight, value in model.named_parameters():
+        if not torch.isfinite(value).all():
+            raise UserError(f"float.checkpoint: {file}: weights are not finite: {weight}")
+    return model
+
+
 def model_graph(config: SweepConfig, task: Task) -> Graph:
     """The graph of the task's model under the sweep's quantization.
 
     Raises:
-        UserError: the model cannot be prepared.
+        UserError: the model cannot be prepared, or `float.checkpoint` is none of it.
     """
-    device = torch.device("cpu")
     quant: QuantConfig = dataclasses.replace(
         config.quant, input_bits=config.quant.input_bits or input_bits(task)
     )
-    model = load_float(task, None, 0, device)
-    prepared = prepare(model, task.example_inputs(), quant)
+    prepared = prepare(float_model(config, task), task.example_inputs(), quant)
     return quant_state(prepared).graph
 
 

@@ -99,9 +99,6 @@ def load_task(config: SweepConfig) -> Task:
         raise UserError(
             f"train.distill: task {config.task} has no distill_loss; set train.distill to false"
         )
-    file = config.float_model.checkpoint
-    if file is not None and not Path(file).is_file():
-        raise UserError(f"float.checkpoint: {file}: no such file")
     return task
 
 

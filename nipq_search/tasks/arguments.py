@@ -34,6 +34,12 @@ def most(key: str, value: Any) -> int | None:
     return None if value is None else positive(key, value)
 
 
+def check_most(key: str, wanted: int | None, there: int) -> None:
+    """Raise `UserError` where more samples are asked for than there are."""
+    if wanted is not None and wanted > there:
+        raise refuse(key, f"{wanted} is more than the {there} there are")
+
+
 def text(key: str, value: Any) -> str:
     """`value` if it is text and not empty."""
     if not isinstance(value, str) or not value:

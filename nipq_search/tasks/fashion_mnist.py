@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nipq_search.errors import UserError
+from nipq_search.tasks.arguments import check_most, most
 from nipq_search.tasks.arrays import Normalization, Split, stratified
 from nipq_search.tasks.classification import ArrayClassification
 from nipq_search.tasks.idx import read_idx
@@ -55,10 +56,8 @@ class FashionMnist(ArrayClassification):
         stem_stride: int = 2,
     ) -> None:
         """Check and keep the arguments; the files are read later."""
-        if train_samples is not None and train_samples < 1:
-            raise UserError(f"task_args.train_samples: {train_samples} is not positive")
         self.path = anchored(path)
-        self.train_samples = train_samples
+        self.train_samples = most("train_samples", train_samples)
         self.shift = 2 if augment else 0
         self.split_seed = split_seed
         self.width = width
@@ -82,10 +81,7 @@ class FashionMnist(ArrayClassification):
                 f"{folder}: the training files hold {len(labels)} images, "
                 f"{self.validation_samples} of which validate; none is left to train"
             )
-        if self.train_samples is not None and self.train_samples > rest:
-            raise UserError(
-                f"task_args.train_samples: {self.train_samples} is more than the {rest} there are"
-            )
+        check_most("train_samples", self.train_samples, rest)
         # Validation first, so that it is the same whatever train_samples says.
         sizes = (self.validation_samples, self.train_samples or rest)
         validation, train = stratified(labels, sizes, self.split_seed)

@@ -61,9 +61,9 @@ class ImageFolder:
         validation: the folder that validates, or a share of the training images; by default the
             folder that is named so, else a tenth.
         test: likewise.
-        train_samples: most training images.
-        validation_samples: most validation images.
-        test_samples: most test images.
+        train_samples: how many training images to use; all by default.
+        validation_samples: likewise.
+        test_samples: likewise.
         split_seed: decides what is a share, and which images `..._samples` keep.
         augment: `none`; `light`, mirrored and moved by up to a sixteenth; or `imagenet`, random
             resized crops, mirrored.

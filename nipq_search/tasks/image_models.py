@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import warnings
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq_search.errors import UserError
+from nipq_search.errors import UserError, one_line
 from nipq_search.tasks.arguments import refuse, text
 from nipq_search.tasks.base import unreadable
+from nipq_search.tasks.hub import hub, silent
 from nipq_search.tasks.image_transforms import ChannelNormalization
 from nipq_search.tasks.resources import anchored, needed, resolve_file
 
@@ -67,16 +69,20 @@ class ModelConfig:
             options["drop_path_rate"] = self.drop_path_rate
         pretrained = self.weights == PRETRAINED
         try:
-            model: nn.Module = timm.create_model(
-                self.name, pretrained=pretrained, num_classes=self.classes, **options
-            )
+            with hub() if pretrained else contextlib.nullcontext():
+                model: nn.Module = timm.create_model(
+                    self.name, pretrained=pretrained, num_classes=self.classes, **options
+                )
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = f"{type(error).__name__}: {one_line(error)}"
             if not pretrained:
-                raise UserError(f"task_args.model: {self.name}: {reason}") from error
-            raise UserError(
-                f"task_args.{self.key}: timm has no weights of {self.name} to give ({reason}); "
-                "download them once, or name a file"
+                raise refuse("model", f"{self.name}: {reason}") from error
+            asked = type(error).__module__.startswith(("huggingface_hub", "httpx", "requests"))
+            why = (silent() if asked else "") or reason
+            raise refuse(
+                self.key,
+                f"timm has no weights of {self.name} to give ({why}); download "
+                "them where there is a network, or name a file",
             ) from error
         if pretrained:
             self._check_classes("timm", data_config(self.name).get("num_classes", self.classes))
@@ -193,8 +199,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except PermissionError as error:
         raise UserError(unreadable(error)) from error
     except Exception as error:  # every format has errors of its own
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: no readable file of weights ({reason})") from error
+        raise UserError(f"{path}: no readable file of weights ({one_line(error, 120)})") from error
     for name in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             state = state[name]

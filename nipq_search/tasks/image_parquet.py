@@ -11,7 +11,7 @@ import numpy as np
 from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.image_search import check_classes, split_of
 from nipq_search.tasks.image_sources import Encoded, Found, Packed, Part, Wanted
-from nipq_search.tasks.resources import needed
+from nipq_search.tasks.resources import files_below, needed
 
 
 def find_parquet(path: Path, wanted: Wanted, columns: tuple[str, str]) -> Found:
@@ -25,7 +25,9 @@ def find_parquet(path: Path, wanted: Wanted, columns: tuple[str, str]) -> Found:
         columns: the column of images (bytes, or a struct with `bytes`) and that of labels
             (integers or text).
     """
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    files = [path]
+    if path.is_dir():
+        files = [file for file in files_below(path) if file.suffix == ".parquet"]
     if not files:
         raise UserError(f"{path}: no Parquet files (*.parquet) in it")
     splits: dict[str, list[Path]] = {}

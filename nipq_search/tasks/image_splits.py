@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nipq_search.errors import UserError
+from nipq_search.tasks.arguments import check_most
 from nipq_search.tasks.arrays import stratified
 from nipq_search.tasks.base import SPLITS
 from nipq_search.tasks.image_sources import NAMES, Found, Source, Wanted
@@ -68,7 +69,7 @@ def choose(
         found: the data.
         validation: as in the task's arguments.
         test: as in the task's arguments.
-        caps: most images of a split, or None.
+        caps: how many images of a split to use, or None for all.
         seed: decides which.
 
     Raises:
@@ -94,8 +95,7 @@ def choose(
         part = train if split in parts else found.parts[split]
         index, cap = parts.get(split), caps[split]
         there = len(part.labels) if index is None else len(index)
-        if cap is not None and cap > there:
-            raise UserError(f"task_args.{split}_samples: {cap} is more than the {there} there are")
+        check_most(f"{split}_samples", cap, there)
         if index is None:
             (index,) = stratified(part.labels, [cap or there], seed)
         index = np.sort(index[: cap or there])

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nipq_search.tasks.arguments import Part, refuse
+from nipq_search.tasks.arguments import Part, check_most, refuse
 from nipq_search.tasks.text_files import read_text
 
 IGNORED = -100
@@ -99,7 +99,7 @@ def split_blocks(
         blocks: of the main text, in order; one of 100 runs at most is the smallest share.
         validation: share, or anything else where `own` has the split.
         test: the same.
-        train_samples: most blocks to train on.
+        train_samples: how many blocks to train on, or None for all.
         seed: decides which runs and blocks are drawn.
         own: splits that have files of their own.
 
@@ -116,7 +116,8 @@ def split_blocks(
             found[name] = blocks[_gather(runs, order[:count])]
             order = order[count:]
     train = _gather(runs, order)
-    if train_samples is not None and train_samples < len(train):
+    if train_samples is not None:
+        check_most("train_samples", train_samples, len(train))
         train = np.sort(generator.permutation(train)[:train_samples])
     found["train"] = blocks[train]
     for name in ("train", "validation", "test"):

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.arguments import (
+    distinct,
     flag,
     mapping,
+    most,
     number,
     parts,
     paths,
@@ -98,7 +100,7 @@ class LanguageModeling(abc.ABC):
             block: tokens of a sample.
             validation: share of the blocks, or files.
             test: the same.
-            train_samples: most blocks to train on.
+            train_samples: how many blocks to train on; all by default.
             split_seed: decides which blocks go to which split.
             train_from_scratch: random weights in place of the checkpoint's.
             config: overrides of the model's configuration.
@@ -108,9 +110,7 @@ class LanguageModeling(abc.ABC):
         self.paths, self.encoding = paths("path", path), word("encoding", encoding)
         self.block = positive("block", block)
         self.validation, self.test = parts(validation, test)
-        self.train_samples = (
-            None if train_samples is None else positive("train_samples", train_samples)
-        )
+        self.train_samples = most("train_samples", train_samples)
         self.split_seed = seed("split_seed", split_seed)
         self.hidden_weight = number("hidden_weight", hidden_weight, 0)
         self.source = ModelSource(
@@ -146,6 +146,9 @@ class LanguageModeling(abc.ABC):
                 files[key] = find_files(part, f"task_args.{key}")
                 # A folder may hold the files of all splits.
                 files["path"] = [file for file in files["path"] if file not in files[key]]
+        if not files["path"]:
+            raise refuse("path", "no file is left to train: validation and test name them all")
+        distinct("test", files.get("test", ()), files.get("validation", ()))
         own = {
             key: read_blocks(tokenizer, given, self.encoding, self.block)
             for key, given in files.items()
@@ -303,7 +306,7 @@ class MaskedLanguageModeling(LanguageModeling):
             dropout=dropout,
             hidden_weight=hidden_weight,
         )
-        self.mask_share = number("mask_share", mask_share, 0, 1)
+        self.mask_share = number("mask_share", mask_share, 0.001, 1)
 
     def masking(self, tokenizer: Any) -> Masking:
         """The tokenizer's mask token; `UserError` where it has none."""

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq_search.errors import UserError, nearest
+from nipq_search.errors import UserError, nearest, one_line
 from nipq_search.tasks.arguments import refuse
+from nipq_search.tasks.base import unreadable
+from nipq_search.tasks.hub import hub, silent
 from nipq_search.tasks.resources import PREFIX, anchored, needed, resolve
 
 TOKENIZER_FILES = (
@@ -145,8 +147,24 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
     if isinstance(place, Path) and not any(any(place.glob(name)) for name in WEIGHT_FILES):
         raise refuse("model", f"no weights in {place}; set train_from_scratch for random ones")
     with _quiet(), _loading(source, "model"):
+        # transformers says of files that may not be read that they are not there.
+        for file in place.iterdir() if isinstance(place, Path) else ():
+            if file.is_file():
+                file.open("rb").close()
         model, info = maker.from_pretrained(
-            str(place), config=config, dtype=torch.float32, output_loading_info=True, **options
+            str(place),
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            **options,
+        )
+    if wrong := sorted(info["mismatched_keys"]):
+        key, there, here = wrong[0]
+        raise refuse(
+            "model",
+            f"{source.name}: {key} has shape {tuple(there)} in the checkpoint and {tuple(here)} "
+            "in the configuration; take the configuration that belongs to the weights",
         )
     # The pooler on top of the first token is removed below, so nobody misses it.
     missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
@@ -157,6 +175,9 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
             f"the checkpoint lacks {len(missing)} weights of {type(model).__name__}: {names}; "
             "take a checkpoint of such a model, or set train_from_scratch",
         )
+    for key, value in model.named_parameters():
+        if not torch.isfinite(value).all():
+            raise refuse("model", f"{source.name}: weights are not finite: {key}")
     return _finished(model)
 
 
@@ -208,14 +229,17 @@ def _loading(source: ModelSource, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except PermissionError as error:
+        raise refuse("model", unreadable(error)) from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:240]
+        reason = one_line(error)
         kinds = (OSError, ConnectionError)
         if isinstance(error, kinds) and not resolve(source.name, "task_args.model").is_dir():
             raise refuse(
                 "model",
-                f"'{source.name}' is no folder here, and the hub did not give its {what}; name a "
-                f"folder, or fetch the model where there is a network ({reason})",
+                f"'{source.name}' is no folder here, and the hub did not give its {what} "
+                f"({silent() or reason}); name a folder, or fetch the model where there is a "
+                "network",
             ) from error
         raise refuse("model", f"{source.name}: the {what} cannot be loaded: {reason}") from error
 
@@ -228,7 +252,8 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        yield
+        with hub():
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

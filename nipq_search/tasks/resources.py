@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,23 @@ def resolve_file(path: str, key: str) -> Path:
     if not place.is_file():
         raise UserError(f"{key}: no file {place}{_neighbours(place)}")
     return place
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted, without what begins with a dot or lies behind a link.
+
+    Raises:
+        PermissionError: a folder may not be read. `Path.rglob` would pass over it in silence.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [Path(place, name) for name in names if name[0] != "."]
+    return sorted(file for file in found if file.is_file())
 
 
 def _neighbours(place: Path) -> str:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.arguments import (
     flag,
+    integer,
     mapping,
+    most,
     names,
     number,
     one_of,
     parts,
     paths,
-    positive,
     refuse,
     seed,
     word,
@@ -37,6 +38,9 @@ from nipq_search.tasks.text_table import Columns, Row, read_rows
 from nipq_search.tasks.text_tokens import TextBatches, TokenSplit, digest_tokens, tokenize
 
 Batch = tuple[Tensor, ...]
+
+LEAST_LENGTH = 8
+"""With fewer tokens, some of them special, hardly any text would be left."""
 
 METRICS = ("accuracy", "f1", "matthews")
 """Figures that may select: share of hits, mean F1 of the classes, Matthews correlation."""
@@ -94,7 +98,7 @@ class TextClassification:
         max_length: most tokens of a text; the rest is cut off.
         example_length: tokens of the text whose cost is counted; `max_length` if None.
         similar_lengths: train on batches of similar lengths, with less padding.
-        train_samples: most texts to train on.
+        train_samples: how many texts to train on; all by default.
         split_seed: decides which rows go to which split.
         train_from_scratch: random weights in place of the checkpoint's.
         config: overrides of the model's configuration.
@@ -150,15 +154,13 @@ class TextClassification:
             validation=validation_part,
             test=test_part,
             deduplicate=flag("deduplicate", deduplicate),
-            train_samples=None
-            if train_samples is None
-            else positive("train_samples", train_samples),
+            train_samples=most("train_samples", train_samples),
             seed=seed("split_seed", split_seed),
         )
-        self.max_length = positive("max_length", max_length)
-        self.example_length = positive("example_length", example_length or max_length)
-        if self.example_length > self.max_length:
-            raise refuse("example_length", f"{example_length} is more than max_length")
+        self.max_length = integer("max_length", max_length, LEAST_LENGTH, 1_000_000)
+        self.example_length = self.max_length
+        if example_length is not None:
+            self.example_length = integer("example_length", example_length, 1, self.max_length)
         self.similar_lengths = flag("similar_lengths", similar_lengths)
         self.hidden_weight = number("hidden_weight", hidden_weight, 0)
         self.source = ModelSource(

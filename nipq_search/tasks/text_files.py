@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import glob
 import gzip
 import lzma
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nipq_search.errors import UserError
-from nipq_search.tasks.resources import PREFIX, resolve, resolve_file
+from nipq_search.tasks.resources import PREFIX, files_below, resolve, resolve_file
 
 OPENERS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
@@ -20,6 +21,10 @@ OPENERS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
 }
 """How a compressed file is read, by the end of its name."""
+
+
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""What files in UTF-16 begin with."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -42,18 +47,31 @@ def read_text(path: Path, encoding: str) -> str:
     """Text of a file without a byte order mark.
 
     Raises:
-        UserError: it cannot be read, or has bytes that the encoding does not know.
+        UserError: it cannot be read, is no text, or has bytes that the encoding does not know.
     """
     data = read_bytes(path)
     try:
-        return data.decode(encoding).removeprefix("\ufeff")
+        text = data.decode(encoding).removeprefix("\ufeff")
+        if "\0" in text:
+            raise _no_text(path, data)
+        return text
     except LookupError as error:
         raise UserError(f"task_args.encoding: no encoding is called '{encoding}'") from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
+        if b"\0" in data or data.startswith(UTF16):
+            raise _no_text(path, data) from error
         raise UserError(
-            f"{path}: byte {error.start} is not {encoding}; name the file's encoding with "
+            f"{path}: byte {start} is not {encoding}; name the file's encoding with "
             "`task_args: {encoding: latin-1}`, or another"
         ) from error
+
+
+def _no_text(path: Path, data: bytes) -> UserError:
+    """What is to be said of a file with zero bytes."""
+    if data.startswith(UTF16):
+        return UserError(f"{path}: this is UTF-16; write `task_args: {{encoding: utf-16}}`")
+    return UserError(f"{path}: this is no text file: it has zero bytes in it")
 
 
 def find_files(given: Iterable[str], key: str) -> list[Path]:
@@ -71,9 +89,7 @@ def find_files(given: Iterable[str], key: str) -> list[Path]:
             names = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
             matches = [name for name in names if name.is_file()]
         elif (folder := resolve(path, key)).is_dir():
-            below = (file.relative_to(folder) for file in folder.rglob("*"))
-            shown = (name for name in below if not any(p.startswith(".") for p in name.parts))
-            matches = [folder / name for name in sorted(shown) if (folder / name).is_file()]
+            matches = files_below(folder)
         else:
             matches = [resolve_file(path, key)]
         if not matches:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nipq_search.errors import nearest
-from nipq_search.tasks.arguments import Part, refuse
+from nipq_search.tasks.arguments import Part, check_most, refuse
 from nipq_search.tasks.arrays import stratified
 from nipq_search.tasks.base import SPLITS
 from nipq_search.tasks.text_table import Row
@@ -29,7 +29,7 @@ class SplitRules:
         validation: share of the groups, or of the rows where there are none; or files.
         test: the same.
         deduplicate: keep the first of equal texts.
-        train_samples: most rows to train on.
+        train_samples: how many rows to train on, or None for all.
         seed: decides which rows go where.
     """
 
@@ -91,10 +91,11 @@ def split_rows(
     cut = _by_group if rest and rest[0].group is not None else _by_row
     found = {**cut(rest, shares, rules.seed), **fixed}
     train = found["train"]
-    if rules.train_samples is not None and rules.train_samples < len(train):
+    if rules.train_samples is not None:
+        check_most("train_samples", rules.train_samples, len(train))
         (chosen,) = stratified(_labels(train), [rules.train_samples], rules.seed)
         found["train"] = [train[index] for index in chosen]
-    _check_classes(found, classes)
+    _check_classes(found, classes, dropped)
     return LabelledTexts(
         rows={name: found[name] for name in SPLITS}, classes=classes, dropped=dict(dropped)
     )
@@ -112,6 +113,12 @@ def _distinct_labels(rows: Iterable[Row]) -> tuple[str, ...]:
     if len(counts) > MOST_CLASSES:
         raise refuse(
             "label", f"the column has {len(counts)} distinct values; at most {MOST_CLASSES} work"
+        )
+    if all(re.fullmatch(r"-?\d*\.\d+", label) for label in counts):
+        raise refuse(
+            "label",
+            f"the column holds numbers such as {next(iter(counts))}, and no classes; name some "
+            "in task_args.labels if they are",
         )
     whole = all(re.fullmatch(r"-?\d+", label) for label in counts)
     return tuple(sorted(counts, key=(lambda label: (int(label), label)) if whole else None))
@@ -181,7 +188,18 @@ def _labels(rows: Sequence[Row]) -> np.ndarray[Any, Any]:
     return np.array([row.label for row in rows], dtype=object).astype(str)
 
 
-def _check_classes(splits: Mapping[str, Sequence[Row]], classes: tuple[str, ...]) -> None:
+WHY = {
+    "label": "with other labels",
+    "empty": "without text",
+    "duplicate": "with a text that came before",
+    "group": "of a group of another split",
+}
+"""Why a row is left out, in words."""
+
+
+def _check_classes(
+    splits: Mapping[str, Sequence[Row]], classes: tuple[str, ...], dropped: Mapping[str, int]
+) -> None:
     """Raise `UserError` unless every class has a row in every split."""
     if len(classes) < 2:
         raise refuse("label", f"the column has one class, {', '.join(classes)}; two are needed")
@@ -190,8 +208,10 @@ def _check_classes(splits: Mapping[str, Sequence[Row]], classes: tuple[str, ...]
         missing = [label for label in classes if label not in present]
         if missing:
             key = "train_samples" if name == "train" else name
+            left = ", ".join(f"{count} {WHY[reason]}" for reason, count in dropped.items())
+            said = f" (rows were left out: {left})" if left else ""
             raise refuse(
                 key,
-                f"class '{missing[0]}' has no row in the {name} split of {len(rows)} rows; "
+                f"class '{missing[0]}' has no row in the {name} split of {len(rows)} rows{said}; "
                 "enlarge the split, or name the classes that count in task_args.labels",
             )

@@ -6,6 +6,7 @@ import shutil
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 from unit_helpers import Bench, Crash, digits, make_config
 
@@ -336,7 +337,7 @@ def test_changed_data_stop_a_resume(bench, monkeypatch):
 def test_a_relative_float_checkpoint_is_absolute_in_jobs_alone(tmp_path, monkeypatch):
     """Ray's workers have a working directory of their own."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "float.pt").write_bytes(b"weights")
+    torch.save(digits().build_model().state_dict(), tmp_path / "float.pt")
     bench = Bench(tmp_path / "sweep", make_config(float={"checkpoint": "float.pt"}))
     job = bench.open().next_job()
     assert job.config["float"]["checkpoint"] == str(tmp_path / "float.pt")

@@ -10,8 +10,10 @@ import torch
 from unit_helpers import Bench, digits, make_config
 
 from nipq_search import storage
+from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.coordinator import Coordinator
+from nipq_search.search.facts import gather
 from nipq_search.search.jobs import Job
 from nipq_search.search.worker import HALT, TEST_FILE, execute
 from nipq_search.tasks.digits import Digits
@@ -201,12 +203,32 @@ def test_a_float_model_from_a_file(tmp_path, task):
     }
 
 
-def test_a_float_file_that_does_not_fit_ends_the_sweep(tmp_path, task):
-    (tmp_path / "float.pt").write_bytes(b"nothing")
+@pytest.mark.parametrize(
+    ("write", "problem"),
+    [
+        (lambda path, state: path.write_bytes(b"nothing"), "pt: not a file of torch.save'd weigh"),
+        (lambda path, state: path.mkdir(), "float.pt is a folder; name a file in it"),
+        (lambda path, state: None, "float.pt: no such file"),
+        (lambda path, state: torch.save({}, path), "entries are missing, such as stem"),
+        (
+            lambda path, state: torch.save({k: v[:1] for k, v in state.items() if v.ndim}, path),
+            "are missing|size mismatch",
+        ),
+        (
+            lambda path, state: torch.save({k: v + torch.nan for k, v in state.items()}, path),
+            "weights are not finite: stem",
+        ),
+    ],
+    ids=["text", "folder", "nothing", "empty", "shapes", "nan"],
+)
+def test_a_float_file_that_does_not_fit_is_refused_at_once(tmp_path, task, write, problem):
+    write(tmp_path / "float.pt", task.build_model().state_dict())
     config = make_config(float={"checkpoint": str(tmp_path / "float.pt")})
-    coordinator, seen = run(Bench(tmp_path / "sweep", config), task)
-    assert list(seen) == ["float"]
-    assert "float.pt: not a file of torch.save'd weights" in coordinator.failure
+    for start in (lambda: gather(config, task), Bench(tmp_path / "sweep", config).open):
+        with pytest.raises(UserError, match=f"^float.checkpoint: .*{problem}") as error:
+            start()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "sweep" / "study.log").exists()
 
 
 def test_a_full_disk_leaves_the_trial_open_and_ends_the_sweep(bench, task):

@@ -86,6 +86,11 @@ def test_relative_names_hold_in_other_folders(tree, tmp_path, monkeypatch):
     assert len(next(iter(task.loader("train", 4)))[1]) == 4
 
 
+def test_a_suffix_that_torch_warns_of_is_read(task_of, tmp_path):
+    checkpoint(tmp_path / "w.pkl")
+    assert task_of(weights=str(tmp_path / "w.pkl")).build_model() is not None
+
+
 def test_safetensors_are_loaded(task_of, tmp_path):
     state = timm.create_model(MODEL, num_classes=6).state_dict()
     save_file(state, tmp_path / "w.safetensors")

@@ -45,7 +45,7 @@ def test_blocks_hold_the_text_in_order(make, arguments, tmp_path):
     assert len(wanted) - len(text) < 14
     texts = [{block.tobytes() for block in task.split(name)} for name in ("train", "test")]
     assert all(texts) and not texts[0] & texts[1]
-    with pytest.raises(UserError, match="too little text: 0 blocks, none for train"):
+    with pytest.raises(UserError, match="no file is left to train"):
         make("causal_lm", path=own["test"], **own).load_data()
 
 
@@ -173,7 +173,13 @@ def test_text_is_found_in_folders_and_patterns(make, tmp_path):
             {"config": {"model_type": "distilbert"}},
             "distilbert models are no kind of",
         ),
-        ("masked_lm", {"mask_share": 2}, "task_args.mask_share: 2 is not a number from 0 to 1"),
+        (
+            "masked_lm",
+            {"mask_share": 2},
+            "task_args.mask_share: 2 is not a number from 0.001 to 1",
+        ),
+        ("masked_lm", {"mask_share": 0}, "task_args.mask_share: 0 is not a number from 0.001"),
+        ("causal_lm", {"train_samples": 9999}, "task_args.train_samples: 9999 is more than the"),
         ("masked_lm", {"mask_shre": 1}, "no such argument .did you mean 'mask_share'"),
         (
             "masked_lm",
@@ -200,6 +206,18 @@ def test_too_little_text_and_wrong_bytes_are_named(make, tmp_path):
     (tmp_path / "latin.txt").write_bytes("a film, né .".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin.txt: byte 9 is not utf-8; .*encoding: latin-1"):
         make("causal_lm", path=str(tmp_path / "latin.txt")).load_data()
+
+
+def test_a_file_belongs_to_one_split(make, tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(prose(300))
+    last = str(tmp_path / "c.txt")
+    with pytest.raises(UserError, match="task_args.test: .*c.txt validates already"):
+        make("causal_lm", path=str(tmp_path), validation=last, test=last)
+    with pytest.raises(UserError, match="task_args.test: .*c.txt validates already"):
+        make("causal_lm", path=str(tmp_path), validation=last, test=f"{last}*").load_data()
+    with pytest.raises(UserError, match="task_args.path: no file is left to train"):
+        make("causal_lm", path=last, validation=last).load_data()
 
 
 def test_an_encoder_is_no_masked_language_model(make, tmp_path):

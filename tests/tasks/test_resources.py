@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from nipq_search.errors import UserError
-from nipq_search.tasks.resources import needed, resolve, resolve_file
+from nipq_search.tasks.base import load_data
+from nipq_search.tasks.resources import files_below, needed, resolve, resolve_file
 
 
 @pytest.fixture
@@ -63,6 +66,24 @@ def test_the_nearest_file_is_named(tmp_path):
         resolve_file(str(tmp_path / "tran.csv"), "task_args.path")
     with pytest.raises(UserError, match="is a folder"):
         resolve_file(str(tmp_path), "task_args.path")
+
+
+def test_files_below_a_folder_without_hidden_ones(tmp_path, monkeypatch):
+    for name in ("b/c", "a", ".x", ".git/y", "b/.z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "round").symlink_to(tmp_path)
+    assert files_below(tmp_path) == [tmp_path / "a", tmp_path / "b" / "c"]
+    shut, scandir = str(tmp_path / "b"), os.scandir
+
+    def guarded(path="."):
+        if str(path) == shut:
+            raise PermissionError(13, "Permission denied", shut)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(UserError, match=f"{shut}: cannot be read: permission denied"):
+        load_data(SimpleNamespace(load_data=lambda: files_below(tmp_path)))
 
 
 def test_a_missing_library_is_named_with_its_extra():

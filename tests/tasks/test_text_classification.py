@@ -89,7 +89,8 @@ def test_the_example_has_the_length_that_costs_count(arguments):
 
 def test_train_samples_is_a_cap(arguments):
     assert len(make(arguments, train_samples=20).split("train")) == 20
-    assert len(make(arguments, train_samples=10_000).split("train")) < 240
+    with pytest.raises(UserError, match="train_samples: 10000 is more than the 144 there are"):
+        make(arguments, train_samples=10_000).load_data()
 
 
 def test_weights_of_a_checkpoint_are_loaded(arguments, checkpoint):
@@ -187,9 +188,12 @@ def test_the_task_ships_arrays_and_no_tokenizer(arguments):
         ({"metric": "f2"}, r"task_args.metric: 'f2' is unknown \(did you mean 'f1'\?\)"),
         ({"validation": 1.5}, "task_args.validation: 1.5 is not a share between 0 and 1"),
         ({"validation": 0.6, "test": 0.4}, "leaves nothing to train"),
-        ({"max_length": 0}, "task_args.max_length: 0 is not an integer of 1 or more"),
+        ({"max_length": 0}, "task_args.max_length: 0 is not an integer from 8"),
         ({"max_length": 65}, "task_args.max_length: the model takes 64 tokens"),
-        ({"example_length": 99}, "task_args.example_length: 99 is more than max_length"),
+        ({"max_length": 4}, "task_args.max_length: 4 is not an integer from 8"),
+        ({"example_length": 99}, "task_args.example_length: 99 is not an integer from 1 to 24"),
+        ({"example_length": 0}, "task_args.example_length: 0 is not an integer from 1 to 24"),
+        ({"validation": "a.csv", "test": ["b.csv", "./a.csv"]}, "test: .*a.csv validates already"),
         ({"labels": "good"}, "task_args.labels: 'good' is not a list"),
         ({"labels": ["bad", "bad"]}, "task_args.labels: .* not a list of different names"),
         ({"columns": [1.5]}, "task_args.columns: 1.5 is not a name"),
@@ -243,6 +247,25 @@ def test_bad_checkpoints_are_named(arguments, checkpoint, tmp_path):
     assert "the model cannot be loaded" in problem(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     assert "the tokenizer cannot be loaded" in problem(tmp_path)
+
+
+def test_weights_of_other_shapes_or_of_no_value_are_named(arguments, checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    args = {"model": str(tmp_path), "train_from_scratch": False, "config": None}
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 30}))
+    shapes = r"layer.0.intermediate.dense.bias has shape \(24,\) in the checkpoint and \(30,\)"
+    with pytest.raises(UserError, match=shapes):
+        make(arguments, **args).build_model()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["encoder.layer.1.output.dense.bias"][3] = float("inf")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="weights are not finite: encoder.layer.1.output.dense.b"):
+        make(arguments, **args).build_model()
 
 
 def test_bad_input_exits_2_with_one_line(arguments, tmp_path, capsys):

@@ -264,7 +264,7 @@ class Builder:
             calls = [call for call in self.found.calls if call.owner == owner]
             labels = sorted({call.label.partition("@")[0] for call in calls} - {""})
             make_owner(modules[owner], owner, own, tuple(homes[label] for label in labels))
-        return nn.ModuleDict({f"of {o.replace('.', '-')}": own for o, own in active.items()})
+        return nn.ModuleDict({o.replace(".", "/") or "(root)": own for o, own in active.items()})
 
     def _layer(self, layer: Layer, modules: Mapping[str, nn.Module]) -> LayerInfo:
         """Give one layer its quantizers and note it."""

@@ -71,7 +71,8 @@ def _storage(x: Tensor) -> int:
 
 def site_key(kind: str, label: str, ordinal: int) -> str:
     """Name of a site within its owner."""
-    return f"{kind} {label.replace('.', '-')} {ordinal}"
+    parts = (kind, label.replace(".", "-"), str(ordinal))
+    return "/".join(part for part in parts if part)
 
 
 class Site(nn.Module):

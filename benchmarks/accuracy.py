@@ -116,7 +116,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         mean, half = interval(
             [100 * (by_name[name][s]["test"] - by_name[other][s]["test"]) for s in shared]
         )
-        return f"{mean:+.2f} ± {half:.2f}"
+        return f"{mean:+.2f} ± {half:.2f}" if len(shared) > 1 else f"{mean:+.2f}, one seed"
 
     for name, runs in by_name.items():
         means = [

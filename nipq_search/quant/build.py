@@ -56,8 +56,8 @@ class Builder:
         self.sum_pins = dict(zip(self.sums, pins[len(self.layers) :], strict=False))
         for layer, pin in zip(self.layers, pins, strict=False):
             layer.pin = pin.bits
-            if pin.bits == FLOAT and not layer.why:
-                layer.why = pin.why
+            if pin.bits == FLOAT:
+                layer.why, layer.asked = layer.why or pin.why, True
         self.consumers: dict[Any, list[tuple[Layer, str]]] = {}
         for layer in self.layers:
             for slot in layer.slots:
@@ -290,6 +290,7 @@ class Builder:
             input=names.get(FIRST),
             second=names.get(SECOND),
             why=layer.why,
+            asked=layer.asked,
         )
 
     def _covered(self) -> set[str]:

@@ -44,6 +44,7 @@ class LayerInfo:
         input: name of the tensor that it consumes, or None.
         second: name of the other activation, in a product of two activations.
         why: why it, or an operand, stays in floating point; empty where it does not.
+        asked: whether the configuration asked for that.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LayerInfo:
     input: str | None
     second: str | None = None
     why: str = ""
+    asked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ Everything else that multiplies, subclasses of these layers included, goes by `s
 
 from __future__ import annotations
 
+import abc
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from nipq_search.quant.quantizer import FakeQuantizer
 from nipq_search.quant.sites import inside_owner
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(nn.Module, abc.ABC):
     """What quantized layers share: the two quantizers. `input_quantizer` is None for raw input."""
 
     kind = ""
@@ -35,9 +37,9 @@ class QuantLayer(nn.Module):
             x = self.input_quantizer(x)
         return self.product(x, self.weight_quantizer(self.weight))
 
+    @abc.abstractmethod
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float layer's computation with the given operands."""
-        raise NotImplementedError
 
 
 class QuantLinear(QuantLayer, nn.Linear):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -239,26 +239,29 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
 
 def warn_of_float_work(graph: Graph) -> None:
     """Warn of multiplications that stay in float though nobody asked for it."""
-    unasked = ("by ", "quant.")
     idle = [layer.name for layer in graph.layers if layer.why == IDLE]
     if idle:
-        more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
         warnings.warn(
-            f"{', '.join(idle[:3])}{more} did not run on the example inputs and stay in float; "
+            f"{_some(idle)} did not run on the example inputs and stay in float; "
             "give an example that reaches them",
             stacklevel=3,
         )
-    left = [x for x in graph.layers if x.why and x.macs and not any(w in x.why for w in unasked)]
+    left = [layer for layer in graph.layers if layer.why and layer.macs and not layer.asked]
     if left:
         total = sum(layer.macs for layer in graph.layers)
         share = 100 * sum(layer.macs for layer in left) / total
-        reasons = "; ".join(f"{layer.name}: {layer.why}" for layer in left[:2])
-        more = f"; and {len(left) - 2} more" if len(left) > 2 else ""
+        reasons = _some([f"{layer.name}: {layer.why}" for layer in left])
         warnings.warn(
             f"{share:.2g} % of the multiplications stay in float and count 32 x 32 bits "
-            f"({reasons}{more}; see `profile`)",
+            f"({reasons}; see `profile`)",
             stacklevel=3,
         )
+
+
+def _some(texts: Sequence[str]) -> str:
+    """The first three of `texts`, and how many more there are."""
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return ", ".join(texts[:3]) + more
 
 
 def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module], None]) -> None:
@@ -284,9 +287,8 @@ def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module
         raise UserError("calibration: no data went through the model; give at least one batch")
     unseen = [name for name, observer in observers.items() if not observer.samples]
     if unseen:
-        more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
         warnings.warn(
-            f"calibration did not reach {', '.join(unseen[:3])}{more}: their boundaries start at "
+            f"calibration did not reach {_some(unseen)}: their boundaries start at "
             "1; give batches that do",
             stacklevel=3,
         )

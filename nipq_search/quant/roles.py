@@ -27,7 +27,8 @@ class Layer:
         kind: its kind.
         weight: the operand that is a weight, or None.
         slots: the operands that are activations.
-        why: why nothing of it can be quantized; empty where it can.
+        why: why nothing of it is quantized; empty where it is.
+        asked: whether the configuration asked for that.
         pin: bit-width, `float` or None.
     """
 
@@ -37,6 +38,7 @@ class Layer:
     weight: int | None = None
     slots: dict[str, int] = field(default_factory=dict)
     why: str = ""
+    asked: bool = False
     pin: int | str | None = None
 
     @property
@@ -94,7 +96,7 @@ def _assign(layer: Layer, products: bool) -> bool:
     elif first.is_activation and second.is_activation:
         layer.slots = {FIRST: 0, SECOND: 1}
         if not products:
-            layer.why = "products of activations are left out by quant.products"
+            layer.why, layer.asked = "products of activations are left out by quant.products", True
     elif first.is_weight:
         layer.why = "both operands are computed from parameters alone"
     else:

@@ -181,10 +181,8 @@ class _SiteMode(TorchFunctionMode):
             if site is not None:
                 return site.call(op, func, args, kwargs)
         elif func in DECOMPOSED and frame.sites:
-            before, frame.kinds = (
-                frame.kinds,
-                PARTS,
-            )  # its other operations are none of the owner's
+            # Its other operations, such as adding a mask, are none of the owner's.
+            before, frame.kinds = frame.kinds, PARTS
             try:
                 with self:
                     return DECOMPOSED[func](*args, **kwargs)

@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from nipq_search.errors import UserError
+from nipq_search.errors import UserError, nearest
+
+Part = TypeVar("Part")
+"""What a task keeps of a split."""
 
 SPLITS = ("train", "validation", "test")
 """Names of the splits: training, selection, and the one that is read at the very end."""
@@ -187,6 +190,19 @@ def dataset(task: object) -> dict[str, Any]:
     own = getattr(task, "dataset", None)
     known: Mapping[str, Any] = own() if own is not None else {}
     return {"name": type(task).__name__, "splits": {}, "digest": None, **known}
+
+
+def named_split(splits: Mapping[str, Part], name: str) -> Part:
+    """One of a task's splits; `UserError` for an unknown name."""
+    if name not in splits:
+        raise UserError(f"no split named '{name}'{nearest(name, splits)}")
+    return splits[name]
+
+
+def check_batch_size(size: int) -> None:
+    """Raise `UserError` for a batch without samples."""
+    if size < 1:
+        raise UserError(f"batch_size {size} is not positive")
 
 
 def move(batch: Any, device: torch.device | str) -> Any:

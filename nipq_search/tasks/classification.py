@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.arrays import Batches, Normalization, Split, digest_splits
-from nipq_search.tasks.base import evaluating, move
+from nipq_search.tasks.base import check_batch_size, evaluating, move, named_split
 
 Batch = tuple[Tensor, Tensor]
 
@@ -57,9 +56,7 @@ class ArrayClassification(abc.ABC):
     def split(self, name: str) -> Split:
         """The arrays of one split; `UserError` for an unknown name."""
         splits = self.splits()
-        if name not in splits:
-            raise UserError(f"no split named '{name}'{nearest(name, splits)}")
-        return splits[name]
+        return named_split(splits, name)
 
     def dataset(self) -> dict[str, Any]:
         """Name, number of classes, sizes of the splits and digest of the data."""
@@ -78,8 +75,7 @@ class ArrayClassification(abc.ABC):
 
     def loader(self, split: str, batch_size: int, seed: int | None = None) -> Batches:
         """One epoch; `seed` orders and augments the training split and is unused elsewhere."""
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size} is not positive")
+        check_batch_size(batch_size)
         arrays = self.split(split)
         return Batches(
             split=arrays,

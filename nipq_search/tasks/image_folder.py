@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.arguments import flag, integer, most, number, one_of, seed, text
 from nipq_search.tasks.arrays import Split, digest_splits
-from nipq_search.tasks.base import evaluating, move
+from nipq_search.tasks.base import check_batch_size, evaluating, move, named_split
 from nipq_search.tasks.image_batches import Batch, ImageBatches, decoded
 from nipq_search.tasks.image_models import (
     PRETRAINED,
@@ -202,9 +201,7 @@ class ImageFolder:
     def split(self, name: str) -> ImageSplit | Split:
         """One split; `UserError` for an unknown name."""
         splits = self.splits()
-        if name not in splits:
-            raise UserError(f"no split named '{name}'{nearest(name, splits)}")
-        return splits[name]
+        return named_split(splits, name)
 
     def dataset(self) -> dict[str, Any]:
         """Name, number of classes, sizes of the splits, and a digest.
@@ -252,8 +249,7 @@ class ImageFolder:
 
     def loader(self, split: str, batch_size: int, seed: int | None = None) -> ImageBatches:
         """One epoch; `seed` orders and augments the training split and is unused elsewhere."""
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size} is not positive")
+        check_batch_size(batch_size)
         return self._batches(split, batch_size, seed if split == "train" else None, self.workers)
 
     def _batches(

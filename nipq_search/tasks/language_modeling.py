@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.arguments import (
     distinct,
     flag,
@@ -26,7 +25,7 @@ from nipq_search.tasks.arguments import (
     seed,
     word,
 )
-from nipq_search.tasks.base import evaluating
+from nipq_search.tasks.base import check_batch_size, evaluating, named_split
 from nipq_search.tasks.language_corpus import (
     IGNORED,
     BlockBatches,
@@ -162,9 +161,7 @@ class LanguageModeling(abc.ABC):
         """The blocks of one split, read at the first call; `UserError` for an unknown name."""
         self.load_data()
         assert self._splits is not None
-        if name not in self._splits:
-            raise UserError(f"no split named '{name}'{nearest(name, self._splits)}")
-        return self._splits[name]
+        return named_split(self._splits, name)
 
     def dataset(self) -> dict[str, Any]:
         """Name, blocks by split and digest of the data."""
@@ -195,8 +192,7 @@ class LanguageModeling(abc.ABC):
 
     def loader(self, split: str, batch_size: int, seed: int | None = None) -> BlockBatches:
         """One epoch; `seed` orders and masks the training split and is unused elsewhere."""
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size} is not positive")
+        check_batch_size(batch_size)
         return BlockBatches(
             blocks=self.split(split),
             batch_size=batch_size,

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.arguments import (
     flag,
     integer,
@@ -25,7 +24,7 @@ from nipq_search.tasks.arguments import (
     seed,
     word,
 )
-from nipq_search.tasks.base import evaluating
+from nipq_search.tasks.base import check_batch_size, evaluating, named_split
 from nipq_search.tasks.language_models import (
     ModelSource,
     hidden_loss,
@@ -203,9 +202,7 @@ class TextClassification:
         """The texts of one split, read at the first call; `UserError` for an unknown name."""
         self.load_data()
         assert self._splits is not None
-        if name not in self._splits:
-            raise UserError(f"no split named '{name}'{nearest(name, self._splits)}")
-        return self._splits[name]
+        return named_split(self._splits, name)
 
     def facts(self) -> dict[str, Any]:
         """Classes, dropped rows, size of the vocabulary and the token that pads."""
@@ -248,8 +245,7 @@ class TextClassification:
 
     def loader(self, split: str, batch_size: int, seed: int | None = None) -> TextBatches:
         """One epoch; `seed` orders the training split and is unused elsewhere."""
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size} is not positive")
+        check_batch_size(batch_size)
         return TextBatches(
             split=self.split(split),
             batch_size=batch_size,

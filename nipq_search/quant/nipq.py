@@ -7,13 +7,8 @@ from torch import Tensor, nn
 
 from nipq_search.quant import functional as F
 from nipq_search.quant.bit_width import BitWidth
-from nipq_search.quant.noise import (
-    NoiseClock,
-    centered_uniform,
-    not_compiled,
-    residual_noise,
-    uniform_noise,
-)
+from nipq_search.quant.kernels import pseudo_quantize
+from nipq_search.quant.noise import NoiseClock, centered_uniform, not_compiled
 from nipq_search.quant.quantizer import FakeQuantizer, Placement
 from nipq_search.quant.statistics import TensorStatistics
 
@@ -51,9 +46,4 @@ class NIPQ(FakeQuantizer):
         clock = self.clock
         u = centered_uniform(clock.key(self.bits.key, 0))
         range_ = self.range(x, place, self.bits.sample(u, clock.step))
-        key = clock.key(self.key, 1)
-        if self.proxy == "empirical":
-            noise = residual_noise(x, range_.step, range_.low, range_.high, key)
-        else:
-            noise = uniform_noise(x.shape, key, x.device, x.dtype)
-        return F.pseudo_quantize(x, range_, noise)
+        return pseudo_quantize(x, range_, clock.key(self.key, 1), self.proxy == "empirical")

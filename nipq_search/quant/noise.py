@@ -1,15 +1,14 @@
 """Pseudo-quantization noise as a pure function of (seed, step, tensor, element).
 
 Nothing here touches torch's global generator, so a trial that is resumed, or replayed elsewhere,
-sees the same noise. Uniform noise is read at a hashed offset from a bank of numbers that is
-shuffled once per process: on a CPU, drawing fresh numbers costs many times what reading costs.
+sees the same noise. The noise of an element is a hash of the key and of the element's place in
+memory: the fast kernels compute the same numbers in registers, forward and again backward.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch._compile import _disable_dynamo
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_BANK = 1 << 21
 _TABLE = 1 << 17
 _MASK = (1 << 64) - 1
 
@@ -46,82 +44,120 @@ def centered_uniform(*words: int) -> float:
     return ((mix(*words) >> 12) + 0.5) / (1 << 52) - 0.5
 
 
-@functools.lru_cache(maxsize=8)
-def _bank(device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not serve a later training
-        return _new_bank(device, dtype)
+def dense(x: Tensor) -> Tensor:
+    """`x` if its elements fill a block of memory, in whatever order; else a copy that does."""
+    if x.is_contiguous():
+        return x
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
 
 
-def _new_bank(device: torch.device, dtype: torch.dtype) -> Tensor:
-    # A shuffled lattice rather than random numbers: its mean is 0 and its law uniform exactly.
-    order = torch.randperm(_BANK, generator=torch.Generator().manual_seed(0x4E495051))
-    return ((order.to(torch.float64) + 0.5) / _BANK - 0.5).to(device=device, dtype=dtype)
+def inner_size(x: Tensor, boundaries: Tensor) -> int:
+    """How many neighbouring elements of a dense `x` share a boundary.
+
+    Element p, in the order of memory, belongs to channel `(p // inner_size) % channels`.
+    """
+    channels = boundaries.numel()
+    if channels == 1:
+        return max(1, x.numel())
+    lead = x.dim() - boundaries.dim()
+    axis = next(d for d, size in enumerate(boundaries.shape) if size == channels)
+    return int(x.stride(lead + axis))
+
+
+def _int32(word: int) -> int:
+    """The low 32 bits of a word as a signed integer."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _hashed(count: int, key: int, device: torch.device) -> Tensor:
+    """32 well-mixed bits for each of `count` elements, int32: MurmurHash3's finalizer, keyed.
+
+    Half of the key goes in before the first multiplication and half before the second. 32-bit
+    multiplication wraps around as it does in the kernels.
+    """
+    with torch.no_grad():
+        place = torch.arange(count, device=device, dtype=torch.int64)
+        h = place.to(torch.int32).bitwise_xor_(_int32(key))
+        h ^= (h >> 16) & 0xFFFF
+        h *= _int32(0x85EBCA6B)
+        h ^= (h >> 13) & 0x7FFFF
+        h += _int32(key >> 32)
+        if count > 1 << 32:
+            h += (place >> 32).to(torch.int32)
+        h *= _int32(0xC2B2AE35)
+        h ^= (h >> 16) & 0xFFFF
+        return h
 
 
 def uniform_noise(shape: torch.Size, key: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Noise uniform on (-1/2, 1/2).
+    """Noise uniform on (-1/2, 1/2): the odd multiples of 2^-25, which float32 holds exactly.
 
     Args:
         shape: shape of the result.
         key: 64 bits from `mix`; equal keys give equal noise.
         device: where the noise is needed.
         dtype: float32 or float64.
-
-    Returns:
-        Possibly a view of a shared bank: do not write to it.
     """
-    bank = _bank(device, dtype)
-    count = shape.numel()
-    offset = key % _BANK
-    if offset + count <= _BANK:
-        return bank[offset : offset + count].view(shape)
-    parts, part = [], 0
-    while count > 0:
-        piece = bank[offset : offset + count]
-        parts.append(piece)
-        count -= len(piece)
-        part += 1
-        offset = mix(key, part) % _BANK
-    return torch.cat(parts).view(shape)
+    bits = _hashed(shape.numel(), key, device) >> 8
+    return bits.to(dtype).add_(0.5).mul_(2.0**-24).view(shape)
 
 
-def residual_noise(x: Tensor, step: Tensor, low: Tensor, high: Tensor, key: int) -> Tensor:
-    """Noise drawn from the tensor's own rounding residuals ("empirical" proxy).
+class Residuals(NamedTuple):
+    """Rounding residuals of a part of a tensor: a table, and how many of its entries count."""
 
-    A bootstrap: the residuals `(Q(x) - x) / step` of a strided subsample of at most 131,072
-    elements are gathered at random positions, so each element's noise is independent of its own
-    residual and follows the same law. Elements outside the boundary are left out. A tensor with
-    nothing inside it gets zeros, which nothing reads.
+    table: Tensor
+    count: Tensor
+
+
+def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Residuals:
+    """The residuals `(Q(x) - x) / step` of a strided subsample of at most 131,072 elements.
+
+    Elements outside the boundary are left out. A tensor with nothing inside it gives zeros, which
+    nothing reads.
 
     Args:
-        x: the tensor, of any shape.
-        step: grid step, broadcastable to `x`.
-        low: lower boundary, broadcastable.
-        high: upper boundary, broadcastable.
-        key: 64 bits from `mix`.
+        x: a `dense` tensor.
+        step: grid step, of one boundary or one per channel.
+        low: lower boundary, shaped as `step`.
+        high: upper boundary, shaped as `step`.
     """
     with torch.no_grad():
         stride = max(1, -(-x.numel() // _TABLE))
         # An even stride would visit few channels only; an odd one walks through all of them.
         stride += 1 - stride % 2
-        flat = x.reshape(-1)[::stride]
-        if step.numel() == 1:
-            scale, least, most = step.reshape(1), low.reshape(1), high.reshape(1)
-        else:
-            scale, least, most = (t.expand_as(x).reshape(-1)[::stride] for t in (step, low, high))
+        flat = x.detach().as_strided((x.numel(),), (1,))[::stride]
+        scale, least, most = (t.reshape(-1) for t in (step, low, high))
+        if step.numel() > 1:
+            place = torch.arange(0, x.numel(), stride, device=x.device)
+            channel = (place // inner_size(x, step)) % step.numel()
+            scale, least, most = scale[channel], least[channel], most[channel]
         inside = (flat > least) & (flat < most)
         scaled = flat / scale
         residual = torch.round(scaled) - scaled
         # Compact the residuals that are inside to the front, without asking how many there are.
-        place = torch.where(inside, inside.cumsum(0) - 1, len(flat))
+        slot = torch.where(inside, inside.cumsum(0) - 1, len(flat))
         table = torch.zeros(len(flat) + 1, dtype=x.dtype, device=x.device)
-        table.scatter_(0, place, residual)
+        table.scatter_(0, slot, residual)
         table[-1] = 0.0
-        count = inside.sum()
-        chance = uniform_noise(x.shape, key, x.device, torch.float32) + 0.5
-        index = (chance * count).long().clamp_(min=0)
-        index = torch.minimum(index, (count - 1).clamp(min=0))
-        return torch.where(count > 0, table[index], 0.0)
+        return Residuals(table, inside.sum())
+
+
+def drawn_from(residuals: Residuals, shape: torch.Size, key: int) -> Tensor:
+    """A bootstrap: each element's noise is a residual of the table at a hashed place.
+
+    So it is independent of the element's own residual and follows the same law ("empirical").
+    """
+    table, count = residuals
+    chance = _hashed(shape.numel(), key, table.device).to(torch.int64) & 0xFFFFFFFF
+    return table[(chance * count) >> 32].view(shape)
 
 
 class NoiseClock:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.quant.bit_width import BitWidth
-from nipq_search.quant.functional import Grid, Range, hard_quantize, quantization_range
+from nipq_search.quant.functional import Grid, Range, quantization_range
+from nipq_search.quant.kernels import hard_quantize
 from nipq_search.quant.noise import NoiseClock
 from nipq_search.quant.statistics import TensorStatistics
 

@@ -48,6 +48,7 @@ from nipq_search.train.checkpoint import (
 from nipq_search.train.config import TrainConfig
 from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import Trainer, seed_for, steps_in
+from nipq_search.train.memory_format import use_channels_last
 from nipq_search.train.schedule import make_schedule
 from nipq_search.train.start import start_at_budget, warm_start
 
@@ -143,7 +144,7 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
             raise UserError(f"float model {path}: {reason[:300]}") from error
         except Exception as error:  # torch raises its own kinds for files that are no checkpoints
             raise UserError(f"float model {path}: not a file of torch.save'd weights") from error
-    return model.to(device)
+    return use_channels_last(model.to(device), move(task.example_inputs(), device))
 
 
 def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) -> nn.Module:
@@ -156,7 +157,7 @@ def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) ->
         torch.manual_seed(seed)
         own = build_teacher(task)
     if own is not None:
-        return own.to(device)
+        return use_channels_last(own.to(device), move(task.example_inputs(), device))
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 

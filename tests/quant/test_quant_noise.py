@@ -13,9 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from nipq_search.quant import Proxy, QuantConfig, prepare, quantizers
 from nipq_search.quant import functional as F
 from nipq_search.quant.functional import Grid
-from nipq_search.quant.noise import centered_uniform, mix, residual_noise, uniform_noise
+from nipq_search.quant.noise import centered_uniform, drawn_from, mix, residuals_of, uniform_noise
 
 CPU = torch.device("cpu")
+
+
+def residual_noise(x, step, low, high, key):
+    return drawn_from(residuals_of(x, step, low, high), x.shape, key)
 
 
 def distance(sample, cdf):

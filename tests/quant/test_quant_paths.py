@@ -350,10 +350,7 @@ def test_normalization_that_does_not_run_in_evaluation_keeps_its_statistics():
     assert torch.equal(prepared.dead.running_mean, torch.full((8,), 3.0))
 
 
-def test_inference_first_and_training_later(monkeypatch):
-    from nipq_search.quant import noise
-
-    noise._bank.cache_clear()
+def test_inference_first_and_training_later():
     prepared = prepare(nn.Linear(8, 3), X)
     with torch.inference_mode():
         prepared(X)

@@ -1,0 +1,59 @@
+"""Channels last: used where a model's code allows it, and nowhere else."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nipq_search.train.memory_format import use_channels_last
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Viewing(nn.Module):
+    """As many people write it: `view` rather than `flatten`."""
+
+    def __init__(self, only_in_training=False):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 5)
+        self.only_in_training = only_in_training
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.training or not self.only_in_training:
+            return self.head(x.view(len(x), -1))
+        return self.head(x.flatten(1))
+
+
+def is_channels_last(model):
+    return all(
+        m.weight.is_contiguous(memory_format=torch.channels_last)
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d)
+    )
+
+
+def test_a_model_that_allows_it():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 5)
+    ).eval()
+    before, state = model(X), torch.get_rng_state()
+    assert use_channels_last(model, (X,)) is model
+    assert is_channels_last(model) and not model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert model[1].num_batches_tracked == 0
+    torch.testing.assert_close(model(X), before)
+
+
+def test_models_that_do_not():
+    for model in (Viewing(), Viewing(only_in_training=True)):
+        assert not is_channels_last(use_channels_last(model, (X,)))
+        model.train()(X).sum().backward()
+
+
+def test_models_without_convolutions_and_broken_ones():
+    plain = nn.Linear(3, 3)
+    assert use_channels_last(plain, None) is plain
+    # One sample is too few for training: that is no matter of layout.
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4))
+    assert is_channels_last(use_channels_last(model, (X[:1],)))

@@ -1,0 +1,229 @@
+"""Forward and backward of one quantizer, beside its rivals, as ratios in one run.
+
+    python benchmarks/quantizer.py --json quantizer.json [--table docs/performance.md]
+
+Every kind runs in turn, again and again; the figures are medians. `clone` is the yardstick: it
+reads a tensor and writes it, forward, and passes a gradient on, backward. Memory is what a
+forward keeps and takes beyond its input and output, at its highest until the backward ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pages import write_table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from nipq_search.quant import functional as F
+from nipq_search.quant import kernels
+from nipq_search.quant.functional import Grid, Range, quantization_range
+from nipq_search.quant.noise import drawn_from, mix, residuals_of, uniform_noise
+
+SHAPES = ((64, 64, 3, 3), (512, 512, 3, 3), (32, 64, 56, 56), (8192, 384))
+BITS = 4.0
+_HISTOGRAM_BINS = 256
+
+
+def grid_of(alpha: Tensor) -> Range:
+    """A signed grid at BITS bits."""
+    bits = torch.full((1,), BITS, device=alpha.device)
+    return quantization_range(alpha, bits, Grid.SIGNED, torch.zeros(1, device=alpha.device))
+
+
+def reference(x: Tensor, range_: Range, step: int) -> Tensor:
+    """Noise as a histogram of the residuals and a draw of `multinomial` for every element."""
+    with torch.no_grad():
+        inside = (x > range_.low) & (x < range_.high)
+        scaled = (x / range_.step)[inside]
+        residual = scaled.round() - scaled
+        counts = torch.histc(residual, _HISTOGRAM_BINS, -0.5, 0.5)
+        bins = torch.multinomial(counts, x.numel(), replacement=True).view(x.shape)
+        noise = (bins + torch.rand_like(x)) / _HISTOGRAM_BINS - 0.5
+    return F.pseudo_quantize(x, range_, noise)
+
+
+def diffq(x: Tensor, range_: Range, step: int) -> Tensor:
+    """Uniform noise over the tensor's own span, nothing truncated (Defossez et al., 2021)."""
+    span = x.max() - x.min()
+    return x + span / (2**BITS - 1) * (torch.rand_like(x) - 0.5)
+
+
+def eager(empirical: bool) -> Callable[[Tensor, Range, int], Tensor]:
+    """NIPQ by torch operations."""
+
+    def quantize(x: Tensor, range_: Range, step: int) -> Tensor:
+        if empirical:
+            noise = drawn_from(residuals_of(x, *range_[:3]), x.shape, mix(step))
+        else:
+            noise = uniform_noise(x.shape, mix(step), x.device, x.dtype)
+        return F.pseudo_quantize(x, range_, noise)
+
+    return quantize
+
+
+def fused_fake_quantize(device: str) -> Callable[[Tensor, Range, int], Tensor]:
+    """torch.ao's module with a moving average, as its QAT uses it; it learns nothing."""
+    observer = torch.ao.quantization.MovingAverageMinMaxObserver
+    module = torch.ao.quantization.FusedMovingAvgObsFakeQuantize(
+        observer=observer, quant_min=0, quant_max=15
+    ).to(device)
+    return lambda x, range_, step: module(x)
+
+
+def kinds(device: str) -> dict[str, Callable[[Tensor, Range, int], Tensor]]:
+    """What is compared; the first is the yardstick."""
+    return {
+        "clone": lambda x, range_, step: x.clone(),
+        "NIPQ, uniform": lambda x, r, step: kernels.pseudo_quantize(x, r, mix(step)),
+        "NIPQ, empirical": lambda x, r, step: kernels.pseudo_quantize(x, r, mix(step), True),
+        "LSQ": lambda x, r, step: kernels.hard_quantize(x, r),
+        "NIPQ, uniform, torch operations": eager(False),
+        "NIPQ, empirical, torch operations": eager(True),
+        "LSQ, torch operations": lambda x, r, step: F.hard_quantize(x, r),
+        "NIPQ, histogram and multinomial": reference,
+        "DiffQ-like": diffq,
+        "torch FakeQuantize, fused": fused_fake_quantize(device),
+    }
+
+
+class Case:
+    """One shape: an input, a boundary and a gradient."""
+
+    def __init__(self, shape: tuple[int, ...], device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.device = device
+        self.x = torch.randn(*shape, generator=generator).to(device).requires_grad_()
+        self.grad = torch.randn(*shape, generator=generator).to(device)
+        self.alpha = nn.Parameter(torch.full((1,), 1.7, device=device))
+
+    def run(self, kind: Callable[[Tensor, Range, int], Tensor], step: int) -> None:
+        self.x.grad = self.alpha.grad = None
+        kind(self.x, grid_of(self.alpha), step).backward(self.grad)
+
+    def seconds(self, kind: Callable[[Tensor, Range, int], Tensor], step: int) -> float:
+        """Of one forward and backward."""
+        self._wait()
+        started = time.perf_counter()
+        self.run(kind, step)
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def extra_memory(self, kind: Callable[[Tensor, Range, int], Tensor]) -> float:
+        """The most that is held beyond input, gradient and results, over the tensor's size."""
+        self.run(kind, 0)
+        size = self.x.numel() * 4
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.run(kind, 1)
+            return (torch.cuda.max_memory_allocated() - before) / size - 1
+        self.x.grad = self.alpha.grad = None
+        return peak_bytes(lambda: self.run(kind, 1)) / size - 2  # its output and x's gradient
+
+
+def peak_bytes(function: Callable[[], None]) -> int:
+    """The most memory that torch's CPU allocator held at a time during a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    held = peak = 0
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def measure(shape: tuple[int, ...], device: str, repeats: int) -> list[dict[str, Any]]:
+    """Rows of one shape."""
+    case, found = Case(shape, device), kinds(device)
+    slow = {"NIPQ, histogram and multinomial"}
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for repeat in range(repeats + 1):
+        for name, kind in found.items():
+            if name in slow and repeat > max(3, repeats // 5):
+                continue
+            taken = case.seconds(kind, repeat)
+            if repeat:  # the first one warms up
+                times[name].append(taken)
+    yardstick = statistics.median(times["clone"])
+    return [
+        {
+            "shape": list(shape),
+            "kind": name,
+            "milliseconds": 1000 * statistics.median(times[name]),
+            "over_clone": statistics.median(times[name]) / yardstick,
+            "extra_memory": case.extra_memory(found[name]),
+            "repeats": len(times[name]),
+        }
+        for name in found
+    ]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures hang on."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0].split(":")[1].strip() if names else model
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table: kinds down, shapes across, `milliseconds (times the clone)`."""
+    shapes = [tuple(shape) for shape in dict.fromkeys(tuple(row["shape"]) for row in rows)]
+    by_place = {(row["kind"], tuple(row["shape"])): row for row in rows}
+    head = "| | " + " | ".join(str(shape) for shape in shapes) + " | extra memory |"
+    lines = [head, "|---" * (len(shapes) + 2) + "|"]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        cells = []
+        for shape in shapes:
+            row = by_place[kind, shape]
+            cells.append(f"{row['milliseconds']:.2f} ms ({row['over_clone']:.1f})")
+        largest = max(shapes, key=math.prod)
+        cells.append(f"{by_place[kind, largest]['extra_memory']:.1f}")
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write machine and rows here")
+    parser.add_argument("--table", type=Path, help="page whose table is written anew")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for shape in SHAPES:
+        rows += measure(shape, options.device, options.repeats)
+        if options.json:
+            result = {"machine": machine(options.device), "rows": rows}
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.table:
+        write_table(options.table, "quantizer", markdown(rows))
+    else:
+        print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

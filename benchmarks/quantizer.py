@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nipq_search.quant import functional as F
 from nipq_search.quant import kernels
-from nipq_search.quant.functional import Grid, Range, quantization_range
+from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.noise import drawn_from, mix, residuals_of, uniform_noise
 
 SHAPES = ((64, 64, 3, 3), (512, 512, 3, 3), (32, 64, 56, 56), (8192, 384))
@@ -35,14 +35,15 @@ BITS = 4.0
 _HISTOGRAM_BINS = 256
 
 
-def grid_of(alpha: Tensor) -> Range:
+def grid_of(alpha: Tensor) -> Boundary:
     """A signed grid at BITS bits."""
     bits = torch.full((1,), BITS, device=alpha.device)
-    return quantization_range(alpha, bits, Grid.SIGNED, torch.zeros(1, device=alpha.device))
+    return Boundary(alpha, bits, Grid.SIGNED, torch.zeros(1, device=alpha.device))
 
 
-def reference(x: Tensor, range_: Range, step: int) -> Tensor:
+def reference(x: Tensor, boundary: Boundary, step: int) -> Tensor:
     """Noise as a histogram of the residuals and a draw of `multinomial` for every element."""
+    range_ = boundary.range(x.dim())
     with torch.no_grad():
         inside = (x > range_.low) & (x < range_.high)
         scaled = (x / range_.step)[inside]
@@ -53,16 +54,17 @@ def reference(x: Tensor, range_: Range, step: int) -> Tensor:
     return F.pseudo_quantize(x, range_, noise)
 
 
-def diffq(x: Tensor, range_: Range, step: int) -> Tensor:
+def diffq(x: Tensor, boundary: Boundary, step: int) -> Tensor:
     """Uniform noise over the tensor's own span, nothing truncated (Defossez et al., 2021)."""
     span = x.max() - x.min()
     return x + span / (2**BITS - 1) * (torch.rand_like(x) - 0.5)
 
 
-def eager(empirical: bool) -> Callable[[Tensor, Range, int], Tensor]:
+def eager(empirical: bool) -> Callable[[Tensor, Boundary, int], Tensor]:
     """NIPQ by torch operations."""
 
-    def quantize(x: Tensor, range_: Range, step: int) -> Tensor:
+    def quantize(x: Tensor, boundary: Boundary, step: int) -> Tensor:
+        range_ = boundary.range(x.dim())
         if empirical:
             noise = drawn_from(residuals_of(x, *range_[:3]), x.shape, mix(step))
         else:
@@ -72,25 +74,25 @@ def eager(empirical: bool) -> Callable[[Tensor, Range, int], Tensor]:
     return quantize
 
 
-def fused_fake_quantize(device: str) -> Callable[[Tensor, Range, int], Tensor]:
+def fused_fake_quantize(device: str) -> Callable[[Tensor, Boundary, int], Tensor]:
     """torch.ao's module with a moving average, as its QAT uses it; it learns nothing."""
     observer = torch.ao.quantization.MovingAverageMinMaxObserver
     module = torch.ao.quantization.FusedMovingAvgObsFakeQuantize(
         observer=observer, quant_min=0, quant_max=15
     ).to(device)
-    return lambda x, range_, step: module(x)
+    return lambda x, boundary, step: module(x)
 
 
-def kinds(device: str) -> dict[str, Callable[[Tensor, Range, int], Tensor]]:
+def kinds(device: str) -> dict[str, Callable[[Tensor, Boundary, int], Tensor]]:
     """What is compared; the first is the yardstick."""
     return {
-        "clone": lambda x, range_, step: x.clone(),
-        "NIPQ, uniform": lambda x, r, step: kernels.pseudo_quantize(x, r, mix(step)),
-        "NIPQ, empirical": lambda x, r, step: kernels.pseudo_quantize(x, r, mix(step), True),
-        "LSQ": lambda x, r, step: kernels.hard_quantize(x, r),
+        "clone": lambda x, boundary, step: x.clone(),
+        "NIPQ, uniform": lambda x, b, step: kernels.pseudo_quantize(x, b, mix(step)),
+        "NIPQ, empirical": lambda x, b, step: kernels.pseudo_quantize(x, b, mix(step), True),
+        "LSQ": lambda x, b, step: kernels.hard_quantize(x, b),
         "NIPQ, uniform, torch operations": eager(False),
         "NIPQ, empirical, torch operations": eager(True),
-        "LSQ, torch operations": lambda x, r, step: F.hard_quantize(x, r),
+        "LSQ, torch operations": lambda x, b, step: F.hard_quantize(x, b.range(x.dim())),
         "NIPQ, histogram and multinomial": reference,
         "DiffQ-like": diffq,
         "torch FakeQuantize, fused": fused_fake_quantize(device),
@@ -107,11 +109,11 @@ class Case:
         self.grad = torch.randn(*shape, generator=generator).to(device)
         self.alpha = nn.Parameter(torch.full((1,), 1.7, device=device))
 
-    def run(self, kind: Callable[[Tensor, Range, int], Tensor], step: int) -> None:
+    def run(self, kind: Callable[[Tensor, Boundary, int], Tensor], step: int) -> None:
         self.x.grad = self.alpha.grad = None
         kind(self.x, grid_of(self.alpha), step).backward(self.grad)
 
-    def seconds(self, kind: Callable[[Tensor, Range, int], Tensor], step: int) -> float:
+    def seconds(self, kind: Callable[[Tensor, Boundary, int], Tensor], step: int) -> float:
         """Of one forward and backward."""
         self._wait()
         started = time.perf_counter()
@@ -123,7 +125,7 @@ class Case:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def extra_memory(self, kind: Callable[[Tensor, Range, int], Tensor]) -> float:
+    def extra_memory(self, kind: Callable[[Tensor, Boundary, int], Tensor]) -> float:
         """The most that is held beyond input, gradient and results, over the tensor's size."""
         self.run(kind, 0)
         size = self.x.numel() * 4

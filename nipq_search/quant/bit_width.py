@@ -31,6 +31,28 @@ def check_bits(bits: Sequence[int], what: str) -> tuple[int, ...]:
     return tuple(sorted(bits))
 
 
+class _Sample(torch.autograd.Function):
+    """A sampled width; its derivative is the soft width's, and is shown to the bit-width."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, owner: BitWidth, u: float) -> Tensor:
+        ctx.owner = owner
+        ctx.save_for_backward(theta)
+        if theta.device.type != "cpu":
+            return F.sample_bits(owner.soft(), owner._allowed, u)
+        width = F.sample_width(float(owner.soft()), owner.allowed, u)
+        return owner._allowed.new_tensor([float(width)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (theta,) = ctx.saved_tensors
+        owner: BitWidth = ctx.owner
+        owner.marginal.add_(grads[0].detach(), alpha=0.02)
+        span = owner.allowed[-1] - owner.allowed[0]
+        share = torch.sigmoid(theta)
+        return grads[0] * (span * share * (1 - share)), None, None
+
+
 class BitWidth(nn.Module):
     """The bit-width of one tensor, chosen from an allowed set.
 
@@ -100,21 +122,15 @@ class BitWidth(nn.Module):
         """
         if self.theta is None:
             return self.soft()
-        bits = F.sample_bits(self.soft(), self._allowed, u)
-        if bits.requires_grad:
-            if step != self._marginal_step:
-                self._marginal_step = step
-                self.marginal.mul_(0.98)
-            bits.register_hook(self._observe)  # type: ignore[no-untyped-call]
-        return bits
+        if self.theta.requires_grad and torch.is_grad_enabled() and step != self._marginal_step:
+            self._marginal_step = step
+            self.marginal.mul_(0.98)
+        return _Sample.apply(self.theta, self, u)  # type: ignore[no-any-return]
 
     def tie(self, other: BitWidth) -> None:
         """Learn one bit-width with `other`, which has the same allowed set."""
         if self.theta is not None and other.theta is not None:
             self.theta = other.theta
-
-    def _observe(self, grad: Tensor) -> None:
-        self.marginal.add_(grad.detach(), alpha=0.02)
 
     def freeze(self, bits: int | None = None) -> None:
         """Fix the width to `bits` (default: the nearest allowed one).

@@ -7,6 +7,7 @@ Source: Shin et al., "NIPQ: Noise Proxy-based Integrated Pseudo-Quantization", C
 
 from __future__ import annotations
 
+import bisect
 import enum
 import math
 from typing import Any, NamedTuple
@@ -46,6 +47,33 @@ class Range(NamedTuple):
     highest: Tensor
 
 
+class Boundary(NamedTuple):
+    """What determines a tensor's range.
+
+    Attributes:
+        alpha: truncation boundaries, shape (channels,); see `quantization_range`.
+        bits: bit-width, shape (1,).
+        grid: shape of the grid.
+        minimum: of an affine tensor.
+        axis: dimension of the channels.
+    """
+
+    alpha: Tensor
+    bits: Tensor
+    grid: Grid
+    minimum: Tensor
+    axis: int = 0
+
+    def range(self, dimensions: int) -> Range:
+        """The range for a tensor of so many dimensions; differentiable."""
+        alpha = self.alpha
+        if alpha.numel() > 1:
+            shape = [1] * dimensions
+            shape[self.axis] = -1
+            alpha = alpha.view(shape)
+        return quantization_range(alpha, self.bits, self.grid, self.minimum)
+
+
 def softplus_inverse(value: Tensor) -> Tensor:
     """The `a` with `softplus(a) == value`, for positive values of any size.
 
@@ -66,6 +94,13 @@ def theta_for(bits: float, least: float, most: float) -> float:
     """
     share = min(max((bits - least) / (most - least), 0.05), 0.95)
     return math.log(share / (1.0 - share))
+
+
+def sample_width(bits: float, allowed: tuple[int, ...], u: float) -> int:
+    """`sample_bits` of a number: what a CPU, which need not wait for itself, computes faster."""
+    above = min(max(bisect.bisect_right(allowed, bits), 1), len(allowed) - 1)
+    lower, upper = allowed[above - 1], allowed[above]
+    return upper if (bits - lower) / (upper - lower) > 0.5 - u else lower
 
 
 def sample_bits(bits: Tensor, allowed: Tensor, u: float) -> Tensor:
@@ -119,6 +154,36 @@ def quantization_range(alpha: Tensor, bits: Tensor, grid: Grid, minimum: Tensor)
         zero_point = torch.clamp(torch.round(-minimum / step), torch.zeros_like(step), levels)
     low = -zero_point * step
     return Range(step, low, alpha + low, -zero_point, levels.detach() - zero_point)
+
+
+def range_gradients(
+    range_: Range, grid: Grid, grad_step: Tensor, grad_low: Tensor, grad_high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Derivatives with respect to `alpha` and `bits` of a loss, from those of a range.
+
+    What differentiating `quantization_range` gives, in a few operations. With L levels above the
+    lowest, `step = alpha / L` and `dL/db = ln 2 * (L + 1)`; hence
+    `dstep/db = -ln 2 * step * (1 + 1 / L)`.
+
+    Args:
+        range_: of shape (channels,), as are the gradients.
+        grid: its shape.
+        grad_step: derivative with respect to the step.
+        grad_low: with respect to the lower boundary.
+        grad_high: with respect to the upper boundary.
+
+    Returns:
+        Derivatives of shape (channels,) and (1,).
+    """
+    if grid is Grid.SIGNED:
+        levels, grad_alpha = range_.highest, grad_high - grad_low
+    elif grid is Grid.UNSIGNED:
+        levels, grad_alpha = range_.highest, grad_high
+    else:  # low = lowest * step and high = alpha + low, with a constant lowest
+        levels, grad_alpha = range_.highest - range_.lowest, grad_high
+        grad_step = grad_step + range_.lowest * (grad_low + grad_high)
+    per_bit = (grad_step * range_.step) * ((1.0 + 1.0 / levels) * -math.log(2.0))
+    return grad_alpha + grad_step / levels, per_bit.sum(0, keepdim=True)
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:

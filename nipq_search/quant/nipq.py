@@ -45,5 +45,5 @@ class NIPQ(FakeQuantizer):
         """Add noise at a sampled bit-width."""
         clock = self.clock
         u = centered_uniform(clock.key(self.bits.key, 0))
-        range_ = self.range(x, place, self.bits.sample(u, clock.step))
-        return pseudo_quantize(x, range_, clock.key(self.key, 1), self.proxy == "empirical")
+        boundary = self.boundary_for(x, place, self.bits.sample(u, clock.step))
+        return pseudo_quantize(x, boundary, clock.key(self.key, 1), self.proxy == "empirical")

@@ -58,17 +58,12 @@ def dense(x: Tensor) -> Tensor:
     return x
 
 
-def inner_size(x: Tensor, boundaries: Tensor) -> int:
-    """How many neighbouring elements of a dense `x` share a boundary.
+def inner_size(x: Tensor, channels: int, axis: int) -> int:
+    """How many neighbouring elements of a dense `x` share one of the boundaries along `axis`.
 
     Element p, in the order of memory, belongs to channel `(p // inner_size) % channels`.
     """
-    channels = boundaries.numel()
-    if channels == 1:
-        return max(1, x.numel())
-    lead = x.dim() - boundaries.dim()
-    axis = next(d for d, size in enumerate(boundaries.shape) if size == channels)
-    return int(x.stride(lead + axis))
+    return int(x.stride(axis)) if channels > 1 else max(1, x.numel())
 
 
 def _int32(word: int) -> int:
@@ -114,10 +109,10 @@ class Residuals(NamedTuple):
     """Rounding residuals of a part of a tensor: a table, and how many of its entries count."""
 
     table: Tensor
-    count: Tensor
+    used: Tensor
 
 
-def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Residuals:
+def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int = 0) -> Residuals:
     """The residuals `(Q(x) - x) / step` of a strided subsample of at most 131,072 elements.
 
     Elements outside the boundary are left out. A tensor with nothing inside it gives zeros, which
@@ -128,6 +123,7 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Residual
         step: grid step, of one boundary or one per channel.
         low: lower boundary, shaped as `step`.
         high: upper boundary, shaped as `step`.
+        axis: dimension of the channels.
     """
     with torch.no_grad():
         stride = max(1, -(-x.numel() // _TABLE))
@@ -137,7 +133,7 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Residual
         scale, least, most = (t.reshape(-1) for t in (step, low, high))
         if step.numel() > 1:
             place = torch.arange(0, x.numel(), stride, device=x.device)
-            channel = (place // inner_size(x, step)) % step.numel()
+            channel = (place // inner_size(x, step.numel(), axis)) % step.numel()
             scale, least, most = scale[channel], least[channel], most[channel]
         inside = (flat > least) & (flat < most)
         scaled = flat / scale
@@ -155,9 +151,9 @@ def drawn_from(residuals: Residuals, shape: torch.Size, key: int) -> Tensor:
 
     So it is independent of the element's own residual and follows the same law ("empirical").
     """
-    table, count = residuals
+    table, used = residuals
     chance = _hashed(shape.numel(), key, table.device).to(torch.int64) & 0xFFFFFFFF
-    return table[(chance * count) >> 32].view(shape)
+    return table[(chance * used) >> 32].view(shape)
 
 
 class NoiseClock:

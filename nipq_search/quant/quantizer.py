@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.quant.bit_width import BitWidth
-from nipq_search.quant.functional import Grid, Range, quantization_range
+from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels import hard_quantize
 from nipq_search.quant.noise import NoiseClock
 from nipq_search.quant.statistics import TensorStatistics
@@ -88,23 +88,19 @@ class FakeQuantizer(nn.Module, abc.ABC):
 
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
         """What an unfrozen quantizer computes in training mode."""
-        return hard_quantize(x, self.range(x, place))
+        return hard_quantize(x, self.boundary_for(x, place))
 
-    def range(
+    def boundary_for(
         self, x: Tensor, place: Placement | None = None, bits: Tensor | None = None
-    ) -> Range:
-        """The quantization range at `bits` (default: the hard width), broadcastable to `x`."""
+    ) -> Boundary:
+        """What determines the range of `x`, at `bits` (default: the hard width)."""
         place = place or Placement()
         alpha = self.alpha(self._served(x, place)).clamp(min=_LEAST_BOUNDARY)
+        if self.channels > 1 and place.rows is not None:
+            alpha = alpha[place.rows]
         if bits is None:
             bits = alpha.new_tensor([float(self.bits.hard())])
-        if self.channels > 1:
-            if place.rows is not None:
-                alpha = alpha[place.rows]
-            shape = [1] * x.dim()
-            shape[place.axis] = -1
-            alpha = alpha.view(shape)
-        return quantization_range(alpha, bits.to(alpha.dtype), self.grid, self.minimum)
+        return Boundary(alpha, bits.to(alpha.dtype), self.grid, self.minimum, place.axis)
 
     def _served(self, x: Tensor, place: Placement) -> float:
         if self.role != "weight":
@@ -143,7 +139,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
         place = Placement(axis or 0, rows)
         if self.training and not self.bits.is_frozen:
             return self.train_forward(value, place).to(x.dtype)
-        return hard_quantize(value, self.range(value, place)).to(x.dtype)
+        return hard_quantize(value, self.boundary_for(value, place)).to(x.dtype)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

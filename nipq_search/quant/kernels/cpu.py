@@ -6,15 +6,15 @@ The noise is not kept for the backward but computed again from its key.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nipq_search.quant.functional import Range
+from nipq_search.quant.functional import Boundary, Range, quantization_range, range_gradients
 from nipq_search.quant.kernels.build import library
-from nipq_search.quant.noise import Residuals, inner_size
+from nipq_search.quant.noise import Residuals, inner_size, residuals_of
 
 _PIECE = 32768  # as in cpu.c
 _ROUNDING, _UNIFORM, _TABLE = range(3)
@@ -47,69 +47,65 @@ class _Call(ctypes.Structure):
     )
 
 
-class Law(NamedTuple):
+def _noise(key: int | None, residuals: Residuals | None) -> _Noise:
     """Where noise comes from: a key, and residuals where it is drawn from those."""
-
-    key: int | None = None
-    residuals: Residuals | None = None
-
-    def as_struct(self) -> _Noise:
-        """As the kernels take it."""
-        if self.key is None:
-            return _Noise(law=_ROUNDING)
-        halves = self.key & 0xFFFFFFFF, (self.key >> 32) & 0xFFFFFFFF
-        if self.residuals is None:
-            return _Noise(_UNIFORM, *halves)
-        table, count = self.residuals
-        return _Noise(_TABLE, *halves, table.data_ptr(), int(count))
+    if key is None:
+        return _Noise(law=_ROUNDING)
+    halves = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+    if residuals is None:
+        return _Noise(_UNIFORM, *halves)
+    return _Noise(_TABLE, *halves, residuals.table.data_ptr(), int(residuals.used))
 
 
-def serves(x: Tensor, range_: Range) -> bool:
+def serves(x: Tensor, boundary: Boundary) -> bool:
     """Whether the kernels can compute on `x`: plain float32 tensors on a CPU, outside of traces.
 
-    A tensor of no elements, a subclass (as in export), torch.compile, torch.jit.trace and torch.func
-    all take the eager path.
+    A tensor of no elements, a subclass (as in export), torch.compile, torch.jit.trace and
+    torch.func take the eager path.
     """
     return (
         x.device.type == "cpu"
         and x.dtype is torch.float32
         and type(x) in (Tensor, torch.nn.Parameter)
-        and range_.step.dtype is torch.float32
+        and boundary.alpha.dtype is torch.float32
         and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch._C._is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and library() is not None
     )
 
 
-def _call(
+def _run(
     name: str,
-    law: Law,
     x: Tensor,
     grad: Tensor | None,
+    axis: int,
     scalars: tuple[Tensor, Tensor, Tensor],
-    sums: Tensor | None = None,
+    sums: Tensor | None,
+    noise: _Noise,
 ) -> Tensor:
+    """Call a kernel: `scalars` are the step and both ends, in float32, of shape (channels,)."""
     out = torch.empty_like(x)
     channels = scalars[0].numel()
-    # Boundaries of a bit-width's own shape serve all channels alike.
+    # The ends of some grids are the same for all channels, and have shape (1,).
     step, low, high = (
-        t.detach().expand_as(scalars[0]).reshape(-1).contiguous() for t in scalars
+        t if t.numel() == channels and t.is_contiguous() else t.expand(channels).contiguous()
+        for t in scalars
     )
     call = _Call(
-        x=x.data_ptr(),
-        g=None if grad is None else grad.data_ptr(),
-        out=out.data_ptr(),
-        count=x.numel(),
-        channels=channels,
-        inner=inner_size(x, scalars[0]),
-        step=step.data_ptr(),
-        low=low.data_ptr(),
-        high=high.data_ptr(),
-        sums=None if sums is None else sums.data_ptr(),
-        noise=law.as_struct(),
-        threads=torch.get_num_threads(),
+        x.data_ptr(),
+        None if grad is None else grad.data_ptr(),
+        out.data_ptr(),
+        x.numel(),
+        channels,
+        inner_size(x, channels, axis),
+        step.data_ptr(),
+        low.data_ptr(),
+        high.data_ptr(),
+        None if sums is None else sums.data_ptr(),
+        noise,
+        torch.get_num_threads(),
     )
     getattr(library(), name)(ctypes.byref(call))
     return out
@@ -122,38 +118,50 @@ class _Quantize(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        step: Tensor,
-        low: Tensor,
-        high: Tensor,
-        lowest: Tensor,
-        highest: Tensor,
-        law: Law,
+        alpha: Tensor,
+        bits: Tensor,
+        boundary: Boundary,
+        key: int | None,
+        empirical: bool,
     ) -> Tensor:
-        ctx.law = law
-        ctx.save_for_backward(x, step, low, high)
-        bounds = (lowest, highest) if law.key is None else (low, high)
-        return _call("nipq_forward", law, x, None, (step, *bounds))
+        range_ = quantization_range(alpha, bits, boundary.grid, boundary.minimum)
+        step, low, high, lowest, highest = range_
+        residuals = residuals_of(x, step, low, high, boundary.axis) if empirical else None
+        ctx.save_for_backward(x, *range_, *(residuals or ()))
+        ctx.grid, ctx.axis, ctx.key = boundary.grid, boundary.axis, key
+        scalars = (step, lowest, highest) if key is None else (step, low, high)
+        noise = _noise(key, residuals)
+        return _run("nipq_forward", x, None, ctx.axis, scalars, None, noise)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, step, low, high = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        range_ = Range(*saved[:5])
+        residuals = Residuals(*saved[5:]) if saved[5:] else None
         grad = grads[0]
         if grad.stride() != x.stride() or grad.dtype is not x.dtype:
             grad = torch.empty_like(x).copy_(grad)
-        channels = step.numel()
+        channels = range_.step.numel()
         pieces = -(-x.numel() // _PIECE) if channels == 1 else channels
         sums = torch.empty(pieces, 3, dtype=torch.float64)
-        grad_x = _call("nipq_backward", ctx.law, x, grad, (step, low, high), sums)
+        noise = _noise(ctx.key, residuals)
+        grad_x = _run("nipq_backward", x, grad, ctx.axis, range_[:3], sums, noise)
         if channels == 1:
             sums = sums.sum(0, keepdim=True)
-        found = (
-            part.to(step.dtype).reshape(step.shape).sum_to_size(like.shape)
-            for part, like in zip(sums.unbind(1), (step, low, high), strict=True)
-        )
-        return grad_x, *found, None, None, None
+        found = sums.to(torch.float32).unbind(1)
+        return grad_x, *range_gradients(range_, ctx.grid, *found), None, None, None
 
 
-def quantize(x: Tensor, range_: Range, law: Law) -> Tensor:
-    """What `functional.pseudo_quantize` and `hard_quantize` compute, for tensors it `serves`."""
-    return _Quantize.apply(x, *range_, law)  # type: ignore[no-any-return]
+def quantize(
+    x: Tensor, boundary: Boundary, key: int | None = None, empirical: bool = False
+) -> Tensor:
+    """What `functional.pseudo_quantize` and `hard_quantize` compute, for a dense `x` it `serves`.
+
+    Args:
+        x: the tensor.
+        boundary: what determines its range.
+        key: of the noise; None rounds.
+        empirical: noise from the tensor's own residuals.
+    """
+    return _Quantize.apply(x, boundary.alpha, boundary.bits, boundary, key, empirical)  # type: ignore[no-any-return]

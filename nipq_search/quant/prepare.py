@@ -18,6 +18,7 @@ from nipq_search.quant.config import ActivationStart, QuantConfig
 from nipq_search.quant.flow import tensors_in
 from nipq_search.quant.graph import Graph
 from nipq_search.quant.groups import groups_of, tie
+from nipq_search.quant.kernels.relu import make_lean
 from nipq_search.quant.layers import LAYERS, QuantLayer
 from nipq_search.quant.noise import NoiseClock, not_compiled
 from nipq_search.quant.quantizer import FakeQuantizer
@@ -194,6 +195,7 @@ def prepare(
         kinds = ", ".join(sorted(kind.__name__ for kind in LAYERS))
         raise UserError(f"the model has nothing to quantize: it runs none of {kinds}")
     warn_of_float_work(graph)
+    make_lean(prepared)
     attach_state(prepared, QuantState(graph, config, builder.clock, example_inputs, sites))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     prepared.to(device)

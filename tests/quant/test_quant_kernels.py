@@ -17,6 +17,7 @@ from nipq_search.quant import functional as F
 from nipq_search.quant import kernels as K
 from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels import build, cpu
+from nipq_search.quant.kernels.relu import make_lean
 from nipq_search.quant.noise import (
     drawn_from,
     inner_size,
@@ -79,10 +80,10 @@ def hard(x, boundary):
     return F.hard_quantize(x, boundary.range(x.dim()))
 
 
-def results(quantize, *arguments):
+def results(quantize, *arguments, leaf=True):
     """Output and gradients under a gradient that differs from element to element."""
     leaves, boundary = case(*arguments)
-    y = quantize(leaves[0], boundary)
+    y = quantize(leaves[0] if leaf else leaves[0] * 1.0, boundary)
     grads = torch.autograd.grad(y, leaves, normal(*y.shape, seed=9))
     return [y, *grads]
 
@@ -105,6 +106,21 @@ def test_kernels_agree_with_torch_operations(law, layout, grid):
         for a, b in zip(fast, plain, strict=True):
             # The sums of float32 that torch takes over many elements are the less exact ones.
             torch.testing.assert_close(a, b, rtol=2e-5, atol=max(2e-5, 2e-9 * fast[0].numel()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_residuals_in_16_bits_are_near_enough(layout):
+    """What is kept of an activation for the backward of rounding; of a weight it is all."""
+    for grid in Grid:
+        x = (*layout, grid, 4)
+        kept = results(K.hard_quantize, *x, leaf=False)
+        exact = results(K.hard_quantize, *x)
+        assert torch.equal(kept[0], exact[0]) and torch.equal(kept[1], exact[1])
+        size = exact[0].numel() / exact[2].numel()
+        torch.testing.assert_close(kept[2], exact[2], rtol=1e-5, atol=4e-6 * size**0.5)
+        torch.testing.assert_close(
+            kept[3], exact[3], rtol=1e-5, atol=2e-5 * exact[0].numel() ** 0.5
+        )
 
 
 def test_sums_do_not_hang_on_the_number_of_threads():
@@ -205,6 +221,58 @@ def test_a_model_trains_by_the_kernels(monkeypatch, quantizer, memory):
     monkeypatch.setattr(F, "hard_quantize", forbidden)
     model(images()).sum().backward()
     model.eval()(images())
+
+
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (3, 7, 6, 11), (9, 4001)])
+def test_lean_relu_is_relu(kind, inplace, shape):
+    plain, lean = kind(inplace), kind(inplace)
+    make_lean(lean)
+    assert isinstance(lean, kind) and type(lean) is not kind
+    leaf = (normal(*shape) * 4).requires_grad_()
+    with torch.no_grad():
+        leaf[0] = 0.0
+    outs = []
+    for layer in (plain, lean):
+        x = leaf * 1.0
+        y = layer(x)
+        assert (y is x) == inplace or torch.equal(y, x) == inplace
+        outs.append([y, *torch.autograd.grad(y.square().sum() + y.sum(), leaf)])
+    assert type(outs[1][0].grad_fn).__name__ == "_ReLUBackward"
+    for a, b in zip(*outs, strict=True):
+        assert torch.equal(a, b)
+    # A view, a leaf and a transposed tensor come out as with torch.
+    x = leaf * 1.0
+    view = x.view(-1)
+    assert torch.equal(lean(view), plain((leaf * 1.0).view(-1)))
+    assert bool((x >= 0).all()) == inplace
+    every_second = (leaf * 1.0)[..., ::2]
+    assert torch.equal(lean(every_second), plain((leaf * 1.0)[..., ::2]))
+    with torch.no_grad():
+        assert torch.equal(lean(leaf * 1.0), plain(leaf * 1.0))
+    assert lean(torch.tensor([float("nan")], requires_grad=True) * 1.0).isnan().all()
+
+
+def test_a_training_step_keeps_one_tensor_for_a_layer():
+    """Neither the output of a ReLU nor the input of a quantizer lives on for the backward."""
+    x = images()
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+    )
+    model = prepare(net, x)
+    kept = []
+
+    def pack(t):
+        kept.append((t.data_ptr(), t.numel() * t.element_size()))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)
+    size = x.shape[0] * 8 * x.shape[2] * x.shape[3] * 4
+    large = {pointer for pointer, held in set(kept) if held == size}
+    assert len(large) == 2  # what normalization read, and what the second convolution read
+    out.sum().backward()
 
 
 def run_apart(code, **environment):

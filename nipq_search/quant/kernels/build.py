@@ -91,7 +91,13 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name in ("nipq_forward", "nipq_backward"):
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for name, arguments in {
+        "nipq_forward": [pointer],
+        "nipq_backward": [pointer],
+        "nipq_relu_forward": [pointer, pointer, pointer, number, ctypes.c_float, ctypes.c_int],
+        "nipq_relu_backward": [pointer, pointer, pointer, number, ctypes.c_int],
+    }.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = [ctypes.c_void_p], None
+        function.argtypes, function.restype = arguments, None
     return loaded

@@ -14,6 +14,8 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef int16_t svec __attribute__((vector_size(2 * LANES)));
+typedef int8_t cvec __attribute__((vector_size(LANES)));
 
 enum { ROUNDING, UNIFORM, TABLE }; /* where the noise comes from */
 
@@ -25,7 +27,7 @@ typedef struct {
 } Noise;
 
 typedef struct {
-    vec step, low, high;
+    vec step, low, high, lowest, highest; /* as functional.Range */
 } Range;
 
 static inline vec fill(float value) { return value - (vec){0}; }
@@ -36,6 +38,7 @@ static inline vec load(const float *p) {
     return v;
 }
 
+/* The first `count` lanes; all of them where that is more. */
 static inline vec load_part(const float *p, int64_t count) {
     vec v = {0};
     memcpy(&v, p, count * sizeof(float));
@@ -66,12 +69,8 @@ static inline uvec hashed(int64_t element, const Noise *noise) {
     return h ^ (h >> 16);
 }
 
-/* Noise of LANES elements, in units of the step; that of rounding is its own residual. */
-static inline vec noise_of(int law, int64_t element, const Noise *noise, vec x, vec step) {
-    if (law == ROUNDING) {
-        vec scaled = x / step;
-        return rounded(scaled) - scaled;
-    }
+/* Noise of LANES elements, in units of the step. */
+static inline vec noise_of(int law, int64_t element, const Noise *noise) {
     uvec h = hashed(element, noise);
     if (law == UNIFORM)
         return (__builtin_convertvector((ivec)h >> 8, vec) + 0.5f) * 0x1p-24f;
@@ -81,14 +80,35 @@ static inline vec noise_of(int law, int64_t element, const Noise *noise, vec x, 
     return out;
 }
 
-static inline vec forward(int law, int64_t element, const Noise *noise, vec x, Range r) {
-    if (law == ROUNDING) { /* low and high are integers here */
-        vec scaled = x / r.step;
-        scaled = choose(scaled < r.low, r.low, scaled);
-        scaled = choose(scaled > r.high, r.high, scaled);
-        return rounded(scaled) * r.step;
-    }
-    vec y = x + noise_of(law, element, noise, x, r.step) * r.step;
+/* What the backward reads of a hard quantizer: the rounding residual in 16 bits, or which end. */
+#define ABOVE 32767
+#define BELOW (-32768)
+#define CODES 65532.0f /* codes of one step */
+
+static inline vec round_to_grid(vec x, Range r) {
+    vec scaled = x / r.step;
+    scaled = choose(scaled < r.lowest, r.lowest, scaled);
+    scaled = choose(scaled > r.highest, r.highest, scaled);
+    return rounded(scaled) * r.step;
+}
+
+static inline vec residual_of(vec x, vec step) {
+    vec scaled = x / step;
+    return rounded(scaled) - scaled;
+}
+
+static inline svec code_of(vec x, Range r) {
+    ivec above = x >= r.high, below = x <= r.low;
+    vec residual = keep(~(above | below), residual_of(x, r.step)); /* others may be no numbers */
+    ivec code = __builtin_convertvector(rounded(residual * CODES), ivec);
+    code = (above & ABOVE) | (below & BELOW) | (~(above | below) & code);
+    return __builtin_convertvector(code, svec);
+}
+
+static inline vec add_noise(int law, int64_t element, const Noise *noise, vec x, Range r) {
+    vec y = x + noise_of(law, element, noise) * r.step;
+    /* The backward tells by `y` what was truncated: no other element may lie on an end. */
+    y = (vec)((ivec)y ^ (((y == r.high) | (y == r.low)) & 1));
     y = choose(x >= r.high, r.high, y);
     return choose(x <= r.low, r.low, y);
 }
@@ -97,16 +117,28 @@ typedef struct {
     vec step, low, high;
 } Sums;
 
-static inline vec backward(int law, int64_t element, const Noise *noise, vec x, vec g, Range r,
-                           Sums *sums) {
-    ivec above = x >= r.high, below = x <= r.low;
+/* Gradient of x from `g`, where `part` is the derivative with respect to the step. */
+static inline vec collect(vec g, ivec above, ivec below, vec noise, Sums *sums) {
     vec inside = keep(~(above | below), g);
-    vec part = inside * noise_of(law, element, noise, x, r.step);
-    /* Far outside the noise of rounding may be no number; nothing outside counts. */
-    sums->step += keep(~(above | below), part);
+    sums->step += keep(~(above | below), g * noise);
     sums->low += keep(below, g);
     sums->high += keep(above, g);
     return inside;
+}
+
+static inline vec noise_backward(int law, int64_t element, const Noise *noise, vec y, vec g,
+                                 Range r, Sums *sums) {
+    return collect(g, y == r.high, y == r.low, noise_of(law, element, noise), sums);
+}
+
+static inline vec backward_from_input(vec x, vec g, Range r, Sums *sums) {
+    return collect(g, x >= r.high, x <= r.low, residual_of(x, r.step), sums);
+}
+
+static inline vec backward_from_code(svec code, vec g, Sums *sums) {
+    ivec wide = __builtin_convertvector(code, ivec);
+    vec residual = __builtin_convertvector(wide, vec) * (1.0f / CODES);
+    return collect(g, wide == ABOVE, wide == BELOW, residual, sums);
 }
 
 static inline double total(vec v) {
@@ -115,46 +147,72 @@ static inline double total(vec v) {
     return sum;
 }
 
-static inline void forward_run(int law, const Noise *noise, const float *x, float *y, int64_t from,
-                               int64_t to, Range r) {
-    int64_t i = from;
-    for (; i + LANES <= to; i += LANES) {
-        vec out = forward(law, i, noise, load(x + i), r);
-        memcpy(y + i, &out, sizeof out);
-    }
-    if (i < to) {
-        vec out = forward(law, i, noise, load_part(x + i, to - i), r);
-        memcpy(y + i, &out, (to - i) * sizeof(float));
-    }
-}
-
-static inline void backward_run(int law, const Noise *noise, const float *x, const float *g,
-                                float *gx, int64_t from, int64_t to, Range r, Sums *sums) {
-    int64_t i = from;
-    for (; i + LANES <= to; i += LANES) {
-        vec out = backward(law, i, noise, load(x + i), load(g + i), r, sums);
-        memcpy(gx + i, &out, sizeof out);
-    }
-    if (i < to) {
-        int64_t left = to - i;
-        vec out =
-            backward(law, i, noise, load_part(x + i, left), load_part(g + i, left), r, sums);
-        memcpy(gx + i, &out, left * sizeof(float));
-    }
-}
-
 typedef struct {
-    const float *x, *g; /* g: only backward */
-    float *out;         /* y forward, the gradient of x backward */
+    const float *x;  /* input forward; backward the output of noise, the input of rounding */
+    const float *g;  /* gradient of the output, backward */
+    float *out;      /* output forward, gradient of the input backward */
+    int16_t *codes;  /* of rounding, in the place of its input backward; or NULL */
     int64_t count, channels, inner;
-    const float *step, *low, *high;
-    double *sums; /* backward, per tensor: three for each piece; per channel: three for each */
+    const float *step, *low, *high, *lowest, *highest;
+    double *sums; /* backward: three for each piece (one boundary), or for each channel */
     Noise noise;
     int threads;
 } Call;
 
+/* LANES elements from `i` on, or the first `left` of them. */
+static inline void forward_at(int law, const Call *c, int64_t i, int64_t left, Range r) {
+    vec x = left < LANES ? load_part(c->x + i, left) : load(c->x + i), y;
+    if (left > LANES) left = LANES;
+    if (law == ROUNDING) {
+        y = round_to_grid(x, r);
+        if (c->codes) {
+            svec code = code_of(x, r);
+            memcpy(c->codes + i, &code, left * sizeof(int16_t));
+        }
+    } else {
+        y = add_noise(law, i, &c->noise, x, r);
+    }
+    memcpy(c->out + i, &y, left * sizeof(float));
+}
+
+static inline void backward_at(int law, const Call *c, int64_t i, int64_t left, Range r,
+                               Sums *sums) {
+    vec g = left < LANES ? load_part(c->g + i, left) : load(c->g + i), out;
+    if (left > LANES) left = LANES;
+    if (law == ROUNDING) {
+        if (c->codes) {
+            svec code = {0};
+            memcpy(&code, c->codes + i, left * sizeof(int16_t));
+            out = backward_from_code(code, g, sums);
+        } else {
+            out = backward_from_input(load_part(c->x + i, left), g, r, sums);
+        }
+    } else {
+        out = noise_backward(law, i, &c->noise, load_part(c->x + i, left), g, r, sums);
+    }
+    memcpy(c->out + i, &out, left * sizeof(float));
+}
+
+static inline void run(int law, int is_backward, const Call *c, int64_t from, int64_t to, Range r,
+                       Sums *sums) {
+    int64_t i = from;
+    for (; i + LANES <= to; i += LANES) {
+        if (is_backward)
+            backward_at(law, c, i, LANES, r, sums);
+        else
+            forward_at(law, c, i, LANES, r);
+    }
+    if (i < to) {
+        if (is_backward)
+            backward_at(law, c, i, to - i, r, sums);
+        else
+            forward_at(law, c, i, to - i, r);
+    }
+}
+
 static inline Range range_of(const Call *c, int64_t channel) {
-    return (Range){fill(c->step[channel]), fill(c->low[channel]), fill(c->high[channel])};
+    return (Range){fill(c->step[channel]), fill(c->low[channel]), fill(c->high[channel]),
+                   fill(c->lowest[channel]), fill(c->highest[channel])};
 }
 
 static inline void store_sums(double *to, const Sums *sums) {
@@ -170,13 +228,9 @@ static inline void per_tensor(int law, int is_backward, const Call *c) {
 #pragma omp parallel for schedule(static) num_threads(c->threads) if (c->threads > 1 && pieces > 1)
     for (int64_t piece = 0; piece < pieces; piece++) {
         int64_t from = piece * PIECE, to = from + PIECE < c->count ? from + PIECE : c->count;
-        if (is_backward) {
-            Sums sums = {{0}, {0}, {0}};
-            backward_run(law, &c->noise, c->x, c->g, c->out, from, to, r, &sums);
-            store_sums(c->sums + 3 * piece, &sums);
-        } else {
-            forward_run(law, &c->noise, c->x, c->out, from, to, r);
-        }
+        Sums sums = {{0}, {0}, {0}};
+        run(law, is_backward, c, from, to, r, &sums);
+        if (is_backward) store_sums(c->sums + 3 * piece, &sums);
     }
 }
 
@@ -188,12 +242,8 @@ static inline void per_channel(int law, int is_backward, const Call *c) {
     for (int64_t channel = 0; channel < c->channels; channel++) {
         const Range r = range_of(c, channel);
         Sums sums = {{0}, {0}, {0}};
-        for (int64_t from = channel * c->inner; from < c->count; from += stride) {
-            if (is_backward)
-                backward_run(law, &c->noise, c->x, c->g, c->out, from, from + c->inner, r, &sums);
-            else
-                forward_run(law, &c->noise, c->x, c->out, from, from + c->inner, r);
-        }
+        for (int64_t from = channel * c->inner; from < c->count; from += stride)
+            run(law, is_backward, c, from, from + c->inner, r, &sums);
         if (is_backward) store_sums(c->sums + 3 * channel, &sums);
     }
 }
@@ -207,15 +257,15 @@ static inline void side_by_side(int law, int is_backward, const Call *c) {
         const int64_t first = block * LANES;
         const int64_t lanes = c->channels - first < LANES ? c->channels - first : LANES;
         const Range r = {load_part(c->step + first, lanes), load_part(c->low + first, lanes),
-                         load_part(c->high + first, lanes)};
+                         load_part(c->high + first, lanes),
+                         load_part(c->lowest + first, lanes),
+                         load_part(c->highest + first, lanes)};
         Sums sums = {{0}, {0}, {0}};
         for (int64_t i = first; i < c->count; i += c->channels) {
-            vec x = load_part(c->x + i, lanes), out;
             if (is_backward)
-                out = backward(law, i, &c->noise, x, load_part(c->g + i, lanes), r, &sums);
+                backward_at(law, c, i, lanes, r, &sums);
             else
-                out = forward(law, i, &c->noise, x, r);
-            memcpy(c->out + i, &out, lanes * sizeof(float));
+                forward_at(law, c, i, lanes, r);
         }
         for (int64_t lane = 0; is_backward && lane < lanes; lane++) {
             double *to = c->sums + 3 * (first + lane);
@@ -248,3 +298,44 @@ static inline void walk(int law, int is_backward, const Call *c) {
 
 RUN(nipq_forward, 0)
 RUN(nipq_backward, 1)
+
+/* min(max(x, 0), cap), which may overwrite x, and a byte for each element that lets gradients by. */
+void nipq_relu_forward(const float *x, float *y, int8_t *open, int64_t count, float cap,
+                       int threads) {
+    const vec zero = {0}, top = fill(cap);
+    const int64_t pieces = (count + PIECE - 1) / PIECE;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && pieces > 1)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t end = (piece + 1) * PIECE < count ? (piece + 1) * PIECE : count;
+        for (int64_t i = piece * PIECE; i < end; i += LANES) {
+            int64_t left = end - i < LANES ? end - i : LANES;
+            vec in = load_part(x + i, left);
+            vec out = choose(in < zero, zero, in);
+            out = choose(in > top, top, out);
+            cvec mask = __builtin_convertvector(~((in <= zero) | (in >= top)), cvec);
+            if (left == LANES) {
+                memcpy(y + i, &out, sizeof out);
+                memcpy(open + i, &mask, sizeof mask);
+            } else {
+                memcpy(y + i, &out, left * sizeof(float));
+                memcpy(open + i, &mask, left);
+            }
+        }
+    }
+}
+
+void nipq_relu_backward(const float *g, float *out, const int8_t *open, int64_t count,
+                        int threads) {
+    const int64_t pieces = (count + PIECE - 1) / PIECE;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && pieces > 1)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t end = (piece + 1) * PIECE < count ? (piece + 1) * PIECE : count;
+        for (int64_t i = piece * PIECE; i < end; i += LANES) {
+            int64_t left = end - i < LANES ? end - i : LANES;
+            cvec mask = {0};
+            memcpy(&mask, open + i, left);
+            vec part = keep(__builtin_convertvector(mask, ivec), load_part(g + i, left));
+            memcpy(out + i, &part, left * sizeof(float));
+        }
+    }
+}

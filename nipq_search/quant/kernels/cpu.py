@@ -35,12 +35,15 @@ class _Call(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("g", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("channels", ctypes.c_int64),
         ("inner", ctypes.c_int64),
         ("step", ctypes.c_void_p),
         ("low", ctypes.c_void_p),
         ("high", ctypes.c_void_p),
+        ("lowest", ctypes.c_void_p),
+        ("highest", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
         ("noise", _Noise),
         ("threads", ctypes.c_int),
@@ -57,8 +60,8 @@ def _noise(key: int | None, residuals: Residuals | None) -> _Noise:
     return _Noise(_TABLE, *halves, residuals.table.data_ptr(), int(residuals.used))
 
 
-def serves(x: Tensor, boundary: Boundary) -> bool:
-    """Whether the kernels can compute on `x`: plain float32 tensors on a CPU, outside of traces.
+def available(x: Tensor) -> bool:
+    """Whether there are kernels for `x`: plain float32 tensors on a CPU, outside of traces.
 
     A tensor of no elements, a subclass (as in export), torch.compile, torch.jit.trace and
     torch.func take the eager path.
@@ -67,7 +70,6 @@ def serves(x: Tensor, boundary: Boundary) -> bool:
         x.device.type == "cpu"
         and x.dtype is torch.float32
         and type(x) in (Tensor, torch.nn.Parameter)
-        and boundary.alpha.dtype is torch.float32
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
@@ -76,34 +78,45 @@ def serves(x: Tensor, boundary: Boundary) -> bool:
     )
 
 
+def serves(x: Tensor, boundary: Boundary) -> bool:
+    """Whether the kernels can quantize `x`."""
+    return boundary.alpha.dtype is torch.float32 and available(x)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def _run(
     name: str,
-    x: Tensor,
-    grad: Tensor | None,
+    like: Tensor,
     axis: int,
-    scalars: tuple[Tensor, Tensor, Tensor],
-    sums: Tensor | None,
+    range_: Range,
     noise: _Noise,
+    *,
+    x: Tensor | None = None,
+    grad: Tensor | None = None,
+    codes: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
-    """Call a kernel: `scalars` are the step and both ends, in float32, of shape (channels,)."""
-    out = torch.empty_like(x)
-    channels = scalars[0].numel()
+    """Call a kernel and return what it made, laid out as `like`. See `Call` in cpu.c."""
+    out = torch.empty_like(like)
+    channels = range_.step.numel()
     # The ends of some grids are the same for all channels, and have shape (1,).
-    step, low, high = (
+    scalars = [
         t if t.numel() == channels and t.is_contiguous() else t.expand(channels).contiguous()
-        for t in scalars
-    )
+        for t in range_
+    ]
     call = _Call(
-        x.data_ptr(),
-        None if grad is None else grad.data_ptr(),
+        _pointer(x),
+        _pointer(grad),
         out.data_ptr(),
-        x.numel(),
+        _pointer(codes),
+        like.numel(),
         channels,
-        inner_size(x, channels, axis),
-        step.data_ptr(),
-        low.data_ptr(),
-        high.data_ptr(),
-        None if sums is None else sums.data_ptr(),
+        inner_size(like, channels, axis),
+        *(t.data_ptr() for t in scalars),
+        _pointer(sums),
         noise,
         torch.get_num_threads(),
     )
@@ -112,7 +125,12 @@ def _run(
 
 
 class _Quantize(torch.autograd.Function):
-    """Either quantizer: with a key the noisy one, without the rounding one."""
+    """Either quantizer: with a key the noisy one, without the rounding one.
+
+    For the backward the noisy one keeps its output, which the next layer keeps anyway, and the
+    rounding one 16 bits for each element: so the input need not live on. A leaf, as a weight is,
+    lives on in any case and is kept in place of the bits.
+    """
 
     @staticmethod
     def forward(
@@ -123,34 +141,41 @@ class _Quantize(torch.autograd.Function):
         boundary: Boundary,
         key: int | None,
         empirical: bool,
+        keep: bool,
     ) -> Tensor:
         range_ = quantization_range(alpha, bits, boundary.grid, boundary.minimum)
-        step, low, high, lowest, highest = range_
-        residuals = residuals_of(x, step, low, high, boundary.axis) if empirical else None
-        ctx.save_for_backward(x, *range_, *(residuals or ()))
-        ctx.grid, ctx.axis, ctx.key = boundary.grid, boundary.axis, key
-        scalars = (step, lowest, highest) if key is None else (step, low, high)
+        residuals = residuals_of(x, *range_[:3], boundary.axis) if empirical else None
+        codes = None
+        if keep and key is None:
+            codes = torch.empty_like(x, dtype=torch.int16)
         noise = _noise(key, residuals)
-        return _run("nipq_forward", x, None, ctx.axis, scalars, None, noise)
+        y = _run("nipq_forward", x, boundary.axis, range_, noise, x=x, codes=codes)
+        ctx.grid, ctx.axis, ctx.key = boundary.grid, boundary.axis, key
+        kept = y if key is not None else (x if codes is None else codes)
+        ctx.save_for_backward(kept, *range_, *(residuals or ()))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, *saved = ctx.saved_tensors
+        kept, *saved = ctx.saved_tensors
         range_ = Range(*saved[:5])
         residuals = Residuals(*saved[5:]) if saved[5:] else None
         grad = grads[0]
-        if grad.stride() != x.stride() or grad.dtype is not x.dtype:
-            grad = torch.empty_like(x).copy_(grad)
+        if grad.stride() != kept.stride() or grad.dtype is not torch.float32:
+            grad = torch.empty_like(kept, dtype=torch.float32).copy_(grad)
         channels = range_.step.numel()
-        pieces = -(-x.numel() // _PIECE) if channels == 1 else channels
+        pieces = -(-grad.numel() // _PIECE) if channels == 1 else channels
         sums = torch.empty(pieces, 3, dtype=torch.float64)
+        source = {"codes" if kept.dtype is torch.int16 else "x": kept}
         noise = _noise(ctx.key, residuals)
-        grad_x = _run("nipq_backward", x, grad, ctx.axis, range_[:3], sums, noise)
+        grad_x = _run(
+            "nipq_backward", grad, ctx.axis, range_, noise, grad=grad, sums=sums, **source
+        )
         if channels == 1:
             sums = sums.sum(0, keepdim=True)
         found = sums.to(torch.float32).unbind(1)
-        return grad_x, *range_gradients(range_, ctx.grid, *found), None, None, None
+        return grad_x, *range_gradients(range_, ctx.grid, *found), None, None, None, None
 
 
 def quantize(
@@ -164,4 +189,7 @@ def quantize(
         key: of the noise; None rounds.
         empirical: noise from the tensor's own residuals.
     """
-    return _Quantize.apply(x, boundary.alpha, boundary.bits, boundary, key, empirical)  # type: ignore[no-any-return]
+    keep = torch.is_grad_enabled() and x.grad_fn is not None
+    return _Quantize.apply(  # type: ignore[no-any-return]
+        x, boundary.alpha, boundary.bits, boundary, key, empirical, keep
+    )

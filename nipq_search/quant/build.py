@@ -262,7 +262,7 @@ class Builder:
                 guard(module)
         for owner, own in active.items():
             calls = [call for call in self.found.calls if call.owner == owner]
-            labels = sorted({call.label.partition("@")[0] for call in calls} - {""})
+            labels = sorted({call.label.partition("@")[0] for call in calls} & homes.keys())
             make_owner(modules[owner], owner, own, tuple(homes[label] for label in labels))
         return nn.ModuleDict({o.replace(".", "/") or "(root)": own for o, own in active.items()})
 

@@ -208,7 +208,8 @@ def _range_gradients(
         if noise is None:  # the hard quantizer's noise is its own rounding residual
             scaled = x / step
             noise = torch.round(scaled).sub_(scaled)
-        grad_step = _sum_to(inside * noise, step.shape)
+        # Far outside, the noise of rounding is no number.
+        grad_step = _sum_to((inside * noise).masked_fill(above | below, 0.0), step.shape)
     if needed[2]:
         grad_low = _sum_to(torch.where(below, grad, 0.0), low.shape)
     if needed[3]:

@@ -24,6 +24,7 @@ class LSQ(FakeQuantizer):
     """
 
     learns_bits = False
+    scales_gradient = True
     initial: Tensor
 
     def __init__(

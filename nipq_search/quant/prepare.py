@@ -188,7 +188,10 @@ def prepare(
         elif isinstance(module, nn.TransformerEncoder):
             # So do nested tensors, which its padding mask would make.
             module.enable_nested_tensor = module.use_nested_tensor = False
+    before = set(prepared.modules())
     found = trace(prepared, example_inputs)
+    if set(prepared.modules()) != before:  # it replaced some of its modules on the way
+        found = trace(prepared, example_inputs)
     builder = Builder(prepared, found, config)
     graph, sites = builder.build()
     if not any(layer.macs for layer in graph.layers):

@@ -49,6 +49,9 @@ class FakeQuantizer(nn.Module, abc.ABC):
     learns_bits = True
     """Whether gradient descent can move the bit-width."""
 
+    scales_gradient = False
+    """Whether `alpha` asks how many elements a boundary serves."""
+
     minimum: Tensor
     grid_code: Tensor
 
@@ -95,7 +98,10 @@ class FakeQuantizer(nn.Module, abc.ABC):
     ) -> Boundary:
         """What determines the range of `x`, at `bits` (default: the hard width)."""
         place = place or Placement()
-        alpha = self.alpha(self._served(x, place)).clamp(min=_LEAST_BOUNDARY)
+        served = self._served(x, place) if self.scales_gradient and self.training else 1.0
+        alpha = self.alpha(served).clamp(min=_LEAST_BOUNDARY)
+        if alpha.dtype in (torch.bfloat16, torch.float16):
+            alpha = alpha.float()  # a grid of more than 8 bits needs it
         if self.channels > 1 and place.rows is not None:
             alpha = alpha[place.rows]
         if bits is None:

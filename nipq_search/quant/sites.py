@@ -10,6 +10,8 @@ Modules within are guarded, so that an owner never takes their calls for its own
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import threading
 import warnings
@@ -146,6 +148,29 @@ class _Frame:
         return site
 
 
+def _expected(sites: Mapping[str, Site]) -> dict[str, int]:
+    """How many calls without a parameter the trace saw, by kind."""
+    kinds = (key.split("/") for key in sites)
+    return dict(collections.Counter(parts[0] for parts in kinds if len(parts) == 2))
+
+
+def _check_counts(owner: nn.Module, frame: _Frame) -> None:
+    """Warn once where training makes more products than the traced forward did."""
+    if "_told" in vars(owner):
+        return
+    found = {kind: n for (kind, label), n in frame.counts.items() if not label}
+    for kind, traced in _expected(frame.sites).items():
+        if kind != "add" and found.get(kind, 0) > traced:
+            vars(owner)["_told"] = True
+            warnings.warn(
+                f"{frame.name or 'the model'} makes {found[kind]} products of activations "
+                f"({kind}) in training and {traced} in the traced forward: what is more stays in "
+                "float, or takes another one's quantizers. Move what only training computes into "
+                "a module of its own, or exclude the layer",
+                stacklevel=2,
+            )
+
+
 def _check_gradients(name: str) -> None:
     """Warn where gradients were switched off between an owner's forward and its site."""
     if not torch.is_grad_enabled():
@@ -233,13 +258,15 @@ def _run(owner: Any, args: Any, kwargs: Any) -> Any:
         owner.float_class.forward, owner
     )
     frames = _running.frames
-    frames.append(_Frame(name, sites._modules, homes))
+    frame = _Frame(name, sites._modules, homes)
+    frames.append(frame)
     depth = len(frames)
     try:
-        if depth > 1:
-            return forward(*args, **kwargs)
-        with _SiteMode():
-            return forward(*args, **kwargs)
+        with _SiteMode() if depth == 1 else contextlib.nullcontext():
+            result = forward(*args, **kwargs)
+        if owner.training:
+            _check_counts(owner, frame)
+        return result
     finally:
         del frames[depth - 1 :]
 

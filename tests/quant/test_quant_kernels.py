@@ -12,7 +12,7 @@ from quant_models import images, normal, residual_net
 from test_quant_noise import distance, residual_cdf
 from torch import nn
 
-from nipq_search.quant import QuantConfig, prepare
+from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant import functional as F
 from nipq_search.quant import kernels as K
 from nipq_search.quant.functional import Boundary, Grid
@@ -196,6 +196,75 @@ def test_a_width_is_sampled_alike_as_a_number_and_as_a_tensor():
                 assert F.sample_width(bits, allowed, u) == int(tensor)
 
 
+def test_what_watches_single_operations_sees_them():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    model(images())
+    model = prepare(model, images())
+    for quantizer in quantizers(model).values():
+        quantizer.freeze()
+    model.eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(images()).shape == (len(images()), 3)
+    recorded = make_fx(lambda x: model(x))(images())
+    assert torch.equal(recorded(images()), model(images()))
+
+
+def test_export_with_a_batch_of_any_size():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    for quantizer in ("nipq", "lsq"):
+        made = prepare(model, images(), QuantConfig(quantizer=quantizer))
+        for each in quantizers(made).values():
+            each.freeze()
+        dynamic = ({0: torch.export.Dim("batch")},)
+        exported = torch.export.export(made.eval(), (images(),), dynamic_shapes=dynamic)
+        torch.testing.assert_close(exported.module()(images()[:1]), made(images()[:1]))
+
+
+def test_saved_tensors_that_come_back_in_another_layout():
+    x = normal(2, 3, 4, 5).contiguous(memory_format=CHANNELS_LAST)
+    grad = normal(2, 3, 4, 5, seed=1)
+    for quantize in (K.hard_quantize, lambda x, b: K.pseudo_quantize(x, b, 123)):
+        found = []
+        for unpack in (lambda t: t, lambda t: t.contiguous()):
+            leaf = x.clone().requires_grad_()
+            alpha = torch.tensor([1.1], requires_grad=True)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+                y = quantize(leaf * 1.0, boundary_of(alpha, 4))
+            found.append(torch.autograd.grad(y, (leaf, alpha), grad))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_gradients_that_are_no_plain_memory():
+    alpha = torch.tensor([1.1], requires_grad=True)
+    x = normal(8).requires_grad_()
+    for quantize in (K.hard_quantize, lambda x, b: K.pseudo_quantize(x, b, 1)):
+        y = quantize(x, boundary_of(alpha, 4))
+        zero = torch.autograd.grad(
+            y, (x, alpha), torch._efficientzerotensor((8,)), retain_graph=True
+        )
+        assert not any(t.any() for t in zero)
+        plus, minus = (
+            torch.autograd.grad(y, (x, alpha), g, retain_graph=True)
+            for g in (torch.ones(8), torch._neg_view(torch.ones(8)))
+        )
+        assert all(torch.equal(a, -b) for a, b in zip(plus, minus, strict=True))
+        with pytest.raises(RuntimeError, match="NIPQ_SEARCH_KERNELS=eager"):
+            torch.autograd.grad(y, (x, alpha), torch.eye(8), is_grads_batched=True)
+    negative = torch._neg_view(normal(8))
+    assert torch.equal(K.hard_quantize(negative, ONE), K.hard_quantize(-normal(8), ONE))
+
+
+def test_infinite_values_leave_gradients_finite():
+    for quantize in (K.hard_quantize, hard):
+        alpha = torch.tensor([1.0], requires_grad=True)
+        x = torch.tensor([0.1, float("inf"), -1e38 * 10], requires_grad=True)
+        quantize(x, boundary_of(alpha, 4)).sum().backward()
+        assert alpha.grad.isfinite().all() and x.grad.isfinite().all()
+
+
 def test_boundaries_of_a_dense_tensor_are_found_by_its_strides():
     x = normal(2, 3, 4, 5).contiguous(memory_format=CHANNELS_LAST)
     for axis in (0, 1, 2, 3, -1):
@@ -313,9 +382,30 @@ def test_a_machine_without_a_compiler_warns_once_and_computes_the_same(tmp_path)
         )
 
 
+def test_a_library_that_was_cut_short_is_built_anew(tmp_path):
+    assert run_apart(USE, XDG_CACHE_HOME=str(tmp_path)).stdout.startswith("True")
+    (library,) = tmp_path.glob("nipq-search/*.so")
+    for size in (3000, 0):
+        os.truncate(library, size)
+        done = run_apart(USE, XDG_CACHE_HOME=str(tmp_path))
+        assert done.stdout.startswith("True") and not done.stderr
+        assert library.stat().st_size > 3000
+
+
+def test_a_user_without_a_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", no_home)
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert build._folder().parent == tmp_path
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_a_compiler_that_fails_is_named(tmp_path):
     broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
+    broken.write_bytes(b"#!/bin/sh\necho 'no space left \xff' >&2\nexit 1\n")
     broken.chmod(0o755)
     done = run_apart(USE, XDG_CACHE_HOME=str(tmp_path), CC=str(broken))
     assert "no space left" in done.stderr and done.stdout.startswith("False")

@@ -444,3 +444,72 @@ def test_bags_of_embeddings_are_quantized():
         warnings.simplefilter("error")
         prepared(torch.arange(6).view(2, 3)).sum().backward()
     assert all(p.grad is not None for p in prepared.parameters())
+
+
+def test_products_that_only_training_makes_draw_a_warning():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            a, b = self.a(x), self.b(x)
+            if self.training:
+                self.loss = (a @ a.t()).mean()
+            return a @ b.t()
+
+    prepared = prepare(Auxiliary(), X)
+    with pytest.warns(UserWarning, match=r"the model makes 2 products .* and 1 in the traced"):
+        prepared(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(X)  # once is enough
+
+
+def test_parameters_that_the_model_does_not_list():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(normal(8, 8))
+            self.hidden = [nn.Parameter(normal(8, 8)), nn.Linear(8, 8)]
+
+        def forward(self, x):
+            return x @ self.w + x @ self.hidden[0] + self.hidden[1](x)
+
+    with pytest.warns(UserWarning, match="stay in float"):
+        prepared = prepare(Hidden(), X)
+    assert "(root)" not in str(prepared(X).sum().backward())
+    assert len(quantizers(prepared)) == 2
+
+
+def test_a_model_that_replaces_a_module_in_its_first_forward():
+    class Product(nn.Module):
+        def forward(self, a, b):
+            return a @ b
+
+    class Replacing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.product, self.started = nn.Identity(), False
+
+        def forward(self, x):
+            if not self.started:
+                self.product, self.started = Product(), True
+            return self.product(x, x.t() * 2)
+
+    prepared = prepare(Replacing(), X)
+    layer = prepared.quant_state.graph.layers[0]
+    assert layer.name.startswith("product")
+    prepared(X).sum().backward()
+    assert all(q.boundary.grad is not None for q in quantizers(prepared).values())
+
+
+def test_wide_grids_of_a_model_in_bfloat16():
+    config = QuantConfig(
+        weights=ns.WeightConfig(bits=(12,), granularity=ns.quant.Granularity.PER_TENSOR)
+    )
+    model = nn.Linear(64, 300)
+    prepared = prepare(model, normal(2, 64), config).bfloat16()
+    quantizer = next(q for q in quantizers(prepared).values() if q.role == "weight")
+    quantizer.eval()
+    assert len(quantizer(torch.linspace(-1, 1, 60_001)).unique()) <= 4095

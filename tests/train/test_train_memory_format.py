@@ -45,8 +45,28 @@ def test_a_model_that_allows_it():
     torch.testing.assert_close(model(X), before)
 
 
+class Reading(nn.Module):
+    """Takes what a convolution gives for numbers in one order."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.conv, self.read = nn.Conv2d(3, 4, 3, padding=1), read
+
+    def forward(self, x):
+        return self.read(self.conv(x))
+
+
+def as_complex(y):
+    return torch.view_as_complex(y.unflatten(-1, (4, 2))).abs()
+
+
+def in_memory(y):
+    return torch.as_strided(y, (4, 8), (8, 1))
+
+
 def test_models_that_do_not():
-    for model in (Viewing(), Viewing(only_in_training=True)):
+    reading = [Reading(as_complex), Reading(in_memory)]
+    for model in (Viewing(), Viewing(only_in_training=True), *reading):
         assert not is_channels_last(use_channels_last(model, (X,)))
         model.train()(X).sum().backward()
 
@@ -57,3 +77,10 @@ def test_models_without_convolutions_and_broken_ones():
     # One sample is too few for training: that is no matter of layout.
     model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4))
     assert is_channels_last(use_channels_last(model, (X[:1],)))
+
+
+def test_models_that_hold_results():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.kept = model(X)
+    use_channels_last(model, (X,))
+    assert model(X).shape == (2, 4, 6, 6)

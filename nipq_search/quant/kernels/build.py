@@ -40,14 +40,21 @@ def _processor() -> str:
 
 
 def _folder() -> Path:
-    """The user's cache; a folder of this user's among temporary files where it is read-only."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nipq-search"
+    """The user's cache; this user's folder among temporary files where there is none to write."""
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    places = [Path(tempfile.gettempdir()) / f"nipq-search-{user}"]
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK):
-            return cache
-    except OSError:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        places.insert(0, Path(cache) / "nipq-search")
+    except RuntimeError:  # a user without a home
         pass
+    for place in places:
+        try:
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.access(place, os.W_OK) and user in ("", place.stat().st_uid):
+                return place
+        except OSError:
+            continue
     return Path(tempfile.mkdtemp(prefix="nipq-search-"))
 
 
@@ -58,19 +65,31 @@ def _compiler() -> str:
     raise OSError("no C compiler (cc, gcc or clang) was found")
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def _build() -> Path:
-    """The library's path; it is compiled where this machine has none of this source yet."""
+    """The library's path; it is compiled where this machine has none of this source yet.
+
+    Its name ends with its checksum: a file that a full disk or a lost power supply cut short
+    would kill the process.
+    """
     text = "\0".join((SOURCE.read_text(), platform.machine(), _processor(), str(_FLAGS)))
-    target = _folder() / f"cpu-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+    folder, source = _folder(), _digest(text.encode())
+    for found in folder.glob(f"cpu-{source}-*.so"):
+        if _digest(found.read_bytes()) == found.stem.rpartition("-")[2]:
+            return found
     compiler, said = _compiler(), ""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        made = Path(private) / "cpu.so"
         for flags in _FLAGS:
             command = [compiler, *_COMMON, *flags, str(SOURCE), "-o", str(made)]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            result = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=120
+            )
             if result.returncode == 0:
+                target = folder / f"cpu-{source}-{_digest(made.read_bytes())}.so"
                 os.replace(made, target)  # whole or not at all: another process may build too
                 return target
             said = said or (result.stderr.strip().splitlines() or ["no message"])[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nipq_search.quant.functional import Boundary, Range, quantization_range, range_gradients
-from nipq_search.quant.kernels.build import library
+from nipq_search.quant.kernels.build import SWITCH, library
 from nipq_search.quant.noise import Residuals, inner_size, residuals_of
 
 _PIECE = 32768  # as in cpu.c
@@ -63,17 +63,19 @@ def _noise(key: int | None, residuals: Residuals | None) -> _Noise:
 def available(x: Tensor) -> bool:
     """Whether there are kernels for `x`: plain float32 tensors on a CPU, outside of traces.
 
-    A tensor of no elements, a subclass (as in export), torch.compile, torch.jit.trace and
-    torch.func take the eager path.
+    A tensor of no elements, a subclass (as in export), torch.compile, torch.jit.trace, torch.func
+    and everything that watches or fakes single operations take the eager path.
     """
     return (
         x.device.type == "cpu"
         and x.dtype is torch.float32
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.numel() > 0
+        and not x.is_neg()
         and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
         and library() is not None
     )
 
@@ -81,6 +83,18 @@ def available(x: Tensor) -> bool:
 def serves(x: Tensor, boundary: Boundary) -> bool:
     """Whether the kernels can quantize `x`."""
     return boundary.alpha.dtype is torch.float32 and available(x)
+
+
+def plain(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`tensor` as memory in this layout: gradients and saved tensors come in any other as well."""
+    if torch._C._functorch.is_legacy_batchedtensor(tensor):
+        raise RuntimeError(
+            f"vectorized gradients do not go through the fast kernels: set {SWITCH}=eager"
+        )
+    special = tensor.is_neg() or tensor._is_zerotensor() or type(tensor) is not Tensor
+    if tensor.stride() == stride and tensor.dtype is dtype and not special:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=dtype).copy_(tensor)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -150,7 +164,7 @@ class _Quantize(torch.autograd.Function):
             codes = torch.empty_like(x, dtype=torch.int16)
         noise = _noise(key, residuals)
         y = _run("nipq_forward", x, boundary.axis, range_, noise, x=x, codes=codes)
-        ctx.grid, ctx.axis, ctx.key = boundary.grid, boundary.axis, key
+        ctx.grid, ctx.axis, ctx.key, ctx.stride = boundary.grid, boundary.axis, key, x.stride()
         kept = y if key is not None else (x if codes is None else codes)
         ctx.save_for_backward(kept, *range_, *(residuals or ()))
         return y
@@ -161,9 +175,8 @@ class _Quantize(torch.autograd.Function):
         kept, *saved = ctx.saved_tensors
         range_ = Range(*saved[:5])
         residuals = Residuals(*saved[5:]) if saved[5:] else None
-        grad = grads[0]
-        if grad.stride() != kept.stride() or grad.dtype is not torch.float32:
-            grad = torch.empty_like(kept, dtype=torch.float32).copy_(grad)
+        kept = plain(kept.detach(), ctx.stride, kept.dtype)
+        grad = plain(grads[0], ctx.stride, torch.float32)
         channels = range_.step.numel()
         pieces = -(-grad.numel() // _PIECE) if channels == 1 else channels
         sums = torch.empty(pieces, 3, dtype=torch.float64)

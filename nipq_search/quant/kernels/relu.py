@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nipq_search.quant.kernels.build import library
-from nipq_search.quant.kernels.cpu import available
+from nipq_search.quant.kernels.cpu import available, plain
 from nipq_search.quant.noise import dense
 
 
@@ -32,16 +32,15 @@ class _ReLU(torch.autograd.Function):
         )
         if inplace:
             ctx.mark_dirty(x)
+        ctx.stride = x.stride()
         ctx.save_for_backward(is_open)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (is_open,) = ctx.saved_tensors
-        grad = grads[0]
-        if grad.stride() != is_open.stride() or grad.dtype is not torch.float32:
-            grad = torch.empty_like(is_open, dtype=torch.float32).copy_(grad)
+        is_open = plain(ctx.saved_tensors[0], ctx.stride, torch.int8)
+        grad = plain(grads[0], ctx.stride, torch.float32)
         out = torch.empty_like(grad)
         library().nipq_relu_backward(  # type: ignore[union-attr]
             grad.data_ptr(),

@@ -16,7 +16,7 @@ from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant import functional as F
 from nipq_search.quant import kernels as K
 from nipq_search.quant.functional import Boundary, Grid
-from nipq_search.quant.kernels import build, cpu
+from nipq_search.quant.kernels import build
 from nipq_search.quant.kernels.relu import make_lean
 from nipq_search.quant.noise import (
     drawn_from,
@@ -162,9 +162,9 @@ def test_values_that_are_no_numbers_stay_visible():
 
 def test_where_the_kernels_do_not_serve():
     x = normal(6, 4)
-    assert cpu.serves(x, ONE) and cpu.serves(nn.Parameter(x), ONE)
-    assert not cpu.serves(x.double(), ONE)
-    assert not cpu.serves(x[:0], ONE)
+    assert K.backend_for(x, ONE) and K.backend_for(nn.Parameter(x), ONE)
+    assert not K.backend_for(x.double(), ONE)
+    assert not K.backend_for(x[:0], ONE)
     assert K.hard_quantize(x[:0], ONE).shape == (0, 4)
     every_second = normal(6, 8)[:, ::2]
     assert torch.equal(K.hard_quantize(every_second, ONE), hard(every_second, ONE))

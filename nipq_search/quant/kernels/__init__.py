@@ -1,18 +1,33 @@
-"""Quantize by the fastest path there is for a tensor: C on a CPU, else torch operations.
+"""Quantize by the fastest path there is for a tensor: C on a CPU, Triton on a GPU, else torch.
 
 All paths compute the same: `quant.functional` is the mathematics, `quant.noise` the noise.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nipq_search.quant import functional as F
 from nipq_search.quant import noise
 from nipq_search.quant.functional import Boundary
 from nipq_search.quant.kernels import cpu
+from nipq_search.quant.kernels.function import Backend, quantize
 
-__all__ = ["hard_quantize", "pseudo_quantize"]
+__all__ = ["backend_for", "hard_quantize", "pseudo_quantize"]
+
+
+def backend_for(x: Tensor, boundary: Boundary) -> Backend | None:
+    """The kernels that quantize `x`; None where torch operations have to."""
+    if boundary.alpha.dtype is not torch.float32:
+        return None
+    if cpu.available(x):
+        return cpu
+    if not x.is_cuda:
+        return None
+    from nipq_search.quant.kernels import cuda  # Triton takes a while to load
+
+    return cuda if cuda.available(x) else None
 
 
 def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = False) -> Tensor:
@@ -25,8 +40,9 @@ def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = F
         empirical: draw from the tensor's own rounding residuals rather than uniformly.
     """
     x = noise.dense(x)
-    if cpu.serves(x, boundary):
-        return cpu.quantize(x, boundary, key, empirical)
+    backend = backend_for(x, boundary)
+    if backend is not None:
+        return quantize(backend, x, boundary, key, empirical)
     range_ = boundary.range(x.dim())
     if empirical:
         residuals = noise.residuals_of(x, *range_[:3], boundary.axis)
@@ -38,6 +54,7 @@ def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = F
 
 def hard_quantize(x: Tensor, boundary: Boundary) -> Tensor:
     """`x` rounded to its grid; gradients straight through."""
-    if cpu.serves(x, boundary):
-        return cpu.quantize(noise.dense(x), boundary)
+    backend = backend_for(x, boundary)
+    if backend is not None:
+        return quantize(backend, noise.dense(x), boundary)
     return F.hard_quantize(x, boundary.range(x.dim()))

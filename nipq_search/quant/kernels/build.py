@@ -96,10 +96,15 @@ def _build() -> Path:
     raise OSError(f"{compiler} failed: {said}")
 
 
+def switched_off() -> bool:
+    """Whether the environment asks for torch operations."""
+    return os.environ.get(SWITCH, "").lower() == "eager"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels; None where they are switched off or cannot be built, with one warning."""
-    if os.environ.get(SWITCH, "").lower() == "eager":
+    if switched_off():
         return None
     try:
         loaded = ctypes.CDLL(str(_build()))

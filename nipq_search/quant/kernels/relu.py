@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nipq_search.quant.kernels.build import library
-from nipq_search.quant.kernels.cpu import available, plain
+from nipq_search.quant.kernels.cpu import available
+from nipq_search.quant.kernels.function import plain
 from nipq_search.quant.noise import dense
 
 

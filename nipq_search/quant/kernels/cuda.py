@@ -1,0 +1,320 @@
+"""The quantizers' arithmetic for GPUs, in Triton: what cpu.c computes, the same noise included.
+
+One program serves BLOCK neighbouring elements. Sums go by one figure per program, or by one
+program per channel, and so have a fixed order; nothing waits for the device. It serves as a
+`Backend`: `forward` and `backward` are the members.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nipq_search.quant.functional import Range
+from nipq_search.quant.kernels.build import switched_off
+from nipq_search.quant.noise import Residuals, inner_size
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch has none
+    triton = None
+
+_BLOCK = 1024
+_ROUNDING, _UNIFORM, _TABLE = range(3)
+
+
+def available(x: Tensor) -> bool:
+    """Whether there are kernels for `x`; see `cpu.available`."""
+    return (
+        x.is_cuda
+        and triton is not None
+        and x.dtype is torch.float32
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and 0 < x.numel() < 1 << 31
+        and not x.is_neg()
+        and not switched_off()
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+if triton is not None:
+    # Keys change with every step: no kernel of their own for keys of some form.
+    _jit = functools.partial(triton.jit, do_not_specialize=["first", "second"])
+
+    @triton.jit
+    def _rounded(x):  # type: ignore[no-untyped-def]
+        """Half to even, for |x| < 2^22."""
+        return (x + 12582912.0) - 12582912.0
+
+    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+    def _noise(at, first, second, table, used, LAW: tl.constexpr):  # type: ignore[no-untyped-def]
+        """As `noise._hashed`: MurmurHash3's finalizer, the second half of the key in between."""
+        h = at.to(tl.uint32) ^ first.to(tl.uint32)
+        h = h ^ (h >> 16)
+        h = (h * 0x85EBCA6B).to(tl.uint32)
+        h = h ^ (h >> 13)
+        h = (h + second.to(tl.uint32)).to(tl.uint32)
+        h = (h * 0xC2B2AE35).to(tl.uint32)
+        h = h ^ (h >> 16)
+        if LAW == 1:
+            signed = h.to(tl.int32, bitcast=True) >> 8
+            return (signed.to(tl.float32) + 0.5) * 5.9604644775390625e-08
+        place = (h.to(tl.uint64) * tl.load(used).to(tl.uint64)) >> 32
+        return tl.load(table + place.to(tl.int64))
+
+    @_jit
+    def _forward_kernel(  # type: ignore[no-untyped-def]
+        x_ptr,
+        y_ptr,
+        codes_ptr,
+        step_ptr,
+        low_ptr,
+        high_ptr,
+        lowest_ptr,
+        highest_ptr,
+        table_ptr,
+        used_ptr,
+        first,
+        second,
+        count,
+        channels,
+        inner,
+        LAW: tl.constexpr,
+        KEEP: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        here = at < count
+        channel = (at // inner) % channels
+        x = tl.load(x_ptr + at, mask=here, other=0.0)
+        step = tl.load(step_ptr + channel)
+        low = tl.load(low_ptr + channel)
+        high = tl.load(high_ptr + channel)
+        above = x >= high
+        below = x <= low
+        if LAW == 0:
+            scaled = x / step
+            lowest = tl.load(lowest_ptr + channel)
+            highest = tl.load(highest_ptr + channel)
+            inside = tl.where(scaled < lowest, lowest, scaled)
+            inside = tl.where(inside > highest, highest, inside)
+            y = _rounded(inside) * step
+            if KEEP:
+                residual = tl.where(above | below, 0.0, _rounded(scaled) - scaled)
+                code = _rounded(residual * 65532.0).to(tl.int32)
+                code = tl.where(above, 32767, tl.where(below, -32768, code))
+                tl.store(codes_ptr + at, code.to(tl.int16), mask=here)
+        else:
+            y = x + _noise(at, first, second, table_ptr, used_ptr, LAW) * step
+            moved = (y.to(tl.int32, bitcast=True) ^ 1).to(tl.float32, bitcast=True)
+            y = tl.where((y == high) | (y == low), moved, y)
+            y = tl.where(above, high, y)
+            y = tl.where(below, low, y)
+        tl.store(y_ptr + at, y, mask=here)
+
+    @triton.jit
+    def _derivatives(  # type: ignore[no-untyped-def]
+        kept_ptr, at, here, g, step, low, high, table, used, first, second, LAW, CODES
+    ):
+        """Gradient of x, and the terms of those of step, low and high."""
+        if CODES:
+            code = tl.load(kept_ptr + at, mask=here, other=0).to(tl.int32)
+            above = code == 32767
+            below = code == -32768
+            noise = code.to(tl.float32) * (1.0 / 65532.0)
+        else:
+            kept = tl.load(kept_ptr + at, mask=here, other=0.0)
+            if LAW == 0:
+                above = kept >= high
+                below = kept <= low
+                scaled = kept / step
+                noise = _rounded(scaled) - scaled
+            else:
+                above = kept == high
+                below = kept == low
+                noise = _noise(at, first, second, table, used, LAW)
+        outside = above | below
+        return (
+            tl.where(outside, 0.0, g),
+            tl.where(outside, 0.0, g * noise),
+            tl.where(below, g, 0.0),
+            tl.where(above, g, 0.0),
+        )
+
+    @_jit
+    def _tensor_backward_kernel(  # type: ignore[no-untyped-def]
+        grad_ptr,
+        kept_ptr,
+        out_ptr,
+        sums_ptr,
+        step_ptr,
+        low_ptr,
+        high_ptr,
+        table_ptr,
+        used_ptr,
+        first,
+        second,
+        count,
+        LAW: tl.constexpr,
+        CODES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        piece = tl.program_id(0)
+        at = piece * BLOCK + tl.arange(0, BLOCK)
+        here = at < count
+        g = tl.load(grad_ptr + at, mask=here, other=0.0)
+        out, d_step, d_low, d_high = _derivatives(
+            kept_ptr,
+            at,
+            here,
+            g,
+            tl.load(step_ptr),
+            tl.load(low_ptr),
+            tl.load(high_ptr),
+            table_ptr,
+            used_ptr,
+            first,
+            second,
+            LAW,
+            CODES,
+        )
+        tl.store(out_ptr + at, out, mask=here)
+        tl.store(sums_ptr + 3 * piece, tl.sum(d_step, axis=0))
+        tl.store(sums_ptr + 3 * piece + 1, tl.sum(d_low, axis=0))
+        tl.store(sums_ptr + 3 * piece + 2, tl.sum(d_high, axis=0))
+
+    @_jit
+    def _channel_backward_kernel(  # type: ignore[no-untyped-def]
+        grad_ptr,
+        kept_ptr,
+        out_ptr,
+        sums_ptr,
+        step_ptr,
+        low_ptr,
+        high_ptr,
+        table_ptr,
+        used_ptr,
+        first,
+        second,
+        count,
+        channels,
+        inner,
+        LAW: tl.constexpr,
+        CODES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        channel = tl.program_id(0)
+        step = tl.load(step_ptr + channel)
+        low = tl.load(low_ptr + channel)
+        high = tl.load(high_ptr + channel)
+        own = count // channels
+        total_step = tl.zeros((BLOCK,), dtype=tl.float32)
+        total_low = tl.zeros((BLOCK,), dtype=tl.float32)
+        total_high = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, own, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            here = place < own
+            at = ((place // inner) * channels + channel) * inner + place % inner
+            g = tl.load(grad_ptr + at, mask=here, other=0.0)
+            out, d_step, d_low, d_high = _derivatives(
+                kept_ptr,
+                at,
+                here,
+                g,
+                step,
+                low,
+                high,
+                table_ptr,
+                used_ptr,
+                first,
+                second,
+                LAW,
+                CODES,
+            )
+            tl.store(out_ptr + at, out, mask=here)
+            total_step += d_step
+            total_low += d_low
+            total_high += d_high
+        tl.store(sums_ptr + 3 * channel, tl.sum(total_step, axis=0))
+        tl.store(sums_ptr + 3 * channel + 1, tl.sum(total_low, axis=0))
+        tl.store(sums_ptr + 3 * channel + 2, tl.sum(total_high, axis=0))
+
+
+def _law(key: int | None, residuals: Residuals | None) -> int:
+    if key is None:
+        return _ROUNDING
+    return _UNIFORM if residuals is None else _TABLE
+
+
+def _drawn(
+    key: int | None, residuals: Residuals | None, other: Tensor
+) -> tuple[Tensor, Tensor, int, int]:
+    """Table, its used length, and both halves of the key; `other` stands in for what is unused."""
+    word = key or 0
+    table, used = residuals or (other, other)
+    return table, used, word & 0xFFFFFFFF, (word >> 32) & 0xFFFFFFFF
+
+
+def _scalars(range_: Range, count: int) -> list[Tensor]:
+    """The first `count` members of a range, one figure for each channel."""
+    channels = range_.step.numel()
+    return [t.expand(channels).contiguous() for t in range_[:count]]
+
+
+def forward(
+    x: Tensor,
+    axis: int,
+    range_: Range,
+    key: int | None,
+    residuals: Residuals | None,
+    codes: Tensor | None,
+) -> Tensor:
+    """See `Backend`."""
+    y, count, channels = torch.empty_like(x), x.numel(), range_.step.numel()
+    launch: Any = _forward_kernel[(triton.cdiv(count, _BLOCK),)]
+    launch(
+        x,
+        y,
+        x if codes is None else codes,
+        *_scalars(range_, 5),
+        *_drawn(key, residuals, range_.step),
+        count,
+        channels,
+        inner_size(x, channels, axis),
+        LAW=_law(key, residuals),
+        KEEP=codes is not None,
+        BLOCK=_BLOCK,
+    )
+    return y
+
+
+def backward(
+    grad: Tensor,
+    kept: Tensor,
+    axis: int,
+    range_: Range,
+    key: int | None,
+    residuals: Residuals | None,
+) -> tuple[Tensor, Tensor]:
+    """See `Backend`."""
+    out, count, channels = torch.empty_like(grad), grad.numel(), range_.step.numel()
+    programs = triton.cdiv(count, _BLOCK) if channels == 1 else channels
+    sums = torch.empty(programs, 3, dtype=torch.float32, device=grad.device)
+    law, codes = _law(key, residuals), kept.dtype is torch.int16
+    given = (grad, kept, out, sums, *_scalars(range_, 3), *_drawn(key, residuals, range_.step))
+    if channels == 1:
+        launch: Any = _tensor_backward_kernel[(programs,)]
+        launch(*given, count, LAW=law, CODES=codes, BLOCK=_BLOCK)
+        return out, sums.sum(0, keepdim=True)
+    launch = _channel_backward_kernel[(programs,)]
+    inner = inner_size(grad, channels, axis)
+    block = min(_BLOCK, triton.next_power_of_2(count // channels))
+    launch(*given, count, channels, inner, LAW=law, CODES=codes, BLOCK=block)
+    return out, sums

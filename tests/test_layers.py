@@ -56,6 +56,7 @@ OPTIONAL = {
         "transformers",
     },
     "cost": {"pandas"},
+    "quant": {"triton"},  # comes with torch where there are GPUs
 }
 """What a folder may import beyond the core, inside the function that needs it."""
 

@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 #define PIECE 32768 /* elements of one thread's turn, a multiple of LANES */
 
@@ -15,7 +16,6 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef int16_t svec __attribute__((vector_size(2 * LANES)));
-typedef int8_t cvec __attribute__((vector_size(LANES)));
 
 enum { ROUNDING, UNIFORM, TABLE }; /* where the noise comes from */
 
@@ -30,35 +30,35 @@ typedef struct {
     vec step, low, high, lowest, highest; /* as functional.Range */
 } Range;
 
-static inline vec fill(float value) { return value - (vec){0}; }
+INLINE vec fill(float value) { return value - (vec){0}; }
 
-static inline vec load(const float *p) {
+INLINE vec load(const float *p) {
     vec v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
-/* The first `count` lanes; all of them where that is more. */
-static inline vec load_part(const float *p, int64_t count) {
+/* The first `count` lanes; the rest are zero. */
+INLINE vec load_part(const float *p, int64_t count) {
     vec v = {0};
     memcpy(&v, p, count * sizeof(float));
     return v;
 }
 
-static inline vec choose(ivec where, vec yes, vec no) {
+INLINE vec choose(ivec where, vec yes, vec no) {
     return (vec)(((ivec)yes & where) | ((ivec)no & ~where));
 }
 
-static inline vec keep(ivec where, vec value) { return (vec)((ivec)value & where); }
+INLINE vec keep(ivec where, vec value) { return (vec)((ivec)value & where); }
 
 /* Half to even, for |x| < 2^22: the grids of 16 bits and fewer. */
-static inline vec rounded(vec x) {
+INLINE vec rounded(vec x) {
     const vec magic = fill(12582912.0f);
     return (x + magic) - magic;
 }
 
 /* The finalizer of MurmurHash3, the key's second half put in between; noise.py has the same. */
-static inline uvec hashed(int64_t element, const Noise *noise) {
+INLINE uvec hashed(int64_t element, const Noise *noise) {
     const uvec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     uvec h = ((uint32_t)element + lanes) ^ noise->first;
     h ^= h >> 16;
@@ -70,7 +70,7 @@ static inline uvec hashed(int64_t element, const Noise *noise) {
 }
 
 /* Noise of LANES elements, in units of the step. */
-static inline vec noise_of(int law, int64_t element, const Noise *noise) {
+INLINE vec noise_of(int law, int64_t element, const Noise *noise) {
     uvec h = hashed(element, noise);
     if (law == UNIFORM)
         return (__builtin_convertvector((ivec)h >> 8, vec) + 0.5f) * 0x1p-24f;
@@ -85,19 +85,19 @@ static inline vec noise_of(int law, int64_t element, const Noise *noise) {
 #define BELOW (-32768)
 #define CODES 65532.0f /* codes of one step */
 
-static inline vec round_to_grid(vec x, Range r) {
+INLINE vec round_to_grid(vec x, Range r) {
     vec scaled = x / r.step;
     scaled = choose(scaled < r.lowest, r.lowest, scaled);
     scaled = choose(scaled > r.highest, r.highest, scaled);
     return rounded(scaled) * r.step;
 }
 
-static inline vec residual_of(vec x, vec step) {
+INLINE vec residual_of(vec x, vec step) {
     vec scaled = x / step;
     return rounded(scaled) - scaled;
 }
 
-static inline svec code_of(vec x, Range r) {
+INLINE svec code_of(vec x, Range r) {
     ivec above = x >= r.high, below = x <= r.low;
     vec residual = keep(~(above | below), residual_of(x, r.step)); /* others may be no numbers */
     ivec code = __builtin_convertvector(rounded(residual * CODES), ivec);
@@ -105,7 +105,7 @@ static inline svec code_of(vec x, Range r) {
     return __builtin_convertvector(code, svec);
 }
 
-static inline vec add_noise(int law, int64_t element, const Noise *noise, vec x, Range r) {
+INLINE vec add_noise(int law, int64_t element, const Noise *noise, vec x, Range r) {
     vec y = x + noise_of(law, element, noise) * r.step;
     /* The backward tells by `y` what was truncated: no other element may lie on an end. */
     y = (vec)((ivec)y ^ (((y == r.high) | (y == r.low)) & 1));
@@ -118,7 +118,7 @@ typedef struct {
 } Sums;
 
 /* Gradient of x from `g`, where `part` is the derivative with respect to the step. */
-static inline vec collect(vec g, ivec above, ivec below, vec noise, Sums *sums) {
+INLINE vec collect(vec g, ivec above, ivec below, vec noise, Sums *sums) {
     vec inside = keep(~(above | below), g);
     sums->step += keep(~(above | below), g * noise);
     sums->low += keep(below, g);
@@ -126,22 +126,22 @@ static inline vec collect(vec g, ivec above, ivec below, vec noise, Sums *sums) 
     return inside;
 }
 
-static inline vec noise_backward(int law, int64_t element, const Noise *noise, vec y, vec g,
+INLINE vec noise_backward(int law, int64_t element, const Noise *noise, vec y, vec g,
                                  Range r, Sums *sums) {
     return collect(g, y == r.high, y == r.low, noise_of(law, element, noise), sums);
 }
 
-static inline vec backward_from_input(vec x, vec g, Range r, Sums *sums) {
+INLINE vec backward_from_input(vec x, vec g, Range r, Sums *sums) {
     return collect(g, x >= r.high, x <= r.low, residual_of(x, r.step), sums);
 }
 
-static inline vec backward_from_code(svec code, vec g, Sums *sums) {
+INLINE vec backward_from_code(svec code, vec g, Sums *sums) {
     ivec wide = __builtin_convertvector(code, ivec);
     vec residual = __builtin_convertvector(wide, vec) * (1.0f / CODES);
     return collect(g, wide == ABOVE, wide == BELOW, residual, sums);
 }
 
-static inline double total(vec v) {
+INLINE double total(vec v) {
     double sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += v[lane];
     return sum;
@@ -159,13 +159,12 @@ typedef struct {
     int threads;
 } Call;
 
-/* LANES elements from `i` on, or the first `left` of them. */
-static inline void forward_at(int law, const Call *c, int64_t i, int64_t left, Range r) {
-    vec x = left < LANES ? load_part(c->x + i, left) : load(c->x + i), y;
-    if (left > LANES) left = LANES;
+/* The `left` elements from `i` on, LANES at most. */
+INLINE void forward_at(int law, int codes, const Call *c, int64_t i, int64_t left, Range r) {
+    vec x = load_part(c->x + i, left), y;
     if (law == ROUNDING) {
         y = round_to_grid(x, r);
-        if (c->codes) {
+        if (codes) {
             svec code = code_of(x, r);
             memcpy(c->codes + i, &code, left * sizeof(int16_t));
         }
@@ -175,67 +174,99 @@ static inline void forward_at(int law, const Call *c, int64_t i, int64_t left, R
     memcpy(c->out + i, &y, left * sizeof(float));
 }
 
-static inline void backward_at(int law, const Call *c, int64_t i, int64_t left, Range r,
-                               Sums *sums) {
-    vec g = left < LANES ? load_part(c->g + i, left) : load(c->g + i), out;
-    if (left > LANES) left = LANES;
-    if (law == ROUNDING) {
-        if (c->codes) {
-            svec code = {0};
-            memcpy(&code, c->codes + i, left * sizeof(int16_t));
-            out = backward_from_code(code, g, sums);
-        } else {
-            out = backward_from_input(load_part(c->x + i, left), g, r, sums);
-        }
+INLINE void backward_at(int law, int codes, const Call *c, int64_t i, int64_t left, Range r,
+                        Sums *sums) {
+    vec g = load_part(c->g + i, left), out;
+    if (codes) {
+        svec code = {0};
+        memcpy(&code, c->codes + i, left * sizeof(int16_t));
+        out = backward_from_code(code, g, sums);
+    } else if (law == ROUNDING) {
+        out = backward_from_input(load_part(c->x + i, left), g, r, sums);
     } else {
         out = noise_backward(law, i, &c->noise, load_part(c->x + i, left), g, r, sums);
     }
     memcpy(c->out + i, &out, left * sizeof(float));
 }
 
-static inline void run(int law, int is_backward, const Call *c, int64_t from, int64_t to, Range r,
-                       Sums *sums) {
-    int64_t i = from;
-    for (; i + LANES <= to; i += LANES) {
-        if (is_backward)
-            backward_at(law, c, i, LANES, r, sums);
-        else
-            forward_at(law, c, i, LANES, r);
+/* What is walked: groups of `width` neighbours (LANES at most) every `stride` elements. */
+typedef struct {
+    int64_t from, to, stride, width;
+} Walk;
+
+INLINE void at(int law, int backward, int codes, const Call *c, int64_t i, int64_t left, Range r,
+               Sums *sums) {
+    if (backward)
+        backward_at(law, codes, c, i, left, r, sums);
+    else
+        forward_at(law, codes, c, i, left, r);
+}
+
+/* `law`, `backward` and `codes` are constants wherever this is called: a loop for each case. */
+INLINE void loop(int law, int backward, int codes, const Call *c, Walk w, Range r, Sums *sums) {
+    Sums own = *sums; /* in registers */
+    int64_t i = w.from;
+    if (w.width == LANES)
+        for (; i + LANES <= w.to; i += w.stride) at(law, backward, codes, c, i, LANES, r, &own);
+    for (; i < w.to; i += w.stride) {
+        int64_t left = w.to - i < w.width ? w.to - i : w.width;
+        at(law, backward, codes, c, i, left, r, &own);
     }
-    if (i < to) {
-        if (is_backward)
-            backward_at(law, c, i, to - i, r, sums);
+    *sums = own;
+}
+
+static void walk(const Call *c, int backward, Walk w, const Range *range, Sums *sums) {
+    const Range r = *range;
+    const int law = c->noise.law;
+    if (law == ROUNDING && c->codes) {
+        if (backward)
+            loop(ROUNDING, 1, 1, c, w, r, sums);
         else
-            forward_at(law, c, i, to - i, r);
+            loop(ROUNDING, 0, 1, c, w, r, sums);
+    } else if (law == ROUNDING) {
+        if (backward)
+            loop(ROUNDING, 1, 0, c, w, r, sums);
+        else
+            loop(ROUNDING, 0, 0, c, w, r, sums);
+    } else if (law == UNIFORM) {
+        if (backward)
+            loop(UNIFORM, 1, 0, c, w, r, sums);
+        else
+            loop(UNIFORM, 0, 0, c, w, r, sums);
+    } else {
+        if (backward)
+            loop(TABLE, 1, 0, c, w, r, sums);
+        else
+            loop(TABLE, 0, 0, c, w, r, sums);
     }
 }
 
-static inline Range range_of(const Call *c, int64_t channel) {
+INLINE Range range_of(const Call *c, int64_t channel) {
     return (Range){fill(c->step[channel]), fill(c->low[channel]), fill(c->high[channel]),
                    fill(c->lowest[channel]), fill(c->highest[channel])};
 }
 
-static inline void store_sums(double *to, const Sums *sums) {
+INLINE void store_sums(double *to, const Sums *sums) {
     to[0] = total(sums->step);
     to[1] = total(sums->low);
     to[2] = total(sums->high);
 }
 
 /* One boundary: pieces of one size. */
-static inline void per_tensor(int law, int is_backward, const Call *c) {
+static void per_tensor(const Call *c, int backward) {
     const Range r = range_of(c, 0);
     const int64_t pieces = (c->count + PIECE - 1) / PIECE;
 #pragma omp parallel for schedule(static) num_threads(c->threads) if (c->threads > 1 && pieces > 1)
     for (int64_t piece = 0; piece < pieces; piece++) {
         int64_t from = piece * PIECE, to = from + PIECE < c->count ? from + PIECE : c->count;
         Sums sums = {{0}, {0}, {0}};
-        run(law, is_backward, c, from, to, r, &sums);
-        if (is_backward) store_sums(c->sums + 3 * piece, &sums);
+        walk(c, backward, (Walk){from, to, LANES, LANES}, &r, &sums);
+        if (backward) store_sums(c->sums + 3 * piece, &sums);
     }
 }
 
 /* A boundary per channel, whose elements lie in runs of `inner`. */
-static inline void per_channel(int law, int is_backward, const Call *c) {
+static void per_channel(const Call *c, int backward) {
     const int64_t stride = c->channels * c->inner;
     const int many = c->threads > 1 && c->count > PIECE;
 #pragma omp parallel for schedule(static) num_threads(c->threads) if (many)
@@ -243,13 +274,13 @@ static inline void per_channel(int law, int is_backward, const Call *c) {
         const Range r = range_of(c, channel);
         Sums sums = {{0}, {0}, {0}};
         for (int64_t from = channel * c->inner; from < c->count; from += stride)
-            run(law, is_backward, c, from, from + c->inner, r, &sums);
-        if (is_backward) store_sums(c->sums + 3 * channel, &sums);
+            walk(c, backward, (Walk){from, from + c->inner, LANES, LANES}, &r, &sums);
+        if (backward) store_sums(c->sums + 3 * channel, &sums);
     }
 }
 
 /* A boundary per channel where channels lie side by side: a lane for each. */
-static inline void side_by_side(int law, int is_backward, const Call *c) {
+static void side_by_side(const Call *c, int backward) {
     const int64_t blocks = (c->channels + LANES - 1) / LANES;
     const int many = c->threads > 1 && c->count > PIECE;
 #pragma omp parallel for schedule(static) num_threads(c->threads) if (many)
@@ -261,13 +292,8 @@ static inline void side_by_side(int law, int is_backward, const Call *c) {
                          load_part(c->lowest + first, lanes),
                          load_part(c->highest + first, lanes)};
         Sums sums = {{0}, {0}, {0}};
-        for (int64_t i = first; i < c->count; i += c->channels) {
-            if (is_backward)
-                backward_at(law, c, i, lanes, r, &sums);
-            else
-                forward_at(law, c, i, lanes, r);
-        }
-        for (int64_t lane = 0; is_backward && lane < lanes; lane++) {
+        walk(c, backward, (Walk){first, c->count, c->channels, lanes}, &r, &sums);
+        for (int64_t lane = 0; backward && lane < lanes; lane++) {
             double *to = c->sums + 3 * (first + lane);
             to[0] = sums.step[lane];
             to[1] = sums.low[lane];
@@ -276,66 +302,46 @@ static inline void side_by_side(int law, int is_backward, const Call *c) {
     }
 }
 
-static inline void walk(int law, int is_backward, const Call *c) {
+static void run(const Call *c, int backward) {
     if (c->channels == 1)
-        per_tensor(law, is_backward, c);
+        per_tensor(c, backward);
     else if (c->inner == 1)
-        side_by_side(law, is_backward, c);
+        side_by_side(c, backward);
     else
-        per_channel(law, is_backward, c);
+        per_channel(c, backward);
 }
 
-/* The law is a constant in each branch, so that every loop is compiled for it alone. */
-#define RUN(NAME, IS_BACKWARD)                                                     \
-    void NAME(const Call *c) {                                                     \
-        if (c->noise.law == ROUNDING)                                              \
-            walk(ROUNDING, IS_BACKWARD, c);                                        \
-        else if (c->noise.law == UNIFORM)                                          \
-            walk(UNIFORM, IS_BACKWARD, c);                                         \
-        else                                                                       \
-            walk(TABLE, IS_BACKWARD, c);                                           \
-    }
+void nipq_forward(const Call *c) { run(c, 0); }
 
-RUN(nipq_forward, 0)
-RUN(nipq_backward, 1)
+void nipq_backward(const Call *c) { run(c, 1); }
 
 /* min(max(x, 0), cap), which may overwrite x, and a byte for each element that lets gradients by. */
 void nipq_relu_forward(const float *x, float *y, int8_t *open, int64_t count, float cap,
                        int threads) {
-    const vec zero = {0}, top = fill(cap);
     const int64_t pieces = (count + PIECE - 1) / PIECE;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && pieces > 1)
     for (int64_t piece = 0; piece < pieces; piece++) {
-        int64_t end = (piece + 1) * PIECE < count ? (piece + 1) * PIECE : count;
-        for (int64_t i = piece * PIECE; i < end; i += LANES) {
-            int64_t left = end - i < LANES ? end - i : LANES;
-            vec in = load_part(x + i, left);
-            vec out = choose(in < zero, zero, in);
-            out = choose(in > top, top, out);
-            cvec mask = __builtin_convertvector(~((in <= zero) | (in >= top)), cvec);
-            if (left == LANES) {
-                memcpy(y + i, &out, sizeof out);
-                memcpy(open + i, &mask, sizeof mask);
-            } else {
-                memcpy(y + i, &out, left * sizeof(float));
-                memcpy(open + i, &mask, left);
+        const int64_t end = (piece + 1) * PIECE < count ? (piece + 1) * PIECE : count;
+        float part[LANES * 4];
+        for (int64_t i = piece * PIECE; i < end; i += LANES * 4) {
+            const int64_t left = end - i < LANES * 4 ? end - i : LANES * 4;
+            memcpy(part, x + i, left * sizeof(float));
+            for (int lane = 0; lane < left; lane++)
+                open[i + lane] = !(part[lane] <= 0.0f) & !(part[lane] >= cap);
+            for (int lane = 0; lane < left; lane++) {
+                float v = part[lane] < 0.0f ? 0.0f : part[lane];
+                y[i + lane] = v > cap ? cap : v;
             }
         }
     }
 }
 
-void nipq_relu_backward(const float *g, float *out, const int8_t *open, int64_t count,
-                        int threads) {
+void nipq_relu_backward(const float *restrict g, float *restrict out,
+                        const int8_t *restrict open, int64_t count, int threads) {
     const int64_t pieces = (count + PIECE - 1) / PIECE;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && pieces > 1)
     for (int64_t piece = 0; piece < pieces; piece++) {
-        int64_t end = (piece + 1) * PIECE < count ? (piece + 1) * PIECE : count;
-        for (int64_t i = piece * PIECE; i < end; i += LANES) {
-            int64_t left = end - i < LANES ? end - i : LANES;
-            cvec mask = {0};
-            memcpy(&mask, open + i, left);
-            vec part = keep(__builtin_convertvector(mask, ivec), load_part(g + i, left));
-            memcpy(out + i, &part, left * sizeof(float));
-        }
+        const int64_t end = (piece + 1) * PIECE < count ? (piece + 1) * PIECE : count;
+        for (int64_t i = piece * PIECE; i < end; i++) out[i] = open[i] ? g[i] : 0.0f;
     }
 }

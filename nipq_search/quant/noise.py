@@ -105,15 +105,22 @@ def uniform_noise(shape: torch.Size, key: int, device: torch.device, dtype: torc
     return bits.to(dtype).add_(0.5).mul_(2.0**-24).view(shape)
 
 
+GROUP = 16
+"""Neighbouring elements that draw neighbouring residuals."""
+
+
 class Residuals(NamedTuple):
-    """Rounding residuals of a part of a tensor: a table, and how many of its entries count."""
+    """Rounding residuals of a part of a tensor: a table, and how many of its entries count.
+
+    The first `GROUP - 1` of them are repeated after the last, so that a group needs not wrap.
+    """
 
     table: Tensor
     used: Tensor
 
 
 def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int = 0) -> Residuals:
-    """The residuals `(Q(x) - x) / step` of a strided subsample of at most 131,072 elements.
+    """The residuals `(Q(x) - x) / step` of a strided subsample of some 131,072 elements.
 
     Elements outside the boundary are left out. A tensor with nothing inside it gives zeros, which
     nothing reads.
@@ -126,9 +133,9 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
         axis: dimension of the channels.
     """
     with torch.no_grad():
-        stride = max(1, -(-x.numel() // _TABLE))
+        stride = max(1, x.numel() // _TABLE)
         # An even stride would visit few channels only; an odd one walks through all of them.
-        stride += 1 - stride % 2
+        stride -= 1 - stride % 2
         flat = x.detach().as_strided((x.numel(),), (1,))[::stride]
         scale, least, most = (t.reshape(-1) for t in (step, low, high))
         if step.numel() > 1:
@@ -140,20 +147,25 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
         residual = torch.round(scaled) - scaled
         # Compact the residuals that are inside to the front, without asking how many there are.
         slot = torch.where(inside, inside.cumsum(0) - 1, len(flat))
-        table = torch.zeros(len(flat) + 1, dtype=x.dtype, device=x.device)
+        table = torch.zeros(len(flat) + GROUP, dtype=x.dtype, device=x.device)
         table.scatter_(0, slot, residual)
-        table[-1] = 0.0
-        return Residuals(table, inside.sum())
+        used = inside.sum()
+        again = torch.arange(GROUP - 1, device=x.device)
+        table.scatter_(0, used + again, table[again % used.clamp(min=1)])
+        return Residuals(torch.where(used > 0, table, 0.0), used)
 
 
 def drawn_from(residuals: Residuals, shape: torch.Size, key: int) -> Tensor:
-    """A bootstrap: each element's noise is a residual of the table at a hashed place.
+    """A bootstrap: each group of elements draws residuals of the table from a hashed place on.
 
-    So it is independent of the element's own residual and follows the same law ("empirical").
+    So an element's noise is independent of its own residual and follows the same law
+    ("empirical"). Neighbours in the table come from places that are far apart.
     """
     table, used = residuals
-    chance = _hashed(shape.numel(), key, table.device).to(torch.int64) & 0xFFFFFFFF
-    return table[(chance * used) >> 32].view(shape)
+    groups = -(-shape.numel() // GROUP)
+    chance = _hashed(groups, key, table.device).to(torch.int64) & 0xFFFFFFFF
+    place = ((chance * used) >> 32)[:, None] + torch.arange(GROUP, device=table.device)
+    return table[place.view(-1)[: shape.numel()]].view(shape)
 
 
 class NoiseClock:

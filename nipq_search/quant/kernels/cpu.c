@@ -22,7 +22,7 @@ enum { ROUNDING, UNIFORM, TABLE }; /* where the noise comes from */
 typedef struct {
     int law;
     uint32_t first, second; /* halves of the key */
-    const float *table;     /* residuals, of which the first `count` are drawn from */
+    const float *table;     /* `count` residuals, the first few of them repeated at the end */
     int64_t count;
 } Noise;
 
@@ -69,15 +69,27 @@ INLINE uvec hashed(int64_t element, const Noise *noise) {
     return h ^ (h >> 16);
 }
 
+/* A group of LANES neighbours draws as many neighbours of the table, from a hashed place on: one
+ * place for each element would cost several times as much. */
+INLINE vec drawn(int64_t element, const Noise *noise) {
+    const uint64_t used = (uint64_t)noise->count;
+    if (element % LANES == 0) {
+        uvec h = hashed(element / LANES, noise); /* of which one lane counts */
+        return load(noise->table + (((uint64_t)h[0] * used) >> 32));
+    }
+    vec out;
+    for (int lane = 0; lane < LANES; lane++) {
+        uvec h = hashed((element + lane) / LANES, noise);
+        out[lane] = noise->table[(((uint64_t)h[0] * used) >> 32) + (element + lane) % LANES];
+    }
+    return out;
+}
+
 /* Noise of LANES elements, in units of the step. */
 INLINE vec noise_of(int law, int64_t element, const Noise *noise) {
+    if (law == TABLE) return drawn(element, noise);
     uvec h = hashed(element, noise);
-    if (law == UNIFORM)
-        return (__builtin_convertvector((ivec)h >> 8, vec) + 0.5f) * 0x1p-24f;
-    vec out;
-    for (int lane = 0; lane < LANES; lane++)
-        out[lane] = noise->table[((uint64_t)h[lane] * (uint64_t)noise->count) >> 32];
-    return out;
+    return (__builtin_convertvector((ivec)h >> 8, vec) + 0.5f) * 0x1p-24f;
 }
 
 /* What the backward reads of a hard quantizer: the rounding residual in 16 bits, or which end. */

@@ -56,7 +56,8 @@ if triton is not None:
     @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
     def _noise(at, first, second, table, used, LAW: tl.constexpr):  # type: ignore[no-untyped-def]
         """As `noise._hashed`: MurmurHash3's finalizer, the second half of the key in between."""
-        h = at.to(tl.uint32) ^ first.to(tl.uint32)
+        place = at if LAW == 1 else at // 16
+        h = place.to(tl.uint32) ^ first.to(tl.uint32)
         h = h ^ (h >> 16)
         h = (h * 0x85EBCA6B).to(tl.uint32)
         h = h ^ (h >> 13)
@@ -66,8 +67,8 @@ if triton is not None:
         if LAW == 1:
             signed = h.to(tl.int32, bitcast=True) >> 8
             return (signed.to(tl.float32) + 0.5) * 5.9604644775390625e-08
-        place = (h.to(tl.uint64) * tl.load(used).to(tl.uint64)) >> 32
-        return tl.load(table + place.to(tl.int64))
+        start = (h.to(tl.uint64) * tl.load(used).to(tl.uint64)) >> 32
+        return tl.load(table + start.to(tl.int64) + at % 16)
 
     @_jit
     def _forward_kernel(  # type: ignore[no-untyped-def]

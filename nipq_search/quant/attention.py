@@ -56,39 +56,6 @@ def _attend(
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, dim=-3) for t in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return attention_core(query, key, value, mask, dropout, causal, scale)
-
-
-def attention_core(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output and probabilities; what sites compute anew in the backward rather than keep.
-
-    All that is as large as the probabilities lives in here: there is far more of it than of the
-    inputs, and it is a small part of a model's arithmetic.
-    """
-    arguments = (query, key, value, mask, dropout, causal, scale)
-    if has_torch_function((query, key, value)):
-        return handle_torch_function(attention_core, (query, key, value), *arguments)
-    return core(*arguments)
-
-
-def core(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`attention_core`, computed."""
     scores = attention_scores(query, key) * scale
     if causal:
         shape = (query.shape[-2], key.shape[-2])

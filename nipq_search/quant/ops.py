@@ -16,10 +16,8 @@ from torch import Tensor
 
 from nipq_search.quant.attention import (
     attention,
-    attention_core,
     attention_scores,
     attention_values,
-    core,
     multi_head_attention,
 )
 
@@ -149,7 +147,6 @@ def _tensors(values: Sequence[Any]) -> bool:
 DECOMPOSED: dict[Any, Callable[..., Any]] = {
     nnf.scaled_dot_product_attention: attention,
     nnf.multi_head_attention_forward: multi_head_attention,
-    attention_core: core,
 }
 """Fused functions, and how they are written with functions of `OPS`."""
 

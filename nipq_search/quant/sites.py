@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
-from nipq_search.quant.attention import attention_core, core
 from nipq_search.quant.noise import not_compiled
 from nipq_search.quant.ops import DECOMPOSED, IN_PLACE, PARTS, Op, op_of
 from nipq_search.quant.quantizer import FakeQuantizer
@@ -213,45 +210,10 @@ class _SiteMode(TorchFunctionMode):
             before, frame.kinds = frame.kinds, PARTS
             try:
                 with self:
-                    if func is attention_core and torch.is_grad_enabled():
-                        return _recomputed(frame, args)
                     return DECOMPOSED[func](*args, **kwargs)
             finally:
                 frame.kinds = before
         return func(*args, **kwargs)
-
-
-def _recomputed(frame: _Frame, args: tuple[Any, ...]) -> Any:
-    """Attention that keeps its inputs alone and computes the rest anew in the backward."""
-    counts = dict(frame.counts)
-    clocks = {q.clock for site in frame.sites.values() for q in (site.first, site.second) if q}
-    steps = [(clock, clock.step) for clock in clocks]
-
-    @contextlib.contextmanager
-    def again() -> Iterator[None]:
-        """The same sites and the same noise, whatever ran in between."""
-        now = [(clock, clock.step) for clock in clocks]
-        back = copy.copy(frame)
-        back.counts, back.kinds = dict(counts), PARTS
-        frames = _running.frames
-        frames.append(back)
-        depth = len(frames)
-        for clock, step in steps:
-            clock.step = step
-        try:
-            with _SiteMode() if depth == 1 else contextlib.nullcontext():
-                yield
-        finally:
-            del frames[depth - 1 :]
-            for clock, step in now:
-                clock.step = step
-
-    return checkpoint(
-        core,
-        *args,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), again()),
-    )
 
 
 def inside_owner() -> bool:

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as nnf
 from quant_models import normal
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from nipq_search.quant import prepare, quantizers, sites
+from nipq_search.quant import prepare, quantizers
 from nipq_search.quant.attention import attention, multi_head_attention
 from nipq_search.quant.prepare import quant_state
 
@@ -136,73 +135,3 @@ def test_torch_counts_fused_kernels_as_we_count_their_parts(model, args):
     with counter:
         model.train()(*args)
     assert counter.get_total_flops() == 2 * 2 * macs
-
-
-class TwoHeads(nn.Module):
-    """Attention by function, with queries, keys and values of one layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        x = nnf.scaled_dot_product_attention(q, k, v)
-        return self.out(x.transpose(1, 2).flatten(2))
-
-
-def gradients(model, run):
-    model.zero_grad()
-    run(model).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def kept_for_the_backward(model, x):
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: sizes.append(t.numel()) or t, lambda t: t
-    ):
-        out = model(x)
-    out.sum().backward()
-    return max(sizes)
-
-
-def test_probabilities_are_computed_anew_in_the_backward(monkeypatch):
-    x = normal(2, 64, 8)
-    model = prepare(TwoHeads(), x)
-    step = model.quant_state.clock.step
-
-    def fresh(run):
-        model.quant_state.clock.step = step
-        return gradients(model, run)
-
-    anew = fresh(lambda m: m(x).square().sum())
-    assert kept_for_the_backward(model, x) < 2 * 2 * 64 * 64
-    # Each forward's own noise comes back, though another forward ran in between.
-    both = fresh(lambda m: m(x).square().sum() + 0 * m(x + 1).sum())
-    monkeypatch.setattr(sites, "_recomputed", lambda frame, args: sites.core(*args))
-    kept = fresh(lambda m: m(x).square().sum())
-    assert kept_for_the_backward(model, x) == 2 * 2 * 64 * 64
-    for name, grad in kept.items():
-        assert torch.equal(anew[name], grad), name
-        torch.testing.assert_close(both[name], grad)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_attention_inside_a_checkpoint(reentrant):
-    x = normal(2, 16, 8).requires_grad_()
-
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.on = TwoHeads(), False
-
-        def forward(self, x):
-            return checkpoint(self.inner, x, use_reentrant=reentrant) if self.on else self.inner(x)
-
-    torch.manual_seed(0)
-    model = prepare(Wrapped(), x.detach())
-    plain = gradients(model, lambda m: m(x).square().sum())
-    model.on, model.quant_state.clock.step = True, 0
-    for name, grad in gradients(model, lambda m: m(x).square().sum()).items():
-        assert torch.equal(plain[name], grad), name

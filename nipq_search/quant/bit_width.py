@@ -38,7 +38,7 @@ class _Sample(torch.autograd.Function):
     def forward(ctx: Any, theta: Tensor, owner: BitWidth, u: float) -> Tensor:
         ctx.owner = owner
         ctx.save_for_backward(theta)
-        if theta.device.type != "cpu":
+        if theta.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
             return F.sample_bits(owner.soft(), owner._allowed, u)
         width = F.sample_width(float(owner.soft()), owner.allowed, u)
         return owner._allowed.new_tensor([float(width)])

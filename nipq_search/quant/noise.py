@@ -7,6 +7,8 @@ memory: the fast kernels compute the same numbers in registers, forward and agai
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -58,6 +60,24 @@ def dense(x: Tensor) -> Tensor:
     return x
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether kernels of ours may read the memory of `x`: float32, outside of traces.
+
+    A tensor of no elements, a subclass (as in export), torch.compile, torch.jit.trace and
+    everything that watches or fakes single operations need torch operations.
+    """
+    return (
+        x.dtype is torch.float32
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.numel() > 0
+        and not x.is_neg()
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def inner_size(x: Tensor, channels: int, axis: int) -> int:
     """How many neighbouring elements of a dense `x` share one of the boundaries along `axis`.
 
@@ -66,7 +86,7 @@ def inner_size(x: Tensor, channels: int, axis: int) -> int:
     return int(x.stride(axis)) if channels > 1 else max(1, x.numel())
 
 
-def _int32(word: int) -> int:
+def signed32(word: int) -> int:
     """The low 32 bits of a word as a signed integer."""
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >> 31 else word
@@ -80,14 +100,14 @@ def _hashed(count: int, key: int, device: torch.device) -> Tensor:
     """
     with torch.no_grad():
         place = torch.arange(count, device=device, dtype=torch.int64)
-        h = place.to(torch.int32).bitwise_xor_(_int32(key))
+        h = place.to(torch.int32).bitwise_xor_(signed32(key))
         h ^= (h >> 16) & 0xFFFF
-        h *= _int32(0x85EBCA6B)
+        h *= signed32(0x85EBCA6B)
         h ^= (h >> 13) & 0x7FFFF
-        h += _int32(key >> 32)
+        h += signed32(key >> 32)
         if count > 1 << 32:
             h += (place >> 32).to(torch.int32)
-        h *= _int32(0xC2B2AE35)
+        h *= signed32(0xC2B2AE35)
         h ^= (h >> 16) & 0xFFFF
         return h
 
@@ -119,8 +139,28 @@ class Residuals(NamedTuple):
     used: Tensor
 
 
+def _stride(count: int) -> int:
+    """Distance between the elements whose residuals make a tensor's table."""
+    stride = 1 if count <= 2 * _TABLE else -(-count // _TABLE)
+    # A stride that shares a factor with the shape would visit some channels or columns only.
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
+
+
+@functools.lru_cache(maxsize=32)
+def _shuffle(count: int, device: torch.device) -> Tensor:
+    """An order for a table: neighbours of a tensor may be alike, and those of a table are drawn
+    together.
+    """
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(count)
+        return torch.randperm(count, generator=generator).to(device)
+
+
 def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int = 0) -> Residuals:
-    """The residuals `(Q(x) - x) / step` of a strided subsample of some 131,072 elements.
+    """The residuals `(Q(x) - x) / step` of a subsample: all of at most 262,144 elements, or at
+    most 131,072 of more, at an even distance and shuffled.
 
     Elements outside the boundary are left out. A tensor with nothing inside it gives zeros, which
     nothing reads.
@@ -133,9 +173,7 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
         axis: dimension of the channels.
     """
     with torch.no_grad():
-        stride = max(1, x.numel() // _TABLE)
-        # An even stride would visit few channels only; an odd one walks through all of them.
-        stride -= 1 - stride % 2
+        stride = _stride(x.numel())
         flat = x.detach().as_strided((x.numel(),), (1,))[::stride]
         scale, least, most = (t.reshape(-1) for t in (step, low, high))
         if step.numel() > 1:
@@ -144,7 +182,8 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
             scale, least, most = scale[channel], least[channel], most[channel]
         inside = (flat > least) & (flat < most)
         scaled = flat / scale
-        residual = torch.round(scaled) - scaled
+        order = _shuffle(len(flat), x.device)
+        residual, inside = (torch.round(scaled) - scaled)[order], inside[order]
         # Compact the residuals that are inside to the front, without asking how many there are.
         slot = torch.where(inside, inside.cumsum(0) - 1, len(flat))
         table = torch.zeros(len(flat) + GROUP, dtype=x.dtype, device=x.device)

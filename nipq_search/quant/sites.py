@@ -113,7 +113,8 @@ class Site(nn.Module):
             return rows
         index = args[0] if args else kwargs["input"]
         flat = rows.reshape(-1, rows.shape[-1])
-        return self.second(flat, rows=index.reshape(-1)).view_as(rows)
+        # The quantizer keeps its result for the backward; the model may overwrite what it gets.
+        return self.second(flat, rows=index.reshape(-1)).view_as(rows).clone()
 
 
 class _Frame:

@@ -54,7 +54,10 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[Any]:
 
 def _alike(before: list[Any], after: list[Any]) -> bool:
     """Whether the layout let the model run in both modes, and changed no figure in eval."""
-    if any(b is not None and a is None for b, a in zip(before, after, strict=True)):
+    if any((b is None) != (a is None) for b, a in zip(before, after, strict=True)):
         return False
-    pairs = zip(tensors_in(before[0]), tensors_in(after[0]), strict=True)
-    return all(torch.allclose(b, a, 1e-3, 1e-3, equal_nan=True) for b, a in pairs)
+    eval_before, eval_after = (list(tensors_in(outputs[0])) for outputs in (before, after))
+    return len(eval_before) == len(eval_after) and all(
+        b.shape == a.shape and torch.allclose(b, a, 1e-3, 1e-3, equal_nan=True)
+        for b, a in zip(eval_before, eval_after, strict=True)
+    )

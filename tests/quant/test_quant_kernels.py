@@ -19,6 +19,8 @@ from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels import build
 from nipq_search.quant.kernels.relu import make_lean
 from nipq_search.quant.noise import (
+    GROUP,
+    _stride,
     drawn_from,
     inner_size,
     mix,
@@ -42,6 +44,7 @@ LAYOUTS = [
     ((40, 33), 1, None),
     ((33, 3000), 0, None),
     ((1, 16), 1, None),
+    ((4097, 40), 1, None),
 ]
 
 
@@ -210,6 +213,42 @@ def test_what_watches_single_operations_sees_them():
         assert model(images()).shape == (len(images()), 3)
     recorded = make_fx(lambda x: model(x))(images())
     assert torch.equal(recorded(images()), model(images()))
+
+
+def test_training_forwards_can_be_faked():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = prepare(residual_net(), images())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(images()).shape == residual_net()(images()).shape
+
+
+def test_boundaries_that_do_not_fit_are_refused():
+    many = boundary_of(torch.ones(16), 4, axis=1)
+    with pytest.raises(RuntimeError, match=r"16 boundaries do not fit dimension 1 of \(10, 20\)"):
+        K.hard_quantize(normal(10, 20), many)
+    elsewhere = boundary_of(torch.ones(1, device="meta"), 4)
+    with pytest.raises(RuntimeError, match="meta"):
+        K.hard_quantize(normal(10, 20), elsewhere)
+
+
+def test_empirical_noise_of_neighbours_is_independent():
+    """Though neighbours of a smooth signal have alike residuals, and draw together."""
+    for count in (100_000, 700_000):
+        x = torch.sin(torch.linspace(0, 300, count))
+        drawn = (K.pseudo_quantize(x, ONE, 5, True) - x)[10:-10]
+        lag = torch.stack([drawn[:-1], drawn[1:]])
+        assert abs(float(torch.corrcoef(lag)[0, 1])) < 0.02
+    # Sizes that are multiples of three must not be met by a stride of three.
+    x = normal(32, 96, 12, 12).contiguous(memory_format=CHANNELS_LAST)
+    seen = torch.arange(0, x.numel(), _stride(x.numel())) % 96
+    assert len(seen.unique()) == 96
+
+
+def test_sizes_that_c_and_python_share():
+    text = build.SOURCE.read_text()
+    assert f"#define PIECE {K.cpu._PIECE} " in text
+    assert f"#define LANES {GROUP}\n" in text
 
 
 def test_export_with_a_batch_of_any_size():

@@ -513,3 +513,21 @@ def test_wide_grids_of_a_model_in_bfloat16():
     quantizer = next(q for q in quantizers(prepared).values() if q.role == "weight")
     quantizer.eval()
     assert len(quantizer(torch.linspace(-1, 1, 60_001)).unique()) <= 4095
+
+
+def test_what_an_embedding_gives_may_be_overwritten():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(10, 8), nn.Linear(8, 3)
+            self.drop, self.relu = nn.Dropout(0.5, inplace=True), nn.ReLU(inplace=True)
+
+        def forward(self, ids):
+            x = self.words(ids)
+            x += 1.0
+            x *= 2.0
+            return self.head(self.relu(self.drop(x)))
+
+    prepared = prepare(Text(), torch.arange(8).view(2, 4))
+    prepared(torch.arange(8).view(2, 4)).sum().backward()
+    assert all(p.grad is not None for p in prepared.parameters())

@@ -60,6 +60,11 @@ def as_complex(y):
     return torch.view_as_complex(y.unflatten(-1, (4, 2))).abs()
 
 
+def last(y):
+    """Fails as it is, and would run channels last."""
+    return y.permute(0, 2, 3, 1).view(-1, 4)
+
+
 def in_memory(y):
     return torch.as_strided(y, (4, 8), (8, 1))
 
@@ -84,3 +89,8 @@ def test_models_that_hold_results():
     model.kept = model(X)
     use_channels_last(model, (X,))
     assert model(X).shape == (2, 4, 6, 6)
+
+
+def test_models_that_only_run_channels_last_fail_as_they_would():
+    model = use_channels_last(Reading(last), (X,))
+    assert not is_channels_last(model)

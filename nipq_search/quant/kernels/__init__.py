@@ -19,15 +19,16 @@ __all__ = ["backend_for", "hard_quantize", "pseudo_quantize"]
 
 def backend_for(x: Tensor, boundary: Boundary) -> Backend | None:
     """The kernels that quantize `x`; None where torch operations have to."""
-    if boundary.alpha.dtype is not torch.float32:
-        return None
+    alpha = boundary.alpha
+    if alpha.dtype is not torch.float32 or alpha.device != x.device:
+        return None  # torch has a clear error for tensors on two devices
     if cpu.available(x):
         return cpu
-    if not x.is_cuda:
-        return None
-    from nipq_search.quant.kernels import cuda  # Triton takes a while to load
+    if x.is_cuda:
+        from nipq_search.quant.kernels import cuda  # Triton takes a while to load
 
-    return cuda if cuda.available(x) else None
+        return cuda if cuda.available(x) else None
+    return None
 
 
 def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = False) -> Tensor:

@@ -110,8 +110,8 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
-            f"quantizers run without their fast kernels, three times slower: {error}. Install a "
-            f"C compiler, or set {SWITCH}=eager to silence this",
+            f"quantizers run without their fast kernels, several times slower: {error}. A C "
+            f"compiler (cc, gcc or clang) mends this; {SWITCH}=eager silences it",
             stacklevel=2,
         )
         return None

@@ -77,12 +77,13 @@ INLINE vec drawn(int64_t element, const Noise *noise) {
         uvec h = hashed(element / LANES, noise); /* of which one lane counts */
         return load(noise->table + (((uint64_t)h[0] * used) >> 32));
     }
-    vec out;
-    for (int lane = 0; lane < LANES; lane++) {
-        uvec h = hashed((element + lane) / LANES, noise);
-        out[lane] = noise->table[(((uint64_t)h[0] * used) >> 32) + (element + lane) % LANES];
-    }
-    return out;
+    const int64_t group = element / LANES, rest = LANES - element % LANES;
+    const float *here = noise->table + (((uint64_t)hashed(group, noise)[0] * used) >> 32);
+    const float *next = noise->table + (((uint64_t)hashed(group + 1, noise)[0] * used) >> 32);
+    float out[LANES];
+    for (int lane = 0; lane < LANES; lane++)
+        out[lane] = lane < rest ? here[LANES - rest + lane] : next[lane - rest];
+    return load(out);
 }
 
 /* Noise of LANES elements, in units of the step. */
@@ -111,7 +112,7 @@ INLINE vec residual_of(vec x, vec step) {
 
 INLINE svec code_of(vec x, Range r) {
     ivec above = x >= r.high, below = x <= r.low;
-    vec residual = keep(~(above | below), residual_of(x, r.step)); /* others may be no numbers */
+    vec residual = keep(~(above | below), residual_of(x, r.step)); /* others may be no numbers; NaN counts as 0 */
     ivec code = __builtin_convertvector(rounded(residual * CODES), ivec);
     code = (above & ABOVE) | (below & BELOW) | (~(above | below) & code);
     return __builtin_convertvector(code, svec);

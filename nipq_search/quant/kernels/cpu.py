@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nipq_search.quant.functional import Range
 from nipq_search.quant.kernels.build import library
-from nipq_search.quant.noise import Residuals, inner_size
+from nipq_search.quant.noise import Residuals, inner_size, is_plain
 
-_PIECE = 32768  # as in cpu.c
+_PIECE = 32768  # as in cpu.c, which a test compares
 _ROUNDING, _UNIFORM, _TABLE = range(3)
 
 
@@ -59,23 +59,8 @@ def _noise(key: int | None, residuals: Residuals | None) -> _Noise:
 
 
 def available(x: Tensor) -> bool:
-    """Whether there are kernels for `x`: plain float32 tensors on a CPU, outside of traces.
-
-    A tensor of no elements, a subclass (as in export), torch.compile, torch.jit.trace, torch.func
-    and everything that watches or fakes single operations take the eager path.
-    """
-    return (
-        x.device.type == "cpu"
-        and x.dtype is torch.float32
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and x.numel() > 0
-        and not x.is_neg()
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and library() is not None
-    )
+    """Whether there are kernels for `x`."""
+    return x.device.type == "cpu" and is_plain(x) and library() is not None
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

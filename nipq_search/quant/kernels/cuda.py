@@ -1,21 +1,22 @@
 """The quantizers' arithmetic for GPUs, in Triton: what cpu.c computes, the same noise included.
 
-One program serves BLOCK neighbouring elements. Sums go by one figure per program, or by one
-program per channel, and so have a fixed order; nothing waits for the device. It serves as a
+One program serves BLOCK neighbouring elements. Sums, in float32, go by one figure per program, or
+by one program per channel, and so have a fixed order; nothing waits for the device. It serves as a
 `Backend`: `forward` and `backward` are the members.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nipq_search.quant.functional import Range
-from nipq_search.quant.kernels.build import switched_off
-from nipq_search.quant.noise import Residuals, inner_size
+from nipq_search.quant.kernels.build import SWITCH, switched_off
+from nipq_search.quant.noise import Residuals, inner_size, is_plain, signed32
 
 try:
     import triton
@@ -28,24 +29,31 @@ _ROUNDING, _UNIFORM, _TABLE = range(3)
 
 
 def available(x: Tensor) -> bool:
-    """Whether there are kernels for `x`; see `cpu.available`."""
-    return (
-        x.is_cuda
-        and triton is not None
-        and x.dtype is torch.float32
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and 0 < x.numel() < 1 << 31
-        and not x.is_neg()
-        and not switched_off()
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    """Whether there are kernels for `x`."""
+    return is_plain(x) and x.numel() < 1 << 31 and not switched_off() and _works(x.device)
+
+
+@functools.cache
+def _works(device: torch.device) -> bool:
+    """Whether Triton can launch here: it needs a C compiler and a GPU that it knows."""
+    if triton is None:
+        return False
+    try:
+        one = torch.ones(1, device=device)
+        forward(one, 0, Range(one, -one, one, -one, one), 1, None, None)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"quantizers run without their fast kernels, several times slower: Triton fails with "
+            f"{type(error).__name__}: {reason}. {SWITCH}=eager silences this",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 if triton is not None:
-    # Keys change with every step: no kernel of their own for keys of some form.
+    # Keys change with every step: no kernel of their own for keys that 16 divides.
     _jit = functools.partial(triton.jit, do_not_specialize=["first", "second"])
 
     @triton.jit
@@ -101,7 +109,7 @@ if triton is not None:
         above = x >= high
         below = x <= low
         if LAW == 0:
-            scaled = x / step
+            scaled = tl.math.div_rn(x, step)
             lowest = tl.load(lowest_ptr + channel)
             highest = tl.load(highest_ptr + channel)
             inside = tl.where(scaled < lowest, lowest, scaled)
@@ -135,7 +143,7 @@ if triton is not None:
             if LAW == 0:
                 above = kept >= high
                 below = kept <= low
-                scaled = kept / step
+                scaled = tl.math.div_rn(kept, step)
                 noise = _rounded(scaled) - scaled
             else:
                 above = kept == high
@@ -260,13 +268,21 @@ def _drawn(
     """Table, its used length, and both halves of the key; `other` stands in for what is unused."""
     word = key or 0
     table, used = residuals or (other, other)
-    return table, used, word & 0xFFFFFFFF, (word >> 32) & 0xFFFFFFFF
+    # As 32 bits with a sign: integers of another size would compile a kernel of their own.
+    return table, used, signed32(word), signed32(word >> 32)
 
 
 def _scalars(range_: Range, count: int) -> list[Tensor]:
     """The first `count` members of a range, one figure for each channel."""
     channels = range_.step.numel()
     return [t.expand(channels).contiguous() for t in range_[:count]]
+
+
+def _launch(kernel: Any, programs: int, *given: Any, **constants: Any) -> None:
+    """Run a kernel on the device of its first tensor; Triton would take the current one."""
+    with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
+        # A product and a sum rounded as one would differ from cpu.c.
+        kernel[(programs,)](*given, **constants, enable_fp_fusion=False)
 
 
 def forward(
@@ -279,8 +295,9 @@ def forward(
 ) -> Tensor:
     """See `Backend`."""
     y, count, channels = torch.empty_like(x), x.numel(), range_.step.numel()
-    launch: Any = _forward_kernel[(triton.cdiv(count, _BLOCK),)]
-    launch(
+    _launch(
+        _forward_kernel,
+        triton.cdiv(count, _BLOCK),
         x,
         y,
         x if codes is None else codes,
@@ -308,14 +325,20 @@ def backward(
     out, count, channels = torch.empty_like(grad), grad.numel(), range_.step.numel()
     programs = triton.cdiv(count, _BLOCK) if channels == 1 else channels
     sums = torch.empty(programs, 3, dtype=torch.float32, device=grad.device)
-    law, codes = _law(key, residuals), kept.dtype is torch.int16
     given = (grad, kept, out, sums, *_scalars(range_, 3), *_drawn(key, residuals, range_.step))
+    constants = {"LAW": _law(key, residuals), "CODES": kept.dtype is torch.int16}
     if channels == 1:
-        launch: Any = _tensor_backward_kernel[(programs,)]
-        launch(*given, count, LAW=law, CODES=codes, BLOCK=_BLOCK)
+        _launch(_tensor_backward_kernel, programs, *given, count, **constants, BLOCK=_BLOCK)
         return out, sums.sum(0, keepdim=True)
-    launch = _channel_backward_kernel[(programs,)]
-    inner = inner_size(grad, channels, axis)
-    block = min(_BLOCK, triton.next_power_of_2(count // channels))
-    launch(*given, count, channels, inner, LAW=law, CODES=codes, BLOCK=block)
+    inner, block = inner_size(grad, channels, axis), triton.next_power_of_2(count // channels)
+    _launch(
+        _channel_backward_kernel,
+        programs,
+        *given,
+        count,
+        channels,
+        inner,
+        **constants,
+        BLOCK=min(_BLOCK, block),
+    )
     return out, sums

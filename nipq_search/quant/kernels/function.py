@@ -130,6 +130,11 @@ def quantize(
         key: of the noise; None rounds.
         empirical: noise from the tensor's own residuals.
     """
+    channels = boundary.alpha.numel()
+    if channels > 1 and channels != x.shape[boundary.axis]:
+        raise RuntimeError(
+            f"{channels} boundaries do not fit dimension {boundary.axis} of {tuple(x.shape)}"
+        )
     keep = torch.is_grad_enabled() and x.grad_fn is not None
     return _Quantize.apply(  # type: ignore[no-any-return]
         x, boundary.alpha, boundary.bits, backend, boundary, key, empirical, keep

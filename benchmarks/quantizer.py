@@ -10,6 +10,7 @@ forward keeps and takes beyond its input and output, at its highest until the ba
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -30,7 +31,8 @@ from nipq_search.quant import kernels
 from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.noise import drawn_from, mix, residuals_of, uniform_noise
 
-SHAPES = ((64, 64, 3, 3), (512, 512, 3, 3), (32, 64, 56, 56), (8192, 384))
+WEIGHTS = ((64, 64, 3, 3), (512, 512, 3, 3))
+SHAPES = (*WEIGHTS, (32, 64, 56, 56), (8192, 384))
 BITS = 4.0
 _HISTOGRAM_BINS = 256
 
@@ -104,14 +106,16 @@ class Case:
 
     def __init__(self, shape: tuple[int, ...], device: str) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.device = device
+        self.device, self.is_weight = device, shape in WEIGHTS
         self.x = torch.randn(*shape, generator=generator).to(device).requires_grad_()
         self.grad = torch.randn(*shape, generator=generator).to(device)
         self.alpha = nn.Parameter(torch.full((1,), 1.7, device=device))
 
     def run(self, kind: Callable[[Tensor, Boundary, int], Tensor], step: int) -> None:
         self.x.grad = self.alpha.grad = None
-        kind(self.x, grid_of(self.alpha), step).backward(self.grad)
+        # An activation is a result: what is kept of it for the backward is not there already.
+        x = self.x if self.is_weight else self.x.view_as(self.x)
+        kind(x, grid_of(self.alpha), step).backward(self.grad)
 
     def seconds(self, kind: Callable[[Tensor, Boundary, int], Tensor], step: int) -> float:
         """Of one forward and backward."""
@@ -176,6 +180,18 @@ def measure(shape: tuple[int, ...], device: str, repeats: int) -> list[dict[str,
     ]
 
 
+def keep_memory() -> None:
+    """Let glibc keep what is freed, as a training in its steady state finds its memory.
+
+    Otherwise the first touch of fresh pages, some milliseconds a tensor, drowns the arithmetic.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(trim_threshold, 1 << 30)
+        library.mallopt(mmap_threshold, 32 << 20)
+
+
 def machine(device: str) -> dict[str, Any]:
     """What the figures hang on."""
     model = platform.processor()
@@ -215,6 +231,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    keep_memory()
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         rows += measure(shape, options.device, options.repeats)

@@ -10,6 +10,7 @@ with `--ray-url`. Nothing but the given servers is ever asked: all other address
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
@@ -158,10 +159,8 @@ def take(
     """Open `url` in a fresh page, `arrange` it, and save a picture of it."""
     page = context.new_page()
     page.goto(url)
-    try:
+    with contextlib.suppress(PageTimeout):  # pages that refresh themselves are never idle
         page.wait_for_load_state("networkidle", timeout=5_000)
-    except PageTimeout:
-        pass  # pages that refresh themselves are never idle
     page.wait_for_timeout(2_500)  # charts are drawn after the data has come
     if arrange is not None:
         try:

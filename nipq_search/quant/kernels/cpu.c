@@ -112,7 +112,8 @@ INLINE vec residual_of(vec x, vec step) {
 
 INLINE svec code_of(vec x, Range r) {
     ivec above = x >= r.high, below = x <= r.low;
-    vec residual = keep(~(above | below), residual_of(x, r.step)); /* others may be no numbers; NaN counts as 0 */
+    /* Outside the ends it may be no number. Inside, the code of NaN is 0. */
+    vec residual = keep(~(above | below), residual_of(x, r.step));
     ivec code = __builtin_convertvector(rounded(residual * CODES), ivec);
     code = (above & ABOVE) | (below & BELOW) | (~(above | below) & code);
     return __builtin_convertvector(code, svec);
@@ -130,7 +131,7 @@ typedef struct {
     vec step, low, high;
 } Sums;
 
-/* Gradient of x from `g`, where `part` is the derivative with respect to the step. */
+/* Gradient of x from `g`; `noise` times `g` is the derivative with respect to the step. */
 INLINE vec collect(vec g, ivec above, ivec below, vec noise, Sums *sums) {
     vec inside = keep(~(above | below), g);
     sums->step += keep(~(above | below), g * noise);
@@ -139,8 +140,8 @@ INLINE vec collect(vec g, ivec above, ivec below, vec noise, Sums *sums) {
     return inside;
 }
 
-INLINE vec noise_backward(int law, int64_t element, const Noise *noise, vec y, vec g,
-                                 Range r, Sums *sums) {
+INLINE vec backward_from_output(int law, int64_t element, const Noise *noise, vec y, vec g,
+                                Range r, Sums *sums) {
     return collect(g, y == r.high, y == r.low, noise_of(law, element, noise), sums);
 }
 
@@ -197,7 +198,8 @@ INLINE void backward_at(int law, int codes, const Call *c, int64_t i, int64_t le
     } else if (law == ROUNDING) {
         out = backward_from_input(load_part(c->x + i, left), g, r, sums);
     } else {
-        out = noise_backward(law, i, &c->noise, load_part(c->x + i, left), g, r, sums);
+        vec y = load_part(c->x + i, left);
+        out = backward_from_output(law, i, &c->noise, y, g, r, sums);
     }
     memcpy(c->out + i, &out, left * sizeof(float));
 }

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from quant_models import images, normal, residual_net
@@ -381,81 +377,3 @@ def test_a_training_step_keeps_one_tensor_for_a_layer():
     large = {pointer for pointer, held in set(kept) if held == size}
     assert len(large) == 2  # what normalization read, and what the second convolution read
     out.sum().backward()
-
-
-def run_apart(code, **environment):
-    """Python in a process of its own, since the library is loaded once."""
-    return subprocess.run(
-        [sys.executable, "-W", "always", "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=True,
-    )
-
-
-USE = """
-import torch
-from nipq_search.quant import prepare, QuantConfig
-from nipq_search.quant.kernels import build
-torch.manual_seed(0)
-model = prepare(torch.nn.Linear(64, 8), torch.randn(16, 64), QuantConfig())
-for _ in range(2):
-    out = model(torch.ones(16, 64) / 3)
-print(build.library() is not None, out.detach().double().sum().item())
-"""
-
-
-def test_a_machine_without_a_compiler_warns_once_and_computes_the_same(tmp_path):
-    fast = run_apart(USE, XDG_CACHE_HOME=str(tmp_path))
-    assert fast.stdout.startswith("True") and not fast.stderr
-    assert [path.suffix for path in (tmp_path / "nipq-search").iterdir()] == [".so"]
-    none = run_apart(USE, XDG_CACHE_HOME=str(tmp_path / "new"), PATH=str(tmp_path), CC="")
-    assert none.stderr.count("run without their fast kernels") == 1
-    asked = run_apart(USE, NIPQ_SEARCH_KERNELS="eager")
-    assert not asked.stderr
-    for slow in (none, asked):
-        assert slow.stdout.startswith("False")
-        assert float(slow.stdout.split()[1]) == pytest.approx(
-            float(fast.stdout.split()[1]), abs=1e-5
-        )
-
-
-def test_a_library_that_was_cut_short_is_built_anew(tmp_path):
-    assert run_apart(USE, XDG_CACHE_HOME=str(tmp_path)).stdout.startswith("True")
-    (library,) = tmp_path.glob("nipq-search/*.so")
-    for size in (3000, 0):
-        os.truncate(library, size)
-        done = run_apart(USE, XDG_CACHE_HOME=str(tmp_path))
-        assert done.stdout.startswith("True") and not done.stderr
-        assert library.stat().st_size > 3000
-
-
-def test_a_user_without_a_home(tmp_path, monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(build.Path, "home", no_home)
-    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert build._folder().parent == tmp_path
-
-
-def no_home():
-    raise RuntimeError("Could not determine home directory.")
-
-
-def test_a_compiler_that_fails_is_named(tmp_path):
-    broken = tmp_path / "cc"
-    broken.write_bytes(b"#!/bin/sh\necho 'no space left \xff' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    done = run_apart(USE, XDG_CACHE_HOME=str(tmp_path), CC=str(broken))
-    assert "no space left" in done.stderr and done.stdout.startswith("False")
-    assert not list(tmp_path.glob("nipq-search/*"))
-
-
-def test_a_cache_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = run_apart(USE, XDG_CACHE_HOME=str(tmp_path / "file"))
-    assert done.stdout.startswith("True")
-
-
-def test_the_source_is_part_of_the_package():
-    assert build.SOURCE.exists()

@@ -11,7 +11,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+
+from nipq_search.errors import UserError
 
 SOURCE = Path(__file__).with_name("cpu.c")
 SWITCH = "NIPQ_SEARCH_KERNELS"
@@ -39,8 +42,8 @@ def _processor() -> str:
     )
 
 
-def _folder() -> Path:
-    """The user's cache; this user's folder among temporary files where there is none to write."""
+def _folders() -> Iterator[Path]:
+    """Where the library may lie: the user's cache, else the user's among temporary files."""
     user = os.getuid() if hasattr(os, "getuid") else ""
     places = [Path(tempfile.gettempdir()) / f"nipq-search-{user}"]
     try:
@@ -52,10 +55,9 @@ def _folder() -> Path:
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
             if os.access(place, os.W_OK) and user in ("", place.stat().st_uid):
-                return place
+                yield place
         except OSError:
             continue
-    return Path(tempfile.mkdtemp(prefix="nipq-search-"))
 
 
 def _compiler() -> str:
@@ -69,14 +71,14 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _build() -> Path:
-    """The library's path; it is compiled where this machine has none of this source yet.
+def _build(folder: Path) -> Path:
+    """The library's path; it is compiled where `folder` has none of this source yet.
 
     Its name ends with its checksum: a file that a full disk or a lost power supply cut short
     would kill the process.
     """
     text = "\0".join((SOURCE.read_text(), platform.machine(), _processor(), str(_FLAGS)))
-    folder, source = _folder(), _digest(text.encode())
+    source = _digest(text.encode())
     for found in folder.glob(f"cpu-{source}-*.so"):
         if _digest(found.read_bytes()) == found.stem.rpartition("-")[2]:
             return found
@@ -97,8 +99,26 @@ def _build() -> Path:
 
 
 def switched_off() -> bool:
-    """Whether the environment asks for torch operations."""
-    return os.environ.get(SWITCH, "").lower() == "eager"
+    """Whether the environment asks for torch operations.
+
+    Raises:
+        UserError: it asks for something that does not exist.
+    """
+    asked = os.environ.get(SWITCH, "")
+    if asked.lower() not in ("", "eager"):
+        raise UserError(f"{SWITCH}: unknown value {asked!r}; use eager, or unset it")
+    return bool(asked)
+
+
+def _load() -> ctypes.CDLL:
+    """The library from the first folder where it can be built and loaded; raise the last error."""
+    failure: Exception = OSError("no folder can be written: neither the cache nor a temporary one")
+    for folder in _folders():
+        try:
+            return ctypes.CDLL(str(_build(folder)))
+        except (OSError, subprocess.SubprocessError) as error:  # as on a disk without execution
+            failure = error
+    raise failure
 
 
 @functools.cache
@@ -107,7 +127,7 @@ def library() -> ctypes.CDLL | None:
     if switched_off():
         return None
     try:
-        loaded = ctypes.CDLL(str(_build()))
+        loaded = _load()
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
             f"quantizers run without their fast kernels, several times slower: {error}. A C "

@@ -72,7 +72,7 @@ class _Lean(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Shapes as in the float layer."""
         found = lean_relu(input, self.cap, self.inplace)
-        return super().forward(input) if found is None else found  # type: ignore[misc,no-any-return]
+        return super().forward(input) if found is None else found
 
 
 class LeanReLU(_Lean, nn.ReLU):

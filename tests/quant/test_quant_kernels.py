@@ -79,12 +79,16 @@ def hard(x, boundary):
     return F.hard_quantize(x, boundary.range(x.dim()))
 
 
-def results(quantize, *arguments, leaf=True):
+def results(quantize, *arguments, leaf=True, device="cpu"):
     """Output and gradients under a gradient that differs from element to element."""
     leaves, boundary = case(*arguments)
+    if device != "cpu":
+        leaves = [t.detach().to(device).requires_grad_() for t in leaves]
+        minimum = boundary.minimum.to(device)
+        boundary = Boundary(leaves[1], leaves[2], boundary.grid, minimum, boundary.axis)
     y = quantize(leaves[0] if leaf else leaves[0] * 1.0, boundary)
-    grads = torch.autograd.grad(y, leaves, normal(*y.shape, seed=9))
-    return [y, *grads]
+    grads = torch.autograd.grad(y, leaves, normal(*y.shape, seed=9).to(device))
+    return [t.cpu() for t in (y, *grads)]
 
 
 @pytest.mark.parametrize("grid", list(Grid))

@@ -1,4 +1,6 @@
-"""The Triton kernels, by Triton's interpreter on a CPU: they compute what those in C do."""
+"""The Triton kernels compute what those in C do: on a GPU where there is one, and in Triton's
+interpreter elsewhere. That they compile for GPUs, and to what, is seen without one.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +16,27 @@ pytest.importorskip("triton")
 
 CHECK = """
 import itertools, torch
+from nipq_search.quant import kernels as K
 from nipq_search.quant.functional import Grid
 from nipq_search.quant.kernels import cpu, cuda
 from nipq_search.quant.kernels.function import quantize
-from test_quant_kernels import LAYOUTS, results
+from test_quant_kernels import LAYOUTS, ONE, results
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
+if device == "cuda":
+    there = {name: getattr(ONE, name).to(device) for name in ("alpha", "bits", "minimum")}
+    assert K.backend_for(torch.ones(4, device=device), ONE._replace(**there)) is cuda
 small = [layout for layout in LAYOUTS if torch.Size(layout[0]).numel() < 6000]
 compared = 0
 for layout, grid, law in itertools.product(small, Grid, ("uniform", "empirical", "rounding")):
+    key = None if law == "rounding" else 0xDEADBEEFCAFE1234
     for leaf in (True, False):
         fast, slow = (
             results(
-                lambda x, b, backend=backend: quantize(
-                    backend, x, b, None if law == "rounding" else 0xDEADBEEFCAFE1234,
-                    law == "empirical",
-                ),
-                *layout, grid, 3, leaf=leaf,
+                lambda x, b, backend=backend: quantize(backend, x, b, key, law == "empirical"),
+                *layout, grid, 3, leaf=leaf, device=where,
             )
-            for backend in (cuda, cpu)
+            for backend, where in ((cuda, device), (cpu, "cpu"))
         )
         if law == "rounding":
             assert torch.equal(fast[0], slow[0])
@@ -41,75 +46,90 @@ for layout, grid, law in itertools.product(small, Grid, ("uniform", "empirical",
 print(compared)
 """
 
-
-def interpreted(code):
-    """Run in a process whose Triton interprets kernels: it is decided when Triton is imported."""
-    here = Path(__file__).parent
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here}:{here.parents[1]}"},
-        check=False,
-    )
-
-
-def test_triton_agrees_with_c():
-    done = interpreted(CHECK)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= 120
-
-
 NOISE = """
 import torch
 from nipq_search.quant.kernels import cuda
 from nipq_search.quant.kernels.function import quantize
 from test_quant_kernels import ONE, distance, normal, residual_cdf
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+there = ONE._replace(**{k: getattr(ONE, k).to(device) for k in ("alpha", "bits", "minimum")})
 x = normal(120_000)
 range_ = ONE.range(1)
 inside = (x > range_.low) & (x < range_.high)
 for empirical, cdf in ((False, lambda t: t + 0.5), (True, residual_cdf(range_))):
-    drawn = ((quantize(cuda, x, ONE, 77 << 33 | 5, empirical) - x) / range_.step)[inside]
-    print(distance(drawn[:100_000], cdf))
+    y = quantize(cuda, x.to(device), there, 77 << 33 | 5, empirical).cpu()
+    print(distance(((y - x) / range_.step)[inside][:100_000], cdf))
+"""
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from nipq_search.quant.kernels import cuda
+
+kinds = {"codes_ptr": "*i16", "used_ptr": "*i64"}
+
+
+def kind(name, codes):
+    if name.isupper():
+        return "constexpr"
+    if name == "kept_ptr" and codes:
+        return "*i16"
+    return kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+
+
+for kernel in (cuda._forward_kernel, cuda._tensor_backward_kernel, cuda._channel_backward_kernel):
+    for law, kept in ((0, True), (0, False), (1, False), (2, False)):
+        names = kernel.arg_names
+        constants = {"LAW": law, "KEEP": kept, "CODES": kept, "BLOCK": 1024}
+        source = ASTSource(
+            kernel,
+            {name: kind(name, kept) for name in names},
+            constexprs={k: v for k, v in constants.items() if k in names},
+        )
+        options = {"enable_fp_fusion": False}
+        text = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        print("div.full" in text or "fma" in text)
 """
 
 
-def test_noise_of_triton_follows_its_law():
-    done = interpreted(NOISE)
+def run_apart(code, **environment):
+    """Run in a process of its own: when Triton is imported it is decided whether it interprets."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment, "PYTHONPATH": f"{here}:{here.parents[1]}"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    distances = [float(line) for line in done.stdout.split()]
+    return done.stdout.split()
+
+
+HOW = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+
+
+def test_triton_agrees_with_c():
+    (compared,) = run_apart(CHECK, **HOW)
+    assert int(compared) >= 120
+
+
+def test_noise_of_triton_follows_its_law():
+    distances = [float(line) for line in run_apart(NOISE, **HOW)]
     assert len(distances) == 2 and max(distances) < 0.01
+
+
+def test_kernels_compile_for_a_gpu_and_round_as_a_cpu_does(tmp_path):
+    """Neither an inexact division nor a product and a sum that are rounded as one."""
+    found = run_apart(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
+    assert found == ["False"] * 12
 
 
 def test_triton_is_not_loaded_without_a_gpu():
     code = (
         "import sys, torch; from nipq_search.quant import prepare; "
         "prepare(torch.nn.Linear(4, 4), torch.ones(2, 4))(torch.ones(2, 4)); "
-        "sys.exit('nipq_search.quant.kernels.cuda' in sys.modules)"
+        "print('nipq_search.quant.kernels.cuda' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_computes_what_a_cpu_does():
-    from test_quant_kernels import LAYOUTS, Boundary, Grid, case
-
-    from nipq_search.quant import kernels as K
-
-    for layout in LAYOUTS:
-        for law in ("uniform", "empirical", "rounding"):
-            found = []
-            for device in ("cpu", "cuda"):
-                (x, alpha, bits), b = case(*layout, Grid.SIGNED, 4)
-                leaves = [t.detach().to(device).requires_grad_() for t in (x, alpha, bits)]
-                boundary = Boundary(leaves[1], leaves[2], b.grid, b.minimum.to(device), b.axis)
-                if law == "rounding":
-                    y = K.hard_quantize(leaves[0], boundary)
-                else:
-                    y = K.pseudo_quantize(leaves[0], boundary, 99, law == "empirical")
-                assert K.backend_for(leaves[0], boundary) is not None
-                grads = torch.autograd.grad(y.square().sum(), leaves)
-                found.append([t.detach().cpu() for t in (y, *grads)])
-            for a, b in zip(*found, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert run_apart(code) == ["False"]

@@ -198,7 +198,7 @@ def drawn_from(residuals: Residuals, shape: torch.Size, key: int) -> Tensor:
     """A bootstrap: each group of elements draws residuals of the table from a hashed place on.
 
     So an element's noise is independent of its own residual and follows the same law
-    ("empirical"). Neighbours in the table come from places that are far apart.
+    ("empirical"). The table is shuffled: what neighbours draw is independent too.
     """
     table, used = residuals
     groups = -(-shape.numel() // GROUP)

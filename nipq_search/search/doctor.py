@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def doctor(config: SweepConfig | None = None) -> list[dict[str, Any]]:
     checks: list[tuple[str, Callable[[], str]]] = [
         *((package, lambda p=package: importlib.metadata.version(p)) for package in PACKAGES),
         ("machine", _machine),
+        ("kernels", _kernels),
         ("disk", _disk),
         ("study storage", _storage),
         ("tracking", _tracking),
@@ -68,6 +70,18 @@ def _machine() -> str:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return f"{os.cpu_count()} CPU cores, {gpus} GPUs, torch {torch.__version__}"
+
+
+def _kernels() -> str:
+    from nipq_search.quant.kernels.build import SWITCH, library, switched_off
+
+    if switched_off():
+        return f"torch operations, as {SWITCH} says"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if library() is not None:
+            return "the quantizers' C library is built"
+    return "; ".join(str(warning.message) for warning in told) or "torch operations"
 
 
 def _disk() -> str:

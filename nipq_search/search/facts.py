@@ -20,7 +20,7 @@ from nipq_search.quant.prepare import quant_state
 from nipq_search.search.budgets import REFERENCE_BITS, ResolvedBudget, label_of, resolve
 from nipq_search.search.config import SweepConfig
 from nipq_search.tasks import Task
-from nipq_search.tasks.base import input_bits, unreadable
+from nipq_search.tasks.base import example_inputs, input_bits, unreadable
 from nipq_search.train.trial import load_float
 
 
@@ -98,7 +98,7 @@ def model_graph(config: SweepConfig, task: Task) -> Graph:
     quant: QuantConfig = dataclasses.replace(
         config.quant, input_bits=config.quant.input_bits or input_bits(task)
     )
-    prepared = prepare(float_model(config, task), task.example_inputs(), quant)
+    prepared = prepare(float_model(config, task), example_inputs(task), quant)
     return quant_state(prepared).graph
 
 

@@ -17,11 +17,13 @@ here supply the optional members where a task has none, so that the callers neve
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nipq_search.errors import UserError, nearest
 
@@ -107,6 +109,55 @@ def distill_loss(task: object, model: nn.Module, teacher: nn.Module, batch: Any)
     return loss
 
 
+@contextlib.contextmanager
+def _told_as(call: str) -> Iterator[None]:
+    """Say in one line which of the task's own calls failed."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"task: {call} failed with {reason}") from error
+
+
+def _in_memory(model: object, call: str, wanted: str = "a module") -> nn.Module:
+    """The module that a call gave, with a value in every parameter and buffer."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"task: {call} returned {type(model).__name__}, not {wanted}")
+    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(value):
+            raise UserError(
+                f"task: {call} left {name} uninitialized, in a lazy module; "
+                "run the model on a batch there, once"
+            )
+        if value.is_meta:
+            raise UserError(f"task: {call} left {name} on the meta device; load its weights")
+    return model
+
+
+def build_model(task: Task) -> nn.Module:
+    """The task's new model.
+
+    Raises:
+        UserError: it cannot be built, is no module, or has parameters without values.
+    """
+    with _told_as("build_model()"):
+        model = task.build_model()
+    return _in_memory(model, "build_model()")
+
+
+def example_inputs(task: Task, device: torch.device | None = None) -> Any:
+    """The task's arguments of one forward call, on a device if given.
+
+    Raises:
+        UserError: the task fails to make them.
+    """
+    with _told_as("example_inputs()"):
+        inputs = task.example_inputs()
+    return inputs if device is None else move(inputs, device)
+
+
 def build_teacher(task: object) -> nn.Module | None:
     """The task's own teacher, in evaluation mode and without gradients.
 
@@ -119,20 +170,12 @@ def build_teacher(task: object) -> nn.Module | None:
     own = getattr(task, "build_teacher", None)
     if own is None:
         return None
-    try:
+    with _told_as("build_teacher()"):
         teacher = own()
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"task: build_teacher() failed with {reason}") from error
     if teacher is None:
         return None
-    if not isinstance(teacher, nn.Module):
-        raise UserError(
-            f"task: build_teacher() returned {type(teacher).__name__}, not a module or None"
-        )
-    return teacher.eval().requires_grad_(False)
+    module = _in_memory(teacher, "build_teacher()", "a module or None")
+    return module.eval().requires_grad_(False)
 
 
 def num_samples(task: object, batch: Any) -> int:

@@ -32,10 +32,11 @@ from nipq_search.quant import (
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import (
+    build_model,
     build_teacher,
     evaluate,
+    example_inputs,
     input_bits,
-    move,
     num_samples,
     to_device,
 )
@@ -112,21 +113,11 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
     """The task's float model, with the weights in `path` if given.
 
     Raises:
-        UserError: the file is missing or does not fit the model.
+        UserError: the model cannot be built, or the file is missing or does not fit it.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            model = task.build_model()
-        except UserError:
-            raise
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(f"task: build_model() failed with {reason}") from error
-        if not isinstance(model, nn.Module):
-            raise UserError(f"task: build_model() returned {type(model).__name__}, not a module")
-    if meta := next((name for name, p in model.named_parameters() if p.is_meta), None):
-        raise UserError(f"task: build_model() left {meta} on the meta device; load its weights")
+        model = build_model(task)
     if path is not None:
         try:
             state = from_bytes(path.read_bytes())
@@ -144,7 +135,7 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
             raise UserError(f"float model {path}: {reason[:300]}") from error
         except Exception as error:  # torch raises its own kinds for files that are no checkpoints
             raise UserError(f"float model {path}: not a file of torch.save'd weights") from error
-    return use_channels_last(model.to(device), move(task.example_inputs(), device))
+    return use_channels_last(model.to(device), example_inputs(task, device))
 
 
 def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) -> nn.Module:
@@ -157,7 +148,7 @@ def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) ->
         torch.manual_seed(seed)
         own = build_teacher(task)
     if own is not None:
-        return use_channels_last(own.to(device), move(task.example_inputs(), device))
+        return use_channels_last(own.to(device), example_inputs(task, device))
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
@@ -184,7 +175,7 @@ def prepare_for(
             samples += num_samples(task, batch)
             task.loss(observed, to_device(task, batch, device))
 
-    example = move(task.example_inputs(), device)
+    example = example_inputs(task, device)
     prepared = prepare(model, example, quant, calibration=calibration if calibrated else None)
     bits = None
     if spec.parent is not None and calibrated:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from nipq_search.quant.kernels.kept import flattened, not_keeping
 from nipq_search.quant.quantizer import FakeQuantizer
 from nipq_search.quant.sites import inside_owner
 
@@ -35,7 +36,9 @@ class QuantLayer(nn.Module, abc.ABC):
     def _quantized(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return self.product(x, self.weight_quantizer(self.weight))
+        weight = self.weight_quantizer(self.weight)
+        with not_keeping(x, weight):
+            return self.product(x, weight)
 
     @abc.abstractmethod
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -46,6 +49,9 @@ class QuantLinear(QuantLayer, nn.Linear):
     """A linear layer with quantized weight and input."""
 
     kind = "linear"
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        return super()._quantized(flattened(x, 1))
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Shapes as in `nn.Linear`."""

@@ -19,6 +19,7 @@ from torch._compile import _disable_dynamo
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TABLE = 1 << 17
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK = (1 << 64) - 1
 
 
@@ -61,13 +62,13 @@ def dense(x: Tensor) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether kernels of ours may read the memory of `x`: float32, outside of traces.
+    """Whether kernels of ours may serve `x`: float32 or less, outside of traces.
 
     A tensor of no elements, a subclass (as in export), torch.compile, torch.jit.trace and
     everything that watches or fakes single operations need torch operations.
     """
     return (
-        x.dtype is torch.float32
+        x.dtype in _DTYPES
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.numel() > 0
         and not x.is_neg()

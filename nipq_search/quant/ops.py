@@ -31,11 +31,14 @@ class Operand:
         keyword: its name.
         axis: dimension of the output channels where the operand is a weight; None where there
             is no single one.
+        taken: last dimensions that the function takes as they are; it makes one of those before.
+            None where it does not.
     """
 
     position: int
     keyword: str
     axis: int | None
+    taken: int | None = None
 
     def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The operand in a call, or None."""
@@ -74,8 +77,17 @@ class Op:
         return self.kind == "embedding"
 
 
-def _op(kind: str, first: int, name: str, second: int, other: str, axes: tuple[Any, Any]) -> Op:
-    return Op(kind, Operand(first, name, axes[0]), Operand(second, other, axes[1]))
+def _op(
+    kind: str,
+    first: int,
+    name: str,
+    second: int,
+    other: str,
+    axes: tuple[Any, Any],
+    taken: int | None = None,
+) -> Op:
+    operands = Operand(first, name, axes[0], taken), Operand(second, other, axes[1], taken)
+    return Op(kind, *operands)
 
 
 _MATMUL = (-2, -1)
@@ -83,18 +95,18 @@ _tensor: Any = torch.Tensor
 _torch: Any = torch
 
 OPS: dict[Any, Op] = {
-    nnf.linear: _op("linear", 0, "input", 1, "weight", (None, 0)),
+    nnf.linear: _op("linear", 0, "input", 1, "weight", (None, 0), 1),
     nnf.embedding: Op("embedding", None, Operand(1, "weight", 0)),
     nnf.embedding_bag: Op("embedding_bag", None, Operand(1, "weight", 0)),
-    attention_scores: _op("scores", 0, "query", 1, "key", (None, None)),
-    attention_values: _op("values", 0, "probabilities", 1, "value", (None, None)),
+    attention_scores: _op("scores", 0, "query", 1, "key", (None, None), 2),
+    attention_values: _op("values", 0, "probabilities", 1, "value", (None, None), 2),
     _torch.addmm: _op("addmm", 1, "mat1", 2, "mat2", _MATMUL),
     _tensor.addmm: _op("addmm", 1, "mat1", 2, "mat2", _MATMUL),
     _torch.baddbmm: _op("baddbmm", 1, "batch1", 2, "batch2", _MATMUL),
     _tensor.baddbmm: _op("baddbmm", 1, "batch1", 2, "batch2", _MATMUL),
     _torch.einsum: _op("einsum", 1, "", 2, "", (None, None)),
     _torch.tensordot: _op("tensordot", 0, "a", 1, "b", (None, None)),
-    _tensor.__rmatmul__: _op("matmul", 1, "other", 0, "self", _MATMUL),
+    _tensor.__rmatmul__: _op("matmul", 1, "other", 0, "self", _MATMUL, 2),
 }
 """Functions by the object that is called."""
 
@@ -106,7 +118,7 @@ for _name, _other in (
     ("dot", "tensor"),
 ):
     for _owner in (_torch, _tensor):
-        OPS[getattr(_owner, _name)] = _op("matmul", 0, "input", 1, _other, _MATMUL)
+        OPS[getattr(_owner, _name)] = _op("matmul", 0, "input", 1, _other, _MATMUL, 2)
 OPS[_tensor.__matmul__] = OPS[_tensor.matmul]
 for _n in (1, 2, 3):
     OPS[getattr(_torch, f"conv{_n}d")] = _op(f"conv{_n}d", 0, "input", 1, "weight", (None, 0))

@@ -140,12 +140,10 @@ class FakeQuantizer(nn.Module, abc.ABC):
         if self.observer is not None:
             self.observer(x)
             return x
-        # bfloat16 and float16 cannot hold grids above 8 bits: compute in float32.
-        value = x if x.dtype in (torch.float32, torch.float64) else x.float()
         place = Placement(axis or 0, rows)
         if self.training and not self.bits.is_frozen:
-            return self.train_forward(value, place).to(x.dtype)
-        return hard_quantize(value, self.boundary_for(value, place)).to(x.dtype)
+            return self.train_forward(x, place)
+        return hard_quantize(x, self.boundary_for(x, place))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

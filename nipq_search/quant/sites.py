@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from nipq_search.quant.kernels.kept import flattened, not_keeping
 from nipq_search.quant.noise import not_compiled
 from nipq_search.quant.ops import DECOMPOSED, IN_PLACE, PARTS, Op, op_of
 from nipq_search.quant.quantizer import FakeQuantizer
@@ -99,11 +100,17 @@ class Site(nn.Module):
             # The quantizer keeps its operand for the backward, so that must not be overwritten.
             target = args[0]
             args, func = (target.clone(), *args[1:]), torch.add
+        values = []
         for operand, quantizer in ((op.first, self.first), (op.second, self.second)):
             if operand is not None and quantizer is not None:
-                value = quantizer(operand.of(args, kwargs), axis=operand.axis)
+                value = operand.of(args, kwargs)
+                if operand.taken is not None:
+                    value = flattened(value, operand.taken)
+                value = quantizer(value, axis=operand.axis)
                 args, kwargs = operand.replaced(args, kwargs, value)
-        result = func(*args, **kwargs)
+                values.append(value)
+        with not_keeping(*values):
+            result = func(*args, **kwargs)
         return result if target is None else target.copy_(result)
 
     def _lookup(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

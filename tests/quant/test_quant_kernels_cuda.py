@@ -67,24 +67,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from nipq_search.quant.kernels import cuda
 
-kinds = {"codes_ptr": "*i16", "used_ptr": "*i64"}
+kinds = {"used_ptr": "*i64"}
 
 
-def kind(name, codes):
+def kind(name):
     if name.isupper():
         return "constexpr"
-    if name == "kept_ptr" and codes:
-        return "*i16"
     return kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
 
 
 for kernel in (cuda._forward_kernel, cuda._tensor_backward_kernel, cuda._channel_backward_kernel):
-    for law, kept in ((0, True), (0, False), (1, False), (2, False)):
+    for law, kept in ((0, 0), (1, 0), (1, 1), (2, 0), (2, 1)):
         names = kernel.arg_names
-        constants = {"LAW": law, "KEEP": kept, "CODES": kept, "BLOCK": 1024}
+        constants = {"LAW": law, "KEPT": kept, "BLOCK": 1024}
         source = ASTSource(
             kernel,
-            {name: kind(name, kept) for name in names},
+            {name: kind(name) for name in names},
             constexprs={k: v for k, v in constants.items() if k in names},
         )
         options = {"enable_fp_fusion": False}
@@ -123,7 +121,7 @@ def test_noise_of_triton_follows_its_law():
 def test_kernels_compile_for_a_gpu_and_round_as_a_cpu_does(tmp_path):
     """Neither an inexact division nor a product and a sum that are rounded as one."""
     found = run_apart(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
-    assert found == ["False"] * 12
+    assert found == ["False"] * 15
 
 
 def test_triton_is_not_loaded_without_a_gpu():

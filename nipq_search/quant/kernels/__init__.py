@@ -35,7 +35,8 @@ def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = F
     """`x` with noise of one step inside the boundaries, the boundary outside.
 
     Args:
-        x: float32 or float64, any shape. Noise belongs to elements in the order of memory.
+        x: any floating-point dtype, which the result has too, and any shape. What is below float32
+            is computed in float32. Noise belongs to elements in the order of memory.
         boundary: what determines the range.
         key: 64 bits that determine the noise.
         empirical: draw from the tensor's own rounding residuals rather than uniformly.
@@ -44,18 +45,24 @@ def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = F
     backend = backend_for(x, boundary)
     if backend is not None:
         return quantize(backend, x, boundary, key, empirical)
-    range_ = boundary.range(x.dim())
+    value, range_ = _wide(x), boundary.range(x.dim())
     if empirical:
-        residuals = noise.residuals_of(x, *range_[:3], boundary.axis)
+        residuals = noise.residuals_of(value, *range_[:3], boundary.axis)
         drawn = noise.drawn_from(residuals, x.shape, key)
     else:
-        drawn = noise.uniform_noise(x.shape, key, x.device, x.dtype)
-    return F.pseudo_quantize(x, range_, drawn.as_strided(x.shape, x.stride()))
+        drawn = noise.uniform_noise(x.shape, key, x.device, value.dtype)
+    drawn = drawn.as_strided(value.shape, value.stride())
+    return F.pseudo_quantize(value, range_, drawn).to(x.dtype)
 
 
 def hard_quantize(x: Tensor, boundary: Boundary) -> Tensor:
-    """`x` rounded to its grid; gradients straight through."""
+    """`x`, of any floating-point dtype, rounded to its grid; gradients straight through."""
     backend = backend_for(x, boundary)
     if backend is not None:
         return quantize(backend, noise.dense(x), boundary)
-    return F.hard_quantize(x, boundary.range(x.dim()))
+    return F.hard_quantize(_wide(x), boundary.range(x.dim())).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """bfloat16 and float16 cannot hold grids above 8 bits."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

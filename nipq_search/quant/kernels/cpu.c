@@ -15,9 +15,9 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-typedef int16_t svec __attribute__((vector_size(2 * LANES)));
 
 enum { ROUNDING, UNIFORM, TABLE }; /* where the noise comes from */
+enum { INPUT, OUTPUT };            /* what was kept for the backward */
 
 typedef struct {
     int law;
@@ -93,11 +93,6 @@ INLINE vec noise_of(int law, int64_t element, const Noise *noise) {
     return (__builtin_convertvector((ivec)h >> 8, vec) + 0.5f) * 0x1p-24f;
 }
 
-/* What the backward reads of a hard quantizer: the rounding residual in 16 bits, or which end. */
-#define ABOVE 32767
-#define BELOW (-32768)
-#define CODES 65532.0f /* codes of one step */
-
 INLINE vec round_to_grid(vec x, Range r) {
     vec scaled = x / r.step;
     scaled = choose(scaled < r.lowest, r.lowest, scaled);
@@ -108,15 +103,6 @@ INLINE vec round_to_grid(vec x, Range r) {
 INLINE vec residual_of(vec x, vec step) {
     vec scaled = x / step;
     return rounded(scaled) - scaled;
-}
-
-INLINE svec code_of(vec x, Range r) {
-    ivec above = x >= r.high, below = x <= r.low;
-    /* Outside the ends it may be no number. Inside, the code of NaN is 0. */
-    vec residual = keep(~(above | below), residual_of(x, r.step));
-    ivec code = __builtin_convertvector(rounded(residual * CODES), ivec);
-    code = (above & ABOVE) | (below & BELOW) | (~(above | below) & code);
-    return __builtin_convertvector(code, svec);
 }
 
 INLINE vec add_noise(int law, int64_t element, const Noise *noise, vec x, Range r) {
@@ -145,14 +131,10 @@ INLINE vec backward_from_output(int law, int64_t element, const Noise *noise, ve
     return collect(g, y == r.high, y == r.low, noise_of(law, element, noise), sums);
 }
 
-INLINE vec backward_from_input(vec x, vec g, Range r, Sums *sums) {
-    return collect(g, x >= r.high, x <= r.low, residual_of(x, r.step), sums);
-}
-
-INLINE vec backward_from_code(svec code, vec g, Sums *sums) {
-    ivec wide = __builtin_convertvector(code, ivec);
-    vec residual = __builtin_convertvector(wide, vec) * (1.0f / CODES);
-    return collect(g, wide == ABOVE, wide == BELOW, residual, sums);
+INLINE vec backward_from_input(int law, int64_t element, const Noise *noise, vec x, vec g, Range r,
+                               Sums *sums) {
+    vec n = law == ROUNDING ? residual_of(x, r.step) : noise_of(law, element, noise);
+    return collect(g, x >= r.high, x <= r.low, n, sums);
 }
 
 INLINE double total(vec v) {
@@ -162,10 +144,10 @@ INLINE double total(vec v) {
 }
 
 typedef struct {
-    const float *x;  /* input forward; backward the output of noise, the input of rounding */
+    const float *x;  /* input forward; backward the input, or the output of noise */
     const float *g;  /* gradient of the output, backward */
     float *out;      /* output forward, gradient of the input backward */
-    int16_t *codes;  /* of rounding, in the place of its input backward; or NULL */
+    int kept;        /* what `x` is, backward */
     int64_t count, channels, inner;
     const float *step, *low, *high, *lowest, *highest;
     double *sums; /* backward: three for each piece (one boundary), or for each channel */
@@ -174,33 +156,19 @@ typedef struct {
 } Call;
 
 /* The `left` elements from `i` on, LANES at most. */
-INLINE void forward_at(int law, int codes, const Call *c, int64_t i, int64_t left, Range r) {
-    vec x = load_part(c->x + i, left), y;
-    if (law == ROUNDING) {
-        y = round_to_grid(x, r);
-        if (codes) {
-            svec code = code_of(x, r);
-            memcpy(c->codes + i, &code, left * sizeof(int16_t));
-        }
-    } else {
-        y = add_noise(law, i, &c->noise, x, r);
-    }
+INLINE void forward_at(int law, const Call *c, int64_t i, int64_t left, Range r) {
+    vec x = load_part(c->x + i, left);
+    vec y = law == ROUNDING ? round_to_grid(x, r) : add_noise(law, i, &c->noise, x, r);
     memcpy(c->out + i, &y, left * sizeof(float));
 }
 
-INLINE void backward_at(int law, int codes, const Call *c, int64_t i, int64_t left, Range r,
+INLINE void backward_at(int law, int kept, const Call *c, int64_t i, int64_t left, Range r,
                         Sums *sums) {
-    vec g = load_part(c->g + i, left), out;
-    if (codes) {
-        svec code = {0};
-        memcpy(&code, c->codes + i, left * sizeof(int16_t));
-        out = backward_from_code(code, g, sums);
-    } else if (law == ROUNDING) {
-        out = backward_from_input(load_part(c->x + i, left), g, r, sums);
-    } else {
-        vec y = load_part(c->x + i, left);
-        out = backward_from_output(law, i, &c->noise, y, g, r, sums);
-    }
+    vec x = load_part(c->x + i, left), g = load_part(c->g + i, left), out;
+    if (kept == INPUT)
+        out = backward_from_input(law, i, &c->noise, x, g, r, sums);
+    else
+        out = backward_from_output(law, i, &c->noise, x, g, r, sums);
     memcpy(c->out + i, &out, left * sizeof(float));
 }
 
@@ -209,51 +177,46 @@ typedef struct {
     int64_t from, to, stride, width;
 } Walk;
 
-INLINE void at(int law, int backward, int codes, const Call *c, int64_t i, int64_t left, Range r,
+INLINE void at(int law, int backward, int kept, const Call *c, int64_t i, int64_t left, Range r,
                Sums *sums) {
     if (backward)
-        backward_at(law, codes, c, i, left, r, sums);
+        backward_at(law, kept, c, i, left, r, sums);
     else
-        forward_at(law, codes, c, i, left, r);
+        forward_at(law, c, i, left, r);
 }
 
-/* `law`, `backward` and `codes` are constants wherever this is called: a loop for each case. */
-INLINE void loop(int law, int backward, int codes, const Call *c, Walk w, Range r, Sums *sums) {
+/* `law`, `backward` and `kept` are constants wherever this is called: a loop for each case. */
+INLINE void loop(int law, int backward, int kept, const Call *c, Walk w, Range r, Sums *sums) {
     Sums own = *sums; /* in registers */
     int64_t i = w.from;
     if (w.width == LANES)
-        for (; i + LANES <= w.to; i += w.stride) at(law, backward, codes, c, i, LANES, r, &own);
+        for (; i + LANES <= w.to; i += w.stride) at(law, backward, kept, c, i, LANES, r, &own);
     for (; i < w.to; i += w.stride) {
         int64_t left = w.to - i < w.width ? w.to - i : w.width;
-        at(law, backward, codes, c, i, left, r, &own);
+        at(law, backward, kept, c, i, left, r, &own);
     }
     *sums = own;
 }
 
 static void walk(const Call *c, int backward, Walk w, const Range *range, Sums *sums) {
     const Range r = *range;
-    const int law = c->noise.law;
-    if (law == ROUNDING && c->codes) {
-        if (backward)
-            loop(ROUNDING, 1, 1, c, w, r, sums);
-        else
-            loop(ROUNDING, 0, 1, c, w, r, sums);
-    } else if (law == ROUNDING) {
-        if (backward)
-            loop(ROUNDING, 1, 0, c, w, r, sums);
-        else
-            loop(ROUNDING, 0, 0, c, w, r, sums);
-    } else if (law == UNIFORM) {
-        if (backward)
-            loop(UNIFORM, 1, 0, c, w, r, sums);
-        else
-            loop(UNIFORM, 0, 0, c, w, r, sums);
-    } else {
-        if (backward)
-            loop(TABLE, 1, 0, c, w, r, sums);
-        else
-            loop(TABLE, 0, 0, c, w, r, sums);
+#define NUMBER(law, backward, kept) (law + 3 * (kept + 2 * backward))
+#define CASE(law, backward, kept)                 \
+    case NUMBER(law, backward, kept):             \
+        loop(law, backward, kept, c, w, r, sums); \
+        break;
+    switch (NUMBER(c->noise.law, backward, c->kept)) {
+        CASE(ROUNDING, 0, INPUT)
+        CASE(UNIFORM, 0, INPUT)
+        CASE(TABLE, 0, INPUT)
+        CASE(ROUNDING, 1, INPUT)
+        CASE(UNIFORM, 1, INPUT)
+        CASE(UNIFORM, 1, OUTPUT)
+        CASE(TABLE, 1, INPUT)
+        CASE(TABLE, 1, OUTPUT)
     }
+#undef CASE
+#undef NUMBER
 }
 
 INLINE Range range_of(const Call *c, int64_t channel) {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nipq_search.quant.functional import Range
 from nipq_search.quant.kernels.build import library
+from nipq_search.quant.kernels.kept import Kept
 from nipq_search.quant.noise import Residuals, inner_size, is_plain
 
 _PIECE = 32768  # as in cpu.c, which a test compares
@@ -33,7 +34,7 @@ class _Call(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("g", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
+        ("kept", ctypes.c_int),
         ("count", ctypes.c_int64),
         ("channels", ctypes.c_int64),
         ("inner", ctypes.c_int64),
@@ -73,10 +74,10 @@ def _run(
     axis: int,
     range_: Range,
     noise: _Noise,
+    kept: Kept,
     *,
-    x: Tensor | None = None,
+    x: Tensor,
     grad: Tensor | None = None,
-    codes: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> Tensor:
     """Call a kernel and return what it made, laid out as `like`. See `Call` in cpu.c."""
@@ -88,10 +89,10 @@ def _run(
         for t in range_
     ]
     call = _Call(
-        _pointer(x),
+        x.data_ptr(),
         _pointer(grad),
         out.data_ptr(),
-        _pointer(codes),
+        kept.value,
         like.numel(),
         channels,
         inner_size(like, channels, axis),
@@ -110,16 +111,16 @@ def forward(
     range_: Range,
     key: int | None,
     residuals: Residuals | None,
-    codes: Tensor | None,
 ) -> Tensor:
     """See `Backend`."""
     noise = _noise(key, residuals)
-    return _run("nipq_forward", x, axis, range_, noise, x=x, codes=codes)
+    return _run("nipq_forward", x, axis, range_, noise, Kept.INPUT, x=x)
 
 
 def backward(
     grad: Tensor,
     kept: Tensor,
+    kind: Kept,
     axis: int,
     range_: Range,
     key: int | None,
@@ -130,6 +131,5 @@ def backward(
     pieces = -(-grad.numel() // _PIECE) if channels == 1 else channels
     sums = torch.empty(pieces, 3, dtype=torch.float64)
     noise = _noise(key, residuals)
-    source = {"codes" if kept.dtype is torch.int16 else "x": kept}
-    grad_x = _run("nipq_backward", grad, axis, range_, noise, grad=grad, sums=sums, **source)
+    grad_x = _run("nipq_backward", grad, axis, range_, noise, kind, x=kept, grad=grad, sums=sums)
     return grad_x, sums.sum(0, keepdim=True) if channels == 1 else sums

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nipq_search.quant.functional import Range
 from nipq_search.quant.kernels.build import SWITCH, switched_off
+from nipq_search.quant.kernels.kept import Kept
 from nipq_search.quant.noise import Residuals, inner_size, is_plain, signed32
 
 try:
@@ -40,7 +41,7 @@ def _works(device: torch.device) -> bool:
         return False
     try:
         one = torch.ones(1, device=device)
-        forward(one, 0, Range(one, -one, one, -one, one), 1, None, None)
+        forward(one, 0, Range(one, -one, one, -one, one), 1, None)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
@@ -82,7 +83,6 @@ if triton is not None:
     def _forward_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
         y_ptr,
-        codes_ptr,
         step_ptr,
         low_ptr,
         high_ptr,
@@ -96,7 +96,6 @@ if triton is not None:
         channels,
         inner,
         LAW: tl.constexpr,
-        KEEP: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -115,11 +114,6 @@ if triton is not None:
             inside = tl.where(scaled < lowest, lowest, scaled)
             inside = tl.where(inside > highest, highest, inside)
             y = _rounded(inside) * step
-            if KEEP:
-                residual = tl.where(above | below, 0.0, _rounded(scaled) - scaled)
-                code = _rounded(residual * 65532.0).to(tl.int32)
-                code = tl.where(above, 32767, tl.where(below, -32768, code))
-                tl.store(codes_ptr + at, code.to(tl.int16), mask=here)
         else:
             y = x + _noise(at, first, second, table_ptr, used_ptr, LAW) * step
             moved = (y.to(tl.int32, bitcast=True) ^ 1).to(tl.float32, bitcast=True)
@@ -130,25 +124,21 @@ if triton is not None:
 
     @triton.jit
     def _derivatives(  # type: ignore[no-untyped-def]
-        kept_ptr, at, here, g, step, low, high, table, used, first, second, LAW, CODES
+        kept_ptr, at, here, g, step, low, high, table, used, first, second, LAW, KEPT
     ):
         """Gradient of x, and the terms of those of step, low and high."""
-        if CODES:
-            code = tl.load(kept_ptr + at, mask=here, other=0).to(tl.int32)
-            above = code == 32767
-            below = code == -32768
-            noise = code.to(tl.float32) * (1.0 / 65532.0)
+        kept = tl.load(kept_ptr + at, mask=here, other=0.0)
+        if KEPT == 0:
+            above = kept >= high
+            below = kept <= low
         else:
-            kept = tl.load(kept_ptr + at, mask=here, other=0.0)
-            if LAW == 0:
-                above = kept >= high
-                below = kept <= low
-                scaled = tl.math.div_rn(kept, step)
-                noise = _rounded(scaled) - scaled
-            else:
-                above = kept == high
-                below = kept == low
-                noise = _noise(at, first, second, table, used, LAW)
+            above = kept == high
+            below = kept == low
+        if LAW == 0:
+            scaled = tl.math.div_rn(kept, step)
+            noise = _rounded(scaled) - scaled
+        else:
+            noise = _noise(at, first, second, table, used, LAW)
         outside = above | below
         return (
             tl.where(outside, 0.0, g),
@@ -172,7 +162,7 @@ if triton is not None:
         second,
         count,
         LAW: tl.constexpr,
-        CODES: tl.constexpr,
+        KEPT: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         piece = tl.program_id(0)
@@ -192,7 +182,7 @@ if triton is not None:
             first,
             second,
             LAW,
-            CODES,
+            KEPT,
         )
         tl.store(out_ptr + at, out, mask=here)
         tl.store(sums_ptr + 3 * piece, tl.sum(d_step, axis=0))
@@ -216,7 +206,7 @@ if triton is not None:
         channels,
         inner,
         LAW: tl.constexpr,
-        CODES: tl.constexpr,
+        KEPT: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         channel = tl.program_id(0)
@@ -245,7 +235,7 @@ if triton is not None:
                 first,
                 second,
                 LAW,
-                CODES,
+                KEPT,
             )
             tl.store(out_ptr + at, out, mask=here)
             total_step += d_step
@@ -291,7 +281,6 @@ def forward(
     range_: Range,
     key: int | None,
     residuals: Residuals | None,
-    codes: Tensor | None,
 ) -> Tensor:
     """See `Backend`."""
     y, count, channels = torch.empty_like(x), x.numel(), range_.step.numel()
@@ -300,14 +289,12 @@ def forward(
         triton.cdiv(count, _BLOCK),
         x,
         y,
-        x if codes is None else codes,
         *_scalars(range_, 5),
         *_drawn(key, residuals, range_.step),
         count,
         channels,
         inner_size(x, channels, axis),
         LAW=_law(key, residuals),
-        KEEP=codes is not None,
         BLOCK=_BLOCK,
     )
     return y
@@ -316,6 +303,7 @@ def forward(
 def backward(
     grad: Tensor,
     kept: Tensor,
+    kind: Kept,
     axis: int,
     range_: Range,
     key: int | None,
@@ -326,7 +314,7 @@ def backward(
     programs = triton.cdiv(count, _BLOCK) if channels == 1 else channels
     sums = torch.empty(programs, 3, dtype=torch.float32, device=grad.device)
     given = (grad, kept, out, sums, *_scalars(range_, 3), *_drawn(key, residuals, range_.step))
-    constants = {"LAW": _law(key, residuals), "CODES": kept.dtype is torch.int16}
+    constants = {"LAW": _law(key, residuals), "KEPT": kind.value}
     if channels == 1:
         _launch(_tensor_backward_kernel, programs, *given, count, **constants, BLOCK=_BLOCK)
         return out, sums.sum(0, keepdim=True)

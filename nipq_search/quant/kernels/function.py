@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from nipq_search.quant.functional import Boundary, Range, quantization_range, range_gradients
 from nipq_search.quant.kernels.build import SWITCH
+from nipq_search.quant.kernels.kept import Kept, lives_on, remember
 from nipq_search.quant.noise import Residuals, residuals_of
 
 
@@ -23,7 +25,6 @@ class Backend(Protocol):
         range_: Range,
         key: int | None,
         residuals: Residuals | None,
-        codes: Tensor | None,
     ) -> Tensor:
         """The quantized tensor.
 
@@ -33,13 +34,13 @@ class Backend(Protocol):
             range_: of shape (channels,), or (1,).
             key: of the noise; None rounds.
             residuals: what noise is drawn from; None for uniform noise.
-            codes: int16, written where rounding must keep its residuals for the backward.
         """
 
     def backward(
         self,
         grad: Tensor,
         kept: Tensor,
+        kind: Kept,
         axis: int,
         range_: Range,
         key: int | None,
@@ -49,7 +50,8 @@ class Backend(Protocol):
 
         Args:
             grad: of the output.
-            kept: with a key the output; else the codes (int16) or the input.
+            kept: the input, or, with a key, the output.
+            kind: which of them.
             axis: as in the forward, like the rest.
             range_: as above.
             key: as above.
@@ -57,7 +59,7 @@ class Backend(Protocol):
         """
 
 
-def plain(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def plain(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """`tensor` as memory in this layout: gradients and saved tensors come in any other as well."""
     if torch._C._functorch.is_legacy_batchedtensor(tensor):
         raise RuntimeError(
@@ -71,47 +73,58 @@ def plain(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor
     )
 
 
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """What quantizes one tensor, and what came of it on the way."""
+
+    backend: Backend
+    boundary: Boundary
+    key: int | None
+    empirical: bool
+    made: tuple[Range, Residuals | None] | None = None
+
+    def forward(self, x: Tensor, range_: Range, residuals: Residuals | None) -> Tensor:
+        """`x` quantized, of its own dtype; grids above 8 bits need the float32 in between."""
+        axis = self.boundary.axis
+        return self.backend.forward(x.float(), axis, range_, self.key, residuals).to(x.dtype)
+
+
 class _Quantize(torch.autograd.Function):
     """Either quantizer: with a key the noisy one, without the rounding one.
 
-    For the backward the noisy one keeps its output, which the next layer keeps anyway, and the
-    rounding one 16 bits for each element: so the input need not live on. A leaf, as a weight is,
-    lives on in any case and is kept in place of the bits.
+    For the backward it keeps its input. Only what noise makes of a float32 tensor, which lives on
+    as the operand of a product, tells all as well, and is kept in place of an input that need not
+    live on; see `kept.py`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        alpha: Tensor,
-        bits: Tensor,
-        backend: Backend,
-        boundary: Boundary,
-        key: int | None,
-        empirical: bool,
-        keep: bool,
+        ctx: Any, x: Tensor, alpha: Tensor, bits: Tensor, call: _Call, kind: Kept
     ) -> Tensor:
+        boundary = call.boundary
         range_ = quantization_range(alpha, bits, boundary.grid, boundary.minimum)
-        residuals = residuals_of(x, *range_[:3], boundary.axis) if empirical else None
-        codes = torch.empty_like(x, dtype=torch.int16) if keep and key is None else None
-        y = backend.forward(x, boundary.axis, range_, key, residuals, codes)
-        ctx.backend, ctx.stride = backend, x.stride()
-        ctx.grid, ctx.axis, ctx.key = boundary.grid, boundary.axis, key
-        kept = y if key is not None else (x if codes is None else codes)
-        ctx.save_for_backward(kept, *range_, *(residuals or ()))
+        residuals = None
+        if call.empirical:
+            residuals = residuals_of(x.float(), *range_[:3], boundary.axis)
+        y = call.forward(x, range_, residuals)
+        ctx.call, ctx.kind, ctx.stride, ctx.dtype = call, kind, x.stride(), x.dtype
+        call.made = range_, residuals
+        ctx.save_for_backward(x if kind is Kept.INPUT else y, *range_, *(residuals or ()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         kept, *saved = ctx.saved_tensors
+        call: _Call = ctx.call
         range_ = Range(*saved[:5])
         residuals = Residuals(*saved[5:]) if saved[5:] else None
-        kept = plain(kept.detach(), ctx.stride, kept.dtype)
-        grad = plain(grads[0], ctx.stride, torch.float32)
-        grad_x, sums = ctx.backend.backward(grad, kept, ctx.axis, range_, ctx.key, residuals)
-        found = range_gradients(range_, ctx.grid, *sums.to(torch.float32).unbind(1))
-        return grad_x, *found, *(None,) * 5
+        kept, grad = (plain(t, ctx.stride) for t in (kept.detach(), grads[0]))
+        grad_x, sums = call.backend.backward(
+            grad, kept, ctx.kind, call.boundary.axis, range_, call.key, residuals
+        )
+        found = range_gradients(range_, call.boundary.grid, *sums.to(torch.float32).unbind(1))
+        return grad_x.to(ctx.dtype), *found, None, None
 
 
 def quantize(
@@ -125,7 +138,7 @@ def quantize(
 
     Args:
         backend: kernels for the device of `x`.
-        x: a dense float32 tensor.
+        x: a dense tensor of float32, bfloat16 or float16.
         boundary: what determines its range.
         key: of the noise; None rounds.
         empirical: noise from the tensor's own residuals.
@@ -135,7 +148,12 @@ def quantize(
         raise RuntimeError(
             f"{channels} boundaries do not fit dimension {boundary.axis} of {tuple(x.shape)}"
         )
-    keep = torch.is_grad_enabled() and x.grad_fn is not None
-    return _Quantize.apply(  # type: ignore[no-any-return]
-        x, boundary.alpha, boundary.bits, backend, boundary, key, empirical, keep
-    )
+    call = _Call(backend, boundary, key, empirical)
+    told_by_output = key is not None and x.dtype is torch.float32 and not lives_on(x)
+    kind = Kept.OUTPUT if told_by_output else Kept.INPUT
+    y: Tensor = _Quantize.apply(x, boundary.alpha, boundary.bits, call, kind)
+    (range_, residuals), call.made = call.made, None  # type: ignore[misc]
+    if kind is Kept.INPUT and torch.is_grad_enabled():
+        held = x.detach()
+        remember(y, lambda: call.forward(held, range_, residuals))
+    return y

@@ -41,7 +41,7 @@ class _ReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         is_open = plain(ctx.saved_tensors[0], ctx.stride, torch.int8)
-        grad = plain(grads[0], ctx.stride, torch.float32)
+        grad = plain(grads[0], ctx.stride)
         out = torch.empty_like(grad)
         library().nipq_relu_backward(  # type: ignore[union-attr]
             grad.data_ptr(),
@@ -56,6 +56,8 @@ class _ReLU(torch.autograd.Function):
 def lean_relu(x: Tensor, cap: float, inplace: bool) -> Tensor | None:
     """`min(max(x, 0), cap)`; None where torch's own operation has to serve."""
     if not (x.requires_grad and torch.is_grad_enabled() and available(x)):
+        return None
+    if x.dtype is not torch.float32:
         return None
     # Autograd lets no function of ours overwrite a leaf or a view.
     if inplace and (x.is_leaf or x._is_view()) or dense(x) is not x:

@@ -1,0 +1,222 @@
+"""What a training step keeps for its backward, and what it computes again there."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from quant_models import normal
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from nipq_search.quant import QuantConfig, prepare, quantizers
+from nipq_search.quant.kernels import kept
+from nipq_search.quant.kernels.build import SWITCH, library
+
+X = normal(6, 10, 16)
+
+
+class Attention(nn.Module):
+    """Written with the fused function."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x, mask=None):
+        heads = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        mixed = nnf.scaled_dot_product_attention(*heads, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(-2))
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, "gelu", batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv1d(10, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 4, 3), nn.ReLU()
+    )
+
+
+MODELS = {"attention": Attention, "encoder": encoder, "convolutions": convolutions}
+
+
+def trained(model, x=X, context=None, steps=1):
+    """The output, and every gradient of a step."""
+    model.train()
+    for _ in range(steps):
+        model.zero_grad()
+        out = model(x)
+    with context or torch.enable_grad():
+        out.square().sum().backward()
+    return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def everything_kept(monkeypatch):
+    """From here on products keep their operands."""
+    monkeypatch.setattr(kept, "remember", lambda y, again: None)
+    monkeypatch.setattr("nipq_search.quant.kernels.function.remember", lambda y, again: None)
+
+
+@pytest.mark.parametrize("phase", ["noise", "empirical", "tuning", "lsq"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_computed_again_is_what_was(monkeypatch, name, phase):
+    torch.manual_seed(0)
+    config = QuantConfig(
+        quantizer="lsq" if phase == "lsq" else "nipq",
+        proxy="empirical" if phase == "empirical" else "uniform",
+    )
+    model = prepare(MODELS[name](), X, config)
+    if phase == "tuning":
+        for quantizer in quantizers(model).values():
+            quantizer.freeze(4)
+    again = trained(copy.deepcopy(model))
+    everything_kept(monkeypatch)
+    at_once = trained(model)
+    assert len(again) == len(at_once) > 3
+    assert all(torch.equal(a, b) for a, b in zip(again, at_once, strict=True))
+
+
+def held_after(model, x):
+    """Bytes that a forward leaves allocated while its output lives."""
+    model.train()(x)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        out = model(x)
+    held = sum(event.self_cpu_memory_usage for event in record.key_averages())
+    out.sum().backward()
+    return held
+
+
+@pytest.mark.skipif(library() is None, reason="the kernels are switched off")
+@pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
+def test_a_layer_keeps_one_tensor_and_weights_are_not_kept_twice(quantizer):
+    config = QuantConfig(quantizer=quantizer)
+    x = torch.rand(16, 8, 24, 24)
+    layers = [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    net = nn.Sequential(*(copy.deepcopy(layer) for _ in range(6) for layer in layers))
+    prepared = prepare(copy.deepcopy(net), x, config)
+    # A ReLU keeps a byte for each element, which is a quarter of one of two tensors.
+    assert held_after(prepared, x) < 1.2 * held_after(net, x)
+    wide = nn.Sequential(*(nn.Linear(512, 512) for _ in range(6)))
+    tokens = torch.randn(64, 512)
+    prepared = prepare(copy.deepcopy(wide), tokens, config)
+    assert held_after(prepared, tokens) < 1.5 * held_after(wide, tokens)
+
+
+def test_attention_keeps_its_probabilities_once():
+    config = QuantConfig()
+    x = torch.randn(4, 128, 16)
+    model = prepare(Attention(), x, config)
+    one = 4 * 4 * 128 * 128 * 4
+    everything = held_after(model, x)
+    assert one < everything < 2 * one
+    mask = torch.ones(4, 1, 128, 128, dtype=torch.bool).tril()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        out = model(x, mask)
+    held = sum(event.self_cpu_memory_usage for event in record.key_averages())
+    assert out.requires_grad and one < held < 2.3 * one
+
+
+def test_a_graph_can_be_gone_through_twice_and_in_evaluation_mode():
+    model = prepare(encoder(), X).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    out = model(X).square().sum()
+    first = torch.autograd.grad(out, parameters, retain_graph=True, allow_unused=True)
+    model.eval()
+    second = torch.autograd.grad(out, parameters, allow_unused=True)
+    for a, b in zip(first, second, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+class Checkpointed(nn.Module):
+    """Keeps nothing of its inner layers."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.inner = nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 32), nn.GELU())
+        self.last, self.reentrant = nn.Linear(32, 8), reentrant
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.reentrant is None or not self.training:
+            x = self.inner(x)
+        else:
+            x = checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_give_the_same_gradients(reentrant):
+    model = prepare(Checkpointed(reentrant), X)
+    same = copy.deepcopy(model)
+    same.reentrant = None
+    for a, b in zip(trained(model), trained(same), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_other_hooks_on_saved_tensors_come_first():
+    model = prepare(convolutions(), X).train()
+    plain = trained(copy.deepcopy(model))
+    with torch.autograd.graph.save_on_cpu():
+        offloaded = trained(copy.deepcopy(model))
+    assert all(torch.equal(a, b) for a, b in zip(plain, offloaded, strict=True))
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        without = trained(model)
+    assert all(torch.equal(a, b) for a, b in zip(plain, without, strict=True))
+
+
+def test_overwritten_weights_and_operands_are_noticed():
+    model = prepare(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), X).train()
+    out = model(X).sum()
+    with torch.no_grad():
+        model[1].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_overwritten_raw_input_is_noticed():
+    model = prepare(nn.Sequential(nn.Linear(16, 4)), X, QuantConfig(input_bits=8)).train()
+    assert model[0].input_quantizer is None
+    x = X.clone()
+    out = model(x).sum()
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_nothing_lives_longer_than_its_graph():
+    def packed():
+        return sum(type(each) is kept._Again for each in gc.get_objects())
+
+    model = prepare(encoder(), X).train()
+    gc.collect()
+    gc.disable()  # a cycle would wait for it
+    try:
+        assert packed() == 0
+        out = model(X)
+        assert packed() > 10
+        del out
+        assert packed() == 0
+    finally:
+        gc.enable()
+
+
+def test_torch_operations_train_as_before(monkeypatch):
+    model = prepare(convolutions(), X)
+    fast = trained(copy.deepcopy(model))
+    monkeypatch.setenv(SWITCH, "eager")
+    library.cache_clear()
+    try:
+        eager = trained(model)
+    finally:
+        monkeypatch.undo()
+        library.cache_clear()
+    for a, b in zip(fast, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LEAST_BOUNDARY = 1e-12
+"""A diverging training may drive a boundary to 0, and x / 0 is no number."""
+
 
 class Grid(enum.Enum):
     """The shape of a quantization grid."""
@@ -80,6 +83,13 @@ def softplus_inverse(value: Tensor) -> Tensor:
     Written as `v + log(-expm1(-v))`, which does not overflow where `log(expm1(v))` does.
     """
     return value + torch.log(-torch.expm1(-value))
+
+
+def sigmoid(theta: float) -> float:
+    """`1 / (1 + exp(-theta))` of any number."""
+    if theta < 0.0:
+        return 1.0 - sigmoid(-theta)
+    return 1.0 / (1.0 + math.exp(-theta))
 
 
 def soft_bits(theta: Tensor, least: float, most: float) -> Tensor:
@@ -281,6 +291,25 @@ def hard_quantize(x: Tensor, range_: Range) -> Tensor:
     return _HardQuantize.apply(  # type: ignore[no-any-return]
         x, range_.step, range_.low, range_.high, range_.lowest, range_.highest
     )
+
+
+class _Positive(torch.autograd.Function):
+    """`start * softplus(raw)`, kept from 0, as one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, start: Tensor) -> Tensor:
+        ctx.save_for_backward(raw, start)
+        return torch.nn.functional.softplus(raw).mul_(start).clamp_(min=LEAST_BOUNDARY)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raw, start = ctx.saved_tensors
+        return torch.sigmoid(raw) * start * grads[0], None
+
+
+def positive(raw: Tensor, start: Tensor) -> Tensor:
+    """`start * softplus(raw)`, `LEAST_BOUNDARY` or more; differentiable in `raw`."""
+    return _Positive.apply(raw, start)  # type: ignore[no-any-return]
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.quant.bit_width import BitWidth
-from nipq_search.quant.functional import Grid, scale_gradient
+from nipq_search.quant.functional import LEAST_BOUNDARY, Grid, scale_gradient
 from nipq_search.quant.noise import NoiseClock
 from nipq_search.quant.quantizer import FakeQuantizer
 from nipq_search.quant.statistics import TensorStatistics
@@ -53,7 +53,8 @@ class LSQ(FakeQuantizer):
     def alpha(self, served: float = 1.0) -> Tensor:
         """The truncation boundary, shape (channels,), its gradient scaled as published."""
         levels = self._levels(self.bits.hard())
-        return scale_gradient(self.step.abs(), (served * levels) ** -0.5) * levels
+        alpha = scale_gradient(self.step.abs(), (served * levels) ** -0.5) * levels
+        return alpha.clamp(min=LEAST_BOUNDARY)
 
     @contextmanager
     def _same_boundary(self) -> Iterator[None]:

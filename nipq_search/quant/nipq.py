@@ -38,7 +38,7 @@ class NIPQ(FakeQuantizer):
 
     def alpha(self, served: float = 1.0) -> Tensor:
         """The truncation boundary, shape (channels,)."""
-        return self.start * torch.nn.functional.softplus(self.boundary)
+        return F.positive(self.boundary, self.start)
 
     @not_compiled
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:

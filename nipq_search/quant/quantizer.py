@@ -21,7 +21,6 @@ from nipq_search.quant.kernels import hard_quantize
 from nipq_search.quant.noise import NoiseClock
 from nipq_search.quant.statistics import TensorStatistics
 
-_LEAST_BOUNDARY = 1e-12  # a diverging training may drive a boundary to 0; x / 0 is no number
 _GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
 
 
@@ -85,6 +84,8 @@ class FakeQuantizer(nn.Module, abc.ABC):
     def alpha(self, served: float = 1.0) -> Tensor:
         """The truncation boundary, shape (channels,), with the gradient that training uses.
 
+        It is `functional.LEAST_BOUNDARY` or more.
+
         Args:
             served: elements that one boundary serves; of an activation those of one sample.
         """
@@ -99,13 +100,13 @@ class FakeQuantizer(nn.Module, abc.ABC):
         """What determines the range of `x`, at `bits` (default: the hard width)."""
         place = place or Placement()
         served = self._served(x, place) if self.scales_gradient and self.training else 1.0
-        alpha = self.alpha(served).clamp(min=_LEAST_BOUNDARY)
+        alpha = self.alpha(served)
         if alpha.dtype in (torch.bfloat16, torch.float16):
             alpha = alpha.float()  # a grid of more than 8 bits needs it
         if self.channels > 1 and place.rows is not None:
             alpha = alpha[place.rows]
         if bits is None:
-            bits = alpha.new_tensor([float(self.bits.hard())])
+            bits = alpha.new_full((1,), self.bits.hard())
         return Boundary(alpha, bits.to(alpha.dtype), self.grid, self.minimum, place.axis)
 
     def _served(self, x: Tensor, place: Placement) -> float:

@@ -86,7 +86,7 @@ def _build(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as private:
         made = Path(private) / "cpu.so"
         for flags in _FLAGS:
-            command = [compiler, *_COMMON, *flags, str(SOURCE), "-o", str(made)]
+            command = [compiler, *_COMMON, *flags, str(SOURCE), "-o", str(made), "-lm"]
             result = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=120
             )
@@ -136,11 +136,14 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
+    figure, flag = ctypes.c_float, ctypes.c_int
     for name, arguments in {
+        "nipq_range": [pointer, figure, figure, flag, number, pointer],
+        "nipq_range_gradients": [pointer, flag, number, pointer, number, pointer, pointer],
         "nipq_forward": [pointer],
         "nipq_backward": [pointer],
-        "nipq_relu_forward": [pointer, pointer, pointer, number, ctypes.c_float, ctypes.c_int],
-        "nipq_relu_backward": [pointer, pointer, pointer, number, ctypes.c_int],
+        "nipq_relu_forward": [pointer, pointer, pointer, number, figure, flag],
+        "nipq_relu_backward": [pointer, pointer, pointer, number, flag],
     }.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None

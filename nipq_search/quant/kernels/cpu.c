@@ -5,6 +5,7 @@
  * width and the number of threads are, sums run over 16 lanes and over pieces of one size, so that
  * a resumed training sees the same bits.
  */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -29,6 +30,9 @@ typedef struct {
 typedef struct {
     vec step, low, high, lowest, highest; /* as functional.Range */
 } Range;
+
+enum { STEP, LOW, HIGH, LOWEST, HIGHEST }; /* rows of a range in memory, a column per channel */
+enum { SIGNED, UNSIGNED, AFFINE };         /* grids */
 
 INLINE vec fill(float value) { return value - (vec){0}; }
 
@@ -149,7 +153,7 @@ typedef struct {
     float *out;      /* output forward, gradient of the input backward */
     int kept;        /* what `x` is, backward */
     int64_t count, channels, inner;
-    const float *step, *low, *high, *lowest, *highest;
+    const float *range;
     double *sums; /* backward: three for each piece (one boundary), or for each channel */
     Noise noise;
     int threads;
@@ -220,8 +224,10 @@ static void walk(const Call *c, int backward, Walk w, const Range *range, Sums *
 }
 
 INLINE Range range_of(const Call *c, int64_t channel) {
-    return (Range){fill(c->step[channel]), fill(c->low[channel]), fill(c->high[channel]),
-                   fill(c->lowest[channel]), fill(c->highest[channel])};
+    const float *r = c->range + channel;
+    const int64_t n = c->channels;
+    return (Range){fill(r[STEP * n]), fill(r[LOW * n]), fill(r[HIGH * n]), fill(r[LOWEST * n]),
+                   fill(r[HIGHEST * n])};
 }
 
 INLINE void store_sums(double *to, const Sums *sums) {
@@ -265,10 +271,11 @@ static void side_by_side(const Call *c, int backward) {
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t first = block * LANES;
         const int64_t lanes = c->channels - first < LANES ? c->channels - first : LANES;
-        const Range r = {load_part(c->step + first, lanes), load_part(c->low + first, lanes),
-                         load_part(c->high + first, lanes),
-                         load_part(c->lowest + first, lanes),
-                         load_part(c->highest + first, lanes)};
+        const float *row = c->range + first;
+        const int64_t n = c->channels;
+        const Range r = {load_part(row + STEP * n, lanes), load_part(row + LOW * n, lanes),
+                         load_part(row + HIGH * n, lanes), load_part(row + LOWEST * n, lanes),
+                         load_part(row + HIGHEST * n, lanes)};
         Sums sums = {{0}, {0}, {0}};
         walk(c, backward, (Walk){first, c->count, c->channels, lanes}, &r, &sums);
         for (int64_t lane = 0; backward && lane < lanes; lane++) {
@@ -287,6 +294,50 @@ static void run(const Call *c, int backward) {
         side_by_side(c, backward);
     else
         per_channel(c, backward);
+}
+
+/* functional.quantization_range, packed. */
+void nipq_range(const float *alpha, float bits, float minimum, int grid, int64_t channels,
+                float *range) {
+    const float levels = grid == SIGNED ? exp2f(bits - 1.0f) - 1.0f : exp2f(bits) - 1.0f;
+    for (int64_t i = 0; i < channels; i++) {
+        const float step = alpha[i] / levels;
+        float below = grid == SIGNED ? levels : 0.0f; /* levels below zero */
+        if (grid == AFFINE) {
+            below = nearbyintf(-minimum / step);
+            below = below < 0.0f ? 0.0f : (below > levels ? levels : below);
+        }
+        float *to = range + i;
+        to[STEP * channels] = step;
+        to[LOW * channels] = grid == SIGNED ? -alpha[i] : -below * step;
+        to[HIGH * channels] = grid == AFFINE ? alpha[i] - below * step : alpha[i];
+        to[LOWEST * channels] = -below;
+        to[HIGHEST * channels] = grid == AFFINE ? levels - below : levels;
+    }
+}
+
+/* functional.range_gradients, from `pieces` sums of a single boundary, or one of each channel. */
+void nipq_range_gradients(const float *range, int grid, int64_t channels, const double *sums,
+                          int64_t pieces, float *alpha, float *bits) {
+    double per_bit = 0.0;
+    for (int64_t i = 0; i < channels; i++) {
+        const float *r = range + i;
+        double step = 0.0, low = 0.0, high = 0.0;
+        for (int64_t p = i; p < (channels == 1 ? pieces : i + 1); p++) {
+            step += sums[3 * p];
+            low += sums[3 * p + 1];
+            high += sums[3 * p + 2];
+        }
+        double levels = r[HIGHEST * channels];
+        if (grid == AFFINE) {
+            const double lowest = r[LOWEST * channels];
+            levels -= lowest;
+            step += lowest * (low + high);
+        }
+        alpha[i] = (float)((grid == SIGNED ? high - low : high) + step / levels);
+        per_bit -= step * r[STEP * channels] * (1.0 + 1.0 / levels) * 0.6931471805599453;
+    }
+    *bits = (float)per_bit;
 }
 
 void nipq_forward(const Call *c) { run(c, 0); }

@@ -10,13 +10,14 @@ import ctypes
 import torch
 from torch import Tensor
 
-from nipq_search.quant.functional import Range
+from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels.build import library
 from nipq_search.quant.kernels.kept import Kept
 from nipq_search.quant.noise import Residuals, inner_size, is_plain
 
 _PIECE = 32768  # as in cpu.c, which a test compares
 _ROUNDING, _UNIFORM, _TABLE = range(3)
+_GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
 
 
 class _Noise(ctypes.Structure):
@@ -38,11 +39,7 @@ class _Call(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("channels", ctypes.c_int64),
         ("inner", ctypes.c_int64),
-        ("step", ctypes.c_void_p),
-        ("low", ctypes.c_void_p),
-        ("high", ctypes.c_void_p),
-        ("lowest", ctypes.c_void_p),
-        ("highest", ctypes.c_void_p),
+        ("range", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
         ("noise", _Noise),
         ("threads", ctypes.c_int),
@@ -64,40 +61,29 @@ def available(x: Tensor) -> bool:
     return x.device.type == "cpu" and is_plain(x) and library() is not None
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _run(
     name: str,
-    like: Tensor,
-    axis: int,
-    range_: Range,
-    noise: _Noise,
-    kept: Kept,
-    *,
     x: Tensor,
+    axis: int,
+    range_: Tensor,
+    noise: _Noise,
+    kept: Kept = Kept.INPUT,
     grad: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> Tensor:
-    """Call a kernel and return what it made, laid out as `like`. See `Call` in cpu.c."""
-    out = torch.empty_like(like)
-    channels = range_.step.numel()
-    # The ends of some grids are the same for all channels, and have shape (1,).
-    scalars = [
-        t if t.numel() == channels and t.is_contiguous() else t.expand(channels).contiguous()
-        for t in range_
-    ]
+    """Call a kernel and return what it made, laid out as `x`. See `Call` in cpu.c."""
+    out = torch.empty_like(x)
+    channels = range_.shape[1]
     call = _Call(
         x.data_ptr(),
-        _pointer(grad),
+        None if grad is None else grad.data_ptr(),
         out.data_ptr(),
         kept.value,
-        like.numel(),
+        x.numel(),
         channels,
-        inner_size(like, channels, axis),
-        *(t.data_ptr() for t in scalars),
-        _pointer(sums),
+        inner_size(x, channels, axis),
+        range_.data_ptr(),
+        None if sums is None else sums.data_ptr(),
         noise,
         torch.get_num_threads(),
     )
@@ -105,16 +91,26 @@ def _run(
     return out
 
 
+def packed_range(boundary: Boundary) -> Tensor:
+    """See `Backend`."""
+    alpha = boundary.alpha.detach().contiguous()
+    range_ = torch.empty(5, alpha.numel())
+    library().nipq_range(  # type: ignore[union-attr]
+        alpha.data_ptr(),
+        float(boundary.bits),
+        float(boundary.minimum),
+        _GRIDS.index(boundary.grid),
+        alpha.numel(),
+        range_.data_ptr(),
+    )
+    return range_
+
+
 def forward(
-    x: Tensor,
-    axis: int,
-    range_: Range,
-    key: int | None,
-    residuals: Residuals | None,
+    x: Tensor, axis: int, range_: Tensor, key: int | None, residuals: Residuals | None
 ) -> Tensor:
     """See `Backend`."""
-    noise = _noise(key, residuals)
-    return _run("nipq_forward", x, axis, range_, noise, Kept.INPUT, x=x)
+    return _run("nipq_forward", x, axis, range_, _noise(key, residuals))
 
 
 def backward(
@@ -122,14 +118,25 @@ def backward(
     kept: Tensor,
     kind: Kept,
     axis: int,
-    range_: Range,
+    range_: Tensor,
+    grid: Grid,
     key: int | None,
     residuals: Residuals | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend`."""
-    channels = range_.step.numel()
+    channels = range_.shape[1]
     pieces = -(-grad.numel() // _PIECE) if channels == 1 else channels
     sums = torch.empty(pieces, 3, dtype=torch.float64)
     noise = _noise(key, residuals)
-    grad_x = _run("nipq_backward", grad, axis, range_, noise, kind, x=kept, grad=grad, sums=sums)
-    return grad_x, sums.sum(0, keepdim=True) if channels == 1 else sums
+    grad_x = _run("nipq_backward", kept, axis, range_, noise, kind, grad, sums)
+    grad_alpha, grad_bits = torch.empty(channels), torch.empty(1)
+    library().nipq_range_gradients(  # type: ignore[union-attr]
+        range_.data_ptr(),
+        _GRIDS.index(grid),
+        channels,
+        sums.data_ptr(),
+        pieces,
+        grad_alpha.data_ptr(),
+        grad_bits.data_ptr(),
+    )
+    return grad_x, grad_alpha, grad_bits

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nipq_search.quant.functional import Range
+from nipq_search.quant.functional import (
+    Boundary,
+    Grid,
+    Range,
+    quantization_range,
+    range_gradients,
+)
 from nipq_search.quant.kernels.build import SWITCH, switched_off
 from nipq_search.quant.kernels.kept import Kept
 from nipq_search.quant.noise import Residuals, inner_size, is_plain, signed32
@@ -41,7 +47,7 @@ def _works(device: torch.device) -> bool:
         return False
     try:
         one = torch.ones(1, device=device)
-        forward(one, 0, Range(one, -one, one, -one, one), 1, None)
+        forward(one, 0, one.expand(5, 1).contiguous(), 1, None)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
@@ -83,11 +89,7 @@ if triton is not None:
     def _forward_kernel(  # type: ignore[no-untyped-def]
         x_ptr,
         y_ptr,
-        step_ptr,
-        low_ptr,
-        high_ptr,
-        lowest_ptr,
-        highest_ptr,
+        range_ptr,
         table_ptr,
         used_ptr,
         first,
@@ -102,15 +104,15 @@ if triton is not None:
         here = at < count
         channel = (at // inner) % channels
         x = tl.load(x_ptr + at, mask=here, other=0.0)
-        step = tl.load(step_ptr + channel)
-        low = tl.load(low_ptr + channel)
-        high = tl.load(high_ptr + channel)
+        step = tl.load(range_ptr + channel)
+        low = tl.load(range_ptr + channels + channel)
+        high = tl.load(range_ptr + 2 * channels + channel)
         above = x >= high
         below = x <= low
         if LAW == 0:
             scaled = tl.math.div_rn(x, step)
-            lowest = tl.load(lowest_ptr + channel)
-            highest = tl.load(highest_ptr + channel)
+            lowest = tl.load(range_ptr + 3 * channels + channel)
+            highest = tl.load(range_ptr + 4 * channels + channel)
             inside = tl.where(scaled < lowest, lowest, scaled)
             inside = tl.where(inside > highest, highest, inside)
             y = _rounded(inside) * step
@@ -153,9 +155,7 @@ if triton is not None:
         kept_ptr,
         out_ptr,
         sums_ptr,
-        step_ptr,
-        low_ptr,
-        high_ptr,
+        range_ptr,
         table_ptr,
         used_ptr,
         first,
@@ -174,9 +174,9 @@ if triton is not None:
             at,
             here,
             g,
-            tl.load(step_ptr),
-            tl.load(low_ptr),
-            tl.load(high_ptr),
+            tl.load(range_ptr),
+            tl.load(range_ptr + 1),
+            tl.load(range_ptr + 2),
             table_ptr,
             used_ptr,
             first,
@@ -195,9 +195,7 @@ if triton is not None:
         kept_ptr,
         out_ptr,
         sums_ptr,
-        step_ptr,
-        low_ptr,
-        high_ptr,
+        range_ptr,
         table_ptr,
         used_ptr,
         first,
@@ -210,9 +208,9 @@ if triton is not None:
         BLOCK: tl.constexpr,
     ):
         channel = tl.program_id(0)
-        step = tl.load(step_ptr + channel)
-        low = tl.load(low_ptr + channel)
-        high = tl.load(high_ptr + channel)
+        step = tl.load(range_ptr + channel)
+        low = tl.load(range_ptr + channels + channel)
+        high = tl.load(range_ptr + 2 * channels + channel)
         own = count // channels
         total_step = tl.zeros((BLOCK,), dtype=tl.float32)
         total_low = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -262,12 +260,6 @@ def _drawn(
     return table, used, signed32(word), signed32(word >> 32)
 
 
-def _scalars(range_: Range, count: int) -> list[Tensor]:
-    """The first `count` members of a range, one figure for each channel."""
-    channels = range_.step.numel()
-    return [t.expand(channels).contiguous() for t in range_[:count]]
-
-
 def _launch(kernel: Any, programs: int, *given: Any, **constants: Any) -> None:
     """Run a kernel on the device of its first tensor; Triton would take the current one."""
     with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
@@ -275,22 +267,26 @@ def _launch(kernel: Any, programs: int, *given: Any, **constants: Any) -> None:
         kernel[(programs,)](*given, **constants, enable_fp_fusion=False)
 
 
+def packed_range(boundary: Boundary) -> Tensor:
+    """See `Backend`."""
+    with torch.no_grad():
+        alpha = boundary.alpha.detach()
+        range_ = quantization_range(alpha, boundary.bits, boundary.grid, boundary.minimum)
+        return torch.stack([t.expand(alpha.numel()) for t in range_])
+
+
 def forward(
-    x: Tensor,
-    axis: int,
-    range_: Range,
-    key: int | None,
-    residuals: Residuals | None,
+    x: Tensor, axis: int, range_: Tensor, key: int | None, residuals: Residuals | None
 ) -> Tensor:
     """See `Backend`."""
-    y, count, channels = torch.empty_like(x), x.numel(), range_.step.numel()
+    y, count, channels = torch.empty_like(x), x.numel(), range_.shape[1]
     _launch(
         _forward_kernel,
         triton.cdiv(count, _BLOCK),
         x,
         y,
-        *_scalars(range_, 5),
-        *_drawn(key, residuals, range_.step),
+        range_,
+        *_drawn(key, residuals, range_),
         count,
         channels,
         inner_size(x, channels, axis),
@@ -305,28 +301,30 @@ def backward(
     kept: Tensor,
     kind: Kept,
     axis: int,
-    range_: Range,
+    range_: Tensor,
+    grid: Grid,
     key: int | None,
     residuals: Residuals | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend`."""
-    out, count, channels = torch.empty_like(grad), grad.numel(), range_.step.numel()
+    out, count, channels = torch.empty_like(grad), grad.numel(), range_.shape[1]
     programs = triton.cdiv(count, _BLOCK) if channels == 1 else channels
     sums = torch.empty(programs, 3, dtype=torch.float32, device=grad.device)
-    given = (grad, kept, out, sums, *_scalars(range_, 3), *_drawn(key, residuals, range_.step))
+    given = (grad, kept, out, sums, range_, *_drawn(key, residuals, range_))
     constants = {"LAW": _law(key, residuals), "KEPT": kind.value}
     if channels == 1:
         _launch(_tensor_backward_kernel, programs, *given, count, **constants, BLOCK=_BLOCK)
-        return out, sums.sum(0, keepdim=True)
-    inner, block = inner_size(grad, channels, axis), triton.next_power_of_2(count // channels)
-    _launch(
-        _channel_backward_kernel,
-        programs,
-        *given,
-        count,
-        channels,
-        inner,
-        **constants,
-        BLOCK=min(_BLOCK, block),
-    )
-    return out, sums
+        sums = sums.sum(0, keepdim=True)
+    else:
+        inner, block = inner_size(grad, channels, axis), triton.next_power_of_2(count // channels)
+        _launch(
+            _channel_backward_kernel,
+            programs,
+            *given,
+            count,
+            channels,
+            inner,
+            **constants,
+            BLOCK=min(_BLOCK, block),
+        )
+    return out, *range_gradients(Range(*range_), grid, *sums.unbind(1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nipq_search.quant.functional import Boundary, Range, quantization_range, range_gradients
+from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels.build import SWITCH
 from nipq_search.quant.kernels.kept import Kept, lives_on, remember
 from nipq_search.quant.noise import Residuals, residuals_of
@@ -18,11 +18,14 @@ from nipq_search.quant.noise import Residuals, residuals_of
 class Backend(Protocol):
     """Kernels of one kind of device. Tensors are dense, and walked in the order of memory."""
 
+    def packed_range(self, boundary: Boundary) -> Tensor:
+        """The members of `functional.Range` as rows, shape (5, channels), float32."""
+
     def forward(
         self,
         x: Tensor,
         axis: int,
-        range_: Range,
+        range_: Tensor,
         key: int | None,
         residuals: Residuals | None,
     ) -> Tensor:
@@ -31,7 +34,7 @@ class Backend(Protocol):
         Args:
             x: float32.
             axis: dimension of the channels.
-            range_: of shape (channels,), or (1,).
+            range_: packed.
             key: of the noise; None rounds.
             residuals: what noise is drawn from; None for uniform noise.
         """
@@ -42,11 +45,12 @@ class Backend(Protocol):
         kept: Tensor,
         kind: Kept,
         axis: int,
-        range_: Range,
+        range_: Tensor,
+        grid: Grid,
         key: int | None,
         residuals: Residuals | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient of `x`, and of step, low and high, shape (channels, 3).
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of `x`, of alpha, shape (channels,), and of the bits, shape (1,).
 
         Args:
             grad: of the output.
@@ -54,6 +58,7 @@ class Backend(Protocol):
             kind: which of them.
             axis: as in the forward, like the rest.
             range_: as above.
+            grid: the boundary's.
             key: as above.
             residuals: as above.
         """
@@ -81,9 +86,9 @@ class _Call:
     boundary: Boundary
     key: int | None
     empirical: bool
-    made: tuple[Range, Residuals | None] | None = None
+    made: tuple[Tensor, Residuals | None] | None = None
 
-    def forward(self, x: Tensor, range_: Range, residuals: Residuals | None) -> Tensor:
+    def forward(self, x: Tensor, range_: Tensor, residuals: Residuals | None) -> Tensor:
         """`x` quantized, of its own dtype; grids above 8 bits need the float32 in between."""
         axis = self.boundary.axis
         return self.backend.forward(x.float(), axis, range_, self.key, residuals).to(x.dtype)
@@ -101,30 +106,28 @@ class _Quantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, alpha: Tensor, bits: Tensor, call: _Call, kind: Kept
     ) -> Tensor:
-        boundary = call.boundary
-        range_ = quantization_range(alpha, bits, boundary.grid, boundary.minimum)
-        residuals = None
+        range_, residuals = call.backend.packed_range(call.boundary), None
         if call.empirical:
-            residuals = residuals_of(x.float(), *range_[:3], boundary.axis)
+            step, low, high = range_[:3].unbind()
+            residuals = residuals_of(x.float(), step, low, high, call.boundary.axis)
         y = call.forward(x, range_, residuals)
         ctx.call, ctx.kind, ctx.stride, ctx.dtype = call, kind, x.stride(), x.dtype
         call.made = range_, residuals
-        ctx.save_for_backward(x if kind is Kept.INPUT else y, *range_, *(residuals or ()))
+        ctx.save_for_backward(x if kind is Kept.INPUT else y, range_, *(residuals or ()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        kept, *saved = ctx.saved_tensors
+        kept, range_, *table = ctx.saved_tensors
         call: _Call = ctx.call
-        range_ = Range(*saved[:5])
-        residuals = Residuals(*saved[5:]) if saved[5:] else None
+        residuals = Residuals(*table) if table else None
+        axis, grid = call.boundary.axis, call.boundary.grid
         kept, grad = (plain(t, ctx.stride) for t in (kept.detach(), grads[0]))
-        grad_x, sums = call.backend.backward(
-            grad, kept, ctx.kind, call.boundary.axis, range_, call.key, residuals
+        grad_x, grad_alpha, grad_bits = call.backend.backward(
+            grad, kept, ctx.kind, axis, range_, grid, call.key, residuals
         )
-        found = range_gradients(range_, call.boundary.grid, *sums.to(torch.float32).unbind(1))
-        return grad_x.to(ctx.dtype), *found, None, None
+        return grad_x.to(ctx.dtype), grad_alpha, grad_bits, None, None
 
 
 def quantize(

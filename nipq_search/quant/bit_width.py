@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from nipq_search.errors import UserError
 from nipq_search.quant import functional as F
@@ -30,29 +29,6 @@ def check_bits(bits: Sequence[int], what: str) -> tuple[int, ...]:
     if len(set(bits)) != len(bits):
         raise UserError(f"{what}: a bit-width stands twice in {list(bits)}; remove one")
     return tuple(sorted(bits))
-
-
-class _Sample(torch.autograd.Function):
-    """A sampled width; its derivative is the soft width's, and is shown to the bit-width."""
-
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, owner: BitWidth, u: float) -> Tensor:
-        ctx.owner, least, most = owner, owner.allowed[0], owner.allowed[-1]
-        if theta.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
-            share = torch.sigmoid(theta)
-            ctx.slope = (most - least) * share * (1 - share)
-            return F.sample_bits(owner.soft(), owner._allowed, u)
-        # A CPU does this in numbers, in a fraction of the time of tensors of one element.
-        part = F.sigmoid(float(theta))
-        ctx.slope = (most - least) * part * (1 - part)
-        width = F.sample_width(least + (most - least) * part, owner.allowed, u)
-        return theta.new_full((1,), width)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.owner.marginal.add_(grads[0], alpha=0.02)
-        return grads[0] * ctx.slope, None, None
 
 
 class BitWidth(nn.Module):
@@ -115,19 +91,32 @@ class BitWidth(nn.Module):
             return self._width
         return F.nearest_bits(float(self.soft().detach()), self.allowed)
 
-    def sample(self, u: float, step: int) -> Tensor:
-        """An integer width for one training step, shape (1,); see `functional.sample_bits`.
+    def draw(self, u: float, step: int) -> F.Draw | None:
+        """An integer width for one training step; None where the width is not learned.
 
         Args:
             u: uniform on (-1/2, 1/2).
             step: number of the step; `marginal` decays once per step.
         """
         if self.theta is None:
-            return self.soft()
+            return None
         if self.theta.requires_grad and torch.is_grad_enabled() and step != self._marginal_step:
             self._marginal_step = step
             self.marginal.mul_(0.98)
-        return _Sample.apply(self.theta, self, u)  # type: ignore[no-any-return]
+        least, span = self.allowed[0], self.allowed[-1] - self.allowed[0]
+        if self.theta.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
+            with torch.no_grad():
+                share = torch.sigmoid(self.theta)
+                width = F.sample_bits(least + span * share, self._allowed, u)
+                return F.Draw(self.theta, width, span * share * (1 - share), self.marginal)
+        part = F.sigmoid(self.theta.item())
+        number = F.sample_width(least + span * part, self.allowed, u)
+        return F.Draw(self.theta, number, span * part * (1 - part), self.marginal)
+
+    def sample(self, u: float, step: int) -> Tensor:
+        """The width of a draw, shape (1,), or the width that is not learned."""
+        draw = self.draw(u, step)
+        return self.soft() if draw is None else F.drawn_bits(draw)
 
     def tie(self, other: BitWidth) -> None:
         """Learn one bit-width with `other`, which has the same allowed set."""

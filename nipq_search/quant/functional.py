@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LEAST_BOUNDARY = 1e-12
 """A diverging training may drive a boundary to 0, and x / 0 is no number."""
@@ -50,15 +51,60 @@ class Range(NamedTuple):
     highest: Tensor
 
 
+class Draw(NamedTuple):
+    """A bit-width that was drawn for one step.
+
+    Attributes:
+        theta: what is learned, shape (1,).
+        width: a number on a CPU, which need not wait for itself, else a tensor of shape (1,).
+        slope: derivative of the soft bit-width by theta; number or tensor likewise.
+        marginal: running mean of the loss's derivative by the bit-width, shape (1,).
+    """
+
+    theta: Tensor
+    width: float | Tensor
+    slope: float | Tensor
+    marginal: Tensor
+
+    def gradient(self, by_bits: Tensor) -> Tensor:
+        """The derivative by theta; the one by the bit-width is shown to `marginal`."""
+        self.marginal.add_(by_bits, alpha=0.02)
+        return by_bits * self.slope
+
+
+class _Drawn(torch.autograd.Function):
+    """The width of a draw; its derivative is the soft width's."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, draw: Draw) -> Tensor:
+        ctx.draw = draw
+        if isinstance(draw.width, Tensor):
+            return draw.width.to(theta.dtype)
+        return theta.new_full((1,), draw.width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.draw.gradient(grads[0]), None
+
+
+def drawn_bits(draw: Draw) -> Tensor:
+    """The width of a draw, shape (1,); differentiable in theta."""
+    return _Drawn.apply(draw.theta, draw)  # type: ignore[no-any-return]
+
+
 class Boundary(NamedTuple):
     """What determines a tensor's range.
 
     Attributes:
-        alpha: truncation boundaries, shape (channels,); see `quantization_range`.
-        bits: bit-width, shape (1,).
+        alpha: truncation boundaries, shape (channels,); see `quantization_range`. With a `start`
+            what is learned of them: the boundary is `positive(alpha, start)`.
+        bits: bit-width, shape (1,). With a `draw` its theta.
         grid: shape of the grid.
         minimum: of an affine tensor.
         axis: dimension of the channels.
+        start: see `alpha`.
+        draw: see `bits`.
     """
 
     alpha: Tensor
@@ -66,15 +112,23 @@ class Boundary(NamedTuple):
     grid: Grid
     minimum: Tensor
     axis: int = 0
+    start: Tensor | None = None
+    draw: Draw | None = None
+
+    def resolved(self) -> Boundary:
+        """The same, without `start` and `draw`; differentiable."""
+        alpha = self.alpha if self.start is None else positive(self.alpha, self.start)
+        bits = self.bits if self.draw is None else drawn_bits(self.draw)
+        return Boundary(alpha, bits, self.grid, self.minimum, self.axis)
 
     def range(self, dimensions: int) -> Range:
         """The range for a tensor of so many dimensions; differentiable."""
-        alpha = self.alpha
+        alpha, bits = self.resolved()[:2]
         if alpha.numel() > 1:
             shape = [1] * dimensions
             shape[self.axis] = -1
             alpha = alpha.view(shape)
-        return quantization_range(alpha, self.bits, self.grid, self.minimum)
+        return quantization_range(alpha, bits, self.grid, self.minimum)
 
 
 def softplus_inverse(value: Tensor) -> Tensor:

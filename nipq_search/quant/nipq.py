@@ -44,6 +44,13 @@ class NIPQ(FakeQuantizer):
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
         """Add noise at a sampled bit-width."""
         clock = self.clock
-        u = centered_uniform(clock.key(self.bits.key, 0))
-        boundary = self.boundary_for(x, place, self.bits.sample(u, clock.step))
+        draw = self.bits.draw(centered_uniform(clock.key(self.bits.key, 0)), clock.step)
+        if place.rows is None and self.boundary.dtype is torch.float32:
+            bits = self.bits.soft() if draw is None else draw.theta
+            boundary = F.Boundary(
+                self.boundary, bits, self.grid, self.minimum, place.axis, self.start, draw
+            )
+        else:
+            drawn = None if draw is None else F.drawn_bits(draw)
+            boundary = self.boundary_for(x, place, drawn)
         return pseudo_quantize(x, boundary, clock.key(self.key, 1), self.proxy == "empirical")

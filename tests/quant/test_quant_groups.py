@@ -134,8 +134,8 @@ def test_members_of_a_group_draw_one_width():
     drawn = {}
     for name in ("one.q.weight", "one.k.weight"):
         bits = found[name].bits
-        original = bits.sample
-        bits.sample = lambda u, step, n=name, f=original: (
+        original = bits.draw
+        bits.draw = lambda u, step, n=name, f=original: (
             drawn.setdefault(n, []).append(u) or f(u, step)
         )
     for _ in range(5):

@@ -14,10 +14,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from nipq_search.quant import QuantConfig, prepare, quantizers
-from nipq_search.quant.kernels import kept
+from nipq_search.quant.kernels import function, kept
 from nipq_search.quant.kernels.build import SWITCH, library
 
 X = normal(6, 10, 16)
+
+
+@pytest.fixture(autouse=True)
+def no_tensor_is_small(monkeypatch):
+    """Small ones are kept as they are, and all of these are small."""
+    monkeypatch.setattr(function, "SMALL", 0)
 
 
 class Attention(nn.Module):
@@ -60,8 +66,7 @@ def trained(model, x=X, context=None, steps=1):
 
 def everything_kept(monkeypatch):
     """From here on products keep their operands."""
-    monkeypatch.setattr(kept, "remember", lambda y, again: None)
-    monkeypatch.setattr("nipq_search.quant.kernels.function.remember", lambda y, again: None)
+    monkeypatch.setattr(function, "remember", lambda y, again: None)
 
 
 @pytest.mark.parametrize("phase", ["noise", "empirical", "tuning", "lsq"])

@@ -210,6 +210,43 @@ def test_gradients_of_a_range_are_those_of_its_formula(grid):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("grid", list(Grid))
+def test_what_is_learned_goes_into_one_node(grid):
+    """Softplus and the drawn width within the kernel's node, and as nodes of their own."""
+    found = []
+    for together in (True, False):
+        x = normal(20, 30).requires_grad_()
+        raw = torch.linspace(-25.0, 25.0, 20).requires_grad_()
+        theta, marginal = torch.tensor([0.3], requires_grad=True), torch.zeros(1)
+        start = torch.linspace(0.5, 2.0, 20)
+        draw = F.Draw(theta, 3, 0.7, marginal)
+        boundary = Boundary(raw, theta, grid, torch.tensor([-0.4]), 0, start, draw)
+        if not together:
+            boundary = boundary.resolved()
+        y = K.pseudo_quantize(x, boundary, mix(4))
+        y.backward(normal(20, 30, seed=2))
+        assert (
+            y.grad_fn.next_functions[1][0]
+            .name()
+            .startswith("torch::autograd::AccumulateGrad" if together else "_Positive")
+        )
+        found.append([y.detach(), x.grad, raw.grad, theta.grad, marginal])
+    for a, b in zip(*found, strict=True):
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_a_boundary_does_not_reach_zero():
+    raw = torch.tensor([-200.0], requires_grad=True)
+    for start in (torch.ones(1), torch.full((1,), float("nan"))):
+        theta = torch.zeros(1, requires_grad=True)
+        draw = F.Draw(theta, 3, 0.7, torch.zeros(1))
+        boundary = Boundary(raw, theta, Grid.SIGNED, torch.zeros(1), 0, start, draw)
+        y = [K.pseudo_quantize(normal(9), b, 1) for b in (boundary, boundary.resolved())]
+        torch.testing.assert_close(*y, equal_nan=True)
+        assert float(y[0].detach().abs().max()) <= F.LEAST_BOUNDARY or y[0].isnan().any()
+
+
 def test_a_width_is_sampled_alike_as_a_number_and_as_a_tensor():
     for allowed in ((2, 3, 4, 8), (4, 8), (1, 16)):
         for share in range(41):

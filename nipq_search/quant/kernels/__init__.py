@@ -43,6 +43,8 @@ def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = F
     """
     x = noise.dense(x)
     backend = backend_for(x, boundary)
+    if backend is not cpu:  # which alone computes that on the way
+        boundary = boundary.resolved()
     if backend is not None:
         return quantize(backend, x, boundary, key, empirical)
     value, range_ = _wide(x), boundary.range(x.dim())

@@ -138,7 +138,7 @@ def library() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     figure, flag = ctypes.c_float, ctypes.c_int
     for name, arguments in {
-        "nipq_range": [pointer, figure, figure, flag, number, pointer],
+        "nipq_range": [pointer, pointer, figure, figure, flag, number, pointer],
         "nipq_range_gradients": [pointer, flag, number, pointer, number, pointer, pointer],
         "nipq_forward": [pointer],
         "nipq_backward": [pointer],

@@ -31,7 +31,8 @@ typedef struct {
     vec step, low, high, lowest, highest; /* as functional.Range */
 } Range;
 
-enum { STEP, LOW, HIGH, LOWEST, HIGHEST }; /* rows of a range in memory, a column per channel */
+/* Rows of a range in memory, a column per channel; SLOPE is the boundary's by what is learned. */
+enum { STEP, LOW, HIGH, LOWEST, HIGHEST, SLOPE };
 enum { SIGNED, UNSIGNED, AFFINE };         /* grids */
 
 INLINE vec fill(float value) { return value - (vec){0}; }
@@ -296,21 +297,35 @@ static void run(const Call *c, int backward) {
         per_channel(c, backward);
 }
 
+/* functional.positive where there is a `start`, else the boundary is what is learned. */
+INLINE float boundary_of(float raw, const float *start, int64_t i, float *slope) {
+    if (start == NULL) {
+        *slope = 1.0f;
+        return raw;
+    }
+    const float e = expf(raw > 0.0f ? -raw : raw); /* of -|raw| */
+    const float softplus = (raw > 0.0f ? raw : 0.0f) + log1pf(e);
+    const float alpha = start[i] * softplus, least = 1e-12f; /* functional.LEAST_BOUNDARY */
+    *slope = start[i] * (raw > 0.0f ? 1.0f : e) / (1.0f + e);
+    return alpha < least ? least : alpha;
+}
+
 /* functional.quantization_range, packed. */
-void nipq_range(const float *alpha, float bits, float minimum, int grid, int64_t channels,
-                float *range) {
+void nipq_range(const float *raw, const float *start, float bits, float minimum, int grid,
+                int64_t channels, float *range) {
     const float levels = grid == SIGNED ? exp2f(bits - 1.0f) - 1.0f : exp2f(bits) - 1.0f;
     for (int64_t i = 0; i < channels; i++) {
-        const float step = alpha[i] / levels;
+        float *to = range + i;
+        const float alpha = boundary_of(raw[i], start, i, &to[SLOPE * channels]);
+        const float step = alpha / levels;
         float below = grid == SIGNED ? levels : 0.0f; /* levels below zero */
         if (grid == AFFINE) {
             below = nearbyintf(-minimum / step);
             below = below < 0.0f ? 0.0f : (below > levels ? levels : below);
         }
-        float *to = range + i;
         to[STEP * channels] = step;
-        to[LOW * channels] = grid == SIGNED ? -alpha[i] : -below * step;
-        to[HIGH * channels] = grid == AFFINE ? alpha[i] - below * step : alpha[i];
+        to[LOW * channels] = grid == SIGNED ? -alpha : -below * step;
+        to[HIGH * channels] = grid == AFFINE ? alpha - below * step : alpha;
         to[LOWEST * channels] = -below;
         to[HIGHEST * channels] = grid == AFFINE ? levels - below : levels;
     }
@@ -318,7 +333,7 @@ void nipq_range(const float *alpha, float bits, float minimum, int grid, int64_t
 
 /* functional.range_gradients, from `pieces` sums of a single boundary, or one of each channel. */
 void nipq_range_gradients(const float *range, int grid, int64_t channels, const double *sums,
-                          int64_t pieces, float *alpha, float *bits) {
+                          int64_t pieces, float *learned, float *bits) {
     double per_bit = 0.0;
     for (int64_t i = 0; i < channels; i++) {
         const float *r = range + i;
@@ -334,7 +349,8 @@ void nipq_range_gradients(const float *range, int grid, int64_t channels, const 
             levels -= lowest;
             step += lowest * (low + high);
         }
-        alpha[i] = (float)((grid == SIGNED ? high - low : high) + step / levels);
+        const double by_alpha = (grid == SIGNED ? high - low : high) + step / levels;
+        learned[i] = (float)(by_alpha * r[SLOPE * channels]);
         per_bit -= step * r[STEP * channels] * (1.0 + 1.0 / levels) * 0.6931471805599453;
     }
     *bits = (float)per_bit;

@@ -93,12 +93,13 @@ def _run(
 
 def packed_range(boundary: Boundary) -> Tensor:
     """See `Backend`."""
-    alpha = boundary.alpha.detach().contiguous()
-    range_ = torch.empty(5, alpha.numel())
+    alpha, start = boundary.alpha.detach().contiguous(), boundary.start
+    range_ = torch.empty(6, alpha.numel())
     library().nipq_range(  # type: ignore[union-attr]
         alpha.data_ptr(),
-        float(boundary.bits),
-        float(boundary.minimum),
+        None if start is None else start.data_ptr(),
+        boundary.bits.item() if boundary.draw is None else float(boundary.draw.width),
+        boundary.minimum.item(),
         _GRIDS.index(boundary.grid),
         alpha.numel(),
         range_.data_ptr(),

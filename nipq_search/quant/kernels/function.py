@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels.build import SWITCH
-from nipq_search.quant.kernels.kept import Kept, lives_on, remember
+from nipq_search.quant.kernels.kept import SMALL, Kept, lives_on, remember
 from nipq_search.quant.noise import Residuals, residuals_of
 
 
@@ -19,7 +19,7 @@ class Backend(Protocol):
     """Kernels of one kind of device. Tensors are dense, and walked in the order of memory."""
 
     def packed_range(self, boundary: Boundary) -> Tensor:
-        """The members of `functional.Range` as rows, shape (5, channels), float32."""
+        """The members of `functional.Range` as the first rows, shape (5 or more, channels)."""
 
     def forward(
         self,
@@ -50,7 +50,7 @@ class Backend(Protocol):
         key: int | None,
         residuals: Residuals | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of `x`, of alpha, shape (channels,), and of the bits, shape (1,).
+        """Gradients of `x`, of `boundary.alpha`, shape (channels,), and of the bits, shape (1,).
 
         Args:
             grad: of the output.
@@ -127,7 +127,9 @@ class _Quantize(torch.autograd.Function):
         grad_x, grad_alpha, grad_bits = call.backend.backward(
             grad, kept, ctx.kind, axis, range_, grid, call.key, residuals
         )
-        return grad_x.to(ctx.dtype), grad_alpha, grad_bits, None, None
+        draw = call.boundary.draw
+        by_bits = grad_bits if draw is None else draw.gradient(grad_bits)
+        return grad_x.to(ctx.dtype), grad_alpha, by_bits, None, None
 
 
 def quantize(
@@ -152,11 +154,12 @@ def quantize(
             f"{channels} boundaries do not fit dimension {boundary.axis} of {tuple(x.shape)}"
         )
     call = _Call(backend, boundary, key, empirical)
-    told_by_output = key is not None and x.dtype is torch.float32 and not lives_on(x)
-    kind = Kept.OUTPUT if told_by_output else Kept.INPUT
+    told_by_output = key is not None and x.dtype is torch.float32
+    is_small = x.numel() < SMALL
+    kind = Kept.OUTPUT if told_by_output and (is_small or not lives_on(x)) else Kept.INPUT
     y: Tensor = _Quantize.apply(x, boundary.alpha, boundary.bits, call, kind)
     (range_, residuals), call.made = call.made, None  # type: ignore[misc]
-    if kind is Kept.INPUT and torch.is_grad_enabled():
+    if kind is Kept.INPUT and not is_small and torch.is_grad_enabled():
         held = x.detach()
         remember(y, lambda: call.forward(held, range_, residuals))
     return y

@@ -25,6 +25,9 @@ class Kept(enum.Enum):
     OUTPUT = 1
 
 
+SMALL = 1 << 14
+"""Tensors of fewer elements are kept twice: computing one again would cost more than it saves."""
+
 _KEEP_THEIR_RESULT = frozenset({"SoftmaxBackward0"})
 
 

@@ -159,6 +159,12 @@ def _shuffle(count: int, device: torch.device) -> Tensor:
         return torch.randperm(count, generator=generator).to(device)
 
 
+def sample_of(x: Tensor) -> tuple[int, Tensor]:
+    """Which elements of a dense tensor a table is made from: every so-many-th, in which order."""
+    stride = _stride(x.numel())
+    return stride, _shuffle(-(-x.numel() // stride), x.device)
+
+
 def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int = 0) -> Residuals:
     """The residuals `(Q(x) - x) / step` of a subsample: all of at most 262,144 elements, or at
     most 131,072 of more, at an even distance and shuffled.
@@ -174,7 +180,7 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
         axis: dimension of the channels.
     """
     with torch.no_grad():
-        stride = _stride(x.numel())
+        stride, order = sample_of(x)
         flat = x.detach().as_strided((x.numel(),), (1,))[::stride]
         scale, least, most = (t.reshape(-1) for t in (step, low, high))
         if step.numel() > 1:
@@ -183,7 +189,6 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
             scale, least, most = scale[channel], least[channel], most[channel]
         inside = (flat > least) & (flat < most)
         scaled = flat / scale
-        order = _shuffle(len(flat), x.device)
         residual, inside = (torch.round(scaled) - scaled)[order], inside[order]
         # Compact the residuals that are inside to the front, without asking how many there are.
         slot = torch.where(inside, inside.cumsum(0) - 1, len(flat))

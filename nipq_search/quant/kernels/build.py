@@ -140,6 +140,7 @@ def library() -> ctypes.CDLL | None:
     for name, arguments in {
         "nipq_range": [pointer, pointer, figure, figure, flag, number, pointer],
         "nipq_range_gradients": [pointer, flag, number, pointer, number, pointer, pointer],
+        "nipq_residuals": [pointer, *[number] * 4, *[pointer] * 4, flag],
         "nipq_forward": [pointer],
         "nipq_backward": [pointer],
         "nipq_relu_forward": [pointer, pointer, pointer, number, figure, flag],
@@ -147,4 +148,5 @@ def library() -> ctypes.CDLL | None:
     }.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
+    loaded.nipq_residuals.restype = number
     return loaded

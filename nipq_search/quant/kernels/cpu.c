@@ -74,17 +74,28 @@ INLINE uvec hashed(int64_t element, const Noise *noise) {
     return h ^ (h >> 16);
 }
 
+/* The first lane of `hashed`. */
+INLINE uint32_t hashed_one(int64_t element, const Noise *noise) {
+    uint32_t h = (uint32_t)element ^ noise->first;
+    h ^= h >> 16;
+    h *= 0x85ebca6bu;
+    h ^= h >> 13;
+    h += noise->second + (uint32_t)(element >> 32);
+    h *= 0xc2b2ae35u;
+    return h ^ (h >> 16);
+}
+
+INLINE const float *place_in_table(int64_t group, const Noise *noise) {
+    return noise->table + (((uint64_t)hashed_one(group, noise) * (uint64_t)noise->count) >> 32);
+}
+
 /* A group of LANES neighbours draws as many neighbours of the table, from a hashed place on: one
  * place for each element would cost several times as much. */
 INLINE vec drawn(int64_t element, const Noise *noise) {
-    const uint64_t used = (uint64_t)noise->count;
-    if (element % LANES == 0) {
-        uvec h = hashed(element / LANES, noise); /* of which one lane counts */
-        return load(noise->table + (((uint64_t)h[0] * used) >> 32));
-    }
-    const int64_t group = element / LANES, rest = LANES - element % LANES;
-    const float *here = noise->table + (((uint64_t)hashed(group, noise)[0] * used) >> 32);
-    const float *next = noise->table + (((uint64_t)hashed(group + 1, noise)[0] * used) >> 32);
+    const float *here = place_in_table(element / LANES, noise);
+    if (element % LANES == 0) return load(here);
+    const int64_t rest = LANES - element % LANES;
+    const float *next = place_in_table(element / LANES + 1, noise);
     float out[LANES];
     for (int lane = 0; lane < LANES; lane++)
         out[lane] = lane < rest ? here[LANES - rest + lane] : next[lane - rest];
@@ -295,6 +306,28 @@ static void run(const Call *c, int backward) {
         side_by_side(c, backward);
     else
         per_channel(c, backward);
+}
+
+/* noise.residuals_of: the residuals of every `stride`-th element inside the range, in `order`. The
+ * table holds `sampled` figures and LANES more, `scratch` the former; returns how many count. */
+int64_t nipq_residuals(const float *x, int64_t stride, int64_t sampled, int64_t channels,
+                       int64_t inner, const float *range, const int64_t *order, float *scratch,
+                       float *table, int threads) {
+    const float none = 2.0f; /* no residual is as large */
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < sampled; i++) {
+        const float *r = range + (channels == 1 ? 0 : (i * stride / inner) % channels);
+        const float value = x[i * stride], scaled = value / r[STEP * channels];
+        const int inside = value > r[LOW * channels] && value < r[HIGH * channels];
+        scratch[i] = inside ? nearbyintf(scaled) - scaled : none;
+    }
+    int64_t used = 0;
+    for (int64_t i = 0; i < sampled; i++) {
+        table[used] = scratch[order[i]];
+        used += table[used] != none;
+    }
+    for (int64_t i = 0; i < LANES; i++) table[used + i] = used ? table[i % used] : 0.0f;
+    return used;
 }
 
 /* functional.positive where there is a `start`, else the boundary is what is learned. */

@@ -13,7 +13,7 @@ from torch import Tensor
 from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels.build import library
 from nipq_search.quant.kernels.kept import Kept
-from nipq_search.quant.noise import Residuals, inner_size, is_plain
+from nipq_search.quant.noise import GROUP, Residuals, inner_size, is_plain, sample_of
 
 _PIECE = 32768  # as in cpu.c, which a test compares
 _ROUNDING, _UNIFORM, _TABLE = range(3)
@@ -105,6 +105,26 @@ def packed_range(boundary: Boundary) -> Tensor:
         range_.data_ptr(),
     )
     return range_
+
+
+def residuals_of(x: Tensor, axis: int, range_: Tensor) -> Residuals:
+    """See `Backend`."""
+    stride, order = sample_of(x)
+    channels, sampled = range_.shape[1], len(order)
+    scratch, table = torch.empty(sampled), torch.empty(sampled + GROUP)
+    used = library().nipq_residuals(  # type: ignore[union-attr]
+        x.data_ptr(),
+        stride,
+        sampled,
+        channels,
+        inner_size(x, channels, axis),
+        range_.data_ptr(),
+        order.data_ptr(),
+        scratch.data_ptr(),
+        table.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return Residuals(table, torch.tensor(used))
 
 
 def forward(

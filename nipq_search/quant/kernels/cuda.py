@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nipq_search.quant import noise
 from nipq_search.quant.functional import (
     Boundary,
     Grid,
@@ -273,6 +274,12 @@ def packed_range(boundary: Boundary) -> Tensor:
         alpha = boundary.alpha.detach()
         range_ = quantization_range(alpha, boundary.bits, boundary.grid, boundary.minimum)
         return torch.stack([t.expand(alpha.numel()) for t in range_])
+
+
+def residuals_of(x: Tensor, axis: int, range_: Tensor) -> Residuals:
+    """See `Backend`."""
+    step, low, high = range_[:3].unbind()
+    return noise.residuals_of(x, step, low, high, axis)
 
 
 def forward(

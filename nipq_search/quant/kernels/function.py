@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels.build import SWITCH
 from nipq_search.quant.kernels.kept import SMALL, Kept, lives_on, remember
-from nipq_search.quant.noise import Residuals, residuals_of
+from nipq_search.quant.noise import Residuals
 
 
 class Backend(Protocol):
@@ -20,6 +20,9 @@ class Backend(Protocol):
 
     def packed_range(self, boundary: Boundary) -> Tensor:
         """The members of `functional.Range` as the first rows, shape (5 or more, channels)."""
+
+    def residuals_of(self, x: Tensor, axis: int, range_: Tensor) -> Residuals:
+        """As `noise.residuals_of`."""
 
     def forward(
         self,
@@ -108,8 +111,7 @@ class _Quantize(torch.autograd.Function):
     ) -> Tensor:
         range_, residuals = call.backend.packed_range(call.boundary), None
         if call.empirical:
-            step, low, high = range_[:3].unbind()
-            residuals = residuals_of(x.float(), step, low, high, call.boundary.axis)
+            residuals = call.backend.residuals_of(x.float(), call.boundary.axis, range_)
         y = call.forward(x, range_, residuals)
         ctx.call, ctx.kind, ctx.stride, ctx.dtype = call, kind, x.stride(), x.dtype
         call.made = range_, residuals

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant.kernels import function, kept
 from nipq_search.quant.kernels.build import SWITCH, library
+from nipq_search.quant.prepare import quant_state
 
 X = normal(6, 10, 16)
 
@@ -127,6 +128,56 @@ def test_attention_keeps_its_probabilities_once():
         out = model(x, mask)
     held = sum(event.self_cpu_memory_usage for event in record.key_averages())
     assert out.requires_grad and one < held < 2.3 * one
+
+
+class Shared(nn.Module):
+    """Two layers that consume one tensor, as a block and its shortcut do."""
+
+    def __init__(self, overwrites=False):
+        super().__init__()
+        self.stem, self.one, self.other = (nn.Linear(16, 16) for _ in range(3))
+        self.overwrites = overwrites
+
+    def forward(self, x):
+        x = self.stem(x)
+        first = self.one(x)
+        if self.overwrites and self.training:
+            x.add_(0.0)  # the same values, for all that is known another tensor
+        return first + self.other(x)
+
+
+def counted(model):
+    """Calls that quantize what both layers of `Shared` consume."""
+    assert model.one.input_quantizer is model.other.input_quantizer
+    calls, original = [], model.one.input_quantizer._quantized
+    model.one.input_quantizer._quantized = lambda x, place: calls.append(1) or original(x, place)
+    return calls
+
+
+@pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
+def test_an_activation_of_two_consumers_is_quantized_once(monkeypatch, quantizer):
+    model = prepare(Shared(), X, QuantConfig(quantizer=quantizer))
+    calls = counted(model)
+    once = trained(model)
+    if quantizer == "nipq":  # what LSQ makes is not kept, and so made again
+        assert len(calls) == 1
+    trained(model)
+    assert len(calls) in (2, 4)  # anew in the next step
+    again = prepare(Shared(), X, QuantConfig(quantizer=quantizer))
+    again.load_state_dict(model.state_dict())
+    monkeypatch.setattr("nipq_search.quant.quantizer.watched", lambda: True)
+    quant_state(again).clock.step = 0
+    calls = counted(again)
+    for a, b in zip(once, trained(again), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 2
+
+
+def test_an_activation_that_was_overwritten_is_quantized_anew():
+    model = prepare(Shared(overwrites=True), X).train()
+    calls = counted(model)
+    model(X)
+    assert len(calls) == 2
 
 
 def test_a_graph_can_be_gone_through_twice_and_in_evaluation_mode():

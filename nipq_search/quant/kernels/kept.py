@@ -87,6 +87,14 @@ class _Again:
         return self.again().as_strided(self.shape, self.stride, self.offset)
 
 
+def watched() -> bool:
+    """Whether a compiler, or hooks on saved tensors as a checkpoint's, follow the forward."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
+
+
 @contextlib.contextmanager
 def not_keeping(*operands: Any) -> Iterator[None]:
     """Within, products do not keep those operands that can be computed again.
@@ -94,13 +102,8 @@ def not_keeping(*operands: Any) -> Iterator[None]:
     Other hooks on saved tensors, as in checkpoints, come first: then nothing changes.
     """
     recipes = {_storage(y): y._again for y in operands if hasattr(y, "_again")}
-    own = (
-        recipes
-        and not torch.compiler.is_compiling()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    )
-    if not own:
+    enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    if not recipes or watched() or not enabled():
         yield
         return
 

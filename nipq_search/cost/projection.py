@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from nipq_search.cost.assignment import best_assignment
 from nipq_search.cost.base import (
     Bits,
     complete_bits,
@@ -70,7 +71,7 @@ def error_scales(soft: Mapping[str, float], marginal: Mapping[str, float]) -> di
 
 
 class _Projection:
-    """Greedy descent into the budget, then greedy ascent until nothing fits."""
+    """The solver's bit-widths, or greedy descent and ascent; then raises until nothing fits."""
 
     def __init__(self, graph: Graph, budget: Budget, scales: Mapping[str, float]) -> None:
         self.graph, self.budget, self.scales = graph, budget, scales
@@ -124,6 +125,25 @@ class _Projection:
         """Predicted change of the loss."""
         scale = sum(self.scales[member] for member in self.members[name])
         return scale * (4.0**-after - 4.0**-before)
+
+    def loss(self, bits: Mapping[str, int]) -> float:
+        """Predicted loss of the tensors that the budget counts, and of the rest."""
+        return sum(self.scales[name] * 4.0 ** -bits[name] for name in bits)
+
+    def solved(self, nearest: Mapping[str, int]) -> dict[str, int] | None:
+        """The best widths of the tensors that a budgeted cost counts, the rest as `nearest`."""
+        losses = {
+            name: {
+                width: sum(self.scales[m] for m in self.members[name]) * 4.0**-width
+                for width in allowed
+            }
+            for name, allowed in self.allowed.items()
+        }
+        units = {member: name for name, members in self.members.items() for member in members}
+        best = best_assignment(self.graph, self.budget, losses, units)
+        if best is None:
+            return None
+        return {member: best.get(unit, nearest[member]) for member, unit in units.items()}
 
     def touched(self, name: str) -> set[str]:
         """Tensors whose effect on a cost changes when the bit-width of `name` does.
@@ -206,13 +226,20 @@ def project(
     """
     check_reachable(graph, budget)
     work = _Projection(graph, budget, error_scales(soft, marginal))
-    bits = {
+    nearest = {
         member: nearest_bits(soft[name], work.allowed[name])
         for name, members in work.members.items()
         for member in members
     }
-    work.descend(bits)
-    work.ascend(bits, free=False)
+    greedy = dict(nearest)
+    work.descend(greedy)
+    work.ascend(greedy, free=False)
+    found = [greedy]
+    if (best := work.solved(nearest)) is not None:
+        work.descend(best)  # which does nothing, but for the solver's rounding
+        work.ascend(best, free=False)
+        found.append(best)
+    bits = min(found, key=work.loss)
     if usage(graph, bits, budget) < FULL:
         work.ascend(bits, free=True)
     return bits

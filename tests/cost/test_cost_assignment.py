@@ -1,0 +1,193 @@
+"""The program that chooses bit-widths finds what trying every combination finds."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from random_graphs import problems
+
+from nipq_search.cost import COSTS, Budget, exact_cost
+from nipq_search.cost.assignment import GAP, best_assignment
+from nipq_search.cost.base import Cost, complete_bits, largest_term, register, sum_terms
+from nipq_search.cost.polynomial import Polynomial, polynomial, variable
+from nipq_search.cost.projection import error_scales, project, usage
+from nipq_search.quant.graph import Graph, LayerInfo, TensorInfo
+
+
+def losses_of(graph, scales, units):
+    losses = {}
+    for name, unit in units.items():
+        own = losses.setdefault(unit, dict.fromkeys(graph.tensors[unit].allowed, 0.0))
+        for width in own:
+            own[width] += scales[name] * 4.0**-width
+    return losses
+
+
+def combinations(graph, units, budget):
+    """All widths that keep a budget."""
+    alone = list(dict.fromkeys(units.values()))
+    for widths in itertools.product(*(graph.tensors[unit].allowed for unit in alone)):
+        chosen = dict(zip(alone, widths, strict=True))
+        bits = {name: chosen[unit] for name, unit in units.items()}
+        if usage(graph, bits, budget) <= 1:
+            yield chosen
+
+
+def check(graph, budget, soft, marginal, units):
+    losses = losses_of(graph, error_scales(soft, marginal), units)
+    found = best_assignment(graph, budget, losses, units)
+    if found is None:
+        return False
+    floor = {unit: min(of) for unit, of in losses.items()} | found
+    bits = {name: floor[unit] for name, unit in units.items()}
+    assert usage(graph, bits, budget) <= 1  # what is not counted costs nothing
+
+    def loss(chosen):
+        return sum(losses[unit][chosen[unit]] for unit in found)
+
+    best = min(map(loss, combinations(graph, units, budget)))
+    span = max(max(of.values()) - min(of.values()) for of in losses.values())
+    assert loss(found) <= best + 10 * GAP * max(best, span)
+    return True
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_it_finds_the_best_of_all_combinations(problem):
+    graph, budget, soft, marginal = problem
+    count = 1
+    for tensor in graph.tensors.values():
+        count *= max(1, len(tensor.allowed))
+    if count <= 2000:
+        check(graph, budget, soft, marginal, {name: name for name in soft})
+
+
+def chain(layers=3, groups=(), products=()):
+    """Layers whose costs differ, some weights in a group, some layers products."""
+    tensors, found = {}, []
+    for index in range(layers):
+        name = f"l{index}"
+        for part, role, numel in (
+            ("weight", "weight", 40 * (index + 1)),
+            ("input", "activation", 30),
+        ):
+            full = f"{name}.{part}"
+            group = groups[0] if full in groups else None
+            tensors[full] = TensorInfo(
+                name=full, role=role, numel=numel, allowed=(2, 3, 5, 8), group=group
+            )
+        second = f"l{index - 1}.input" if index in products else None
+        weight = None if second else f"{name}.weight"
+        found.append(
+            LayerInfo(
+                name=name,
+                kind="linear",
+                macs=100 * (index + 1),
+                weight=weight,
+                input=f"{name}.input",
+                second=second,
+            )
+        )
+    return Graph(layers=tuple(found), tensors=tensors)
+
+
+@pytest.mark.parametrize("groups", [(), ("l0.weight", "l2.weight"), ("l0.weight", "l0.input")])
+@pytest.mark.parametrize("products", [(), (1,), (1, 2)])
+@pytest.mark.parametrize("costs", [("bops",), ("bops", "weight_bytes"), ("weight_bytes",)])
+def test_groups_products_and_several_costs(groups, products, costs):
+    graph = chain(groups=groups, products=products)
+    units = {name: tensor.group or name for name, tensor in graph.tensors.items()}
+    soft = {name: 3.0 + 0.4 * place for place, name in enumerate(graph.tensors)}
+    marginal = {name: -1.0 / (1 + place % 3) for place, name in enumerate(graph.tensors)}
+    for width in (2.5, 3.0, 4.4):
+        even = dict.fromkeys(graph.tensors, width)
+        budget = Budget(**{name: exact_cost(name, graph, even) for name in costs})
+        assert check(graph, budget, soft, marginal, units)
+        bits = project(graph, budget, soft, marginal)
+        assert usage(graph, bits, budget) <= 1
+        assert all(bits[a] == bits[b] for a, b in itertools.pairwise(groups))
+
+
+def test_a_square_of_one_width():
+    """A tensor that is multiplied with itself."""
+    tensors = {"x": TensorInfo(name="x", role="activation", numel=9, allowed=(2, 4, 8))}
+    layer = LayerInfo(name="l", kind="scores", macs=10, weight=None, input="x", second="x")
+    graph = Graph(layers=(layer,), tensors=tensors)
+    for target, width in ((40, 2), (159, 2), (160, 4), (639, 4), (640, 8)):
+        losses = {"x": {2: 3.0, 4: 2.0, 8: 1.0}}
+        assert best_assignment(graph, Budget(bops=target), losses, {"x": "x"}) == {"x": width}
+
+
+def test_it_beats_lowering_one_by_one():
+    """Two small savings that one large one makes needless."""
+    tensors = {
+        name: TensorInfo(name=name, role="weight", numel=numel, allowed=(2, 8))
+        for name, numel in (("a", 80), ("b", 80), ("c", 160))
+    }
+    graph = Graph(layers=(), tensors=tensors)
+    soft = dict.fromkeys(tensors, 8.0)
+    target = exact_cost("weight_bytes", graph, soft) - 120
+    marginal = {"a": -1.0, "b": -1.0, "c": -2.1}
+    assert project(graph, Budget(weight_bytes=target), soft, marginal) == {"a": 2, "b": 2, "c": 8}
+
+
+def test_formulas_that_are_no_polynomials_are_left_to_the_other_way():
+    graph = chain()
+    units = {name: name for name in graph.tensors}
+    soft, marginal = dict.fromkeys(units, 4.0), dict.fromkeys(units, -1.0)
+    losses = losses_of(graph, error_scales(soft, marginal), units)
+    formulas = {
+        "rounds": lambda graph, bits: {"x": -(-bits["l0.weight"] // 1)},
+        "compares": lambda graph, bits: {"x": max(bits["l0.weight"], bits["l1.weight"])},
+        "equals": lambda graph, bits: {"x": 9 if bits["l0.weight"] == 8 else 1},
+        "asks": lambda graph, bits: {"x": 9 if bits["l0.weight"] else 1},
+        "roots": lambda graph, bits: {"x": bits["l0.weight"] ** 0.5},
+        "tensors": lambda graph, bits: {"x": torch.as_tensor(bits["l0.weight"]).log2()},
+        "divides": lambda graph, bits: {"x": 1 / bits["l0.weight"] + 9},
+        "triples": lambda graph, bits: {
+            "x": bits["l0.weight"] * bits["l1.weight"] * bits["l2.weight"]
+        },
+        "means": lambda graph, bits: {"x": bits["l0.weight"], "y": bits["l1.weight"]},
+    }
+    for name, terms in formulas.items():
+        combine = (lambda t: sum(t.values()) / len(t)) if name == "means" else sum_terms
+        register(Cost(name=name, terms=terms, combine=combine, whole=False))
+        try:
+            assert best_assignment(graph, Budget(**{name: 1e9}), losses, units) is None
+        finally:
+            del COSTS[name]
+
+
+def test_polynomials_compute_what_numbers_do():
+    a, b = variable("a"), variable("b")
+    value = 3 * a * b + (a - 2) * 4 - (5 - b) / 2 + sum([a, b]) - a
+    at = {"a": 3.0, "b": 7.0}
+    total = 0.0
+    for monomial, coefficient in value.terms.items():
+        for name in monomial:
+            coefficient *= at[name]
+        total += coefficient
+    assert total == 3 * 3 * 7 + (3 - 2) * 4 - (5 - 7) / 2 + (3 + 7) - 3
+    assert value.renamed({"a": "c", "b": "c"}).terms["c", "c"] == 3.0
+    with pytest.raises(TypeError):
+        1.0 / a
+    with pytest.raises(TypeError):
+        a / b
+    with pytest.raises(TypeError):
+        polynomial(object())
+    with pytest.raises(TypeError):
+        float(a)
+
+
+@pytest.mark.parametrize("name", sorted(COSTS))
+def test_every_cost_of_the_package_can_be_solved(name):
+    graph = chain(products=(1,))
+    widths = {n: variable(n) for n in graph.tensors}
+    cost = COSTS[name]
+    assert cost.combine in (sum_terms, largest_term)
+    for term in cost.terms(graph, complete_bits(graph, widths)).values():
+        assert isinstance(polynomial(term), Polynomial)
+        assert all(len(monomial) <= 2 for monomial in polynomial(term).terms)

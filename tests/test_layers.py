@@ -55,7 +55,7 @@ OPTIONAL = {
         "torchmetrics",
         "transformers",
     },
-    "cost": {"pandas"},
+    "cost": {"pandas", "scipy"},
     "quant": {"triton"},  # comes with torch where there are GPUs
 }
 """What a folder may import beyond the core, inside the function that needs it."""

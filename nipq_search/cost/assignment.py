@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -50,8 +51,16 @@ class _Program:
 
     def solve(self) -> np.ndarray | None:
         """The variables at the least cost; None where nothing was found."""
-        from scipy.optimize import Bounds, LinearConstraint, milp  # takes a while to load
-        from scipy.sparse import coo_array
+        try:
+            from scipy.optimize import Bounds, LinearConstraint, milp  # takes a while to load
+            from scipy.sparse import coo_array
+        except ImportError:
+            warnings.warn(
+                "scipy is missing: bit-widths are brought below the budget by a search, which "
+                "may leave better ones unfound. pip install scipy",
+                stacklevel=2,
+            )
+            return None
 
         entries = [(r, c, v) for r, (row, _, _) in enumerate(self.rows) for c, v in row.items()]
         at_row, at_column, values = (np.array(part) for part in zip(*entries, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -159,6 +160,15 @@ def test_formulas_that_are_no_polynomials_are_left_to_the_other_way():
             assert best_assignment(graph, Budget(**{name: 1e9}), losses, units) is None
         finally:
             del COSTS[name]
+
+
+def test_without_scipy_the_search_remains(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    graph = chain()
+    budget = Budget(bops=exact_cost("bops", graph, dict.fromkeys(graph.tensors, 3.0)))
+    with pytest.warns(UserWarning, match="scipy is missing.*pip install scipy"):
+        bits = project(graph, budget, dict.fromkeys(graph.tensors, 4.0), {})
+    assert usage(graph, bits, budget) <= 1
 
 
 def test_polynomials_compute_what_numbers_do():

@@ -9,7 +9,6 @@ evaluation follow. To add a quantizer write one file like `nipq.py` and one line
 from __future__ import annotations
 
 import abc
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from nipq_search.quant.bit_width import BitWidth
 from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels import hard_quantize
-from nipq_search.quant.kernels.kept import watched
 from nipq_search.quant.noise import NoiseClock
 from nipq_search.quant.statistics import TensorStatistics
 
@@ -143,18 +141,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
         if self.observer is not None:
             self.observer(x)
             return x
-        if x.grad_fn is None or rows is not None or watched():
-            return self._quantized(x, Placement(axis or 0, rows))
-        # Several layers may consume one activation: while its quantized form lives, it serves all.
-        at = (id(self), self.clock.step, x._version, self.training, torch.is_grad_enabled())
-        known, before = getattr(x, "_quantized", (None, lambda: None))
-        y: Tensor | None = before() if known == at else None
-        if y is None:
-            y = self._quantized(x, Placement(axis or 0))
-            x._quantized = (at, weakref.ref(y))  # type: ignore[attr-defined]
-        return y
-
-    def _quantized(self, x: Tensor, place: Placement) -> Tensor:
+        place = Placement(axis or 0, rows)
         if self.training and not self.bits.is_frozen:
             return self.train_forward(x, place)
         return hard_quantize(x, self.boundary_for(x, place))

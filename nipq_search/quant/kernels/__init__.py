@@ -43,7 +43,9 @@ def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = F
     """
     x = noise.dense(x)
     backend = backend_for(x, boundary)
-    if backend is not cpu:  # which alone computes that on the way
+    # Only those in C compute that on the way. Its last bit, which is another than torch's, would
+    # move an element across the boundary, and all entries of a table of residuals after it.
+    if backend is not cpu or empirical:
         boundary = boundary.resolved()
     if backend is not None:
         return quantize(backend, x, boundary, key, empirical)

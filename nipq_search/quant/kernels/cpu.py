@@ -56,6 +56,11 @@ def _noise(key: int | None, residuals: Residuals | None) -> _Noise:
     return _Noise(_TABLE, *halves, residuals.table.data_ptr(), int(residuals.used))
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for C, whatever torch's default dtype and device are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
 def available(x: Tensor) -> bool:
     """Whether there are kernels for `x`."""
     return x.device.type == "cpu" and is_plain(x) and library() is not None
@@ -94,7 +99,7 @@ def _run(
 def packed_range(boundary: Boundary) -> Tensor:
     """See `Backend`."""
     alpha, start = boundary.alpha.detach().contiguous(), boundary.start
-    range_ = torch.empty(6, alpha.numel())
+    range_ = _empty(6, alpha.numel())
     library().nipq_range(  # type: ignore[union-attr]
         alpha.data_ptr(),
         None if start is None else start.data_ptr(),
@@ -111,7 +116,7 @@ def residuals_of(x: Tensor, axis: int, range_: Tensor) -> Residuals:
     """See `Backend`."""
     stride, order = sample_of(x)
     channels, sampled = range_.shape[1], len(order)
-    scratch, table = torch.empty(sampled), torch.empty(sampled + GROUP)
+    scratch, table = _empty(sampled), _empty(sampled + GROUP)
     used = library().nipq_residuals(  # type: ignore[union-attr]
         x.data_ptr(),
         stride,
@@ -124,7 +129,7 @@ def residuals_of(x: Tensor, axis: int, range_: Tensor) -> Residuals:
         table.data_ptr(),
         torch.get_num_threads(),
     )
-    return Residuals(table, torch.tensor(used))
+    return Residuals(table, torch.tensor(used, device="cpu"))
 
 
 def forward(
@@ -147,10 +152,10 @@ def backward(
     """See `Backend`."""
     channels = range_.shape[1]
     pieces = -(-grad.numel() // _PIECE) if channels == 1 else channels
-    sums = torch.empty(pieces, 3, dtype=torch.float64)
+    sums = _empty(pieces, 3, dtype=torch.float64)
     noise = _noise(key, residuals)
     grad_x = _run("nipq_backward", kept, axis, range_, noise, kind, grad, sums)
-    grad_alpha, grad_bits = torch.empty(channels), torch.empty(1)
+    grad_alpha, grad_bits = _empty(channels), _empty(1)
     library().nipq_range_gradients(  # type: ignore[union-attr]
         range_.data_ptr(),
         _GRIDS.index(grid),

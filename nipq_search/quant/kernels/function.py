@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels.build import SWITCH
@@ -83,18 +86,55 @@ def plain(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype = torch.fl
 
 @dataclasses.dataclass(slots=True)
 class _Call:
-    """What quantizes one tensor, and what came of it on the way."""
+    """What quantizes one tensor, and what came of it on the way.
+
+    Attributes:
+        backend: the kernels.
+        boundary: what determines the range.
+        key: of the noise; None rounds.
+        empirical: noise from the tensor's own residuals.
+        kind: what is kept for the backward.
+        version: of the input.
+        range_: packed.
+        residuals: what noise was drawn from.
+        y: the quantized tensor.
+    """
 
     backend: Backend
     boundary: Boundary
     key: int | None
     empirical: bool
-    made: tuple[Tensor, Residuals | None] | None = None
+    kind: Kept = Kept.INPUT
+    version: int = 0
+    range_: Tensor | None = None
+    residuals: Residuals | None = None
+    y: Callable[[], Tensor | None] = lambda: None
 
-    def forward(self, x: Tensor, range_: Tensor, residuals: Residuals | None) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """`x` quantized, of its own dtype; grids above 8 bits need the float32 in between."""
-        axis = self.boundary.axis
-        return self.backend.forward(x.float(), axis, range_, self.key, residuals).to(x.dtype)
+        axis, range_ = self.boundary.axis, self.range_
+        assert range_ is not None
+        y = self.backend.forward(x.float(), axis, range_, self.key, self.residuals)
+        return y.to(x.dtype)
+
+    def done_before(self, x: Tensor) -> Tensor | None:
+        """What another consumer of `x` made of it, where that is the same."""
+        if x.is_cuda:  # to compare ranges would wait for the device
+            return None
+        other: _Call | None = _noisy.get(x)  # type: ignore[no-untyped-call]
+        y = None if other is None else other.y()
+        if other is None or y is None or y._version or other.range_ is None:
+            return None
+        own = (self.key, self.empirical, self.boundary.axis, x._version, self.backend)
+        its = (other.key, other.empirical, other.boundary.axis, other.version, other.backend)
+        if own != its or not torch.equal(self.range_, other.range_):  # type: ignore[arg-type]
+            return None
+        self.residuals = other.residuals
+        return y.detach()
+
+
+_noisy: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The last call of activations that live, which several layers may consume."""
 
 
 class _Quantize(torch.autograd.Function):
@@ -106,32 +146,33 @@ class _Quantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, alpha: Tensor, bits: Tensor, call: _Call, kind: Kept
-    ) -> Tensor:
-        range_, residuals = call.backend.packed_range(call.boundary), None
-        if call.empirical:
-            residuals = call.backend.residuals_of(x.float(), call.boundary.axis, range_)
-        y = call.forward(x, range_, residuals)
-        ctx.call, ctx.kind, ctx.stride, ctx.dtype = call, kind, x.stride(), x.dtype
-        call.made = range_, residuals
-        ctx.save_for_backward(x if kind is Kept.INPUT else y, range_, *(residuals or ()))
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, bits: Tensor, call: _Call) -> Tensor:
+        backend, boundary = call.backend, call.boundary
+        call.range_ = backend.packed_range(boundary)
+        y = call.done_before(x) if call.kind is Kept.OUTPUT else None
+        if y is None:
+            if call.empirical:
+                call.residuals = backend.residuals_of(x.float(), boundary.axis, call.range_)
+            y = call.compute(x)
+        ctx.backend, ctx.grid, ctx.axis, ctx.draw = backend, boundary.grid, boundary.axis, None
+        if ctx.needs_input_grad[2]:
+            ctx.draw = boundary.draw
+        ctx.key, ctx.kind, ctx.stride, ctx.dtype = call.key, call.kind, x.stride(), x.dtype
+        kept = x if call.kind is Kept.INPUT else y
+        ctx.save_for_backward(kept, call.range_, *(call.residuals or ()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         kept, range_, *table = ctx.saved_tensors
-        call: _Call = ctx.call
         residuals = Residuals(*table) if table else None
-        axis, grid = call.boundary.axis, call.boundary.grid
         kept, grad = (plain(t, ctx.stride) for t in (kept.detach(), grads[0]))
-        grad_x, grad_alpha, grad_bits = call.backend.backward(
-            grad, kept, ctx.kind, axis, range_, grid, call.key, residuals
+        grad_x, grad_alpha, grad_bits = ctx.backend.backward(
+            grad, kept, ctx.kind, ctx.axis, range_, ctx.grid, ctx.key, residuals
         )
-        draw = call.boundary.draw
-        by_bits = grad_bits if draw is None else draw.gradient(grad_bits)
-        return grad_x.to(ctx.dtype), grad_alpha, by_bits, None, None
+        by_bits = grad_bits if ctx.draw is None else ctx.draw.gradient(grad_bits)
+        return grad_x.to(ctx.dtype), grad_alpha, by_bits, None
 
 
 def quantize(
@@ -158,10 +199,14 @@ def quantize(
     call = _Call(backend, boundary, key, empirical)
     told_by_output = key is not None and x.dtype is torch.float32
     is_small = x.numel() < SMALL
-    kind = Kept.OUTPUT if told_by_output and (is_small or not lives_on(x)) else Kept.INPUT
-    y: Tensor = _Quantize.apply(x, boundary.alpha, boundary.bits, call, kind)
-    (range_, residuals), call.made = call.made, None  # type: ignore[misc]
-    if kind is Kept.INPUT and not is_small and torch.is_grad_enabled():
-        held = x.detach()
-        remember(y, lambda: call.forward(held, range_, residuals))
+    if told_by_output and (is_small or not lives_on(x)):
+        call.kind = Kept.OUTPUT
+    y: Tensor = _Quantize.apply(x, boundary.alpha, boundary.bits, call)
+    if not torch.is_grad_enabled():
+        return y
+    if call.kind is Kept.OUTPUT and x.grad_fn is not None:
+        call.version, call.y = x._version, weakref.ref(y)
+        _noisy[x] = call
+    elif call.kind is Kept.INPUT and not is_small:
+        remember(y, x, call.compute)
     return y

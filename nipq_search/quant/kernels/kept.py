@@ -11,11 +11,11 @@ import contextlib
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Kept(enum.Enum):
@@ -47,9 +47,45 @@ def flattened(x: Tensor, taken: int) -> Tensor:
     return x
 
 
-def remember(y: Tensor, again: Callable[[], Tensor]) -> None:
-    """Say how `y` can be computed again."""
-    y._again = again  # type: ignore[attr-defined]
+class Recipe:
+    """How a quantized tensor can be computed again, as long as nobody overwrote anything."""
+
+    def __init__(self, again: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+        """Take the function that computed `y` from `x`."""
+        self.again, self.x = again, x.detach()  # which shares the counter of versions
+        self.x_version, self.y_version = _version(x), _version(y)
+
+    def unpack(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: what it is computed from was overwritten.
+        """
+        _check(self.x, self.x_version)
+        return self.again(self.x)
+
+
+_recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Of quantized tensors that live. No attribute of theirs: people save tensors."""
+
+
+def remember(y: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
+    """Say how `y` can be computed again from `x`."""
+    _recipes[y] = Recipe(again, x, y)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _check(x: Tensor, version: int) -> None:
+    """Autograd itself looks at the version of what it saves."""
+    if _version(x) != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: {x.type()} {list(x.shape)}, an operand of a quantized product, is at "
+            f"version {_version(x)} instead of {version}"
+        )
 
 
 def _storage(x: Tensor) -> int:
@@ -58,19 +94,13 @@ def _storage(x: Tensor) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Other:
-    """A tensor that is kept as it is; autograd itself would look at its version too."""
+    """A tensor that is kept as it is."""
 
     tensor: Tensor
     version: int
 
     def unpack(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: {self.tensor.type()} {list(self.tensor.shape)}, an operand "
-                f"of a quantized product, is at version {self.tensor._version} instead of "
-                f"{self.version}"
-            )
+        _check(self.tensor, self.version)
         return self.tensor
 
 
@@ -78,13 +108,13 @@ class _Other:
 class _Again:
     """A tensor, or a view of one, that can be computed again."""
 
-    again: Callable[[], Tensor]
+    recipe: Recipe
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
 
     def unpack(self) -> Tensor:
-        return self.again().as_strided(self.shape, self.stride, self.offset)
+        return self.recipe.unpack().as_strided(self.shape, self.stride, self.offset)
 
 
 def watched() -> bool:
@@ -96,22 +126,27 @@ def watched() -> bool:
 
 
 @contextlib.contextmanager
-def not_keeping(*operands: Any) -> Iterator[None]:
+def not_keeping(*operands: Tensor) -> Iterator[None]:
     """Within, products do not keep those operands that can be computed again.
 
     Other hooks on saved tensors, as in checkpoints, come first: then nothing changes.
     """
-    recipes = {_storage(y): y._again for y in operands if hasattr(y, "_again")}
     enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
-    if not recipes or watched() or not enabled():
+    recipes = {}
+    if not watched() and enabled():
+        for y in operands:
+            recipe = _recipes.get(y)  # type: ignore[no-untyped-call]
+            if recipe is not None and _version(y) == recipe.y_version:
+                recipes[_storage(y)] = recipe
+    if not recipes:
         yield
         return
 
     def pack(x: Tensor) -> _Other | _Again:
-        again = recipes.get(_storage(x)) if x.layout is torch.strided else None
-        if again is None:
-            return _Other(x, x._version)
-        return _Again(again, x.shape, x.stride(), int(x.storage_offset()))
+        recipe = recipes.get(_storage(x)) if x.layout is torch.strided else None
+        if recipe is None:
+            return _Other(x, _version(x))
+        return _Again(recipe, x.shape, x.stride(), int(x.storage_offset()))
 
     with saved_tensors_hooks(pack, lambda kept: kept.unpack()):
         yield

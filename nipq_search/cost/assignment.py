@@ -123,6 +123,8 @@ def best_assignment(
     counted = sorted({name for p, _ in limits for monomial in p.terms for name in monomial})
     if not counted or any(len(m) > 2 for p, _ in limits for m in p.terms):
         return None
+    if not all(math.isfinite(loss) for unit in counted for loss in losses[unit].values()):
+        return None  # as after a training whose loss became no number
     for margin in _MARGINS:
         widths = _solved(limits, {unit: losses[unit] for unit in counted}, margin)
         if widths is None:

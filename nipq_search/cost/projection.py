@@ -21,9 +21,9 @@ from nipq_search.cost.base import (
 )
 from nipq_search.cost.budget import Budget
 from nipq_search.errors import UserError
-from nipq_search.quant.functional import nearest_bits
 from nipq_search.quant.graph import Graph
 from nipq_search.quant.prepare import M, freeze_bits, quant_state, quantizers
+from nipq_search.quant.widths import nearest_bits
 
 FULL = 0.97
 """Share of a target from which on it counts as used up."""

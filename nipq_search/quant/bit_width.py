@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError
-from nipq_search.quant import functional as F
+from nipq_search.quant import widths
 
 LEAST_BITS, MOST_BITS = 1, 16
 
@@ -51,6 +51,7 @@ class BitWidth(nn.Module):
     fixed: Tensor | None
     frozen: Tensor | None
     marginal: Tensor
+    decayed: Tensor
     _allowed: Tensor
 
     def __init__(
@@ -65,6 +66,7 @@ class BitWidth(nn.Module):
         self.register_buffer("fixed", None)
         self.register_buffer("frozen", None)
         self.register_buffer("marginal", torch.zeros(1))
+        self.register_buffer("decayed", torch.full((1,), -1, dtype=torch.int64), False)
         self.register_buffer("_allowed", torch.tensor(allowed, dtype=torch.float32), False)
         self._marginal_step = -1
         self._width: int | None = None  # the integer buffer as a number: no device is asked
@@ -82,16 +84,16 @@ class BitWidth(nn.Module):
     def soft(self) -> Tensor:
         """The continuous bit-width, shape (1,), differentiable in theta."""
         if self.theta is not None:
-            return F.soft_bits(self.theta, self.allowed[0], self.allowed[-1])
+            return widths.soft_bits(self.theta, self.allowed[0], self.allowed[-1])
         return self._allowed.new_full((1,), self.hard())
 
     def hard(self) -> int:
         """The integer width: the frozen one, else the allowed one nearest to the soft one."""
         if self._width is not None:
             return self._width
-        return F.nearest_bits(float(self.soft().detach()), self.allowed)
+        return widths.nearest_bits(float(self.soft().detach()), self.allowed)
 
-    def draw(self, u: float, step: int) -> F.Draw | None:
+    def draw(self, u: float, step: int) -> widths.Draw | None:
         """An integer width for one training step; None where the width is not learned.
 
         Args:
@@ -102,21 +104,13 @@ class BitWidth(nn.Module):
             return None
         if self.theta.requires_grad and torch.is_grad_enabled() and step != self._marginal_step:
             self._marginal_step = step
-            self.marginal.mul_(0.98)
-        least, span = self.allowed[0], self.allowed[-1] - self.allowed[0]
-        if self.theta.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
-            with torch.no_grad():
-                share = torch.sigmoid(self.theta)
-                width = F.sample_bits(least + span * share, self._allowed, u)
-                return F.Draw(self.theta, width, span * share * (1 - share), self.marginal)
-        part = F.sigmoid(self.theta.item())
-        number = F.sample_width(least + span * part, self.allowed, u)
-        return F.Draw(self.theta, number, span * part * (1 - part), self.marginal)
+            self.marginal.mul_(widths.MARGINAL_DECAY)
+        return widths.draw(self.theta, self.allowed, u, self.marginal, self._allowed)
 
     def sample(self, u: float, step: int) -> Tensor:
         """The width of a draw, shape (1,), or the width that is not learned."""
         draw = self.draw(u, step)
-        return self.soft() if draw is None else F.drawn_bits(draw)
+        return self.soft() if draw is None else widths.drawn_bits(draw)
 
     def tie(self, other: BitWidth) -> None:
         """Learn one bit-width with `other`, which has the same allowed set."""
@@ -150,9 +144,9 @@ class BitWidth(nn.Module):
             )
         if self.theta is not None:
             with torch.no_grad():
-                self.theta.fill_(F.theta_for(bits, self.allowed[0], self.allowed[-1]))
+                self.theta.fill_(widths.theta_for(bits, self.allowed[0], self.allowed[-1]))
         elif self.fixed is not None:
-            self._width = F.nearest_bits(bits, self.allowed)
+            self._width = widths.nearest_bits(bits, self.allowed)
             self.fixed.fill_(self._width)
 
     def _load_from_state_dict(

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.quant import functional as F
+from nipq_search.quant import widths
 from nipq_search.quant.bit_width import BitWidth
 from nipq_search.quant.kernels import pseudo_quantize
+from nipq_search.quant.kernels.compiled import noisy
 from nipq_search.quant.noise import NoiseClock, centered_uniform, not_compiled
 from nipq_search.quant.quantizer import FakeQuantizer, Placement
 from nipq_search.quant.statistics import TensorStatistics
@@ -40,9 +42,32 @@ class NIPQ(FakeQuantizer):
         """The truncation boundary, shape (channels,)."""
         return F.positive(self.boundary, self.start)
 
-    @not_compiled
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
         """Add noise at a sampled bit-width."""
+        if torch.compiler.is_compiling() and place.rows is None:
+            bits = self.bits
+            return noisy(  # type: ignore[no-any-return]
+                x,
+                self.boundary.float(),
+                self.start.float(),
+                self.minimum,
+                bits.theta,
+                bits.marginal,
+                bits.decayed,
+                self.clock.count.clone(),
+                self.clock.seed,
+                self.key,
+                bits.key,
+                bits.hard() if bits.theta is None else 0,
+                list(bits.allowed),
+                self.grid.value,
+                place.axis,
+                self.proxy == "empirical",
+            )
+        return self._noisy(x, place)
+
+    @not_compiled
+    def _noisy(self, x: Tensor, place: Placement) -> Tensor:
         clock = self.clock
         draw = self.bits.draw(centered_uniform(clock.key(self.bits.key, 0)), clock.step)
         if place.rows is None and self.boundary.dtype is torch.float32:
@@ -51,6 +76,6 @@ class NIPQ(FakeQuantizer):
                 self.boundary, bits, self.grid, self.minimum, place.axis, self.start, draw
             )
         else:
-            drawn = None if draw is None else F.drawn_bits(draw)
+            drawn = None if draw is None else widths.drawn_bits(draw)
             boundary = self.boundary_for(x, place, drawn)
         return pseudo_quantize(x, boundary, clock.key(self.key, 1), self.proxy == "empirical")

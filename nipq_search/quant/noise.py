@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
@@ -68,11 +69,11 @@ def is_plain(x: Tensor) -> bool:
     everything that watches or fakes single operations need torch operations.
     """
     return (
-        x.dtype in _DTYPES
+        not torch.compiler.is_compiling()
+        and x.dtype in _DTYPES
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.numel() > 0
         and not x.is_neg()
-        and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
@@ -221,10 +222,26 @@ class NoiseClock:
     checkpointing see the noise of that forward again.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        """Start at step 0."""
+    def __init__(self, seed: int = 0, step: int = 0) -> None:
+        """Start at a step."""
         self.seed = seed
-        self.step = 0
+        self._place = np.array([step], dtype=np.int64)
+        # The same memory: a compiled graph counts with a tensor, and everything else must not, for
+        # what fakes or watches operations would do so with these.
+        self.count = torch.from_numpy(self._place)
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles share no memory."""
+        return NoiseClock, (self.seed, self.step)
+
+    @property
+    def step(self) -> int:
+        """Training forwards so far."""
+        return int(self._place[0])
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._place[0] = value
 
     def key(self, tensor: int, purpose: int) -> int:
         """64 bits for the quantizer numbered `tensor` at this step."""

@@ -20,7 +20,7 @@ from nipq_search.quant.graph import Graph
 from nipq_search.quant.groups import groups_of, tie
 from nipq_search.quant.kernels.relu import make_lean
 from nipq_search.quant.layers import LAYERS, QuantLayer
-from nipq_search.quant.noise import NoiseClock, not_compiled
+from nipq_search.quant.noise import NoiseClock
 from nipq_search.quant.quantizer import FakeQuantizer
 from nipq_search.quant.roles import IDLE
 from nipq_search.quant.sites import Owner
@@ -142,11 +142,14 @@ def is_frozen(model: nn.Module) -> bool:
     return all(quantizer.bits.is_frozen for quantizer in quantizers(model).values())
 
 
-@not_compiled
 def _tick(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of the root: the next step's noise."""
     if module.training:
-        quant_state(module).clock.step += 1
+        clock: NoiseClock = getattr(module, STATE).clock
+        if torch.compiler.is_compiling():
+            clock.count.add_(1)
+        else:
+            clock.step += 1
 
 
 @torch.inference_mode(False)  # parameters that are made under it could never be trained

@@ -162,6 +162,15 @@ def test_formulas_that_are_no_polynomials_are_left_to_the_other_way():
             del COSTS[name]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300])
+def test_a_training_that_went_astray_is_projected_too(value):
+    graph = chain()
+    budget = Budget(bops=exact_cost("bops", graph, dict.fromkeys(graph.tensors, 3.0)))
+    soft = dict.fromkeys(graph.tensors, 4.0)
+    for marginal in (dict.fromkeys(graph.tensors, value), {"l0.weight": value}):
+        assert usage(graph, project(graph, budget, soft, marginal), budget) <= 1
+
+
 def test_without_scipy_the_search_remains(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     graph = chain()

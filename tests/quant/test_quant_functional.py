@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from quant_models import WIDTHS, normal, plain_quantize
 
 from nipq_search.quant import functional as F
+from nipq_search.quant import widths
 from nipq_search.quant.functional import Grid
 
 LN2 = math.log(2.0)
@@ -131,12 +132,12 @@ def test_softplus_inverse(value):
 @given(st.sets(st.integers(1, 16), min_size=2).map(lambda s: tuple(sorted(s))), st.floats(0, 1))
 def test_theta_and_soft_bits_are_inverse_away_from_the_ends(allowed, share):
     bits = allowed[0] + (allowed[-1] - allowed[0]) * (0.05 + 0.9 * share)
-    theta = torch.tensor([F.theta_for(bits, allowed[0], allowed[-1])], dtype=torch.float64)
-    assert float(F.soft_bits(theta, allowed[0], allowed[-1])) == pytest.approx(bits)
+    theta = torch.tensor([widths.theta_for(bits, allowed[0], allowed[-1])], dtype=torch.float64)
+    assert float(widths.soft_bits(theta, allowed[0], allowed[-1])) == pytest.approx(bits)
     for end in (allowed[0], allowed[-1]):
-        theta = torch.tensor([F.theta_for(end, allowed[0], allowed[-1])])
+        theta = torch.tensor([widths.theta_for(end, allowed[0], allowed[-1])])
         slope = torch.autograd.functional.jacobian(
-            lambda t: F.soft_bits(t, allowed[0], allowed[-1]), theta
+            lambda t: widths.soft_bits(t, allowed[0], allowed[-1]), theta
         )
         assert float(slope) > 0.04 * (allowed[-1] - allowed[0])
 
@@ -149,7 +150,7 @@ def test_theta_and_soft_bits_are_inverse_away_from_the_ends(allowed, share):
 )
 def test_sampled_bits_are_allowed_neighbours(allowed, share, u):
     bits = torch.tensor([allowed[0] + (allowed[-1] - allowed[0]) * share], requires_grad=True)
-    sample = F.sample_bits(bits, torch.tensor(allowed, dtype=torch.float32), u)
+    sample = widths.sample_bits(bits, torch.tensor(allowed, dtype=torch.float32), u)
     soft = float(bits.detach())
     below = max(a for a in allowed if a <= soft)
     above = min(a for a in allowed if a >= soft)
@@ -162,17 +163,17 @@ def test_sampled_bits_are_allowed_neighbours(allowed, share, u):
 @pytest.mark.parametrize("share", [0.0, 0.11, 0.5, 0.83, 1.0])
 def test_sampled_bits_are_unbiased(allowed, share):
     bits = torch.tensor([allowed[0] + (allowed[-1] - allowed[0]) * share])
-    widths = torch.tensor(allowed, dtype=torch.float32)
+    among = torch.tensor(allowed, dtype=torch.float32)
     count = 2000
     draws = [(k + 0.5) / count - 0.5 for k in range(count)]
-    mean = sum(float(F.sample_bits(bits, widths, u)) for u in draws) / count
+    mean = sum(float(widths.sample_bits(bits, among, u)) for u in draws) / count
     assert mean == pytest.approx(float(bits), abs=(allowed[-1] - allowed[0]) / count)
 
 
 def test_nearest_bits():
-    assert F.nearest_bits(5.9, (4, 8)) == 4
-    assert F.nearest_bits(6.0, (4, 8)) == 8
-    assert F.nearest_bits(99.0, (4, 8)) == 8
+    assert widths.nearest_bits(5.9, (4, 8)) == 4
+    assert widths.nearest_bits(6.0, (4, 8)) == 8
+    assert widths.nearest_bits(99.0, (4, 8)) == 8
 
 
 def test_scale_gradient():

@@ -8,7 +8,7 @@ from quant_models import images, normal, residual_net
 from test_quant_noise import distance, residual_cdf
 from torch import nn
 
-from nipq_search.quant import QuantConfig, prepare, quantizers
+from nipq_search.quant import QuantConfig, prepare, quantizers, widths
 from nipq_search.quant import functional as F
 from nipq_search.quant import kernels as K
 from nipq_search.quant.functional import Boundary, Grid
@@ -219,7 +219,7 @@ def test_what_is_learned_goes_into_one_node(grid):
         raw = torch.linspace(-25.0, 25.0, 20).requires_grad_()
         theta, marginal = torch.tensor([0.3], requires_grad=True), torch.zeros(1)
         start = torch.linspace(0.5, 2.0, 20)
-        draw = F.Draw(theta, 3, 0.7, marginal)
+        draw = widths.Draw(theta, 3, 0.7, marginal)
         boundary = Boundary(raw, theta, grid, torch.tensor([-0.4]), 0, start, draw)
         if not together:
             boundary = boundary.resolved()
@@ -240,7 +240,7 @@ def test_a_boundary_does_not_reach_zero():
     raw = torch.tensor([-200.0], requires_grad=True)
     for start in (torch.ones(1), torch.full((1,), float("nan"))):
         theta = torch.zeros(1, requires_grad=True)
-        draw = F.Draw(theta, 3, 0.7, torch.zeros(1))
+        draw = widths.Draw(theta, 3, 0.7, torch.zeros(1))
         boundary = Boundary(raw, theta, Grid.SIGNED, torch.zeros(1), 0, start, draw)
         y = [K.pseudo_quantize(normal(9), b, 1) for b in (boundary, boundary.resolved())]
         torch.testing.assert_close(*y, equal_nan=True)
@@ -252,10 +252,10 @@ def test_a_width_is_sampled_alike_as_a_number_and_as_a_tensor():
         for share in range(41):
             bits = allowed[0] + (allowed[-1] - allowed[0]) * share / 40
             for u in (-0.49, -0.2, 0.0, 0.13, 0.49):
-                tensor = F.sample_bits(
+                tensor = widths.sample_bits(
                     torch.tensor([bits], dtype=torch.float64), torch.tensor(allowed).double(), u
                 )
-                assert F.sample_width(bits, allowed, u) == int(tensor)
+                assert widths.sample_width(bits, allowed, u) == int(tensor)
 
 
 def test_what_watches_single_operations_sees_them():

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from nipq_search.quant import functional as F
 from nipq_search.quant import noise
-from nipq_search.quant.functional import Boundary
+from nipq_search.quant.functional import Boundary, Range
 from nipq_search.quant.kernels import cpu
-from nipq_search.quant.kernels.function import Backend, quantize
+from nipq_search.quant.kernels.function import Backend, plain, quantize
+from nipq_search.quant.kernels.kept import Kept
 
-__all__ = ["backend_for", "hard_quantize", "pseudo_quantize"]
+__all__ = ["backend_for", "gradients", "hard_quantize", "pseudo_quantize"]
 
 
 def backend_for(x: Tensor, boundary: Boundary) -> Backend | None:
@@ -50,13 +51,44 @@ def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = F
     if backend is not None:
         return quantize(backend, x, boundary, key, empirical)
     value, range_ = _wide(x), boundary.range(x.dim())
-    if empirical:
-        residuals = noise.residuals_of(value, *range_[:3], boundary.axis)
-        drawn = noise.drawn_from(residuals, x.shape, key)
-    else:
-        drawn = noise.uniform_noise(x.shape, key, x.device, value.dtype)
-    drawn = drawn.as_strided(value.shape, value.stride())
+    drawn = _noise(value, range_, boundary.axis, key, empirical)
     return F.pseudo_quantize(value, range_, drawn).to(x.dtype)
+
+
+def _noise(x: Tensor, range_: Range, axis: int, key: int, empirical: bool) -> Tensor:
+    """Noise for a dense tensor, in its layout, by torch operations."""
+    if empirical:
+        drawn = noise.drawn_from(noise.residuals_of(x, *range_[:3], axis), x.shape, key)
+    else:
+        drawn = noise.uniform_noise(x.shape, key, x.device, x.dtype)
+    return drawn.as_strided(x.shape, x.stride())
+
+
+def gradients(
+    grad: Tensor, x: Tensor, boundary: Boundary, key: int, empirical: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of `pseudo_quantize` by `x`, `boundary.alpha` and `boundary.bits`.
+
+    Args:
+        grad: of the output.
+        x: as there, like the rest.
+        boundary: without `start` and `draw`.
+        key: as there.
+        empirical: as there.
+    """
+    dense = noise.dense(x)
+    value, axis, grid = _wide(dense), boundary.axis, boundary.grid
+    grad = plain(grad, value.stride(), value.dtype)
+    if (backend := backend_for(dense, boundary)) is None:
+        range_ = boundary.range(x.dim())
+        drawn = _noise(value, range_, axis, key, empirical)
+        by_x, *sums = F.range_sums(grad, value, range_, drawn)
+        flat = F.Range(*(t.reshape(-1) for t in range_))
+        return by_x.to(x.dtype), *F.range_gradients(flat, grid, *sums)
+    packed = backend.packed_range(boundary)
+    residuals = backend.residuals_of(value, axis, packed) if empirical else None
+    found = backend.backward(grad, value, Kept.INPUT, axis, packed, grid, key, residuals)
+    return found[0].to(x.dtype), *found[1:]
 
 
 def hard_quantize(x: Tensor, boundary: Boundary) -> Tensor:

@@ -279,6 +279,8 @@ class _Positive(torch.autograd.Function):
 
 def positive(raw: Tensor, start: Tensor) -> Tensor:
     """`start * softplus(raw)`, `LEAST_BOUNDARY` or more; differentiable in `raw`."""
+    if torch.compiler.is_compiling():  # which makes one node of several by itself
+        return (torch.nn.functional.softplus(raw) * start).clamp(min=LEAST_BOUNDARY)
     return _Positive.apply(raw, start)  # type: ignore[no-any-return]
 
 

@@ -89,6 +89,18 @@ def test_one_graph_serves_every_step():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_batches_of_any_size_are_one_graph(frozen):
+    model = prepare(Two(), normal(6, 16)).train()
+    if frozen:
+        freeze_bits(model).eval()
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (3, 5, 9):
+        x = normal(16, size).t()
+        torch.testing.assert_close(compiled(x), plain(x))
+
+
 def test_without_kernels(monkeypatch):
     monkeypatch.setenv(build.SWITCH, "eager")
     build.library.cache_clear()

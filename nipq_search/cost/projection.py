@@ -34,6 +34,14 @@ def usage(graph: Graph, bits: Bits, budget: Budget) -> float:
     return max(exact_cost(name, graph, bits) / target for name, target in budget.targets.items())
 
 
+def largest_terms(name: str, graph: Graph) -> str:
+    """The layers or tensors that set a cost at its least, in words: `a: 50 %, b: 20 %`."""
+    terms = get_cost(name).terms(graph, complete_bits(graph, extreme_bits(graph, most=False)))
+    total = sum(float(term) for term in terms.values()) or 1.0
+    largest = sorted(terms.items(), key=lambda item: -float(item[1]))[:3]
+    return ", ".join(f"{layer}: {100 * float(v) / total:.0f} %" for layer, v in largest)
+
+
 def check_reachable(graph: Graph, budget: Budget) -> None:
     """Check that some allowed bit-widths keep the budget.
 
@@ -45,13 +53,9 @@ def check_reachable(graph: Graph, budget: Budget) -> None:
         least = exact_cost(name, graph, bits)
         if least <= target:
             continue
-        terms = get_cost(name).terms(graph, complete_bits(graph, bits))
-        total = sum(float(term) for term in terms.values())
-        largest = sorted(terms.items(), key=lambda item: -float(item[1]))[:3]
-        blame = ", ".join(f"{layer}: {100 * float(v) / total:.0f} %" for layer, v in largest)
         raise UserError(
             f"{name}: the target {target:,.10g} is below the least reachable cost {least:,.10g} "
-            f"(set by {blame}); raise it, allow fewer bits, or unpin layers"
+            f"(set by {largest_terms(name, graph)}); raise it, allow fewer bits, or unpin layers"
         )
 
 

@@ -274,9 +274,10 @@ def best_document(
     for name, limit in limits.items():
         least = facts["costs"][name]["least"]
         if least > limit:
+            set_by = facts.get("least_set_by", {}).get(name)  # older sweeps have none
             blocks.append(
                 f"{name}: {limit:,.6g} is below the least reachable cost {least:,.6g} "
-                "with the allowed bit-widths"
+                "with the allowed bit-widths" + (f" (set by {set_by})" if set_by else "")
             )
         elif nearest is not None and nearest["cost"][name] > limit:
             blocks.append(

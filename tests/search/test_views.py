@@ -153,6 +153,12 @@ def test_best_document(sweep):
         sweep.best({"bop": 1.0})
 
 
+def test_best_names_the_layers_that_set_the_least_cost(sweep):
+    facts = {**sweep.facts, "least_set_by": {"bops": "stem: 80 %, head: 20 %"}}
+    (block,) = view.best_document([], {"bops": 1.0}, facts)["blocks"][:1]
+    assert block.endswith("with the allowed bit-widths (set by stem: 80 %, head: 20 %)")
+
+
 def test_best_of_nothing(sweep):
     document = view.best_document([], {"bops": 1e12}, sweep.facts)
     assert document["point"] is None and document["blocks"] == ["no trial is complete yet"]

@@ -98,7 +98,10 @@ def test_facts_of_a_sweep():
     for costs in facts.costs.values():
         assert costs["least"] <= costs["uniform8"] <= costs["greatest"] <= costs["float"]
     assert facts.axis == (facts.costs["bops"]["least"], facts.costs["bops"]["uniform8"])
-    assert set(facts.as_json()) == {"budgets", "front_cost", "metric", "mode", "axis", "costs"}
+    told = facts.as_json()
+    keys = {"budgets", "front_cost", "metric", "mode", "axis", "costs", "least_set_by"}
+    assert set(told) == keys and told["least_set_by"].keys() == facts.costs.keys()
+    assert " %" in told["least_set_by"]["bops"]
 
 
 def test_budgets_keep_the_order_of_an_earlier_run():

@@ -161,6 +161,8 @@ class BitWidth(nn.Module):
             if self.learned:
                 self.theta = nn.Parameter(torch.zeros_like(self._allowed[:1]))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._marginal_step = -1  # the clock may go back to a step that was there already
+        self.decayed.fill_(-1)
         width = self.fixed if self.frozen is None else self.frozen
         self._width = None if width is None else int(width)
         if self._width not in (None, *self.allowed):

@@ -9,8 +9,8 @@ from nipq_search.quant import functional as F
 from nipq_search.quant import widths
 from nipq_search.quant.bit_width import BitWidth
 from nipq_search.quant.kernels import pseudo_quantize
-from nipq_search.quant.kernels.compiled import noisy
-from nipq_search.quant.noise import NoiseClock, centered_uniform, not_compiled
+from nipq_search.quant.kernels.compiled import noisy_node
+from nipq_search.quant.noise import NoiseClock, centered_uniform, not_compiled, signed64
 from nipq_search.quant.quantizer import FakeQuantizer, Placement
 from nipq_search.quant.statistics import TensorStatistics
 
@@ -45,17 +45,18 @@ class NIPQ(FakeQuantizer):
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
         """Add noise at a sampled bit-width."""
         if torch.compiler.is_compiling() and place.rows is None:
-            bits = self.bits
-            return noisy(  # type: ignore[no-any-return]
+            bits, alpha = self.bits, self.alpha()
+            if alpha.dtype in (torch.bfloat16, torch.float16):
+                alpha = alpha.float()
+            return noisy_node(
                 x,
-                self.boundary.float(),
-                self.start.float(),
-                self.minimum,
+                alpha,
                 bits.theta,
+                self.minimum,
                 bits.marginal,
                 bits.decayed,
                 self.clock.count.clone(),
-                self.clock.seed,
+                signed64(self.clock.seed),
                 self.key,
                 bits.key,
                 bits.hard() if bits.theta is None else 0,

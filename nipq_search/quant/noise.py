@@ -94,6 +94,12 @@ def signed32(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
+def signed64(word: int) -> int:
+    """The low 64 bits of a word as a signed integer."""
+    word &= _MASK
+    return word - (1 << 64) if word >> 63 else word
+
+
 def _hashed(count: int, key: int, device: torch.device) -> Tensor:
     """32 well-mixed bits for each of `count` elements, int32: MurmurHash3's finalizer, keyed.
 

@@ -99,6 +99,16 @@ def test_uncounted_tensors_stay_where_they_were_learned():
     assert bits["a.input"] == bits["b.input"] == 3
 
 
+@pytest.mark.parametrize("width", [2, 8])
+def test_exact_targets_of_a_mean_are_reached(width):
+    sizes = (16, 64, 24, 10, 8, 64)
+    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    model = prepare(nn.Sequential(*layers), torch.randn(4, 16), QuantConfig(start_bits=8))
+    freeze(model, Budget(mean_weight_bits=float(width)))
+    weights = {n: b for n, b in hard_bits(model).items() if n.endswith("weight")}
+    assert set(weights.values()) == {width}
+
+
 def test_error_scales():
     scales = error_scales({"a": 4.0, "b": 4.0, "c": 2.0}, {"a": -2.0, "b": -1.0, "c": 0.5})
     assert scales["a"] == pytest.approx(2 * scales["b"])

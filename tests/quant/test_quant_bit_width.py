@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from quant_models import images, residual_net
@@ -141,3 +143,20 @@ def test_config_errors_name_the_key():
     for message, make in cases.items():
         with pytest.raises(UserError, match=message):
             make()
+
+
+def test_going_back_is_the_same_as_a_resume():
+    model, x = prepare(residual_net(), images()).train(), images()
+
+    def step(of):
+        of(x).square().sum().backward()
+
+    step(model)
+    state = copy.deepcopy(model.state_dict())
+    fresh = copy.deepcopy(model)
+    step(model)
+    for each in (model, fresh):
+        each.load_state_dict(state)
+        step(each)
+    for a, b in zip(find_quantizers(model).values(), find_quantizers(fresh).values(), strict=True):
+        assert torch.equal(a.bits.marginal, b.bits.marginal)

@@ -101,6 +101,61 @@ def test_batches_of_any_size_are_one_graph(frozen):
         torch.testing.assert_close(compiled(x), plain(x))
 
 
+def test_several_forwards_and_several_backwards():
+    model = prepare(Two(), normal(6, 16)).train()
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for forward in (compiled, plain):
+        loss = (forward(normal(6, 16)) * forward(normal(6, 16, seed=3))).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+class Halves(nn.Module):
+    """Consumes slices of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        first, second = self.a(x).chunk(2, 1)
+        return self.b(first) + self.b(second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bfloat16", "float64", "slices"])
+def test_inductor_takes_what_the_operations_promise(kind):
+    model, x = prepare(Two(), normal(6, 16)).train(), normal(6, 16)
+    if kind == "slices":
+        x = normal(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+        model = prepare(Halves(), x).train().to(memory_format=torch.channels_last)
+    else:
+        dtype = getattr(torch, kind)
+        model, x = model.to(dtype), x.to(dtype)
+    plain = copy.deepcopy(model)
+    outputs = [torch.compile(model, fullgraph=True)(x), plain(x)]
+    tolerance = 0.05 if kind == "bfloat16" else 1e-5
+    torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
+    for out in outputs:
+        out.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in (*model.parameters(),)) and any(
+        p.grad is not None for p in model.parameters()
+    )
+
+
+def test_a_width_that_does_not_learn_measures_nothing():
+    model = prepare(Two(), normal(6, 16), QuantConfig(seed=2**63 + 5)).train()
+    for quantizer in quantizers(model).values():
+        quantizer.bits.theta.requires_grad_(False)
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compare(compiled, plain, model, normal(6, 16), steps=2)
+    assert all(float(q.bits.marginal) == 0.0 for q in quantizers(model).values())
+
+
 def test_without_kernels(monkeypatch):
     monkeypatch.setenv(build.SWITCH, "eager")
     build.library.cache_clear()

@@ -5,18 +5,18 @@ the step comes in as a tensor, so that one graph serves them all. For the backwa
 kept; what the compiler keeps beside it is its own decision.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from nipq_search.quant import functional as F
 from nipq_search.quant import kernels, noise, widths
 from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.noise import NoiseClock
 
 
 def _boundary(
-    raw: Tensor,
-    start: Tensor,
+    alpha: Tensor,
     minimum: Tensor,
     theta: Tensor | None,
     marginal: Tensor,
@@ -28,24 +28,22 @@ def _boundary(
     bits_key: int,
 ) -> tuple[Boundary, widths.Draw | None]:
     """What determines the range, without a graph, and the draw."""
-    draw, bits = None, raw.new_full((1,), width)
+    draw, bits = None, alpha.new_full((1,), width)
     if theta is not None:
         u = noise.centered_uniform(clock.key(bits_key, 0))
         draw = widths.draw(theta, tuple(allowed), u, marginal)
-        bits = widths.drawn_bits(draw)
-    return Boundary(F.positive(raw, start), bits, Grid(grid), minimum, axis), draw
+        bits = widths.drawn_bits(draw).to(alpha.dtype)
+    return Boundary(alpha, bits, Grid(grid), minimum, axis), draw
 
 
 @torch.library.custom_op("nipq_search::noisy", mutates_args=())
 @torch.no_grad()
 def noisy(
     x: Tensor,
-    raw: Tensor,
-    start: Tensor,
+    alpha: Tensor,
     minimum: Tensor,
     theta: Tensor | None,
     marginal: Tensor,
-    decayed: Tensor,
     step: Tensor,
     seed: int,
     key: int,
@@ -59,15 +57,13 @@ def noisy(
     """`x` with noise at a drawn bit-width: what `NIPQ.train_forward` computes.
 
     Args:
-        x: any floating-point dtype.
-        raw: what is learned of the boundaries.
-        start: their starting values.
+        x: a dense tensor of any floating-point dtype.
+        alpha: truncation boundaries, float32 or float64.
         minimum: of an affine tensor.
         theta: of the bit-width; None where it is `width`.
         marginal: see `BitWidth`.
-        decayed: the step at which `marginal` decayed last.
         step: the clock's.
-        seed: the clock's.
+        seed: the clock's, as a signed integer of 64 bits.
         key: number of the tensor.
         bits_key: number of the bit-width.
         width: the width where none is learned.
@@ -78,7 +74,7 @@ def noisy(
     """
     clock = NoiseClock(seed, int(step))
     boundary, _ = _boundary(
-        raw, start, minimum, theta, marginal, clock, width, allowed, grid, axis, bits_key
+        alpha, minimum, theta, marginal, clock, width, allowed, grid, axis, bits_key
     )
     return kernels.pseudo_quantize(x, boundary, clock.key(key, 1), empirical)
 
@@ -93,12 +89,12 @@ def _(x, *rest):  # type: ignore[no-untyped-def]
 def noisy_backward(
     grad: Tensor,
     x: Tensor,
-    raw: Tensor,
-    start: Tensor,
+    alpha: Tensor,
     minimum: Tensor,
     theta: Tensor | None,
     marginal: Tensor,
     decayed: Tensor,
+    learns: bool,
     step: Tensor,
     seed: int,
     key: int,
@@ -109,41 +105,83 @@ def noisy_backward(
     axis: int,
     empirical: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x`, `raw` and `theta`; see `noisy`."""
+    """Gradients of `x`, `alpha` and `theta`; see `noisy`.
+
+    Args besides those:
+        grad: of the output.
+        decayed: the step at which `marginal` decayed last.
+        learns: whether theta does; else `marginal` stays as it is.
+    """
     clock = NoiseClock(seed, int(step))
     boundary, draw = _boundary(
-        raw, start, minimum, theta, marginal, clock, width, allowed, grid, axis, bits_key
+        alpha, minimum, theta, marginal, clock, width, allowed, grid, axis, bits_key
     )
     grad_x, by_alpha, by_bits = kernels.gradients(grad, x, boundary, clock.key(key, 1), empirical)
-    by_raw = by_alpha * start * torch.sigmoid(raw)
-    if draw is None:
-        return grad_x, by_raw, torch.zeros_like(by_bits)
-    if int(decayed) != clock.step:
-        decayed.fill_(clock.step)
-        marginal.mul_(widths.MARGINAL_DECAY)
-    return grad_x, by_raw, draw.gradient(by_bits)
+    by_bits, by_theta = by_bits.to(marginal.dtype), torch.zeros_like(marginal)
+    if draw is not None and learns:
+        if int(decayed) != clock.step:
+            decayed.fill_(clock.step)
+            marginal.mul_(widths.MARGINAL_DECAY)
+        by_theta = draw.gradient(by_bits).to(marginal.dtype)
+    return grad_x, by_alpha.to(alpha.dtype), by_theta
 
 
 @noisy_backward.register_fake
-def _(grad, x, raw, start, minimum, theta, marginal, *rest):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), torch.empty_like(raw), torch.empty_like(marginal)
+def _(grad, x, alpha, minimum, theta, marginal, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(marginal)
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, raw, start, minimum, theta, marginal, decayed, step, *ctx.rest = inputs
-    ctx.learned = theta is not None
-    # Not saved as the others are: each consumer of an activation adds to it, backward.
-    ctx.marginal, ctx.decayed = marginal, decayed
-    ctx.save_for_backward(x, raw, start, minimum, step, *((theta,) if ctx.learned else ()))
+class _Noisy(torch.autograd.Function):
+    """Both operations as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        alpha: Tensor,
+        theta: Tensor | None,
+        minimum: Tensor,
+        marginal: Tensor,
+        decayed: Tensor,
+        step: Tensor,
+        *rest: Any,
+    ) -> Tensor:
+        learned = theta is not None
+        ctx.save_for_backward(x, alpha, minimum, step, *((theta,) if learned else ()))
+        # Not saved as those are: every backward changes them, of which there may be several.
+        ctx.marginal, ctx.decayed, ctx.rest = marginal, decayed, rest
+        return noisy(x, alpha, minimum, theta, marginal, step, *rest)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, alpha, minimum, step, *saved = ctx.saved_tensors
+        theta = saved[0] if saved else None
+        learns = bool(saved) and ctx.needs_input_grad[2]
+        by_x, by_alpha, by_theta = noisy_backward(
+            grads[0],
+            x,
+            alpha,
+            minimum,
+            theta,
+            ctx.marginal,
+            ctx.decayed,
+            learns,
+            step,
+            *ctx.rest,
+        )
+        return by_x, by_alpha, by_theta if learns else None, *(None,) * (4 + len(ctx.rest))
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    x, raw, start, minimum, step, *theta = ctx.saved_tensors
-    learned = (*(theta or (None,)), ctx.marginal, ctx.decayed)
-    by_x, by_raw, by_theta = noisy_backward(
-        grad, x, raw, start, minimum, *learned, step, *ctx.rest
-    )
-    return by_x, by_raw, None, None, by_theta if ctx.learned else None, *(None,) * 11
+def noisy_node(x: Tensor, alpha: Tensor, theta: Tensor | None, *rest: Any) -> Tensor:
+    """`noisy`, differentiable in `x`, `alpha` and `theta`.
 
-
-noisy.register_autograd(_backward, setup_context=_setup)
+    Args:
+        x: any floating-point dtype and layout.
+        alpha: see `noisy`.
+        theta: see `noisy`.
+        rest: `minimum`, `marginal`, `decayed` and `step` of `noisy_backward`, then its last eight.
+    """
+    # `noise.dense` sorts strides, which a compiler does not for sizes that it leaves open.
+    if torch.empty_like(x).stride() != x.stride():
+        x = x.contiguous()
+    return _Noisy.apply(x, alpha, theta, *rest)  # type: ignore[no-any-return]

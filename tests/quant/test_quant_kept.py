@@ -99,7 +99,6 @@ def held_after(model, x):
     return held
 
 
-@pytest.mark.skipif(library() is None, reason="the kernels are switched off")
 @pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
 def test_a_layer_keeps_one_tensor_and_weights_are_not_kept_twice(quantizer):
     config = QuantConfig(quantizer=quantizer)

@@ -62,27 +62,30 @@ INLINE vec rounded(vec x) {
     return (x + magic) - magic;
 }
 
-/* The finalizer of MurmurHash3, the key's second half put in between; noise.py has the same. */
+/* The finalizer of MurmurHash3, the key's second half put in between; noise.py has the same. `h` is
+ * one place, or a vector of them. */
+#define FINALIZE(h, noise, element)                               \
+    do {                                                          \
+        h ^= h >> 16;                                             \
+        h *= 0x85ebca6bu;                                         \
+        h ^= h >> 13;                                             \
+        h += (noise)->second + (uint32_t)((element) >> 32);       \
+        h *= 0xc2b2ae35u;                                         \
+        h ^= h >> 16;                                             \
+    } while (0)
+
 INLINE uvec hashed(int64_t element, const Noise *noise) {
     const uvec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     uvec h = ((uint32_t)element + lanes) ^ noise->first;
-    h ^= h >> 16;
-    h *= 0x85ebca6bu;
-    h ^= h >> 13;
-    h += noise->second + (uint32_t)(element >> 32);
-    h *= 0xc2b2ae35u;
-    return h ^ (h >> 16);
+    FINALIZE(h, noise, element);
+    return h;
 }
 
 /* The first lane of `hashed`. */
 INLINE uint32_t hashed_one(int64_t element, const Noise *noise) {
     uint32_t h = (uint32_t)element ^ noise->first;
-    h ^= h >> 16;
-    h *= 0x85ebca6bu;
-    h ^= h >> 13;
-    h += noise->second + (uint32_t)(element >> 32);
-    h *= 0xc2b2ae35u;
-    return h ^ (h >> 16);
+    FINALIZE(h, noise, element);
+    return h;
 }
 
 INLINE const float *place_in_table(int64_t group, const Noise *noise) {

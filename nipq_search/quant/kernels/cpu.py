@@ -98,7 +98,8 @@ def _run(
 
 def packed_range(boundary: Boundary) -> Tensor:
     """See `Backend`."""
-    alpha, start = boundary.alpha.detach().contiguous(), boundary.start
+    alpha = boundary.alpha.detach().contiguous()
+    start = None if boundary.start is None else boundary.start.contiguous()
     range_ = _empty(6, alpha.numel())
     library().nipq_range(  # type: ignore[union-attr]
         alpha.data_ptr(),

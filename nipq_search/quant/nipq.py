@@ -10,7 +10,7 @@ from nipq_search.quant import widths
 from nipq_search.quant.bit_width import BitWidth
 from nipq_search.quant.kernels import pseudo_quantize
 from nipq_search.quant.kernels.compiled import noisy_node
-from nipq_search.quant.noise import NoiseClock, centered_uniform, not_compiled, signed64
+from nipq_search.quant.noise import NoiseClock, centered_uniform, not_compiled, signed
 from nipq_search.quant.quantizer import FakeQuantizer, Placement
 from nipq_search.quant.statistics import TensorStatistics
 
@@ -56,7 +56,7 @@ class NIPQ(FakeQuantizer):
                 bits.marginal,
                 bits.decayed,
                 self.clock.count.clone(),
-                signed64(self.clock.seed),
+                signed(self.clock.seed, 64),
                 self.key,
                 bits.key,
                 bits.hard() if bits.theta is None else 0,

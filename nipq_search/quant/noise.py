@@ -88,16 +88,10 @@ def inner_size(x: Tensor, channels: int, axis: int) -> int:
     return int(x.stride(axis)) if channels > 1 else max(1, x.numel())
 
 
-def signed32(word: int) -> int:
-    """The low 32 bits of a word as a signed integer."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >> 31 else word
-
-
-def signed64(word: int) -> int:
-    """The low 64 bits of a word as a signed integer."""
-    word &= _MASK
-    return word - (1 << 64) if word >> 63 else word
+def signed(word: int, bits: int) -> int:
+    """The low bits of a word as a signed integer of so many."""
+    word &= (1 << bits) - 1
+    return word - (1 << bits) if word >> (bits - 1) else word
 
 
 def _hashed(count: int, key: int, device: torch.device) -> Tensor:
@@ -108,14 +102,14 @@ def _hashed(count: int, key: int, device: torch.device) -> Tensor:
     """
     with torch.no_grad():
         place = torch.arange(count, device=device, dtype=torch.int64)
-        h = place.to(torch.int32).bitwise_xor_(signed32(key))
+        h = place.to(torch.int32).bitwise_xor_(signed(key, 32))
         h ^= (h >> 16) & 0xFFFF
-        h *= signed32(0x85EBCA6B)
+        h *= signed(0x85EBCA6B, 32)
         h ^= (h >> 13) & 0x7FFFF
-        h += signed32(key >> 32)
+        h += signed(key >> 32, 32)
         if count > 1 << 32:
             h += (place >> 32).to(torch.int32)
-        h *= signed32(0xC2B2AE35)
+        h *= signed(0xC2B2AE35, 32)
         h ^= (h >> 16) & 0xFFFF
         return h
 

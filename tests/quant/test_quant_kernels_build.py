@@ -89,7 +89,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 
 def test_the_source_is_part_of_the_package():
-    assert build.SOURCE.exists()
+    assert all(source.exists() for source in build.SOURCES)
 
 
 def test_a_cache_that_does_not_execute(tmp_path, monkeypatch):

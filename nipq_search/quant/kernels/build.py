@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nipq_search.errors import UserError
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "relu.c"))
 SWITCH = "NIPQ_SEARCH_KERNELS"
 """Environment variable; `eager` switches the kernels off."""
 
@@ -77,7 +77,8 @@ def _build(folder: Path) -> Path:
     Its name ends with its checksum: a file that a full disk or a lost power supply cut short
     would kill the process.
     """
-    text = "\0".join((SOURCE.read_text(), platform.machine(), _processor(), str(_FLAGS)))
+    sources = [source.read_text() for source in SOURCES]
+    text = "\0".join((*sources, platform.machine(), _processor(), str(_FLAGS)))
     source = _digest(text.encode())
     for found in folder.glob(f"cpu-{source}-*.so"):
         if _digest(found.read_bytes()) == found.stem.rpartition("-")[2]:
@@ -86,7 +87,7 @@ def _build(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as private:
         made = Path(private) / "cpu.so"
         for flags in _FLAGS:
-            command = [compiler, *_COMMON, *flags, str(SOURCE), "-o", str(made), "-lm"]
+            command = [compiler, *_COMMON, *flags, *map(str, SOURCES), "-o", str(made), "-lm"]
             result = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=120
             )

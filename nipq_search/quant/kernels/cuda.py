@@ -24,7 +24,7 @@ from nipq_search.quant.functional import (
 )
 from nipq_search.quant.kernels.build import SWITCH, switched_off
 from nipq_search.quant.kernels.kept import Kept
-from nipq_search.quant.noise import Residuals, inner_size, is_plain, signed32
+from nipq_search.quant.noise import Residuals, inner_size, is_plain, signed
 
 try:
     import triton
@@ -258,7 +258,7 @@ def _drawn(
     word = key or 0
     table, used = residuals or (other, other)
     # As 32 bits with a sign: integers of another size would compile a kernel of their own.
-    return table, used, signed32(word), signed32(word >> 32)
+    return table, used, signed(word, 32), signed(word >> 32, 32)
 
 
 def _launch(kernel: Any, programs: int, *given: Any, **constants: Any) -> None:

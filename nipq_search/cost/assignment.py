@@ -50,7 +50,7 @@ class _Program:
         self.rows.append((dict(entries), least, most))
 
     def solve(self) -> np.ndarray | None:
-        """The variables at the least cost; None where nothing was found."""
+        """The variables at the least cost; None where that was not proven within `NODES`."""
         try:
             from scipy.optimize import Bounds, LinearConstraint, milp  # takes a while to load
             from scipy.sparse import coo_array
@@ -74,7 +74,7 @@ class _Program:
             constraints=LinearConstraint(matrix, bounds[:, 0], bounds[:, 1]),
             options={"mip_rel_gap": GAP, "node_limit": NODES},
         )
-        return None if found.x is None else np.asarray(found.x)
+        return np.asarray(found.x) if found.status == 0 else None
 
 
 def _limits(graph: Graph, budget: Budget) -> list[tuple[Polynomial, float]] | None:
@@ -114,7 +114,7 @@ def best_assignment(
 
     Returns:
         Widths of those units that the budget counts. None where a cost is no polynomial of degree
-        two or less, or the solver found nothing.
+        two or less, or the solver could not prove its widths to be the best.
     """
     limits = _limits(graph, budget)
     if limits is None:

@@ -130,10 +130,6 @@ class _Projection:
         scale = sum(self.scales[member] for member in self.members[name])
         return scale * (4.0**-after - 4.0**-before)
 
-    def loss(self, bits: Mapping[str, int]) -> float:
-        """Predicted loss of the tensors that the budget counts, and of the rest."""
-        return sum(self.scales[name] * 4.0 ** -bits[name] for name in bits)
-
     def solved(self, nearest: Mapping[str, int]) -> dict[str, int] | None:
         """The best widths of the tensors that a budgeted cost counts, the rest as `nearest`."""
         losses = {
@@ -235,15 +231,9 @@ def project(
         for name, members in work.members.items()
         for member in members
     }
-    greedy = dict(nearest)
-    work.descend(greedy)
-    work.ascend(greedy, free=False)
-    found = [greedy]
-    if (best := work.solved(nearest)) is not None:
-        work.descend(best)  # which does nothing, but for the solver's rounding
-        work.ascend(best, free=False)
-        found.append(best)
-    bits = min(found, key=work.loss)
+    bits = work.solved(nearest) or dict(nearest)
+    work.descend(bits)  # of what was solved it corrects no more than the solver's rounding
+    work.ascend(bits, free=False)
     if usage(graph, bits, budget) < FULL:
         work.ascend(bits, free=True)
     return bits

@@ -74,23 +74,35 @@ def error_scales(soft: Mapping[str, float], marginal: Mapping[str, float]) -> di
     return {name: max(value, floor) for name, value in raw.items()}
 
 
+def units_of(graph: Graph) -> dict[str, list[str]]:
+    """What moves as one: the members of each group, and every other tensor by itself.
+
+    Keys are the first members; tensors without a choice are units too.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, tensor in graph.tensors.items():
+        if tensor.allowed:
+            groups.setdefault(tensor.group or name, []).append(name)
+    return {members[0]: members for members in groups.values()}
+
+
+Losses = Mapping[str, Mapping[int, float]]
+"""Predicted loss by unit and allowed width."""
+
+
 class _Projection:
     """The solver's bit-widths, or greedy descent and ascent; then raises until nothing fits."""
 
-    def __init__(self, graph: Graph, budget: Budget, scales: Mapping[str, float]) -> None:
-        self.graph, self.budget, self.scales = graph, budget, scales
-        # A group moves as one: its first tensor stands for it.
-        self.members: dict[str, list[str]] = {}
-        for name, tensor in graph.tensors.items():
-            if tensor.allowed:
-                self.members.setdefault(tensor.group or name, []).append(name)
+    def __init__(self, graph: Graph, budget: Budget, losses: Losses) -> None:
+        self.graph, self.budget, self.losses = graph, budget, losses
+        self.members = units_of(graph)
         self.allowed = {name: graph.tensors[name].allowed for name in self.members}
         self.additive = all(get_cost(name).combine is sum_terms for name in budget)
         self.partners = {name: {name} for name in self.allowed}
-        unit = {member: name for name, members in self.members.items() for member in members}
+        self.unit = {member: name for name, members in self.members.items() for member in members}
         for layer in graph.layers:
             operands = {layer.weight, layer.input, layer.second} - {None}
-            units = {unit[n] for n in operands if n in unit}
+            units = {self.unit[n] for n in operands if n in self.unit}
             for name in units:
                 self.partners[name] |= units
 
@@ -127,23 +139,22 @@ class _Projection:
 
     def loss_change(self, name: str, before: int, after: int) -> float:
         """Predicted change of the loss."""
-        scale = sum(self.scales[member] for member in self.members[name])
-        return scale * (4.0**-after - 4.0**-before)
+        return self.losses[name][after] - self.losses[name][before]
 
-    def solved(self, nearest: Mapping[str, int]) -> dict[str, int] | None:
-        """The best widths of the tensors that a budgeted cost counts, the rest as `nearest`."""
-        losses = {
-            name: {
-                width: sum(self.scales[m] for m in self.members[name]) * 4.0**-width
-                for width in allowed
-            }
-            for name, allowed in self.allowed.items()
-        }
-        units = {member: name for name, members in self.members.items() for member in members}
-        best = best_assignment(self.graph, self.budget, losses, units)
-        if best is None:
-            return None
-        return {member: best.get(unit, nearest[member]) for member, unit in units.items()}
+    def found(self, start: Mapping[str, int]) -> dict[str, int]:
+        """The best widths that keep the promise; `start` where no budgeted cost counts a tensor.
+
+        Where the solver proves nothing, they are searched from `start`.
+        """
+        best = best_assignment(self.graph, self.budget, self.losses, self.unit)
+        bits = dict(start)
+        if best is not None:
+            bits = {name: best.get(unit, start[name]) for name, unit in self.unit.items()}
+        self.descend(bits)  # of what was solved it corrects no more than the solver's rounding
+        self.ascend(bits, free=False)
+        if usage(self.graph, bits, self.budget) < FULL:
+            self.ascend(bits, free=True)
+        return bits
 
     def touched(self, name: str) -> set[str]:
         """Tensors whose effect on a cost changes when the bit-width of `name` does.
@@ -225,18 +236,30 @@ def project(
         UserError: the budget cannot be reached.
     """
     check_reachable(graph, budget)
-    work = _Projection(graph, budget, error_scales(soft, marginal))
-    nearest = {
-        member: nearest_bits(soft[name], work.allowed[name])
-        for name, members in work.members.items()
-        for member in members
+    scales = error_scales(soft, marginal)
+    losses = {
+        unit: {w: sum(scales[m] for m in members) * 4.0**-w for w in graph.tensors[unit].allowed}
+        for unit, members in units_of(graph).items()
     }
-    bits = work.solved(nearest) or dict(nearest)
-    work.descend(bits)  # of what was solved it corrects no more than the solver's rounding
-    work.ascend(bits, free=False)
-    if usage(graph, bits, budget) < FULL:
-        work.ascend(bits, free=True)
-    return bits
+    work = _Projection(graph, budget, losses)
+    return work.found(
+        {name: nearest_bits(soft[u], work.allowed[u]) for name, u in work.unit.items()}
+    )
+
+
+def assign(graph: Graph, budget: Budget, losses: Losses) -> dict[str, int]:
+    """Allowed bit-widths of least measured loss that keep the promise of this module.
+
+    Args:
+        graph: the model's layers and tensors.
+        budget: what must hold.
+        losses: by unit (see `units_of`) and allowed width.
+
+    Raises:
+        UserError: the budget cannot be reached.
+    """
+    check_reachable(graph, budget)
+    return _Projection(graph, budget, losses).found(extreme_bits(graph, most=True))
 
 
 def freeze(model: M, budget: Budget | None = None) -> M:
@@ -270,7 +293,7 @@ def is_tight(graph: Graph, bits: dict[str, int], budget: Budget) -> bool:
         return False
     if used >= FULL:
         return True
-    work = _Projection(graph, budget, dict.fromkeys(bits, 1.0))
+    work = _Projection(graph, budget, {})
     for name, allowed in work.allowed.items():
         for width in allowed:
             raised = work.moved(bits, name, width)

@@ -48,6 +48,9 @@ class FakeQuantizer(nn.Module, abc.ABC):
     learns_bits = True
     """Whether gradient descent can move the bit-width."""
 
+    learns_boundary = True
+    """Whether the boundary has a parameter."""
+
     scales_gradient = False
     """Whether `alpha` asks how many elements a boundary serves."""
 

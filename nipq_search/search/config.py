@@ -43,6 +43,8 @@ class SearchSection(_Section):
         trials: trials in all, over every run of the sweep.
         space: hyperparameter to `{log: [a, b]}`, `{uniform: [a, b]}`, `{int: [a, b]}` or
             `{choice: [...]}`.
+        bits: whether the sampler proposes a bit-width for every tensor too, as the profile that
+            a trial starts from.
         front_cost: cost of the front; default the first budget's first.
         reference: metric from which the hypervolume counts; default 0.8 of the float model's.
         baselines: bit-widths of the uniform LSQ models that are trained for comparison.
@@ -52,6 +54,7 @@ class SearchSection(_Section):
     sampler: str = "tpe"
     trials: int = Field(default=20, ge=1)
     space: dict[str, dict[str, list[Any]]] = Field(default_factory=dict)
+    bits: bool = False
     front_cost: str | None = None
     reference: float | None = None
     baselines: tuple[int, ...] = (8, 4)
@@ -159,6 +162,12 @@ class SweepConfig(_Section):
             return document
         renamed = {("lambda_" if key == "lambda" else key): v for key, v in train.items()}
         return {**document, "train": renamed}
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether some trial may start from sensitivity scores."""
+        choices = self.search.space.get("start", {}).get("choice", [])
+        return "sensitivity" in (self.train.start, *choices)
 
     @property
     def front_cost(self) -> str:

@@ -14,14 +14,17 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from nipq_search.cost import COSTS
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig
 from nipq_search.search.facts import Facts
-from nipq_search.search.front import non_dominated
-from nipq_search.search.jobs import Job, committed, job_folder
+from nipq_search.search.front import default_reference, non_dominated
+from nipq_search.search.gaps import Axes
+from nipq_search.search.jobs import SCORES, Job, committed, job_folder
 from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
-from nipq_search.search.strategy import STRATEGIES, Finished
+from nipq_search.search.space import split
+from nipq_search.search.strategy import STRATEGIES, Finished, Seen, Target
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.storage import digest, read_sealed
 from nipq_search.train.loop import seed_for
@@ -32,6 +35,18 @@ def costs_of(trial: FrozenTrial) -> dict[str, float]:
     """Exact costs of a finished trial, from its attributes."""
     found = trial.user_attrs.items()
     return {k.removeprefix("cost_"): float(v) for k, v in found if k.startswith("cost_")}
+
+
+TARGET = "budget_"
+"""Begins the attributes that hold a trial's absolute targets."""
+
+
+def targets_of(trial: FrozenTrial) -> dict[str, float]:
+    """Absolute targets that a trial was given, from its attributes; empty before that."""
+    found = (
+        (k.removeprefix(TARGET), v) for k, v in trial.user_attrs.items() if k.startswith(TARGET)
+    )
+    return {name: float(value) for name, value in found if name in COSTS}
 
 
 class Verdict(enum.Enum):
@@ -84,6 +99,7 @@ class Coordinator:
                 self._tell(number, record)
                 self._open.remove(number)
         self._check_float(committed(job_folder(out, "float", 0)))
+        self._check_scores(committed(job_folder(out, SCORES, 0)))
 
     def stop(self) -> None:
         """Start nothing more; running jobs save their state and stay open in the ledger."""
@@ -95,6 +111,7 @@ class Coordinator:
         kinds = {job.kind for job in self.running.values()}
         for kind, name in (
             ("float", "float model"),
+            (SCORES, "sensitivity scores"),
             ("baseline", "baselines"),
             ("test", "test split"),
         ):
@@ -106,8 +123,7 @@ class Coordinator:
         """Whether there is anything to run, without taking it."""
         if self.stopping or self.failure:
             return False
-        baselines = [("baseline", bits) for bits in self.config.search.baselines]
-        if any(self._state(kind, n) is None for kind, n in [("float", 0), *baselines]):
+        if any(self._state(*job) is None for job in [("float", 0), *self._before_trials()]):
             return True
         if self._open or (self.open_trials() > 0 and not self.enough()):
             return True
@@ -121,10 +137,12 @@ class Coordinator:
             return Verdict.WAIT
         if self._state("float", 0) is None:
             return self._start(self._job("float", 0))
-        for bits in self.config.search.baselines:
-            job = self._job("baseline", bits)
-            if self._state("baseline", bits) is None and job.name not in self.running:
+        for kind, number in self._before_trials():
+            job = self._job(kind, number)
+            if self._state(kind, number) is None and job.name not in self.running:
                 return self._start(job)
+        if SCORES in self.running:
+            return Verdict.WAIT
         if (job_or_none := self._next_trial()) is not None:
             return self._start(job_or_none)
         if self.running:
@@ -154,6 +172,8 @@ class Coordinator:
             self._tell(job.number, record)
         elif job.kind == "float":
             self._check_float(record)
+        elif job.kind == SCORES:
+            self._check_scores(record)
         self.on_finished(job)
 
     def _check_float(self, record: Mapping[str, Any] | None) -> None:
@@ -171,6 +191,20 @@ class Coordinator:
                     f"{file}: missing or damaged; remove {file.parent} and the same command "
                     "trains the float model again"
                 )
+
+    def _before_trials(self) -> list[tuple[str, int]]:
+        """Kinds and numbers of the jobs between the float model and the trials."""
+        scores = [(SCORES, 0)] if self.config.needs_scores else []
+        return scores + [("baseline", bits) for bits in self.config.search.baselines]
+
+    def _check_scores(self, record: Mapping[str, Any] | None) -> None:
+        """Without the scores no trial can start."""
+        if record is not None and record["state"] == jobs.FAIL:
+            folder = job_folder(self.out, SCORES, 0)
+            self.failure = (
+                f"the sensitivity scores failed: {record['reason']}; mend that, then remove "
+                f"{folder} to begin anew"
+            )
 
     def halt(self, reason: str) -> None:
         """Start nothing more, for the machine is unfit; open trials stay open."""
@@ -195,7 +229,7 @@ class Coordinator:
         return jobs.FAIL if folder in self._lost else None
 
     def _job(self, kind: str, number: int, **more: Any) -> Job:
-        salt = {"float": 2, "baseline": 3, "trial": 4, "test": 5}[kind]
+        salt = {"float": 2, "baseline": 3, "trial": 4, "test": 5, SCORES: 6}[kind]
         return Job(
             kind=kind,
             number=number,
@@ -206,55 +240,102 @@ class Coordinator:
             **more,
         )
 
-    def _next_budget(self) -> int:
+    def _target(self) -> Target:
+        trials = self.ledger.trials()
+        budgets = [budget.targets for budget in self.facts.budgets]
         assigned = [
             int(t.params[BUDGET])
-            for t in self.ledger.trials()
+            for t in trials
             if BUDGET in t.params and t.state is not TrialState.FAIL
         ]
-        return self.strategy.next_budget(assigned, len(self.facts.budgets))
+        running = [targets_of(t) for t in trials if t.state is TrialState.RUNNING]
+        return self.strategy.target(
+            Seen(
+                budgets=budgets,
+                assigned=assigned,
+                running=running,
+                finished=self._finished(),
+                axes=self._axes(),
+            )
+        )
+
+    def _finished(self) -> list[Finished]:
+        sign = 1 if self.facts.mode == "max" else -1
+        return [
+            Finished(number=trial.number, metric=sign * trial.values[0], cost=costs_of(trial))
+            for trial in self.ledger.trials(TrialState.COMPLETE)
+        ]
+
+    def _axes(self) -> Axes | None:
+        record = committed(job_folder(self.out, "float", 0)) or {}
+        best = record.get("metrics", {}).get(self.facts.metric)
+        if best is None:
+            return None
+        given = self.config.search.reference
+        reference = default_reference(best, self.facts.mode) if given is None else given
+        sign = 1 if self.facts.mode == "max" else -1
+        least, most = self.facts.axis
+        return Axes(
+            cost=self.facts.front_cost,
+            least=least,
+            most=most,
+            reference=sign * reference,
+            best=sign * best,
+        )
 
     def _next_trial(self) -> Job | None:
         while True:
             try:
-                asked = self._next_asked()
-                return None if asked is None else self._trial_job(asked)
+                return self._next_asked()
             except Refused as refused:
                 self.ledger.fail(refused.number, str(refused), {})
 
-    def _next_asked(self) -> Asked | None:
+    def _next_asked(self) -> Job | None:
         budgets = len(self.facts.budgets)
         if self._open:
-            return self.ledger.resume(self._open.pop(0), self._next_budget(), budgets)
+            number = self._open.pop(0)
+            asked = self.ledger.resume(number, self._target().budget, budgets)
+            before = self.ledger.trials()[number]
+            # The parent is noted last: without it, not all of the targets may have been.
+            return self._trial_job(
+                asked, targets_of(before) if "parent" in before.user_attrs else {}
+            )
         if self.enough():
             return None
         trials = self.ledger.trials()
         waiting = sum(t.state is TrialState.WAITING for t in trials)
         if not waiting and len(trials) >= self.config.search.trials:
             return None
-        return self.ledger.ask(self._next_budget(), budgets)
+        target = self._target()
+        asked = self.ledger.ask(target.budget, budgets)
+        return self._trial_job(asked, {} if waiting else target.targets)
 
-    def _trial_job(self, asked: Asked) -> Job:
+    def _trial_job(self, asked: Asked, targets: Mapping[str, float]) -> Job:
+        """The job of a trial; `targets` in place of its budget's, if any."""
         if not 0 <= asked.budget < len(self.facts.budgets):
             last = len(self.facts.budgets) - 1
             raise Refused(asked.number, f"budget: index {asked.budget} is not one of 0..{last}")
         try:
-            self.config.train.with_hyperparameters(asked.params)
+            self.config.train.with_hyperparameters(split(asked.params)[0])
         except UserError as error:
             raise Refused(asked.number, str(error)) from error
         budget = self.facts.budgets[asked.budget]
+        label = budget.label
+        if targets and dict(targets) != dict(budget.targets):
+            label = ", ".join(f"{name}: {target:,.0f}" for name, target in targets.items())
+        targets = dict(targets or budget.targets)
         job = self._job(
             "trial",
             asked.number,
             params=dict(asked.params),
-            budget=dict(budget.targets),
-            parent=self._parent(asked.number, budget.targets),
+            budget=targets,
+            parent=self._parent(asked.number, targets),
         )
         self.ledger.note(
             asked.number,
             {
-                "budget": budget.label,
-                **{f"budget_{name}": target for name, target in budget.targets.items()},
+                **{f"{TARGET}{name}": target for name, target in targets.items()},
+                "budget": label,
                 "strategy": self.config.search.strategy,
                 "seed": job.seed,
                 "parent": job.parent,
@@ -267,12 +348,7 @@ class Coordinator:
         known = self.ledger.trials()[number].user_attrs
         if "parent" in known:
             return None if known["parent"] is None else int(known["parent"])
-        sign = 1 if self.facts.mode == "max" else -1
-        finished = [
-            Finished(number=trial.number, metric=sign * trial.values[0], cost=cost)
-            for trial in self.ledger.trials(TrialState.COMPLETE)
-            if budget.keys() <= (cost := costs_of(trial)).keys()
-        ]
+        finished = [t for t in self._finished() if budget.keys() <= t.cost.keys()]
         return self.strategy.parent(budget, finished)
 
     def _tell(self, number: int, record: Mapping[str, Any]) -> None:

@@ -30,6 +30,8 @@ RESULT, STARTED, STOPPED, PROGRESS, CURVE, LOG, TRACEBACK, HANG = (
     "hang.txt",
 )
 HANGS_ALLOWED = 2
+SCORES = "sensitivity"
+"""Kind of the job that measures how much the loss grows with each tensor's bit-width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Job:
     """What a worker is asked to do; plain types only, for it travels.
 
     Attributes:
-        kind: `float`, `baseline`, `trial` or `test`.
+        kind: `float`, `sensitivity`, `baseline`, `trial` or `test`.
         number: trial number, bits of a baseline, else 0.
         out: the sweep's folder, absolute.
         config: the resolved sweep configuration.

@@ -28,7 +28,7 @@ from nipq_search.search.lease import driver_lease
 from nipq_search.search.ledger import Ledger
 from nipq_search.search.logs import driver_log
 from nipq_search.search.progress import ProgressSink, Silent
-from nipq_search.search.space import distribution
+from nipq_search.search.space import bits_space, distribution
 from nipq_search.search.sweep import FACTS_FILE, SWEEP_FILE, Sweep, is_sweep
 from nipq_search.tasks import Task, make_task
 from nipq_search.tasks.base import dataset, has_distillation, load_data
@@ -111,11 +111,14 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
     """
     # Budgets are checked before the study exists, so that nothing is left of a bad start.
     facts, data = gather(config, task), dataset(task)
+    space = {name: distribution(name, form) for name, form in config.search.space.items()}
+    if config.search.bits:
+        space |= bits_space(facts.graph)
     ledger = Ledger.open(
         out,
         config.name,
         task.metric[1],
-        space={name: distribution(name, form) for name, form in config.search.space.items()},
+        space=space,
         sampler=config.search.sampler,
         seed=config.seed,
     )

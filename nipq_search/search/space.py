@@ -12,8 +12,13 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from nipq_search.cost.projection import units_of
 from nipq_search.errors import UserError, nearest
+from nipq_search.quant.graph import Graph
 from nipq_search.train import HYPERPARAMETERS, TrainConfig
+
+BITS = "bits."
+"""Begins the names of parameters that are bit-widths; a unit's name follows."""
 
 FORMS = ("log", "uniform", "int", "choice")
 
@@ -70,3 +75,23 @@ def distribution(name: str, form: Mapping[str, Sequence[Any]]) -> BaseDistributi
     if kind == "log" and low <= 0:
         raise UserError(f"{key}.log: both numbers must be above 0")
     return FloatDistribution(float(low), float(high), log=kind == "log")
+
+
+def bits_space(graph: Graph) -> dict[str, BaseDistribution]:
+    """A parameter for the bit-width of every unit that has a choice; see `units_of`."""
+    found: dict[str, BaseDistribution] = {}
+    for unit in units_of(graph):
+        allowed = graph.tensors[unit].allowed
+        if len(allowed) < 2:
+            continue
+        whole = allowed == tuple(range(allowed[0], allowed[-1] + 1))
+        found[BITS + unit] = (
+            IntDistribution(allowed[0], allowed[-1]) if whole else CategoricalDistribution(allowed)
+        )
+    return found
+
+
+def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """A trial's parameters as hyperparameters and bit-widths by unit."""
+    bits = {k.removeprefix(BITS): float(v) for k, v in params.items() if k.startswith(BITS)}
+    return {k: v for k, v in params.items() if not k.startswith(BITS)}, bits

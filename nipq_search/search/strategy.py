@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from nipq_search.search.gaps import Axes, most_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,38 @@ class Finished:
     metric: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a strategy decides by.
+
+    Attributes:
+        budgets: absolute targets of the sweep's budgets.
+        assigned: budget index of every trial so far that has not failed.
+        running: absolute targets of the trials that run now.
+        finished: every COMPLETE trial.
+        axes: how the front is measured; None before the float model is there.
+    """
+
+    budgets: Sequence[Mapping[str, float]]
+    assigned: Sequence[int] = ()
+    running: Sequence[Mapping[str, float]] = ()
+    finished: Sequence[Finished] = ()
+    axes: Axes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a trial is asked to keep.
+
+    Attributes:
+        budget: index of one of the sweep's budgets, by which the sampler learns.
+        targets: absolute targets in place of that budget's, or empty.
+    """
+
+    budget: int
+    targets: Mapping[str, float] = field(default_factory=dict)
+
+
 class Strategy(Protocol):
     """Assigns budgets and parents. It sees the ledger alone, so a resume changes nothing.
 
@@ -29,13 +63,8 @@ class Strategy(Protocol):
 
     epochs_share: float
 
-    def next_budget(self, assigned: Sequence[int], budgets: int) -> int:
-        """Index of the next trial's budget.
-
-        Args:
-            assigned: budget index of every trial so far that has not failed.
-            budgets: number of budgets.
-        """
+    def target(self, seen: Seen) -> Target:
+        """What the next trial has to keep."""
         ...
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
@@ -48,18 +77,23 @@ class Strategy(Protocol):
         ...
 
 
+def least_served(seen: Seen) -> int:
+    """The budget with the fewest trials; the first of several."""
+    counts = [0] * len(seen.budgets)
+    for index in seen.assigned:
+        if 0 <= index < len(counts):
+            counts[index] += 1
+    return counts.index(min(counts))
+
+
 class Independent:
     """Every trial starts from the float model; budgets take turns, least served first."""
 
     epochs_share = 1.0
 
-    def next_budget(self, assigned: Sequence[int], budgets: int) -> int:
-        """The budget with the fewest trials; the first of several."""
-        counts = [0] * budgets
-        for index in assigned:
-            if 0 <= index < budgets:
-                counts[index] += 1
-        return counts.index(min(counts))
+    def target(self, seen: Seen) -> Target:
+        """The budget with the fewest trials."""
+        return Target(budget=least_served(seen))
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
         """Always the float model."""
@@ -76,13 +110,9 @@ class Ladder:
     _AS_LARGE = 0.97
     _STEP = 0.1
 
-    def __init__(self) -> None:
-        """Budgets take turns as in `Independent`."""
-        self._turns = Independent()
-
-    def next_budget(self, assigned: Sequence[int], budgets: int) -> int:
-        """The budget with the fewest trials; the first of several."""
-        return self._turns.next_budget(assigned, budgets)
+    def target(self, seen: Seen) -> Target:
+        """The budget with the fewest trials."""
+        return Target(budget=least_served(seen))
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
         """The best of the nearest: costs within a tenth of an octave count as equally near."""
@@ -98,5 +128,42 @@ class Ladder:
         return None if best is None else best[2]
 
 
-STRATEGIES: dict[str, type[Strategy]] = {"independent": Independent, "ladder": Ladder}
+class Fill:
+    """A ladder that goes on, once each budget has a trial, where the front can grow most.
+
+    That may be between budgets: see `gaps.most_room`. Only the front's cost is moved; other
+    targets of the nearest budget stay.
+    """
+
+    epochs_share = Ladder.epochs_share
+
+    def __init__(self) -> None:
+        """Parents are those of a ladder."""
+        self._ladder = Ladder()
+
+    def target(self, seen: Seen) -> Target:
+        """A budget that has no trial, else the front's weakest place."""
+        index = least_served(seen)
+        axes = seen.axes
+        if axes is None or index not in seen.assigned:
+            return Target(budget=index)
+        named = {i: t[axes.cost] for i, t in enumerate(seen.budgets) if axes.cost in t}
+        points = [(t.metric, t.cost[axes.cost]) for t in seen.finished if axes.cost in t.cost]
+        running = [t[axes.cost] for t in seen.running if axes.cost in t]
+        if not named or not points:
+            return Target(budget=index)
+        cost = most_room(points, running, axes)
+        nearest = min(named, key=lambda i: (abs(math.log(named[i] / cost)), i))
+        return Target(budget=nearest, targets={**seen.budgets[nearest], axes.cost: cost})
+
+    def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
+        """As in `Ladder`."""
+        return self._ladder.parent(budget, finished)
+
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "independent": Independent,
+    "ladder": Ladder,
+    "fill": Fill,
+}
 """Strategies by the names that sweep files use."""

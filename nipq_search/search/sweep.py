@@ -20,6 +20,7 @@ from nipq_search.search.config import parse_config
 from nipq_search.search.jobs import committed, job_folder
 from nipq_search.search.lease import live_driver
 from nipq_search.search.ledger import DATABASE, JOURNAL, open_storage, storage_url
+from nipq_search.search.space import split
 from nipq_search.tasks import make_task
 from nipq_search.train import TrainSpec
 from nipq_search.train.trial import MODEL_FILE, load_trained
@@ -159,7 +160,7 @@ class Sweep:
         task = make_task(config.task, config.task_args)
         record = committed(job_folder(self.folder, "trial", trial)) or {}
         spec = TrainSpec(
-            train=config.train.with_hyperparameters(record["params"]),
+            train=config.train.with_hyperparameters(split(record["params"])[0]),
             seed=record["seed"],
             quant=config.quant,
         )

@@ -112,7 +112,7 @@ def baselines(bits: Sequence[int], metric: str, out: Path) -> list[Baseline]:
 
 def total_samples(out: Path) -> int:
     """Training samples that the whole sweep processed, failed and repeated attempts included."""
-    folders = [out / "float"]
+    folders = [job_folder(out, kind, 0) for kind in ("float", jobs.SCORES)]
     for parent in (out / "baselines", out / "trials"):
         folders += sorted(parent.iterdir()) if parent.is_dir() else []
     return sum(jobs.samples_processed(folder) for folder in folders)
@@ -208,6 +208,8 @@ def _stage(
         return None
     if committed(job_folder(out, "float", 0)) is None:
         return "float model"
+    if (out / jobs.SCORES).is_dir() and committed(job_folder(out, jobs.SCORES, 0)) is None:
+        return "sensitivity scores"
     widths = config["search"]["baselines"]
     if any(committed(job_folder(out, "baseline", bits)) is None for bits in widths):
         return "baselines"

@@ -27,11 +27,13 @@ from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig, parse_config
 from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.lease import stop_requested
+from nipq_search.search.space import split
 from nipq_search.search.strategy import STRATEGIES
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import evaluate
 from nipq_search.train import Hooks, Interrupted, TrainResult, TrainSpec, train
 from nipq_search.train.checkpoint import remove_checkpoints
+from nipq_search.train.sensitivity import score
 from nipq_search.train.trial import MODEL_FILE, load_trained
 
 _POLL_SECONDS = 0.5
@@ -59,7 +61,14 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
             weights=dataclasses.replace(quant.weights, bits=(job.number,)),
             activations=dataclasses.replace(quant.activations, bits=(job.number,)),
         )
-    training, parent = config.train.with_hyperparameters(job.params), None
+    params, profile = split(job.params)
+    training, parent, losses = config.train.with_hyperparameters(params), None, None
+    if job.kind == "trial" and training.start == "sensitivity":
+        record = jobs.committed(job_folder(Path(job.out), jobs.SCORES, 0)) or {}
+        losses = {
+            unit: {int(width): loss for width, loss in of_unit.items()}
+            for unit, of_unit in record.get("losses", {}).items()
+        }
     if job.parent is not None:
         share = STRATEGIES[config.search.strategy].epochs_share
         training = dataclasses.replace(training, epochs=training.epochs * share)
@@ -71,6 +80,8 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
         budget=dict(job.budget) or None,
         float_model=float_file,
         parent=parent,
+        profile=profile or None,
+        losses=losses,
     )
 
 
@@ -188,6 +199,8 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
         try:
             if job.kind == "test":
                 record: dict[str, Any] = _run_test(job, config, task, reporter)
+            elif job.kind == jobs.SCORES:
+                record = _run_scores(job, config, task, reporter)
             else:
                 record = _run_training(job, config, task, reporter)
         except Interrupted:
@@ -279,6 +292,24 @@ def _record(job: Job, config: SweepConfig, result: TrainResult) -> dict[str, Any
         "budget": dict(job.budget),
         "parent": job.parent,
         "attempts": len(jobs.attempts(job.folder)),
+    }
+
+
+def _run_scores(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) -> dict[str, Any]:
+    """Measure how much the loss grows with each tensor's bit-width; see `sensitivities`."""
+    losses = score(
+        task,
+        train_spec(config, job),
+        _device(config),
+        Hooks(on_samples=reporter.on_samples, should_stop=reporter.should_stop),
+    )
+    return {
+        "state": jobs.COMPLETE,
+        "reason": None,
+        "ended": time.time(),
+        "seed": job.seed,
+        "losses": losses,
+        "samples": jobs.samples_processed(job.folder),
     }
 
 

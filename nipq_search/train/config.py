@@ -23,12 +23,16 @@ HYPERPARAMETERS = {
     "momentum": "momentum",
     "grad_clip": "grad_clip",
     "ema": "ema",
+    "start": "start",
 }
 """Names that a search space may use, and the field of `TrainConfig` that each one sets."""
 
 
 OPTIMIZERS = ("sgd", "adamw")
 """Optimizers that a training can have; `make_optimizer` builds them."""
+
+STARTS = ("budget", "sensitivity", "config", "uniform")
+"""Where bit-widths start; see `TrainConfig.start`."""
 
 PRECISIONS = ("float32", "bfloat16")
 """Arithmetic that a training can have; see `arithmetic`."""
@@ -89,8 +93,11 @@ class TrainConfig:
         distill: whether a teacher helps: the task's own, else the float model.
         distill_weight: share of the loss that distillation gets, 0..1.
         proxy: law of the noise, `uniform` or `empirical`; None takes `quant.proxy`.
-        start: bit-widths start at the uniform width that costs the `budget`, or at
-            `quant.start_bits` (`config`).
+        start: where bit-widths start: at the uniform width that costs the `budget`; at those that
+            keep the budget with the least measured loss (`sensitivity`); at `quant.start_bits`
+            (`config`); or at the largest single width that keeps the budget, where they stay
+            (`uniform`). A quantizer that learns no bit-widths keeps those that it starts with.
+        score_batches: batches on which `sensitivity` measures, once in a sweep.
         calibration_batches: batches that give activations their starting boundaries.
         norm_batches: batches from which normalization statistics are estimated at the end.
         grad_clip: largest norm of the gradient, or 0 for none.
@@ -119,6 +126,7 @@ class TrainConfig:
     distill_weight: float = 0.5
     proxy: str | None = None
     start: str = "budget"
+    score_batches: int = 1
     calibration_batches: int = 4
     norm_batches: int = 20
     grad_clip: float = 0.0
@@ -136,7 +144,8 @@ class TrainConfig:
             _check(0 <= getattr(self, name) <= 1, f"train.{name}", "must lie between 0 and 1")
         if self.proxy is not None:
             _check_choice(self.proxy, ("uniform", "empirical"), "train.proxy")
-        _check_choice(self.start, ("budget", "config"), "train.start")
+        _check_choice(self.start, STARTS, "train.start")
+        _check(self.score_batches >= 1, "train.score_batches", "must be at least 1")
         _check(self.calibration_batches >= 1, "train.calibration_batches", "must be at least 1")
         _check(self.norm_batches >= 0, "train.norm_batches", "must not be negative")
 

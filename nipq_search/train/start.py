@@ -1,4 +1,4 @@
-"""Where bit-widths start: at the budget, from the float model or from a finished trial."""
+"""Where bit-widths start: at the budget, by scores, from a finished trial, or all equal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from nipq_search.cost import Budget
-from nipq_search.cost.base import exact_cost
-from nipq_search.cost.projection import usage
+from nipq_search.cost.base import exact_cost, uniform_bits
+from nipq_search.cost.projection import Losses, assign, project, units_of, usage
+from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
+from nipq_search.quant.bit_width import BitWidth
 from nipq_search.quant.graph import Graph
-from nipq_search.quant.prepare import quant_state
+from nipq_search.quant.prepare import freeze_bits, quant_state
 
 _BISECTIONS = 40
 
@@ -61,13 +63,88 @@ def bits_at_budget(
 def start_at_budget(
     model: nn.Module, budget: Budget, base: Mapping[str, float] | None = None
 ) -> None:
-    """Let every learned bit-width start where the cost is the budget; see `bits_at_budget`.
+    """Let every bit-width start where the cost is the budget; see `bits_at_budget`.
 
-    Short noise phases need it: from 8 bits most of them would be spent on the way down.
+    Short noise phases need it: from 8 bits most of them would be spent on the way down. Bit-widths
+    that are not learned are projected onto the budget and fixed.
     """
-    bits = bits_at_budget(quant_state(model).graph, budget, base)
-    for name, quantizer in quantizers(model).items():
-        quantizer.start_at(bits[name])
+    graph, found = quant_state(model).graph, quantizers(model)
+    bits = bits_at_budget(graph, budget, base)
+    if any(quantizer.learns_bits for quantizer in found.values()):
+        for name, quantizer in found.items():
+            quantizer.start_at(bits[name])
+    else:
+        freeze_bits(model, project(graph, budget, bits, {}))
+
+
+def start_at_scores(model: nn.Module, budget: Budget, losses: Losses) -> None:
+    """Let every bit-width start where the measured loss is least; fix those that do not learn.
+
+    Raises:
+        UserError: the scores are those of another model.
+    """
+    graph, found = quant_state(model).graph, quantizers(model)
+    for unit in units_of(graph):
+        if not set(graph.tensors[unit].allowed) <= losses.get(unit, {}).keys():
+            raise UserError(f"the sensitivity scores lack {unit}: they are another model's")
+    bits = assign(graph, budget, losses)
+    if any(quantizer.learns_bits for quantizer in found.values()):
+        for name, quantizer in found.items():
+            quantizer.start_at(bits[name])
+    else:
+        freeze_bits(model, bits)
+
+
+def start_at_profile(model: nn.Module, budget: Budget, profile: Mapping[str, float]) -> None:
+    """Shift bit-widths by unit (see `units_of`) onto the budget and let every tensor start there.
+
+    Those that do not learn are fixed at the allowed widths nearest to the shifted ones that keep
+    the budget, by the sum of squares; pinned tensors keep their own.
+    """
+    graph, found = quant_state(model).graph, quantizers(model)
+    units = units_of(graph)
+    base = {
+        name: float(profile.get(unit, graph.tensors[name].allowed[0]))
+        for unit, members in units.items()
+        for name in members
+    }
+    bits = bits_at_budget(graph, budget, base)
+    if any(quantizer.learns_bits for quantizer in found.values()):
+        for name, quantizer in found.items():
+            quantizer.start_at(bits[name])
+    else:
+        distances = {
+            unit: {width: (width - bits[unit]) ** 2 for width in graph.tensors[unit].allowed}
+            for unit in units
+        }
+        freeze_bits(model, assign(graph, budget, distances))
+
+
+def stop_learning_bits(model: nn.Module) -> None:
+    """Let no bit-width of a prepared model learn; `start_at` still moves them."""
+    for quantizer in quantizers(model).values():
+        bits = quantizer.bits
+        if bits.learned:
+            quantizer.use(BitWidth(bits.allowed, bits.start, learned=False, key=bits.key))
+
+
+def start_at_one_width(model: nn.Module, budget: Budget) -> None:
+    """Give every tensor the largest single bit-width that keeps the budget.
+
+    Raises:
+        UserError: there is none.
+    """
+    graph = quant_state(model).graph
+    free = [set(t.allowed) for t in graph.tensors.values() if len(t.allowed) > 1]
+    shared = sorted(set.intersection(*free)) if free else [0]
+    fitting = [w for w in shared if usage(graph, uniform_bits(graph, w), budget) <= 1]
+    if not fitting:
+        raise UserError(
+            f"train.start: no single bit-width of {shared} keeps the budget; raise it, or let "
+            "bit-widths differ"
+        )
+    for name, bits in uniform_bits(graph, fitting[-1]).items():
+        quantizers(model)[name].start_at(bits)
 
 
 def warm_start(model: nn.Module, state: Mapping[str, Any]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from nipq_search import storage
 from nipq_search.cost import Budget, exact_costs
+from nipq_search.cost.projection import Losses
 from nipq_search.errors import UserError
 from nipq_search.quant import (
     QUANTIZERS,
@@ -27,6 +28,7 @@ from nipq_search.quant import (
     QuantConfig,
     bit_config,
     prepare,
+    quantizers,
     reestimate_norm_stats,
 )
 from nipq_search.records import CurvePoint
@@ -51,7 +53,14 @@ from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import Trainer, seed_for, steps_in
 from nipq_search.train.memory_format import use_channels_last
 from nipq_search.train.schedule import make_schedule
-from nipq_search.train.start import start_at_budget, warm_start
+from nipq_search.train.start import (
+    start_at_budget,
+    start_at_one_width,
+    start_at_profile,
+    start_at_scores,
+    stop_learning_bits,
+    warm_start,
+)
 
 MODEL_FILE = "model.pt"
 
@@ -72,6 +81,9 @@ class TrainSpec:
         parent: file of the finished trial that this one starts from; None for the float model.
         float_model: file of the float model's state dict; None starts from scratch. Without
             `quant` such a file is evaluated and stored as it is.
+        profile: bit-widths by unit (see `units_of`), which are shifted onto the budget to start
+            from; they go before `train.start`.
+        losses: what `train.start: sensitivity` needs: scores by unit and width.
     """
 
     train: TrainConfig
@@ -80,6 +92,8 @@ class TrainSpec:
     budget: Mapping[str, float] | None = None
     float_model: Path | None = None
     parent: Path | None = None
+    profile: Mapping[str, float] | None = None
+    losses: Losses | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,12 +191,32 @@ def prepare_for(
 
     example = example_inputs(task, device)
     prepared = prepare(model, example, quant, calibration=calibration if calibrated else None)
-    bits = None
-    if spec.parent is not None and calibrated:
-        bits = warm_start(prepared, from_bytes(spec.parent.read_bytes())["model"])
-    if spec.budget and (bits is not None or spec.train.start == "budget"):
-        start_at_budget(prepared, Budget(**spec.budget), bits)
+    if spec.train.start == "uniform":
+        stop_learning_bits(prepared)
+    if calibrated:
+        _start(prepared, spec)
     return prepared, samples
+
+
+def _start(model: nn.Module, spec: TrainSpec) -> None:
+    """Give a prepared model what its parent learned, and the bit-widths that it starts from."""
+    bits = None
+    if spec.parent is not None:
+        bits = warm_start(model, from_bytes(spec.parent.read_bytes())["model"])
+    if not spec.budget:
+        return
+    budget = Budget(**spec.budget)
+    learns = any(quantizer.learns_bits for quantizer in quantizers(model).values())
+    if spec.profile:
+        start_at_profile(model, budget, spec.profile)
+    elif spec.train.start == "sensitivity" and (bits is None or not learns):
+        if spec.losses is None:
+            raise UserError("train.start: `sensitivity` needs the scores of a sweep")
+        start_at_scores(model, budget, spec.losses)
+    elif spec.train.start == "uniform":
+        start_at_one_width(model, budget)
+    elif bits is not None or spec.train.start == "budget":
+        start_at_budget(model, budget, bits)
 
 
 def train(
@@ -242,7 +276,8 @@ def _train(
         ),
         seed=spec.seed,
         device=device,
-        budget=Budget(**spec.budget) if spec.budget else None,
+        # One width for all is not projected: it stays as it is.
+        budget=Budget(**spec.budget) if spec.budget and spec.train.start != "uniform" else None,
         teacher=teacher,
     )
     trainer.samples = calibration_samples

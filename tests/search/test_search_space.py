@@ -7,11 +7,13 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from nipq_search.errors import UserError
+from nipq_search.search.gaps import Axes
 from nipq_search.search.ledger import suggest
 from nipq_search.search.sampler import SAMPLERS
 from nipq_search.search.space import check_space, distribution
-from nipq_search.search.strategy import STRATEGIES, Independent
+from nipq_search.search.strategy import STRATEGIES, Finished, Seen, least_served
 from nipq_search.train import HYPERPARAMETERS
+from nipq_search.train.config import STARTS
 
 SPACE = {
     "lr": {"log": [0.01, 0.1]},
@@ -46,7 +48,7 @@ def test_wrong_forms_name_the_hyperparameter(form):
 
 
 def test_every_hyperparameter_can_be_searched():
-    values = {"proxy": ["uniform", "empirical"]}
+    values = {"proxy": ["uniform", "empirical"], "start": list(STARTS)}
     for name in HYPERPARAMETERS:
         check_space({name: {"choice": values.get(name, [0.1, 0.2])}})
 
@@ -92,21 +94,36 @@ def test_samplers_go_through_a_search_with_failures(name):
     assert len({trial.params["lr"] for trial in study.trials}) == 14
 
 
+BUDGETS = ({"bops": 400.0}, {"bops": 200.0}, {"bops": 100.0}, {"bops": 80.0}, {"bops": 70.0})
+AXES = Axes(cost="bops", least=60.0, most=1600.0, reference=0.7, best=0.9)
+
+
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 @pytest.mark.parametrize("budgets", [1, 2, 5])
 def test_strategies_serve_every_budget(name, budgets):
-    strategy, assigned = STRATEGIES[name](), []
-    for _ in range(3 * budgets):
-        index = strategy.next_budget(assigned, budgets)
-        assert index == STRATEGIES[name]().next_budget(list(assigned), budgets), "no hidden state"
-        assert 0 <= index < budgets
-        assigned.append(index)
-    assert set(assigned) == set(range(budgets))
+    strategy, assigned, finished, served = STRATEGIES[name](), [], [], []
+    for number in range(3 * budgets):
+        seen = Seen(
+            budgets=BUDGETS[:budgets], assigned=list(assigned), finished=list(finished), axes=AXES
+        )
+        target = strategy.target(seen)
+        assert target == STRATEGIES[name]().target(seen), "no hidden state"
+        targets = dict(target.targets or BUDGETS[target.budget])
+        assert AXES.least <= targets["bops"] <= AXES.most
+        parent = strategy.parent(targets, finished)
+        assert parent is None or parent in {trial.number for trial in finished}
+        assigned.append(target.budget)
+        served.append(targets)
+        metric = 0.9 - 5.0 / targets["bops"]
+        finished.append(Finished(number=number, cost=targets, metric=metric))
+    assert all(budget in served for budget in BUDGETS[:budgets])
 
 
-def test_independent_serves_the_least_served_first():
-    strategy = Independent()
-    assert strategy.next_budget([], 3) == 0
-    assert strategy.next_budget([0, 0, 1, 2, 2], 3) == 1
-    assert strategy.next_budget([0, 1], 3) == 2
-    assert strategy.next_budget([0, 1, 7, -1], 2) == 0, "somebody enqueued unknown budgets"
+def test_the_least_served_budget_is_next():
+    def served(assigned, budgets):
+        return least_served(Seen(budgets=BUDGETS[:budgets], assigned=assigned))
+
+    assert served([], 3) == 0
+    assert served([0, 0, 1, 2, 2], 3) == 1
+    assert served([0, 1], 3) == 2
+    assert served([0, 1, 7, -1], 2) == 0, "somebody enqueued unknown budgets"

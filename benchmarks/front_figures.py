@@ -1,0 +1,173 @@
+"""What `front.py` says of its runs: hypervolumes, intervals, tables and the plot."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nipq_search.search.front import default_reference, hypervolume, non_dominated
+
+Run = Mapping[str, Any]
+"""Of one method and one seed; see `front.execute`."""
+
+RESAMPLES = 10_000
+
+
+def kept(run: Run, samples: float) -> list[Mapping[str, Any]]:
+    """Points whose training ended within so many samples."""
+    return [p for p in run["points"] if p["state"] == "COMPLETE" and p["ended_at"] <= samples]
+
+
+def front(run: Run, samples: float) -> list[Mapping[str, Any]]:
+    """The front on validation of what was finished within so many samples."""
+    points = kept(run, samples)
+    values = {i: (p["validation"], p["cost"]) for i, p in enumerate(points)}
+    return [points[i] for i in sorted(non_dominated(values, run["mode"]))]
+
+
+def volume(run: Run, samples: float, split: str = "test") -> float:
+    """Hypervolume of that front on a split; axes and reference as `nipq-search front` has them."""
+    best = run["float"][split]
+    found = hypervolume(
+        [(p[split], p["cost"]) for p in front(run, samples)],
+        axis=tuple(run["axis"]),
+        reference=default_reference(best, run["mode"]),
+        best=best,
+        mode=run["mode"],
+    )
+    return found or 0.0
+
+
+def curve(run: Run, allowance: float) -> list[tuple[float, float]]:
+    """(samples, hypervolume on test) after every finished trial."""
+    ends = [p["ended_at"] for p in kept(run, allowance)]
+    return [(end, volume(run, end)) for end in ends]
+
+
+def samples_to(run: Run, wanted: float, allowance: float) -> float | None:
+    """Samples after which the hypervolume on test is at least `wanted`; None if it never is."""
+    return next((s for s, v in curve(run, allowance) if v >= wanted), None)
+
+
+def accuracy_at(run: Run, budget: float, allowance: float) -> float | None:
+    """Test metric of the point that is best on validation within a budget."""
+    sign = 1 if run["mode"] == "max" else -1
+    fitting = [p for p in kept(run, allowance) if p["cost"] <= budget]
+    return max(fitting, key=lambda p: sign * p["validation"])["test"] if fitting else None
+
+
+def bootstrap(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the 95 % percentile interval of the mean over resampled seeds."""
+    generator = random.Random(0)
+    means = sorted(
+        statistics.fmean(generator.choices(differences, k=len(differences)))
+        for _ in range(RESAMPLES)
+    )
+    low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+    return statistics.fmean(differences), low, high
+
+
+def by_method(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dict[int, Run]]:
+    """Runs by method, in the order of `names`, and seed."""
+    found = {name: {r["seed"]: r for r in runs if r["method"] == name} for name in names}
+    return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def _difference(ours: Mapping[int, Run], theirs: Mapping[int, Run], allowance: float) -> str:
+    shared = sorted(ours.keys() & theirs.keys())
+    differences = [volume(ours[s], allowance) - volume(theirs[s], allowance) for s in shared]
+    if len(differences) < 2:
+        return f"{differences[0]:+.4f}, one seed" if differences else ""
+    mean, low, high = bootstrap(differences)
+    return f"{mean:+.4f} ({low:+.4f}, {high:+.4f})"
+
+
+def _reach(ours: Mapping[int, Run], goal: Mapping[int, Run], allowance: float) -> str:
+    """Median share of the allowance after which a method reaches the goal's hypervolume."""
+    shared = sorted(ours.keys() & goal.keys())
+    found = [samples_to(ours[s], volume(goal[s], allowance), allowance) for s in shared]
+    reached = [f for f in found if f is not None]
+    if not found:
+        return ""
+    if len(reached) <= len(found) / 2:
+        return f"{len(reached)} of {len(found)} seeds"
+    ordered = sorted(f if f is not None else float("inf") for f in found)
+    share = 100 * ordered[(len(ordered) - 1) // 2] / allowance
+    return f"{share:.0f} %" + ("" if None not in found else f" ({len(reached)} of {len(found)})")
+
+
+def table(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
+    """A row per method: hypervolume, the default's lead, what it costs to reach `independent`."""
+    allowance, default, goal = plan["allowance"], plan["default"], plan["goal"]
+    methods = by_method(runs, list(plan["methods"]))
+    lines = [
+        f"| method | seeds | hypervolume, test | lead of `{default}` (95 %) | samples to reach "
+        f"`{goal}` | trials | samples a trial | seconds a trial |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, seeds in methods.items():
+        volumes = [volume(run, allowance) for run in seeds.values()]
+        points = [p for run in seeds.values() for p in kept(run, allowance)]
+        lead = ""
+        if name != default and default in methods:
+            lead = _difference(methods[default], seeds, allowance)
+        reach = _reach(seeds, methods[goal], allowance) if goal in methods else ""
+        lines.append(
+            f"| {name} | {len(seeds)} | {statistics.fmean(volumes):.4f} | {lead} | {reach} | "
+            f"{len(points) / len(seeds):.1f} | "
+            f"{statistics.fmean(p['samples'] for p in points):,.0f} | "
+            f"{statistics.fmean(p['seconds'] for p in points):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def accuracies(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
+    """Test metric, in percent, of the best point on validation within each budget."""
+    methods = by_method(runs, list(plan["methods"]))
+    budgets = {label: cost for run in runs for label, cost in run["budgets"].items()}
+    ordered = sorted(budgets, key=lambda label: -budgets[label])
+    lines = [
+        "| method | " + " | ".join(ordered) + " |",
+        "|---" * (len(ordered) + 1) + "|",
+    ]
+    for name, seeds in methods.items():
+        cells = []
+        for label in ordered:
+            found = [
+                accuracy_at(run, budgets[label], plan["allowance"]) for run in seeds.values()
+            ]
+            values = [100 * value for value in found if value is not None]
+            cells.append(f"{statistics.fmean(values):.2f}" if len(values) == len(found) else "-")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: Sequence[Run], plan: Mapping[str, Any], file: Path) -> None:
+    """Mean hypervolume on test over the samples that had been processed, a line per method."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "front"
+    allowance = plan["allowance"]
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, seeds in by_method(runs, list(plan["methods"])).items():
+        curves = [curve(run, allowance) for run in seeds.values()]
+        ends = sorted({s for c in curves for s, _ in c})
+        means = [
+            statistics.fmean(max((v for s, v in c if s <= end), default=0.0) for c in curves)
+            for end in ends
+        ]
+        style = "-" if name in (plan["default"], plan["goal"]) else "--"
+        axes.step(ends, means, style, where="post", label=name, linewidth=1.4)
+    axes.set_xlabel("training samples, everything counted")
+    axes.set_ylabel("hypervolume on test")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)

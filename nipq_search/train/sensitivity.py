@@ -1,0 +1,115 @@
+"""How much the loss grows when one tensor alone is quantized, by tensor and bit-width."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nipq_search.cost.projection import units_of
+from nipq_search.quant import quantizers
+from nipq_search.quant.prepare import quant_state
+from nipq_search.tasks import Task
+from nipq_search.tasks.base import num_samples, to_device
+from nipq_search.train.forward import arithmetic
+from nipq_search.train.loop import seed_for
+from nipq_search.train.trial import Hooks, Interrupted, TrainSpec, load_float, prepare_for
+
+
+def _unchanged(x: torch.Tensor) -> None:
+    """An observer that looks at nothing; a quantizer that has one passes its tensor on."""
+
+
+def monotone(losses: Mapping[int, float]) -> dict[int, float]:
+    """Losses by width without what noise alone can explain: none below 0, none that grows."""
+    found: dict[int, float] = {}
+    largest = 0.0
+    for width in sorted(losses, reverse=True):
+        found[width] = largest = max(largest, losses[width])
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def sensitivities(
+    model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], torch.Tensor]
+) -> dict[str, dict[int, float]]:
+    """Growth of the loss over the float model's, by unit (see `units_of`) and allowed width.
+
+    Everything but the unit stays in floating point. Each score costs a pass over the batches.
+
+    Args:
+        model: prepared and calibrated, with a quantizer that learns no bit-widths, whose boundary
+            follows the width (`lsq`). Its widths are changed.
+        batches: gone through once for every score.
+        loss: a scalar of the model and a batch.
+    """
+    found = quantizers(model)
+    model.eval()
+
+    def measured() -> float:
+        values = [float(loss(model, batch)) for batch in batches]
+        return sum(values) / len(values)
+
+    for quantizer in found.values():
+        quantizer.observer = _unchanged
+    try:
+        base = measured()
+        scores = {}
+        for unit, members in units_of(quant_state(model).graph).items():
+            of_unit = {}
+            for width in found[unit].bits.allowed:
+                for member in members:
+                    found[member].start_at(width)
+                    found[member].observer = None
+                of_unit[width] = measured() - base
+            for member in members:
+                found[member].observer = _unchanged
+            scores[unit] = monotone(of_unit)
+        return scores
+    finally:
+        for quantizer in found.values():
+            quantizer.observer = None
+
+
+def score(
+    task: Task, spec: TrainSpec, device: torch.device, hooks: Hooks
+) -> dict[str, dict[int, float]]:
+    """`sensitivities` of a task's float model on `spec.train.score_batches` training batches.
+
+    Boundaries are those that LSQ starts with, which are near the best ones at every width.
+
+    Args:
+        task: model and data.
+        spec: the float model's file, how it is quantized, seed.
+        device: where to measure.
+        hooks: `on_samples` hears of every pass, `should_stop` is asked after it.
+
+    Raises:
+        Interrupted: `should_stop` said so.
+        UserError: the model cannot be read or prepared.
+    """
+    assert spec.quant is not None
+    quant = dataclasses.replace(spec.quant, quantizer="lsq")
+    spec = dataclasses.replace(spec, quant=quant, budget=None, parent=None)
+    model = load_float(task, spec.float_model, spec.seed, device)
+    prepared, samples = prepare_for(task, model, spec, device)
+    hooks.on_samples(samples)
+    loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 1 << 42))
+    batches = [
+        to_device(task, batch, device)
+        for batch in itertools.islice(iter(loader), spec.train.score_batches)
+    ]
+
+    def loss(scored: nn.Module, batch: Any) -> torch.Tensor:
+        if hooks.should_stop():
+            raise Interrupted
+        with arithmetic(spec.train.precision, device):
+            value = task.loss(scored, batch)
+        hooks.on_samples(num_samples(task, batch))
+        return value
+
+    return sensitivities(prepared, batches, loss)

@@ -1,0 +1,46 @@
+"""Where one more trial is expected to add most to a front."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nipq_search.search.gaps import SAME, Axes, most_room
+
+AXES = Axes(cost="bops", least=64.0, most=1024.0, reference=0.7, best=0.9)
+
+
+def test_a_steep_wide_gap_is_filled_in_its_middle():
+    points = [(0.80, 64.0), (0.89, 256.0), (0.895, 512.0), (0.9, 1024.0)]
+    assert most_room(points, [], AXES) == pytest.approx(128.0)
+
+
+def test_a_running_trial_is_not_repeated():
+    points = [(0.80, 64.0), (0.89, 256.0), (0.895, 512.0), (0.9, 1024.0)]
+    second = most_room(points, [128.0], AXES)
+    assert all(abs(math.log2(second / cost)) > SAME for cost in (128.0, 64.0))
+    assert 64.0 < second < 256.0
+
+
+def test_the_ends_are_gaps_too():
+    assert 64.0 < most_room([(0.89, 512.0)], [], AXES) < 512.0
+    assert 128.0 < most_room([(0.72, 64.0), (0.75, 128.0)], [], AXES) < 1024.0
+
+
+def test_where_no_gap_is_left_the_widest_share_of_the_front_is_trained_again():
+    points = [(0.88, 64.0), (0.881, 66.0), (0.8815, 68.0), (0.882, 70.0)]
+    flat = Axes(cost="bops", least=64.0, most=1024.0, reference=0.7, best=0.882)
+    assert most_room(points, [], flat) == pytest.approx(70.0)
+    # Each repeat is expected to gain half of the last one's.
+    again = [*points, *[(0.8815, 70.0)] * 12]
+    assert most_room(again, [], flat) < 70.0
+
+
+def test_dominated_points_do_not_count_as_front():
+    points = [(0.80, 64.0), (0.89, 256.0), (0.60, 128.0), (0.9, 1024.0)]
+    assert 64.0 < most_room(points, [], AXES) < 256.0
+
+
+def test_a_front_better_than_the_float_model_has_no_room_above():
+    assert most_room([(0.95, 64.0)], [], AXES) == pytest.approx(64.0)

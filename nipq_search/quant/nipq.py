@@ -38,6 +38,14 @@ class NIPQ(FakeQuantizer):
         self.start.copy_(statistics.alpha.expand(self.channels))
         self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
 
+    @torch.no_grad()
+    def scale_range(self, factor: Tensor) -> None:
+        """Multiply boundary and minimum; the boundary learns relative to what it is now."""
+        self.start.copy_((self.alpha() * factor).clamp(min=F.LEAST_BOUNDARY))
+        self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
+        if self.channels == 1:
+            self.minimum.mul_(factor)
+
     def alpha(self, served: float = 1.0) -> Tensor:
         """The truncation boundary, shape (channels,)."""
         return F.positive(self.boundary, self.start)

@@ -42,7 +42,8 @@ class FakeQuantizer(nn.Module, abc.ABC):
         key: number of this tensor in the model, part of the key of its noise.
         proxy: law of the noise, for quantizers that have one.
 
-    While `observer` is set, as during calibration, tensors are shown to it and pass unchanged.
+    While `observer` is set, as during calibration, tensors are shown to it, channels first where
+    there are several, and pass unchanged; rows that are looked up are not shown.
     """
 
     learns_bits = True
@@ -91,6 +92,12 @@ class FakeQuantizer(nn.Module, abc.ABC):
 
         Args:
             served: elements that one boundary serves; of an activation those of one sample.
+        """
+
+    def scale_range(self, factor: Tensor) -> None:
+        """Multiply the range by factors of shape (1,) or (channels,), for a start elsewhere.
+
+        A quantizer whose starting boundary is part of its method leaves it as it is.
         """
 
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
@@ -142,7 +149,8 @@ class FakeQuantizer(nn.Module, abc.ABC):
             rows: for rows looked up in a weight: their numbers, shape (len(x),).
         """
         if self.observer is not None:
-            self.observer(x)
+            if rows is None:
+                self.observer(x.movedim(axis or 0, 0) if self.channels > 1 else x)
             return x
         place = Placement(axis or 0, rows)
         if self.training and not self.bits.is_frozen:

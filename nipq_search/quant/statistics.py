@@ -45,7 +45,8 @@ def weight_statistics(weight: Tensor, per_channel: bool, mse: bool) -> TensorSta
     # A row of zeros still needs a positive boundary; any will do.
     alpha = torch.where(alpha > 0, alpha, torch.ones_like(alpha))
     if mse:
-        alpha = least_error_boundary(rows, alpha, bits=4)
+        zero = torch.zeros(1, device=rows.device)
+        alpha = alpha * least_error_shares(rows, alpha, Grid.SIGNED, zero, bits=4)
     return TensorStatistics(
         grid=Grid.SIGNED,
         alpha=alpha,
@@ -54,21 +55,28 @@ def weight_statistics(weight: Tensor, per_channel: bool, mse: bool) -> TensorSta
     )
 
 
-def least_error_boundary(rows: Tensor, largest: Tensor, bits: int) -> Tensor:
-    """Boundary of least squared rounding error on a signed grid, by search over 64 shares.
+def least_error_shares(
+    rows: Tensor, alpha: Tensor, grid: Grid, minimum: Tensor, bits: float, most: float = 1.0
+) -> Tensor:
+    """The share of each row's range, both ends alike, whose squared rounding error is least.
 
     Args:
         rows: values, shape (rows, n).
-        largest: absolute maximum of each row, shape (rows,).
-        bits: width of the grid.
+        alpha: truncation boundary of each row, shape (rows,).
+        grid: shape of the grid.
+        minimum: of affine rows, shape (1,).
+        bits: width of the grid; fractions are fine.
+        most: the largest of the 64 shares that are tried; the least is a tenth.
+
+    Returns:
+        Shares of shape (rows,).
     """
-    best, best_error = largest, torch.full_like(largest, float("inf"))
+    best, best_error = torch.ones_like(alpha), torch.full_like(alpha, float("inf"))
     width = torch.full((1,), float(bits), device=rows.device)
-    for share in torch.linspace(0.1, 1.0, 64).tolist():
-        alpha = largest * share
-        range_ = F.quantization_range(alpha[:, None], width, Grid.SIGNED, torch.zeros_like(width))
+    for share in torch.linspace(0.1, most, 64).tolist():
+        range_ = F.quantization_range(alpha[:, None] * share, width, grid, minimum * share)
         error = (F.hard_quantize(rows, range_) - rows).square().sum(dim=1)
-        best = torch.where(error < best_error, alpha, best)
+        best = torch.where(error < best_error, share, best)
         best_error = torch.minimum(error, best_error)
     return best
 
@@ -117,7 +125,7 @@ class Observer:
         # A tensor of zeros still needs a positive boundary; any will do.
         alpha = torch.where(alpha > 0, alpha, 1.0).reshape(1)
         if mse:
-            share = _least_error_share(values, alpha, grid, minimum, bits=4)
+            share = least_error_shares(values[None], alpha, grid, minimum, bits=4)
             alpha, minimum = alpha * share, minimum * share
         return TensorStatistics(
             grid=grid,
@@ -125,20 +133,6 @@ class Observer:
             mean_abs=values.abs().mean().clamp(min=1e-8).reshape(1),
             minimum=minimum,
         )
-
-
-def _least_error_share(
-    values: Tensor, alpha: Tensor, grid: Grid, minimum: Tensor, bits: int
-) -> float:
-    """The share of a range, both ends alike, whose squared rounding error is least."""
-    width = torch.full((1,), float(bits), device=values.device)
-
-    def error(share: float) -> float:
-        range_ = F.quantization_range(alpha * share, width, grid, minimum * share)
-        return float((F.hard_quantize(values, range_) - values).square().sum())
-
-    shares: list[float] = torch.linspace(0.1, 1.0, 64).tolist()
-    return min(shares, key=error)
 
 
 def _upper_end(values: Tensor, percentile: float) -> Tensor:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 SAME = 0.05
 """Octaves of cost within which two trials count as being at the same place."""
 
-REPEAT = 0.02
-"""What a second trial at a place is expected to gain, as a share of the span of the metric; each
-further one half as much."""
+REPEAT = (0.2, 0.003)
+"""What a second trial at a place is expected to gain: a share of what the float model is ahead,
+and one of the span of the metric. Each further one is expected to gain half as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +72,18 @@ def most_room(
     low, high = math.log2(axes.least), math.log2(axes.most)
     # The corners are not trained: they only bound what is.
     ends = [(low, axes.reference), *front, (high, max(axes.best, front[-1][1]))]
-    places = [math.log2(cost) for cost in (*(c for _, c in points), *running)]
+    places = [math.log2(cost) for _, cost in points]
     best_gain, best_place = -1.0, front[0][0]
     for index, ((left, below), (right, above)) in enumerate(zip(ends, ends[1:], strict=False)):
         gain = max(0.0, above - below) * max(0.0, right - left) / 4
         if right - left > 2 * SAME and gain > best_gain:
             best_gain, best_place = gain, (left + right) / 2
-        if index == 0:
+        if index == 0 or any(abs(math.log2(cost) - left) <= SAME for cost in running):
             continue
         times = sum(abs(place - left) <= SAME for place in places)
-        gain = REPEAT * (axes.best - axes.reference) * 2.0 ** (1 - times) * (right - left)
+        better = REPEAT[0] * max(0.0, axes.best - below)
+        better += REPEAT[1] * (axes.best - axes.reference)
+        gain = better * 2.0 ** (1 - times) * max(0.0, right - left)
         if gain > best_gain:
             best_gain, best_place = gain, left
     return float(2.0**best_place)

@@ -97,6 +97,8 @@ class TrainConfig:
             keep the budget with the least measured loss (`sensitivity`); at `quant.start_bits`
             (`config`); or at the largest single width that keeps the budget, where they stay
             (`uniform`). A quantizer that learns no bit-widths keeps those that it starts with.
+        fit_ranges: whether truncation boundaries start where the squared error of rounding at the
+            starting bit-width is least; for NIPQ, since LSQ has a start of its own.
         score_batches: batches on which `sensitivity` measures, once in a sweep.
         calibration_batches: batches that give activations their starting boundaries.
         norm_batches: batches from which normalization statistics are estimated at the end.
@@ -126,6 +128,7 @@ class TrainConfig:
     distill_weight: float = 0.5
     proxy: str | None = None
     start: str = "budget"
+    fit_ranges: bool = False
     score_batches: int = 1
     calibration_batches: int = 4
     norm_batches: int = 20

@@ -175,6 +175,8 @@ def warm_start(model: nn.Module, state: Mapping[str, Any]) -> dict[str, float]:
     fresh = model.state_dict()
 
     def own(key: str) -> bool:
+        if key.endswith(".bits.marginal"):
+            return False  # so that a child without a noise phase has something to project by
         return ".bits." in key or key.endswith("_extra_state")
 
     model.load_state_dict({k: fresh[k] if own(k) else state.get(k, v) for k, v in fresh.items()})

@@ -31,6 +31,7 @@ from nipq_search.quant import (
     quantizers,
     reestimate_norm_stats,
 )
+from nipq_search.quant.fit import fit_ranges
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import (
@@ -194,15 +195,17 @@ def prepare_for(
     if spec.train.start == "uniform":
         stop_learning_bits(prepared)
     if calibrated:
-        _start(prepared, spec)
+        before = None
+        if spec.parent is not None:
+            before = warm_start(prepared, from_bytes(spec.parent.read_bytes())["model"])
+        _start_bits(prepared, spec, before)
+        if spec.train.fit_ranges:
+            fit_ranges(prepared, calibration, before)
     return prepared, samples
 
 
-def _start(model: nn.Module, spec: TrainSpec) -> None:
-    """Give a prepared model what its parent learned, and the bit-widths that it starts from."""
-    bits = None
-    if spec.parent is not None:
-        bits = warm_start(model, from_bytes(spec.parent.read_bytes())["model"])
+def _start_bits(model: nn.Module, spec: TrainSpec, bits: Mapping[str, float] | None) -> None:
+    """Put bit-widths where they start; `bits` are the parent's, if there is one."""
     if not spec.budget:
         return
     budget = Budget(**spec.budget)

@@ -36,7 +36,12 @@ def digits():
 @pytest.fixture(scope="module")
 def float_file(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("float")
-    train(digits, TrainSpec(train=TrainConfig(epochs=12, batch_size=64, lr=0.1, distill=False), seed=0), folder, CPU)
+    train(
+        digits,
+        TrainSpec(train=TrainConfig(epochs=12, batch_size=64, lr=0.1, distill=False), seed=0),
+        folder,
+        CPU,
+    )
     return folder / "model.pt"
 
 

@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -70,7 +71,8 @@ class Unit:
     def config(self, **more: Any) -> SweepConfig:
         """The pipeline with the plan's overrides, the method's, and more."""
         own = self.plan["methods"].get(self.method) or {}
-        fixed = {"name": f"front {self.method} {self.seed}", "seed": self.seed}
+        name = re.sub(r"[^\w.-]+", "-", f"front-{self.method}-{self.seed}")
+        fixed = {"name": name, "seed": self.seed}
         overrides = {**self.plan.get("set", {}), **own, **fixed, **more}
         texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
         return load_config(Path(self.plan["pipeline"]), texts)
@@ -184,9 +186,7 @@ def read_test(unit: Unit, config: SweepConfig, trials: list[int]) -> None:
 
     def job(kind: str, number: int, **more: Any) -> Job:
         document = config.as_json()
-        return Job(
-            kind=kind, number=number, out=str(out), config=document, run="", seed=0, **more
-        )
+        return Job(kind=kind, number=number, out=str(out), config=document, run="", seed=0, **more)
 
     wanted = []
     for number in trials:
@@ -215,6 +215,8 @@ def run_all(
     save: Callable[[], None],
 ) -> None:
     """Run what `results` lacks, on Ray, seed by seed, and add to it."""
+    for method in plan["methods"]:
+        Unit(plan, method, 0, folder).config()  # whatever is wrong in the plan shows now
     quiet_environment()
     import ray
 
@@ -233,7 +235,7 @@ def run_all(
         runner = ray.remote(max_calls=1)(execute)
         waiting: dict[Any, tuple[str, int]] = {}
         for seed in plan["seeds"]:
-            base = folder / str(seed)
+            base = folder / f"seed-{seed}"
             if (trained := known.get(("float", seed))) is None or not Path(
                 trained["file"]
             ).exists():
@@ -241,7 +243,7 @@ def run_all(
                 waiting[trained] = ("float", seed)
             for method in plan["methods"]:
                 if (method, seed) not in known:
-                    unit = Unit(plan, method, seed, base / method.replace(" ", "-"))
+                    unit = Unit(plan, method, seed, base / re.sub(r"[^\w.-]+", "-", method))
                     waiting[runner.remote(unit, trained)] = (method, seed)
         while waiting:
             (ended,), _ = ray.wait(list(waiting))

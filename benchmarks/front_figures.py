@@ -136,9 +136,7 @@ def accuracies(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
     for name, seeds in methods.items():
         cells = []
         for label in ordered:
-            found = [
-                accuracy_at(run, budgets[label], plan["allowance"]) for run in seeds.values()
-            ]
+            found = [accuracy_at(run, budgets[label], plan["allowance"]) for run in seeds.values()]
             values = [100 * value for value in found if value is not None]
             cells.append(f"{statistics.fmean(values):.2f}" if len(values) == len(found) else "-")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -24,6 +24,7 @@ class DiffQ(FakeQuantizer):
     """
 
     learns_boundary = False
+    starts_anywhere = False
     boundary: Tensor
 
     def __init__(
@@ -40,6 +41,9 @@ class DiffQ(FakeQuantizer):
     def alpha(self, served: float = 1.0) -> Tensor:
         """The truncation boundary, shape (channels,); it has no gradient."""
         return self.boundary.clamp(min=LEAST_BOUNDARY)
+
+    def scale_range(self, factor: Tensor) -> None:
+        """Leave it: it is the data's."""
 
     @not_compiled
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:

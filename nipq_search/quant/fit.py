@@ -26,6 +26,10 @@ def _rows(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
     return values[:: (values.numel() // _SAMPLE) | 1].clone()[None]
 
 
+def _ignore(x: Tensor) -> None:
+    """Observe nothing; the quantizer passes its tensor on."""
+
+
 @torch.no_grad()
 def fit_ranges(
     model: nn.Module,
@@ -37,7 +41,7 @@ def fit_ranges(
     A boundary that holds a tensor's extremes is far from the best one at two or three bits, and a
     short training does not get there. Ranges that were learned at other widths are multiplied by
     the ratio of the least-error range now to the one then, which leaves what training made of
-    them. Quantizers whose starting boundary is part of their method stay as they are.
+    them. Without that, a first boundary that is part of a quantizer's method stays.
 
     Args:
         model: prepared and calibrated, bit-widths where they are to start.
@@ -55,7 +59,10 @@ def fit_ranges(
         return observe
 
     for name, quantizer in found.items():
-        quantizer.observer = show(name)
+        if before is not None or quantizer.starts_anywhere:
+            quantizer.observer = show(name)
+        else:
+            quantizer.observer = _ignore
     try:
         with unchanged_mode(model):
             calibration(model)

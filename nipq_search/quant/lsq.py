@@ -25,6 +25,7 @@ class LSQ(FakeQuantizer):
 
     learns_bits = False
     scales_gradient = True
+    starts_anywhere = False
     initial: Tensor
 
     def __init__(
@@ -44,6 +45,13 @@ class LSQ(FakeQuantizer):
         initial = statistics.alpha if affine else 2.0 * statistics.mean_abs
         self.register_buffer("initial", initial.expand(self.channels).clone(), persistent=False)
         self.step.copy_(self._published())
+
+    @torch.no_grad()
+    def scale_range(self, factor: Tensor) -> None:
+        """Multiply step and minimum."""
+        self.step.mul_(factor)
+        if self.channels == 1:
+            self.minimum.mul_(factor)
 
     def _published(self) -> Tensor:
         """The starting value of the step at the present bit-width."""

@@ -52,6 +52,9 @@ class FakeQuantizer(nn.Module, abc.ABC):
     learns_boundary = True
     """Whether the boundary has a parameter."""
 
+    starts_anywhere = True
+    """Whether the boundary's first value is free; false where it is part of the method."""
+
     scales_gradient = False
     """Whether `alpha` asks how many elements a boundary serves."""
 
@@ -94,11 +97,9 @@ class FakeQuantizer(nn.Module, abc.ABC):
             served: elements that one boundary serves; of an activation those of one sample.
         """
 
+    @abc.abstractmethod
     def scale_range(self, factor: Tensor) -> None:
-        """Multiply the range by factors of shape (1,) or (channels,), for a start elsewhere.
-
-        A quantizer whose starting boundary is part of its method leaves it as it is.
-        """
+        """Multiply the range by factors of shape (1,) or (channels,), for a start elsewhere."""
 
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
         """What an unfrozen quantizer computes in training mode."""

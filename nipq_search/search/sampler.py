@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 
 
 def tpe(seed: int) -> BaseSampler:
@@ -24,14 +24,22 @@ def random(seed: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
+def gp(seed: int) -> BaseSampler:
+    """A Gaussian process; its time grows with the cube of the trials, fine up to some 300."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return GPSampler(seed=seed, n_startup_trials=10, deterministic_objective=False)
+
+
 def nsga2(seed: int) -> BaseSampler:
-    """A genetic algorithm."""
-    return NSGAIISampler(seed=seed)
+    """A genetic algorithm, in generations of ten: a sweep has tens of trials."""
+    return NSGAIISampler(seed=seed, population_size=10)
 
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": tpe,
     "random": random,
+    "gp": gp,
     "nsga2": nsga2,
 }
 """Samplers by name; each takes the trial's own seed, so a resumed search repeats nothing."""

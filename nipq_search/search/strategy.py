@@ -59,9 +59,11 @@ class Strategy(Protocol):
 
     Attributes:
         epochs_share: share of `train.epochs` that a trial with a parent trains.
+        noise_factor: factor on the noise phase's share of its steps.
     """
 
     epochs_share: float
+    noise_factor: float
 
     def target(self, seen: Seen) -> Target:
         """What the next trial has to keep."""
@@ -90,6 +92,7 @@ class Independent:
     """Every trial starts from the float model; budgets take turns, least served first."""
 
     epochs_share = 1.0
+    noise_factor = 1.0
 
     def target(self, seen: Seen) -> Target:
         """The budget with the fewest trials."""
@@ -103,10 +106,13 @@ class Independent:
 class Ladder:
     """A trial starts from the nearest finished one at an equal or larger budget, and is shorter.
 
-    It waits for nothing: it takes what is finished when it is asked for.
+    It waits for nothing: it takes what is finished when it is asked for. What its parent learned
+    of bit-widths is enough to project them onto the new budget, so it has no noise phase: in a
+    short training that costs more than it finds (docs/front-quality.md).
     """
 
     epochs_share = 1 / 3
+    noise_factor = 0.0
     _AS_LARGE = 0.97
     _STEP = 0.1
 
@@ -136,6 +142,7 @@ class Fill:
     """
 
     epochs_share = Ladder.epochs_share
+    noise_factor = Ladder.noise_factor
 
     def __init__(self) -> None:
         """Parents are those of a ladder."""

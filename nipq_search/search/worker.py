@@ -70,8 +70,12 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
             for unit, of_unit in record.get("losses", {}).items()
         }
     if job.parent is not None:
-        share = STRATEGIES[config.search.strategy].epochs_share
-        training = dataclasses.replace(training, epochs=training.epochs * share)
+        strategy = STRATEGIES[config.search.strategy]
+        training = dataclasses.replace(
+            training,
+            epochs=training.epochs * strategy.epochs_share,
+            noise_share=training.noise_share * strategy.noise_factor,
+        )
         parent = job_folder(Path(job.out), "trial", job.parent) / MODEL_FILE
     return TrainSpec(
         train=training,

@@ -98,7 +98,8 @@ class TrainConfig:
             (`config`); or at the largest single width that keeps the budget, where they stay
             (`uniform`). A quantizer that learns no bit-widths keeps those that it starts with.
         fit_ranges: whether truncation boundaries start where the squared error of rounding at the
-            starting bit-width is least; for NIPQ, since LSQ has a start of its own.
+            starting bit-width is least; for NIPQ, since LSQ has a start of its own. Boundaries
+            that a parent learned at another width are scaled by what that changes in any case.
         score_batches: batches on which `sensitivity` measures, once in a sweep.
         calibration_batches: batches that give activations their starting boundaries.
         norm_batches: batches from which normalization statistics are estimated at the end.

@@ -199,7 +199,7 @@ def prepare_for(
         if spec.parent is not None:
             before = warm_start(prepared, from_bytes(spec.parent.read_bytes())["model"])
         _start_bits(prepared, spec, before)
-        if spec.train.fit_ranges:
+        if spec.train.fit_ranges or before is not None:
             fit_ranges(prepared, calibration, before)
     return prepared, samples
 

@@ -91,7 +91,8 @@ def test_samplers_go_through_a_search_with_failures(name):
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             study.tell(trial, [values["lr"], values["noise_share"]])
-    assert len({trial.params["lr"] for trial in study.trials}) == 14
+    first = 10 if name == "nsga2" else 14  # its second generation recombines the first
+    assert len({trial.params["lr"] for trial in study.trials[:first]}) == first
 
 
 BUDGETS = ({"bops": 400.0}, {"bops": 200.0}, {"bops": 100.0}, {"bops": 80.0}, {"bops": 70.0})

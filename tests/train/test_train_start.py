@@ -160,10 +160,41 @@ def test_one_width_goes_on_from_a_wider_parent(digits, float_file, tmp_path):
     assert set(hard_bits(child).values()) == {3}
     x = torch.zeros(8, 1, 1, 1)
     for name, quantizer in quantizers(child).items():
-        mine, theirs = (
-            each.boundary_for(x).range(4).high for each in (quantizer, quantizers(parent)[name])
+        if len(quantizer.bits.allowed) > 1:
+            mine, theirs = (
+                q.boundary_for(x).range(4).high.mean()
+                for q in (quantizer, quantizers(parent)[name])
+            )
+            assert 0.15 * theirs < mine < theirs, "fewer levels want a narrower range"
+
+
+@pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
+def test_fitted_ranges_lower_the_error_of_rounding(digits, float_file, quantizer):
+    """Of every weight, from a float model (NIPQ) and from a parent at another width."""
+    quant = dataclasses.replace(QUANT, quantizer=quantizer)
+
+    def errors(model):
+        found = {}
+        for module in model.modules():
+            if (weight := getattr(module, "weight", None)) is not None and weight.dim() == 4:
+                rounded = module.weight_quantizer.eval()(weight)
+                found[module.weight_quantizer.name] = float((rounded - weight).detach().square().mean())
+        return found
+
+    budget = bops(digits, float_file, 2.2)
+    spec = dataclasses.replace(spec_of(float_file, budget), quant=quant)
+    plain = errors(prepared_for(digits, spec))
+    fitted = errors(
+        prepared_for(
+            digits,
+            dataclasses.replace(spec, train=dataclasses.replace(spec.train, fit_ranges=True)),
         )
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    )
+    assert len(plain) > 3
+    if quantizer == "nipq":
+        assert all(fitted[name] < plain[name] for name in plain)
+    else:
+        assert fitted == plain, "LSQ starts as published"
 
 
 def test_no_single_width_may_keep_the_budget(digits, float_file):

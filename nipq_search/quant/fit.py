@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from nipq_search.quant.functional import Grid
 from nipq_search.quant.prepare import quantizers
 from nipq_search.quant.quantizer import FakeQuantizer
 from nipq_search.quant.statistics import least_error_shares
 from nipq_search.quant.trace import unchanged_mode
 
 _SAMPLE = 1 << 14
-_MOST = 1.5
-"""Largest factor on a range that is tried."""
+_FREE = 1.5
+"""Largest factor by which a range that was learned stays apart from the one of least error."""
 
 
 def _rows(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
@@ -39,9 +40,9 @@ def fit_ranges(
     """Scale ranges to where the squared error of rounding at the present bit-widths is least.
 
     A boundary that holds a tensor's extremes is far from the best one at two or three bits, and a
-    short training does not get there. Ranges that were learned at other widths are multiplied by
-    the ratio of the least-error range now to the one then, which leaves what training made of
-    them. Without that, a first boundary that is part of a quantizer's method stays.
+    short training does not get there. A range that was learned at another width keeps its ratio to
+    the range of least error, within limits. A first boundary that is part of a quantizer's method
+    stays.
 
     Args:
         model: prepared and calibrated, bit-widths where they are to start.
@@ -71,13 +72,24 @@ def fit_ranges(
             quantizer.observer = None
     for name, rows in seen.items():
         quantizer = found[name]
-        alpha = quantizer.alpha().detach().float()
-
-        def shares(bits: float) -> Tensor:
-            return least_error_shares(rows, alpha, quantizer.grid, quantizer.minimum, bits, _MOST)  # noqa: B023
-
         now = float(quantizer.bits.soft().detach())
-        factor = shares(now)
-        if before is not None:
-            factor = factor / shares(before[name]) if before[name] != now else factor.new_ones(1)
-        quantizer.scale_range(factor)
+        if before is None:
+            quantizer.scale_range(_best(quantizer, rows, now))
+        elif now != before[name]:
+            # By how much training left the best boundary. Wide grids care little for theirs.
+            learned = (1 / _best(quantizer, rows, before[name])).clamp(1 / _FREE, _FREE)
+            quantizer.scale_range(_best(quantizer, rows, now) * learned)
+
+
+def _best(quantizer: FakeQuantizer, rows: Tensor, bits: float) -> Tensor:
+    """The factor on a quantizer's range that gives the least error at `bits`."""
+    alpha = quantizer.alpha().detach().float()
+    if quantizer.grid is Grid.SIGNED:
+        extent = rows.abs().amax(dim=1)
+    elif quantizer.grid is Grid.UNSIGNED:
+        extent = rows.amax(dim=1)
+    else:
+        extent = rows.amax(dim=1) - rows.amin(dim=1)
+    whole = torch.where(extent > 0, extent / alpha, 1.0)  # of zeros any range will do
+    minimum = quantizer.minimum * whole if quantizer.channels == 1 else quantizer.minimum
+    return whole * least_error_shares(rows, alpha * whole, quantizer.grid, minimum, bits)

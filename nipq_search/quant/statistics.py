@@ -56,7 +56,7 @@ def weight_statistics(weight: Tensor, per_channel: bool, mse: bool) -> TensorSta
 
 
 def least_error_shares(
-    rows: Tensor, alpha: Tensor, grid: Grid, minimum: Tensor, bits: float, most: float = 1.0
+    rows: Tensor, alpha: Tensor, grid: Grid, minimum: Tensor, bits: float
 ) -> Tensor:
     """The share of each row's range, both ends alike, whose squared rounding error is least.
 
@@ -66,14 +66,13 @@ def least_error_shares(
         grid: shape of the grid.
         minimum: of affine rows, shape (1,).
         bits: width of the grid; fractions are fine.
-        most: the largest of the 64 shares that are tried; the least is a tenth.
 
     Returns:
-        Shares of shape (rows,).
+        Shares of shape (rows,), of 64 between a tenth and all.
     """
     best, best_error = torch.ones_like(alpha), torch.full_like(alpha, float("inf"))
     width = torch.full((1,), float(bits), device=rows.device)
-    for share in torch.linspace(0.1, most, 64).tolist():
+    for share in torch.linspace(0.1, 1.0, 64).tolist():
         range_ = F.quantization_range(alpha[:, None] * share, width, grid, minimum * share)
         error = (F.hard_quantize(rows, range_) - rows).square().sum(dim=1)
         best = torch.where(error < best_error, share, best)

@@ -2,7 +2,7 @@
 
 from nipq_search.train.config import HYPERPARAMETERS, FloatConfig, TrainConfig
 from nipq_search.train.loop import NonFiniteLoss, Trainer
-from nipq_search.train.trial import Hooks, Interrupted, TrainResult, TrainSpec, train
+from nipq_search.train.trial import Hooks, Interrupted, Paused, TrainResult, TrainSpec, train
 
 __all__ = [
     "HYPERPARAMETERS",
@@ -10,6 +10,7 @@ __all__ = [
     "Hooks",
     "Interrupted",
     "NonFiniteLoss",
+    "Paused",
     "TrainConfig",
     "TrainResult",
     "TrainSpec",

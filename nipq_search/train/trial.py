@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from nipq_search import storage
-from nipq_search.cost import Budget, exact_costs
+from nipq_search.cost import Budget, exact_costs, freeze
 from nipq_search.cost.projection import Losses
 from nipq_search.errors import UserError
 from nipq_search.quant import (
@@ -70,6 +70,19 @@ class Interrupted(Exception):
     """The training was asked to stop and has saved its state."""
 
 
+class Paused(Exception):
+    """The training reached its pause and has saved its state.
+
+    Args:
+        metrics: validation figures of a copy that was projected onto the budget there.
+    """
+
+    def __init__(self, metrics: Mapping[str, float]) -> None:
+        """Keep the figures."""
+        super().__init__("paused")
+        self.metrics = metrics
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
     """What to train.
@@ -84,6 +97,7 @@ class TrainSpec:
             `quant` such a file is evaluated and stored as it is.
         profile: bit-widths by unit (see `units_of`), which are shifted onto the budget to start
             from; they go before `train.start`.
+        pause: share of the steps after which the training pauses; None trains to the end.
         losses: what `train.start: sensitivity` needs: scores by unit and width.
     """
 
@@ -95,6 +109,7 @@ class TrainSpec:
     parent: Path | None = None
     profile: Mapping[str, float] | None = None
     losses: Losses | None = None
+    pause: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +254,7 @@ def train(
 
     Raises:
         Interrupted: `should_stop` said so; the state is saved.
+        Paused: `spec.pause` is reached; the state is saved.
         NonFiniteLoss: the loss became NaN or infinite.
         UserError: the float model cannot be read, or the budget cannot be reached.
     """
@@ -287,22 +303,26 @@ def _train(
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
     counted = trainer.samples
+    total = trainer.schedule.total
+    pause = total if spec.pause is None else max(1, round(spec.pause * total))
 
     def stop() -> bool:
         nonlocal counted
         hooks.on_samples(trainer.samples - counted)
         counted = trainer.samples
-        return hooks.should_stop()
+        return trainer.step >= pause or hooks.should_stop()
 
     try:
-        finished = trainer.run(
+        finished = trainer.step < pause and trainer.run(
             on_epoch=hooks.on_epoch,
             save=lambda state: save_checkpoint(folder / "checkpoints", trainer.step, state),
             should_stop=stop,
         )
     finally:
         stop()  # samples of a step that failed count too
-    if not finished:
+    if not finished and trainer.step >= pause < total:
+        raise Paused(_projected_metrics(task, spec, trainer, device, hooks))
+    if trainer.step < total:
         raise Interrupted
     trainer.use_average()
     counts = Counts(samples=trainer.samples, steps=trainer.step)
@@ -311,12 +331,49 @@ def _train(
     return result
 
 
+def _projected_metrics(
+    task: Task, spec: TrainSpec, trainer: Trainer, device: torch.device, hooks: Hooks
+) -> Mapping[str, float]:
+    """Validation figures of a copy on its budget: a model still above it would look better."""
+    model = copy.deepcopy(trainer.model)
+    if trainer.average is not None:
+        trainer.average.copy_to(model)
+    freeze(model, trainer.budget)
+    hooks.on_samples(_reestimate(task, spec, model, device))
+    with arithmetic(spec.train.precision, device):
+        return evaluate(task, model, "validation")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Counts:
     """What a training processed."""
 
     samples: int = 0
     steps: int = 0
+
+
+def _reestimate(task: Task, spec: TrainSpec, model: nn.Module, device: torch.device) -> int:
+    """Re-estimate normalization statistics of a quantized model; the samples that it took."""
+    samples = 0
+    if spec.quant is None or not spec.train.norm_batches:
+        return samples
+
+    def batches(observed: nn.Module) -> None:
+        nonlocal samples
+        seed = seed_for(spec.seed, 1 << 41)
+        loader = task.loader("train", spec.train.batch_size, seed)
+        first = 0
+        for batch in itertools.islice(iter(loader), spec.train.norm_batches):
+            count = num_samples(task, batch)
+            first = first or count
+            if count < first:
+                continue  # in the average a partial batch would weigh as much as a full one
+            samples += count
+            task.loss(observed, to_device(task, batch, device))
+
+    with arithmetic(spec.train.precision, device):
+        reestimate_norm_stats(model, batches)
+    return samples
 
 
 def _finish(
@@ -328,24 +385,7 @@ def _finish(
     counts: Counts,
 ) -> TrainResult:
     """Re-estimate normalization statistics, evaluate, store the model."""
-    samples = 0
-    if spec.quant is not None and spec.train.norm_batches:
-
-        def batches(observed: nn.Module) -> None:
-            nonlocal samples
-            seed = seed_for(spec.seed, 1 << 41)
-            loader = task.loader("train", spec.train.batch_size, seed)
-            first = 0
-            for batch in itertools.islice(iter(loader), spec.train.norm_batches):
-                count = num_samples(task, batch)
-                first = first or count
-                if count < first:
-                    continue  # in the average a partial batch would weigh as much as a full one
-                samples += count
-                task.loss(observed, to_device(task, batch, device))
-
-        with arithmetic(spec.train.precision, device):
-            reestimate_norm_stats(model, batches)
+    samples = _reestimate(task, spec, model, device)
     with arithmetic(spec.train.precision, device):
         metrics = evaluate(task, model, "validation")
     data = to_bytes({"model": model.state_dict()})

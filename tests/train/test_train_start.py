@@ -178,7 +178,8 @@ def test_fitted_ranges_lower_the_error_of_rounding(digits, float_file, quantizer
         for module in model.modules():
             if (weight := getattr(module, "weight", None)) is not None and weight.dim() == 4:
                 rounded = module.weight_quantizer.eval()(weight)
-                found[module.weight_quantizer.name] = float((rounded - weight).detach().square().mean())
+                error = (rounded - weight).detach().square().mean()
+                found[module.weight_quantizer.name] = float(error)
         return found
 
     budget = bops(digits, float_file, 2.2)

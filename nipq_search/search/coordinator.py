@@ -12,41 +12,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from nipq_search.cost import COSTS
-from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig
 from nipq_search.search.facts import Facts
-from nipq_search.search.front import default_reference, non_dominated
-from nipq_search.search.gaps import Axes
+from nipq_search.search.front import non_dominated
 from nipq_search.search.jobs import SCORES, Job, committed, job_folder
-from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
-from nipq_search.search.space import split
-from nipq_search.search.strategy import STRATEGIES, Finished, Seen, Target
+from nipq_search.search.ledger import Ledger
+from nipq_search.search.trials import Trials
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.storage import digest, read_sealed
 from nipq_search.train.loop import seed_for
 from nipq_search.train.trial import MODEL_FILE
-
-
-def costs_of(trial: FrozenTrial) -> dict[str, float]:
-    """Exact costs of a finished trial, from its attributes."""
-    found = trial.user_attrs.items()
-    return {k.removeprefix("cost_"): float(v) for k, v in found if k.startswith("cost_")}
-
-
-TARGET = "budget_"
-"""Begins the attributes that hold a trial's absolute targets."""
-
-
-def targets_of(trial: FrozenTrial) -> dict[str, float]:
-    """Absolute targets that a trial was given, from its attributes; empty before that."""
-    found = (
-        (k.removeprefix(TARGET), v) for k, v in trial.user_attrs.items() if k.startswith(TARGET)
-    )
-    return {name: float(value) for name, value in found if name in COSTS}
 
 
 class Verdict(enum.Enum):
@@ -83,7 +61,6 @@ class Coordinator:
         """Reconcile the ledger with what workers committed before a crash."""
         self.config, self.facts, self.ledger = config, facts, ledger
         self.out, self.run, self.enough, self.on_finished = out, run, enough, on_finished
-        self.strategy = STRATEGIES[config.search.strategy]()
         self.document = config.as_json()
         if (file := self.document["float"]["checkpoint"]) is not None:
             # Ray's workers have a working directory of their own.
@@ -93,11 +70,14 @@ class Coordinator:
         self.failure: str | None = None
         self.tested = False
         self._lost: set[Path] = set()
-        self._open = [t.number for t in ledger.trials(TrialState.RUNNING)]
-        for number in list(self._open):
-            if (record := committed(job_folder(out, "trial", number))) is not None:
-                self._tell(number, record)
-                self._open.remove(number)
+        self.trials = Trials(
+            config=config,
+            facts=facts,
+            ledger=ledger,
+            out=out,
+            make_job=self._job,
+            enough=enough,
+        )
         self._check_float(committed(job_folder(out, "float", 0)))
         self._check_scores(committed(job_folder(out, SCORES, 0)))
 
@@ -125,7 +105,7 @@ class Coordinator:
             return False
         if any(self._state(*job) is None for job in [("float", 0), *self._before_trials()]):
             return True
-        if self._open or (self.open_trials() > 0 and not self.enough()):
+        if self.trials.open or (self.open_trials() > 0 and not self.enough()):
             return True
         return not self.tested and self._test_job() is not None
 
@@ -143,7 +123,7 @@ class Coordinator:
                 return self._start(job)
         if SCORES in self.running:
             return Verdict.WAIT
-        if (job_or_none := self._next_trial()) is not None:
+        if (job_or_none := self.trials.next()) is not None:
             return self._start(job_or_none)
         if self.running:
             return Verdict.WAIT
@@ -165,11 +145,8 @@ class Coordinator:
         if record is None and lost is not None:
             self._lost.add(job.folder)
             record = {"state": jobs.FAIL, "reason": lost}
-        if record is None:
-            if job.kind == "trial" and job.number not in self._open:
-                self._open.append(job.number)
-        elif job.kind == "trial":
-            self._tell(job.number, record)
+        if job.kind == "trial":
+            self.trials.ended(job, record)
         elif job.kind == "float":
             self._check_float(record)
         elif job.kind == SCORES:
@@ -212,11 +189,7 @@ class Coordinator:
 
     def open_trials(self) -> int:
         """Trials that still have to run, as far as the configuration and the queue say."""
-        trials = self.ledger.trials()
-        waiting = sum(t.state is TrialState.WAITING for t in trials)
-        asked = len(trials) - waiting
-        running = sum(t.state is TrialState.RUNNING for t in trials)
-        return running + max(waiting, self.config.search.trials - asked)
+        return self.trials.left()
 
     def _start(self, job: Job) -> Job:
         self.running[job.name] = job
@@ -239,137 +212,6 @@ class Coordinator:
             seed=seed_for(self.config.seed, number, salt),
             **more,
         )
-
-    def _target(self) -> Target:
-        trials = self.ledger.trials()
-        budgets = [budget.targets for budget in self.facts.budgets]
-        assigned = [
-            int(t.params[BUDGET])
-            for t in trials
-            if BUDGET in t.params and t.state is not TrialState.FAIL
-        ]
-        running = [targets_of(t) for t in trials if t.state is TrialState.RUNNING]
-        return self.strategy.target(
-            Seen(
-                budgets=budgets,
-                assigned=assigned,
-                running=running,
-                finished=self._finished(),
-                axes=self._axes(),
-            )
-        )
-
-    def _finished(self) -> list[Finished]:
-        sign = 1 if self.facts.mode == "max" else -1
-        return [
-            Finished(number=trial.number, metric=sign * trial.values[0], cost=costs_of(trial))
-            for trial in self.ledger.trials(TrialState.COMPLETE)
-        ]
-
-    def _axes(self) -> Axes | None:
-        record = committed(job_folder(self.out, "float", 0)) or {}
-        best = record.get("metrics", {}).get(self.facts.metric)
-        if best is None:
-            return None
-        given = self.config.search.reference
-        reference = default_reference(best, self.facts.mode) if given is None else given
-        sign = 1 if self.facts.mode == "max" else -1
-        least, most = self.facts.axis
-        return Axes(
-            cost=self.facts.front_cost,
-            least=least,
-            most=most,
-            reference=sign * reference,
-            best=sign * best,
-        )
-
-    def _next_trial(self) -> Job | None:
-        while True:
-            try:
-                return self._next_asked()
-            except Refused as refused:
-                self.ledger.fail(refused.number, str(refused), {})
-
-    def _next_asked(self) -> Job | None:
-        budgets = len(self.facts.budgets)
-        if self._open:
-            number = self._open.pop(0)
-            asked = self.ledger.resume(number, self._target().budget, budgets)
-            before = self.ledger.trials()[number]
-            # The parent is noted last: without it, not all of the targets may have been.
-            return self._trial_job(
-                asked, targets_of(before) if "parent" in before.user_attrs else {}
-            )
-        if self.enough():
-            return None
-        trials = self.ledger.trials()
-        waiting = sum(t.state is TrialState.WAITING for t in trials)
-        if not waiting and len(trials) >= self.config.search.trials:
-            return None
-        target = self._target()
-        asked = self.ledger.ask(target.budget, budgets)
-        return self._trial_job(asked, {} if waiting else target.targets)
-
-    def _trial_job(self, asked: Asked, targets: Mapping[str, float]) -> Job:
-        """The job of a trial; `targets` in place of its budget's, if any."""
-        if not 0 <= asked.budget < len(self.facts.budgets):
-            last = len(self.facts.budgets) - 1
-            raise Refused(asked.number, f"budget: index {asked.budget} is not one of 0..{last}")
-        try:
-            self.config.train.with_hyperparameters(split(asked.params)[0])
-        except UserError as error:
-            raise Refused(asked.number, str(error)) from error
-        budget = self.facts.budgets[asked.budget]
-        label = budget.label
-        if targets and dict(targets) != dict(budget.targets):
-            label = ", ".join(f"{name}: {target:,.0f}" for name, target in targets.items())
-        targets = dict(targets or budget.targets)
-        job = self._job(
-            "trial",
-            asked.number,
-            params=dict(asked.params),
-            budget=targets,
-            parent=self._parent(asked.number, targets),
-        )
-        self.ledger.note(
-            asked.number,
-            {
-                **{f"{TARGET}{name}": target for name, target in targets.items()},
-                "budget": label,
-                "strategy": self.config.search.strategy,
-                "seed": job.seed,
-                "parent": job.parent,
-            },
-        )
-        return job
-
-    def _parent(self, number: int, budget: Mapping[str, float]) -> int | None:
-        """The trial that a new one starts from; of a resumed one, what was decided before."""
-        known = self.ledger.trials()[number].user_attrs
-        if "parent" in known:
-            return None if known["parent"] is None else int(known["parent"])
-        finished = [t for t in self._finished() if budget.keys() <= t.cost.keys()]
-        return self.strategy.parent(budget, finished)
-
-    def _tell(self, number: int, record: Mapping[str, Any]) -> None:
-        """Attributes, constraint and state of a trial, from its record alone."""
-        own = ("samples", "seconds", "attempts", "seed", "threads", "ended")
-        attributes = {key: record[key] for key in own if key in record}
-        reason = record.get("reason")
-        metric = record.get("metrics", {}).get(self.facts.metric)
-        if record["state"] == jobs.COMPLETE and metric is None:
-            reason = f"evaluate() returned no '{self.facts.metric}'"
-        elif record["state"] == jobs.COMPLETE and metric != metric:
-            reason = f"the validation {self.facts.metric} is NaN"
-        if reason is not None:
-            self.ledger.fail(number, reason, attributes)
-            return
-        cost, budget = record["cost"], record["budget"]
-        attributes |= {f"cost_{name}": value for name, value in cost.items()}
-        attributes |= {f"validation_{k}": v for k, v in record["metrics"].items() if v == v}
-        slack = max(cost[name] / target for name, target in budget.items()) - 1
-        values = (metric, cost[self.facts.front_cost])
-        self.ledger.complete(number, values, attributes, slack)
 
     def front(self) -> set[int]:
         """Numbers of the trials on the front."""

@@ -23,12 +23,14 @@ class Standing:
         bracket: its budget; only trials of one bracket compete.
         metrics: what it measured at each rung so far, the greater the better.
         paused: whether it waits at the last of them for a decision.
+        pruned: whether it was told to stop there.
     """
 
     number: int
     bracket: int
     metrics: Sequence[float]
     paused: bool
+    pruned: bool = False
 
 
 def to_promote(standings: Sequence[Standing], last: bool) -> int | None:
@@ -45,7 +47,7 @@ def to_promote(standings: Sequence[Standing], last: bool) -> int | None:
             there = [s for s in standings if s.bracket == bracket and len(s.metrics) > rung]
             there.sort(key=lambda s: (-s.metrics[rung], s.number))
             best = there[: len(there) // ETA]
-            gone = any(not (s.paused and len(s.metrics) - 1 == rung) for s in there)
+            gone = any(len(s.metrics) - 1 > rung or not (s.paused or s.pruned) for s in there)
             if last and not best and not gone:
                 best = there[:1]
             for standing in best:

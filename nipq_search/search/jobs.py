@@ -48,6 +48,7 @@ class Job:
         params: hyperparameters of a trial.
         budget: absolute targets of a trial.
         parent: number of the trial that a trial starts from, or None.
+        rung: number of the rung at which a trial pauses next.
         jobs: folders whose models a `test` job evaluates.
     """
 
@@ -60,6 +61,7 @@ class Job:
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
     parent: int | None = None
+    rung: int = 0
     jobs: tuple[Mapping[str, Any], ...] = ()
 
     @property
@@ -102,6 +104,19 @@ def committed(folder: Path) -> dict[str, Any] | None:
         if (record := storage.read_sealed(attempt / RESULT)) is not None:
             return record
     return None
+
+
+def rung_file(folder: Path, rung: int) -> Path:
+    """Where a trial's figures at a rung stand."""
+    return folder / f"rung-{rung}.json"
+
+
+def rung_metrics(folder: Path) -> list[dict[str, float]]:
+    """Validation figures of a trial at its rungs, first to last reached."""
+    found: list[dict[str, float]] = []
+    while (record := storage.read_sealed(rung_file(folder, len(found)))) is not None:
+        found.append(record["metrics"])
+    return found
 
 
 def open_attempt(job: Job) -> Path:

@@ -317,3 +317,10 @@ class Ledger:
             return
         self.note(number, {**attributes, "reason": reason})
         self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def prune(self, number: int, attributes: Mapping[str, Any]) -> None:
+        """Record attributes, then `tell` PRUNED; harmless when repeated."""
+        if self.trials()[number].state.is_finished():
+            return
+        self.note(number, attributes)
+        self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)

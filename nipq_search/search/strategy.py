@@ -60,10 +60,13 @@ class Strategy(Protocol):
     Attributes:
         epochs_share: share of `train.epochs` that a trial with a parent trains.
         noise_factor: factor on the noise phase's share of its steps.
+        rungs: shares of the training after which a trial pauses, to go on only if it is among the
+            best under its budget; see `halving`.
     """
 
     epochs_share: float
     noise_factor: float
+    rungs: tuple[float, ...]
 
     def target(self, seen: Seen) -> Target:
         """What the next trial has to keep."""
@@ -93,6 +96,23 @@ class Independent:
 
     epochs_share = 1.0
     noise_factor = 1.0
+    rungs: tuple[float, ...] = ()
+
+    def target(self, seen: Seen) -> Target:
+        """The budget with the fewest trials."""
+        return Target(budget=least_served(seen))
+
+    def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
+        """Always the float model."""
+        return None
+
+
+class Halving:
+    """As `Independent`, but a trial goes on only if it is among the best under its budget."""
+
+    epochs_share = 1.0
+    noise_factor = 1.0
+    rungs: tuple[float, ...] = (1 / 9, 1 / 3)
 
     def target(self, seen: Seen) -> Target:
         """The budget with the fewest trials."""
@@ -113,6 +133,7 @@ class Ladder:
 
     epochs_share = 1 / 3
     noise_factor = 0.0
+    rungs: tuple[float, ...] = ()
     _AS_LARGE = 0.97
     _STEP = 0.1
 
@@ -143,6 +164,7 @@ class Fill:
 
     epochs_share = Ladder.epochs_share
     noise_factor = Ladder.noise_factor
+    rungs: tuple[float, ...] = ()
 
     def __init__(self) -> None:
         """Parents are those of a ladder."""
@@ -172,5 +194,6 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "independent": Independent,
     "ladder": Ladder,
     "fill": Fill,
+    "halving": Halving,
 }
 """Strategies by the names that sweep files use."""

@@ -31,7 +31,7 @@ from nipq_search.search.space import split
 from nipq_search.search.strategy import STRATEGIES
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import evaluate
-from nipq_search.train import Hooks, Interrupted, TrainResult, TrainSpec, train
+from nipq_search.train import Hooks, Interrupted, Paused, TrainResult, TrainSpec, train
 from nipq_search.train.checkpoint import remove_checkpoints
 from nipq_search.train.sensitivity import score
 from nipq_search.train.trial import MODEL_FILE, load_trained
@@ -85,8 +85,15 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
         float_model=float_file,
         parent=parent,
         profile=profile or None,
+        pause=_pause(config, job),
         losses=losses,
     )
+
+
+def _pause(config: SweepConfig, job: Job) -> float | None:
+    """The share of the steps after which a job pauses."""
+    rungs = STRATEGIES[config.search.strategy].rungs
+    return rungs[job.rung] if job.kind == "trial" and job.rung < len(rungs) else None
 
 
 class _Reporter:
@@ -167,8 +174,8 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
         report: gets small dictionaries as the job goes on.
 
     Returns:
-        `COMPLETE` or `FAIL`, with the record committed; `STOPPED`; or `HALT` and why no job can
-        run on this machine, such as a full disk.
+        `COMPLETE` or `FAIL`, with the record committed; `PAUSED` at a rung; `STOPPED`; or `HALT`
+        and why no job can run on this machine, such as a full disk.
     """
     try:
         return _attempt(job, task, report)
@@ -207,6 +214,12 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
                 record = _run_scores(job, config, task, reporter)
             else:
                 record = _run_training(job, config, task, reporter)
+        except Paused as paused:
+            metrics = {name: v for name, v in paused.metrics.items() if math.isfinite(v)}
+            reporter.write()
+            storage.write_sealed(jobs.rung_file(job.folder, job.rung), {"metrics": metrics})
+            storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
+            return "PAUSED"
         except Interrupted:
             reporter.write()
             storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})

@@ -2,7 +2,8 @@
 
 from nipq_search.train.config import HYPERPARAMETERS, FloatConfig, TrainConfig
 from nipq_search.train.loop import NonFiniteLoss, Trainer
-from nipq_search.train.trial import Hooks, Interrupted, Paused, TrainResult, TrainSpec, train
+from nipq_search.train.spec import Hooks, Interrupted, Paused, TrainResult, TrainSpec
+from nipq_search.train.trial import train
 
 __all__ = [
     "HYPERPARAMETERS",

@@ -17,7 +17,8 @@ from nipq_search.tasks import Task
 from nipq_search.tasks.base import num_samples, to_device
 from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import seed_for
-from nipq_search.train.trial import Hooks, Interrupted, TrainSpec, load_float, prepare_for
+from nipq_search.train.spec import Hooks, Interrupted, TrainSpec
+from nipq_search.train.trial import load_float, prepare_for
 
 
 def _unchanged(x: torch.Tensor) -> None:

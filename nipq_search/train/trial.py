@@ -10,29 +10,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from nipq_search import storage
 from nipq_search.cost import Budget, exact_costs, freeze
-from nipq_search.cost.projection import Losses
 from nipq_search.errors import UserError
 from nipq_search.quant import (
     QUANTIZERS,
     Proxy,
-    QuantConfig,
     bit_config,
     prepare,
     quantizers,
     reestimate_norm_stats,
 )
 from nipq_search.quant.fit import fit_ranges
-from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import (
     build_model,
@@ -49,11 +45,11 @@ from nipq_search.train.checkpoint import (
     save_checkpoint,
     to_bytes,
 )
-from nipq_search.train.config import TrainConfig
 from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import Trainer, seed_for, steps_in
 from nipq_search.train.memory_format import use_channels_last
 from nipq_search.train.schedule import make_schedule
+from nipq_search.train.spec import Hooks, Interrupted, Paused, TrainResult, TrainSpec
 from nipq_search.train.start import (
     start_at_budget,
     start_at_one_width,
@@ -64,79 +60,6 @@ from nipq_search.train.start import (
 )
 
 MODEL_FILE = "model.pt"
-
-
-class Interrupted(Exception):
-    """The training was asked to stop and has saved its state."""
-
-
-class Paused(Exception):
-    """The training reached its pause and has saved its state.
-
-    Args:
-        metrics: validation figures of a copy that was projected onto the budget there.
-    """
-
-    def __init__(self, metrics: Mapping[str, float]) -> None:
-        """Keep the figures."""
-        super().__init__("paused")
-        self.metrics = metrics
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSpec:
-    """What to train.
-
-    Attributes:
-        train: rates, phases, distillation.
-        seed: of data order, noise and everything else that is random.
-        quant: how the model is quantized; None trains the float model.
-        budget: absolute targets; None leaves the bit-widths where they are (baselines).
-        parent: file of the finished trial that this one starts from; None for the float model.
-        float_model: file of the float model's state dict; None starts from scratch. Without
-            `quant` such a file is evaluated and stored as it is.
-        profile: bit-widths by unit (see `units_of`), which are shifted onto the budget to start
-            from; they go before `train.start`.
-        pause: share of the steps after which the training pauses; None trains to the end.
-        losses: what `train.start: sensitivity` needs: scores by unit and width.
-    """
-
-    train: TrainConfig
-    seed: int
-    quant: QuantConfig | None = None
-    budget: Mapping[str, float] | None = None
-    float_model: Path | None = None
-    parent: Path | None = None
-    profile: Mapping[str, float] | None = None
-    losses: Losses | None = None
-    pause: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What came out: figures on the validation split, exact costs, bit-widths, samples."""
-
-    metrics: Mapping[str, float]
-    cost: Mapping[str, float]
-    bits: Mapping[str, Any]
-    samples: int
-    steps: int
-    model_sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """What a training reports while it runs; every member may be left as it is.
-
-    Attributes:
-        on_epoch: a point of the learning curve.
-        on_samples: training samples just processed.
-        should_stop: asked after every step.
-    """
-
-    on_epoch: Callable[[CurvePoint], None] = lambda point: None
-    on_samples: Callable[[int], None] = lambda count: None
-    should_stop: Callable[[], bool] = lambda: False
 
 
 def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -> nn.Module:

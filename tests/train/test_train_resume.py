@@ -21,6 +21,7 @@ KINDS = {
     # 5 steps to an epoch, the last of one batch; the bits freeze after 8 of 15.
     "all": {"optimizer": "adamw", "lr": 0.01, "accumulate": 2, "precision": "bfloat16"}
     | {"ema": 0.9, "grad_clip": 1.0},
+    "lsq, budget": {"quant": QuantConfig(quantizer="lsq")},
     "lsq, all": {"quant": QuantConfig(quantizer="lsq", start_bits=4), "budget": None}
     | {"accumulate": 2, "precision": "bfloat16", "ema": 0.9},
 }
@@ -57,6 +58,7 @@ def whole(float_model, tmp_path_factory):
         *(("all" if "15" in moment else "uniform", moment) for moment in MOMENTS),
         ("empirical", "at every moment"),
         ("lsq", "at every moment"),
+        ("lsq, budget", "at every moment"),
         ("adamw", "at every moment"),
         ("lsq, all", "of 15, at every moment"),
     ],

@@ -1,0 +1,296 @@
+"""The trials of a sweep: which one runs next, under what budget, from what, and how it ended.
+
+Between the study, which remembers, and the strategy, which decides. What is decided is noted on
+the trial before it starts, so that a driver which is built after a crash finds it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from nipq_search.cost import COSTS
+from nipq_search.errors import UserError
+from nipq_search.search import jobs
+from nipq_search.search.config import SweepConfig
+from nipq_search.search.facts import Facts
+from nipq_search.search.front import default_reference
+from nipq_search.search.gaps import Axes
+from nipq_search.search.halving import Standing, to_promote
+from nipq_search.search.jobs import Job, committed, job_folder, rung_metrics
+from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
+from nipq_search.search.space import split
+from nipq_search.search.strategy import STRATEGIES, Finished, Seen, Target
+from nipq_search.train.checkpoint import remove_checkpoints
+
+TARGET = "budget_"
+"""Begins the attributes that hold a trial's absolute targets."""
+
+RUNG = "rung"
+"""Attribute: number of the rung at which a trial pauses next."""
+
+
+def costs_of(trial: FrozenTrial) -> dict[str, float]:
+    """Exact costs of a finished trial, from its attributes."""
+    found = trial.user_attrs.items()
+    return {k.removeprefix("cost_"): float(v) for k, v in found if k.startswith("cost_")}
+
+
+def targets_of(trial: FrozenTrial) -> dict[str, float]:
+    """Absolute targets that a trial was given, from its attributes; empty before that."""
+    found = (
+        (k.removeprefix(TARGET), v) for k, v in trial.user_attrs.items() if k.startswith(TARGET)
+    )
+    return {name: float(value) for name, value in found if name in COSTS}
+
+
+class Trials:
+    """Proposes trials and tells how they ended; see the module.
+
+    Args:
+        config: the sweep.
+        facts: graph and budgets.
+        ledger: the study.
+        out: the sweep's folder, absolute.
+        make_job: a job of the sweep from kind, number and what else it has.
+        enough: asked before a new trial is proposed; true once a limit is reached.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: SweepConfig,
+        facts: Facts,
+        ledger: Ledger,
+        out: Path,
+        make_job: Callable[..., Job],
+        enough: Callable[[], bool],
+    ) -> None:
+        """Tell the ledger what workers committed before a crash."""
+        self.config, self.facts, self.ledger, self.out = config, facts, ledger, out
+        self.make_job, self.enough = make_job, enough
+        self.strategy = STRATEGIES[config.search.strategy]()
+        self._sign = 1 if facts.mode == "max" else -1
+        self.started: set[int] = set()
+        self.open: list[int] = []
+        for trial in ledger.trials(TrialState.RUNNING):
+            if (record := committed(self._folder(trial.number))) is not None:
+                self.tell(trial.number, record)
+            elif not self._is_paused(trial):
+                self.open.append(trial.number)
+
+    def _folder(self, number: int) -> Path:
+        return job_folder(self.out, "trial", number)
+
+    def left(self) -> int:
+        """Trials that still have to run, as far as the configuration and the queue say."""
+        trials = self.ledger.trials()
+        waiting = sum(t.state is TrialState.WAITING for t in trials)
+        asked = len(trials) - waiting
+        running = sum(t.state is TrialState.RUNNING for t in trials)
+        return running + max(waiting, self.config.search.trials - asked)
+
+    def next(self) -> Job | None:
+        """The next trial's job; None while there is none."""
+        while True:
+            try:
+                job = self._next()
+            except Refused as refused:
+                self.ledger.fail(refused.number, str(refused), {})
+                continue
+            if job is not None:
+                self.started.add(job.number)
+            return job
+
+    def ended(self, job: Job, record: Mapping[str, Any] | None) -> None:
+        """A trial's job runs no more; without a record it stays open, or it is at a rung."""
+        self.started.discard(job.number)
+        if record is not None:
+            self.tell(job.number, record)
+        elif not self._is_paused(self.ledger.trials()[job.number]):
+            if job.number not in self.open:
+                self.open.append(job.number)
+
+    # What runs next
+
+    def _next(self) -> Job | None:
+        budgets = len(self.facts.budgets)
+        if self.open:
+            number = self.open.pop(0)
+            before = self.ledger.trials()[number]
+            asked = self.ledger.resume(number, self._target().budget, budgets)
+            # The parent is noted last: without it, not all of the targets may have been.
+            return self._job(asked, targets_of(before) if "parent" in before.user_attrs else {})
+        more = not self.enough()
+        if more and (promoted := self._promoted(last=False)) is not None:
+            return self._resumed(promoted)
+        trials = self.ledger.trials()
+        waiting = sum(t.state is TrialState.WAITING for t in trials)
+        if more and (waiting or len(trials) < self.config.search.trials):
+            target = self._target()
+            asked = self.ledger.ask(target.budget, budgets)
+            return self._job(asked, {} if waiting else target.targets)
+        if more and not self.started:
+            if (promoted := self._promoted(last=True)) is not None:
+                return self._resumed(promoted)
+            self._prune()
+        return None
+
+    def _target(self) -> Target:
+        trials = self.ledger.trials()
+        assigned = [
+            int(t.params[BUDGET])
+            for t in trials
+            if BUDGET in t.params and t.state is not TrialState.FAIL
+        ]
+        seen = Seen(
+            budgets=[budget.targets for budget in self.facts.budgets],
+            assigned=assigned,
+            running=[targets_of(t) for t in trials if t.state is TrialState.RUNNING],
+            finished=self._finished(),
+            axes=self._axes(),
+        )
+        return self.strategy.target(seen)
+
+    def _finished(self) -> list[Finished]:
+        return [
+            Finished(number=t.number, metric=self._sign * t.values[0], cost=costs_of(t))
+            for t in self.ledger.trials(TrialState.COMPLETE)
+        ]
+
+    def _axes(self) -> Axes | None:
+        record = committed(job_folder(self.out, "float", 0)) or {}
+        best = record.get("metrics", {}).get(self.facts.metric)
+        if best is None:
+            return None
+        given = self.config.search.reference
+        reference = default_reference(best, self.facts.mode) if given is None else given
+        least, most = self.facts.axis
+        return Axes(
+            cost=self.facts.front_cost,
+            least=least,
+            most=most,
+            reference=self._sign * reference,
+            best=self._sign * best,
+        )
+
+    def _job(self, asked: Asked, targets: Mapping[str, float]) -> Job:
+        """The job of a trial; `targets` in place of its budget's, if any."""
+        if not 0 <= asked.budget < len(self.facts.budgets):
+            last = len(self.facts.budgets) - 1
+            raise Refused(asked.number, f"budget: index {asked.budget} is not one of 0..{last}")
+        try:
+            self.config.train.with_hyperparameters(split(asked.params)[0])
+        except UserError as error:
+            raise Refused(asked.number, str(error)) from error
+        budget = self.facts.budgets[asked.budget]
+        label = budget.label
+        if targets and dict(targets) != dict(budget.targets):
+            label = ", ".join(f"{name}: {target:,.0f}" for name, target in targets.items())
+        targets = dict(targets or budget.targets)
+        known = self.ledger.trials()[asked.number].user_attrs
+        job = self.make_job(
+            "trial",
+            asked.number,
+            params=dict(asked.params),
+            budget=targets,
+            parent=self._parent(known, targets),
+            rung=int(known.get(RUNG, 0)),
+        )
+        self.ledger.note(
+            asked.number,
+            {
+                **{f"{TARGET}{name}": target for name, target in targets.items()},
+                "budget": label,
+                "strategy": self.config.search.strategy,
+                "seed": job.seed,
+                "parent": job.parent,
+            },
+        )
+        return job
+
+    def _parent(self, known: Mapping[str, Any], budget: Mapping[str, float]) -> int | None:
+        """The trial that a new one starts from; of a resumed one, what was decided before."""
+        if "parent" in known:
+            return None if known["parent"] is None else int(known["parent"])
+        finished = [t for t in self._finished() if budget.keys() <= t.cost.keys()]
+        return self.strategy.parent(budget, finished)
+
+    # Rungs
+
+    def _is_paused(self, trial: FrozenTrial) -> bool:
+        """Whether a running trial has reached its rung and waits for a decision."""
+        rung = int(trial.user_attrs.get(RUNG, 0))
+        return len(rung_metrics(self._folder(trial.number))) > rung < len(self.strategy.rungs)
+
+    def _standings(self) -> list[Standing]:
+        """Every trial that reached a rung, rebuilt from what workers wrote."""
+        found = []
+        living = (TrialState.RUNNING, TrialState.PRUNED, TrialState.COMPLETE)
+        for trial in self.ledger.trials(*living):
+            measured = rung_metrics(self._folder(trial.number)) if self.strategy.rungs else []
+            if measured and BUDGET in trial.params:
+                running = trial.state is TrialState.RUNNING
+                found.append(
+                    Standing(
+                        number=trial.number,
+                        bracket=int(trial.params[BUDGET]),
+                        metrics=[
+                            self._sign * m.get(self.facts.metric, float("-inf")) for m in measured
+                        ],
+                        paused=running and self._is_paused(trial),
+                        pruned=trial.state is TrialState.PRUNED,
+                    )
+                )
+        return found
+
+    def _promoted(self, last: bool) -> int | None:
+        return to_promote(self._standings(), last) if self.strategy.rungs else None
+
+    def _resumed(self, number: int) -> Job:
+        """A paused trial goes on to its next rung; noted first, for it may be cut off."""
+        trial = self.ledger.trials()[number]
+        self.ledger.note(number, {RUNG: int(trial.user_attrs.get(RUNG, 0)) + 1})
+        asked = self.ledger.resume(number, int(trial.params[BUDGET]), len(self.facts.budgets))
+        return self._job(asked, targets_of(trial))
+
+    def _prune(self) -> None:
+        """No trial will come that could help the paused ones: tell them PRUNED."""
+        for standing in self._standings():
+            if standing.paused:
+                folder = self._folder(standing.number)
+                metric = self._sign * standing.metrics[-1]
+                attributes = {
+                    "samples": jobs.samples_processed(folder),
+                    "seconds": jobs.seconds_spent(folder),
+                    "attempts": len(jobs.attempts(folder)),
+                    "reason": f"{self.facts.metric} {metric:.4f} at rung "
+                    f"{len(standing.metrics) - 1} was not among the best of its budget",
+                }
+                self.ledger.prune(standing.number, attributes)
+                remove_checkpoints(folder / "checkpoints")
+
+    # Ends
+
+    def tell(self, number: int, record: Mapping[str, Any]) -> None:
+        """Attributes, constraint and state of a trial, from its record alone."""
+        own = ("samples", "seconds", "attempts", "seed", "threads", "ended")
+        attributes = {key: record[key] for key in own if key in record}
+        reason = record.get("reason")
+        metric = record.get("metrics", {}).get(self.facts.metric)
+        if record["state"] == jobs.COMPLETE and metric is None:
+            reason = f"evaluate() returned no '{self.facts.metric}'"
+        elif record["state"] == jobs.COMPLETE and metric != metric:
+            reason = f"the validation {self.facts.metric} is NaN"
+        if reason is not None:
+            self.ledger.fail(number, reason, attributes)
+            return
+        cost, budget = record["cost"], record["budget"]
+        attributes |= {f"cost_{name}": value for name, value in cost.items()}
+        attributes |= {f"validation_{k}": v for k, v in record["metrics"].items() if v == v}
+        slack = max(cost[name] / target for name, target in budget.items()) - 1
+        values = (metric, cost[self.facts.front_cost])
+        self.ledger.complete(number, values, attributes, slack)

@@ -1,0 +1,65 @@
+"""Trainings that pause at a share of their steps, measure a projected copy, and go on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from train_tasks import CPU, digits_spec, interrupted, outcome
+
+from nipq_search.train import Hooks, Paused, train
+from nipq_search.train.checkpoint import load_checkpoint
+
+
+def pause_at(digits, spec, share, folder, **hooks):
+    with pytest.raises(Paused) as caught:
+        train(digits, dataclasses.replace(spec, pause=share), folder, CPU, Hooks(**hooks))
+    return dict(caught.value.metrics)
+
+
+@pytest.mark.parametrize("changes", [{}, {"noise_share": 0.2, "ema": 0.9}])
+def test_a_paused_training_ends_with_the_bits_of_one_that_was_not(
+    float_model, digits, tmp_path, changes
+):
+    spec = digits_spec(float_model, **changes)
+    whole = train(digits, spec, tmp_path / "whole", CPU)
+    for share in (0.2, 0.6):
+        metrics = pause_at(digits, spec, share, tmp_path / "rungs")
+        assert 0 <= metrics["accuracy"] <= 1
+    assert outcome(train(digits, spec, tmp_path / "rungs", CPU)) == outcome(whole)
+
+
+def test_a_pause_that_was_cut_off_measures_the_same(float_model, digits, tmp_path):
+    spec = digits_spec(float_model)
+    expected = pause_at(digits, spec, 0.4, tmp_path / "whole")
+    total = load_checkpoint(tmp_path / "whole" / "checkpoints")["step"]
+    interrupted(digits, spec, tmp_path / "cut", total - 1)
+    assert pause_at(digits, spec, 0.4, tmp_path / "cut") == expected
+    # Its state was saved before it measured: a crash right then trains nothing again.
+    assert pause_at(digits, spec, 0.4, tmp_path / "cut") == expected
+    assert load_checkpoint(tmp_path / "cut" / "checkpoints")["step"] == total
+
+
+def test_what_a_rung_measures_is_on_budget_and_counted(float_model, digits, tmp_path, monkeypatch):
+    from nipq_search.cost.projection import usage
+    from nipq_search.quant.prepare import quant_state
+    from nipq_search.train import trial
+
+    seen, counted = [], []
+    evaluate = trial.evaluate
+
+    def spy(task, model, split):
+        seen.append(model)
+        return evaluate(task, model, split)
+
+    monkeypatch.setattr(trial, "evaluate", spy)
+    spec = digits_spec(float_model, norm_batches=2)
+    pause_at(digits, spec, 0.2, tmp_path, on_samples=counted.append)
+    (model,) = seen
+    bits = {n: q.bits for n, q in trial.quantizers(model).items()}
+    assert all(width.is_frozen for width in bits.values())
+    graph = quant_state(model).graph
+    hard = {name: width.hard() for name, width in bits.items()}
+    assert usage(graph, hard, trial.Budget(**spec.budget)) <= 1
+    state = load_checkpoint(tmp_path / "checkpoints")
+    assert sum(counted) == state["samples"] + 2 * spec.train.batch_size

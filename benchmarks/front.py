@@ -28,6 +28,7 @@ import yaml
 from front_figures import accuracies, plot, table
 from pages import write_table
 
+from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig, load_config
 from nipq_search.search.coordinator import Coordinator
@@ -271,9 +272,14 @@ def main() -> None:
     whole = copy.deepcopy(plan)
     if options.only is not None:
         plan["methods"] = {name: plan["methods"][name] for name in options.only}
+    if options.quick and options.page == Path("docs/front-quality.md"):
+        parser.error("--page: the quick size is for tests, not for the documentation")
     results = json.loads(options.json.read_text()) if options.json.exists() else []
     folder = (options.folder or options.json.with_suffix("")).absolute()
-    run_all(plan, results, folder, options.workers, lambda: write_json(options.json, results))
+    try:
+        run_all(plan, results, folder, options.workers, lambda: write_json(options.json, results))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
     runs = [r for r in results if r["method"] != "float"]
     if options.plot:
         plot(runs, whole, options.plot)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def sensitivities(
     Args:
         model: prepared and calibrated, with a quantizer that learns no bit-widths, whose boundary
             follows the width (`lsq`). Its widths are changed.
-        batches: gone through once for every score.
+        batches: gone through from the start for every score.
         loss: a scalar of the model and a batch.
     """
     found = quantizers(model)
@@ -99,12 +99,6 @@ def score(
     model = load_float(task, spec.float_model, spec.seed, device)
     prepared, samples = prepare_for(task, model, spec, device)
     hooks.on_samples(samples)
-    loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 1 << 42))
-    batches = [
-        to_device(task, batch, device)
-        for batch in itertools.islice(iter(loader), spec.train.score_batches)
-    ]
-
     def loss(scored: nn.Module, batch: Any) -> torch.Tensor:
         if hooks.should_stop():
             raise Interrupted
@@ -113,4 +107,17 @@ def score(
         hooks.on_samples(num_samples(task, batch))
         return value
 
-    return sensitivities(prepared, batches, loss)
+    return sensitivities(prepared, _Batches(task, spec, device), loss)
+
+
+class _Batches:
+    """The same few training batches every time; read anew, for they may be large."""
+
+    def __init__(self, task: Task, spec: TrainSpec, device: torch.device) -> None:
+        self.task, self.spec, self.device = task, spec, device
+
+    def __iter__(self) -> Iterator[Any]:
+        train = self.spec.train
+        loader = self.task.loader("train", train.batch_size, seed_for(self.spec.seed, 1 << 42))
+        for batch in itertools.islice(iter(loader), train.score_batches):
+            yield to_device(self.task, batch, self.device)

@@ -1,0 +1,31 @@
+"""The digits with a loader that counts, in a file, every training sample that it hands out."""
+
+from __future__ import annotations
+
+import os
+
+from nipq_search.tasks.digits import Digits
+
+
+class Counted:
+    """A loader that appends the size of each of its batches to the file named in COUNTED."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            with open(os.environ["COUNTED"], "a") as file:
+                file.write(f"{len(batch[-1])}\n")
+            yield batch
+
+
+class CountingDigits(Digits):
+    """See the module."""
+
+    def loader(self, split, *arguments, **options):
+        loader = super().loader(split, *arguments, **options)
+        return Counted(loader) if split == "train" else loader

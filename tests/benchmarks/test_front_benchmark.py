@@ -1,0 +1,163 @@
+"""The benchmark of fronts: it counts samples truthfully, resumes, and says what its runs say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import front  # noqa: E402
+import front_figures as figures  # noqa: E402
+
+METHODS = ["fill", "independent", "lsq ilp", "nsga2"]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The quick size of four methods, on a loader that counts; its results and its second run."""
+    folder = tmp_path_factory.mktemp("front")
+    plan = yaml.safe_load((BENCHMARKS / "front.yaml").read_text())
+    plan["quick"]["seeds"] = [0]
+    plan["quick"]["set"]["task"] = "counting_digits:CountingDigits"
+    (folder / "front.yaml").write_text(yaml.safe_dump(plan))
+    page = folder / "page.md"
+    page.write_text(
+        "".join(f"<!-- front-{n} -->\n<!-- /front-{n} -->\n" for n in ("volumes", "accuracies"))
+    )
+    environment = {
+        **os.environ,
+        "COUNTED": str(folder / "counted"),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]),
+    }
+    command = [sys.executable, str(BENCHMARKS / "front.py"), str(folder / "front.yaml"), "--quick"]
+    command += ["--json", str(folder / "front.json"), "--workers", "2", "--page", str(page)]
+    command += ["--plot", str(folder / "front.svg"), "--only", *METHODS]
+
+    def run():
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads((folder / "front.json").read_text())
+
+    results = run()
+    counted = sum(int(line) for line in (folder / "counted").read_text().split())
+    again = run()
+    after = sum(int(line) for line in (folder / "counted").read_text().split())
+    return folder, results, counted, (again, after)
+
+
+def test_samples_are_those_that_the_loader_handed_out(ran):
+    _, results, counted, _ = ran
+    floats = {r["seed"]: r["samples"] for r in results if r["method"] == "float"}
+    runs = [r for r in results if r["method"] != "float"]
+    assert len(runs) == len(METHODS)
+    said = sum(floats.values()) + sum(r["total_samples"] - floats[r["seed"]] for r in runs)
+    assert said == counted
+    for run in runs:
+        parts = run["float"]["samples"] + run["scoring_samples"]
+        assert run["total_samples"] == parts + sum(p["samples"] for p in run["points"])
+        assert run["points"][-1]["ended_at"] == run["total_samples"]
+        assert (run["scoring_samples"] > 0) == (run["method"] == "lsq ilp")
+
+
+def test_every_method_had_the_same_allowance_and_used_it_up(ran):
+    _, results, _, _ = ran
+    for run in results:
+        if run["method"] != "float":
+            last = run["points"][-1]
+            assert run["total_samples"] >= 16_000 > run["total_samples"] - last["samples"]
+            assert all(p["ended_at"] <= 16_000 for p in figures.kept(run, 16_000))
+
+
+def test_a_second_run_repeats_nothing(ran):
+    _, results, counted, (again, after) = ran
+    assert (again, after) == (results, counted)
+
+
+def test_the_methods_are_what_they_are_called(ran):
+    folder, results, _, _ = ran
+    runs = {r["method"]: r for r in results if r.get("seed") == 0}
+    assert all(p["parent"] is None for p in runs["independent"]["points"])
+    assert any(p["parent"] is not None for p in runs["fill"]["points"])
+    genes = [p["params"] for p in runs["nsga2"]["points"]]
+    assert all(sum(name.startswith("bits.") for name in params) > 8 for params in genes)
+    for method, run in runs.items():
+        if method == "float":
+            continue
+        targets = run["budgets"].values()
+        for point in figures.kept(run, math.inf):
+            assert point["cost"] <= max(targets) or method == "fill"
+            assert point["test"] is not None or point not in figures.front(run, math.inf)
+
+
+def test_tables_and_plot(ran):
+    folder, results, _, _ = ran
+    page = (folder / "page.md").read_text()
+    for method in METHODS:
+        assert page.count(f"| {method} |") == 2
+    assert (folder / "front.svg").read_text().startswith("<?xml")
+
+
+def made_up(method, seed, *points):
+    """A run with (samples, cost, validation, test) points, cost axis from 1 to 16."""
+    found = [
+        {
+            "trial": n,
+            "state": "COMPLETE",
+            "cost": cost,
+            "validation": validation,
+            "test": test,
+            "samples": 10,
+            "ended_at": end,
+            "seconds": 1.0,
+        }
+        for n, (end, cost, validation, test) in enumerate(points)
+    ]
+    return {
+        "method": method,
+        "seed": seed,
+        "mode": "max",
+        "axis": [1, 16],
+        "budgets": {"small": 2, "large": 8},
+        "float": {"validation": 1.0, "test": 1.0, "samples": 5},
+        "points": found,
+    }
+
+
+def test_volume_curve_and_reach():
+    slow = made_up("a", 0, (100, 4, 0.9, 0.9), (200, 1, 0.9, 0.9))
+    fast = made_up("b", 0, (50, 1, 0.95, 0.92), (150, 2, 0.94, 0.99))
+    assert figures.volume(slow, 100) == pytest.approx(0.5 * 0.5)
+    assert figures.volume(slow, 99) == 0.0
+    assert figures.curve(slow, 150) == [(100, pytest.approx(0.25))]
+    # Chosen on validation: the second point of `fast` is dominated there, better as it is on test.
+    assert figures.volume(fast, 200) == pytest.approx(0.6)
+    assert figures.samples_to(fast, figures.volume(slow, 200), 200) == 50
+    assert figures.samples_to(slow, 0.9, 200) is None
+    assert figures.accuracy_at(fast, 2, 200) == 0.92
+    assert figures.accuracy_at(slow, 0.5, 200) is None
+
+
+def test_intervals_are_of_paired_means():
+    mean, low, high = figures.bootstrap([0.1, 0.2, 0.3])
+    assert mean == pytest.approx(0.2) and 0.1 <= low < 0.2 < high <= 0.3
+    assert figures.bootstrap([0.5] * 5) == (0.5, 0.5, 0.5)
+
+
+def test_a_wrong_plan_is_refused_before_anything_runs(tmp_path, capsys):
+    plan = yaml.safe_load((BENCHMARKS / "front.yaml").read_text())
+    plan["methods"]["broken"] = {"search.strategy": "laddr"}
+    with pytest.raises(front.UserError, match="did you mean 'ladder'"):
+        front.run_all(plan, [], tmp_path, 1, lambda: None)
+    assert not any(tmp_path.iterdir())

@@ -48,6 +48,7 @@ class Job:
         params: hyperparameters of a trial.
         budget: absolute targets of a trial.
         parent: number of the trial that a trial starts from, or None.
+        epochs_share: share of `train.epochs` that a trial trains.
         rung: number of the rung at which a trial pauses next.
         jobs: folders whose models a `test` job evaluates.
     """
@@ -61,6 +62,7 @@ class Job:
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
     parent: int | None = None
+    epochs_share: float = 1.0
     rung: int = 0
     jobs: tuple[Mapping[str, Any], ...] = ()
 

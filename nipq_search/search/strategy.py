@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nipq_search.search.gaps import Axes, most_room
+from nipq_search.search.gaps import SAME, Axes, most_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,11 @@ class Strategy(Protocol):
     """Assigns budgets and parents. It sees the ledger alone, so a resume changes nothing.
 
     Attributes:
-        epochs_share: share of `train.epochs` that a trial with a parent trains.
-        noise_factor: factor on the noise phase's share of its steps.
+        noise_factor: factor on the noise phase's share of the steps of a trial with a parent.
         rungs: shares of the training after which a trial pauses, to go on only if it is among the
             best under its budget; see `halving`.
     """
 
-    epochs_share: float
     noise_factor: float
     rungs: tuple[float, ...]
 
@@ -81,6 +79,10 @@ class Strategy(Protocol):
         """
         ...
 
+    def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
+        """The share of `train.epochs` that a trial with this parent trains."""
+        ...
+
 
 def least_served(seen: Seen) -> int:
     """The budget with the fewest trials; the first of several."""
@@ -94,7 +96,6 @@ def least_served(seen: Seen) -> int:
 class Independent:
     """Every trial starts from the float model; budgets take turns, least served first."""
 
-    epochs_share = 1.0
     noise_factor = 1.0
     rungs: tuple[float, ...] = ()
 
@@ -106,11 +107,14 @@ class Independent:
         """Always the float model."""
         return None
 
+    def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
+        """All; nobody has a parent."""
+        return 1.0
+
 
 class Halving:
     """As `Independent`, but a trial goes on only if it is among the best under its budget."""
 
-    epochs_share = 1.0
     noise_factor = 1.0
     rungs: tuple[float, ...] = (1 / 9, 1 / 3)
 
@@ -122,17 +126,20 @@ class Halving:
         """Always the float model."""
         return None
 
+    def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
+        """All; nobody has a parent."""
+        return 1.0
+
 
 class Ladder:
     """A trial starts from the nearest finished one at an equal or larger budget, and is shorter.
 
-    It waits for nothing: it takes what is finished when it is asked for. What its parent learned
-    of bit-widths is enough to project them onto the new budget, so it has no noise phase: in a
-    short training that costs more than it finds (docs/front-quality.md).
+    It waits for nothing: it takes what is finished when it is asked for. It has no noise phase,
+    which in so short a training costs more than it finds (docs/front-quality.md).
     """
 
-    epochs_share = 1 / 3
     noise_factor = 0.0
+    _SHARE = 1 / 3
     rungs: tuple[float, ...] = ()
     _AS_LARGE = 0.97
     _STEP = 0.1
@@ -154,6 +161,10 @@ class Ladder:
                 best = key
         return None if best is None else best[2]
 
+    def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
+        """A third."""
+        return self._SHARE
+
 
 class Fill:
     """A ladder that goes on, once each budget has a trial, where the front can grow most.
@@ -162,7 +173,6 @@ class Fill:
     targets of the nearest budget stay.
     """
 
-    epochs_share = Ladder.epochs_share
     noise_factor = Ladder.noise_factor
     rungs: tuple[float, ...] = ()
 
@@ -188,6 +198,11 @@ class Fill:
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
         """As in `Ladder`."""
         return self._ladder.parent(budget, finished)
+
+    def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
+        """A third at a new place, all where the parent is there already: less gains nothing."""
+        nearer = max(parent.cost[name] / target for name, target in budget.items())
+        return 1.0 if math.log2(nearer) <= SAME else self._ladder.epochs_share(budget, parent)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

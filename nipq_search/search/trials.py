@@ -192,12 +192,14 @@ class Trials:
             label = ", ".join(f"{name}: {target:,.0f}" for name, target in targets.items())
         targets = dict(targets or budget.targets)
         known = self.ledger.trials()[asked.number].user_attrs
+        parent = self._parent(known, targets)
         job = self.make_job(
             "trial",
             asked.number,
             params=dict(asked.params),
             budget=targets,
-            parent=self._parent(known, targets),
+            parent=parent,
+            epochs_share=self._share(targets, parent),
             rung=int(known.get(RUNG, 0)),
         )
         self.ledger.note(
@@ -218,6 +220,12 @@ class Trials:
             return None if known["parent"] is None else int(known["parent"])
         finished = [t for t in self._finished() if budget.keys() <= t.cost.keys()]
         return self.strategy.parent(budget, finished)
+
+    def _share(self, budget: Mapping[str, float], parent: int | None) -> float:
+        if parent is None:
+            return 1.0
+        (finished,) = [trial for trial in self._finished() if trial.number == parent]
+        return self.strategy.epochs_share(budget, finished)
 
     # Rungs
 

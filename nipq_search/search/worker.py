@@ -70,11 +70,11 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
             for unit, of_unit in record.get("losses", {}).items()
         }
     if job.parent is not None:
-        strategy = STRATEGIES[config.search.strategy]
+        factor = STRATEGIES[config.search.strategy].noise_factor
         training = dataclasses.replace(
             training,
-            epochs=training.epochs * strategy.epochs_share,
-            noise_share=training.noise_share * strategy.noise_factor,
+            epochs=training.epochs * job.epochs_share,
+            noise_share=training.noise_share * factor,
         )
         parent = job_folder(Path(job.out), "trial", job.parent) / MODEL_FILE
     return TrainSpec(

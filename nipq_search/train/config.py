@@ -31,7 +31,7 @@ HYPERPARAMETERS = {
 OPTIMIZERS = ("sgd", "adamw")
 """Optimizers that a training can have; `make_optimizer` builds them."""
 
-STARTS = ("budget", "sensitivity", "config", "uniform")
+STARTS = ("budget", "parent", "sensitivity", "config", "uniform")
 """Where bit-widths start; see `TrainConfig.start`."""
 
 PRECISIONS = ("float32", "bfloat16")
@@ -93,10 +93,12 @@ class TrainConfig:
         distill: whether a teacher helps: the task's own, else the float model.
         distill_weight: share of the loss that distillation gets, 0..1.
         proxy: law of the noise, `uniform` or `empirical`; None takes `quant.proxy`.
-        start: where bit-widths start: at the uniform width that costs the `budget`; at those that
-            keep the budget with the least measured loss (`sensitivity`); at `quant.start_bits`
-            (`config`); or at the largest single width that keeps the budget, where they stay
-            (`uniform`). A quantizer that learns no bit-widths keeps those that it starts with.
+        start: where bit-widths start: at the uniform width that costs the `budget`; at the widths
+            of the trial's `parent`, shifted onto the budget (like `budget` where there is none);
+            at those that keep the budget with the least measured loss (`sensitivity`); at
+            `quant.start_bits` (`config`); or at the largest single width that keeps the budget,
+            where they stay (`uniform`). Widths that do not learn, or have no noise phase, are
+            projected onto the budget from there.
         fit_ranges: whether truncation boundaries start where the squared error of rounding at the
             starting bit-width is least; for NIPQ, since LSQ has a start of its own. Boundaries
             that a parent learned at another width are scaled by what that changes in any case.

@@ -99,6 +99,7 @@ def score(
     model = load_float(task, spec.float_model, spec.seed, device)
     prepared, samples = prepare_for(task, model, spec, device)
     hooks.on_samples(samples)
+
     def loss(scored: nn.Module, batch: Any) -> torch.Tensor:
         if hooks.should_stop():
             raise Interrupted

@@ -144,20 +144,23 @@ def prepare_for(
 
 def _start_bits(model: nn.Module, spec: TrainSpec, bits: Mapping[str, float] | None) -> None:
     """Put bit-widths where they start; `bits` are the parent's, if there is one."""
-    if not spec.budget:
+    start = spec.train.start
+    if start != "parent":
+        for quantizer in quantizers(model).values():
+            quantizer.bits.marginal.zero_()  # a parent's are those of its own widths
+    if not spec.budget or start == "config":
         return
     budget = Budget(**spec.budget)
-    learns = any(quantizer.learns_bits for quantizer in quantizers(model).values())
     if spec.profile:
         start_at_profile(model, budget, spec.profile)
-    elif spec.train.start == "sensitivity" and (bits is None or not learns):
+    elif start == "sensitivity":
         if spec.losses is None:
             raise UserError("train.start: `sensitivity` needs the scores of a sweep")
         start_at_scores(model, budget, spec.losses)
-    elif spec.train.start == "uniform":
+    elif start == "uniform":
         start_at_one_width(model, budget)
-    elif bits is not None or spec.train.start == "budget":
-        start_at_budget(model, budget, bits)
+    else:
+        start_at_budget(model, budget, bits if start == "parent" else None)
 
 
 def train(

@@ -30,7 +30,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.errors import UserError
-from nipq_search.search.sampler import SAMPLERS
+from nipq_search.search.sampler import LEARN_BY_REGRET, SAMPLERS, ByRegret
 from nipq_search.train.loop import seed_for
 
 BUDGET = "budget"
@@ -250,25 +250,37 @@ class Ledger:
         # `study.ask` takes the first waiting trial, whose number is lower than a new one's.
         waiting = self.trials(TrialState.WAITING)
         number = waiting[0].number if waiting else len(self.trials())
-        self._use_sampler(budget, number)
+        self._use_sampler(budget, number, budgets)
         trial = self.study.ask()
         return self._suggest(trial, budgets)
 
     def resume(self, number: int, budget: int, budgets: int) -> Asked:
         """A running trial again, with the parameters that it has; missing ones are proposed."""
         frozen = self.trials()[number]
-        self._use_sampler(frozen.params.get(BUDGET, budget), number)
+        self._use_sampler(int(frozen.params.get(BUDGET, budget)), number, budgets)
         trial = optuna.trial.Trial(self.study, frozen._trial_id)
         return self._suggest(trial, budgets)
 
-    def _use_sampler(self, budget: int, number: int) -> None:
+    def _use_sampler(self, budget: int, number: int, budgets: int) -> None:
         base = SAMPLERS[self.sampler](seed_for(self.seed, number, 1))
+        if self.sampler in LEARN_BY_REGRET:
+            self.study.sampler = ByRegret(
+                base,
+                key=BUDGET,
+                budget=budget,
+                space=self._space(budgets),
+                sign=1 if self.mode == "max" else -1,
+            )
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             self.study.sampler = PartialFixedSampler({BUDGET: budget}, base)
 
+    def _space(self, budgets: int) -> dict[str, BaseDistribution]:
+        return {BUDGET: IntDistribution(0, max(budgets - 1, 1)), **self.space}
+
     def _suggest(self, trial: optuna.trial.Trial, budgets: int) -> Asked:
-        wanted = {BUDGET: IntDistribution(0, max(budgets - 1, 1)), **self.space}
+        wanted = self._space(budgets)
         params = dict(trial.params)
         for name, distribution in wanted.items():
             if name not in params:

@@ -1,4 +1,4 @@
-"""Optuna's samplers by the names that sweep files use.
+"""Optuna's samplers by the names that sweep files use, and how they learn across budgets.
 
 To add one, write a function from a seed to a sampler and a line in `SAMPLERS`.
 """
@@ -6,10 +6,21 @@ To add one, write a function from a seed to a sampler and a line in `SAMPLERS`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import (
+    BaseSampler,
+    GPSampler,
+    NSGAIISampler,
+    PartialFixedSampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 
 def tpe(seed: int) -> BaseSampler:
@@ -43,3 +54,111 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "nsga2": nsga2,
 }
 """Samplers by name; each takes the trial's own seed, so a resumed search repeats nothing."""
+
+LEARN_BY_REGRET = frozenset({"tpe", "gp"})
+"""Samplers that are shown regrets instead of metric and cost; see `ByRegret`."""
+
+ENOUGH = 20
+"""Trials of the nearest budgets that are shown, if there are so many."""
+
+
+class ByRegret(BaseSampler):
+    """Lets a sampler learn what is good under one budget.
+
+    The budget of a trial is given, so there is nothing to trade off: what counts is by how much a
+    trial falls short of the best one under its own budget. The base sampler works on a study of
+    these regrets, of trials under the nearest budgets, where good hyperparameters are alike. On a
+    surrogate whose best `lambda` hangs on the budget that beats metric and cost as two objectives,
+    regrets of all budgets, and univariate TPE (docs/front-quality.md).
+
+    Args:
+        base: sampler of one objective.
+        key: name of the parameter that is the budget's index.
+        budget: its value in the next trial.
+        space: distributions of every parameter, the budget's included.
+        sign: 1 where the metric is maximized, else -1.
+    """
+
+    def __init__(
+        self,
+        base: BaseSampler,
+        *,
+        key: str,
+        budget: int,
+        space: Mapping[str, BaseDistribution],
+        sign: int,
+    ) -> None:
+        """Remember what to propose; nothing is sampled yet."""
+        self._base, self._key, self._budget = base, key, budget
+        self._space, self._sign = dict(space), sign
+        self._proposed: dict[str, Any] | None = None
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Nothing: all parameters are proposed at the first question."""
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Nothing; see `infer_relative_search_space`."""
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """A parameter of the base sampler's proposal."""
+        if self._proposed is None:
+            others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+            self._proposed = self._propose(others)
+        return self._proposed[param_name]
+
+    def _propose(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+        usable = [t for t in trials if all(self._fits(t, name) for name in self._space)]
+        complete = [t for t in usable if t.state is TrialState.COMPLETE]
+        near = self._nearest(complete)
+        best: dict[int, float] = {}
+        for trial in complete:
+            budget = trial.params[self._key]
+            best[budget] = max(best.get(budget, float("-inf")), self._metric(trial))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            sampler = PartialFixedSampler({self._key: self._budget}, self._base)
+        regrets = optuna.create_study(direction="maximize", sampler=sampler)
+        regrets.add_trials(
+            [
+                self._copy(t, value=self._metric(t) - best[t.params[self._key]])
+                for t in complete
+                if abs(t.params[self._key] - self._budget) <= near
+            ]
+            + [self._copy(t) for t in usable if t.state is TrialState.RUNNING]
+        )
+        return regrets.ask(self._space).params
+
+    def _fits(self, trial: FrozenTrial, name: str) -> bool:
+        space = self._space[name]
+        try:
+            return space._contains(space.to_internal_repr(trial.params[name]))
+        except (KeyError, ValueError, TypeError):
+            return False  # an older space, or a value that somebody enqueued
+
+    def _nearest(self, complete: Sequence[FrozenTrial]) -> int:
+        """How far the budgets may be so that `ENOUGH` trials are shown."""
+        distances = sorted(abs(t.params[self._key] - self._budget) for t in complete)
+        return int(distances[min(ENOUGH, len(distances)) - 1]) if distances else 0
+
+    def _metric(self, trial: FrozenTrial) -> float:
+        return self._sign * float(trial.values[0])
+
+    def _copy(self, trial: FrozenTrial, value: float | None = None) -> FrozenTrial:
+        return create_trial(
+            state=trial.state,
+            params={name: trial.params[name] for name in self._space},
+            distributions=self._space,
+            value=value,
+        )

@@ -6,7 +6,7 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nipq_search.records import SweepRecord
@@ -39,12 +39,14 @@ class ReportData:
         results: a row per trial, as `tracking.results_table` makes it.
         curves: a row per trial and epoch, as `tracking.curves_table` makes it.
         layers: by trial, a mapping per layer as `show --json` has them.
+        histories: by trial, bit-widths over its noise phase, as `TrainResult.history` has them.
     """
 
     sweep: SweepRecord
     results: pd.DataFrame
     curves: pd.DataFrame
     layers: Mapping[int, Sequence[Mapping[str, Any]]]
+    histories: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     @property
     def front_cost(self) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nipq_search.report import bits, curves, pareto, tables
+from nipq_search.report import bits, curves, movement, pareto, tables
 from nipq_search.report.data import ReportData
 
 FIGURES: dict[str, Callable[[ReportData], str]] = {
     "pareto": pareto.section,
     "bits": bits.section,
+    "movement": movement.section,
     "curves": curves.section,
     "failures": tables.failures,
     "trials": tables.trials,

@@ -64,6 +64,7 @@ def render(
     results: pd.DataFrame,
     curves: pd.DataFrame,
     layers: Mapping[int, Sequence[Mapping[str, Any]]],
+    histories: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
 ) -> str:
     """Return the report of a sweep, finished or under way, as the text of an HTML file.
 
@@ -72,10 +73,13 @@ def render(
         results: a row per trial (`tracking.results_table`).
         curves: a row per trial and epoch (`tracking.curves_table`).
         layers: by trial, a mapping per layer as `show --json` has them; trials may be missing.
+        histories: by trial, bit-widths over its noise phase; trials may be missing.
     """
     from plotly.offline import get_plotlyjs
 
-    data = ReportData(sweep=sweep, results=results, curves=curves, layers=layers)
+    data = ReportData(
+        sweep=sweep, results=results, curves=curves, layers=layers, histories=histories or {}
+    )
     best = data.best()
     start = "" if best is None else f"<script>nipq.select({best});</script>"
     name = escape(sweep.name)

@@ -50,7 +50,7 @@ class SearchSection(_Section):
         baselines: bit-widths of the uniform LSQ models that are trained for comparison.
     """
 
-    strategy: str = "independent"
+    strategy: str = "fill"
     sampler: str = "tpe"
     trials: int = Field(default=20, ge=1)
     space: dict[str, dict[str, list[Any]]] = Field(default_factory=dict)

@@ -15,6 +15,7 @@ from nipq_search import storage
 from nipq_search.cost import CONVENTION, COSTS
 from nipq_search.errors import UserError, nearest
 from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
+from nipq_search.report.movement import never_moved
 from nipq_search.search import jobs, view
 from nipq_search.search.config import parse_config
 from nipq_search.search.jobs import committed, job_folder
@@ -140,6 +141,11 @@ class Sweep:
         record = committed(job_folder(self.folder, "trial", trial)) or {}
         return list(record.get("layers", []))
 
+    def history(self, trial: int) -> list[dict[str, Any]]:
+        """Bit-widths over the noise phase of a finished trial; see `TrainResult.history`."""
+        record = committed(job_folder(self.folder, "trial", trial)) or {}
+        return list(record.get("history", []))
+
     def model_file(self, trial: int) -> Path | None:
         """File of a trial's trained model; None while there is none."""
         folder = job_folder(self.folder, "trial", trial)
@@ -187,6 +193,7 @@ class Sweep:
             "model": self._shown_file(trial),
             "bops_convention": CONVENTION,
             "layers": self.layers(trial),
+            "never_moved": never_moved(self.history(trial)),
         }
 
     def _shown_file(self, trial: int) -> str | None:
@@ -258,6 +265,9 @@ class Sweep:
         records = self.trials()
         curves = {r.trial: self.curve(r.trial) for r in records}
         layers = {r.trial: self.layers(r.trial) for r in records if r.state == "COMPLETE"}
-        page = render(self.summary(), results_table(records), curves_table(curves), layers)
+        histories = {trial: self.history(trial) for trial in layers}
+        page = render(
+            self.summary(), results_table(records), curves_table(curves), layers, histories
+        )
         storage.write_bytes(self.folder / REPORT_FILE, page.encode())
         return self.folder / REPORT_FILE

@@ -301,6 +301,7 @@ def _record(job: Job, config: SweepConfig, result: TrainResult) -> dict[str, Any
         "metrics": {name: v for name, v in result.metrics.items() if math.isfinite(v)},
         "cost": dict(result.cost),
         "bits": result.bits,
+        "history": list(result.history),
         "samples": result.samples,
         "steps": result.steps,
         "model_sha256": result.model_sha256,

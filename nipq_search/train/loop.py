@@ -25,6 +25,8 @@ from nipq_search.train.optimizer import drop_group, make_optimizer
 from nipq_search.train.schedule import NOISE, TUNING, Schedule
 
 _FINITE_EVERY = 10
+_NOTES = 12
+"""Times that bit-widths are noted in a noise phase, beside its end."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -84,6 +86,7 @@ class Trainer:
         self.loss_count = 0
         self.optimizer = make_optimizer(model, config, schedule.quantized)
         self.average: Average | None = None
+        self.history: list[dict[str, Any]] = []
 
     @property
     def phase(self) -> str:
@@ -172,13 +175,30 @@ class Trainer:
         if not self.schedule.quantized:
             return
         if any(not q.bits.is_frozen for q in quantizers(self.model).values()):
+            self._note_bits()
             freeze(self.model, self.budget)
             self.optimizer.zero_grad(set_to_none=True)
             drop_group(self.optimizer, "bits")
 
+    def _note_bits(self) -> None:
+        """Note where learned bit-widths are, and the loss's derivative by them."""
+        learned = {
+            n: q.bits for n, q in quantizers(self.model).items() if q.bits.theta is not None
+        }
+        if learned:
+            self.history.append(
+                {
+                    "step": self.step,
+                    "bits": {n: float(b.soft().detach()) for n, b in learned.items()},
+                    "gradient": {n: float(b.marginal) for n, b in learned.items()},
+                }
+            )
+
     def _train_step(self, group: Sequence[Any]) -> None:
         if self.phase == TUNING:
             self._enter_tuning()
+        elif self.phase == NOISE and self.step % max(1, self.schedule.noise // _NOTES) == 0:
+            self._note_bits()
         if self.phase != NOISE and self.config.ema and self.average is None:
             self.average = Average(self.model, self.config.ema)
         for part in self.optimizer.param_groups:
@@ -255,6 +275,7 @@ class Trainer:
             "samples": self.samples,
             "loss_sum": self.loss_sum,
             "loss_count": self.loss_count,
+            "history": self.history,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -270,6 +291,7 @@ class Trainer:
         self.step, self.samples = state["step"], state["samples"]
         self.loss_sum = state["loss_sum"].to(self.device)
         self.loss_count = state["loss_count"]
+        self.history = list(state.get("history", []))
         self.model.load_state_dict(state["model"])
         # A checkpoint of the tuning phase has no group of bits: build the groups to match.
         self.optimizer = make_optimizer(self.model, self.config, self.schedule.quantized)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,11 @@ class TrainSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What came out: figures on the validation split, exact costs, bit-widths, samples."""
+    """What came out: figures on the validation split, exact costs, bit-widths, samples.
+
+    `history` has the learned bit-widths and the task loss's derivative by them, by tensor, at
+    some steps of the noise phase and at its end.
+    """
 
     metrics: Mapping[str, float]
     cost: Mapping[str, float]
@@ -69,6 +73,7 @@ class TrainResult:
     samples: int
     steps: int
     model_sha256: str
+    history: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -251,7 +252,7 @@ def _train(
     if trainer.step < total:
         raise Interrupted
     trainer.use_average()
-    counts = Counts(samples=trainer.samples, steps=trainer.step)
+    counts = Counts(samples=trainer.samples, steps=trainer.step, history=tuple(trainer.history))
     result = _finish(task, spec, folder, model, device, counts)
     hooks.on_samples(result.samples - counted)
     return result
@@ -272,10 +273,11 @@ def _projected_metrics(
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a training processed."""
+    """What a training processed, and what its bit-widths did."""
 
     samples: int = 0
     steps: int = 0
+    history: Sequence[Mapping[str, Any]] = ()
 
 
 def _reestimate(task: Task, spec: TrainSpec, model: nn.Module, device: torch.device) -> int:
@@ -323,6 +325,7 @@ def _finish(
         samples=counts.samples + samples,
         steps=counts.steps,
         model_sha256=storage.digest(data),
+        history=counts.history,
     )
 
 

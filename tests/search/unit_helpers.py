@@ -33,6 +33,7 @@ DOCUMENT: dict[str, Any] = {
     "budgets": [{"bops": "uniform 4"}, {"bops": "uniform 3"}],
     "train": {"epochs": 0.4, "batch_size": 128, "norm_batches": 1, "calibration_batches": 1},
     "search": {
+        "strategy": "independent",
         "trials": 4,
         "sampler": "random",
         "baselines": [4],

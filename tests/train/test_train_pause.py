@@ -63,3 +63,22 @@ def test_what_a_rung_measures_is_on_budget_and_counted(float_model, digits, tmp_
     assert usage(graph, hard, trial.Budget(**spec.budget)) <= 1
     state = load_checkpoint(tmp_path / "checkpoints")
     assert sum(counted) == state["samples"] + 2 * spec.train.batch_size
+
+
+def test_bits_over_the_noise_phase_are_noted(float_model, digits, tmp_path):
+    spec = digits_spec(float_model, noise_share=0.5)
+    result = train(digits, spec, tmp_path / "whole", CPU)
+    notes = result.history
+    assert notes[0]["step"] == 0 and len(notes) > 3
+    steps = [note["step"] for note in notes]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == round(0.5 * result.steps), "the end of the noise phase"
+    assert all(note["bits"].keys() == note["gradient"].keys() for note in notes)
+    assert any(value != 0 for value in notes[-1]["gradient"].values())
+    pause_at(digits, spec, 0.2, tmp_path / "rungs")
+    assert train(digits, spec, tmp_path / "rungs", CPU).history == notes, "resumed"
+
+
+def test_without_a_noise_phase_only_the_start_is_noted(float_model, digits, tmp_path):
+    result = train(digits, digits_spec(float_model, noise_share=0.0), tmp_path, CPU)
+    assert [note["step"] for note in result.history] == [0]

@@ -19,12 +19,10 @@ _FREE = 1.5
 
 
 def _rows(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
-    """A tensor as one row for each boundary; of an activation an even sample."""
+    """A tensor as one row for each boundary, an even sample where a row is long."""
     x = x.detach().float()
-    if quantizer.role == "weight":
-        return x.reshape(quantizer.channels, -1).clone()
-    values = x.reshape(-1)
-    return values[:: (values.numel() // _SAMPLE) | 1].clone()[None]
+    rows = x.reshape(quantizer.channels if quantizer.role == "weight" else 1, -1)
+    return rows[:, :: (rows.shape[1] // _SAMPLE) | 1].clone()
 
 
 def _ignore(x: Tensor) -> None:

@@ -23,6 +23,7 @@ HYPERPARAMETERS = {
     "momentum": "momentum",
     "grad_clip": "grad_clip",
     "ema": "ema",
+    "dampening": "dampening",
     "start": "start",
 }
 """Names that a search space may use, and the field of `TrainConfig` that each one sets."""
@@ -105,6 +106,8 @@ class TrainConfig:
         score_batches: batches on which `sensitivity` measures, once in a sweep.
         calibration_batches: batches that give activations their starting boundaries.
         norm_batches: batches from which normalization statistics are estimated at the end.
+        dampening: strength of the pull of weights towards their grid points in the tuning phase,
+            against oscillation; 0 for none.
         grad_clip: largest norm of the gradient, or 0 for none.
         precision: of forwards and losses, in training and validation: `float32`, or `bfloat16`
             by autocast. Parameters and quantizers keep float32.
@@ -135,6 +138,7 @@ class TrainConfig:
     score_batches: int = 1
     calibration_batches: int = 4
     norm_batches: int = 20
+    dampening: float = 0.0
     grad_clip: float = 0.0
     precision: str = "float32"
     ema: float = 0.0
@@ -146,6 +150,7 @@ class TrainConfig:
         for name in ("lr_bits", "lr_boundaries", "checkpoint_minutes"):
             _check(getattr(self, name) > 0, f"train.{name}", "must be above 0")
         _check(self.lambda_ >= 0, "train.lambda", "must not be negative")
+        _check(self.dampening >= 0, "train.dampening", "must not be negative")
         for name in ("noise_share", "distill_weight"):
             _check(0 <= getattr(self, name) <= 1, f"train.{name}", "must lie between 0 and 1")
         if self.proxy is not None:

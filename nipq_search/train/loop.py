@@ -22,6 +22,7 @@ from nipq_search.train.average import Average
 from nipq_search.train.config import TrainConfig
 from nipq_search.train.forward import SharedForward, arithmetic
 from nipq_search.train.optimizer import drop_group, make_optimizer
+from nipq_search.train.oscillation import Oscillation, dampening
 from nipq_search.train.schedule import NOISE, TUNING, Schedule
 
 _FINITE_EVERY = 10
@@ -87,6 +88,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, config, schedule.quantized)
         self.average: Average | None = None
         self.history: list[dict[str, Any]] = []
+        self.oscillation = Oscillation()
 
     @property
     def phase(self) -> str:
@@ -212,6 +214,8 @@ class Trainer:
             if index == len(group) and self.phase == NOISE and self.budget is not None:
                 penalty = self.config.lambda_ * cost_penalty(self.model, self.budget)
                 loss = loss + len(group) * penalty  # the mean over the group has it once
+            if index == len(group) and self.phase == TUNING and self.config.dampening:
+                loss = loss + len(group) * self.config.dampening * dampening(self.model)
             loss.backward()  # type: ignore[no-untyped-call]
             self.samples += num_samples(self.task, moved)
         if len(group) > 1:
@@ -224,6 +228,8 @@ class Trainer:
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
+        if self.phase == TUNING:
+            self.oscillation.update(self.model)
         self.step += 1
         if self.step % _FINITE_EVERY == 0:
             self._check_finite()
@@ -255,6 +261,8 @@ class Trainer:
         with averaged, arithmetic(self.config.precision, self.device):
             validation = evaluate(self.task, self.model, "validation")
         metrics.update({f"validation_{name}": value for name, value in validation.items()})
+        if (oscillating := self.oscillation.share()) is not None:
+            metrics["oscillating_weights"] = oscillating
         metrics["lr"] = self.config.lr * self.schedule.rate(max(0, self.step - 1))
         if self.schedule.quantized and self.budget is not None:
             with torch.no_grad():
@@ -276,6 +284,7 @@ class Trainer:
             "loss_sum": self.loss_sum,
             "loss_count": self.loss_count,
             "history": self.history,
+            "oscillation": self.oscillation.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -292,6 +301,8 @@ class Trainer:
         self.loss_sum = state["loss_sum"].to(self.device)
         self.loss_count = state["loss_count"]
         self.history = list(state.get("history", []))
+        if "oscillation" in state:
+            self.oscillation.load_state_dict(state["oscillation"])
         self.model.load_state_dict(state["model"])
         # A checkpoint of the tuning phase has no group of bits: build the groups to match.
         self.optimizer = make_optimizer(self.model, self.config, self.schedule.quantized)

@@ -1,6 +1,6 @@
 """Strategies: which budget, and which starting point, the next trial gets.
 
-To add one, write a class with the members of `Strategy` and a line in `STRATEGIES`.
+To add one, derive a class from `Strategy` and write a line in `STRATEGIES`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from nipq_search.search.gaps import SAME, Axes, most_room
 
@@ -54,36 +53,6 @@ class Target:
     targets: Mapping[str, float] = field(default_factory=dict)
 
 
-class Strategy(Protocol):
-    """Assigns budgets and parents. It sees the ledger alone, so a resume changes nothing.
-
-    Attributes:
-        noise_factor: factor on the noise phase's share of the steps of a trial with a parent.
-        rungs: shares of the training after which a trial pauses, to go on only if it is among the
-            best under its budget; see `halving`.
-    """
-
-    noise_factor: float
-    rungs: tuple[float, ...]
-
-    def target(self, seen: Seen) -> Target:
-        """What the next trial has to keep."""
-        ...
-
-    def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
-        """Number of the trial that a new one starts from; None for the float model.
-
-        Args:
-            budget: absolute targets of the new trial.
-            finished: every COMPLETE trial at this moment.
-        """
-        ...
-
-    def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
-        """The share of `train.epochs` that a trial with this parent trains."""
-        ...
-
-
 def least_served(seen: Seen) -> int:
     """The budget with the fewest trials; the first of several."""
     counts = [0] * len(seen.budgets)
@@ -93,45 +62,50 @@ def least_served(seen: Seen) -> int:
     return counts.index(min(counts))
 
 
-class Independent:
-    """Every trial starts from the float model; budgets take turns, least served first."""
+class Strategy:
+    """Assigns budgets and parents. It sees the ledger alone, so a resume changes nothing.
+
+    What is not overridden: the least served budget is next, and every trial starts from the float
+    model and trains whole.
+
+    Attributes:
+        noise_factor: factor on the noise phase's share of the steps of a trial with a parent.
+        rungs: shares of the training after which a trial pauses, to go on only if it is among the
+            best under its budget; see `halving`.
+    """
 
     noise_factor = 1.0
     rungs: tuple[float, ...] = ()
 
     def target(self, seen: Seen) -> Target:
-        """The budget with the fewest trials."""
+        """What the next trial has to keep."""
         return Target(budget=least_served(seen))
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
-        """Always the float model."""
+        """Number of the trial that a new one starts from; None for the float model.
+
+        Args:
+            budget: absolute targets of the new trial.
+            finished: every COMPLETE trial at this moment.
+        """
         return None
 
     def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
-        """All; nobody has a parent."""
+        """The share of `train.epochs` that a trial with this parent trains."""
         return 1.0
 
 
-class Halving:
+class Independent(Strategy):
+    """Every trial starts from the float model; budgets take turns, least served first."""
+
+
+class Halving(Strategy):
     """As `Independent`, but a trial goes on only if it is among the best under its budget."""
 
-    noise_factor = 1.0
-    rungs: tuple[float, ...] = (1 / 9, 1 / 3)
-
-    def target(self, seen: Seen) -> Target:
-        """The budget with the fewest trials."""
-        return Target(budget=least_served(seen))
-
-    def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
-        """Always the float model."""
-        return None
-
-    def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
-        """All; nobody has a parent."""
-        return 1.0
+    rungs = (1 / 9, 1 / 3)
 
 
-class Ladder:
+class Ladder(Strategy):
     """A trial starts from the nearest finished one at an equal or larger budget, and is shorter.
 
     It waits for nothing: it takes what is finished when it is asked for. It has no noise phase,
@@ -140,13 +114,8 @@ class Ladder:
 
     noise_factor = 0.0
     _SHARE = 1 / 3
-    rungs: tuple[float, ...] = ()
     _AS_LARGE = 0.97
     _STEP = 0.1
-
-    def target(self, seen: Seen) -> Target:
-        """The budget with the fewest trials."""
-        return Target(budget=least_served(seen))
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
         """The best of the nearest: costs within a tenth of an octave count as equally near."""
@@ -166,7 +135,7 @@ class Ladder:
         return self._SHARE
 
 
-class Fill:
+class Fill(Strategy):
     """A ladder that goes on, once each budget has a trial, where the front can grow most.
 
     That may be between budgets: see `gaps.most_room`. Only the front's cost is moved; other
@@ -174,7 +143,6 @@ class Fill:
     """
 
     noise_factor = Ladder.noise_factor
-    rungs: tuple[float, ...] = ()
 
     def __init__(self) -> None:
         """Parents are those of a ladder."""

@@ -38,6 +38,7 @@ from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.run import run_sweep
 from nipq_search.search.sweep import Sweep
 from nipq_search.search.view import test_metric
+from nipq_search.search.worker import HALT
 from nipq_search.search.worker import execute as run_job
 from nipq_search.storage import write_json
 from nipq_search.tasks import Task, make_task
@@ -55,7 +56,9 @@ class Serial:
     def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
         """See `nipq_search.search.executor.Executor`."""
         while isinstance(job := coordinator.next_job(), Job):
-            run_job(job, task, lambda report: None)
+            state = run_job(job, task, lambda report: None)
+            if state.startswith(HALT):
+                coordinator.halt(state.removeprefix(HALT))
             coordinator.finished(job)
             tick()
 

@@ -48,6 +48,8 @@ def fit_ranges(
         before: bit-widths at which the ranges were learned; None where they come from calibration.
     """
     found = quantizers(model)
+    if before is None and not any(quantizer.starts_anywhere for quantizer in found.values()):
+        return
     seen: dict[str, Tensor] = {}
 
     def show(name: str) -> Callable[[Tensor], None]:

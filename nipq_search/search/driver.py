@@ -162,7 +162,7 @@ class Driver:
             done = storage.read_sealed(last[0] / jobs.RESULT) if last else None
             if done and done["state"] == jobs.FAIL:
                 self.problem = f"the test split: {done['reason']}"
-        paused = job.kind == "trial" and len(jobs.rung_metrics(job.folder)) > job.rung
+        paused = job.kind == "trial" and len(jobs.rungs(job.folder)) > job.rung
         state = str(done["state"]) if done else ("paused at a rung" if paused else "stopped")
         text = f"{job.name} {state}"
         if done and done.get("metrics"):

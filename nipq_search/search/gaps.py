@@ -34,56 +34,68 @@ class Axes:
 
 
 def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Non-dominated (log2 cost, metric), cheapest first."""
+    """Non-dominated (cost, metric), cheapest first."""
     found: list[tuple[float, float]] = []
     for metric, cost in sorted(points, key=lambda p: (p[1], -p[0])):
         if not found or metric > found[-1][1]:
-            found.append((math.log2(cost), metric))
+            found.append((cost, metric))
     return found
 
 
-def _expected(front: Sequence[tuple[float, float]], place: float) -> float:
-    """The metric at a cost by straight lines between the points of a front."""
+def _expected(front: Sequence[tuple[float, float]], cost: float) -> float:
+    """The metric at a cost by straight lines over log2 cost between the points of a front."""
     for (left, low), (right, high) in zip(front, front[1:], strict=False):
-        if left <= place <= right:
-            return low + (high - low) * (place - left) / (right - left or 1.0)
-    return front[-1][1] if place > front[-1][0] else front[0][1]
+        if left <= cost <= right:
+            return low + (high - low) * math.log2(cost / left) / (math.log2(right / left) or 1.0)
+    return front[-1][1] if cost > front[-1][0] else front[0][1]
+
+
+def _near(costs: Iterable[float], cost: float) -> int:
+    """How many costs are at the same place."""
+    return sum(abs(math.log2(other / cost)) <= SAME for other in costs)
 
 
 def most_room(
-    points: Sequence[tuple[float, float]], running: Sequence[float], axes: Axes
+    points: Sequence[tuple[float, float]],
+    running: Sequence[float],
+    asked: Sequence[float],
+    axes: Axes,
 ) -> float:
     """The cost at which one more trial is expected to add most to the hypervolume.
 
     Between two neighbours of the front, and at its ends towards the reference and the float model,
     the metric is taken to lie on a straight line over log2 cost. Fronts are concave, so that is
     cautious. A trial where there is one already is expected to gain `REPEAT`, for it starts from
-    that one. Running trials count as points on their lines.
+    that one. Running trials count as points on their lines. Wherever trials were asked for before,
+    less is expected each time: a place may be out of reach, or every trial there may fail.
 
     Args:
         points: (metric, cost) of every finished trial, at least one.
         running: costs that running trials are to keep.
+        asked: costs that all trials were to keep, however they ended.
         axes: how the front is measured.
+
+    Returns:
+        A cost between the axis' ends; that of a point where a repeat is best.
     """
     front = _front(points)
-    for cost in running:
-        place = math.log2(cost)
-        front = _front([(m, 2.0**x) for x, m in front] + [(_expected(front, place), cost)])
-    low, high = math.log2(axes.least), math.log2(axes.most)
     # The corners are not trained: they only bound what is.
-    ends = [(low, axes.reference), *front, (high, max(axes.best, front[-1][1]))]
-    places = [math.log2(cost) for _, cost in points]
-    best_gain, best_place = -1.0, front[0][0]
+    ends = [(axes.least, axes.reference), *front, (axes.most, max(axes.best, front[-1][1]))]
+    known = sorted([*front, *((cost, _expected(ends, cost)) for cost in running)])
+    ends = [ends[0], *known, ends[-1]]
+    best_gain, best_cost = -1.0, front[0][0]
     for index, ((left, below), (right, above)) in enumerate(zip(ends, ends[1:], strict=False)):
-        gain = max(0.0, above - below) * max(0.0, right - left) / 4
-        if right - left > 2 * SAME and gain > best_gain:
-            best_gain, best_place = gain, (left + right) / 2
-        if index == 0 or any(abs(math.log2(cost) - left) <= SAME for cost in running):
+        width = max(0.0, math.log2(right / left))
+        middle = math.sqrt(left * right)
+        gain = max(0.0, above - below) * width / 4 / 4.0 ** _near(asked, middle)
+        if width > 2 * SAME and gain > best_gain:
+            best_gain, best_cost = gain, middle
+        if index == 0 or _near(running, left):
             continue
-        times = sum(abs(place - left) <= SAME for place in places)
+        times = max(_near((cost for _, cost in points), left), _near(asked, left))
         better = REPEAT[0] * max(0.0, axes.best - below)
         better += REPEAT[1] * (axes.best - axes.reference)
-        gain = better * 2.0 ** (1 - times) * max(0.0, right - left)
+        gain = better * width * 2.0 ** (1 - times)
         if gain > best_gain:
-            best_gain, best_place = gain, left
-    return float(2.0**best_place)
+            best_gain, best_cost = gain, left
+    return min(max(best_cost, axes.least), max(axes.most, front[-1][0]))

@@ -113,11 +113,11 @@ def rung_file(folder: Path, rung: int) -> Path:
     return folder / f"rung-{rung}.json"
 
 
-def rung_metrics(folder: Path) -> list[dict[str, float]]:
-    """Validation figures of a trial at its rungs, first to last reached."""
-    found: list[dict[str, float]] = []
+def rungs(folder: Path) -> list[dict[str, Any]]:
+    """What a trial measured at its rungs, first to last: `metrics`, and the `samples` it took."""
+    found: list[dict[str, Any]] = []
     while (record := storage.read_sealed(rung_file(folder, len(found)))) is not None:
-        found.append(record["metrics"])
+        found.append(record)
     return found
 
 

@@ -158,6 +158,13 @@ def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution
     return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
 
 
+def _enqueued_budget(trial: FrozenTrial, default: int, budgets: int) -> int:
+    """The budget that somebody gave a waiting trial, if it can be used."""
+    wanted = trial.system_attrs.get("fixed_params", {}).get(BUDGET, default)
+    usable = isinstance(wanted, (int, float)) and 0 <= wanted < budgets
+    return int(wanted) if usable else default
+
+
 class Ledger:
     """A sweep's study. See the module for the life of a trial.
 
@@ -250,6 +257,8 @@ class Ledger:
         # `study.ask` takes the first waiting trial, whose number is lower than a new one's.
         waiting = self.trials(TrialState.WAITING)
         number = waiting[0].number if waiting else len(self.trials())
+        if waiting:
+            budget = _enqueued_budget(waiting[0], budget, budgets)
         self._use_sampler(budget, number, budgets)
         trial = self.study.ask()
         return self._suggest(trial, budgets)

@@ -29,6 +29,7 @@ class Seen:
         budgets: absolute targets of the sweep's budgets.
         assigned: budget index of every trial so far that has not failed.
         running: absolute targets of the trials that run now.
+        asked: those of all trials, however they ended.
         finished: every COMPLETE trial.
         axes: how the front is measured; None before the float model is there.
     """
@@ -36,6 +37,7 @@ class Seen:
     budgets: Sequence[Mapping[str, float]]
     assigned: Sequence[int] = ()
     running: Sequence[Mapping[str, float]] = ()
+    asked: Sequence[Mapping[str, float]] = ()
     finished: Sequence[Finished] = ()
     axes: Axes | None = None
 
@@ -159,7 +161,8 @@ class Fill(Strategy):
         running = [t[axes.cost] for t in seen.running if axes.cost in t]
         if not named or not points:
             return Target(budget=index)
-        cost = most_room(points, running, axes)
+        asked = [t[axes.cost] for t in seen.asked if axes.cost in t]
+        cost = most_room(points, running, asked, axes)
         nearest = min(named, key=lambda i: (abs(math.log(named[i] / cost)), i))
         return Target(budget=nearest, targets={**seen.budgets[nearest], axes.cost: cost})
 

@@ -6,6 +6,7 @@ the trial before it starts, so that a driver which is built after a crash finds 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from nipq_search.search.facts import Facts
 from nipq_search.search.front import default_reference
 from nipq_search.search.gaps import Axes
 from nipq_search.search.halving import Standing, to_promote
-from nipq_search.search.jobs import Job, committed, job_folder, rung_metrics
+from nipq_search.search.jobs import Job, committed, job_folder, rungs
 from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
 from nipq_search.search.space import split
 from nipq_search.search.strategy import STRATEGIES, Finished, Seen, Target
@@ -28,6 +29,9 @@ from nipq_search.train.checkpoint import remove_checkpoints
 
 TARGET = "budget_"
 """Begins the attributes that hold a trial's absolute targets."""
+
+_FORGIVEN = 2
+"""Failures after which a budget's further ones count as if it had been served."""
 
 RUNG = "rung"
 """Attribute: number of the rung at which a trial pauses next."""
@@ -76,6 +80,8 @@ class Trials:
         self._sign = 1 if facts.mode == "max" else -1
         self.started: set[int] = set()
         self.open: list[int] = []
+        for trial in ledger.trials(TrialState.PRUNED):
+            remove_checkpoints(self._folder(trial.number) / "checkpoints")  # if a crash left them
         for trial in ledger.trials(TrialState.RUNNING):
             if (record := committed(self._folder(trial.number))) is not None:
                 self.tell(trial.number, record)
@@ -120,10 +126,13 @@ class Trials:
         budgets = len(self.facts.budgets)
         if self.open:
             number = self.open.pop(0)
-            before = self.ledger.trials()[number]
-            asked = self.ledger.resume(number, self._target().budget, budgets)
-            # The parent is noted last: without it, not all of the targets may have been.
-            return self._job(asked, targets_of(before) if "parent" in before.user_attrs else {})
+            before, target = self.ledger.trials()[number], self._target(without=number)
+            asked = self.ledger.resume(number, target.budget, budgets)
+            if "parent" in before.user_attrs:  # it is noted last, after all targets
+                return self._job(asked, targets_of(before))
+            # Cut off right after it was proposed: decided again, from what was known then.
+            own = "fixed_params" in before.system_attrs or asked.budget != target.budget
+            return self._job(asked, {} if own else target.targets)
         more = not self.enough()
         if more and (promoted := self._promoted(last=False)) is not None:
             return self._resumed(promoted)
@@ -139,17 +148,23 @@ class Trials:
             self._prune()
         return None
 
-    def _target(self) -> Target:
-        trials = self.ledger.trials()
-        assigned = [
-            int(t.params[BUDGET])
-            for t in trials
-            if BUDGET in t.params and t.state is not TrialState.FAIL
-        ]
+    def _target(self, without: int | None = None) -> Target:
+        """What the strategy wants next, from all trials but one."""
+        trials = [t for t in self.ledger.trials() if t.number != without]
+        assigned: list[int] = []
+        failures: dict[int, int] = {}
+        for trial in trials:
+            if (index := trial.params.get(BUDGET)) is None:
+                continue
+            if trial.state is TrialState.FAIL:
+                failures[index] = failures.get(index, 0) + 1
+            if trial.state is not TrialState.FAIL or failures[index] > _FORGIVEN:
+                assigned.append(int(index))
         seen = Seen(
             budgets=[budget.targets for budget in self.facts.budgets],
             assigned=assigned,
             running=[targets_of(t) for t in trials if t.state is TrialState.RUNNING],
+            asked=[targets_of(t) for t in trials],
             finished=self._finished(),
             axes=self._axes(),
         )
@@ -172,7 +187,7 @@ class Trials:
         return Axes(
             cost=self.facts.front_cost,
             least=least,
-            most=most,
+            most=min(most, self.facts.costs[self.facts.front_cost]["greatest"]),
             reference=self._sign * reference,
             best=self._sign * best,
         )
@@ -232,28 +247,32 @@ class Trials:
     def _is_paused(self, trial: FrozenTrial) -> bool:
         """Whether a running trial has reached its rung and waits for a decision."""
         rung = int(trial.user_attrs.get(RUNG, 0))
-        return len(rung_metrics(self._folder(trial.number))) > rung < len(self.strategy.rungs)
+        return len(rungs(self._folder(trial.number))) > rung < len(self.strategy.rungs)
 
     def _standings(self) -> list[Standing]:
         """Every trial that reached a rung, rebuilt from what workers wrote."""
         found = []
         living = (TrialState.RUNNING, TrialState.PRUNED, TrialState.COMPLETE)
         for trial in self.ledger.trials(*living):
-            measured = rung_metrics(self._folder(trial.number)) if self.strategy.rungs else []
+            measured = rungs(self._folder(trial.number)) if self.strategy.rungs else []
             if measured and BUDGET in trial.params:
                 running = trial.state is TrialState.RUNNING
                 found.append(
                     Standing(
                         number=trial.number,
                         bracket=int(trial.params[BUDGET]),
-                        metrics=[
-                            self._sign * m.get(self.facts.metric, float("-inf")) for m in measured
-                        ],
+                        metrics=[self._ranked(rung["metrics"]) for rung in measured],
                         paused=running and self._is_paused(trial),
                         pruned=trial.state is TrialState.PRUNED,
                     )
                 )
         return found
+
+    def _ranked(self, metrics: Mapping[str, float]) -> float:
+        """The metric, the greater the better; one that was no number is the worst."""
+        if self.facts.metric not in metrics:
+            return float("-inf")
+        return self._sign * metrics[self.facts.metric]
 
     def _promoted(self, last: bool) -> int | None:
         return to_promote(self._standings(), last) if self.strategy.rungs else None
@@ -275,6 +294,7 @@ class Trials:
                     "samples": jobs.samples_processed(folder),
                     "seconds": jobs.seconds_spent(folder),
                     "attempts": len(jobs.attempts(folder)),
+                    "ended": time.time(),
                     "reason": f"{self.facts.metric} {metric:.4f} at rung "
                     f"{len(standing.metrics) - 1} was not among the best of its budget",
                 }

@@ -217,7 +217,8 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
         except Paused as paused:
             metrics = {name: v for name, v in paused.metrics.items() if math.isfinite(v)}
             reporter.write()
-            storage.write_sealed(jobs.rung_file(job.folder, job.rung), {"metrics": metrics})
+            measured = {"metrics": metrics, "samples": paused.samples}
+            storage.write_sealed(jobs.rung_file(job.folder, job.rung), measured)
             storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
             return "PAUSED"
         except Interrupted:
@@ -302,7 +303,7 @@ def _record(job: Job, config: SweepConfig, result: TrainResult) -> dict[str, Any
         "cost": dict(result.cost),
         "bits": result.bits,
         "history": list(result.history),
-        "samples": result.samples,
+        "samples": result.samples + sum(r["samples"] for r in jobs.rungs(job.folder)),
         "steps": result.steps,
         "model_sha256": result.model_sha256,
         "seed": job.seed,

@@ -302,7 +302,7 @@ class Trainer:
         self.loss_count = state["loss_count"]
         self.history = list(state.get("history", []))
         if "oscillation" in state:
-            self.oscillation.load_state_dict(state["oscillation"])
+            self.oscillation.load_state_dict(state["oscillation"], self.device)
         self.model.load_state_dict(state["model"])
         # A checkpoint of the tuning phase has no group of bits: build the groups to match.
         self.optimizer = make_optimizer(self.model, self.config, self.schedule.quantized)

@@ -26,15 +26,14 @@ _SAMPLE = 4096
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Range]]:
     """Parameters that have a frozen quantizer of their own, and their grids."""
     parameters = dict(model.named_parameters())
+    # These have their channels first; elsewhere a weight's layout is its owner's affair.
+    plain = {id(getattr(module, "weight_quantizer", None)) for module in model.modules()}
     for name, quantizer in quantizers(model).items():
         weight = parameters.get(name.removeprefix("."))  # of a model that is one layer
         if weight is None or quantizer.role != "weight" or not quantizer.bits.is_frozen:
             continue
-        axes = [axis for axis in (0, 1) if weight.dim() > axis]
-        axis = next((a for a in axes if weight.shape[a] == quantizer.channels), 0)
-        if quantizer.channels in (1, weight.shape[axis]):
-            boundary = quantizer.boundary_for(weight)._replace(axis=axis)
-            yield name, weight, boundary.range(weight.dim())
+        if quantizer.channels == 1 or id(quantizer) in plain:
+            yield name, weight, quantizer.boundary_for(weight).range(weight.dim())
 
 
 class Oscillation:
@@ -81,11 +80,14 @@ class Oscillation:
             "frequencies": dict(self.frequencies),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
-        self.integers = dict(state["integers"])
-        self.directions = dict(state["directions"])
-        self.frequencies = dict(state["frequencies"])
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue on a device from a saved state."""
+
+        def moved(key: str) -> dict[str, Tensor]:
+            return {name: value.to(device) for name, value in state[key].items()}
+
+        self.integers, self.directions = moved("integers"), moved("directions")
+        self.frequencies = moved("frequencies")
 
 
 def dampening(model: nn.Module) -> Tensor:

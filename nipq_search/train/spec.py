@@ -22,12 +22,13 @@ class Paused(Exception):
 
     Args:
         metrics: validation figures of a copy that was projected onto the budget there.
+        samples: training samples that the copy took.
     """
 
-    def __init__(self, metrics: Mapping[str, float]) -> None:
+    def __init__(self, metrics: Mapping[str, float], samples: int) -> None:
         """Keep the figures."""
         super().__init__("paused")
-        self.metrics = metrics
+        self.metrics, self.samples = metrics, samples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from nipq_search.cost import Budget
-from nipq_search.cost.base import exact_cost, uniform_bits
+from nipq_search.cost.base import complete_bits, get_cost, uniform_bits
 from nipq_search.cost.projection import Losses, assign, project, units_of, usage
 from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
@@ -42,13 +42,17 @@ def bits_at_budget(
         }
 
     most = {name: float(allowed[-1]) for name, allowed in spans.items()}
+
+    def terms(bits: Mapping[str, float]) -> list[float]:
+        complete = complete_bits(graph, bits)
+        return [
+            float(v) for cost in budget for v in get_cost(cost).terms(graph, complete).values()
+        ]
+
+    # Of terms, for a cost may be the largest of them.
+    whole = terms(most)
     counted = {
-        name: any(
-            exact_cost(cost, graph, {**most, name: float(allowed[0])})
-            < exact_cost(cost, graph, most)
-            for cost in budget
-        )
-        for name, allowed in spans.items()
+        name: terms({**most, name: float(allowed[0])}) != whole for name, allowed in spans.items()
     }
     low, high = -16.0, 32.0
     for _ in range(_BISECTIONS):
@@ -125,7 +129,8 @@ def stop_learning_bits(model: nn.Module) -> None:
     for quantizer in quantizers(model).values():
         bits = quantizer.bits
         if bits.learned:
-            quantizer.use(BitWidth(bits.allowed, bits.start, learned=False, key=bits.key))
+            fixed = BitWidth(bits.allowed, bits.start, learned=False, key=bits.key)
+            quantizer.use(fixed.to(bits.marginal.device))
 
 
 def start_at_one_width(model: nn.Module, budget: Budget) -> None:

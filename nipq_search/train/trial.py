@@ -138,6 +138,8 @@ def prepare_for(
         if spec.parent is not None:
             before = warm_start(prepared, from_bytes(spec.parent.read_bytes())["model"])
         _start_bits(prepared, spec, before)
+        if not spec.train.noise_share and spec.budget and spec.train.start != "uniform":
+            freeze(prepared, Budget(**spec.budget))  # before ranges are fitted to the widths
         if spec.train.fit_ranges or before is not None:
             fit_ranges(prepared, calibration, before)
     return prepared, samples
@@ -248,7 +250,7 @@ def _train(
     finally:
         stop()  # samples of a step that failed count too
     if not finished and trainer.step >= pause < total:
-        raise Paused(_projected_metrics(task, spec, trainer, device, hooks))
+        raise _at_pause(task, spec, trainer, device, hooks)
     if trainer.step < total:
         raise Interrupted
     trainer.use_average()
@@ -258,17 +260,18 @@ def _train(
     return result
 
 
-def _projected_metrics(
+def _at_pause(
     task: Task, spec: TrainSpec, trainer: Trainer, device: torch.device, hooks: Hooks
-) -> Mapping[str, float]:
+) -> Paused:
     """Validation figures of a copy on its budget: a model still above it would look better."""
     model = copy.deepcopy(trainer.model)
     if trainer.average is not None:
         trainer.average.copy_to(model)
     freeze(model, trainer.budget)
-    hooks.on_samples(_reestimate(task, spec, model, device))
+    samples = _reestimate(task, spec, model, device)
+    hooks.on_samples(samples)
     with arithmetic(spec.train.precision, device):
-        return evaluate(task, model, "validation")
+        return Paused(evaluate(task, model, "validation"), samples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,33 +18,59 @@ def often(points):
 
 def test_a_steep_wide_gap_is_filled_in_its_middle():
     points = [(0.80, 64.0), (0.89, 256.0), (0.895, 512.0), (0.9, 1024.0)]
-    assert most_room(often(points), [], AXES) == pytest.approx(128.0)
+    assert most_room(often(points), [], [], AXES) == pytest.approx(128.0)
 
 
 def test_a_running_trial_is_not_repeated():
     points = [(0.80, 64.0), (0.89, 256.0), (0.895, 512.0), (0.9, 1024.0)]
-    second = most_room(often(points), [128.0], AXES)
+    second = most_room(often(points), [128.0], [], AXES)
     assert abs(math.log2(second / 128.0)) > SAME
 
 
 def test_the_ends_are_gaps_too():
-    assert 64.0 < most_room(often([(0.89, 512.0)]), [], AXES) < 512.0
-    assert 128.0 < most_room(often([(0.72, 64.0), (0.75, 128.0)]), [], AXES) < 1024.0
+    assert 64.0 < most_room(often([(0.89, 512.0)]), [], [], AXES) < 512.0
+    assert 128.0 < most_room(often([(0.72, 64.0), (0.75, 128.0)]), [], [], AXES) < 1024.0
 
 
 def test_where_no_gap_is_left_the_widest_share_of_the_front_is_trained_again():
     points = [(0.88, 64.0), (0.881, 66.0), (0.8815, 68.0), (0.882, 70.0)]
     flat = Axes(cost="bops", least=64.0, most=1024.0, reference=0.7, best=0.882)
-    assert most_room(points, [], flat) == pytest.approx(70.0)
+    assert most_room(points, [], [], flat) == pytest.approx(70.0)
     # Each repeat is expected to gain half of the last one's.
     again = [*points, *[(0.8815, 70.0)] * 12]
-    assert most_room(again, [], flat) < 70.0
+    assert most_room(again, [], [], flat) < 70.0
 
 
 def test_dominated_points_do_not_count_as_front():
     points = [(0.80, 64.0), (0.89, 256.0), (0.60, 128.0), (0.9, 1024.0)]
-    assert 64.0 < most_room(often(points), [], AXES) < 256.0
+    assert 64.0 < most_room(often(points), [], [], AXES) < 256.0
 
 
 def test_a_front_better_than_the_float_model_has_no_room_above():
-    assert most_room([(0.95, 64.0)], [], AXES) == pytest.approx(64.0)
+    assert most_room([(0.95, 64.0)], [], [], AXES) == pytest.approx(64.0)
+
+
+def test_a_place_that_was_asked_for_in_vain_is_left_alone():
+    """Out of reach, or every trial there fails: no trial ever ends up where it was asked."""
+    points = often([(0.80, 64.0), (0.89, 256.0), (0.895, 512.0), (0.9, 1024.0)])
+    asked, places = [cost for _, cost in points], []
+    for _ in range(6):
+        places.append(most_room(points, [], [*asked, *places], AXES))
+    assert max(places.count(place) for place in places) <= 3
+
+
+@pytest.mark.parametrize("front", [[(0.89, 128.0)], [(0.72, 64.0), (0.89, 512.0)]])
+def test_several_workers_get_places_of_their_own(front):
+    running = []
+    for _ in range(4):
+        running.append(most_room(front, running, running, AXES))
+    distances = [abs(math.log2(a / b)) for i, a in enumerate(running) for b in running[:i]]
+    assert min(distances) > SAME
+
+
+def test_a_repeat_asks_for_the_cost_itself():
+    """Not for two to the power of its logarithm, which may be less: out of reach by rounding."""
+    for least in range(64, 90):
+        axes = Axes(cost="bops", least=float(least), most=1024.0, reference=0.7, best=0.9)
+        points = [(0.5, float(least)), (0.9, least + 1.0)]
+        assert most_room(points, [], [], axes) >= least

@@ -61,7 +61,9 @@ class Rungs(Bench):
         progress = {"samples": 10, "epoch": 1, "time": time.time()}
         storage.write_json(attempt / jobs.PROGRESS, progress)
         metrics = {"accuracy": 0.4 + float(job.params["lr"])}
-        storage.write_sealed(jobs.rung_file(job.folder, job.rung), {"metrics": metrics})
+        storage.write_sealed(
+            jobs.rung_file(job.folder, job.rung), {"metrics": metrics, "samples": 0}
+        )
         storage.write_json(attempt / jobs.STOPPED, {"time": 0})
         return "PAUSED"
 
@@ -78,7 +80,7 @@ def check(bench):
     assert {t.state for t in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
     for budget in (0, 1):
         own = [t for t in trials if t.params[BUDGET] == budget]
-        reached = {t.number: len(jobs.rung_metrics(bench.out / f"trials/{t.number}")) for t in own}
+        reached = {t.number: len(jobs.rungs(bench.out / f"trials/{t.number}")) for t in own}
         assert len(own) == 9
         assert sum(count == 2 for count in reached.values()) >= 3
         complete = [t for t in own if t.state is TrialState.COMPLETE]
@@ -130,6 +132,13 @@ def test_a_crash_between_promotion_and_start(bench):
     assert again.budget == job.budget and again.seed == job.seed
     bench.sweep()
     check(bench)
+
+
+def test_a_rung_without_a_number_is_the_worst_where_less_is_better(bench, monkeypatch):
+    trials = bench.open().trials
+    monkeypatch.setattr(trials, "_sign", -1)
+    ranked = [trials._ranked(metrics) for metrics in ({"accuracy": 0.3}, {"accuracy": 0.4}, {})]
+    assert ranked == sorted(ranked, reverse=True)
 
 
 def test_more_trials_later_do_not_wake_pruned_ones(bench):

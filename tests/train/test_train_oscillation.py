@@ -62,7 +62,7 @@ def test_a_saved_state_goes_on(tmp_path):
         whole.update(model)
         if number == 2:
             loaded = Oscillation()
-            loaded.load_state_dict(half.state_dict())
+            loaded.load_state_dict(half.state_dict(), CPU)
             half = loaded
         half.update(model)
     assert torch.equal(whole.frequencies["0.weight"], half.frequencies["0.weight"])

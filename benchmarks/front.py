@@ -110,7 +110,6 @@ def train_float(unit: Unit) -> dict[str, Any]:
         "samples": counted,
         "validation": result.metrics[metric],
         "test": evaluate(task, model, "test")[metric],
-        "file": str(unit.folder / MODEL_FILE),
     }
 
 
@@ -125,7 +124,7 @@ def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
     left = unit.plan["allowance"] - trained["samples"]
     config = unit.config(
         **{
-            "float.checkpoint": trained["file"],
+            "float.checkpoint": str(unit.folder.parent / "float" / MODEL_FILE),
             "limits.samples": left,
             "search.trials": MANY,
             "search.baselines": [],
@@ -240,9 +239,8 @@ def run_all(
         waiting: dict[Any, tuple[str, int]] = {}
         for seed in plan["seeds"]:
             base = folder / f"seed-{seed}"
-            if (trained := known.get(("float", seed))) is None or not Path(
-                trained["file"]
-            ).exists():
+            trained = known.get(("float", seed))
+            if trained is None or not (base / "float" / MODEL_FILE).exists():
                 trained = trainer.remote(Unit(plan, "float", seed, base / "float"))
                 waiting[trained] = ("float", seed)
             for method in plan["methods"]:

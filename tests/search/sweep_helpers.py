@@ -39,6 +39,7 @@ TINY: dict[str, Any] = {
     "budgets": [{"bops": "uniform 3.3"}, {"weight_bytes": "uniform 2.6"}],
     "train": {"epochs": 1, "batch_size": 64, "lr": 0.05, "distill": True},
     "search": {
+        "strategy": "independent",
         "sampler": "random",
         "trials": 4,
         "baselines": [],

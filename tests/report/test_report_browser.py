@@ -74,7 +74,14 @@ def click_trial(page: Page, trial: int) -> None:
         trial,
     )
     page.mouse.move(*spot)
-    page.wait_for_selector("#pareto .hoverlayer .hovertext")
+    # Plotly clicks what it last hovered, which may still be the point before.
+    page.wait_for_function(
+        """trial => {
+          const hovered = document.getElementById("pareto")._hoverdata;
+          return hovered && hovered.length > 0 && hovered[0].customdata === trial;
+        }""",
+        arg=trial,
+    )
     page.mouse.click(*spot)
 
 

@@ -163,6 +163,16 @@ class SweepConfig(_Section):
         renamed = {("lambda_" if key == "lambda" else key): v for key, v in train.items()}
         return {**document, "train": renamed}
 
+    @model_validator(mode="after")
+    def _one_start(self) -> SweepConfig:
+        """Bit-widths cannot start in two places."""
+        if self.search.bits and (self.train.start != "budget" or "start" in self.search.space):
+            raise ValueError(
+                "search.bits: trials start at the bit-widths that the sampler proposes; leave "
+                "train.start at `budget` and out of search.space"
+            )
+        return self
+
     @property
     def needs_scores(self) -> bool:
         """Whether some trial may start from sensitivity scores."""

@@ -20,6 +20,7 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
+from optuna.samplers.nsgaii import BLXAlphaCrossover
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 
@@ -43,8 +44,14 @@ def gp(seed: int) -> BaseSampler:
 
 
 def nsga2(seed: int) -> BaseSampler:
-    """A genetic algorithm, in generations of ten: a sweep has tens of trials."""
-    return NSGAIISampler(seed=seed, population_size=10)
+    """A genetic algorithm, in generations of ten: a sweep has tens of trials.
+
+    Children blend the numbers of their parents, so that no proposal repeats another.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        blend = BLXAlphaCrossover()
+        return NSGAIISampler(seed=seed, population_size=10, crossover=blend, crossover_prob=1.0)
 
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
@@ -119,33 +126,24 @@ class ByRegret(BaseSampler):
         return self._proposed[param_name]
 
     def _propose(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-        usable = [t for t in trials if all(self._fits(t, name) for name in self._space)]
-        complete = [t for t in usable if t.state is TrialState.COMPLETE]
-        near = self._nearest(complete)
+        complete = [t for t in trials if t.state is TrialState.COMPLETE and self._key in t.params]
         best: dict[int, float] = {}
         for trial in complete:
             budget = trial.params[self._key]
             best[budget] = max(best.get(budget, float("-inf")), self._metric(trial))
+        near = self._nearest(complete)
+        shown = [
+            self._copy(t, self._metric(t) - best[t.params[self._key]])
+            for t in complete
+            if abs(t.params[self._key] - self._budget) <= near
+        ]
+        shown += [self._copy(t) for t in trials if t.state is TrialState.RUNNING]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             sampler = PartialFixedSampler({self._key: self._budget}, self._base)
         regrets = optuna.create_study(direction="maximize", sampler=sampler)
-        regrets.add_trials(
-            [
-                self._copy(t, value=self._metric(t) - best[t.params[self._key]])
-                for t in complete
-                if abs(t.params[self._key] - self._budget) <= near
-            ]
-            + [self._copy(t) for t in usable if t.state is TrialState.RUNNING]
-        )
+        regrets.add_trials([trial for trial in shown if trial is not None])
         return regrets.ask(self._space).params
-
-    def _fits(self, trial: FrozenTrial, name: str) -> bool:
-        space = self._space[name]
-        try:
-            return space._contains(space.to_internal_repr(trial.params[name]))
-        except (KeyError, ValueError, TypeError):
-            return False  # an older space, or a value that somebody enqueued
 
     def _nearest(self, complete: Sequence[FrozenTrial]) -> int:
         """How far the budgets may be so that `ENOUGH` trials are shown."""
@@ -155,10 +153,14 @@ class ByRegret(BaseSampler):
     def _metric(self, trial: FrozenTrial) -> float:
         return self._sign * float(trial.values[0])
 
-    def _copy(self, trial: FrozenTrial, value: float | None = None) -> FrozenTrial:
-        return create_trial(
-            state=trial.state,
-            params={name: trial.params[name] for name in self._space},
-            distributions=self._space,
-            value=value,
-        )
+    def _copy(self, trial: FrozenTrial, value: float | None = None) -> FrozenTrial | None:
+        """The trial with another value; None for one of another space, as somebody may enqueue."""
+        try:
+            return create_trial(
+                state=trial.state,
+                params={name: trial.params[name] for name in self._space},
+                distributions=self._space,
+                value=value,
+            )
+        except (KeyError, ValueError, TypeError):
+            return None

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq_search.quant import quantizers
-from nipq_search.quant.functional import Range
+from nipq_search.quant import FakeQuantizer, quantizers
 
 MOMENTUM = 0.01
 """Weight of the present step in the running frequency (there: m)."""
@@ -23,71 +22,79 @@ OFTEN = 0.005
 _SAMPLE = 4096
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Range]]:
-    """Parameters that have a frozen quantizer of their own, and their grids."""
+def _weights(model: nn.Module) -> Iterator[tuple[Tensor, FakeQuantizer]]:
+    """Parameters that have a frozen quantizer of their own, channels first."""
     parameters = dict(model.named_parameters())
-    # These have their channels first; elsewhere a weight's layout is its owner's affair.
+    # Elsewhere a weight's layout is its owner's affair.
     plain = {id(getattr(module, "weight_quantizer", None)) for module in model.modules()}
     for name, quantizer in quantizers(model).items():
         weight = parameters.get(name.removeprefix("."))  # of a model that is one layer
         if weight is None or quantizer.role != "weight" or not quantizer.bits.is_frozen:
             continue
         if quantizer.channels == 1 or id(quantizer) in plain:
-            yield name, weight, quantizer.boundary_for(weight).range(weight.dim())
+            yield weight, quantizer
+
+
+def _sampled(weight: Tensor, quantizer: FakeQuantizer) -> Tensor:
+    """The grid integers of an even sample of a weight, 1-D."""
+    flat = weight.reshape(-1)
+    stride = (flat.numel() // _SAMPLE) | 1
+    highest = 2 ** (quantizer.bits.hard() - 1) - 1
+    step = quantizer.alpha() / highest
+    if len(step) > 1:
+        places = torch.arange(0, flat.numel(), stride, device=flat.device)
+        step = step[places // (flat.numel() // len(step))]
+    return torch.round(flat[::stride] / step).clamp(-highest, highest)
 
 
 class Oscillation:
     """How often the rounded values of a sample of the weights turn back.
 
     A step counts for a weight whose integer changes in the direction opposite to its last change.
+    All sampled weights are one vector, so that a step costs few operations.
     """
 
     def __init__(self) -> None:
         """Nothing has been seen."""
-        self.integers: dict[str, Tensor] = {}
-        self.directions: dict[str, Tensor] = {}
-        self.frequencies: dict[str, Tensor] = {}
+        self.integers: Tensor | None = None
+        self.directions = self.frequencies = torch.zeros(0)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Look at the weights after a step of the tuning phase."""
-        for name, weight, grid in _weights(model):
-            scaled = torch.round(weight / grid.step).clamp(grid.lowest, grid.highest)
-            flat = scaled.reshape(-1)
-            now = flat[:: (flat.numel() // _SAMPLE) | 1].clone()
-            if name not in self.integers:
-                self.directions[name] = torch.zeros_like(now)
-                self.frequencies[name] = torch.zeros_like(now)
-            else:
-                change = torch.sign(now - self.integers[name])
-                turned = (change * self.directions[name] < 0).to(now.dtype)
-                self.frequencies[name].lerp_(turned, MOMENTUM)
-                self.directions[name] = torch.where(change != 0, change, self.directions[name])
-            self.integers[name] = now
+        found = [_sampled(weight, quantizer).float() for weight, quantizer in _weights(model)]
+        if not found:
+            return
+        now = torch.cat(found)
+        if self.integers is None:
+            self.directions, self.frequencies = torch.zeros_like(now), torch.zeros_like(now)
+        else:
+            change = torch.sign(now - self.integers)
+            turned = (change * self.directions < 0).to(now.dtype)
+            self.frequencies = self.frequencies.lerp(turned, MOMENTUM)
+            self.directions = torch.where(change != 0, change, self.directions)
+        self.integers = now
 
     def share(self) -> float | None:
         """The share of oscillating weights; None before anything was seen."""
-        if not self.frequencies:
+        if self.integers is None:
             return None
-        often = sum(int((f > OFTEN).sum()) for f in self.frequencies.values())
-        return often / sum(f.numel() for f in self.frequencies.values())
+        return float((self.frequencies > OFTEN).float().mean())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that has been seen."""
         return {
-            "integers": dict(self.integers),
-            "directions": dict(self.directions),
-            "frequencies": dict(self.frequencies),
+            "integers": self.integers,
+            "directions": self.directions,
+            "frequencies": self.frequencies,
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue on a device from a saved state."""
-
-        def moved(key: str) -> dict[str, Tensor]:
-            return {name: value.to(device) for name, value in state[key].items()}
-
-        self.integers, self.directions = moved("integers"), moved("directions")
-        self.frequencies = moved("frequencies")
+        if state["integers"] is not None:
+            self.integers = state["integers"].to(device)
+            self.directions = state["directions"].to(device)
+            self.frequencies = state["frequencies"].to(device)
 
 
 def dampening(model: nn.Module) -> Tensor:
@@ -96,7 +103,8 @@ def dampening(model: nn.Module) -> Tensor:
     Its gradient draws weights to where rounding puts them; scales get none of it.
     """
     total = next(model.parameters()).new_zeros(())
-    for _, weight, grid in _weights(model):
+    for weight, quantizer in _weights(model):
+        grid = quantizer.boundary_for(weight).range(weight.dim())
         step, low, high = (t.detach() for t in grid[:3])
         rounded = (torch.round(weight.detach() / step)).clamp(grid.lowest, grid.highest) * step
         inside = (weight.detach() >= low) & (weight.detach() <= high)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from nipq_search.cost import Budget
-from nipq_search.cost.base import complete_bits, get_cost, uniform_bits
+from nipq_search.cost.base import Bits, complete_bits, get_cost, uniform_bits
 from nipq_search.cost.projection import Losses, assign, project, units_of, usage
 from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
@@ -64,48 +64,74 @@ def bits_at_budget(
     return shifted(low)
 
 
+def _begin(
+    model: nn.Module, learning: bool, bits: Mapping[str, float], fixed: Callable[[], Bits]
+) -> None:
+    """Put widths that learn at `bits`; fix the others at `fixed`, for good."""
+    if learning:
+        for name, quantizer in quantizers(model).items():
+            quantizer.start_at(bits[name])
+    else:
+        freeze_bits(model, fixed())
+
+
 def start_at_budget(
-    model: nn.Module, budget: Budget, base: Mapping[str, float] | None = None
+    model: nn.Module,
+    budget: Budget,
+    base: Mapping[str, float] | None = None,
+    learning: bool = True,
 ) -> None:
     """Let every bit-width start where the cost is the budget; see `bits_at_budget`.
 
-    Short noise phases need it: from 8 bits most of them would be spent on the way down. Bit-widths
-    that are not learned are projected onto the budget and fixed.
+    Short noise phases need it: from 8 bits most of them would be spent on the way down.
+
+    Args:
+        model: prepared.
+        budget: what the widths cost.
+        base: as there.
+        learning: whether widths are learned from there; else they are projected and fixed.
     """
     graph, found = quant_state(model).graph, quantizers(model)
     bits = bits_at_budget(graph, budget, base)
-    if any(quantizer.learns_bits for quantizer in found.values()):
-        for name, quantizer in found.items():
-            quantizer.start_at(bits[name])
-    else:
-        freeze_bits(model, project(graph, budget, bits, {}))
+    marginal = {name: float(quantizer.bits.marginal) for name, quantizer in found.items()}
+    _begin(model, learning, bits, lambda: project(graph, budget, bits, marginal))
 
 
-def start_at_scores(model: nn.Module, budget: Budget, losses: Losses) -> None:
-    """Let every bit-width start where the measured loss is least; fix those that do not learn.
+def start_at_scores(
+    model: nn.Module, budget: Budget, losses: Losses, learning: bool = True
+) -> None:
+    """Let every bit-width start where the measured loss is least.
+
+    Args:
+        model: prepared.
+        budget: what the widths keep.
+        losses: by unit (see `units_of`) and allowed width; see `sensitivities`.
+        learning: whether widths are learned from there; else they are fixed.
 
     Raises:
         UserError: the scores are those of another model.
     """
-    graph, found = quant_state(model).graph, quantizers(model)
+    graph = quant_state(model).graph
     for unit in units_of(graph):
         if not set(graph.tensors[unit].allowed) <= losses.get(unit, {}).keys():
             raise UserError(f"the sensitivity scores lack {unit}: they are another model's")
     bits = assign(graph, budget, losses)
-    if any(quantizer.learns_bits for quantizer in found.values()):
-        for name, quantizer in found.items():
-            quantizer.start_at(bits[name])
-    else:
-        freeze_bits(model, bits)
+    _begin(model, learning, bits, lambda: bits)
 
 
-def start_at_profile(model: nn.Module, budget: Budget, profile: Mapping[str, float]) -> None:
-    """Shift bit-widths by unit (see `units_of`) onto the budget and let every tensor start there.
+def start_at_profile(
+    model: nn.Module, budget: Budget, profile: Mapping[str, float], learning: bool = True
+) -> None:
+    """Shift a profile of bit-widths onto the budget and let every tensor start there.
 
-    Those that do not learn are fixed at the allowed widths nearest to the shifted ones that keep
-    the budget, by the sum of squares; pinned tensors keep their own.
+    Args:
+        model: prepared.
+        budget: what the widths cost.
+        profile: bit-widths by unit (see `units_of`); pinned tensors keep their own.
+        learning: whether widths are learned from there; else they are fixed at the allowed ones
+            that keep the budget and are nearest, by the sum of squares.
     """
-    graph, found = quant_state(model).graph, quantizers(model)
+    graph = quant_state(model).graph
     units = units_of(graph)
     base = {
         name: float(profile.get(unit, graph.tensors[name].allowed[0]))
@@ -113,15 +139,11 @@ def start_at_profile(model: nn.Module, budget: Budget, profile: Mapping[str, flo
         for name in members
     }
     bits = bits_at_budget(graph, budget, base)
-    if any(quantizer.learns_bits for quantizer in found.values()):
-        for name, quantizer in found.items():
-            quantizer.start_at(bits[name])
-    else:
-        distances = {
-            unit: {width: (width - bits[unit]) ** 2 for width in graph.tensors[unit].allowed}
-            for unit in units
-        }
-        freeze_bits(model, assign(graph, budget, distances))
+    distances = {
+        unit: {width: (width - bits[unit]) ** 2 for width in graph.tensors[unit].allowed}
+        for unit in units
+    }
+    _begin(model, learning, bits, lambda: assign(graph, budget, distances))
 
 
 def stop_learning_bits(model: nn.Module) -> None:

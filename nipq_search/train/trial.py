@@ -138,8 +138,6 @@ def prepare_for(
         if spec.parent is not None:
             before = warm_start(prepared, from_bytes(spec.parent.read_bytes())["model"])
         _start_bits(prepared, spec, before)
-        if not spec.train.noise_share and spec.budget and spec.train.start != "uniform":
-            freeze(prepared, Budget(**spec.budget))  # before ranges are fitted to the widths
         if spec.train.fit_ranges or before is not None:
             fit_ranges(prepared, calibration, before)
     return prepared, samples
@@ -151,19 +149,22 @@ def _start_bits(model: nn.Module, spec: TrainSpec, bits: Mapping[str, float] | N
     if start != "parent":
         for quantizer in quantizers(model).values():
             quantizer.bits.marginal.zero_()  # a parent's are those of its own widths
+    assert spec.quant is not None
     if not spec.budget or start == "config":
         return
     budget = Budget(**spec.budget)
+    # Fixed at once where nothing is learned: ranges are to be fitted to the widths that stay.
+    learning = QUANTIZERS[spec.quant.quantizer].learns_bits and spec.train.noise_share > 0
     if spec.profile:
-        start_at_profile(model, budget, spec.profile)
+        start_at_profile(model, budget, spec.profile, learning)
     elif start == "sensitivity":
         if spec.losses is None:
             raise UserError("train.start: `sensitivity` needs the scores of a sweep")
-        start_at_scores(model, budget, spec.losses)
+        start_at_scores(model, budget, spec.losses, learning)
     elif start == "uniform":
         start_at_one_width(model, budget)
     else:
-        start_at_budget(model, budget, bits if start == "parent" else None)
+        start_at_budget(model, budget, bits if start == "parent" else None, learning)
 
 
 def train(

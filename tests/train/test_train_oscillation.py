@@ -43,10 +43,28 @@ def test_only_turning_back_counts():
     for levels in ((1.0, 1.0, 0.2, 1.0), (0.0, 2.0, 0.4, 1.0), (1.0, 3.0, -0.4, 1.0)):
         place(model, *levels)
         seen.update(model)
-    frequency = seen.frequencies["0.weight"]
+    frequency = seen.frequencies
     assert frequency[0] == pytest.approx(MOMENTUM * (2 - MOMENTUM))
     assert frequency[1:].abs().max() == 0
     assert seen.share() == 1 / 32
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_what_is_followed_are_the_grid_integers(granularity):
+    config = QuantConfig(weights=WeightConfig(bits=(3,), granularity=granularity))
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)]
+    if granularity == "per_channel":
+        layers.append(nn.ConvTranspose2d(4, 4, 2))  # its channels are not first: left out
+    model = nn.Sequential(*layers)
+    model = freeze_bits(prepare(model, torch.randn(1, 3, 6, 6), config))
+    seen = Oscillation()
+    seen.update(model)
+    expected = [
+        (conv.weight_quantizer(conv.weight) / step).round().flatten()
+        for conv in (model[0], model[1])
+        for step in [conv.weight_quantizer.boundary_for(conv.weight).range(4).step]
+    ]
+    assert torch.equal(seen.integers, torch.cat(expected).detach())
 
 
 def test_a_model_that_is_one_layer_is_seen_too():
@@ -65,7 +83,7 @@ def test_a_saved_state_goes_on(tmp_path):
             loaded.load_state_dict(half.state_dict(), CPU)
             half = loaded
         half.update(model)
-    assert torch.equal(whole.frequencies["0.weight"], half.frequencies["0.weight"])
+    assert torch.equal(whole.frequencies, half.frequencies)
 
 
 def test_dampening_draws_weights_to_their_grid_points():

@@ -28,7 +28,7 @@ import yaml
 from front_figures import accuracies, plot, table
 from pages import write_table
 
-from nipq_search.errors import UserError
+from nipq_search.errors import UserError, nearest
 from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig, load_config
 from nipq_search.search.coordinator import Coordinator
@@ -40,11 +40,13 @@ from nipq_search.search.sweep import Sweep
 from nipq_search.search.view import test_metric
 from nipq_search.search.worker import HALT
 from nipq_search.search.worker import execute as run_job
-from nipq_search.storage import write_json
+from nipq_search.storage import digest, write_json
 from nipq_search.tasks import Task, make_task
-from nipq_search.tasks.base import evaluate, load_data
-from nipq_search.train import Hooks, TrainSpec, train
-from nipq_search.train.trial import MODEL_FILE, load_trained
+from nipq_search.tasks.base import load_data
+from nipq_search.train.trial import MODEL_FILE
+
+FLOAT = "float"
+"""Name of what is not a method: the float model that the methods of a seed start from."""
 
 MANY = 100_000
 """Trials that no allowance holds: the samples end a sweep."""
@@ -81,6 +83,19 @@ class Unit:
         texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
         return load_config(Path(self.plan["pipeline"]), texts)
 
+    def fingerprint(self) -> str:
+        """What the result follows from: results of another one are not this unit's."""
+        config = self.config().as_json()
+        if self.method == FLOAT:
+            config = {key: config[key] for key in ("seed", "task", "task_args", "float")}
+        parts = [config, self.method != FLOAT and self.plan["allowance"]]
+        return digest(json.dumps(parts, sort_keys=True).encode())[:16]
+
+
+def float_model(base: Path) -> Path:
+    """File of a seed's float model."""
+    return job_folder(base / FLOAT, "float", 0) / MODEL_FILE
+
 
 def task_of(config: SweepConfig) -> Task:
     """The task with its data in memory."""
@@ -89,27 +104,44 @@ def task_of(config: SweepConfig) -> Task:
     return task
 
 
+def job_of(unit: Unit, config: SweepConfig, kind: str, number: int = 0, **more: Any) -> Job:
+    """A job of a sweep in the unit's folder."""
+    return Job(
+        kind=kind,
+        number=number,
+        out=str(unit.folder.absolute()),
+        config=config.as_json(),
+        **{"run": "", "seed": unit.seed, **more},
+    )
+
+
+def done(job: Job, task: Task) -> dict[str, Any]:
+    """Run a job to its end, or go on with it, and give its record.
+
+    Raises:
+        RuntimeError: it failed, or the machine is unfit.
+    """
+    state = run_job(job, task, lambda report: None)
+    record = jobs.committed(job.folder) or {}
+    if state != jobs.COMPLETE:
+        raise RuntimeError(f"{job.folder}: {record.get('reason') or state}")
+    return record
+
+
 def train_float(unit: Unit) -> dict[str, Any]:
-    """Train the float model of a seed."""
+    """Train the float model of a seed, as the sweep in the unit's folder would."""
     torch.set_num_threads(1)
-    config = unit.config()
-    task, cpu = task_of(config), torch.device("cpu")
-    spec = TrainSpec(train=config.float_model.as_training(), seed=unit.seed)
-    counted = 0
-
-    def count(samples: int) -> None:
-        nonlocal counted
-        counted += samples
-
-    result = train(task, spec, unit.folder, cpu, Hooks(on_samples=count))
-    model = load_trained(task, spec, unit.folder / MODEL_FILE, cpu)
-    metric = task.metric[0]
+    config = unit.config(**{"resources.cpus": 1})
+    task = task_of(config)
+    job = job_of(unit, config, "float")
+    record, metric = done(job, task), task.metric[0]
+    done(job_of(unit, config, "test", jobs=(job.as_json(),)), task)
     return {
-        "method": "float",
+        "method": FLOAT,
         "seed": unit.seed,
-        "samples": counted,
-        "validation": result.metrics[metric],
-        "test": evaluate(task, model, "test")[metric],
+        "samples": jobs.samples_processed(job.folder),
+        "validation": record["metrics"][metric],
+        "test": test_metric(job.folder, metric),
     }
 
 
@@ -124,7 +156,7 @@ def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
     left = unit.plan["allowance"] - trained["samples"]
     config = unit.config(
         **{
-            "float.checkpoint": str(unit.folder.parent / "float" / MODEL_FILE),
+            "float.checkpoint": str(float_model(unit.folder.parent)),
             "limits.samples": left,
             "search.trials": MANY,
             "search.baselines": [],
@@ -185,20 +217,12 @@ def ever_on_front(points: list[dict[str, Any]], mode: str) -> Iterator[int]:
 
 def read_test(unit: Unit, config: SweepConfig, trials: list[int]) -> None:
     """Evaluate trials on the test split, as the end of a sweep does for its front."""
-    out = unit.folder.absolute()
-
-    def job(kind: str, number: int, **more: Any) -> Job:
-        document = config.as_json()
-        return Job(kind=kind, number=number, out=str(out), config=document, run="", seed=0, **more)
-
     wanted = []
     for number in trials:
-        record = jobs.committed(job_folder(out, "trial", number)) or {}
-        subject = job("trial", number, params=record["params"], budget=record["budget"])
-        wanted.append(dataclasses.replace(subject, seed=record["seed"]).as_json())
-    state = run_job(job("test", 0, jobs=tuple(wanted)), task_of(config), lambda report: None)
-    if state != jobs.COMPLETE:
-        raise RuntimeError(f"{out}: the test split could not be read ({state})")
+        record = jobs.committed(job_folder(unit.folder, "trial", number)) or {}
+        given = {key: record[key] for key in ("params", "budget", "seed")}
+        wanted.append(job_of(unit, config, "trial", number, **given).as_json())
+    done(job_of(unit, config, "test", jobs=tuple(wanted)), task_of(config))
 
 
 def read_plan(file: Path, quick: bool) -> dict[str, Any]:
@@ -217,9 +241,24 @@ def run_all(
     workers: int,
     save: Callable[[], None],
 ) -> None:
-    """Run what `results` lacks, on Ray, seed by seed, and add to it."""
-    for method in plan["methods"]:
-        Unit(plan, method, 0, folder).config()  # whatever is wrong in the plan shows now
+    """Run what `results` lacks, on Ray, seed by seed, and add to it.
+
+    Raises:
+        UserError: the plan is wrong, or results are those of another one; before anything runs.
+    """
+    units = [
+        Unit(plan, method, seed, folder / f"seed-{seed}" / re.sub(r"[^\w.-]+", "-", method))
+        for seed in plan["seeds"]
+        for method in [FLOAT, *plan["methods"]]
+    ]
+    known = {(r["method"], r["seed"]): r for r in results}
+    prints = {(unit.method, unit.seed): unit.fingerprint() for unit in units}
+    for name in prints.keys() & known.keys():
+        if known[name].get("fingerprint") != prints[name]:
+            raise UserError(
+                f"the results of '{name[0]}', seed {name[1]}, are those of another plan or of an "
+                "earlier pipeline; give another --json and --folder"
+            )
     quiet_environment()
     import ray
 
@@ -233,24 +272,23 @@ def run_all(
         runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
     )
     try:
-        known = {(r["method"], r["seed"]): r for r in results}
         trainer = ray.remote(max_calls=1)(train_float)
         runner = ray.remote(max_calls=1)(execute)
         waiting: dict[Any, tuple[str, int]] = {}
-        for seed in plan["seeds"]:
-            base = folder / f"seed-{seed}"
-            trained = known.get(("float", seed))
-            if trained is None or not (base / "float" / MODEL_FILE).exists():
-                trained = trainer.remote(Unit(plan, "float", seed, base / "float"))
-                waiting[trained] = ("float", seed)
-            for method in plan["methods"]:
-                if (method, seed) not in known:
-                    unit = Unit(plan, method, seed, base / re.sub(r"[^\w.-]+", "-", method))
-                    waiting[runner.remote(unit, trained)] = (method, seed)
+        trained: Any = None
+        for unit in units:
+            name = (unit.method, unit.seed)
+            if unit.method == FLOAT:
+                trained = known.get(name)
+                if trained is None or not float_model(unit.folder.parent).exists():
+                    trained = trainer.remote(unit)
+                    waiting[trained] = name
+            elif name not in known:
+                waiting[runner.remote(unit, trained)] = name
         while waiting:
             (ended,), _ = ray.wait(list(waiting))
             name = waiting.pop(ended)
-            result = ray.get(ended)
+            result = {**ray.get(ended), "fingerprint": prints[name]}
             results[:] = [r for r in results if (r["method"], r["seed"]) != name] + [result]
             save()
             print(f"{name[0]}, seed {name[1]}: {result.get('seconds', 0):.0f} s", flush=True)
@@ -269,19 +307,27 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="page whose tables are written anew")
     parser.add_argument("--plot", type=Path, help="SVG of hypervolume over samples")
     options = parser.parse_args()
-    plan = read_plan(options.plan, options.quick)
-    whole = copy.deepcopy(plan)
-    if options.only is not None:
-        plan["methods"] = {name: plan["methods"][name] for name in options.only}
-    if options.quick and options.page == Path("docs/front-quality.md"):
-        parser.error("--page: the quick size is for tests, not for the documentation")
-    results = json.loads(options.json.read_text()) if options.json.exists() else []
-    folder = (options.folder or options.json.with_suffix("")).absolute()
     try:
-        run_all(plan, results, folder, options.workers, lambda: write_json(options.json, results))
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
-    runs = [r for r in results if r["method"] != "float"]
+        plan = read_plan(options.plan, options.quick)
+        whole = copy.deepcopy(plan)
+        if options.only is not None:
+            if unknown := set(options.only) - plan["methods"].keys():
+                name = min(unknown)
+                raise UserError(f"--only {name}: no such method{nearest(name, plan['methods'])}")
+            plan["methods"] = {name: plan["methods"][name] for name in options.only}
+        if options.quick and options.page == Path("docs/front-quality.md"):
+            raise UserError("--page: the quick size is for tests, not for the documentation")
+        results = json.loads(options.json.read_text()) if options.json.exists() else []
+        folder = (options.folder or options.json.with_suffix("")).absolute()
+        if plan["methods"]:
+
+            def save() -> None:
+                write_json(options.json, results)
+
+            run_all(plan, results, folder, options.workers, save)
+    except (UserError, OSError, yaml.YAMLError, json.JSONDecodeError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+    runs = [r for r in results if r["method"] != FLOAT]
     if options.plot:
         plot(runs, whole, options.plot)
     for name, text in (("volumes", table(runs, whole)), ("accuracies", accuracies(runs, whole))):

@@ -56,16 +56,17 @@ class Oscillation:
 
     def __init__(self) -> None:
         """Nothing has been seen."""
+        self._weights: list[tuple[Tensor, FakeQuantizer]] = []  # found once: it takes longest
         self.integers: Tensor | None = None
         self.directions = self.frequencies = torch.zeros(0)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Look at the weights after a step of the tuning phase."""
-        found = [_sampled(weight, quantizer).float() for weight, quantizer in _weights(model)]
-        if not found:
+        """Look at the weights after a step of the tuning phase; always of one model."""
+        self._weights = self._weights or list(_weights(model))
+        if not self._weights:
             return
-        now = torch.cat(found)
+        now = torch.cat([_sampled(*pair).float() for pair in self._weights])
         if self.integers is None:
             self.directions, self.frequencies = torch.zeros_like(now), torch.zeros_like(now)
         else:

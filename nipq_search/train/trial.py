@@ -30,6 +30,7 @@ from nipq_search.quant import (
     reestimate_norm_stats,
 )
 from nipq_search.quant.fit import fit_ranges
+from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import (
     build_model,
@@ -236,20 +237,27 @@ def _train(
     total = trainer.schedule.total
     pause = total if spec.pause is None else max(1, round(spec.pause * total))
 
-    def stop() -> bool:
+    def count() -> None:
         nonlocal counted
         hooks.on_samples(trainer.samples - counted)
         counted = trainer.samples
+
+    def stop() -> bool:
+        count()
         return trainer.step >= pause or hooks.should_stop()
+
+    def on_epoch(point: CurvePoint) -> None:
+        count()  # before what is reported is saved
+        hooks.on_epoch(point)
 
     try:
         finished = trainer.step < pause and trainer.run(
-            on_epoch=hooks.on_epoch,
+            on_epoch=on_epoch,
             save=lambda state: save_checkpoint(folder / "checkpoints", trainer.step, state),
             should_stop=stop,
         )
     finally:
-        stop()  # samples of a step that failed count too
+        count()  # samples of a step that failed too
     if not finished and trainer.step >= pause < total:
         raise _at_pause(task, spec, trainer, device, hooks)
     if trainer.step < total:

@@ -109,6 +109,45 @@ def test_tables_and_plot(ran):
     assert (folder / "front.svg").read_text().startswith("<?xml")
 
 
+def test_a_changed_plan_does_not_take_old_results_for_its_own(ran):
+    folder, results, _, _ = ran
+    plan = front.read_plan(folder / "front.yaml", quick=True)
+    plan["methods"] = {name: plan["methods"][name] for name in METHODS}
+    plan["allowance"] += 1
+    with pytest.raises(front.UserError, match="of another plan"):
+        front.run_all(plan, results, folder / "front", 1, lambda: None)
+
+
+def test_a_killed_float_training_is_counted_before_and_after(tmp_path, monkeypatch):
+    sys.path.insert(0, str(Path(__file__).parent))
+    plan = front.read_plan(BENCHMARKS / "front.yaml", quick=True)
+    plan["set"] |= {"task": "counting_digits:CountingDigits", "name": "x"}
+    monkeypatch.setenv("COUNTED", str(tmp_path / "counted"))
+    unit = front.Unit(plan, front.FLOAT, 0, tmp_path / "float")
+
+    class Killed(BaseException):
+        pass
+
+    from nipq_search.train.loop import Trainer
+
+    step = Trainer._train_step
+
+    def killed(self, group):
+        if self.step == 30:
+            raise Killed
+        step(self, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", killed)
+        with pytest.raises(Killed):
+            front.train_float(unit)
+    result = front.train_float(unit)
+    counted = [int(line) for line in (tmp_path / "counted").read_text().split()]
+    whole = 4 * sum(counted[:18])  # four epochs; what a kill repeats may come on top
+    assert whole <= result["samples"] <= sum(counted)
+    assert front.train_float(unit) == result
+
+
 def made_up(method, seed, *points):
     """A run with (samples, cost, validation, test) points, cost axis from 1 to 16."""
     found = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def page(browser: Browser, faults: list[str]) -> Iterator[Page]:
 
 def show(page: Page, data: ReportData, folder: Path) -> None:
     path = folder / "report.html"
-    path.write_text(render(data.sweep, data.results, data.curves, data.layers))
+    path.write_text(render(data.sweep, data.results, data.curves, data.layers, data.histories))
     page.goto(path.as_uri())
     page.wait_for_function("document.querySelector('#pareto .plot-container') !== null")
 
@@ -108,6 +109,28 @@ def test_a_click_on_a_point_shows_its_bits(
     assert page.text_content("#bits-caption") == "Trial 6: no bits are known."
     assert page.evaluate("window.hacked") is None
     assert "window.hacked = 1" in (page.text_content("#failures") or "")
+    assert faults == []
+
+
+def test_bits_over_time_follow_the_selected_trial(
+    page: Page, faults: list[str], data: ReportData, tmp_path: Path
+) -> None:
+    notes = [
+        {"step": step, "bits": {"<b>stem": 4.0, "head": 4.0 + step}, "gradient": {"head": -0.5}}
+        for step in (0, 1, 2)
+    ]
+    show(page, dataclasses.replace(data, histories={3: notes}), tmp_path)
+    lines = "document.getElementById('movement').data.map(line => line.y)"
+    hint = "#movement-hint"
+    assert page.evaluate(lines) == []
+    assert page.text_content(hint) == "No trial with a noise phase is selected."
+    page.select_option("#bits-trial", "3")
+    assert page.evaluate(lines) == [[4, 4, 4], [4, 5, 6]]
+    assert (page.text_content(hint) or "").startswith("1 of 2 bit-widths never moved: <b>stem.")
+    page.select_option("#movement-value", "gradient")
+    assert page.evaluate(lines)[1] == [-0.5] * 3
+    page.select_option("#bits-trial", "1")
+    assert page.evaluate(lines) == []
     assert faults == []
 
 

@@ -65,3 +65,32 @@ def test_an_enqueued_budget_is_what_is_sampled_for(tmp_path):
     bench.ledger.study.enqueue_trial({BUDGET: 1})
     assert coordinator.ledger.ask(0, 2).budget == 1
     assert coordinator.ledger.study.sampler._budget == 1
+
+
+def test_scores_come_between_the_float_model_and_the_trials(tmp_path):
+    bench = Bench(tmp_path / "sweep", make_config(train__start="sensitivity"))
+    bench.sweep()
+    assert bench.executed[:3] == ["float", "sensitivity", "lsq-4"]
+    assert bench.executed.count("sensitivity") == 1
+    bench.sweep()
+    assert bench.executed.count("sensitivity") == 1
+
+
+def test_without_scores_no_trial_starts_and_one_line_says_why(tmp_path):
+    bench = Bench(tmp_path / "sweep", make_config(train__start="sensitivity"))
+    bench.fail = lambda job: "no luck" if job.kind == "sensitivity" else None
+    coordinator = bench.sweep()
+    folder = bench.out / "sensitivity"
+    assert coordinator.failure == (
+        f"the sensitivity scores failed: no luck; mend that, then remove {folder} to begin anew"
+    )
+    assert not any(name.startswith("trial") for name in bench.executed)
+    assert bench.open().failure == coordinator.failure, "a later run says so too"
+
+
+def test_only_sweeps_that_may_need_scores_measure_them(tmp_path):
+    bench = Bench(tmp_path / "plain", make_config())
+    bench.sweep()
+    assert "sensitivity" not in bench.executed
+    space = {"start": {"choice": ["budget", "sensitivity"]}}
+    assert make_config(search__space=space).needs_scores

@@ -55,6 +55,10 @@ class FakeQuantizer(nn.Module, abc.ABC):
     starts_anywhere = True
     """Whether the boundary's first value is free; false where it is part of the method."""
 
+    rounds_once_frozen = True
+    """Whether training with a frozen bit-width rounds; else it goes on as before, for instance
+    with noise. Evaluation always rounds."""
+
     scales_gradient = False
     """Whether `alpha` asks how many elements a boundary serves."""
 
@@ -154,7 +158,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
                 self.observer(x.movedim(axis or 0, 0) if self.channels > 1 else x)
             return x
         place = Placement(axis or 0, rows)
-        if self.training and not self.bits.is_frozen:
+        if self.training and not (self.bits.is_frozen and self.rounds_once_frozen):
             return self.train_forward(x, place)
         return hard_quantize(x, self.boundary_for(x, place))
 

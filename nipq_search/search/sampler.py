@@ -5,12 +5,18 @@ To add one, write a function from a seed to a sampler and a line in `SAMPLERS`.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import (
     BaseSampler,
@@ -65,8 +71,24 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 LEARN_BY_REGRET = frozenset({"tpe", "gp"})
 """Samplers that are shown regrets instead of metric and cost; see `ByRegret`."""
 
+RUNGS = "rung_metrics"
+"""Attribute of a trial: the metric at each rung so far, None where it was no number."""
+
+MOST = 300
+"""Trials that are shown at most."""
+
 ENOUGH = 20
 """Trials of the nearest budgets that are shown, if there are so many."""
+
+
+def middle(distribution: BaseDistribution) -> Any:
+    """The middle of a range, by ratio where it is logarithmic; the first of choices."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0]
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    low, high = distribution.low, distribution.high
+    found = math.sqrt(low * high) if distribution.log else (low + high) / 2
+    return found if isinstance(distribution, FloatDistribution) else round(found)
 
 
 class ByRegret(BaseSampler):
@@ -76,7 +98,9 @@ class ByRegret(BaseSampler):
     trial falls short of the best one under its own budget. The base sampler works on a study of
     these regrets, of trials under the nearest budgets, where good hyperparameters are alike. On a
     surrogate whose best `lambda` hangs on the budget that beats metric and cost as two objectives,
-    regrets of all budgets, and univariate TPE (docs/front-quality.md).
+    regrets of all budgets, and univariate TPE (docs/front-quality.md). A trial that pauses, or was
+    pruned, at a rung teaches by how much it fell short there of the best that got so far. The
+    first trial under a budget takes the middle of every range: it is what others start from.
 
     Args:
         base: sampler of one objective.
@@ -126,18 +150,26 @@ class ByRegret(BaseSampler):
         return self._proposed[param_name]
 
     def _propose(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-        complete = [t for t in trials if t.state is TrialState.COMPLETE and self._key in t.params]
-        best: dict[int, float] = {}
-        for trial in complete:
-            budget = trial.params[self._key]
-            best[budget] = max(best.get(budget, float("-inf")), self._metric(trial))
-        near = self._nearest(complete)
-        shown = [
-            self._copy(t, self._metric(t) - best[t.params[self._key]])
-            for t in complete
-            if abs(t.params[self._key] - self._budget) <= near
-        ]
-        shown += [self._copy(t) for t in trials if t.state is TrialState.RUNNING]
+        if not any(t.params.get(self._key) == self._budget for t in trials):
+            middles = {name: middle(form) for name, form in self._space.items()}
+            return {**middles, self._key: self._budget}
+        measured = {t.number: self._levels(t) for t in trials if self._key in t.params}
+        known = [t for t in trials if measured.get(t.number)]
+        best: dict[tuple[int, int], float] = {}
+        for trial in known:
+            for level, metric in enumerate(measured[trial.number]):
+                at = (trial.params[self._key], level)
+                best[at] = max(best.get(at, float("-inf")), metric)
+        near = self._nearest(known)
+        shown = []
+        for trial in known:
+            budget, levels = trial.params[self._key], measured[trial.number]
+            if abs(budget - self._budget) <= near:
+                regret = levels[-1] - best[budget, len(levels) - 1]
+                shown.append(self._copy(trial, regret if regret <= 0 else float("-inf")))
+        shown = self._bounded([trial for trial in shown if trial is not None])
+        running = [t for t in trials if t.state is TrialState.RUNNING]
+        shown += [self._copy(t) for t in running if not measured.get(t.number)][-MOST:]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             sampler = PartialFixedSampler({self._key: self._budget}, self._base)
@@ -145,19 +177,33 @@ class ByRegret(BaseSampler):
         regrets.add_trials([trial for trial in shown if trial is not None])
         return regrets.ask(self._space).params
 
-    def _nearest(self, complete: Sequence[FrozenTrial]) -> int:
+    def _bounded(self, shown: Sequence[FrozenTrial]) -> list[FrozenTrial | None]:
+        """The best half of `MOST` and the newest of the rest: asking must not get ever slower."""
+        if len(shown) <= MOST:
+            return list(shown)
+        best = sorted(range(len(shown)), key=lambda i: -(shown[i].value or 0.0))[: MOST // 2]
+        kept = set(best)
+        newest = [i for i in range(len(shown)) if i not in kept][-(MOST - len(kept)) :]
+        return [shown[i] for i in sorted(kept | set(newest))]
+
+    def _nearest(self, known: Sequence[FrozenTrial]) -> int:
         """How far the budgets may be so that `ENOUGH` trials are shown."""
-        distances = sorted(abs(t.params[self._key] - self._budget) for t in complete)
+        distances = sorted(abs(t.params[self._key] - self._budget) for t in known)
         return int(distances[min(ENOUGH, len(distances)) - 1]) if distances else 0
 
-    def _metric(self, trial: FrozenTrial) -> float:
-        return self._sign * float(trial.values[0])
+    def _levels(self, trial: FrozenTrial) -> list[float]:
+        """What it measured at each rung, then at its end, the greater the better."""
+        if trial.state is TrialState.FAIL:
+            return []
+        last = [trial.values[0]] if trial.state is TrialState.COMPLETE else []
+        found = [*trial.user_attrs.get(RUNGS, []), *last]
+        return [float("-inf") if m is None else self._sign * float(m) for m in found]
 
     def _copy(self, trial: FrozenTrial, value: float | None = None) -> FrozenTrial | None:
         """The trial with another value; None for one of another space, as somebody may enqueue."""
         try:
             return create_trial(
-                state=trial.state,
+                state=TrialState.RUNNING if value is None else TrialState.COMPLETE,
                 params={name: trial.params[name] for name in self._space},
                 distributions=self._space,
                 value=value,

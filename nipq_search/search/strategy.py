@@ -68,15 +68,18 @@ class Strategy:
     """Assigns budgets and parents. It sees the ledger alone, so a resume changes nothing.
 
     What is not overridden: the least served budget is next, and every trial starts from the float
-    model and trains whole.
+    model, trains whole and has its noise phase.
 
     Attributes:
         noise_factor: factor on the noise phase's share of the steps of a trial with a parent.
+        least_noise_steps: noise phases of fewer steps are left out: bit-widths learn nothing in
+            them.
         rungs: shares of the training after which a trial pauses, to go on only if it is among the
             best under its budget; see `halving`.
     """
 
     noise_factor = 1.0
+    least_noise_steps = 0
     rungs: tuple[float, ...] = ()
 
     def target(self, seen: Seen) -> Target:
@@ -92,8 +95,8 @@ class Strategy:
         """
         return None
 
-    def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
-        """The share of `train.epochs` that a trial with this parent trains."""
+    def epochs_share(self, budget: Mapping[str, float], parent: Finished | None) -> float:
+        """The share of `train.epochs` that a trial with this parent, or with none, trains."""
         return 1.0
 
 
@@ -132,19 +135,21 @@ class Ladder(Strategy):
                 best = key
         return None if best is None else best[2]
 
-    def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
-        """A third."""
-        return self._SHARE
+    def epochs_share(self, budget: Mapping[str, float], parent: Finished | None) -> float:
+        """A third where there is a parent."""
+        return 1.0 if parent is None else self._SHARE
 
 
 class Fill(Strategy):
     """A ladder that goes on, once each budget has a trial, where the front can grow most.
 
     That may be between budgets: see `gaps.most_room`. Only the front's cost is moved; other
-    targets of the nearest budget stay.
+    targets of the nearest budget stay. The first round is short, for all later trials build on it.
     """
 
     noise_factor = Ladder.noise_factor
+    least_noise_steps = 200
+    _FIRST, _NEW_PLACE = 0.75, 0.3
 
     def __init__(self) -> None:
         """Parents are those of a ladder."""
@@ -170,10 +175,12 @@ class Fill(Strategy):
         """As in `Ladder`."""
         return self._ladder.parent(budget, finished)
 
-    def epochs_share(self, budget: Mapping[str, float], parent: Finished) -> float:
-        """A third at a new place, all where the parent is there already: less gains nothing."""
+    def epochs_share(self, budget: Mapping[str, float], parent: Finished | None) -> float:
+        """Little at a new place, all where the parent is there already: less gains nothing."""
+        if parent is None:
+            return self._FIRST
         nearer = max(parent.cost[name] / target for name, target in budget.items())
-        return 1.0 if math.log2(nearer) <= SAME else self._ladder.epochs_share(budget, parent)
+        return 1.0 if math.log2(nearer) <= SAME else self._NEW_PLACE
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

@@ -24,6 +24,8 @@ HYPERPARAMETERS = {
     "grad_clip": "grad_clip",
     "ema": "ema",
     "dampening": "dampening",
+    "freezing": "freezing",
+    "tuning": "tuning",
     "start": "start",
 }
 """Names that a search space may use, and the field of `TrainConfig` that each one sets."""
@@ -34,6 +36,9 @@ OPTIMIZERS = ("sgd", "adamw")
 
 STARTS = ("budget", "parent", "sensitivity", "config", "uniform")
 """Where bit-widths start; see `TrainConfig.start`."""
+
+TUNINGS = ("hard", "noise")
+"""What quantizers compute in the tuning phase; see `TrainConfig.tuning`."""
 
 PRECISIONS = ("float32", "bfloat16")
 """Arithmetic that a training can have; see `arithmetic`."""
@@ -108,6 +113,11 @@ class TrainConfig:
         norm_batches: batches from which normalization statistics are estimated at the end.
         dampening: strength of the pull of weights towards their grid points in the tuning phase,
             against oscillation; 0 for none.
+        freezing: how often a weight may turn back in the tuning phase, in turns a step, before it
+            is fixed at a grid point; 0 fixes none.
+        tuning: what quantizers compute in the tuning phase: `hard` rounding with the
+            straight-through estimator, or `noise` of one step at the widths that were frozen
+            (NIPQ and DiffQ). Evaluation rounds in either case.
         grad_clip: largest norm of the gradient, or 0 for none.
         precision: of forwards and losses, in training and validation: `float32`, or `bfloat16`
             by autocast. Parameters and quantizers keep float32.
@@ -139,6 +149,8 @@ class TrainConfig:
     calibration_batches: int = 4
     norm_batches: int = 20
     dampening: float = 0.0
+    freezing: float = 0.0
+    tuning: str = "hard"
     grad_clip: float = 0.0
     precision: str = "float32"
     ema: float = 0.0
@@ -150,7 +162,9 @@ class TrainConfig:
         for name in ("lr_bits", "lr_boundaries", "checkpoint_minutes"):
             _check(getattr(self, name) > 0, f"train.{name}", "must be above 0")
         _check(self.lambda_ >= 0, "train.lambda", "must not be negative")
-        _check(self.dampening >= 0, "train.dampening", "must not be negative")
+        for name in ("dampening", "freezing"):
+            _check(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
+        _check_choice(self.tuning, TUNINGS, "train.tuning")
         for name in ("noise_share", "distill_weight"):
             _check(0 <= getattr(self, name) <= 1, f"train.{name}", "must lie between 0 and 1")
         if self.proxy is not None:

@@ -21,6 +21,7 @@ from nipq_search.tasks.base import distill_loss, evaluate, num_samples, to_devic
 from nipq_search.train.average import Average
 from nipq_search.train.config import TrainConfig
 from nipq_search.train.forward import SharedForward, arithmetic
+from nipq_search.train.freezing import Freezing
 from nipq_search.train.optimizer import drop_group, make_optimizer
 from nipq_search.train.oscillation import Oscillation, dampening
 from nipq_search.train.schedule import NOISE, TUNING, Schedule
@@ -50,6 +51,19 @@ def steps_in(loader: Iterable[Any]) -> int:
     if steps < 1:
         raise UserError("loader('train') gives no batches: the split is empty")
     return steps
+
+
+@contextlib.contextmanager
+def _tuned_by(model: nn.Module, tuning: str) -> Iterator[None]:
+    """Within the context, what quantizers compute in training once their widths are frozen."""
+    found = list(quantizers(model).values())
+    for quantizer in found:
+        quantizer.rounds_once_frozen = tuning == "hard"
+    try:
+        yield
+    finally:
+        for quantizer in found:
+            quantizer.rounds_once_frozen = True
 
 
 class Trainer:
@@ -89,6 +103,7 @@ class Trainer:
         self.average: Average | None = None
         self.history: list[dict[str, Any]] = []
         self.oscillation = Oscillation()
+        self.freezing = Freezing(config.freezing) if config.freezing else None
 
     @property
     def phase(self) -> str:
@@ -115,6 +130,16 @@ class Trainer:
         Raises:
             NonFiniteLoss: the loss became NaN or infinite.
         """
+        quantized = self.schedule.quantized
+        with _tuned_by(self.model, self.config.tuning) if quantized else contextlib.nullcontext():
+            return self._run(on_epoch, save, should_stop)
+
+    def _run(
+        self,
+        on_epoch: Callable[[CurvePoint], None],
+        save: Callable[[dict[str, Any]], None],
+        should_stop: Callable[[], bool],
+    ) -> bool:
         saved_at = time.monotonic()
         while self.step < self.schedule.total:
             for group in self._rest_of_epoch():
@@ -226,6 +251,8 @@ class Trainer:
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
+        if self.phase == TUNING and self.freezing is not None:
+            self.freezing.update(self.model)
         if self.average is not None:
             self.average.update(self.model)
         if self.phase == TUNING:
@@ -263,6 +290,8 @@ class Trainer:
         metrics.update({f"validation_{name}": value for name, value in validation.items()})
         if (oscillating := self.oscillation.share()) is not None:
             metrics["oscillating_weights"] = oscillating
+        if self.freezing is not None and (fixed := self.freezing.share()) is not None:
+            metrics["fixed_weights"] = fixed
         metrics["lr"] = self.config.lr * self.schedule.rate(max(0, self.step - 1))
         if self.schedule.quantized and self.budget is not None:
             with torch.no_grad():
@@ -291,6 +320,8 @@ class Trainer:
         }
         if self.average is not None:
             state["average"] = self.average.state_dict()
+        if self.freezing is not None:
+            state["freezing"] = self.freezing.state_dict()
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state
@@ -303,6 +334,8 @@ class Trainer:
         self.history = list(state.get("history", []))
         if "oscillation" in state:
             self.oscillation.load_state_dict(state["oscillation"], self.device)
+        if self.freezing is not None and "freezing" in state:
+            self.freezing.load_state_dict(state["freezing"], self.device)
         self.model.load_state_dict(state["model"])
         # A checkpoint of the tuning phase has no group of bits: build the groups to match.
         self.optimizer = make_optimizer(self.model, self.config, self.schedule.quantized)

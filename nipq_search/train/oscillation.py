@@ -22,7 +22,7 @@ OFTEN = 0.005
 _SAMPLE = 4096
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[Tensor, FakeQuantizer]]:
+def tuned_weights(model: nn.Module) -> Iterator[tuple[Tensor, FakeQuantizer]]:
     """Parameters that have a frozen quantizer of their own, channels first."""
     parameters = dict(model.named_parameters())
     # Elsewhere a weight's layout is its owner's affair.
@@ -63,7 +63,7 @@ class Oscillation:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Look at the weights after a step of the tuning phase; always of one model."""
-        self._weights = self._weights or list(_weights(model))
+        self._weights = self._weights or list(tuned_weights(model))
         if not self._weights:
             return
         now = torch.cat([_sampled(*pair).float() for pair in self._weights])
@@ -104,7 +104,7 @@ def dampening(model: nn.Module) -> Tensor:
     Its gradient draws weights to where rounding puts them; scales get none of it.
     """
     total = next(model.parameters()).new_zeros(())
-    for weight, quantizer in _weights(model):
+    for weight, quantizer in tuned_weights(model):
         grid = quantizer.boundary_for(weight).range(weight.dim())
         step, low, high = (t.detach() for t in grid[:3])
         rounded = (torch.round(weight.detach() / step)).clamp(grid.lowest, grid.highest) * step

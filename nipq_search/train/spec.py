@@ -47,6 +47,7 @@ class TrainSpec:
             from; they go before `train.start`.
         pause: share of the steps after which the training pauses; None trains to the end.
         losses: what `train.start: sensitivity` needs: scores by unit and width.
+        least_noise_steps: a noise phase of fewer steps is left out.
     """
 
     train: TrainConfig
@@ -58,6 +59,7 @@ class TrainSpec:
     profile: Mapping[str, float] | None = None
     losses: Losses | None = None
     pause: float | None = None
+    least_noise_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ from nipq_search.train.checkpoint import (
 from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import Trainer, seed_for, steps_in
 from nipq_search.train.memory_format import use_channels_last
-from nipq_search.train.schedule import make_schedule
+from nipq_search.train.schedule import Schedule, make_schedule
 from nipq_search.train.spec import Hooks, Interrupted, Paused, TrainResult, TrainSpec
 from nipq_search.train.start import (
     start_at_budget,
@@ -123,15 +123,19 @@ def prepare_for(
     )
     samples = 0
 
-    def calibration(observed: nn.Module) -> None:
+    def shown(observed: nn.Module, batches: int) -> None:
         nonlocal samples
         loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 1 << 40))
-        for batch in itertools.islice(iter(loader), spec.train.calibration_batches):
+        for batch in itertools.islice(iter(loader), batches):
             samples += num_samples(task, batch)
             task.loss(observed, to_device(task, batch, device))
 
+    def calibration(observed: nn.Module) -> None:
+        shown(observed, spec.train.calibration_batches)
+
     example = example_inputs(task, device)
-    prepared = prepare(model, example, quant, calibration=calibration if calibrated else None)
+    first = calibrated and spec.parent is None  # a parent's grids and boundaries are its child's
+    prepared = prepare(model, example, quant, calibration=calibration if first else None)
     if spec.train.start == "uniform":
         stop_learning_bits(prepared)
     if calibrated:
@@ -140,7 +144,7 @@ def prepare_for(
             before = warm_start(prepared, from_bytes(spec.parent.read_bytes())["model"])
         _start_bits(prepared, spec, before)
         if spec.train.fit_ranges or before is not None:
-            fit_ranges(prepared, calibration, before)
+            fit_ranges(prepared, lambda observed: shown(observed, 1), before)
     return prepared, samples
 
 
@@ -200,6 +204,12 @@ def _train(
     model = load_float(task, spec.float_model, spec.seed, device)
     if spec.quant is None and spec.float_model is not None:
         return _finish(task, spec, folder, model, device, Counts())
+    loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 0))
+    batches = steps_in(loader)
+    schedule = _schedule(spec, batches)
+    if 0 < schedule.noise < spec.least_noise_steps:
+        spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, noise_share=0.0))
+        schedule = _schedule(spec, batches)
     teacher = None
     checkpoint = load_checkpoint(folder / "checkpoints")
     calibration_samples = 0
@@ -210,20 +220,11 @@ def _train(
             task, model, spec, device, calibrated=checkpoint is None
         )
         hooks.on_samples(calibration_samples)
-    loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 0))
     trainer = Trainer(
         task=task,
         model=model,
         config=spec.train,
-        schedule=make_schedule(
-            epochs=spec.train.epochs,
-            batches_per_epoch=steps_in(loader),
-            accumulate=spec.train.accumulate,
-            noise_share=spec.train.noise_share,
-            warmup=spec.train.warmup,
-            quantized=spec.quant is not None,
-            learns_bits=spec.quant is not None and QUANTIZERS[spec.quant.quantizer].learns_bits,
-        ),
+        schedule=schedule,
         seed=spec.seed,
         device=device,
         # One width for all is not projected: it stays as it is.
@@ -267,6 +268,19 @@ def _train(
     result = _finish(task, spec, folder, model, device, counts)
     hooks.on_samples(result.samples - counted)
     return result
+
+
+def _schedule(spec: TrainSpec, batches_per_epoch: int) -> Schedule:
+    """The steps of a training's phases."""
+    return make_schedule(
+        epochs=spec.train.epochs,
+        batches_per_epoch=batches_per_epoch,
+        accumulate=spec.train.accumulate,
+        noise_share=spec.train.noise_share,
+        warmup=spec.train.warmup,
+        quantized=spec.quant is not None,
+        learns_bits=spec.quant is not None and QUANTIZERS[spec.quant.quantizer].learns_bits,
+    )
 
 
 def _at_pause(

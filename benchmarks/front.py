@@ -31,14 +31,13 @@ from pages import write_table
 from nipq_search.errors import UserError, nearest
 from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig, load_config
-from nipq_search.search.coordinator import Coordinator
 from nipq_search.search.executor import quiet_environment
 from nipq_search.search.front import non_dominated
 from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.run import run_sweep
 from nipq_search.search.sweep import Sweep
 from nipq_search.search.view import test_metric
-from nipq_search.search.worker import HALT
+from nipq_search.search.virtual import VirtualExecutor
 from nipq_search.search.worker import execute as run_job
 from nipq_search.storage import digest, write_json
 from nipq_search.tasks import Task, make_task
@@ -50,19 +49,6 @@ FLOAT = "float"
 
 MANY = 100_000
 """Trials that no allowance holds: the samples end a sweep."""
-
-
-class Serial:
-    """Runs a sweep's jobs one after another, in this process."""
-
-    def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
-        """See `nipq_search.search.executor.Executor`."""
-        while isinstance(job := coordinator.next_job(), Job):
-            state = run_job(job, task, lambda report: None)
-            if state.startswith(HALT):
-                coordinator.halt(state.removeprefix(HALT))
-            coordinator.finished(job)
-            tick()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +150,7 @@ def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
         }
     )
     started = time.perf_counter()
-    run_sweep(config, unit.folder, executor=Serial())
+    run_sweep(config, unit.folder, executor=VirtualExecutor())
     seconds = time.perf_counter() - started
     sweep = Sweep.open(unit.folder)
     document, cost = sweep.front_document(), sweep.facts["front_cost"]

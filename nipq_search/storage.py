@@ -73,3 +73,28 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
         return None
     seal = document.pop("sha256", None)
     return document if seal == digest(canonical(document)) else None
+
+
+_NETWORK = {"9p", "afs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "lustre", "smb3", "smbfs"}
+_NETWORK |= {"beegfs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.juicefs", "gpfs"}
+_NETWORK |= {"nfs", "nfs4", "ocfs2", "orangefs", "panfs", "wekafs"}
+_MOUNTS = Path("/proc/self/mounts")
+
+
+def network_file_system(path: Path) -> str | None:
+    """The kind of network file system that `path` is, or will be, on; None for a local one.
+
+    SQLite's locks do not work over a network. Where there is no `/proc`, nothing is known: None.
+    """
+    try:
+        lines = _MOUNTS.read_text().splitlines()
+    except OSError:
+        return None
+    path, kind, deepest = path.resolve(), None, -1
+    for line in lines:
+        fields = line.split(" ")
+        # Spaces in a mount point are written as octal escapes.
+        point = Path(fields[1].encode().decode("unicode_escape"))
+        if path.is_relative_to(point) and len(point.parts) >= deepest:
+            deepest, kind = len(point.parts), fields[2]
+    return kind if kind in _NETWORK else None

@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterator
+
 import pytest
 import torch
+from postgres_server import Postgres
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL server."""
+    server = Postgres()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def database(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of an empty database, as `NIPQ_STORAGE_URL` names it."""
+    url = postgres.new_database(f"test_{uuid.uuid4().hex[:12]}")
+    monkeypatch.setenv("NIPQ_STORAGE_URL", url)
+    return url
 
 
 @pytest.fixture(autouse=True, scope="session")

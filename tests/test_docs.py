@@ -193,7 +193,7 @@ def test_every_command_and_option_is_documented():
         assert set(re.findall(r"--[\w-]+", usage)) == options, name
         for argument in (p.metavar for p in command.params if p.param_type_name == "argument"):
             assert argument in usage, name
-    assert set(rows(parts["Exit codes"], "code")) == {"0", "1", "2", "3", "130"}
+    assert set(rows(parts["Exit codes"], "code")) == {"0", "1", "2", "3", "4", "130"}
 
 
 # Links and snippets
@@ -266,7 +266,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.syspath_prepend(place)
         patch.setattr("nipq_search.search.run.ray_cluster", lambda *args: contextlib.nullcontext())
         # MLflow takes seconds to start and has tests of its own.
-        patch.setattr("nipq_search.search.driver.MlflowRecorder", Mock())
+        patch.setattr("nipq_search.search.projections.MlflowRecorder", Mock())
         shorter = ["search.trials=2", "train.epochs=2", "float.epochs=3"]
         config = load_config(place / "my_sweep.yaml", shorter)
         outcome = run_sweep(config, place / "sweep", executor=InProcess())
@@ -322,19 +322,26 @@ def shape(value: Any) -> Any:
     return None
 
 
-@pytest.mark.parametrize("command", ["plan", "status", "front", "show", "logs", "best", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["plan", "status", "front", "show", "logs", "best", "doctor", "replay", "gc"]
+)
 def test_json_documents_are_as_documented(command, finished, capsys):
     (text,) = re.findall(r"```json\n(.*?)```", sections(DOCS / "commands.md")[command], re.S)
     (finished / "trials/0/attempt-1/log.txt").write_text("something\n")
+    left = finished / "trials/0/checkpoints"  # as a kill leaves it
+    left.mkdir()
     arguments = {
         "plan": [str(ROOT / "pipelines" / "digits.yaml")],
         "show": [str(finished), "0"],
         "logs": [str(finished), "0"],
         "best": [str(finished), "--max", "bops=1"],
+        "replay": [str(finished), "0"],
+        "gc": [str(finished), "--dry-run"],
         "doctor": [],
     }.get(command, [str(finished)])
     capsys.readouterr()
     main([command, *arguments, "--json"])
+    left.rmdir()
     document = json.loads(capsys.readouterr().out)
     assert shape(json.loads(text)) == shape(document)
     assert list(json.loads(text)) == list(document)

@@ -1,7 +1,8 @@
 """The command line `nipq-search`: parse, call, print.
 
 `main` is the whole contract about exit codes: 0 fine, 1 failure, 2 usage or configuration,
-3 finished but some trials failed, 130 interrupted. Every error becomes one line on stderr.
+3 finished but some trials failed, 4 a mismatch, 130 interrupted. Every error becomes one line on
+stderr.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ FINE = 0
 FAILURE = 1
 USAGE = 2
 SOME_FAILED = 3
+MISMATCH = 4
 INTERRUPTED = 130
 
 DEBUG = "NIPQ_DEBUG"

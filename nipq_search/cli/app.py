@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Mixed-precision models for several budgets from one command.",
     epilog="Exit codes: 0 fine, 1 failure, 2 usage or configuration, "
-    "3 finished but some trials failed, 130 interrupted.",
+    "3 finished but some trials failed, 4 a mismatch, 130 interrupted.",
 )
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The sweep file (YAML).")]
@@ -45,6 +45,27 @@ def run(
     from nipq_search.cli import run as command
 
     return command.run(config, out, overrides or [], trials, address)
+
+
+@app.command()
+def submit(
+    config: Config,
+    address: Annotated[
+        str, typer.Option(metavar="URL", help="The head's dashboard, such as http://HEAD:8265.")
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The sweep's folder on the head; else ~/runs/<name>."),
+    ] = None,
+    overrides: Overrides = None,
+    trials: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Trials in total, over all runs.")
+    ] = None,
+) -> int:
+    """Start or resume a sweep as a Ray job: its driver runs on the cluster's head."""
+    from nipq_search.cli import run as command
+
+    return command.submit(config, address, out, overrides or [], trials)
 
 
 @app.command()
@@ -111,6 +132,34 @@ def stop(folder: Folder) -> int:
 
 
 @app.command()
+def replay(folder: Folder, trial: Trial, as_json: Json = False) -> int:
+    """Run one trial again from its record and compare it bit by bit."""
+    from nipq_search.cli import read
+
+    return read.replay(folder, trial, as_json)
+
+
+@app.command()
+def sync(folder: Folder) -> int:
+    """Send the tracking server what it lacks of the sweep."""
+    from nipq_search.cli import run as command
+
+    return command.sync(folder)
+
+
+@app.command()
+def gc(
+    folder: Folder,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show it, delete nothing.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Free the space of what no front member, parent or open trial needs."""
+    from nipq_search.cli import run as command
+
+    return command.gc(folder, dry_run, as_json)
+
+
+@app.command()
 def report(
     folder: Folder,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
@@ -143,9 +192,16 @@ def doctor(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="A sweep file to check as well.")
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="auto|HOST:PORT", help="A Ray cluster whose nodes to check."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder that its nodes must share.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
-    """Check the installation, and a sweep file's data and storage."""
+    """Check the installation, a sweep file's data and storage, and a cluster's nodes."""
     from nipq_search.cli import read
 
-    return read.doctor(config, as_json)
+    return read.doctor(config, address, out, as_json)

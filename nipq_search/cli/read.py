@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nipq_search.cli import FAILURE, FINE, numbers, tables
-from nipq_search.cli.arguments import parse_limits
+from nipq_search.cli import FAILURE, FINE, MISMATCH, numbers, tables
+from nipq_search.cli.arguments import check_address, parse_limits
 from nipq_search.cli.output import chatter_on_stderr, emit_json, emit_table, emit_text, say
+from nipq_search.errors import UserError
 from nipq_search.records import SCHEMA
 
 if TYPE_CHECKING:
@@ -100,8 +101,21 @@ def logs(folder: Path, trial: int, as_json: bool) -> int:
     return FINE
 
 
-def doctor(config: Path | None, as_json: bool) -> int:
-    """Checks of the installation, and of a sweep file's data and storage; 1 if one fails."""
+def replay(folder: Path, trial: int, as_json: bool) -> int:
+    """One trial run again from its record; 4 if something came out otherwise."""
+    with chatter_on_stderr():
+        from nipq_search.search.replay import replay as run_again
+
+        document = run_again(_sweep(folder), trial, say)
+    _print(document, as_json, tables.replay)
+    return FINE if document["equal"] else MISMATCH
+
+
+def doctor(config: Path | None, address: str | None, out: Path | None, as_json: bool) -> int:
+    """Checks of installation, sweep file and cluster; 1 if one fails."""
+    address = check_address(address)
+    if out is not None and address is None:
+        raise UserError("--out: is the folder that the nodes of --address must share; give both")
     with chatter_on_stderr():
         from nipq_search.search.doctor import doctor as run_checks
 
@@ -110,7 +124,7 @@ def doctor(config: Path | None, as_json: bool) -> int:
             from nipq_search.search.config import load_config
 
             loaded = load_config(config)
-        checks = run_checks(loaded)
+        checks = run_checks(loaded, address, out)
     healthy = all(check.get("ok") for check in checks)
     document = {"schema": SCHEMA, "ok": healthy, "checks": checks}
     _print(document, as_json, lambda found: tables.doctor(found["checks"]))

@@ -1,4 +1,4 @@
-"""`run`, `stop` and `report`: the commands that change a sweep's folder."""
+"""`run`, `submit`, `stop`, `sync`, `gc`, `report`: the commands that change a sweep's folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nipq_search.cli import FAILURE, FINE, INTERRUPTED, SOME_FAILED
 from nipq_search.cli.arguments import check_address
-from nipq_search.cli.output import chatter_on_stderr, emit_table, emit_text, say
+from nipq_search.cli.output import chatter_on_stderr, emit_json, emit_table, emit_text, say
 from nipq_search.cli.progress import progress_sink
 
 if TYPE_CHECKING:
@@ -49,6 +49,27 @@ def run(
     for line in next_steps(folder, outcome.failed, document):
         say(line)
     return code
+
+
+def submit(
+    config: Path, address: str, out: str | None, overrides: Sequence[str], trials: int | None
+) -> int:
+    """Hand a sweep to a cluster as a job, and say how to follow it."""
+    with chatter_on_stderr():
+        from nipq_search.search.config import load_config
+        from nipq_search.search.submit import submit as send
+
+        loaded = load_config(config, overrides)
+        job = send(config, loaded, address, out=out, overrides=overrides, trials=trials)
+    emit_text(f"{job}\n")
+    shown = shlex.quote(address)
+    for line in (
+        "look next:",
+        f"  ray job logs --follow {job} --address {shown}",
+        f"  ray job stop {job} --address {shown}",
+    ):
+        say(line)
+    return FINE
 
 
 def exit_code(outcome: Outcome) -> int:
@@ -108,6 +129,31 @@ def stop(folder: Path) -> int:
         say(f"nothing to stop: no driver is running on {folder}")
     else:
         say(f"asked the driver ({driver}) to stop; the same run command resumes the sweep")
+    return FINE
+
+
+def sync(folder: Path) -> int:
+    """Bring tables, report and tracking server up to date; 1 where the server is away."""
+    with chatter_on_stderr():
+        from nipq_search.search.projections import sync as bring_up_to_date
+
+        done = bring_up_to_date(folder)
+    say(f"{done['server']} has all of the sweep: {done['trials']} trials")
+    return FINE
+
+
+def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
+    """Delete models and checkpoints that nothing needs."""
+    with chatter_on_stderr():
+        from nipq_search.search.garbage import collect
+
+        document = collect(folder, dry_run)
+    if as_json:
+        emit_json(document)
+    else:
+        from nipq_search.cli import tables
+
+        emit_table(tables.gc(document))
     return FINE
 
 

@@ -260,3 +260,26 @@ def doctor(checks: Sequence[Document]) -> RenderableType:
             detail = f"{detail}; {check['fix']}" if detail else str(check["fix"])
         rows.append([_word(check.get("check")), "ok" if check.get("ok") else "FAILED", detail])
     return _table(["check", "result", "detail"], rows)
+
+
+def replay(document: Document) -> RenderableType:
+    """Whether a trial came out the same, or what differs."""
+    trial, sha = document["trial"], str(document["model_sha256"])[:12]
+    if document["equal"]:
+        return _line(f"trial {trial}: the same bit by bit (model {sha})")
+    rows = [
+        [entry["name"], _word(entry["recorded"]), _word(entry["replayed"])]
+        for entry in document["differences"]
+    ]
+    return Group(
+        _line(f"trial {trial}: came out otherwise"),
+        _table(["what", "recorded", "replayed"], rows),
+    )
+
+
+def gc(document: Document) -> RenderableType:
+    """What was deleted, or would be."""
+    rows = [[str(e["trial"]), e["path"], numbers.count(e["bytes"])] for e in document["freed"]]
+    word = "would be freed" if document["dry_run"] else "freed"
+    text = f"{numbers.count(document['bytes'])} bytes {word}, {len(document['kept'])} models kept"
+    return Group(*([_table(["trial", "path", "bytes"], rows)] if rows else []), _line(text))

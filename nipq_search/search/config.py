@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -90,12 +91,40 @@ class ResourcesSection(_Section):
     Attributes:
         cpus: CPU cores, which is also the number of torch threads.
         gpus: GPUs; fractions share one.
+        memory_gb: main memory that a trial reserves, in 1e9 bytes; a node takes no more trials
+            than fit.
+        custom: amounts of Ray's custom resources, for clusters of unlike nodes.
         concurrent: most trials at once; default as many as the cluster holds.
+        autoscale: whether the cluster adds nodes while trials wait: `concurrent` trials are asked
+            for at once, and no node has to be there yet.
     """
 
     cpus: int = Field(default=1, ge=1)
     gpus: float = Field(default=0, ge=0)
+    memory_gb: float | None = Field(default=None, gt=0)
+    custom: dict[str, float] = Field(default_factory=dict)
     concurrent: int | None = Field(default=None, ge=1)
+    autoscale: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> ResourcesSection:
+        if self.autoscale and self.concurrent is None:
+            raise ValueError("concurrent: say for how many trials `autoscale` may add nodes")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError("gpus: above 1 only whole numbers")
+        for name, amount in self.custom.items():
+            if name.lower() in ("cpu", "gpu", "memory", "object_store_memory"):
+                raise ValueError(f"custom.{name}: has a setting of its own")
+            if not 0 < amount < math.inf or (amount > 1 and amount != int(amount)):
+                raise ValueError(f"custom.{name}: give a fraction of 1 or a whole number")
+        return self
+
+    def in_ray_s_words(self) -> dict[str, float]:
+        """By the names that Ray has for them; memory in bytes."""
+        wanted = {"CPU": float(self.cpus), "GPU": self.gpus, **self.custom}
+        if self.memory_gb is not None:
+            wanted["memory"] = self.memory_gb * 1e9
+        return {name: amount for name, amount in wanted.items() if amount}
 
 
 class LimitsSection(_Section):

@@ -27,11 +27,15 @@ PACKAGES = (
 )
 
 
-def doctor(config: SweepConfig | None = None) -> list[dict[str, Any]]:
+def doctor(
+    config: SweepConfig | None = None, address: str | None = None, out: Path | None = None
+) -> list[dict[str, Any]]:
     """Run every check; none of them raises.
 
     Args:
         config: a sweep whose data, model and storage are checked too.
+        address: of a cluster whose nodes are checked too.
+        out: the folder that these nodes must share; default the present one.
 
     Returns:
         `{"check", "ok", "detail", "fix"}` for each; `fix` is null where nothing is wrong.
@@ -49,7 +53,22 @@ def doctor(config: SweepConfig | None = None) -> list[dict[str, Any]]:
             ("task and data", lambda: _task(config)),
             ("budgets", lambda: _budgets(config)),
         ]
-    return [_run(name, check) for name, check in checks]
+    found = [_run(name, check) for name, check in checks]
+    if address is not None:
+        found += _nodes(address, out or Path.cwd(), config)
+    return found
+
+
+def _nodes(address: str, out: Path, config: SweepConfig | None) -> list[dict[str, Any]]:
+    from nipq_search.search.doctor_nodes import check_nodes
+
+    found: list[dict[str, Any]] = []
+
+    def check() -> str:
+        found.extend(check_nodes(address, out.absolute(), config))
+        return f"{len(found)} nodes"
+
+    return [_run("cluster", check), *found]
 
 
 def _run(name: str, check: Callable[[], str]) -> dict[str, Any]:
@@ -95,11 +114,11 @@ def _disk() -> str:
 
 
 def _storage() -> str:
-    from nipq_search.search.ledger import open_storage, storage_url
+    from nipq_search.search.ledger import close_storage, open_storage, storage_url
 
     if storage_url() is None:
         return "a file in the sweep's folder (set NIPQ_STORAGE_URL for a server)"
-    open_storage(Path.cwd())
+    close_storage(open_storage(Path.cwd()))
     return "the server at NIPQ_STORAGE_URL answers"
 
 

@@ -8,10 +8,10 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nipq_search import storage
-from nipq_search.records import TrialRecord
 from nipq_search.search import jobs, view
 from nipq_search.search.config import SweepConfig
 from nipq_search.search.coordinator import Coordinator
@@ -19,9 +19,8 @@ from nipq_search.search.facts import Facts
 from nipq_search.search.jobs import Job
 from nipq_search.search.lease import STOP_FILE, stop_requested
 from nipq_search.search.progress import Progress, ProgressSink
-from nipq_search.search.sweep import FRONT_FILE, Sweep
-from nipq_search.tracking import MlflowRecorder
-from nipq_search.tracking.tables import results_table, write_table
+from nipq_search.search.projections import ENDED, Projections
+from nipq_search.search.storage_lease import LeaseLost
 
 _log = logging.getLogger("nipq_search")
 _GRACE_SECONDS = 15
@@ -42,6 +41,7 @@ class Driver:
         facts: graph and budgets.
         progress: shows how far it is.
         stop: set by a signal.
+        guard: raises once this driver must write nothing more.
     """
 
     def __init__(
@@ -52,33 +52,28 @@ class Driver:
         facts: Facts,
         progress: ProgressSink,
         stop: threading.Event,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the clock of the hours limit."""
         self.out, self.config, self.facts = out, config, facts
-        self.progress, self.stop = progress, stop
-        self.sweep = Sweep.open(out)
-        self.recorder = MlflowRecorder(out, config.name)
+        self.progress, self.stop, self.guard = progress, stop, guard
+        self.shown = Projections(out, config)
         self.started = time.monotonic()
         self.limit = ""
         self.interrupted = False
         self.problem = ""
         self.checked = 0.0
         self.samples = 0
+        self._samples: dict[str, int] = {}
         self.finished_here: list[float] = []
         self.trials_began = 0.0
-        self.records: list[TrialRecord] = []
 
     def begin(self, coordinator: Coordinator) -> None:
         """Open the tracking run and bring every projection up to date."""
         self.coordinator = coordinator
-        self.samples = view.total_samples(self.out)
-        dataset = self.sweep.facts.get("dataset", {})
-        tags = {"strategy": self.config.search.strategy, "task": self.config.task}
-        self.recorder.begin(self.config.as_json(), tags, dataset)
-        self._refresh()
-        for record in self.records:
-            if record.state in view.STATES[:3]:
-                self._record(record)
+        self.guard()
+        self.samples = view.total_samples(self.out, self._samples)
+        self.shown.begin(coordinator.ledger.trials())
 
     def enough(self) -> bool:
         """Whether a limit forbids new trials."""
@@ -91,6 +86,7 @@ class Driver:
 
     def tick(self) -> None:
         """Once a second: stop requests, limits, hung trials, the progress line."""
+        self.guard()
         # The hours limit stops workers by the same file; that is no interruption.
         stopping = self.coordinator.stopping
         if not self.trials_began and self.coordinator.stage == "trials":
@@ -101,12 +97,13 @@ class Driver:
             self._ask_workers_to_stop()
         if time.monotonic() - self.checked > _CHECK_SECONDS:
             self.checked = time.monotonic()
-            self.samples = view.total_samples(self.out)
+            self.samples = view.total_samples(self.out, self._samples)
             hours = self.config.limits.hours
             if self.enough() and hours is not None and "hours" in self.limit:
                 self._ask_workers_to_stop()
             self._kill_hung()
             self._record_running()
+        self.shown.write_tables()
         self.progress.update(self._progress())
 
     def _ask_workers_to_stop(self) -> None:
@@ -135,25 +132,21 @@ class Driver:
 
     def _refresh(self) -> None:
         """Read the ledger again and write the tables."""
-        trials = self.coordinator.ledger.trials()
-        self.records = view.trial_records(trials, self.sweep.facts, self.out)
-        self.sweep.write_tables(self.records)
-
-    def _record(self, record: TrialRecord) -> None:
-        layers = self.sweep.layers(record.trial) if record.state == "COMPLETE" else None
-        self.recorder.record(record, self.sweep.curve(record.trial), layers)
+        self.shown.refresh(self.coordinator.ledger.trials())
 
     def _record_running(self) -> None:
         numbers = {j.number for j in self.coordinator.running.values() if j.kind == "trial"}
-        if numbers - {record.trial for record in self.records}:
+        if numbers - {record.trial for record in self.shown.records}:
             self._refresh()
-        for record in self.records:
+        for record in self.shown.records:
             if record.trial in numbers and record.state == "RUNNING":
-                self._record(record)
+                self.shown.record(record)
 
     def job_finished(self, job: Job) -> None:
         """A job's result is in the ledger: show it everywhere."""
-        self.samples = view.total_samples(self.out)  # before a next trial is asked for
+        self.samples = view.total_samples(
+            self.out, self._samples
+        )  # before a next trial is asked for
         done = jobs.committed(job.folder)
         if (
             job.kind == "test"
@@ -162,6 +155,7 @@ class Driver:
             done = storage.read_sealed(last[0] / jobs.RESULT) if last else None
             if done and done["state"] == jobs.FAIL:
                 self.problem = f"the test split: {done['reason']}"
+            self.shown.forget()  # test figures have come
         paused = job.kind == "trial" and len(jobs.rungs(job.folder)) > job.rung
         state = str(done["state"]) if done else ("paused at a rung" if paused else "stopped")
         text = f"{job.name} {state}"
@@ -176,20 +170,20 @@ class Driver:
         if done and job.kind == "trial":
             self.finished_here.append(time.monotonic())
             self._refresh()
-            self._record(self.records[job.number])
-            self.recorder.update_front(self.coordinator.front())
+            self.shown.record(self.shown.records[job.number])
+            self.shown.update_front()
 
     def _progress(self) -> Progress:
         best: dict[str, tuple[float, float]] = {}
         sign = 1 if self.facts.mode == "max" else -1
-        for r in self.records:
+        for r in self.shown.records:
             if r.state == "COMPLETE" and r.validation is not None:
                 point = (r.validation, r.cost[self.facts.front_cost])
                 known = best.get(r.budget_label)
                 if known is None or sign * point[0] > sign * known[0]:
                     best[r.budget_label] = point
-        finished = [r for r in self.records if r.state in ("COMPLETE", "PRUNED", "FAIL")]
-        total = max(self.config.search.trials, len(self.records))
+        finished = [r for r in self.shown.records if r.state in ("COMPLETE", "PRUNED", "FAIL")]
+        total = max(self.config.search.trials, len(self.shown.records))
         left = None
         if self.finished_here and self.trials_began:
             # The float model and the baselines came first: the pace is that of the trials.
@@ -198,7 +192,7 @@ class Driver:
         return Progress(
             done=len(finished),
             running=len(self.coordinator.running),
-            failed=sum(r.state == "FAIL" for r in self.records),
+            failed=sum(r.state == "FAIL" for r in self.shown.records),
             total=total,
             stage=self.coordinator.stage,
             best=best,
@@ -210,22 +204,12 @@ class Driver:
     def finish(self, status: str) -> None:
         """Write every projection once more and close the tracking run. Never raises."""
         try:
+            self.guard()
+            self.coordinator.ledger.remember(ENDED, status)
             self._refresh()
-            document = self.sweep.front_document()
-            storage.write_json(self.out / FRONT_FILE, document)
-            self.sweep.write_report()
-            front = self.out / "front.parquet"
-            write_table(front, results_table([r for r in self.records if r.on_front]))
-            for record in self.records:  # those that stay open too: they show as KILLED
-                self._record(record)
-            self.recorder.update_front(self.coordinator.front())
-            figures = {
-                name: document[name]
-                for name in ("hypervolume", "test_hypervolume", "total_samples")
-                if document[name] is not None
-            }
-            files = [front, self.out / FRONT_FILE, self.out / "report.html"]
-            self.recorder.finish(status, files, figures)
+            self.shown.finish(status)
+        except LeaseLost:
+            return  # all of it is another driver's now
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self.problem = (

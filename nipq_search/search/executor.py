@@ -9,26 +9,36 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 from nipq_search.errors import UserError
+from nipq_search.search.code import EXCLUDES, can_travel
 from nipq_search.search.config import ResourcesSection
 from nipq_search.search.coordinator import Coordinator, Verdict
 from nipq_search.search.jobs import Job
 from nipq_search.search.reaper import reaped
 from nipq_search.tasks import Task
 
-_RETRIES_AT_START = 3
-"""Restarts that Tune grants on top of the trial's own: for processes that die before they can
-leave a trace."""
+STARTS = 4
+"""Times that a process may die before it begins an attempt."""
+
+Work = Callable[[Job, Task, Callable[[dict[str, Any]], None]], str]
+"""What does a job: `nipq_search.search.worker.execute`, or a stand-in for it."""
 
 
 class Executor(Protocol):
-    """Runs a coordinator's jobs until it has no more."""
+    """Runs a coordinator's jobs until it has no more.
+
+    Every job that is handed out is told to have ended exactly once. A process that dies is started
+    again; how often a job may fail is decided by its own attempts. Work that finds its machine
+    unfit ends everything. What `tick` raises ends the run.
+    """
 
     def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
         """Start every job that the coordinator hands out and tell it how each one ended.
@@ -63,6 +73,23 @@ def token_exists() -> bool:
     return given or (Path.home() / ".ray" / "auth_token").is_file()
 
 
+def _is_open(address: str) -> bool:
+    """Whether a cluster answers without a token.
+
+    `ray start` demands the token of a machine that has one, other ways to start a cluster do not.
+    `ray.init` sends none of itself, and one that is sent where none is wanted breaks the way back.
+    Ray reads the mode once per process, so another one asks.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    command += [] if address == "auto" else ["--address", address]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
 def check_machine(resources: ResourcesSection) -> None:
     """Check that this machine holds one trial, before Ray is started on it.
 
@@ -81,17 +108,26 @@ def check_machine(resources: ResourcesSection) -> None:
 
 
 @contextmanager
-def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[None]:
+def ray_cluster(
+    address: str | None,
+    resources: ResourcesSection,
+    code: Sequence[Path] = (),
+    check: bool = True,
+) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine and end it afterwards.
+
+    Args:
+        address: of the cluster; None starts one.
+        resources: what a trial needs of a node.
+        code: modules and packages that a cluster's nodes are sent.
+        check: whether some node must hold one trial.
 
     Raises:
         UserError: no cluster at the address, or no node that holds one trial.
     """
     quiet_environment()
-    if address is not None and token_exists():
-        # Ray's own default: `ray start` demands the token as soon as there is one, but `ray.init`
-        # does not send it. A cluster without authentication does not mind it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if address is not None and token_exists() and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "disabled" if _is_open(address) else "token"
     import ray
 
     if ray.is_initialized():
@@ -110,10 +146,14 @@ def ray_cluster(address: str | None, resources: ResourcesSection) -> Iterator[No
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
     else:
         options["address"] = address
+        if code and can_travel():
+            modules = [str(path) for path in code]
+            options["runtime_env"] = {"py_modules": modules, "excludes": EXCLUDES}
     with nullcontext() if address else reaped():
         _start(options, address)
         try:
-            _check_nodes(resources)
+            if check and not (address and resources.autoscale):
+                _check_nodes(resources)
             yield
         finally:
             ray.shutdown()
@@ -138,38 +178,50 @@ def _start(options: dict[str, Any], address: str | None) -> None:
         ) from error
 
 
+_KEYS = {"CPU": "cpus", "GPU": "gpus", "memory": "memory_gb"}
+
+
 def _check_nodes(resources: ResourcesSection) -> None:
     """Raise `UserError` unless some node holds one trial."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    for kind, key, wanted in (("CPU", "cpus", resources.cpus), ("GPU", "gpus", resources.gpus)):
-        most = max((node.get(kind, 0) for node in nodes), default=0)
-        if wanted > most:
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    wanted = resources.in_ray_s_words()
+    for name, amount in wanted.items():
+        most = max((node.get(name, 0) for node in nodes), default=0)
+        if amount > most:
+            key = _KEYS.get(name, f"custom.{name}")
+            unit = 1e9 if name == "memory" else 1
             raise UserError(
-                f"resources.{key}: {wanted:g} asked for one trial, the largest node has {most:g}"
+                f"resources.{key}: {amount / unit:g} asked for one trial, the largest node has "
+                f"{most / unit:.4g}"
             )
+    if not any(all(node.get(n, 0) >= a for n, a in wanted.items()) for node in nodes):
+        asked = ", ".join(f"{a:g} {n}" for n, a in wanted.items())
+        raise UserError(f"resources: no node has all of {asked}, which one trial asks for")
 
 
 def slots(resources: ResourcesSection) -> int:
-    """Trials that fit at once, or fewer where the configuration says so."""
+    """Trials that fit at once, node by node, or fewer where the configuration says so."""
     import ray
 
-    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    fits = int(total.get("CPU", 1) // resources.cpus)
-    if resources.gpus:
-        fits = min(fits, int(total.get("GPU", 0) / resources.gpus))
+    if resources.autoscale and resources.concurrent is not None:
+        return resources.concurrent
+
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    wanted = resources.in_ray_s_words()
+    fits = sum(min(int(node.get(n, 0) / a) for n, a in wanted.items()) for node in nodes)
     fits = max(1, fits)
     return fits if resources.concurrent is None else min(fits, resources.concurrent)
 
 
-def _trainable(config: dict[str, Any], task: Any = None) -> None:
+def _trainable(config: dict[str, Any], task: Any = None, work: Any = None) -> None:
     """What Tune runs in a worker: one job, to its committed record."""
     from ray import tune
 
     from nipq_search.search.worker import execute
 
-    state = execute(Job(**config["job"]), task, tune.report)
+    state = (work or execute)(Job(**config["job"]), task, tune.report)
     tune.report({"state": state})
 
 
@@ -178,12 +230,12 @@ class TuneExecutor:
 
     Args:
         resources: what each job gets.
-        max_failures: restarts of a job whose process dies.
+        work: does a job, in its process; by default what a worker does.
     """
 
-    def __init__(self, resources: ResourcesSection, max_failures: int) -> None:
+    def __init__(self, resources: ResourcesSection, work: Work | None = None) -> None:
         """Remember what jobs need; nothing is started yet."""
-        self.resources, self.max_failures = resources, max_failures
+        self.resources, self.work = resources, work
 
     def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
         """See `Executor`."""
@@ -193,15 +245,19 @@ class TuneExecutor:
         from nipq_search.search.tune_glue import JobSearcher, Ticker
 
         trainable = tune.with_resources(
-            tune.with_parameters(_trainable, task=task),
-            {"cpu": self.resources.cpus, "gpu": self.resources.gpus},
+            tune.with_parameters(_trainable, task=task, work=self.work),
+            {
+                {"CPU": "cpu", "GPU": "gpu"}.get(name, name): amount
+                for name, amount in self.resources.in_ray_s_words().items()
+            },
         )
+        searcher = JobSearcher(coordinator)
         scratch = Path(tempfile.mkdtemp(prefix="nipq-tune-"))
         try:
             tuner = tune.Tuner(
                 trainable,
                 tune_config=TuneConfig(
-                    search_alg=JobSearcher(coordinator),
+                    search_alg=searcher,
                     num_samples=-1,
                     max_concurrent_trials=slots(self.resources),
                     reuse_actors=True,
@@ -209,10 +265,8 @@ class TuneExecutor:
                 run_config=RunConfig(
                     name="jobs",
                     storage_path=str(scratch),
-                    failure_config=FailureConfig(
-                        max_failures=self.max_failures + _RETRIES_AT_START
-                    ),
-                    callbacks=[Ticker(tick)],
+                    failure_config=FailureConfig(max_failures=-1),  # see JobSearcher.recovers
+                    callbacks=[Ticker(tick, searcher.recovers)],
                     verbose=0,
                 ),
             )

@@ -14,18 +14,16 @@ def non_dominated(points: Mapping[int, tuple[float, float]], mode: str) -> set[i
         mode: `max` or `min`, of the metric.
     """
     sign = 1.0 if mode == "max" else -1.0
-
-    def dominated(key: int) -> bool:
-        metric, cost = points[key]
-        return any(
-            sign * other >= sign * metric
-            and price <= cost
-            and (sign * other > sign * metric or price < cost)
-            for name, (other, price) in points.items()
-            if name != key
-        )
-
-    return {key for key in points if not dominated(key)}
+    # Cheapest first, of equal prices the best first: what follows can only add by being better.
+    ordered = sorted(points, key=lambda key: (points[key][1], -sign * points[key][0]))
+    front: set[int] = set()
+    best, best_cost = float("-inf"), float("nan")
+    for key in ordered:
+        metric, cost = sign * points[key][0], points[key][1]
+        if metric > best or (metric == best and cost == best_cost):
+            front.add(key)
+            best, best_cost = metric, cost
+    return front
 
 
 def hypervolume(

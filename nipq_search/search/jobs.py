@@ -19,10 +19,11 @@ from nipq_search import storage
 from nipq_search.records import CurvePoint
 
 COMPLETE, FAIL = "COMPLETE", "FAIL"
-RESULT, STARTED, STOPPED, PROGRESS, CURVE, LOG, TRACEBACK, HANG = (
+RESULT, STARTED, STOPPED, LOST, PROGRESS, CURVE, LOG, TRACEBACK, HANG = (
     "result.json",
     "started.json",
     "stopped.json",
+    "lost.json",
     "progress.json",
     "curve.jsonl",
     "log.txt",
@@ -30,6 +31,8 @@ RESULT, STARTED, STOPPED, PROGRESS, CURVE, LOG, TRACEBACK, HANG = (
     "hang.txt",
 )
 HANGS_ALLOWED = 2
+NODE = "node"
+"""Cause of an attempt's end that is never the job's fault; see `nipq_search.search.faults`."""
 SCORES = "sensitivity"
 """Kind of the job that measures how much the loss grows with each tensor's bit-width."""
 
@@ -121,8 +124,11 @@ def rungs(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def open_attempt(job: Job) -> Path:
-    """Make the next attempt's folder; the name can be taken only once."""
+def open_attempt(job: Job, node: str | None = None) -> Path:
+    """Make the next attempt's folder; the name can be taken only once.
+
+    From here on earlier attempts are superseded: one whose process was only out of reach ends.
+    """
     number = len(attempts(job.folder)) + 1
     while True:
         folder = job.folder / f"attempt-{number}"
@@ -136,6 +142,7 @@ def open_attempt(job: Job) -> Path:
             {
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
+                "node": node,
                 "run": job.run,
                 "time": time.time(),
             },
@@ -153,23 +160,53 @@ def _hung(attempt: Path) -> bool:
     return marker.exists() and marker.stat().st_size > 0
 
 
-def crashes(folder: Path, run: str) -> int:
-    """Attempts of this driver's run whose process died, hangs and stops apart.
+def superseded(attempt: Path) -> bool:
+    """Whether the job was given to a later attempt."""
+    number = int(attempt.name.removeprefix("attempt-"))
+    return (attempt.parent / f"attempt-{number + 1}").exists()
+
+
+def silent_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Attempts of this driver's run that left no end, with their `started.json`.
 
     Attempts of earlier runs died with their driver, which is not the trial's fault.
     """
-    count = 0
+    found = []
     for attempt in attempts(folder):
         started = storage.read_json(attempt / STARTED) or {}
         ended = (attempt / RESULT).exists() or (attempt / STOPPED).exists() or _hung(attempt)
-        count += started.get("run") == run and not ended
-    return count
+        if started.get("run") == run and not ended:
+            found.append((attempt, started))
+    return found
+
+
+def crashes(folder: Path, run: str) -> list[str]:
+    """Causes of the silent attempts, as far as the job may be to blame: dead nodes apart."""
+    found = [cause_of(attempt) or "process" for attempt, _ in silent_attempts(folder, run)]
+    return [cause for cause in found if cause != NODE]
+
+
+def note_cause(attempt: Path, cause: str, detail: str) -> None:
+    """Write down why an attempt left no end; see `nipq_search.search.faults`."""
+    storage.write_json(attempt / LOST, {"cause": cause, "detail": detail, "time": time.time()})
+
+
+def cause_of(attempt: Path) -> str | None:
+    """What `note_cause` wrote."""
+    document = storage.read_json(attempt / LOST)
+    return document.get("cause") if isinstance(document, dict) else None
+
+
+def lost_at(attempt: Path) -> float:
+    """When `note_cause` wrote it, Unix time; 0 where it did not."""
+    document = storage.read_json(attempt / LOST)
+    return float(document.get("time", 0)) if isinstance(document, dict) else 0.0
 
 
 def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
     """`started.json` of the attempt that runs now as far as files tell, with its folder."""
     for attempt in reversed(attempts(folder)):
-        ended = any((attempt / name).exists() for name in (RESULT, STOPPED))
+        ended = any((attempt / name).exists() for name in (RESULT, STOPPED, LOST))
         started = storage.read_json(attempt / STARTED)
         if started is None or ended or _hung(attempt) or started.get("run") != run:
             return None

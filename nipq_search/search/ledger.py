@@ -11,7 +11,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ BUDGET = "budget"
 CONSTRAINT = "budget"
 JOURNAL, DATABASE = "study.log", "study.db"
 _LOCK_SECONDS = 5
+_CONNECT_SECONDS = 10
 
 
 def storage_url() -> str | None:
@@ -55,6 +56,12 @@ def storage_url() -> str | None:
         except OSError as error:
             raise UserError(f"NIPQ_STORAGE_URL_FILE: {file}: {error.strerror}") from error
     return None
+
+
+def engine_options(url: str) -> dict[str, Any]:
+    """What SQLAlchemy is given beside a URL: lost connections are made anew, silent hosts end."""
+    silent = {"connect_timeout": _CONNECT_SECONDS} if url.startswith("postgres") else {}
+    return {"pool_pre_ping": True, "connect_args": silent}
 
 
 def mend_journal(path: Path) -> None:
@@ -111,7 +118,7 @@ def open_storage(folder: Path) -> BaseStorage:
         url = storage_url()
         try:
             if url is not None:
-                return RDBStorage(url)
+                return RDBStorage(url, engine_kwargs=engine_options(url))
             if (folder / DATABASE).exists():
                 return RDBStorage(f"sqlite:///{(folder / DATABASE).resolve()}")
         except Exception as error:
@@ -128,6 +135,13 @@ def open_storage(folder: Path) -> BaseStorage:
                 f"{journal}: a line in it is damaged ({' '.join(str(error).split())[:120]}); "
                 "remove that line, or restore the file"
             ) from error
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """End a server's connections, which nobody else would."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +187,9 @@ class Ledger:
         space: distribution of each hyperparameter.
         sampler: name of the sampler.
         seed: the sweep's seed.
+
+    Attributes:
+        guard: called before anything is written; raises where this process must not.
     """
 
     def __init__(
@@ -182,9 +199,12 @@ class Ledger:
         space: Mapping[str, BaseDistribution],
         sampler: str,
         seed: int,
+        storage: BaseStorage | None = None,
     ) -> None:
-        """Wrap a study."""
+        """Wrap a study, and the storage that was opened for it."""
+        self._storage = storage
         self.study, self.space, self.sampler, self.seed = study, space, sampler, seed
+        self.guard: Callable[[], None] = lambda: None
 
     @classmethod
     def open(
@@ -211,16 +231,39 @@ class Ledger:
         if storage_url() is None:
             free_journal(folder / JOURNAL)
             mend_journal(folder / JOURNAL)
+        storage = open_storage(folder)
         study = optuna.create_study(
-            storage=open_storage(folder),
+            storage=storage,
             study_name=name,
             directions=["maximize" if mode == "max" else "minimize", "minimize"],
             load_if_exists=True,
         )
-        return cls(study, space=space, sampler=sampler, seed=seed)
+        return cls(study, space=space, sampler=sampler, seed=seed, storage=storage)
+
+    def close(self) -> None:
+        """End the connections of a study on a server; nothing can be read or written then."""
+        if self._storage is not None:
+            close_storage(self._storage)
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> Ledger:
+        """A study that is there already, to be read; it proposes nothing.
+
+        Raises:
+            UserError: there is none.
+        """
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        storage = open_storage(folder)
+        try:
+            study = optuna.load_study(study_name=name, storage=storage)
+        except KeyError as error:
+            close_storage(storage)
+            raise UserError(f"{folder}: its study '{name}' is gone; restore it") from error
+        return cls(study, space={}, sampler="random", seed=0, storage=storage)
 
     def remember(self, key: str, value: Any) -> None:
         """Store a fact of the sweep as an attribute of the study, if it changed."""
+        self.guard()
         text = json.dumps(value, sort_keys=True)
         if self.study.user_attrs.get(key) != text:
             self.study.set_user_attr(key, text)
@@ -252,6 +295,7 @@ class Ledger:
         Raises:
             Refused: the waiting trial has values that no sweep could use.
         """
+        self.guard()
         # Seeded by the trial's number, so a resumed search neither repeats itself nor depends on
         # where it was cut.
         # `study.ask` takes the first waiting trial, whose number is lower than a new one's.
@@ -265,6 +309,7 @@ class Ledger:
 
     def resume(self, number: int, budget: int, budgets: int) -> Asked:
         """A running trial again, with the parameters that it has; missing ones are proposed."""
+        self.guard()
         frozen = self.trials()[number]
         self._use_sampler(int(frozen.params.get(BUDGET, budget)), number, budgets)
         trial = optuna.trial.Trial(self.study, frozen._trial_id)
@@ -303,6 +348,7 @@ class Ledger:
 
     def note(self, number: int, attributes: Mapping[str, Any]) -> None:
         """Set user attributes of a trial that has not finished."""
+        self.guard()
         frozen = self.trials()[number]
         trial = optuna.trial.Trial(self.study, frozen._trial_id)
         for key, value in attributes.items():
@@ -330,6 +376,7 @@ class Ledger:
         self.note(number, {**attributes, "budget_slack": slack})
         if CONSTRAINT not in frozen.constraints:
             optuna.trial.Trial(self.study, frozen._trial_id).set_constraint(CONSTRAINT, slack)
+        self.guard()
         self.study.tell(number, values=list(values), skip_if_finished=True)
 
     def fail(self, number: int, reason: str, attributes: Mapping[str, Any]) -> None:
@@ -337,6 +384,7 @@ class Ledger:
         if self.trials()[number].state.is_finished():
             return
         self.note(number, {**attributes, "reason": reason})
+        self.guard()
         self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
     def prune(self, number: int, attributes: Mapping[str, Any]) -> None:
@@ -344,4 +392,5 @@ class Ledger:
         if self.trials()[number].state.is_finished():
             return
         self.note(number, attributes)
+        self.guard()
         self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)

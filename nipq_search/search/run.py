@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from nipq_search import storage
 from nipq_search.errors import UserError
 from nipq_search.search import view
+from nipq_search.search.code import sources
 from nipq_search.search.config import SweepConfig, check_resume, load_config, parse_config
 from nipq_search.search.coordinator import Coordinator
 from nipq_search.search.driver import Driver
@@ -25,13 +26,15 @@ from nipq_search.search.executor import Executor, TuneExecutor, check_machine, r
 from nipq_search.search.facts import Facts, gather
 from nipq_search.search.jobs import FAIL, committed, job_folder
 from nipq_search.search.lease import driver_lease
-from nipq_search.search.ledger import Ledger
+from nipq_search.search.ledger import DATABASE, Ledger, storage_url
 from nipq_search.search.logs import driver_log
 from nipq_search.search.progress import ProgressSink, Silent
 from nipq_search.search.space import bits_space, distribution
+from nipq_search.search.storage_lease import study_lease
 from nipq_search.search.sweep import FACTS_FILE, SWEEP_FILE, Sweep, is_sweep
 from nipq_search.tasks import Task, make_task
 from nipq_search.tasks.base import dataset, has_distillation, load_data
+from nipq_search.tracking.server import tracking_uri
 
 _log = logging.getLogger("nipq_search")
 _HARMLESS = {"driver.lock", "stop.request"}
@@ -85,6 +88,26 @@ def check_folder(out: Path, name: str) -> None:
         raise UserError(
             f"--out {out}: holds the sweep '{held}', not '{name}'; give another folder"
         )
+
+
+def check_databases(out: Path) -> None:
+    """Check that no SQLite database of the sweep would be on a network file system.
+
+    Raises:
+        UserError: one would; names the variable that puts it on a server.
+    """
+    wanted = [("NIPQ_STORAGE_URL", storage_url() or "", DATABASE)]
+    wanted += [("MLFLOW_TRACKING_URI", tracking_uri(out), "mlflow.db")]
+    for variable, uri, name in wanted:
+        file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        if not uri and (out / name).exists():
+            file = out / name
+        if file is not None and (kind := storage.network_file_system(file)):
+            raise UserError(
+                f"{file}: SQLite on a network file system ({kind}) loses data; set {variable} to "
+                "a database server, such as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, or "
+                "choose a local --out"
+            )
 
 
 def load_task(config: SweepConfig) -> Task:
@@ -226,43 +249,66 @@ def run_sweep(
         section = config.search.model_copy(update={"trials": trials})
         config = config.model_copy(update={"search": section})
     check_folder(out, config.name)
+    check_databases(out)
     if address is None and executor is None:
         check_machine(config.resources)
     stop = threading.Event()
-    with driver_lease(out) as run, signals_to(stop, progress):
+    with (
+        driver_lease(out) as run,
+        study_lease(config.name, run) as guard,
+        signals_to(stop, progress),
+    ):
         task = load_task(config)
         ledger, facts = open_ledger(config, task, out)
-        driver = Driver(out=out, config=config, facts=facts, progress=progress, stop=stop)
-        coordinator = Coordinator(
-            config=config,
-            facts=facts,
-            ledger=ledger,
-            out=out,
-            run=run,
-            enough=driver.enough,
-            on_finished=driver.job_finished,
-        )
-        driver.begin(coordinator)
-        idle = not coordinator.has_work()
-        ended = "KILLED"
-        try:
-            if not idle:
-                # Ray installs handlers of its own when it starts: ours go on top of them.
-                with (
-                    ray_cluster(address, config.resources),
-                    driver_log(out),
-                    signals_to(stop, progress),
-                ):
-                    runner = executor or TuneExecutor(config.resources, config.limits.max_failures)
-                    runner.run(coordinator, task, driver.tick)
-            ended = "KILLED" if driver.interrupted else "FINISHED"
-            if coordinator.failure:
-                ended = "FAILED"
-        finally:
-            driver.finish(ended)
-        if problem := coordinator.failure or driver.problem:
-            raise RuntimeError(problem)
-        return _outcome(ledger, coordinator, driver, idle)
+        ledger.guard = guard
+        with contextlib.closing(ledger):
+            driver = Driver(
+                out=out, config=config, facts=facts, progress=progress, stop=stop, guard=guard
+            )
+            coordinator = Coordinator(
+                config=config,
+                facts=facts,
+                ledger=ledger,
+                out=out,
+                run=run,
+                enough=driver.enough,
+                on_finished=driver.job_finished,
+            )
+            return _drive(driver, coordinator, task, address, executor)
+
+
+def _drive(
+    driver: Driver,
+    coordinator: Coordinator,
+    task: Task,
+    address: str | None,
+    executor: Executor | None,
+) -> Outcome:
+    """Run what there is to run; see `run_sweep`."""
+    resources = driver.config.resources
+    driver.begin(coordinator)
+    idle = not coordinator.has_work()
+    ended = "KILLED"
+    try:
+        if not idle:
+            # Ray installs handlers of its own when it starts: ours go on top of them.
+            code = sources(driver.config.task)
+            cluster = ray_cluster(address, resources, code)
+            with (
+                cluster if executor is None else contextlib.nullcontext(),
+                driver_log(driver.out),
+                signals_to(driver.stop, driver.progress),
+            ):
+                runner = executor or TuneExecutor(resources)
+                runner.run(coordinator, task, driver.tick)
+        ended = "KILLED" if driver.interrupted else "FINISHED"
+        if coordinator.failure:
+            ended = "FAILED"
+    finally:
+        driver.finish(ended)
+    if problem := coordinator.failure or driver.problem:
+        raise RuntimeError(problem)
+    return _outcome(coordinator.ledger, coordinator, driver, idle)
 
 
 def _outcome(ledger: Ledger, coordinator: Coordinator, driver: Driver, idle: bool) -> Outcome:

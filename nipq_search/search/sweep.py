@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from nipq_search.search import jobs, view
 from nipq_search.search.config import parse_config
 from nipq_search.search.jobs import committed, job_folder
 from nipq_search.search.lease import live_driver
-from nipq_search.search.ledger import DATABASE, JOURNAL, open_storage, storage_url
+from nipq_search.search.ledger import DATABASE, JOURNAL, close_storage, open_storage, storage_url
 from nipq_search.search.space import split
 from nipq_search.tasks import make_task
 from nipq_search.train import TrainSpec
@@ -87,13 +87,15 @@ class Sweep:
         ):
             return []
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        storage = open_storage(self.folder)
         try:
-            study = optuna.load_study(
-                study_name=self.config["name"], storage=open_storage(self.folder)
-            )
+            study = optuna.load_study(study_name=self.config["name"], storage=storage)
+            found = study.get_trials(deepcopy=False)
         except KeyError:
             return []
-        return view.trial_records(study.get_trials(deepcopy=False), self.facts, self.folder)
+        finally:
+            close_storage(storage)
+        return view.trial_records(found, self.facts, self.folder)
 
     def record(self, trial: int) -> TrialRecord:
         """One trial.
@@ -160,8 +162,10 @@ class Sweep:
             UserError: the trial has no model, or the sweep's task cannot be built.
         """
         file = self.model_file(trial)
-        if file is None or self.record(trial).state != "COMPLETE":
-            raise UserError(f"trial {trial}: it has no trained model (see `nipq-search status`)")
+        state = self.record(trial).state
+        if file is None or state != "COMPLETE":
+            why = "`nipq-search gc` freed it" if state == "COMPLETE" else f"it is {state}"
+            raise UserError(f"trial {trial}: it has no trained model ({why})")
         config = parse_config(dict(self.config))
         task = make_task(config.task, config.task_args)
         record = committed(job_folder(self.folder, "trial", trial)) or {}
@@ -248,14 +252,6 @@ class Sweep:
                 )
             ),
         )
-
-    def write_tables(self, records: Sequence[TrialRecord]) -> None:
-        """Write `results.parquet` and `curves.parquet`, whole, from the sweep's trials."""
-        from nipq_search.tracking.tables import curves_table, results_table, write_table
-
-        write_table(self.folder / RESULTS_FILE, results_table(records))
-        curves = {r.trial: self.curve(r.trial) for r in records}
-        write_table(self.folder / CURVES_FILE, curves_table(curves))
 
     def write_report(self) -> Path:
         """Write `report.html` and return its path."""

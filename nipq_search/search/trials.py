@@ -23,9 +23,11 @@ from nipq_search.search.gaps import Axes
 from nipq_search.search.halving import Standing, to_promote
 from nipq_search.search.jobs import Job, committed, job_folder, rungs
 from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
+from nipq_search.search.sampler import RUNGS
 from nipq_search.search.space import split
 from nipq_search.search.strategy import STRATEGIES, Finished, Seen, Target
 from nipq_search.train.checkpoint import remove_checkpoints
+from nipq_search.train.trial import MODEL_FILE
 
 TARGET = "budget_"
 """Begins the attributes that hold a trial's absolute targets."""
@@ -78,6 +80,8 @@ class Trials:
         self.make_job, self.enough = make_job, enough
         self.strategy = STRATEGIES[config.search.strategy]()
         self._sign = 1 if facts.mode == "max" else -1
+        self._ended: dict[int, Finished] = {}
+        self._targets: dict[int, dict[str, float]] = {}
         self.started: set[int] = set()
         self.open: list[int] = []
         for trial in ledger.trials(TrialState.PRUNED):
@@ -85,7 +89,9 @@ class Trials:
         for trial in ledger.trials(TrialState.RUNNING):
             if (record := committed(self._folder(trial.number))) is not None:
                 self.tell(trial.number, record)
-            elif not self._is_paused(trial):
+            elif self._is_paused(trial):
+                self._teach(trial.number)
+            else:
                 self.open.append(trial.number)
 
     def _folder(self, number: int) -> Path:
@@ -116,9 +122,10 @@ class Trials:
         self.started.discard(job.number)
         if record is not None:
             self.tell(job.number, record)
-        elif not self._is_paused(self.ledger.trials()[job.number]):
-            if job.number not in self.open:
-                self.open.append(job.number)
+        elif self._is_paused(self.ledger.trials()[job.number]):
+            self._teach(job.number)
+        elif job.number not in self.open:
+            self.open.append(job.number)
 
     # What runs next
 
@@ -163,18 +170,29 @@ class Trials:
         seen = Seen(
             budgets=[budget.targets for budget in self.facts.budgets],
             assigned=assigned,
-            running=[targets_of(t) for t in trials if t.state is TrialState.RUNNING],
-            asked=[targets_of(t) for t in trials],
+            running=[self._asked(t) for t in trials if t.state is TrialState.RUNNING],
+            asked=[self._asked(t) for t in trials],
             finished=self._finished(),
             axes=self._axes(),
         )
         return self.strategy.target(seen)
 
+    def _asked(self, trial: FrozenTrial) -> dict[str, float]:
+        """Its targets, which do not change once they are noted."""
+        found = self._targets.get(trial.number) or targets_of(trial)
+        if found and trial.state.is_finished():
+            self._targets[trial.number] = found
+        return found
+
     def _finished(self) -> list[Finished]:
-        return [
-            Finished(number=t.number, metric=self._sign * t.values[0], cost=costs_of(t))
-            for t in self.ledger.trials(TrialState.COMPLETE)
-        ]
+        for trial in self.ledger.trials(TrialState.COMPLETE):
+            if trial.number not in self._ended:
+                self._ended[trial.number] = Finished(
+                    number=trial.number,
+                    metric=self._sign * trial.values[0],
+                    cost=costs_of(trial),
+                )
+        return list(self._ended.values())
 
     def _axes(self) -> Axes | None:
         record = committed(job_folder(self.out, "float", 0)) or {}
@@ -234,13 +252,15 @@ class Trials:
         if "parent" in known:
             return None if known["parent"] is None else int(known["parent"])
         finished = [t for t in self._finished() if budget.keys() <= t.cost.keys()]
-        return self.strategy.parent(budget, finished)
+        while (parent := self.strategy.parent(budget, finished)) is not None:
+            if (self._folder(parent) / MODEL_FILE).exists():
+                break
+            finished = [t for t in finished if t.number != parent]  # `gc` freed its model
+        return parent
 
     def _share(self, budget: Mapping[str, float], parent: int | None) -> float:
-        if parent is None:
-            return 1.0
-        (finished,) = [trial for trial in self._finished() if trial.number == parent]
-        return self.strategy.epochs_share(budget, finished)
+        own = [trial for trial in self._finished() if trial.number == parent]
+        return self.strategy.epochs_share(budget, own[0] if own else None)
 
     # Rungs
 
@@ -248,6 +268,11 @@ class Trials:
         """Whether a running trial has reached its rung and waits for a decision."""
         rung = int(trial.user_attrs.get(RUNG, 0))
         return len(rungs(self._folder(trial.number))) > rung < len(self.strategy.rungs)
+
+    def _teach(self, number: int) -> None:
+        """Note what a paused trial measured, for the sampler."""
+        metrics = [rung["metrics"].get(self.facts.metric) for rung in rungs(self._folder(number))]
+        self.ledger.note(number, {RUNGS: metrics})
 
     def _standings(self) -> list[Standing]:
         """Every trial that reached a rung, rebuilt from what workers wrote."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.search import Searcher
 
+from nipq_search.search import faults, jobs
 from nipq_search.search.coordinator import Coordinator, Verdict
+from nipq_search.search.executor import STARTS
 from nipq_search.search.jobs import Job
 from nipq_search.search.worker import HALT
 
@@ -26,10 +29,11 @@ class JobSearcher(Searcher):
         super().__init__(metric=None, mode=None)
         self._coordinator: Coordinator | None = coordinator
         self._jobs: dict[str, Job] = {}
+        self._starts: dict[str, tuple[int, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing of ours."""
-        return {"_metric": None, "_mode": None, "_coordinator": None, "_jobs": {}}
+        return {"_metric": None, "_mode": None, "_coordinator": None, "_jobs": {}, "_starts": {}}
 
     def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
         """Accept whatever Tune sets."""
@@ -57,8 +61,25 @@ class JobSearcher(Searcher):
         state = str((result or {}).get("state", ""))
         if state.startswith(HALT):
             self._coordinator.halt(state.removeprefix(HALT))
-        lost = "its process died before it could start" if error else None
+        lost = faults.NEVER_STARTED if error else None
         self._coordinator.finished(job, lost)
+
+    def recovers(self, trial: Any) -> None:
+        """A process ended without an answer and Tune starts it again.
+
+        How often a job may fail is decided where it runs, by the causes of its attempts. Only
+        processes that die before they begin an attempt are counted here.
+        """
+        job = self._jobs.get(trial.trial_id)
+        if job is None:
+            return
+        with contextlib.suppress(OSError):  # a full disk; the worker will say so
+            faults.judge(job.folder, job.run, faults.error_of(trial))
+        begun, barren = self._starts.get(trial.trial_id, (0, 0))
+        now = len(jobs.attempts(job.folder))
+        self._starts[trial.trial_id] = (now, 0 if now > begun else barren + 1)
+        if self._starts[trial.trial_id][1] >= STARTS:
+            trial.max_failures = 0  # the next end is the last
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the ledger is the state."""
@@ -68,16 +89,23 @@ class JobSearcher(Searcher):
 
 
 class Ticker(Callback):
-    """Calls a function about every second, and soon after every report."""
+    """Calls a function about every second and soon after every report; tells of lost processes."""
 
-    def __init__(self, tick: Callable[[], None] | None) -> None:
-        """Call `tick`."""
-        self._tick = tick
+    def __init__(
+        self, tick: Callable[[], None] | None, recovers: Callable[[Any], None] | None = None
+    ) -> None:
+        """Call `tick`, and `recovers` with a Tune trial that is started again."""
+        self._tick, self._recovers = tick, recovers
         self._last = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing of ours."""
-        return {"_tick": None, "_last": 0.0}
+        return {"_tick": None, "_recovers": None, "_last": 0.0}
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial failed and is to be started again."""
+        if self._recovers is not None:
+            self._recovers(trial)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
         """Tune's loop went round once."""

@@ -5,6 +5,8 @@ Everything here is a pure function of the ledger's trials and the folders of the
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,10 @@ def _prefixed(attributes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def trial_records(
-    trials: Sequence[FrozenTrial], facts: Mapping[str, Any], out: Path
+    trials: Sequence[FrozenTrial],
+    facts: Mapping[str, Any],
+    out: Path,
+    known: dict[int, TrialRecord] | None = None,
 ) -> list[TrialRecord]:
     """One record per trial of the ledger.
 
@@ -42,12 +47,26 @@ def trial_records(
         trials: the study's trials.
         facts: `Facts.as_json()`.
         out: the sweep's folder.
+        known: records of finished trials by number, from an earlier call; used instead of reading
+            them again, and added to.
     """
     points = {
         t.number: (t.values[0], t.values[1]) for t in trials if t.state is TrialState.COMPLETE
     }
     front = non_dominated(points, facts["mode"])
-    return [_record(trial, facts, out, trial.number in front) for trial in trials]
+    known = {} if known is None else known
+    found = []
+    for trial in trials:
+        on_front = trial.number in front
+        record = known.get(trial.number)
+        if record is None:
+            record = _record(trial, facts, out, on_front)
+        elif record.on_front != on_front:
+            record = dataclasses.replace(record, on_front=on_front)
+        if trial.state.is_finished():
+            known[trial.number] = record
+        found.append(record)
+    return found
 
 
 def _record(
@@ -110,12 +129,28 @@ def baselines(bits: Sequence[int], metric: str, out: Path) -> list[Baseline]:
     return found
 
 
-def total_samples(out: Path) -> int:
-    """Training samples that the whole sweep processed, failed and repeated attempts included."""
-    folders = [job_folder(out, kind, 0) for kind in ("float", jobs.SCORES)]
+def total_samples(out: Path, known: dict[str, int] | None = None) -> int:
+    """Training samples that the whole sweep processed, failed and repeated attempts included.
+
+    Args:
+        out: the sweep's folder.
+        known: samples by folder of jobs that have ended, from an earlier call; used instead of
+            reading them again, and added to.
+    """
+    names = [str(job_folder(out, kind, 0)) for kind in ("float", jobs.SCORES)]
     for parent in (out / "baselines", out / "trials"):
-        folders += sorted(parent.iterdir()) if parent.is_dir() else []
-    return sum(jobs.samples_processed(folder) for folder in folders)
+        names += sorted(entry.path for entry in os.scandir(parent)) if parent.is_dir() else []
+    known = {} if known is None else known
+    total = 0
+    for name in names:
+        if name not in known:
+            samples = jobs.samples_processed(Path(name))
+            total += samples
+            if committed(Path(name)) is not None:
+                known[name] = samples
+        else:
+            total += known[name]
+    return total
 
 
 def front_document(

@@ -23,7 +23,7 @@ from nipq_search.cost.base import hard_bits
 from nipq_search.errors import UserError, nearest
 from nipq_search.quant.prepare import quant_state
 from nipq_search.records import CurvePoint
-from nipq_search.search import jobs
+from nipq_search.search import faults, jobs
 from nipq_search.search.config import SweepConfig, parse_config
 from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.lease import stop_requested
@@ -69,13 +69,15 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
             unit: {int(width): loss for width, loss in of_unit.items()}
             for unit, of_unit in record.get("losses", {}).items()
         }
-    if job.parent is not None:
-        factor = STRATEGIES[config.search.strategy].noise_factor
+    strategy = STRATEGIES[config.search.strategy]
+    if job.kind == "trial":
+        factor = 1.0 if job.parent is None else strategy.noise_factor
         training = dataclasses.replace(
             training,
             epochs=training.epochs * job.epochs_share,
             noise_share=training.noise_share * factor,
         )
+    if job.parent is not None:
         parent = job_folder(Path(job.out), "trial", job.parent) / MODEL_FILE
     return TrainSpec(
         train=training,
@@ -87,6 +89,7 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
         profile=profile or None,
         pause=_pause(config, job),
         losses=losses,
+        least_noise_steps=strategy.least_noise_steps if job.kind == "trial" else 0,
     )
 
 
@@ -129,7 +132,7 @@ class _Reporter:
     def should_stop(self) -> bool:
         if not self.stopping and time.monotonic() - self.polled > _POLL_SECONDS:
             self.polled = time.monotonic()
-            self.stopping = stop_requested(Path(self.job.out))
+            self.stopping = stop_requested(Path(self.job.out)) or jobs.superseded(self.attempt)
         return self.stopping
 
 
@@ -174,8 +177,9 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
         report: gets small dictionaries as the job goes on.
 
     Returns:
-        `COMPLETE` or `FAIL`, with the record committed; `PAUSED` at a rung; `STOPPED`; or `HALT`
-        and why no job can run on this machine, such as a full disk.
+        `COMPLETE` or `FAIL`, with the record committed; `PAUSED` at a rung; `STOPPED`;
+        `SUPERSEDED` where the job was given to another process meanwhile; or `HALT` and why no
+        job can run on this machine, such as a full disk.
     """
     try:
         return _attempt(job, task, report)
@@ -197,8 +201,12 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
         return str(done["state"])
     config = parse_config(dict(job.config))
     limits = config.limits
+    faults.judge(job.folder, job.run)
     gave_up = _give_up(job, limits.max_failures, limits.trial_minutes)
-    attempt = jobs.open_attempt(job)
+    if gave_up:
+        faults.await_nodes(job.folder, job.run)
+        gave_up = _give_up(job, limits.max_failures, limits.trial_minutes)
+    attempt = jobs.open_attempt(job, faults.own_node())
     if gave_up:
         jobs.commit(attempt, _failure(job, gave_up))
         return jobs.FAIL
@@ -234,6 +242,8 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     reporter.write()
     record["seconds"] = jobs.seconds_spent(job.folder)
     record["threads"] = threads
+    if jobs.superseded(attempt):
+        return "SUPERSEDED"
     jobs.commit(attempt, record)
     if job.kind != "test":
         remove_checkpoints(job.folder / "checkpoints")
@@ -245,9 +255,11 @@ def _give_up(job: Job, max_failures: int, minutes: float | None) -> str | None:
     if jobs.hangs(job.folder) >= jobs.HANGS_ALLOWED:
         limit = "" if minutes is None else f" after {minutes:g} minutes"
         return f"hung: killed{limit}, twice (limits.trial_minutes)"
-    if (died := jobs.crashes(job.folder, job.run)) >= max_failures:
-        return f"its process died {died} times (limits.max_failures)"
-    return None
+    causes = jobs.crashes(job.folder, job.run)
+    if len(causes) < max_failures:
+        return None
+    meaning = f": {faults.MEMORY_FIX}" if causes[-1] == faults.MEMORY else ""
+    return f"its process died {len(causes)} times (limits.max_failures){meaning}"
 
 
 def _failure(job: Job, reason: str) -> dict[str, Any]:
@@ -264,7 +276,8 @@ def _failure(job: Job, reason: str) -> dict[str, Any]:
     }
 
 
-def _device(config: SweepConfig) -> torch.device:
+def training_device(config: SweepConfig) -> torch.device:
+    """Where this process trains: on its GPU, if trials get one and there is one."""
     wanted = config.resources.gpus > 0 and torch.cuda.is_available()
     return torch.device("cuda" if wanted else "cpu")
 
@@ -273,7 +286,7 @@ def _run_training(
     job: Job, config: SweepConfig, task: Task, reporter: _Reporter
 ) -> dict[str, Any]:
     spec = train_spec(config, job)
-    device = _device(config)
+    device = training_device(config)
     hooks = Hooks(
         on_epoch=reporter.on_epoch,
         on_samples=reporter.on_samples,
@@ -310,6 +323,7 @@ def _record(job: Job, config: SweepConfig, result: TrainResult) -> dict[str, Any
         "params": dict(job.params),
         "budget": dict(job.budget),
         "parent": job.parent,
+        "epochs_share": job.epochs_share,
         "attempts": len(jobs.attempts(job.folder)),
     }
 
@@ -319,7 +333,7 @@ def _run_scores(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) 
     losses = score(
         task,
         train_spec(config, job),
-        _device(config),
+        training_device(config),
         Hooks(on_samples=reporter.on_samples, should_stop=reporter.should_stop),
     )
     return {
@@ -337,7 +351,7 @@ TEST_FILE = "test.json"
 
 def _run_test(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) -> dict[str, Any]:
     """Evaluate trained models on the test split; each result is written beside its model."""
-    device = _device(config)
+    device = training_device(config)
     failed = []
     for entry in job.jobs:
         subject = Job(**entry)

@@ -106,6 +106,11 @@ class MlflowRecorder:
         self._front: set[int] | None = None
 
     @property
+    def address(self) -> str:
+        """Where it writes, without user and password."""
+        return re.sub(r"//[^/@]*@", "//", self._uri)
+
+    @property
     def behind(self) -> bool:
         """Whether something given to this recorder has not reached the server yet."""
         return self._away or bool(self._behind)

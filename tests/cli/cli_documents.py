@@ -44,3 +44,5 @@ LAYER = {
     "bops": 4e6,
     "weight_bytes": 1200.5,
 }
+DIFFERENCE = {"name": "steps", "recorded": 99, "replayed": 100}
+FREED = {"trial": 1, "path": "trials/1/model.pt", "bytes": 54_321}

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from cli_documents import FRONT, LAYER, POINT
+from cli_documents import FREED, FRONT, LAYER, POINT
 
 from nipq_search.errors import UserError
 
@@ -37,6 +37,7 @@ class FakeSearch:
         default_factory=lambda: [{"check": "torch", "ok": True, "detail": "2.14", "fix": None}]
     )
     driver: str | None = None
+    replayed: dict[str, Any] = field(default_factory=dict)
     calls: list[tuple[Any, ...]] = field(default_factory=list)
 
     def open(self, folder: Path) -> FakeSweep:
@@ -60,6 +61,19 @@ class FakeSearch:
         print("ray prints this on stdout")
         self.folder = out
         return SimpleNamespace(**self.outcome)
+
+    def replay(self, sweep: Any, trial: int, report: Any) -> dict[str, Any]:
+        report("epoch 1")
+        sha = {"model_sha256": "0" * 64}
+        return {"schema": 1, "trial": trial, "equal": True, "differences": [], **sha} | (
+            self.replayed
+        )
+
+    def collect(self, folder: Path, dry_run: bool) -> dict[str, Any]:
+        self.open(folder)
+        kept = [{"trial": 0, "why": "on the front"}]
+        freed = {"bytes": FREED["bytes"], "freed": [FREED]}
+        return {"schema": 1, "dry_run": dry_run, **freed, "kept": kept}
 
     def plan(self, config: Any) -> dict[str, Any]:
         return {
@@ -129,7 +143,10 @@ def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeSearch:
         "run": {"run_sweep": fake.run_sweep},
         "sweep": {"Sweep": SimpleNamespace(open=fake.open)},
         "plan": {"plan": fake.plan},
-        "doctor": {"doctor": lambda config: fake.checks},
+        "doctor": {"doctor": lambda config, address=None, out=None: fake.checks},
+        "replay": {"replay": fake.replay},
+        "garbage": {"collect": fake.collect},
+        "projections": {"sync": lambda folder: {"server": "http://server", "trials": 2}},
         "lease": {"request_stop": lambda folder: fake.driver},
     }
     for name, members in parts.items():

@@ -9,16 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_documents import DIFFERENCE
 
 from nipq_search.cli import main
 from nipq_search.errors import UserError
 
-READING = ["status", "front", "show", "logs", "best", "plan", "doctor"]
+READING = ["status", "front", "show", "logs", "best", "plan", "doctor", "replay", "gc"]
 
 
 def arguments(command: str, folder: Path) -> list[str]:
     target = {"plan": ["sweep.yaml"], "doctor": []}.get(command, [str(folder)])
-    return [command, *target, *(["3"] if command in ("show", "logs") else [])]
+    return [command, *target, *(["3"] if command in ("show", "logs", "replay") else [])]
 
 
 @pytest.mark.parametrize("command", READING)
@@ -225,3 +226,23 @@ def test_a_reader_that_left_early_is_no_failure():
         os.close(writer)
     assert done.stderr == b""
     assert done.returncode == 3
+
+
+def test_a_replay_that_differs_exits_4(search, capsys):
+    search.replayed = {"equal": False, "differences": [DIFFERENCE]}
+    assert main(["replay", str(search.folder), "3"]) == 4
+    out = capsys.readouterr().out
+    assert "trial 3: came out otherwise" in out and "steps" in out
+
+
+def test_gc_says_what_goes(search, capsys):
+    assert main(["gc", str(search.folder), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "54,321 bytes would be freed, 1 models kept" in out and "trials/1/model.pt" in out
+    assert main(["gc", str(search.folder)]) == 0
+    assert "54,321 bytes freed" in capsys.readouterr().out
+
+
+def test_sync_says_where_everything_is(search, capsys):
+    assert main(["sync", str(search.folder)]) == 0
+    assert "http://server has all of the sweep: 2 trials" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from nipq_search.cli.app import app
 
 OPTIONS = {
     "run": {"CONFIG", "--out", "--set", "--trials", "--address"},
+    "submit": {"CONFIG", "--address", "--out", "--set", "--trials"},
     "plan": {"CONFIG", "--set", "--json"},
     "status": {"DIR", "--json"},
     "front": {"DIR", "--json"},
@@ -20,9 +21,12 @@ OPTIONS = {
     "logs": {"DIR", "TRIAL", "--json"},
     "best": {"DIR", "--max", "--json"},
     "stop": {"DIR"},
+    "replay": {"DIR", "TRIAL", "--json"},
+    "sync": {"DIR"},
+    "gc": {"DIR", "--dry-run", "--json"},
     "report": {"DIR", "--open"},
     "ui": {"DIR", "--mlflow-port", "--optuna-port"},
-    "doctor": {"[CONFIG]", "--json"},
+    "doctor": {"[CONFIG]", "--address", "--out", "--json"},
 }
 
 

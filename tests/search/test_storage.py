@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from nipq_search import storage
+from nipq_search.errors import UserError
+from nipq_search.search.run import check_databases
 
 
 def test_a_written_file_is_whole_and_readable_by_others(tmp_path):
@@ -63,3 +66,45 @@ def test_canonical_bytes_do_not_depend_on_order():
     assert storage.digest(b"") == (
         "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     )
+
+
+MOUNTS = """\
+rootfs / rootfs rw 0 0
+/dev/vda1 / ext4 rw 0 0
+server:/export /mnt/shared nfs4 rw 0 0
+/dev/vdb1 /mnt/shared/local\\040disk xfs rw 0 0
+me@host:/x /home/me/far fuse.sshfs rw 0 0
+"""
+
+
+def test_network_file_systems_are_known_by_their_mounts(tmp_path, monkeypatch):
+    (tmp_path / "mounts").write_text(MOUNTS)
+    monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "mounts")
+    kinds = {
+        "/runs/digits": None,
+        "/mnt/shared/runs": "nfs4",
+        "/mnt/shared": "nfs4",
+        "/mnt/shared/local disk/runs": None,
+        "/home/me/far/away": "fuse.sshfs",
+        "/home/me/farther": None,
+    }
+    assert {p: storage.network_file_system(Path(p)) for p in kinds} == kinds
+    monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "absent")
+    assert storage.network_file_system(Path("/mnt/shared")) is None
+
+
+def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "network_file_system", lambda path: "nfs")
+    for name in ("NIPQ_STORAGE_URL", "NIPQ_STORAGE_URL_FILE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="mlflow.db: SQLite on .* set MLFLOW_TRACKING_URI"):
+        check_databases(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    check_databases(tmp_path)
+    monkeypatch.setenv("NIPQ_STORAGE_URL", f"sqlite:///{tmp_path}/study.db")
+    with pytest.raises(UserError, match="study.db: SQLite on .* set NIPQ_STORAGE_URL"):
+        check_databases(tmp_path)
+    monkeypatch.delenv("NIPQ_STORAGE_URL")
+    (tmp_path / "study.db").touch()
+    with pytest.raises(UserError, match="study.db"):
+        check_databases(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from sweep_helpers import Command, Runs, attempts, ended, result, results, states, write_sweep
 
@@ -18,8 +19,11 @@ import sys
 
 import optuna
 from nipq_search.cli import main
+from nipq_search.search import projections
 from nipq_search.search.coordinator import Coordinator
 from nipq_search.search.jobs import committed
+from nipq_search.search.tune_glue import JobSearcher
+from nipq_search.tracking import MlflowRecorder
 
 boundary, left = sys.argv[1], int(sys.argv[2])
 ask, tell, finished = optuna.Study.ask, optuna.Study.tell, Coordinator.finished
@@ -52,15 +56,32 @@ def killing_finished(self, job, *args, **kwargs):
     return finished(self, job, *args, **kwargs)
 
 
+def after(owner, name, boundary, wanted=lambda *args: True):
+    """Let a call of `owner` be a boundary, once it has returned."""
+    call = getattr(owner, name)
+
+    def killing(*args, **kwargs):
+        found = call(*args, **kwargs)
+        if wanted(*args):
+            passed(boundary)
+        return found
+
+    setattr(owner, name, killing)
+
+
 optuna.Study.ask, optuna.Study.tell, Coordinator.finished = (
     killing_ask, killing_tell, killing_finished
 )
+after(JobSearcher, "suggest", "launch")
+ended = lambda self, trial, *rest: trial.state == "COMPLETE"
+after(MlflowRecorder, "record", "mlflow", ended)
+after(projections, "write_table", "parquet", lambda path, frame: len(frame) > 1)
 sys.exit(main(sys.argv[3:]))
 '''
-TRIALS = 7
+TRIALS = 9
 
 
-def test_sigkill_at_the_four_boundaries_loses_and_doubles_nothing(tmp_path: Path) -> None:
+def test_sigkill_of_the_driver_at_every_boundary_loses_and_doubles_nothing(tmp_path: Path) -> None:
     write_sweep(tmp_path, search__trials=TRIALS)
     script = tmp_path / "killer.py"
     script.write_text(KILLER)
@@ -94,12 +115,21 @@ def test_sigkill_at_the_four_boundaries_loses_and_doubles_nothing(tmp_path: Path
     assert after_attributes.items() <= after_tell.items()
     assert states(out).count("COMPLETE") >= 3
 
+    # Launched, but nobody saw it start; shown in MLflow, but not in the tables; then the tables.
+    after_launch = killed("launch", 2)
+    assert after_tell.items() <= after_launch.items()
+    after_mlflow = killed("mlflow", len(states(out)))
+    assert after_launch.items() <= after_mlflow.items()
+    before_the_end = killed("parquet", 3)
+    assert after_mlflow.items() <= before_the_end.items()
+    pd.read_parquet(out / "results.parquet")
+
     command.run()
     assert states(out) == ["COMPLETE"] * TRIALS
-    assert after_tell.items() <= results(out).items()
+    assert before_the_end.items() <= results(out).items()
     trial_results = [name for name in results(out) if name.startswith("trials/")]
     assert len(trial_results) == TRIALS
-    for name in after_tell:  # what had its result was never started again
+    for name in before_the_end:  # what had its result was never started again
         if name.startswith("trials/"):
             number = int(name.split("/")[1])
             assert str(attempts(out, number)[-1].relative_to(out)) == str(Path(name).parent)
@@ -107,3 +137,69 @@ def test_sigkill_at_the_four_boundaries_loses_and_doubles_nothing(tmp_path: Path
     assert runs.parent == "FINISHED"
     assert runs.children == dict.fromkeys(range(TRIALS), "FINISHED")
     command.no_orphans()
+
+
+WORKER = '''
+import os
+import signal
+
+from nipq_search import storage
+from nipq_search.tasks.digits import Digits
+
+write = storage.write_bytes
+
+
+class Doomed(Digits):
+    """Digits, but a worker dies once right before or after it has written a certain file."""
+
+    def __init__(self, *, file, mark, after):
+        super().__init__(width=4)
+        self.file, self.mark, self.after = file, mark, after
+
+    def build_model(self):  # in the worker: tasks travel without their construction
+        def killing(path, data):
+            doomed = path.name == self.file and "trials" in path.parts
+            doomed = doomed and not os.path.exists(self.mark)
+            if doomed:
+                open(self.mark, "w").close()
+            if doomed and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, data)
+            if doomed:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        storage.write_bytes = killing
+        return super().build_model()
+
+'''
+
+
+@pytest.mark.parametrize(
+    ("file", "after"),
+    [
+        ("state.pt", True),
+        ("manifest.json", False),
+        ("manifest.json", True),
+        ("model.pt", True),
+        ("result.json", False),
+        ("result.json", True),
+    ],
+)
+def test_sigkill_of_a_worker_around_its_files(file: str, after: bool, tmp_path: Path) -> None:
+    (tmp_path / "my_module.py").write_text(WORKER)
+    arguments = {"file": file, "mark": str(tmp_path / "mark"), "after": after}
+    write_sweep(
+        tmp_path,
+        task="my_module:Doomed",
+        task_args=arguments,
+        train__epochs=3,
+        search__trials=1,
+        resources__concurrent=1,
+    )
+    command, out = Command(tmp_path), tmp_path / "out"
+    command.run()
+    assert (tmp_path / "mark").exists() and states(out) == ["COMPLETE"]
+    tries = attempts(out, 0)
+    assert len(tries) == (1 if (file, after) == ("result.json", True) else 2)
+    assert result(out, 0) is not None
+    command("replay", "out", "0")

@@ -164,7 +164,7 @@ def test_a_stop_request_saves_the_state_and_ends_the_attempt(bench, task):
     stop.unlink()
     assert execute(job, task, lambda report: None) == "COMPLETE"
     record = jobs.committed(job.folder)
-    assert record["attempts"] == 2 and jobs.crashes(job.folder, job.run) == 0
+    assert record["attempts"] == 2 and len(jobs.crashes(job.folder, job.run)) == 0
     assert jobs.samples_processed(job.folder) == record["samples"], "no step was taken twice"
 
 

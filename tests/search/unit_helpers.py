@@ -17,8 +17,9 @@ from nipq_search.search.coordinator import Coordinator
 from nipq_search.search.facts import Facts, gather
 from nipq_search.search.jobs import Job
 from nipq_search.search.ledger import Ledger
-from nipq_search.search.run import open_ledger
+from nipq_search.search.run import Outcome, open_ledger, run_sweep
 from nipq_search.search.sweep import Sweep
+from nipq_search.search.virtual import VirtualExecutor
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.tasks.digits import Digits
 from nipq_search.train.trial import MODEL_FILE
@@ -78,6 +79,11 @@ def _facts(text: str) -> Facts:
 def facts_of(config: SweepConfig) -> Facts:
     """The facts of a sweep on digits, gathered once."""
     return _facts(json.dumps(config.as_json()))
+
+
+def run_here(config: SweepConfig, out: Path, **options: Any) -> Outcome:
+    """A whole sweep of real trainings in this process."""
+    return run_sweep(config, out, executor=VirtualExecutor(), **options)
 
 
 class Crash(BaseException):

@@ -51,7 +51,7 @@ def sweep_of(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "nipq_search.search.run.ray_cluster", lambda *args: contextlib.nullcontext()
     )
-    monkeypatch.setattr("nipq_search.search.driver.MlflowRecorder", Mock())
+    monkeypatch.setattr("nipq_search.search.projections.MlflowRecorder", Mock())
 
     def run(file, changes):
         config = load_config(file, [*SHORT, *changes])

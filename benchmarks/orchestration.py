@@ -1,0 +1,276 @@
+"""What the driver costs: CPU and latency a trial as a sweep grows, memory, and idle slots.
+
+    python benchmarks/orchestration.py --json benchmarks/results/orchestration.json
+
+Trials are stubs that write records as workers do. The searcher, strategy, sampler, ledger, tables
+and MLflow are the real ones. Three parts, each a key of the JSON, finished ones are not run again:
+
+    growth      trials in virtual time, some at once: driver CPU and latencies around trial 100,
+                1,000 and 10,000
+    concurrent  1,000 trials at once in virtual time: the driver's peak memory
+    idle        Ray Tune, four slots, trials of a minute: the share of time in which a slot waits
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pages import write_table
+
+from nipq_search import storage
+from nipq_search.search import jobs
+from nipq_search.search.config import SweepConfig, parse_config
+from nipq_search.search.executor import TuneExecutor, quiet_environment
+from nipq_search.search.jobs import Job
+from nipq_search.search.ledger import Ledger
+from nipq_search.search.projections import Projections
+from nipq_search.search.run import run_sweep
+from nipq_search.search.virtual import VirtualExecutor
+from nipq_search.search.worker import TEST_FILE
+from nipq_search.storage import write_json
+from nipq_search.train.loop import seed_for
+from nipq_search.train.trial import MODEL_FILE
+
+SWEEP = {
+    "name": "orchestration",
+    "task": "digits",
+    "task_args": {"width": 4},
+    "budgets": [{"bops": f"uniform {bits}"} for bits in (5, 4, 3.5, 3, 2.6)],
+    "search": {
+        "baselines": [],
+        "space": {
+            "lr": {"log": [0.01, 0.2]},
+            "lambda": {"log": [1, 100]},
+            "noise_share": {"uniform": [0.1, 0.6]},
+            "distill_weight": {"uniform": [0, 1]},
+            "lr_bits": {"log": [1, 10]},
+        },
+    },
+}
+
+
+def config_of(trials: int, concurrent: int) -> SweepConfig:
+    """The sweep at a size."""
+    document = json.loads(json.dumps(SWEEP))
+    document["search"]["trials"] = trials
+    document["resources"] = {"concurrent": concurrent}
+    return parse_config(document)
+
+
+def stub(job: Job, task: Any, report: Callable[[dict[str, Any]], None], seconds: float = 0) -> str:
+    """A job without training: attempt, curve, model and record, as a worker leaves them."""
+    attempt = jobs.open_attempt(job)
+    time.sleep(seconds)
+    point = {"epoch": 1, "step": 9, "phase": "tuning", "timestamp": time.time()}
+    point["metrics"] = {"train_loss": 0.5, "validation_accuracy": 0.9}
+    (attempt / jobs.CURVE).write_text(json.dumps(point) + "\n")
+    write_json(attempt / jobs.PROGRESS, {"samples": 100, "epoch": 1, "time": time.time()})
+    for entry in job.jobs:
+        storage.write_sealed(Job(**entry).folder / TEST_FILE, {"metrics": {"accuracy": 0.9}})
+    model = job.name.encode()
+    storage.write_bytes(job.folder / MODEL_FILE, model)
+    luck = seed_for(job.seed, 1) / 2**31
+    jobs.commit(
+        attempt,
+        {
+            "state": jobs.COMPLETE,
+            "reason": None,
+            "ended": time.time(),
+            "metrics": {"accuracy": 0.9 if job.kind == "float" else 0.5 + 0.4 * luck},
+            "cost": {name: 0.99 * target for name, target in job.budget.items()},
+            "params": dict(job.params),
+            "budget": dict(job.budget),
+            "parent": job.parent,
+            "epochs_share": job.epochs_share,
+            "seed": job.seed,
+            "samples": 100,
+            "steps": 9,
+            "seconds": 60.0,
+            "threads": 1,
+            "attempts": 1,
+            "model_sha256": storage.digest(model),
+        },
+    )
+    return jobs.COMPLETE
+
+
+class Clock:
+    """CPU seconds of this process apart from the stubs', and wall time of some calls."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[float]] = {"ask": [], "tell": [], "record": []}
+        self.stubs = 0.0
+        self.ends: list[tuple[float, float]] = []
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Measure the driver's calls within."""
+        wanted = [
+            (Ledger, "ask", "ask"),
+            (Ledger, "complete", "tell"),
+            (Projections, "record", "record"),
+        ]
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
+        for (owner, name, call), (_, _, key) in zip(before, wanted, strict=True):
+            setattr(owner, name, self._timing(call, key))
+        try:
+            yield
+        finally:
+            for owner, name, call in before:
+                setattr(owner, name, call)
+
+    def _timing(self, call: Any, key: str) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.calls[key].append(time.perf_counter() - began)
+
+        return timed
+
+    def work(self, job: Job, task: Any, report: Any) -> str:
+        """The stub, its CPU counted apart."""
+        began = time.process_time()
+        state = stub(job, task, report)
+        self.stubs += time.process_time() - began
+        self.ends.append((time.process_time() - self.stubs, time.perf_counter()))
+        return state
+
+
+def growth(folder: Path, trials: int, slots: int) -> list[dict[str, float]]:
+    """Driver CPU and latencies in windows that end at 100, 1,000 and 10,000 trials."""
+    clock = Clock()
+    executor = VirtualExecutor(slots, clock.work, lambda job: 60 + 20 * seed_for(job.seed) / 2**31)
+    with clock.timed():
+        run_sweep(config_of(trials, slots), folder / "growth", executor=executor)
+    rows = []
+    for end in (100, 1_000, 10_000):
+        if end > trials:
+            break
+        first = int(0.8 * end)
+        window = slice(first, end)
+        spent = clock.ends[end][0] - clock.ends[first][0]
+        rows.append(
+            {
+                "trials": end,
+                "cpu_ms": 1000 * spent / (end - first),
+                **{
+                    f"{key}_ms": 1000 * statistics.median(calls[window])
+                    for key, calls in clock.calls.items()
+                },
+            }
+        )
+    return rows
+
+
+def concurrent(folder: Path, slots: int) -> dict[str, float]:
+    """Peak memory of a driver with so many trials at once."""
+    executor = VirtualExecutor(slots, stub, lambda job: 60 + 20 * seed_for(job.seed) / 2**31)
+    run_sweep(config_of(2 * slots, slots), folder / "concurrent", executor=executor)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return {"slots": slots, "peak_gb": peak}
+
+
+def idle(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, float]:
+    """The share of slot time that no attempt uses, between the first trial and the last wave."""
+    import functools
+
+    quiet_environment()
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=slots,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+    )
+    config = config_of(slots * waves, slots)
+    try:
+        runner = TuneExecutor(config.resources, functools.partial(_sleeper, seconds=seconds))
+        run_sweep(config, folder / "idle", executor=runner)
+    finally:
+        ray.shutdown()
+    spans = []
+    for number in range(slots * waves):
+        (attempt,) = jobs.attempts(jobs.job_folder(folder / "idle", "trial", number))
+        began = storage.read_json(attempt / jobs.STARTED)["time"]
+        ended = (storage.read_sealed(attempt / jobs.RESULT) or {})["ended"]
+        spans.append((began, ended))
+    spans.sort()
+    first, last = spans[0][0], spans[-slots][0]  # the last wave is left out
+    busy = sum(min(ended, last) - began for began, ended in spans if began < last)
+    share = 1 - busy / (slots * (last - first))
+    return {"slots": slots, "trials": slots * waves, "seconds": seconds, "idle": share}
+
+
+def _sleeper(job: Job, task: Any, report: Any, seconds: float) -> str:
+    return stub(job, task, report, seconds if job.kind == "trial" else 0)
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The JSON as tables."""
+    lines = []
+    if rows := found.get("growth"):
+        lines += ["| trials | CPU a trial | ask | tell | record |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {r['trials']:,} | {r['cpu_ms']:.0f} ms | {r['ask_ms']:.0f} ms | "
+            f"{r['tell_ms']:.1f} ms | {r['record_ms']:.0f} ms |"
+            for r in rows
+        ]
+    if row := found.get("concurrent"):
+        lines += ["", f"{row['slots']:,} trials at once: {row['peak_gb']:.2f} GB."]
+    if row := found.get("idle"):
+        lines += [
+            "",
+            f"Idle share on Ray, {row['slots']} slots, {row['trials']} trials of "
+            f"{row['seconds']:.0f} s: {100 * row['idle']:.1f} %.",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="results; kept and added to")
+    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument("--slots", type=int, default=1_000, help="at once in virtual time")
+    parser.add_argument("--waves", type=int, default=5, help="of trials on Ray")
+    parser.add_argument("--seconds", type=float, default=60, help="of a trial on Ray")
+    parser.add_argument("--only", nargs="*", default=["growth", "concurrent", "idle"])
+    parser.add_argument("--page", type=Path, help="page whose table is written anew")
+    options = parser.parse_args()
+    found = json.loads(options.json.read_text()) if options.json.exists() else {}
+    parts = {
+        "growth": lambda folder: growth(folder, options.trials, 8),
+        "concurrent": lambda folder: concurrent(folder, options.slots),
+        "idle": lambda folder: idle(folder, 4, options.waves, options.seconds),
+    }
+    for name in options.only:
+        if name in found:
+            continue
+        folder = Path(tempfile.mkdtemp(prefix="nipq-orchestration-"))
+        try:
+            found[name] = parts[name](folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        write_json(options.json, found)
+    text = tables(found)
+    if options.page:
+        write_table(options.page, "orchestration", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Why a job's process ended without a record, and whose fault that was.
+
+A trial that always crashes is given up after `limits.max_failures`; a node that dies under it, as
+spot machines do, must not count. Ray reports the end of a process; what it means is decided here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nipq_search.search import jobs
+
+NODE, MEMORY, PROCESS = jobs.NODE, "memory", "process"
+
+NEVER_STARTED = "its process died before it could start"
+"""Reason of a job that never began an attempt."""
+
+HEARTBEATS_SECONDS = 30.0
+"""Time within which Ray notices that a node is dead; by default some 15 seconds."""
+
+MEMORY_FIX = (
+    "its machine ran out of memory; give trials more by resources.memory_gb, or make "
+    "train.batch_size smaller"
+)
+
+
+def own_node() -> str | None:
+    """Ray's id of the node that this process runs on; None outside of Ray."""
+    if "ray" not in sys.modules:
+        return None
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else None
+
+
+def dead_nodes() -> set[str]:
+    """Ids of the cluster's nodes that are known to be dead; empty outside of Ray."""
+    if own_node() is None:
+        return set()
+    import ray
+
+    return {n["NodeID"] for n in ray.nodes() if not n["Alive"]}  # type: ignore[no-untyped-call]
+
+
+def classify(error: BaseException | None, node_is_dead: bool) -> str:
+    """The cause behind what Ray raised for a process that ended without an answer.
+
+    Args:
+        error: Ray's exception, if it is known.
+        node_is_dead: whether the cluster says that the process's node is gone.
+    """
+    # By name: the kinds of several versions of Ray, and no import of it.
+    kind = type(error).__name__
+    preempted = bool(getattr(error, "preempted", False))
+    if node_is_dead or preempted or kind == "NodeDiedError" or "node has died" in str(error):
+        return NODE
+    return MEMORY if kind == "OutOfMemoryError" else PROCESS
+
+
+def judge(folder: Path, run: str, error: BaseException | None = None) -> str | None:
+    """Note the causes of a job's attempts that ended without a word.
+
+    An attempt that was taken for a crash is judged anew once its node turns out to be dead: the
+    news of a process may come before that of its node.
+
+    Args:
+        folder: the job's.
+        run: token of the driver's run; attempts of earlier runs died with their driver.
+        error: what Ray raised for the last one.
+
+    Returns:
+        The cause of the last attempt; None where it did end, or never began.
+    """
+    silent = jobs.silent_attempts(folder, run)
+    dead = dead_nodes() if silent else set()
+    cause = None
+    for attempt, started in silent:
+        last = attempt == jobs.attempts(folder)[-1]
+        known = jobs.cause_of(attempt)
+        found = classify(error if last else None, started.get("node") in dead)
+        cause = found if known is None or found == NODE else known
+        if cause != known:
+            jobs.note_cause(attempt, cause, str(error or ""))
+        cause = cause if last else None
+    return cause
+
+
+def await_nodes(folder: Path, run: str) -> None:
+    """Wait until it is known whether the nodes of recent silent attempts live.
+
+    Ray tells of a lost connection at once, and of a dead node only after its heartbeats have been
+    missing for some seconds. Meant for the moment before a job is given up.
+    """
+    own = own_node()
+    if own is None:
+        return
+    while True:
+        judge(folder, run)
+        recent = [
+            started
+            for attempt, started in jobs.silent_attempts(folder, run)
+            if started.get("node") not in (None, own)
+            and jobs.cause_of(attempt) != NODE
+            and time.time() - jobs.lost_at(attempt) < HEARTBEATS_SECONDS
+        ]
+        if not recent:
+            return
+        time.sleep(1)
+
+
+def error_of(trial: Any) -> BaseException | None:
+    """What Ray raised for a Tune trial that failed, if it can be read."""
+    with contextlib.suppress(Exception):
+        import pickle
+
+        with open(trial.pickled_error_file, "rb") as file:
+            found = pickle.load(file)
+        return found if isinstance(found, BaseException) else None
+    return None

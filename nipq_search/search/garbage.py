@@ -1,0 +1,116 @@
+"""What a sweep's folder no longer needs: models and checkpoints that nothing will ask for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nipq_search.records import SCHEMA, TrialRecord
+from nipq_search.search import jobs
+from nipq_search.search.config import SweepConfig, parse_config
+from nipq_search.search.jobs import job_folder
+from nipq_search.search.lease import driver_lease
+from nipq_search.search.storage_lease import study_lease
+from nipq_search.search.strategy import STRATEGIES, Finished
+from nipq_search.search.sweep import Sweep
+from nipq_search.train.trial import MODEL_FILE
+
+_OPEN = ("RUNNING", "WAITING")
+
+
+def needed(records: Sequence[TrialRecord], config: SweepConfig, mode: str) -> dict[int, str]:
+    """Trials whose models somebody will ask for, and why.
+
+    Those on the front; parents of trials that are open or on the front, from which these go on or
+    are replayed; and, under a strategy with warm starts, those from which a further trial would
+    start: the best of its surroundings.
+
+    Args:
+        records: all trials of the sweep.
+        config: the sweep.
+        mode: `max` or `min`, of the metric.
+    """
+    found = {r.trial: "on the front" for r in records if r.on_front}
+    for record in records:
+        if record.parent is not None and (record.state in _OPEN or record.trial in found):
+            what = "an open trial" if record.state in _OPEN else "a trial on the front"
+            found.setdefault(record.parent, f"parent of {what} ({record.trial})")
+    sign = 1 if mode == "max" else -1
+    finished = [
+        Finished(number=r.trial, cost=r.cost, metric=sign * (r.validation or 0.0))
+        for r in records
+        if r.state == jobs.COMPLETE
+    ]
+    strategy = STRATEGIES[config.search.strategy]()
+    places = [dict(trial.cost) for trial in finished] + [dict(r.budget) for r in records]
+    names = {name for record in records for name in record.budget}
+    for place in places:
+        target = {name: value for name, value in place.items() if name in names}
+        for one in [target, *({name: value} for name, value in target.items())]:
+            if one and (parent := strategy.parent(one, finished)) is not None:
+                found.setdefault(parent, "what a further trial would start from")
+    return found
+
+
+def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
+    """Delete models and checkpoints that nothing needs. Records, curves and logs stay.
+
+    Args:
+        out: the sweep's folder.
+        dry_run: only say what would go.
+
+    Returns:
+        What `gc --json` prints: `freed` (trial, path, bytes), `bytes` in all, and `kept`, the
+        trials whose models stay, each with the reason.
+
+    Raises:
+        UserError: a driver is running the sweep, or it is not a sweep.
+    """
+    sweep = Sweep.open(out)
+    config = parse_config(dict(sweep.config))
+    with driver_lease(sweep.folder) as token, study_lease(config.name, token):
+        records = sweep.trials()
+        kept = needed(records, config, sweep.facts["mode"])
+        freed = []
+        for record in records:
+            folder = job_folder(sweep.folder, "trial", record.trial)
+            for path in _garbage(folder, record, record.trial in kept):
+                size = _bytes(path)
+                freed.append(
+                    {
+                        "trial": record.trial,
+                        "path": str(path.relative_to(sweep.folder)),
+                        "bytes": size,
+                    }
+                )
+                if not dry_run:
+                    _remove(path)
+    return {
+        "schema": SCHEMA,
+        "dry_run": dry_run,
+        "bytes": sum(entry["bytes"] for entry in freed),
+        "freed": freed,
+        "kept": [{"trial": number, "why": why} for number, why in sorted(kept.items())],
+    }
+
+
+def _garbage(folder: Path, record: TrialRecord, kept: bool) -> list[Path]:
+    """What of a trial's folder can go."""
+    if record.state in _OPEN:
+        return []
+    candidates = [folder / "checkpoints"] + ([] if kept else [folder / MODEL_FILE])
+    return [path for path in candidates if path.exists()]
+
+
+def _bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

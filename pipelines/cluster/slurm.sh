@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# A sweep in one Slurm job: sbatch pipelines/cluster/slurm.sh SWEEP.yaml FOLDER
+# The folder has to be on a file system that all nodes share. The same command resumes.
+#SBATCH --job-name=nipq-search
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --time=08:00:00
+# Two minutes before the time is up, and before a preemption: running trials save their state.
+#SBATCH --signal=B:TERM@120
+set -euo pipefail
+
+sweep=${1:?the sweep file}
+out=${2:?the folder of the sweep}
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+if [ ! -f "$HOME/.ray/auth_token" ]; then
+  ray get-auth-token --generate > /dev/null
+fi
+
+# Every node runs this; on the first one it runs the sweep once all have joined.
+srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+  ray symmetric-run --address "${nodes[0]}:6379" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
+  nipq-search run "$sweep" --out "$out" --address auto &
+running=$!
+trap 'nipq-search stop "$out" || true' TERM
+# `wait` ends at the signal; the sweep then needs its time to save.
+code=0
+wait "$running" || code=$?
+if kill -0 "$running" 2> /dev/null; then
+  code=0
+  wait "$running" || code=$?
+fi
+exit "$code"

@@ -1,0 +1,281 @@
+"""A sweep through a storm: processes, nodes, the driver and the servers die at seeded moments.
+
+Everything is real: Ray on several nodes, PostgreSQL for the study and for MLflow, MLflow's server.
+Used by the tests, and by `benchmarks/storms.py` for many seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from postgres_server import Postgres
+from sweep_helpers import BIN, Command, attempts, epochs, result, wait_for, write_sweep
+
+from nipq_search import storage
+from nipq_search.search import jobs
+
+TRIALS, EPOCHS = 5, 40
+ACTIONS = ("worker", "worker", "node", "driver", "driver and node", "tracking", "everything")
+CALM_SECONDS = (2.0, 12.0)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Tracking:
+    """An MLflow server; it can be killed and started again."""
+
+    def __init__(self, folder: Path, database: str) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        # The URL is in a variable, for everybody can read arguments.
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("NIPQ_", "MLFLOW_"))},
+            "MLFLOW_BACKEND_STORE_URI": database.replace("postgresql:", "postgresql+psycopg:"),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "mlflow.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Storm:
+    """One sweep and what befalls it.
+
+    Args:
+        folder: a new folder.
+        seed: of what happens, and when.
+        cluster: a head without room for trials.
+        postgres: a running server.
+        actions: how many things happen.
+    """
+
+    def __init__(
+        self, folder: Path, seed: int, cluster: Any, postgres: Postgres, actions: int = 5
+    ) -> None:
+        self.folder, self.random, self.cluster = folder, random.Random(seed), cluster
+        self.postgres, self.actions = postgres, actions
+        name = f"storm_{folder.name}_{seed}".replace("-", "_").lower()
+        self.study_url = postgres.new_database(f"{name}_study")
+        self.tracking = Tracking(folder, postgres.new_database(f"{name}_mlflow"))
+        self.nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        write_sweep(
+            folder,
+            search__strategy="ladder",
+            search__trials=TRIALS,
+            train__epochs=EPOCHS,
+            train__checkpoint_minutes=0.01,
+            resources__concurrent=2,
+            limits={"max_failures": 20},
+        )
+        (folder / "storage-url").write_text(self.study_url)
+        self.command = Command(
+            folder,
+            NIPQ_STORAGE_URL_FILE=str(folder / "storage-url"),
+            MLFLOW_TRACKING_URI=self.tracking.uri,
+            MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+        )
+        self.out = self.command.out
+        self.done: list[str] = []
+
+    # What happens
+
+    def run(self) -> None:
+        """Run the sweep to its end through everything."""
+        wait_for(self.tracking.answers, "MLflow's server", 120)
+        self._start()
+        for _ in range(self.actions):
+            self._calm(self.random.uniform(*CALM_SECONDS))
+            if self.driver.poll() == 0:
+                break
+            action = self.random.choice(ACTIONS)
+            self.done.append(action)
+            getattr(self, f"_{action.replace(' ', '_')}")()
+        limit = time.monotonic() + 300
+        while self.driver.poll() is None:
+            assert time.monotonic() < limit, f"the sweep hangs after {self.done}"
+            self._calm(1)
+        stdout, stderr = self.driver.communicate()
+        assert self.driver.returncode == 0, f"{self.done}\n{stdout}\n{stderr}"
+        if not self.tracking.answers():
+            wait_for(self.tracking.answers, "MLflow's server", 120)
+        self.command("sync", "out")
+
+    def _start(self) -> None:
+        arguments = self.command.arguments("--address", self.cluster.address)
+        self.driver = self.command.popen(*arguments)
+
+    def _calm(self, seconds: float) -> None:
+        """Wait; the results can be read all the while."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.driver.poll() != 0:
+            table = self.out / "results.parquet"
+            if table.exists():
+                pd.read_parquet(table)
+            time.sleep(0.2)
+            if self.driver.poll() not in (None, 0, -signal.SIGKILL):
+                stdout, stderr = self.driver.communicate()
+                raise AssertionError(f"the driver ended after {self.done}\n{stdout}\n{stderr}")
+
+    def _worker(self) -> None:
+        """A process that trains."""
+        living = []
+        for folder in sorted((self.out / "trials").glob("*")):
+            last = jobs.attempts(folder)[-1:]
+            if last and not any((last[0] / n).exists() for n in (jobs.RESULT, jobs.LOST)):
+                living.append((storage.read_json(last[0] / jobs.STARTED) or {}).get("pid"))
+        for pid in [pid for pid in living if pid][:1]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def _node(self) -> None:
+        """A machine; another one comes."""
+        victim = self.nodes.pop(self.random.randrange(len(self.nodes)))
+        self.cluster.remove_node(victim, allow_graceful=False)
+        self.nodes.append(self.cluster.add_node(num_cpus=1))
+
+    def _driver(self) -> None:
+        """The driver, and the same command again."""
+        if self.driver.poll() is None:
+            self.driver.kill()
+        self.driver.communicate()
+        self._start()
+
+    def _driver_and_node(self) -> None:
+        if self.driver.poll() is None:
+            self.driver.kill()
+        self.driver.communicate()
+        self._node()
+        self._start()
+
+    def _tracking(self) -> None:
+        """MLflow's server is away for some seconds."""
+        self.tracking.kill()
+        self._calm(self.random.uniform(1, 5))
+        self.tracking.start()
+
+    def _everything(self) -> None:
+        if self.driver.poll() is None:
+            self.driver.kill()
+        self.driver.communicate()
+        for _ in list(self.nodes):
+            self._node()
+        self.tracking.kill()
+        self.tracking.start()
+        self._start()
+
+    # What must hold
+
+    def check(self, replays: int = 1) -> None:
+        """Nothing lost, nothing doubled, nothing renumbered, nothing secret told."""
+        study = optuna.load_study(study_name="tiny", storage=self.study_url)
+        trials = study.get_trials()
+        study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+        assert [t.number for t in trials] == list(range(TRIALS))
+        assert {t.state.name for t in trials} == {"COMPLETE"}, [t.user_attrs for t in trials]
+        for trial in trials:
+            record = result(self.out, trial.number)  # asserts that there is one at most
+            assert record is not None and record["params"].items() <= trial.params.items()
+            tries = attempts(self.out, trial.number)
+            run = Counter(epoch for attempt in tries for epoch in epochs(attempt))
+            assert set(run) == set(range(1, max(run) + 1)), "every epoch, from the first"
+        table = pd.read_parquet(self.out / "results.parquet")
+        assert list(table["trial"]) == list(range(TRIALS))
+        assert set(table["state"]) == {"COMPLETE"}
+        self._check_tracking({t.number: t.values[0] for t in trials})
+        disturbed = [n for n in range(TRIALS) if len(attempts(self.out, n)) > 1]
+        for number in disturbed[:replays]:
+            self.command("replay", "out", str(number))
+        best = subprocess.run(
+            [BIN / "optuna", "best-trials", "--storage", self.study_url, "--study-name", "tiny"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert best.returncode == 0, best.stderr
+        self._check_secrets()
+
+    def _check_tracking(self, values: dict[int, float]) -> None:
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(self.tracking.uri)
+        (experiment,) = [e for e in client.search_experiments() if e.name == "nipq_search"]
+        runs = client.search_runs([experiment.experiment_id])
+        (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+        assert parent.info.status == "FINISHED"
+        children = {int(r.data.tags["nipq.trial"]): r for r in runs if r is not parent}
+        assert len(runs) == TRIALS + 1 and children.keys() == values.keys()
+        for number, run in children.items():
+            assert run.info.status == "FINISHED"
+            assert run.data.metrics["validation"] == values[number]
+            for key in ("train_loss", "validation_accuracy", "validation"):
+                steps = [m.step for m in client.get_metric_history(run.info.run_id, key)]
+                assert len(steps) == len(set(steps)), f"{key} of trial {number} stands twice"
+        tags = " ".join(f"{k}={v}" for r in runs for k, v in r.data.tags.items())
+        assert self.postgres.password not in tags
+
+    def _check_secrets(self) -> None:
+        """The password is in no file of the sweep, of Ray, and in no arguments."""
+        word = self.postgres.password.encode()
+        session = Path(self.cluster.head_node.get_session_dir_path())
+        for place in (self.out, session):
+            for file in place.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    assert word not in file.read_bytes(), f"{file} holds the password"
+        for pid in self.command.processes():
+            assert word not in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+    def close(self) -> None:
+        """End what was started; the cluster and the database server are the caller's."""
+        ends: list[Callable[[], object]] = [self.driver.kill, self.tracking.kill]
+        for node in self.nodes:
+            ends.append(functools.partial(self.cluster.remove_node, node, allow_graceful=False))
+        for end in ends:
+            with contextlib.suppress(AttributeError, ProcessLookupError):
+                end()

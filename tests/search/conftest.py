@@ -1,0 +1,27 @@
+"""A finished sweep of real, tiny trainings, made once and copied by the tests that change it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from unit_helpers import make_config, run_here
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a sweep of four trials under `fill`; look, do not touch."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith(("NIPQ_STORAGE", "MLFLOW_"))]:
+            patch.delenv(name)
+        out = tmp_path_factory.mktemp("finished") / "sweep"
+        run_here(make_config(search__strategy="fill", search__trials=5), out)
+    return out
+
+
+@pytest.fixture
+def sweep_copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of `finished` to change."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))

@@ -1,0 +1,110 @@
+"""What `gc` frees, and that nothing is missed afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from unit_helpers import ledger_of, make_config, run_here
+
+from nipq_search.cli import main
+from nipq_search.errors import UserError
+from nipq_search.records import TrialRecord
+from nipq_search.search.garbage import collect, needed
+from nipq_search.search.lease import driver_lease
+from nipq_search.search.replay import replay
+from nipq_search.search.sweep import Sweep
+
+
+def record(number, metric, bops, **changes):
+    plain = {
+        field.name: None for field in dataclasses.fields(TrialRecord) if field.name != "trial"
+    }
+    state = {"state": "COMPLETE", "validation": metric, "cost": {"bops": bops, "weight_bytes": 9}}
+    state |= {"on_front": False, "budget": {"bops": bops}, "params": {}}
+    return TrialRecord(trial=number, **plain | state | changes)
+
+
+def test_what_is_needed():
+    records = [
+        record(0, 0.90, 100.0),  # on nobody's way
+        record(1, 0.95, 100.0, on_front=True, parent=2),
+        record(2, 0.94, 101.0),
+        record(3, 0.10, 50.0, on_front=True),
+        record(4, None, 500.0, state="RUNNING", cost={}, budget={"bops": 500.0}, parent=5),
+        record(5, 0.20, 300.0),
+        record(6, None, 70.0, state="FAIL", cost={}),
+    ]
+    independent = needed(records, make_config(search__strategy="independent"), "max")
+    assert independent == {
+        1: "on the front",
+        3: "on the front",
+        2: "parent of a trial on the front (1)",
+        5: "parent of an open trial (4)",
+    }
+    alone = record(7, 0.05, 1000.0)
+    warm = needed([*records, alone], make_config(search__strategy="ladder"), "max")
+    assert warm.keys() == {1, 2, 3, 5, 7} and "further trial" in warm[7]
+    least = needed(
+        [record(0, 0.5, 100.0), record(1, 0.4, 100.0)],
+        make_config(search__strategy="ladder"),
+        "min",
+    )
+    assert least.keys() == {1}, "the less the better"
+
+
+def sizes(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_only_what_nothing_needs_goes_and_the_sweep_goes_on(sweep_copy, capsys):
+    for left in ("trials/0/checkpoints/9", "trials/1/checkpoints/7"):  # as a kill leaves them
+        (sweep_copy / left).mkdir(parents=True)
+        (sweep_copy / left / "state.pt").write_bytes(b"x" * 1000)
+    # Two far behind the others, at their places: nobody's parents.
+    ledger = ledger_of(sweep_copy, make_config(search__strategy="fill", search__trials=5))
+    for _ in range(2):
+        first, asked = ledger.trials()[0], ledger.ask(0, 2)
+        costs = {k: v for k, v in first.user_attrs.items() if k.startswith(("cost_", "budget"))}
+        ledger.complete(asked.number, (0.01, first.values[1]), costs, 0.0)
+        shutil.copytree(sweep_copy / "trials/0", sweep_copy / f"trials/{asked.number}")
+    before = sizes(sweep_copy)
+    assert main(["gc", str(sweep_copy), "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sizes(sweep_copy) == before and told["dry_run"]
+    assert main(["gc", str(sweep_copy), "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["freed"] == told["freed"] and done["bytes"] == told["bytes"] > 20_000
+    gone = before - sizes(sweep_copy)
+    freed = {entry["path"] for entry in done["freed"]}
+    assert all(any(file == path or file.startswith(path + "/") for path in freed) for file in gone)
+    assert {"trials/0/checkpoints", "trials/5/model.pt", "trials/6/model.pt"} <= freed
+    assert main(["gc", str(sweep_copy)]) == 0
+    assert "0 bytes freed" in capsys.readouterr().out
+
+    sweep = Sweep.open(sweep_copy)
+    kept = {entry["trial"] for entry in done["kept"]}
+    for trial in sweep.trials():
+        assert (sweep.model_file(trial.trial) is not None) == (trial.trial in kept)
+        if trial.on_front:
+            sweep.load_model(trial.trial)
+    assert replay(sweep, max(kept))["equal"]
+    config = make_config(search__strategy="fill", search__trials=8)
+    assert run_here(config, sweep_copy).complete == 8
+
+
+def test_a_freed_model_says_so_and_is_no_parent(sweep_copy):
+    sweep = Sweep.open(sweep_copy)
+    for trial in sweep.trials():
+        (sweep_copy / f"trials/{trial.trial}/model.pt").unlink()
+    with pytest.raises(UserError, match="no trained model .`nipq-search gc` freed it"):
+        sweep.load_model(0)
+    run_here(make_config(search__strategy="fill", search__trials=6), sweep_copy)
+    assert Sweep.open(sweep_copy).trials()[5].parent is None
+
+
+def test_a_live_sweep_is_left_alone(sweep_copy):
+    with driver_lease(sweep_copy), pytest.raises(UserError, match="a driver is running"):
+        collect(sweep_copy)

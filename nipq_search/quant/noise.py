@@ -43,6 +43,20 @@ def mix(*words: int) -> int:
     return state
 
 
+def placed(key: int, origin: int) -> int:
+    """The key of a tensor that is a share of a larger one, whose elements before it are `origin`.
+
+    Its elements get the noise that they would get in the whole. Above the 64 bits of a key stands
+    the origin.
+    """
+    return key | origin << 64
+
+
+def origin_of(key: int) -> int:
+    """The number of the first element; see `placed`."""
+    return key >> 64
+
+
 def centered_uniform(*words: int) -> float:
     """One number of the open interval (-1/2, 1/2), a function of the words."""
     return ((mix(*words) >> 12) + 0.5) / (1 << 52) - 0.5
@@ -101,13 +115,14 @@ def _hashed(count: int, key: int, device: torch.device) -> Tensor:
     multiplication wraps around as it does in the kernels.
     """
     with torch.no_grad():
-        place = torch.arange(count, device=device, dtype=torch.int64)
+        origin = origin_of(key)
+        place = torch.arange(origin, origin + count, device=device, dtype=torch.int64)
         h = place.to(torch.int32).bitwise_xor_(signed(key, 32))
         h ^= (h >> 16) & 0xFFFF
         h *= signed(0x85EBCA6B, 32)
         h ^= (h >> 13) & 0x7FFFF
         h += signed(key >> 32, 32)
-        if count > 1 << 32:
+        if origin + count > 1 << 32:
             h += (place >> 32).to(torch.int32)
         h *= signed(0xC2B2AE35, 32)
         h ^= (h >> 16) & 0xFFFF
@@ -119,7 +134,7 @@ def uniform_noise(shape: torch.Size, key: int, device: torch.device, dtype: torc
 
     Args:
         shape: shape of the result.
-        key: 64 bits from `mix`; equal keys give equal noise.
+        key: 64 bits from `mix`, and perhaps an origin; equal keys give equal noise.
         device: where the noise is needed.
         dtype: float32 or float64.
     """
@@ -208,10 +223,11 @@ def drawn_from(residuals: Residuals, shape: torch.Size, key: int) -> Tensor:
     ("empirical"). The table is shuffled: what neighbours draw is independent too.
     """
     table, used = residuals
-    groups = -(-shape.numel() // GROUP)
-    chance = _hashed(groups, key, table.device).to(torch.int64) & 0xFFFFFFFF
+    first, within = divmod(origin_of(key), GROUP)
+    groups = -(-(within + shape.numel()) // GROUP)
+    chance = _hashed(groups, placed(key & _MASK, first), table.device).to(torch.int64) & 0xFFFFFFFF
     place = ((chance * used) >> 32)[:, None] + torch.arange(GROUP, device=table.device)
-    return table[place.view(-1)[: shape.numel()]].view(shape)
+    return table[place.view(-1)[within : within + shape.numel()]].view(shape)
 
 
 class NoiseClock:
@@ -220,11 +236,15 @@ class NoiseClock:
     One object is shared by every quantizer of a model. The count moves once per forward of the
     root module in training mode, so repeated calls of a layer and recomputation under activation
     checkpointing see the noise of that forward again.
+
+    Attributes:
+        share: where this process sees a share of a batch: samples before it, and samples in it.
     """
 
     def __init__(self, seed: int = 0, step: int = 0) -> None:
         """Start at a step."""
         self.seed = seed
+        self.share = (0, 0)
         self._place = np.array([step], dtype=np.int64)
         # The same memory: a compiled graph counts with a tensor, and everything else must not, for
         # what fakes or watches operations would do so with these.
@@ -246,3 +266,13 @@ class NoiseClock:
     def key(self, tensor: int, purpose: int) -> int:
         """64 bits for the quantizer numbered `tensor` at this step."""
         return mix(self.seed, self.step, tensor, purpose)
+
+    def origin(self, x: Tensor) -> int:
+        """Elements of an activation that belong to the samples before this process's share.
+
+        Samples lie one after another in memory. A tensor that does not divide by the samples, as
+        one that is no function of them, has no elements before it.
+        """
+        before, samples = self.share
+        per_sample, rest = divmod(x.numel(), samples) if before else (0, 0)
+        return 0 if rest else before * per_sample

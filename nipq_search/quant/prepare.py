@@ -165,6 +165,7 @@ def prepare(
     two activations both of them, every embedding its table: in layers of torch and wherever else
     the model's own code multiplies. Layers that consume the same tensor share one quantizer for
     it, and so do layers that share a weight. What stays in float is in `profile`, with the reason.
+    Quantizers have float32 parameters; in a model of float64 alone they have those.
 
     Args:
         model: any float module; it is not changed.
@@ -205,6 +206,10 @@ def prepare(
     attach_state(prepared, QuantState(graph, config, builder.clock, example_inputs, sites))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     prepared.to(device)
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    if floats and all(p.dtype is torch.float64 for p in floats):
+        for quantizer in quantizers(prepared).values():
+            quantizer.double()
     calibrate(prepared, (example_inputs,) if calibration is None else calibration)
     prepared.register_forward_pre_hook(_tick)
     return prepared

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nipq_search.quant.bit_width import BitWidth
 from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels import hard_quantize
-from nipq_search.quant.noise import NoiseClock
+from nipq_search.quant.noise import NoiseClock, placed
 from nipq_search.quant.statistics import TensorStatistics
 
 _GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
@@ -132,6 +132,11 @@ class FakeQuantizer(nn.Module, abc.ABC):
         else:
             boundaries = self.channels
         return max(1.0, x.numel() / max(1, boundaries))
+
+    def noise_key(self, x: Tensor) -> int:
+        """Key of the noise that `x` gets at this step; a sample's is the same in any share."""
+        key = self.clock.key(self.key, 1)
+        return key if self.role == "weight" else placed(key, self.clock.origin(x))
 
     def use(self, bits: BitWidth) -> None:
         """Take another bit-width, before training, as the member of a group."""

@@ -89,8 +89,9 @@ class ResourcesSection(_Section):
     """What one trial gets.
 
     Attributes:
-        cpus: CPU cores, which is also the number of torch threads.
-        gpus: GPUs; fractions share one.
+        cpus: CPU cores of each of a trial's processes, which is also its torch threads.
+        gpus: GPUs; fractions share one. Of several, each has a process, which train together.
+        workers: processes of a trial that train together on CPUs.
         memory_gb: main memory that a trial reserves, in 1e9 bytes; a node takes no more trials
             than fit.
         custom: amounts of Ray's custom resources, for clusters of unlike nodes.
@@ -101,6 +102,7 @@ class ResourcesSection(_Section):
 
     cpus: int = Field(default=1, ge=1)
     gpus: float = Field(default=0, ge=0)
+    workers: int = Field(default=1, ge=1)
     memory_gb: float | None = Field(default=None, gt=0)
     custom: dict[str, float] = Field(default_factory=dict)
     concurrent: int | None = Field(default=None, ge=1)
@@ -112,6 +114,8 @@ class ResourcesSection(_Section):
             raise ValueError("concurrent: say for how many trials `autoscale` may add nodes")
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError("gpus: above 1 only whole numbers")
+        if self.workers > 1 and self.gpus:
+            raise ValueError("workers: are for CPUs; with `gpus` each GPU has a process")
         for name, amount in self.custom.items():
             if name.lower() in ("cpu", "gpu", "memory", "object_store_memory"):
                 raise ValueError(f"custom.{name}: has a setting of its own")
@@ -119,9 +123,14 @@ class ResourcesSection(_Section):
                 raise ValueError(f"custom.{name}: give a fraction of 1 or a whole number")
         return self
 
+    @property
+    def processes(self) -> int:
+        """How many train one trial together, on one node."""
+        return max(self.workers, int(self.gpus))
+
     def in_ray_s_words(self) -> dict[str, float]:
-        """By the names that Ray has for them; memory in bytes."""
-        wanted = {"CPU": float(self.cpus), "GPU": self.gpus, **self.custom}
+        """What a trial needs of its node, by the names that Ray has for it; memory in bytes."""
+        wanted = {"CPU": float(self.cpus * self.processes), "GPU": self.gpus, **self.custom}
         if self.memory_gb is not None:
             wanted["memory"] = self.memory_gb * 1e9
         return {name: amount for name, amount in wanted.items() if amount}

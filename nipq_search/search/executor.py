@@ -98,12 +98,12 @@ def check_machine(resources: ResourcesSection) -> None:
     """
     import torch
 
-    found = {"cpus": os.cpu_count() or 1, "gpus": torch.cuda.device_count()}
-    for key, most in found.items():
-        wanted = getattr(resources, key)
-        if wanted > most:
+    wanted = resources.in_ray_s_words()
+    for name, most in {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}.items():
+        if wanted.get(name, 0) > most:
             raise UserError(
-                f"resources.{key}: {wanted:g} asked for one trial, this machine has {most}"
+                f"resources.{_KEYS[name]}: {wanted[name]:g} asked for one trial, this machine has "
+                f"{most}"
             )
 
 

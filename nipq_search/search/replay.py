@@ -16,6 +16,7 @@ from nipq_search.records import SCHEMA
 from nipq_search.search import jobs
 from nipq_search.search.config import parse_config
 from nipq_search.search.jobs import Job, committed, job_folder
+from nipq_search.search.members import leading
 from nipq_search.search.run import load_task
 from nipq_search.search.sweep import Sweep
 from nipq_search.search.worker import train_spec, training_device
@@ -56,10 +57,14 @@ def replay(
     job = _job(sweep, trial, record)
     _check_start(job)
     task = load_task(config)
-    torch.set_num_threads(int(record["threads"]))
+    threads, device = int(record["threads"]), training_device(config)
+    torch.set_num_threads(threads)
+    together: dict[str, Any] = {"size": record.get("workers", 1), "threads": threads}
     hooks = Hooks(on_epoch=lambda point: report(f"epoch {point.epoch}, {point.phase} phase"))
     with tempfile.TemporaryDirectory(prefix="nipq-replay-") as folder:
-        result = train(task, train_spec(config, job), Path(folder), training_device(config), hooks)
+        spec, place = train_spec(config, job), Path(folder)
+        with leading(task, spec, place, **together, gpu=device.type == "cuda", log=place) as team:
+            result = train(task, spec, place, device, hooks, team)
     # As the record has them: through JSON, figures that are no numbers left out.
     found = {name: getattr(result, name) for name in COMPARED}
     found["metrics"] = {k: v for k, v in result.metrics.items() if math.isfinite(v)}

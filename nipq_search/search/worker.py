@@ -9,6 +9,7 @@ import faulthandler
 import json
 import logging
 import math
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from nipq_search.search import faults, jobs
 from nipq_search.search.config import SweepConfig, parse_config
 from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.lease import stop_requested
+from nipq_search.search.members import MemberKilled, leading
 from nipq_search.search.space import split
 from nipq_search.search.strategy import STRATEGIES
 from nipq_search.tasks import Task
@@ -233,6 +235,8 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
             reporter.write()
             storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
             return "STOPPED"
+        except MemberKilled:
+            os._exit(1)  # it is the job's process that was killed, or a part of it
         except Exception as error:
             if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
                 raise
@@ -241,7 +245,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
             record = _failure(job, f"{type(error).__name__}: {reason}"[:500])
     reporter.write()
     record["seconds"] = jobs.seconds_spent(job.folder)
-    record["threads"] = threads
+    record["threads"], record["workers"] = threads, config.resources.processes
     if jobs.superseded(attempt):
         return "SUPERSEDED"
     jobs.commit(attempt, record)
@@ -277,7 +281,7 @@ def _failure(job: Job, reason: str) -> dict[str, Any]:
 
 
 def training_device(config: SweepConfig) -> torch.device:
-    """Where this process trains: on its GPU, if trials get one and there is one."""
+    """Where this process trains: on its first GPU, if trials get one and there is one."""
     wanted = config.resources.gpus > 0 and torch.cuda.is_available()
     return torch.device("cuda" if wanted else "cpu")
 
@@ -292,7 +296,17 @@ def _run_training(
         on_samples=reporter.on_samples,
         should_stop=reporter.should_stop,
     )
-    result = train(task, spec, job.folder, device, hooks)
+    together = leading(
+        task,
+        spec,
+        job.folder,
+        size=config.resources.processes,
+        threads=config.resources.cpus,
+        gpu=device.type == "cuda",
+        log=reporter.attempt,
+    )
+    with together as team:
+        result = train(task, spec, job.folder, device, hooks, team)
     name = task.metric[0]
     if name not in result.metrics:
         raise UserError(f"evaluate() returned no '{name}'{nearest(name, result.metrics)}")

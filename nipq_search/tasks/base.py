@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -250,14 +250,38 @@ def check_batch_size(size: int) -> None:
 
 def move(batch: Any, device: torch.device | str) -> Any:
     """Copy of nested tuples, lists and mappings whose tensors lie on `device`."""
+    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def rows(task: object, batch: Any) -> int:
+    """Rows of a batch, one a sample: the length of its first tensor."""
+    first = next(_tensors(batch), None)
+    if first is None or first.ndim == 0:
+        raise UserError(
+            f"task {type(task).__name__}: its batches hold no tensor, so several processes cannot "
+            "share them; give it take(batch, part), or set resources.workers to 1"
+        )
+    return len(first)
+
+
+def take(task: object, batch: Any, part: slice, of: int) -> Any:
+    """Some samples of a batch: by the task's own method, else of every tensor with `of` rows."""
+    own = getattr(task, "take", None)
+    if own is not None:
+        return own(batch, part)
+    return _mapped(batch, lambda t: t[part] if t.ndim and len(t) == of else t)
+
+
+def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Copy of nested tuples, lists and mappings with other tensors."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {key: move(value, device) for key, value in batch.items()}
+        return {key: _mapped(value, function) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple
-        return type(batch)(*(move(value, device) for value in batch))
+        return type(batch)(*(_mapped(value, function) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(move(value, device) for value in batch)
+        return type(batch)(_mapped(value, function) for value in batch)
     return batch
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from nipq_search.train.forward import SharedForward, arithmetic
 from nipq_search.train.freezing import Freezing
 from nipq_search.train.optimizer import drop_group, make_optimizer
 from nipq_search.train.oscillation import Oscillation, dampening
+from nipq_search.train.parallel import ALONE, Team
 from nipq_search.train.schedule import NOISE, TUNING, Schedule
 
 _FINITE_EVERY = 10
@@ -53,7 +54,7 @@ def steps_in(loader: Iterable[Any]) -> int:
     return steps
 
 
-@contextlib.contextmanager
+@contextmanager
 def _tuned_by(model: nn.Module, tuning: str) -> Iterator[None]:
     """Within the context, what quantizers compute in training once their widths are frozen."""
     found = list(quantizers(model).values())
@@ -78,6 +79,7 @@ class Trainer:
         device: where the model is.
         budget: what the bit-widths must keep; needed for a prepared model that learns them.
         teacher: the float model or one of the task's own; None for no distillation.
+        team: the processes that share every batch.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class Trainer:
         device: torch.device,
         budget: Budget | None = None,
         teacher: nn.Module | None = None,
+        team: Team = ALONE,
     ) -> None:
         """Build the optimizer; nothing is trained yet."""
+        self.team = team
         self.task, self.model, self.config, self.schedule = task, model, config, schedule
         self.seed, self.device, self.budget, self.teacher = seed, device, budget, teacher
         self.step = 0
@@ -124,6 +128,8 @@ class Trainer:
             save: gets the whole state after every epoch, every few minutes, and on a stop.
             should_stop: asked after every step.
 
+        Of several processes the leader's hooks are called, and its answers hold for all.
+
         Returns:
             True at the end, False where `should_stop` ended it; the state is saved then.
 
@@ -131,7 +137,8 @@ class Trainer:
             NonFiniteLoss: the loss became NaN or infinite.
         """
         quantized = self.schedule.quantized
-        with _tuned_by(self.model, self.config.tuning) if quantized else contextlib.nullcontext():
+        tuned = _tuned_by(self.model, self.config.tuning) if quantized else nullcontext()
+        with tuned, self.team.shared_statistics(self.model):
             return self._run(on_epoch, save, should_stop)
 
     def _run(
@@ -148,23 +155,29 @@ class Trainer:
                     break
                 if self.step % self.schedule.steps_per_epoch == 0:
                     continue  # the epoch is to be reported before anything is saved
-                if should_stop():
-                    save(self.state_dict())
+                if self.team.agreed(should_stop()):
+                    self._save(save)
                     return False
                 if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
-                    save(self.state_dict())
+                    self._save(save)
                     saved_at = time.monotonic()
             self._check_finite()
             if self.step >= self.schedule.total:
                 self._enter_tuning()
-            on_epoch(self._curve_point())
+            if self.team.leads:
+                on_epoch(self._curve_point())
+            self.team.same_random_state()
             self.loss_sum.zero_()
             self.loss_count = 0
-            save(self.state_dict())
+            self._save(save)
             saved_at = time.monotonic()
-            if self.step < self.schedule.total and should_stop():
+            if self.step < self.schedule.total and self.team.agreed(should_stop()):
                 return False
         return True
+
+    def _save(self, save: Callable[[dict[str, Any]], None]) -> None:
+        if self.team.leads:
+            save(self.state_dict())
 
     def use_average(self) -> None:
         """Give the model the averaged weights for good, where there are any; ends the training."""
@@ -233,16 +246,19 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         for index, batch in enumerate(group, start=1):
-            moved = to_device(self.task, batch, self.device)
-            with arithmetic(self.config.precision, self.device):
-                loss = self._loss(moved)
+            own, weight = self.team.take_share(self.task, self.model, batch)
+            moved = to_device(self.task, own, self.device)
+            draws = self.team.own_random_state(seed_for(self.seed, self.step, index))
+            with arithmetic(self.config.precision, self.device), draws:
+                loss = self._loss(moved, weight)
             if index == len(group) and self.phase == NOISE and self.budget is not None:
                 penalty = self.config.lambda_ * cost_penalty(self.model, self.budget)
                 loss = loss + len(group) * penalty  # the mean over the group has it once
             if index == len(group) and self.phase == TUNING and self.config.dampening:
                 loss = loss + len(group) * self.config.dampening * dampening(self.model)
             loss.backward()  # type: ignore[no-untyped-call]
-            self.samples += num_samples(self.task, moved)
+            self.samples += num_samples(self.task, batch)
+        self.team.mean_gradients(self.model)
         if len(group) > 1:
             # Not the losses: a bit-width's `marginal` is a derivative of the loss of a batch.
             for parameter in self.model.parameters():
@@ -261,8 +277,8 @@ class Trainer:
         if self.step % _FINITE_EVERY == 0:
             self._check_finite()
 
-    def _loss(self, batch: Any) -> Tensor:
-        """The task's loss of a batch, distillation included."""
+    def _loss(self, batch: Any, weight: float) -> Tensor:
+        """The task's loss of a batch, distillation included, by its weight in the mean."""
         model: Any = SharedForward(self.model)
         share = self.config.distill_weight if self.teacher is not None else 0.0
         loss = torch.zeros((), device=self.device)
@@ -270,11 +286,14 @@ class Trainer:
             loss = loss + (1 - share) * self.task.loss(model, batch)
         if self.teacher is not None and share > 0:
             loss = loss + share * distill_loss(self.task, model, self.teacher, batch)
+        if self.team.size > 1:
+            loss = weight * loss
         self.loss_sum += loss.detach()
         self.loss_count += 1
         return loss
 
     def _check_finite(self) -> None:
+        self.team.mean([self.loss_sum])
         if not math.isfinite(float(self.loss_sum)):
             raise NonFiniteLoss(
                 f"the loss became {float(self.loss_sum)} within step {self.step} "
@@ -284,7 +303,7 @@ class Trainer:
     def _curve_point(self) -> CurvePoint:
         metrics = {"train_loss": float(self.loss_sum) / max(1, self.loss_count)}
         average = self.average
-        averaged = contextlib.nullcontext() if average is None else average.applied(self.model)
+        averaged = nullcontext() if average is None else average.applied(self.model)
         with averaged, arithmetic(self.config.precision, self.device):
             validation = evaluate(self.task, self.model, "validation")
         metrics.update({f"validation_{name}": value for name, value in validation.items()})

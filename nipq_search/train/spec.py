@@ -17,6 +17,10 @@ class Interrupted(Exception):
     """The training was asked to stop and has saved its state."""
 
 
+class Released(Exception):
+    """The training's leader does the rest; see `nipq_search.train.parallel`."""
+
+
 class Paused(Exception):
     """The training reached its pause and has saved its state.
 

@@ -50,8 +50,9 @@ from nipq_search.train.checkpoint import (
 from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import Trainer, seed_for, steps_in
 from nipq_search.train.memory_format import use_channels_last
+from nipq_search.train.parallel import ALONE, Team
 from nipq_search.train.schedule import Schedule, make_schedule
-from nipq_search.train.spec import Hooks, Interrupted, Paused, TrainResult, TrainSpec
+from nipq_search.train.spec import Hooks, Interrupted, Paused, Released, TrainResult, TrainSpec
 from nipq_search.train.start import (
     start_at_budget,
     start_at_one_width,
@@ -173,7 +174,12 @@ def _start_bits(model: nn.Module, spec: TrainSpec, bits: Mapping[str, float] | N
 
 
 def train(
-    task: Task, spec: TrainSpec, folder: Path, device: torch.device, hooks: Hooks | None = None
+    task: Task,
+    spec: TrainSpec,
+    folder: Path,
+    device: torch.device,
+    hooks: Hooks | None = None,
+    team: Team = ALONE,
 ) -> TrainResult:
     """Train to the end, or continue what an earlier call in `folder` began.
 
@@ -185,9 +191,11 @@ def train(
         spec: what to train.
         folder: the training's own folder.
         device: where to train.
-        hooks: reports and stop requests.
+        hooks: reports and stop requests; of several processes the leader's are heard.
+        team: the processes that train together; each calls this.
 
     Raises:
+        Released: this process does not lead: its part is done.
         Interrupted: `should_stop` said so; the state is saved.
         Paused: `spec.pause` is reached; the state is saved.
         NonFiniteLoss: the loss became NaN or infinite.
@@ -195,14 +203,15 @@ def train(
     """
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
-        return _train(task, spec, folder, device, hooks or Hooks())
+        return _train(task, spec, folder, device, hooks or Hooks(), team)
 
 
 def _train(
-    task: Task, spec: TrainSpec, folder: Path, device: torch.device, hooks: Hooks
+    task: Task, spec: TrainSpec, folder: Path, device: torch.device, hooks: Hooks, team: Team
 ) -> TrainResult:
     model = load_float(task, spec.float_model, spec.seed, device)
     if spec.quant is None and spec.float_model is not None:
+        _only_leader(team)
         return _finish(task, spec, folder, model, device, Counts())
     loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 0))
     batches = steps_in(loader)
@@ -211,7 +220,7 @@ def _train(
         spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, noise_share=0.0))
         schedule = _schedule(spec, batches)
     teacher = None
-    checkpoint = load_checkpoint(folder / "checkpoints")
+    checkpoint = team.given(load_checkpoint(folder / "checkpoints") if team.leads else None)
     calibration_samples = 0
     if spec.quant is not None:
         if spec.train.distill and spec.train.distill_weight > 0:
@@ -220,6 +229,7 @@ def _train(
             task, model, spec, device, calibrated=checkpoint is None
         )
         hooks.on_samples(calibration_samples)
+    team.same_model(model)
     trainer = Trainer(
         task=task,
         model=model,
@@ -230,6 +240,7 @@ def _train(
         # One width for all is not projected: it stays as it is.
         budget=Budget(**spec.budget) if spec.budget and spec.train.start != "uniform" else None,
         teacher=teacher,
+        team=team,
     )
     trainer.samples = calibration_samples
     if checkpoint is not None:
@@ -259,6 +270,7 @@ def _train(
         )
     finally:
         count()  # samples of a step that failed too
+    _only_leader(team)
     if not finished and trainer.step >= pause < total:
         raise _at_pause(task, spec, trainer, device, hooks)
     if trainer.step < total:
@@ -268,6 +280,12 @@ def _train(
     result = _finish(task, spec, folder, model, device, counts)
     hooks.on_samples(result.samples - counted)
     return result
+
+
+def _only_leader(team: Team) -> None:
+    """End the part of every other process: what follows is not shared."""
+    if not team.leads:
+        raise Released
 
 
 def _schedule(spec: TrainSpec, batches_per_epoch: int) -> Schedule:

@@ -39,7 +39,7 @@ def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = F
         x: any floating-point dtype, which the result has too, and any shape. What is below float32
             is computed in float32. Noise belongs to elements in the order of memory.
         boundary: what determines the range.
-        key: 64 bits that determine the noise.
+        key: 64 bits that determine the noise, and perhaps an origin; see `noise.placed`.
         empirical: draw from the tensor's own rounding residuals rather than uniformly.
     """
     x = noise.dense(x)

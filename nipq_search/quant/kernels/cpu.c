@@ -25,6 +25,7 @@ typedef struct {
     uint32_t first, second; /* halves of the key */
     const float *table;     /* `count` residuals, the first few of them repeated at the end */
     int64_t count;
+    int64_t origin;         /* number of the first element, where others come before this share */
 } Noise;
 
 typedef struct {
@@ -107,6 +108,7 @@ INLINE vec drawn(int64_t element, const Noise *noise) {
 
 /* Noise of LANES elements, in units of the step. */
 INLINE vec noise_of(int law, int64_t element, const Noise *noise) {
+    element += noise->origin;
     if (law == TABLE) return drawn(element, noise);
     uvec h = hashed(element, noise);
     return (__builtin_convertvector((ivec)h >> 8, vec) + 0.5f) * 0x1p-24f;

@@ -13,7 +13,14 @@ from torch import Tensor
 from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels.build import library
 from nipq_search.quant.kernels.kept import Kept
-from nipq_search.quant.noise import GROUP, Residuals, inner_size, is_plain, sample_of
+from nipq_search.quant.noise import (
+    GROUP,
+    Residuals,
+    inner_size,
+    is_plain,
+    origin_of,
+    sample_of,
+)
 
 _PIECE = 32768  # as in cpu.c, which a test compares
 _ROUNDING, _UNIFORM, _TABLE = range(3)
@@ -27,6 +34,7 @@ class _Noise(ctypes.Structure):
         ("second", ctypes.c_uint32),
         ("table", ctypes.c_void_p),
         ("count", ctypes.c_int64),
+        ("origin", ctypes.c_int64),
     )
 
 
@@ -52,8 +60,9 @@ def _noise(key: int | None, residuals: Residuals | None) -> _Noise:
         return _Noise(law=_ROUNDING)
     halves = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
     if residuals is None:
-        return _Noise(_UNIFORM, *halves)
-    return _Noise(_TABLE, *halves, residuals.table.data_ptr(), int(residuals.used))
+        return _Noise(_UNIFORM, *halves, origin=origin_of(key))
+    table, used = residuals.table.data_ptr(), int(residuals.used)
+    return _Noise(_TABLE, *halves, table, used, origin_of(key))
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

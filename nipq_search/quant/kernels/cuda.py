@@ -62,7 +62,7 @@ def _works(device: torch.device) -> bool:
 
 if triton is not None:
     # Keys change with every step: no kernel of their own for keys that 16 divides.
-    _jit = functools.partial(triton.jit, do_not_specialize=["first", "second"])
+    _jit = functools.partial(triton.jit, do_not_specialize=["first", "second", "origin"])
 
     @triton.jit
     def _rounded(x):  # type: ignore[no-untyped-def]
@@ -70,10 +70,13 @@ if triton is not None:
         return (x + 12582912.0) - 12582912.0
 
     @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-    def _noise(at, first, second, table, used, LAW: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _noise(  # type: ignore[no-untyped-def]
+        at, first, second, origin, table, used, LAW: tl.constexpr
+    ):
         """As `noise._hashed`: MurmurHash3's finalizer, the second half of the key in between."""
-        place = at if LAW == 1 else at // 16
-        h = place.to(tl.uint32) ^ first.to(tl.uint32)
+        element = (at.to(tl.uint32) + origin.to(tl.uint32)).to(tl.uint32)
+        place = element if LAW == 1 else element // 16
+        h = place ^ first.to(tl.uint32)
         h = h ^ (h >> 16)
         h = (h * 0x85EBCA6B).to(tl.uint32)
         h = h ^ (h >> 13)
@@ -84,7 +87,7 @@ if triton is not None:
             signed = h.to(tl.int32, bitcast=True) >> 8
             return (signed.to(tl.float32) + 0.5) * 5.9604644775390625e-08
         start = (h.to(tl.uint64) * tl.load(used).to(tl.uint64)) >> 32
-        return tl.load(table + start.to(tl.int64) + at % 16)
+        return tl.load(table + start.to(tl.int64) + (element % 16).to(tl.int64))
 
     @_jit
     def _forward_kernel(  # type: ignore[no-untyped-def]
@@ -95,6 +98,7 @@ if triton is not None:
         used_ptr,
         first,
         second,
+        origin,
         count,
         channels,
         inner,
@@ -118,7 +122,7 @@ if triton is not None:
             inside = tl.where(inside > highest, highest, inside)
             y = _rounded(inside) * step
         else:
-            y = x + _noise(at, first, second, table_ptr, used_ptr, LAW) * step
+            y = x + _noise(at, first, second, origin, table_ptr, used_ptr, LAW) * step
             moved = (y.to(tl.int32, bitcast=True) ^ 1).to(tl.float32, bitcast=True)
             y = tl.where((y == high) | (y == low), moved, y)
             y = tl.where(above, high, y)
@@ -127,7 +131,7 @@ if triton is not None:
 
     @triton.jit
     def _derivatives(  # type: ignore[no-untyped-def]
-        kept_ptr, at, here, g, step, low, high, table, used, first, second, LAW, KEPT
+        kept_ptr, at, here, g, step, low, high, table, used, first, second, origin, LAW, KEPT
     ):
         """Gradient of x, and the terms of those of step, low and high."""
         kept = tl.load(kept_ptr + at, mask=here, other=0.0)
@@ -141,7 +145,7 @@ if triton is not None:
             scaled = tl.math.div_rn(kept, step)
             noise = _rounded(scaled) - scaled
         else:
-            noise = _noise(at, first, second, table, used, LAW)
+            noise = _noise(at, first, second, origin, table, used, LAW)
         outside = above | below
         return (
             tl.where(outside, 0.0, g),
@@ -161,6 +165,7 @@ if triton is not None:
         used_ptr,
         first,
         second,
+        origin,
         count,
         LAW: tl.constexpr,
         KEPT: tl.constexpr,
@@ -182,6 +187,7 @@ if triton is not None:
             used_ptr,
             first,
             second,
+            origin,
             LAW,
             KEPT,
         )
@@ -201,6 +207,7 @@ if triton is not None:
         used_ptr,
         first,
         second,
+        origin,
         count,
         channels,
         inner,
@@ -233,6 +240,7 @@ if triton is not None:
                 used_ptr,
                 first,
                 second,
+                origin,
                 LAW,
                 KEPT,
             )
@@ -253,12 +261,18 @@ def _law(key: int | None, residuals: Residuals | None) -> int:
 
 def _drawn(
     key: int | None, residuals: Residuals | None, other: Tensor
-) -> tuple[Tensor, Tensor, int, int]:
-    """Table, its used length, and both halves of the key; `other` stands in for what is unused."""
+) -> tuple[Tensor, Tensor, int, int, int]:
+    """Table, its used length, both halves of the key, and its origin's low half, whose high half
+    goes into the key: beyond 2^32 elements of a batch noise is another than on other paths.
+
+    `other` stands in for what is unused.
+    """
     word = key or 0
+    origin = noise.origin_of(word)
     table, used = residuals or (other, other)
     # As 32 bits with a sign: integers of another size would compile a kernel of their own.
-    return table, used, signed(word, 32), signed(word >> 32, 32)
+    second = signed((word >> 32) + (origin >> 32), 32)
+    return table, used, signed(word, 32), second, signed(origin, 32)
 
 
 def _launch(kernel: Any, programs: int, *given: Any, **constants: Any) -> None:

@@ -1,0 +1,112 @@
+"""Trials that several processes train: in a sweep, killed, failing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from unit_helpers import make_config, run_here
+
+from nipq_search.search.members import MemberFailed, MemberKilled, leading
+from nipq_search.search.reaper import children_now
+from nipq_search.search.replay import replay
+from nipq_search.search.sweep import Sweep
+from nipq_search.tasks.digits import Digits
+from nipq_search.train import FloatConfig, Hooks, Interrupted, TrainSpec, train
+
+CPU = torch.device("cpu")
+
+
+class Faulty(Digits):
+    """Digits whose loss fails, or kills its process, wherever half of a batch arrives."""
+
+    def __init__(self, kills: bool) -> None:
+        super().__init__(width=4)
+        self.load_data()
+        self.kills, self.home = kills, os.getpid()
+
+    def loss(self, model, batch):
+        if os.getpid() != self.home:
+            if self.kills:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("half of a batch\nis too little")
+        return super().loss(model, batch)
+
+
+class Unreadable(Digits):
+    """Digits that no other process can take in."""
+
+    def __reduce__(self):
+        return exec, ("raise RuntimeError('cannot be unpickled')",)
+
+
+def together(task, folder, hooks=None, size=2):
+    """Train a float model with `size` processes."""
+    config = FloatConfig(epochs=1, batch_size=64)
+    spec = TrainSpec(train=config.as_training(), seed=1)
+    folder.mkdir(exist_ok=True)
+    with leading(task, spec, folder, size=size, threads=1, gpu=False, log=folder) as team:
+        return train(task, spec, folder, CPU, hooks or Hooks(), team)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_left():
+    before = children_now()
+    yield
+    assert children_now() <= before
+
+
+def test_a_sweep_of_such_trials_replays_bit_by_bit(tmp_path):
+    """Float model, baseline and trials: of half batches each, as the record says."""
+    config = make_config(
+        resources__workers=2, search__trials=2, search__baselines=[4], search__strategy="ladder"
+    )
+    run_here(config, tmp_path / "sweep")
+    sweep = Sweep.open(tmp_path / "sweep")
+    assert [r.state for r in sweep.trials()] == ["COMPLETE"] * 2
+    child = next(r for r in sweep.trials() if r.parent is not None)
+    assert replay(sweep, child.trial)["equal"]
+    attempt = tmp_path / f"sweep/trials/{child.trial}/attempt-1"
+    assert (attempt / "log-1.txt").exists()
+
+
+def test_an_exception_elsewhere_is_the_trainings(tmp_path):
+    with pytest.raises(MemberFailed, match="process 1: ValueError: half of a batch is too little"):
+        together(Faulty(kills=False), tmp_path)
+    assert "Traceback" in (tmp_path / "log-1.txt").read_text()
+
+
+def test_a_killed_process_is_told_apart(tmp_path):
+    with pytest.raises(MemberKilled, match="process 1 was killed"):
+        together(Faulty(kills=True), tmp_path)
+
+
+def test_a_process_that_does_not_start_is_told(tmp_path):
+    with pytest.raises(MemberFailed, match="did not start.*cannot be unpickled"):
+        together(Unreadable(width=4), tmp_path)
+
+
+def test_an_exception_of_the_leader_ends_the_others(tmp_path):
+    def fails(point):
+        raise OSError("the disk is full")
+
+    task = Digits(width=4)
+    task.load_data()
+    with pytest.raises(OSError, match="the disk is full"):
+        together(task, tmp_path, Hooks(on_epoch=fails))
+
+
+def test_a_stop_is_everybodys(tmp_path):
+    task = Digits(width=4)
+    task.load_data()
+    threads = threading.active_count()
+    with pytest.raises(Interrupted):
+        together(task, tmp_path, Hooks(should_stop=lambda: True), size=3)
+    result = together(task, tmp_path, size=3)
+    assert result.steps > 1
+    time.sleep(0.5)
+    assert threading.active_count() <= threads

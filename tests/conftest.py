@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from postgres_server import Postgres
+from s3_server import S3
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,16 @@ def database(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> str:
     url = postgres.new_database(f"test_{uuid.uuid4().hex[:12]}")
     monkeypatch.setenv("NIPQ_STORAGE_URL", url)
     return url
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """A real S3 server with an empty bucket, and keys to it in the environment."""
+    server = S3(monkeypatch)
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from nipq_search.blobs import check_home
 from nipq_search.errors import UserError, nearest
 from nipq_search.quant import QuantConfig
 from nipq_search.search.budgets import check_budget
@@ -168,6 +169,8 @@ class SweepConfig(_Section):
         search: what is searched.
         resources: what a trial gets.
         limits: when to stop.
+        checkpoints: URI of a file system for models and checkpoints, such as `s3://BUCKET/FOLDER`;
+            None keeps them in the sweep's folder.
     """
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][\w.\- ]*$")
@@ -181,6 +184,14 @@ class SweepConfig(_Section):
     search: SearchSection = Field(default_factory=SearchSection)
     resources: ResourcesSection = Field(default_factory=ResourcesSection)
     limits: LimitsSection = Field(default_factory=LimitsSection)
+    checkpoints: str | None = None
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _checkpoints(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_home(value)
+        return value
 
     @field_validator("budgets")
     @classmethod

@@ -14,6 +14,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from nipq_search import blobs
 from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig
 from nipq_search.search.facts import Facts
@@ -22,7 +23,7 @@ from nipq_search.search.jobs import SCORES, Job, committed, job_folder
 from nipq_search.search.ledger import Ledger
 from nipq_search.search.trials import Trials
 from nipq_search.search.worker import TEST_FILE
-from nipq_search.storage import digest, read_sealed
+from nipq_search.storage import read_sealed
 from nipq_search.train.loop import seed_for
 from nipq_search.train.trial import MODEL_FILE
 
@@ -163,7 +164,7 @@ class Coordinator:
             )
         elif record is not None:
             file = job_folder(self.out, "float", 0) / MODEL_FILE
-            if not file.is_file() or digest(file.read_bytes()) != record["model_sha256"]:
+            if blobs.digest_of(file) != record["model_sha256"]:
                 self.failure = (
                     f"{file}: missing or damaged; remove {file.parent} and the same command "
                     "trains the float model again"

@@ -53,6 +53,8 @@ def doctor(
             ("task and data", lambda: _task(config)),
             ("budgets", lambda: _budgets(config)),
         ]
+        if (home := config.checkpoints) is not None:
+            checks.append(("checkpoints", lambda: _checkpoints(home)))
     found = [_run(name, check) for name, check in checks]
     if address is not None:
         found += _nodes(address, out or Path.cwd(), config)
@@ -111,6 +113,13 @@ def _disk() -> str:
     if free < 1 << 30:
         raise UserError(f"only {free >> 20} MB free here; make room or use --out elsewhere")
     return f"{free >> 30} GB free in {Path.cwd()}"
+
+
+def _checkpoints(home: str) -> str:
+    from nipq_search.search.run import check_checkpoints
+
+    check_checkpoints(home)
+    return f"{home.partition('?')[0]} can be written and read back"
 
 
 def _storage() -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nipq_search import blobs
 from nipq_search.errors import UserError
 from nipq_search.search.code import sources
 from nipq_search.search.config import ResourcesSection, SweepConfig
@@ -22,7 +23,11 @@ _PATIENCE_SECONDS = 120.0
 
 
 def look(
-    folder: str, token: str, task: str | None, arguments: Mapping[str, Any]
+    folder: str,
+    token: str,
+    task: str | None,
+    arguments: Mapping[str, Any],
+    home: str | None = None,
 ) -> dict[str, Any]:
     """What a node sees; runs there.
 
@@ -31,6 +36,7 @@ def look(
         token: name of a file in it that the driver wrote; the node writes one beside it.
         task: of the sweep whose data are looked at, or None.
         arguments: `task_args`.
+        home: URI for models and checkpoints, or None.
     """
     import torch
 
@@ -46,6 +52,11 @@ def look(
         (Path(folder) / f"{token}-{uuid.uuid4().hex}").write_text(found["host"])
     except OSError as error:
         found["read"], found["error"] = False, str(error)
+    try:
+        if home is not None:
+            blobs.probe(home)
+    except (OSError, UserError) as error:
+        found["store_error"] = " ".join(str(error).split())[:200]
     if task is not None:
         from nipq_search.tasks import make_task
         from nipq_search.tasks.base import dataset, load_data
@@ -84,6 +95,8 @@ def differences(node: Mapping[str, Any], own: Mapping[str, Any], folder: str) ->
     if not node["read"]:
         reason = f" ({node['error']})" if node.get("error") else ""
         wrong.append(f"does not see {folder} as this machine does{reason}: mount it there")
+    if "store_error" in node:
+        wrong.append(f"checkpoints: {node['store_error']}")
     if "data_error" in node:
         wrong.append(f"the data: {node['data_error']}")
     elif node["data"] != own["data"]:
@@ -104,6 +117,7 @@ def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[
     """
     task = None if config is None else config.task
     arguments = {} if config is None else dict(config.task_args)
+    home = None if config is None else config.checkpoints
     code = sources(task or "")
     token = f".doctor-{uuid.uuid4().hex}"
     try:
@@ -113,7 +127,8 @@ def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[
     try:
         own = look(str(folder), token, task, arguments)
         with ray_cluster(address, ResourcesSection(cpus=1), code, check=False):
-            return [_check(node, folder, token, task, arguments, own) for node in _living()]
+            asked = (str(folder), token, task, arguments, home)
+            return [_check(node, folder, own, asked) for node in _living()]
     finally:
         for file in folder.glob(f"{token}*"):
             file.unlink(missing_ok=True)
@@ -126,12 +141,7 @@ def _living() -> list[dict[str, Any]]:
 
 
 def _check(
-    node: Mapping[str, Any],
-    folder: Path,
-    token: str,
-    task: str | None,
-    arguments: Mapping[str, Any],
-    own: Mapping[str, Any],
+    node: Mapping[str, Any], folder: Path, own: Mapping[str, Any], asked: tuple[Any, ...]
 ) -> dict[str, Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -140,11 +150,10 @@ def _check(
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     remote: Any = ray.remote(look)
     remote = remote.options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+    token = asked[1]
     before = len(list(folder.glob(f"{token}-*")))
     try:
-        found = ray.get(
-            remote.remote(str(folder), token, task, arguments), timeout=_PATIENCE_SECONDS
-        )
+        found = ray.get(remote.remote(*asked), timeout=_PATIENCE_SECONDS)
     except Exception as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return {"check": name, "ok": False, "detail": detail, "fix": "see the node's Ray log"}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nipq_search import blobs
 from nipq_search.records import SCHEMA, TrialRecord
 from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig, parse_config
@@ -77,7 +77,7 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
         for record in records:
             folder = job_folder(sweep.folder, "trial", record.trial)
             for path in _garbage(folder, record, record.trial in kept):
-                size = _bytes(path)
+                size = blobs.size_of(path)
                 freed.append(
                     {
                         "trial": record.trial,
@@ -86,7 +86,7 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
                     }
                 )
                 if not dry_run:
-                    _remove(path)
+                    blobs.remove(path)
     return {
         "schema": SCHEMA,
         "dry_run": dry_run,
@@ -101,16 +101,4 @@ def _garbage(folder: Path, record: TrialRecord, kept: bool) -> list[Path]:
     if record.state in _OPEN:
         return []
     candidates = [folder / "checkpoints"] + ([] if kept else [folder / MODEL_FILE])
-    return [path for path in candidates if path.exists()]
-
-
-def _bytes(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    return [path for path in candidates if path.is_dir() or blobs.exists(path)]

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from nipq_search.blobs import StoreAway
 from nipq_search.tasks import Task
 from nipq_search.train import Hooks, Interrupted, Paused, TrainSpec, train
 from nipq_search.train.parallel import ALONE, Team, joined
@@ -234,6 +235,8 @@ def member(part: Part, rank: int) -> int:
         return 0
     except Exception as error:
         traceback.print_exc()
+        if isinstance(error, StoreAway):
+            return 1  # not the training's fault: it has nothing to say
         reason = " ".join(str(error).split()) or type(error).__name__
         part.reason_file(rank).write_text(f"{type(error).__name__}: {reason}"[:500])
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nipq_search import blobs
 from nipq_search.errors import UserError
 from nipq_search.records import SCHEMA
 from nipq_search.search import jobs
@@ -62,7 +64,8 @@ def replay(
     together: dict[str, Any] = {"size": record.get("workers", 1), "threads": threads}
     hooks = Hooks(on_epoch=lambda point: report(f"epoch {point.epoch}, {point.phase} phase"))
     with tempfile.TemporaryDirectory(prefix="nipq-replay-") as folder:
-        spec, place = train_spec(config, job), Path(folder)
+        place = Path(folder)
+        spec = dataclasses.replace(train_spec(config, job), home=None)
         with leading(task, spec, place, **together, gpu=device.type == "cuda", log=place) as team:
             result = train(task, spec, place, device, hooks, team)
     # As the record has them: through JSON, figures that are no numbers left out.
@@ -105,5 +108,5 @@ def _check_start(job: Job) -> None:
     wanted = [("float", 0)] + ([] if job.parent is None else [("trial", job.parent)])
     for kind, number in wanted:
         file = job_folder(Path(job.out), kind, number) / MODEL_FILE
-        if not file.is_file():
+        if not blobs.exists(file):
             raise UserError(f"{file}: the trial started from it, and it is gone")

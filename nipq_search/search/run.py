@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from optuna.trial import TrialState
 
-from nipq_search import storage
+from nipq_search import blobs, storage
 from nipq_search.errors import UserError
 from nipq_search.search import view
 from nipq_search.search.code import sources
@@ -108,6 +108,22 @@ def check_databases(out: Path) -> None:
                 "a database server, such as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, or "
                 "choose a local --out"
             )
+
+
+def check_checkpoints(home: str | None) -> None:
+    """Check that models and checkpoints can be written where they are to lie.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        if home is not None:
+            blobs.probe(home)
+    except OSError as error:
+        raise UserError(
+            f"checkpoints: {error.strerror or error}; check the URI, the keys in the environment "
+            "and that the store answers"
+        ) from error
 
 
 def load_task(config: SweepConfig) -> Task:
@@ -250,6 +266,7 @@ def run_sweep(
         config = config.model_copy(update={"search": section})
     check_folder(out, config.name)
     check_databases(out)
+    check_checkpoints(config.checkpoints)
     if address is None and executor is None:
         check_machine(config.resources)
     stop = threading.Event()

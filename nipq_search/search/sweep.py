@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from nipq_search import storage
+from nipq_search import blobs, storage
 from nipq_search.cost import CONVENTION, COSTS
 from nipq_search.errors import UserError, nearest
 from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
@@ -151,9 +151,8 @@ class Sweep:
     def model_file(self, trial: int) -> Path | None:
         """File of a trial's trained model; None while there is none."""
         folder = job_folder(self.folder, "trial", trial)
-        return (
-            folder / MODEL_FILE if committed(folder) and (folder / MODEL_FILE).exists() else None
-        )
+        there = committed(folder) and blobs.exists(folder / MODEL_FILE)
+        return folder / MODEL_FILE if there else None
 
     def load_model(self, trial: int) -> nn.Module:
         """The trained model of a COMPLETE trial, hard-quantized, in evaluation mode on the CPU.

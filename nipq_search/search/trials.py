@@ -13,6 +13,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from nipq_search import blobs
 from nipq_search.cost import COSTS
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
@@ -253,7 +254,7 @@ class Trials:
             return None if known["parent"] is None else int(known["parent"])
         finished = [t for t in self._finished() if budget.keys() <= t.cost.keys()]
         while (parent := self.strategy.parent(budget, finished)) is not None:
-            if (self._folder(parent) / MODEL_FILE).exists():
+            if blobs.exists(self._folder(parent) / MODEL_FILE):
                 break
             finished = [t for t in finished if t.number != parent]  # `gc` freed its model
         return parent

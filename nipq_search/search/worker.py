@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from nipq_search import storage
+from nipq_search import blobs, storage
 from nipq_search.cost import layer_rows
 from nipq_search.cost.base import hard_bits
 from nipq_search.errors import UserError, nearest
@@ -53,8 +53,10 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
         file = config.float_model.checkpoint
         if file is not None:
             # Loading is training of no step: the file is evaluated and stored as it is.
-            return TrainSpec(train=training, seed=job.seed, float_model=Path(file))
-        return TrainSpec(train=training, seed=job.seed)
+            return TrainSpec(
+                train=training, seed=job.seed, float_model=Path(file), home=home_of(config, job)
+            )
+        return TrainSpec(train=training, seed=job.seed, home=home_of(config, job))
     quant = config.quant
     if job.kind == "baseline":
         quant = dataclasses.replace(
@@ -92,7 +94,14 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
         pause=_pause(config, job),
         losses=losses,
         least_noise_steps=strategy.least_noise_steps if job.kind == "trial" else 0,
+        home=home_of(config, job),
     )
+
+
+def home_of(config: SweepConfig, job: Job) -> str | None:
+    """Where a job's model and checkpoints lie, if not in its folder."""
+    place = job.folder.relative_to(job.out)
+    return blobs.within(config.checkpoints, config.name, *place.parts)
 
 
 def _pause(config: SweepConfig, job: Job) -> float | None:

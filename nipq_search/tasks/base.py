@@ -7,6 +7,7 @@ here supply the optional members where a task has none, so that the callers neve
 - `build_teacher()`: a trained module that teaches in the float model's place, or None;
 - `num_samples(batch)`: training samples in a batch;
 - `to_device(batch, device)`: the batch on a device;
+- `take(batch, part)`: some samples of a batch, a slice of them;
 - `load_data()`: reads the data into the task, called once before it is shipped to the nodes;
 - `input_bits`: 8 where the model's raw input is uint8 data, else None;
 - `dataset()`: name, sizes of the splits and a digest of the data, as plain JSON types;

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nipq_search import storage
+from nipq_search import blobs, storage
 
 KEEP = 2
 _log = logging.getLogger("nipq_search")
@@ -29,8 +28,16 @@ def from_bytes(data: bytes) -> dict[str, Any]:
     return state
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], home: str | None = None
+) -> None:
     """Write `<folder>/<step>/state.pt`, then the manifest that makes it count.
+
+    Args:
+        folder: of the training's checkpoints.
+        step: that the state is of.
+        state: see `to_bytes`.
+        home: URI of the training's home in an object store, where the state is to lie instead.
 
     Raises:
         OSError: the disk is full; earlier checkpoints are intact.
@@ -38,22 +45,29 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     data = to_bytes(state)
     target = folder / f"{step:09d}"
     try:
-        storage.write_bytes(target / "state.pt", data)
+        inside = blobs.within(home, "checkpoints", target.name)
+        blobs.write(target / "state.pt", data, inside)
         manifest = {"step": step, "state": storage.digest(data), "bytes": len(data)}
         storage.write_sealed(target / "manifest.json", manifest)
     except OSError:
-        shutil.rmtree(target, ignore_errors=True)
+        blobs.remove(target)
         raise
     for old in _checkpoints(folder)[KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
+        blobs.remove(old)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest whole checkpoint in `folder`, or None. A damaged one is reported and passed."""
+    """The newest whole checkpoint in `folder`, or None. A damaged one is reported and passed.
+
+    Raises:
+        blobs.StoreAway: the object store that holds it does not answer.
+    """
     for candidate in _checkpoints(folder):
         manifest = storage.read_sealed(candidate / "manifest.json")
         try:
-            data = (candidate / "state.pt").read_bytes()
+            data = blobs.read(candidate / "state.pt")
+        except blobs.StoreAway:
+            raise  # not damaged: to begin anew would lose work
         except OSError:
             data = b""
         if manifest is not None and storage.digest(data) == manifest["state"]:
@@ -64,7 +78,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 def remove_checkpoints(folder: Path) -> None:
     """Delete every checkpoint of a training that has ended."""
-    shutil.rmtree(folder, ignore_errors=True)
+    blobs.remove(folder)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -52,6 +52,8 @@ class TrainSpec:
         pause: share of the steps after which the training pauses; None trains to the end.
         losses: what `train.start: sensitivity` needs: scores by unit and width.
         least_noise_steps: a noise phase of fewer steps is left out.
+        home: URI of the training's home in an object store, for model and checkpoints; None keeps
+            them in its folder.
     """
 
     train: TrainConfig
@@ -64,6 +66,7 @@ class TrainSpec:
     losses: Losses | None = None
     pause: float | None = None
     least_noise_steps: int = 0
+    home: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nipq_search import storage
+from nipq_search import blobs, storage
 from nipq_search.cost import Budget, exact_costs, freeze
 from nipq_search.errors import UserError
 from nipq_search.quant import (
@@ -76,7 +76,7 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
         model = build_model(task)
     if path is not None:
         try:
-            state = from_bytes(path.read_bytes())
+            state = from_bytes(blobs.read(path))
             state = state.get("model", state)
             if missing := [key for key in model.state_dict() if key not in state]:
                 raise UserError(
@@ -84,7 +84,7 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
                     f"{', '.join(missing[:3])}; give the state dict of this task's whole model"
                 )
             model.load_state_dict(state)
-        except UserError:
+        except (UserError, blobs.StoreAway):
             raise
         except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
@@ -142,7 +142,7 @@ def prepare_for(
     if calibrated:
         before = None
         if spec.parent is not None:
-            before = warm_start(prepared, from_bytes(spec.parent.read_bytes())["model"])
+            before = warm_start(prepared, from_bytes(blobs.read(spec.parent))["model"])
         _start_bits(prepared, spec, before)
         if spec.train.fit_ranges or before is not None:
             fit_ranges(prepared, lambda observed: shown(observed, 1), before)
@@ -265,7 +265,9 @@ def _train(
     try:
         finished = trainer.step < pause and trainer.run(
             on_epoch=on_epoch,
-            save=lambda state: save_checkpoint(folder / "checkpoints", trainer.step, state),
+            save=lambda state: save_checkpoint(
+                folder / "checkpoints", trainer.step, state, spec.home
+            ),
             should_stop=stop,
         )
     finally:
@@ -361,7 +363,7 @@ def _finish(
     with arithmetic(spec.train.precision, device):
         metrics = evaluate(task, model, "validation")
     data = to_bytes({"model": model.state_dict()})
-    storage.write_bytes(folder / MODEL_FILE, data)
+    blobs.write(folder / MODEL_FILE, data, spec.home)
     return TrainResult(
         metrics=metrics,
         cost=exact_costs(model) if spec.quant is not None else {},
@@ -379,5 +381,5 @@ def load_trained(task: Task, spec: TrainSpec, path: Path, device: torch.device) 
         return load_float(task, path, spec.seed, device).eval()
     model = load_float(task, None, spec.seed, device)
     model, _ = prepare_for(task, model, spec, device, calibrated=False)
-    model.load_state_dict(from_bytes(path.read_bytes())["model"])
+    model.load_state_dict(from_bytes(blobs.read(path))["model"])
     return model.eval()

@@ -1,0 +1,97 @@
+"""Large files in object stores: whole, the old one, or told to be damaged."""
+
+from __future__ import annotations
+
+import pytest
+
+from nipq_search import blobs, storage
+from nipq_search.errors import UserError
+
+
+@pytest.fixture(params=["folder", "file", "s3"])
+def home(request, tmp_path):
+    """Nothing, a URI of files, a URI of S3."""
+    if request.param == "s3":
+        return request.getfixturevalue("s3").home
+    return None if request.param == "folder" else (tmp_path / "else where").as_uri()
+
+
+def test_what_is_written_is_read(tmp_path, home):
+    path = tmp_path / "sweep/model.pt"
+    assert not blobs.exists(path) and blobs.digest_of(path) is None
+    for data in (b"first", b"second" * 1000):
+        blobs.write(path, data, blobs.within(home, "a name", "trials", "3"))
+        assert blobs.exists(path) and blobs.read(path) == data
+        assert blobs.digest_of(path) == storage.digest(data)
+        assert blobs.size_of(path) == len(data)
+    assert path.exists() == (home is None)
+    assert len(list(path.parent.iterdir())) == 1
+    blobs.remove(path)
+    assert not blobs.exists(path) and not list(path.parent.iterdir())
+    with pytest.raises(FileNotFoundError):
+        blobs.read(path)
+
+
+def test_objects_go_with_what_points_to_them(tmp_path, s3):
+    path = tmp_path / "checkpoints/000000001/state.pt"
+    for data in (b"one", b"two"):
+        blobs.write(path, data, s3.home)
+    (key,) = s3.objects()
+    assert key.startswith("some sweeps/state.pt-"), "the first object is gone"
+    assert blobs.size_of(path.parent.parent) > len(b"two")
+    blobs.remove(path.parent.parent)
+    assert s3.objects() == [] and not path.parent.parent.exists()
+
+
+def test_it_may_move_from_here_to_there_and_back(tmp_path, s3):
+    path = tmp_path / "model.pt"
+    for home, objects in ((None, 0), (s3.home, 1), (None, 0)):
+        blobs.write(path, b"data", home)
+        assert blobs.read(path) == b"data" and path.exists() == (home is None)
+        if home is None and s3.objects():
+            objects = 1  # what a pointer named is left behind, and costs space only
+        assert len(s3.objects()) == objects
+
+
+def test_a_damaged_object_is_told(tmp_path, s3):
+    path = tmp_path / "model.pt"
+    blobs.write(path, b"data", s3.home)
+    s3.put(s3.objects()[0], b"dat")
+    with pytest.raises(OSError, match="damaged") as raised:
+        blobs.read(path)
+    assert not isinstance(raised.value, blobs.StoreAway)
+    s3.client.delete_object(Bucket="models", Key=s3.objects()[0])
+    with pytest.raises(FileNotFoundError):
+        blobs.read(path)
+
+
+def test_a_store_that_does_not_answer_is_told_apart(tmp_path, s3):
+    path = tmp_path / "model.pt"
+    blobs.write(path, b"data", s3.home)
+    blobs.probe(s3.home)
+    assert len(s3.objects()) == 1
+    with pytest.raises(blobs.StoreAway, match="no-such-bucket"):
+        blobs.probe(s3.home.replace("models", "no-such-bucket"))
+    s3.close()
+    with pytest.raises(blobs.StoreAway):
+        blobs.read(path)
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("somewhere", "is no URI"),
+        ("s3:bucket", "is no URI"),
+        ("s3://key:word@bucket/x", "leave keys out"),
+        ("s3://bucket/x?secret_key=word", "leave keys out"),
+    ],
+)
+def test_homes_that_are_none(uri, told):
+    with pytest.raises(UserError, match=told) as raised:
+        blobs.check_home(uri)
+    assert "word" not in str(raised.value)
+
+
+def test_names_stand_before_the_query():
+    assert blobs.within("s3://b/x/?region=r", "a b", "3") == "s3://b/x/a%20b/3?region=r"
+    assert blobs.within(None, "a") is None

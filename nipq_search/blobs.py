@@ -78,23 +78,29 @@ def write(path: Path, data: bytes, home: str | None) -> None:
     Raises:
         OSError: it cannot be written; what was there before still is.
     """
+    old = storage.read_sealed(_pointer(path))
     if home is None:
         storage.write_bytes(path, data)
         _pointer(path).unlink(missing_ok=True)
-        return
-    digest = storage.digest(data)
-    uri = within(home, f"{path.name}-{digest[:12]}-{uuid.uuid4().hex[:12]}")
+    else:
+        digest = storage.digest(data)
+        uri = _put(home, f"{path.name}-{digest[:12]}-{uuid.uuid4().hex[:12]}", data)
+        storage.write_sealed(_pointer(path), {"uri": uri, "digest": digest, "bytes": len(data)})
+        path.unlink(missing_ok=True)
+    if old is not None:
+        _forget(old["uri"])
+
+
+def _put(home: str, name: str, data: bytes) -> str:
+    """Write a new object; its URI."""
+    uri = within(home, name)
     assert uri is not None
     with _store(uri) as (files, place):
         if files.type_name == "local":
             files.create_dir(place.rpartition("/")[0], recursive=True)
         with files.open_output_stream(place) as stream:
             stream.write(data)
-    old = storage.read_sealed(_pointer(path))
-    storage.write_sealed(_pointer(path), {"uri": uri, "digest": digest, "bytes": len(data)})
-    path.unlink(missing_ok=True)
-    if old is not None:
-        _forget(old["uri"])
+    return uri
 
 
 def read(path: Path) -> bytes:
@@ -159,13 +165,7 @@ def probe(home: str) -> None:
         OSError: that fails.
     """
     word = uuid.uuid4().hex
-    uri = within(home, f".probe-{word}")
-    assert uri is not None
-    with _store(uri) as (files, place):
-        if files.type_name == "local":
-            files.create_dir(place.rpartition("/")[0], recursive=True)
-        with files.open_output_stream(place) as stream:
-            stream.write(word.encode())
+    with _store(_put(home, f".probe-{word}", word.encode())) as (files, place):
         with files.open_input_stream(place) as stream:
             same = stream.read() == word.encode()
         files.delete_file(place)

@@ -13,8 +13,9 @@ from typing import Any
 from nipq_search import blobs
 from nipq_search.errors import UserError
 from nipq_search.search.code import sources
-from nipq_search.search.config import ResourcesSection, SweepConfig
+from nipq_search.search.config import SweepConfig
 from nipq_search.search.executor import ray_cluster
+from nipq_search.search.resources import ResourcesSection
 
 SAME = ("torch", "ray", "numpy", "scipy")
 """Packages whose versions must agree: results, and what Ray sends, depend on them."""

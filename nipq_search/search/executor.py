@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 from nipq_search.errors import UserError
 from nipq_search.search.code import EXCLUDES, can_travel
-from nipq_search.search.config import ResourcesSection
 from nipq_search.search.coordinator import Coordinator, Verdict
 from nipq_search.search.jobs import Job
 from nipq_search.search.reaper import reaped
+from nipq_search.search.resources import ResourcesSection
 from nipq_search.tasks import Task
 
 STARTS = 4

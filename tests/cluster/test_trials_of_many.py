@@ -10,10 +10,10 @@ from sweep_helpers import Command, attempts, ended, states, wait_for, write_swee
 
 from nipq_search import storage
 from nipq_search.search import jobs
-from nipq_search.search.config import ResourcesSection
 from nipq_search.search.executor import slots
 from nipq_search.search.jobs import job_folder
 from nipq_search.search.reaper import process_tree
+from nipq_search.search.resources import ResourcesSection
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -12,10 +12,10 @@ from unit_helpers import make_config
 
 from nipq_search import storage
 from nipq_search.search import jobs
-from nipq_search.search.config import ResourcesSection
 from nipq_search.search.coordinator import Verdict
 from nipq_search.search.executor import TuneExecutor, ray_cluster
 from nipq_search.search.jobs import Job
+from nipq_search.search.resources import ResourcesSection
 from nipq_search.search.virtual import Died, VirtualExecutor
 from nipq_search.search.worker import HALT
 

@@ -12,15 +12,17 @@ import errno
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from nipq_search import storage
 from nipq_search.errors import UserError
 
 _POINTER = ".at"
+_SECRETS = ("secret", "key", "sig", "token", "password")
+"""Parts of the names of query parameters that hold secrets."""
 
 
 class StoreAway(OSError):
@@ -34,9 +36,11 @@ def check_home(uri: str) -> None:
         UserError: it is no URI, or holds a secret.
     """
     parts = urlsplit(uri)
-    if not parts.scheme or "://" not in uri:
+    if not parts.scheme or "://" not in uri or not (parts.netloc or parts.path.strip("/")):
         raise UserError(f"{uri!r} is no URI; write s3://BUCKET/FOLDER, gs://... or file:///...")
-    if parts.username or parts.password or "secret" in parts.query.lower():
+    names = {name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+    keys = parts.password or (parts.username and parts.scheme in ("s3", "gs", "gcs"))
+    if keys or any(word in name for name in names for word in _SECRETS):
         raise UserError(
             "leave keys out of the URI, which is written to files; S3 takes AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or the machine's own role"
@@ -116,13 +120,26 @@ def read(path: Path) -> bytes:
     with _store(pointer["uri"]) as (files, place), files.open_input_stream(place) as stream:
         data: bytes = stream.read()
     if storage.digest(data) != pointer["digest"]:
-        raise OSError(errno.EIO, f"{pointer['uri'].partition('?')[0]}: damaged")
+        raise OSError(errno.EBADMSG, f"{pointer['uri'].partition('?')[0]}: damaged")
     return data
 
 
 def exists(path: Path) -> bool:
     """Whether the file, or a pointer in its place, is there."""
     return path.is_file() or storage.read_sealed(_pointer(path)) is not None
+
+
+def can_be_read(path: Path) -> bool:
+    """Whether the file is there, or the object is where the pointer says.
+
+    Raises:
+        StoreAway: the object store does not answer.
+    """
+    pointer = storage.read_sealed(_pointer(path))
+    if pointer is None:
+        return path.is_file()
+    with _store(pointer["uri"]) as (files, place):
+        return bool(files.get_file_info(place).is_file)
 
 
 def digest_of(path: Path) -> str | None:
@@ -144,18 +161,25 @@ def size_of(path: Path) -> int:
     return elsewhere + sum(file.stat().st_size for file in files)
 
 
-def remove(path: Path) -> None:
-    """Delete a file, or a folder and everything in it, with the objects that they stand for."""
+def remove(path: Path) -> bool:
+    """Delete a file, or a folder and everything in it, with the objects that they stand for.
+
+    Returns:
+        False where an object could not be deleted; its pointer stays.
+    """
+    done = True
     pointers = sorted(path.rglob(f"*{_POINTER}")) if path.is_dir() else [_pointer(path)]
     for pointer in pointers:
         known = storage.read_sealed(pointer)
-        if known is not None:
-            _forget(known["uri"])
-        pointer.unlink(missing_ok=True)
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+        if known is None or _forget(known["uri"]):
+            pointer.unlink(missing_ok=True)
+        else:
+            done = False
+    if not path.is_dir():
         path.unlink(missing_ok=True)
+    elif done:
+        shutil.rmtree(path, ignore_errors=True)
+    return done
 
 
 def probe(home: str) -> None:
@@ -177,7 +201,13 @@ def _pointer(path: Path) -> Path:
     return path.with_name(path.name + _POINTER)
 
 
-def _forget(uri: str) -> None:
-    """Delete an object; one that cannot be deleted costs space and nothing else."""
-    with suppress(OSError, UserError), _store(uri) as (files, place):
-        files.delete_file(place)
+def _forget(uri: str) -> bool:
+    """Delete an object; whether it is gone. One that stays costs space and nothing else."""
+    try:
+        with _store(uri) as (files, place):
+            files.delete_file(place)
+    except FileNotFoundError:
+        return True
+    except (OSError, UserError):
+        return False
+    return True

@@ -56,7 +56,7 @@ class DiffQ(FakeQuantizer):
             soft = self.bits.soft().detach()
             width = soft if isinstance(draw.width, Tensor) else float(soft)
             boundary = boundary._replace(bits=widths.drawn_bits(draw._replace(width=width)))
-        return pseudo_quantize(x, boundary, self.noise_key(x))
+        return pseudo_quantize(x, boundary, self.noise_key(x, place))
 
     @torch.no_grad()
     def _follow(self, x: Tensor, axis: int) -> None:

@@ -87,4 +87,4 @@ class NIPQ(FakeQuantizer):
         else:
             drawn = None if draw is None else widths.drawn_bits(draw)
             boundary = self.boundary_for(x, place, drawn)
-        return pseudo_quantize(x, boundary, self.noise_key(x), self.proxy == "empirical")
+        return pseudo_quantize(x, boundary, self.noise_key(x, place), self.proxy == "empirical")

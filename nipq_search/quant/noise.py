@@ -238,13 +238,13 @@ class NoiseClock:
     checkpointing see the noise of that forward again.
 
     Attributes:
-        share: where this process sees a share of a batch: samples before it, and samples in it.
+        share: where this process sees a share of a batch: samples before it, in it, and in all.
     """
 
     def __init__(self, seed: int = 0, step: int = 0) -> None:
         """Start at a step."""
         self.seed = seed
-        self.share = (0, 0)
+        self.share = (0, 0, 0)
         self._place = np.array([step], dtype=np.int64)
         # The same memory: a compiled graph counts with a tensor, and everything else must not, for
         # what fakes or watches operations would do so with these.
@@ -273,6 +273,11 @@ class NoiseClock:
         Samples lie one after another in memory. A tensor that does not divide by the samples, as
         one that is no function of them, has no elements before it.
         """
-        before, samples = self.share
+        before, samples, _ = self.share
         per_sample, rest = divmod(x.numel(), samples) if before else (0, 0)
         return 0 if rest else before * per_sample
+
+    def whole(self) -> float:
+        """How many times this process's share the whole batch is."""
+        _, samples, of = self.share
+        return of / samples if samples else 1.0

@@ -128,15 +128,18 @@ class FakeQuantizer(nn.Module, abc.ABC):
         if self.role != "weight":
             boundaries = len(x)
         elif place.rows is not None:
-            boundaries = len(x) if self.channels > 1 else 1
+            if self.channels == 1:
+                return max(1.0, x.numel() * self.clock.whole())
+            boundaries = len(x)
         else:
             boundaries = self.channels
         return max(1.0, x.numel() / max(1, boundaries))
 
-    def noise_key(self, x: Tensor) -> int:
+    def noise_key(self, x: Tensor, place: Placement) -> int:
         """Key of the noise that `x` gets at this step; a sample's is the same in any share."""
         key = self.clock.key(self.key, 1)
-        return key if self.role == "weight" else placed(key, self.clock.origin(x))
+        by_sample = self.role != "weight" or place.rows is not None
+        return placed(key, self.clock.origin(x)) if by_sample else key
 
     def use(self, bits: BitWidth) -> None:
         """Take another bit-width, before training, as the member of a group."""

@@ -164,7 +164,8 @@ class Coordinator:
             )
         elif record is not None:
             file = job_folder(self.out, "float", 0) / MODEL_FILE
-            if blobs.digest_of(file) != record["model_sha256"]:
+            same = blobs.digest_of(file) == record["model_sha256"]
+            if not same or not blobs.can_be_read(file):
                 self.failure = (
                     f"{file}: missing or damaged; remove {file.parent} and the same command "
                     "trains the float model again"

@@ -102,8 +102,8 @@ def check_machine(resources: ResourcesSection) -> None:
     for name, most in {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}.items():
         if wanted.get(name, 0) > most:
             raise UserError(
-                f"resources.{_KEYS[name]}: {wanted[name]:g} asked for one trial, this machine has "
-                f"{most}"
+                f"resources.{_key(name, resources)}: {wanted[name]:g} asked for one trial, this "
+                f"machine has {most}"
             )
 
 
@@ -178,7 +178,11 @@ def _start(options: dict[str, Any], address: str | None) -> None:
         ) from error
 
 
-_KEYS = {"CPU": "cpus", "GPU": "gpus", "memory": "memory_gb"}
+def _key(name: str, resources: ResourcesSection) -> str:
+    """The setting behind one of Ray's resources."""
+    several = "workers" if resources.workers > 1 else "cpus"
+    known = {"CPU": several, "GPU": "gpus", "memory": "memory_gb"}
+    return known.get(name, f"custom.{name}")
 
 
 def _check_nodes(resources: ResourcesSection) -> None:
@@ -190,7 +194,7 @@ def _check_nodes(resources: ResourcesSection) -> None:
     for name, amount in wanted.items():
         most = max((node.get(name, 0) for node in nodes), default=0)
         if amount > most:
-            key = _KEYS.get(name, f"custom.{name}")
+            key = _key(name, resources)
             unit = 1e9 if name == "memory" else 1
             raise UserError(
                 f"resources.{key}: {amount / unit:g} asked for one trial, the largest node has "

@@ -7,6 +7,7 @@ spot machines do, must not count. Ray reports the end of a process; what it mean
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 from nipq_search.search import jobs
 
 NODE, MEMORY, PROCESS = jobs.NODE, "memory", "process"
+
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+"""Errors of the machine under a job: no job can run there until that is mended."""
 
 NEVER_STARTED = "its process died before it could start"
 """Reason of a job that never began an attempt."""

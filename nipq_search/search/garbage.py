@@ -85,8 +85,11 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
                         "bytes": size,
                     }
                 )
-                if not dry_run:
-                    blobs.remove(path)
+                if not dry_run and not blobs.remove(path):
+                    raise RuntimeError(
+                        f"{path}: its object could not be deleted; nothing of it is forgotten, "
+                        "the same command goes on"
+                    )
     return {
         "schema": SCHEMA,
         "dry_run": dry_run,

@@ -9,7 +9,9 @@ and end with the trial's process, whatever ends it.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import mmap
 import os
 import pickle
 import subprocess
@@ -25,7 +27,8 @@ from typing import Any
 
 import torch
 
-from nipq_search.blobs import StoreAway
+from nipq_search.errors import UserError
+from nipq_search.search import faults
 from nipq_search.tasks import Task
 from nipq_search.train import Hooks, Interrupted, Paused, TrainSpec, train
 from nipq_search.train.parallel import ALONE, Team, joined
@@ -34,6 +37,7 @@ from nipq_search.train.spec import Released
 _log = logging.getLogger("nipq_search")
 _GRACE_SECONDS = 20.0
 """What the leader has to leave a training in which another process has ended."""
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class Part:
         folder: the training's own.
         threads: of torch, in each process.
         gpu: whether each process has a GPU.
-        store: file in which the processes find each other.
+        place: folder in which the processes find each other.
         size: processes.
         log: folder for what a process prints.
     """
@@ -56,7 +60,7 @@ class Part:
     folder: Path
     threads: int
     gpu: bool
-    store: Path
+    place: Path
     size: int
     log: Path
 
@@ -67,15 +71,13 @@ class Part:
 
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
-        if self.gpu:
-            torch.cuda.set_device(rank)
-        store = dist.FileStore(str(self.store), self.size)  # type: ignore[attr-defined]
+        store = dist.FileStore(str(self.place / "store"), self.size)  # type: ignore[attr-defined]
         with joined(store, rank, self.size) as team:
             yield team
 
     def reason_file(self, rank: int) -> Path:
         """Where a process that fails says why."""
-        return self.log / f"reason-{rank}.txt"
+        return self.place / f"reason-{rank}.json"
 
 
 class MemberFailed(RuntimeError):
@@ -86,87 +88,134 @@ class MemberKilled(RuntimeError):
     """Another process of the training ended without a word: killed, or out of memory."""
 
 
+def _store(part: Part) -> None:
+    """Write a part for other processes; arrays so that these can look at them without a copy."""
+    from ray import cloudpickle
+
+    buffers: list[pickle.PickleBuffer] = []
+    data: bytes = cloudpickle.dumps(part, protocol=5, buffer_callback=buffers.append)  # type: ignore[no-untyped-call]
+    (part.place / "part").write_bytes(data)
+    for number, buffer in enumerate(buffers):
+        (part.place / f"buffer-{number}").write_bytes(buffer.raw())
+
+
+def _fetch(place: Path) -> Part:
+    """The part that `_store` wrote."""
+    count = len(list(place.glob("buffer-*")))
+    buffers: list[Any] = []
+    for number in range(count):
+        with (place / f"buffer-{number}").open("rb") as file:
+            # Copy on write: some arrays are written to, as when they become tensors.
+            empty = os.fstat(file.fileno()).st_size == 0
+            seen = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            buffers.append(seen)
+    part: Part = pickle.loads((place / "part").read_bytes(), buffers=buffers)
+    return part
+
+
 class _Members:
     """The processes that do not lead."""
 
     def __init__(self, part: Part) -> None:
-        from ray import cloudpickle
-
         self.part = part
-        self.failed: int | None = None
+        self.ended: dict[int, int] = {}
         self.over = threading.Event()
         self.processes: list[subprocess.Popen[bytes]] = []
-        payload: bytes = cloudpickle.dumps(part)  # type: ignore[no-untyped-call]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        _store(part)
         try:
             for rank in range(1, part.size):
-                command = [sys.executable, "-m", "nipq_search.search.members", str(rank)]
+                command = [sys.executable, "-m", "nipq_search.search.members"]
                 with (part.log / f"log-{rank}.txt").open("ab") as log:
                     process = subprocess.Popen(
-                        command,
-                        stdin=subprocess.PIPE,
+                        [*command, str(part.place), str(rank)],
+                        stdin=subprocess.PIPE,  # open as long as this process lives
                         stdout=subprocess.PIPE,
                         stderr=log,
                         env=environment,
                     )
                 self.processes.append(process)
-                assert process.stdin is not None
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write(len(payload).to_bytes(8, "little") + payload)
-                    process.stdin.flush()  # and it stays open: its end is this process's end
             for rank, process in enumerate(self.processes, start=1):
                 assert process.stdout is not None
                 if not process.stdout.readline():
-                    self.failed = rank
-                    raise MemberFailed(self.reason())
+                    self.ended = {rank: process.wait()}
+                    self.explain()
         except BaseException:
             self.end()
             raise
         threading.Thread(target=self._watch, name="nipq-members", daemon=True).start()
 
+    def _look(self) -> None:
+        """Note who has ended before its time."""
+        for rank, process in enumerate(self.processes, start=1):
+            if process.poll():
+                self.ended.setdefault(rank, process.returncode)
+
     def _watch(self) -> None:
-        """End this process if it does not notice that another one has ended."""
+        """Have the leader notice that another process has ended."""
         while not self.over.wait(0.2):
-            for rank, process in enumerate(self.processes, start=1):
-                if process.poll():
-                    self.failed = rank
-                    self.kill()  # whose connections then tell the leader
-                    if not self.over.wait(_GRACE_SECONDS):
-                        _log.error("process %d ended", rank)
-                        os._exit(1)
-                    return
+            self._look()
+            if self.ended:
+                time.sleep(0.5)  # the cause may end a little after its first effect
+                self._look()
+                self.kill()  # whose connections then tell the leader
+                if not self.over.wait(_GRACE_SECONDS):
+                    _log.error("a process of this training has ended: %s", self._said())
+                    os._exit(1)
+                return
 
-    def was_killed(self) -> bool:
-        """Whether a process ended without an exception: killed, or out of memory."""
-        if self.failed is None:
-            return False
-        self.processes[self.failed - 1].wait()
-        return not self.part.reason_file(self.failed).exists()
+    def _said(self) -> dict[int, dict[str, Any] | None]:
+        """What those that have ended said; None of one that said nothing."""
+        said: dict[int, dict[str, Any] | None] = {}
+        for rank in self.ended:
+            try:
+                said[rank] = json.loads(self.part.reason_file(rank).read_text())
+            except (OSError, ValueError):
+                said[rank] = None
+        return said
 
-    def reason(self) -> str:
-        """What a failed process said."""
-        assert self.failed is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.processes[self.failed - 1].wait(5)
-        with contextlib.suppress(OSError):
-            return f"process {self.failed}: {self.part.reason_file(self.failed).read_text()}"
-        with contextlib.suppress(OSError):
-            lines = (self.part.log / f"log-{self.failed}.txt").read_text().splitlines()
-            return f"process {self.failed} did not start: {lines[-1][:300] if lines else ''}"
-        return f"process {self.failed} did not start"
+    def explain(self) -> None:
+        """Raise what ended other processes, if something did; the cause before its effects.
+
+        Raises:
+            MemberKilled: one ended without a word.
+            OSError: the machine is unfit, one found.
+            MemberFailed: one raised an exception.
+        """
+        said = self._said()
+        for rank, status in self.ended.items():
+            if status < 0 and said[rank] is None:
+                raise MemberKilled(f"process {rank} was killed (signal {-status})")
+        for rank in sorted(said, key=lambda rank: bool((said[rank] or {}).get("echo"))):
+            reason = said[rank]
+            if reason is None:
+                lines = (self.part.log / f"log-{rank}.txt").read_text().splitlines()
+                last = lines[-1][:300] if lines else ""
+                raise MemberFailed(f"process {rank} did not start: {last}")
+            if reason["errno"] is not None:
+                raise OSError(reason["errno"], reason["text"])
+            raise MemberFailed(f"process {rank}: {reason['text']}")
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Wait until some process has ended before its time, but no longer."""
+        limit = time.monotonic() + seconds
+        while not self.ended and time.monotonic() < limit:
+            self._look()
+            time.sleep(0.1)
 
     def kill(self) -> None:
+        """End all at once."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 
     def end(self) -> None:
         """Wait a little for processes that end by themselves, then kill what is left."""
+        self.over.set()
         limit = time.monotonic() + 5
         for process in self.processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, limit - time.monotonic()))
-        self.over.set()
         self.kill()
         for process in self.processes:
             process.wait()
@@ -176,6 +225,13 @@ class _Members:
                         pipe.close()
 
 
+def _is_echo(error: BaseException) -> bool:
+    """Whether an error says that another process has gone, rather than what is wrong."""
+    import torch.distributed as dist
+
+    return type(error) is RuntimeError or isinstance(error, dist.DistError)
+
+
 @contextlib.contextmanager
 def leading(
     task: Task, spec: TrainSpec, folder: Path, *, size: int, threads: int, gpu: bool, log: Path
@@ -183,44 +239,51 @@ def leading(
     """Lead a training of `size` processes: the others call `train` with the same arguments.
 
     Raises:
+        UserError: there are fewer GPUs than processes.
         MemberFailed: one of them raised an exception.
         MemberKilled: one of them was killed; this process is to end as if it had been.
+        OSError: one of them found the machine unfit.
     """
     if size == 1:
         yield ALONE
         return
-    with tempfile.TemporaryDirectory(prefix="nipq-members-") as place:
+    if gpu and torch.cuda.device_count() < size:
+        here = torch.cuda.device_count()
+        raise UserError(f"{size} processes need as many GPUs; {here} are here")
+    memory = str(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="nipq-members-", dir=memory) as place:
         part = Part(
             task=task,
             spec=spec,
             folder=folder,
             threads=threads,
             gpu=gpu,
-            store=Path(place) / "store",
+            place=Path(place),
             size=size,
             log=log,
         )
         members = _Members(part)
         try:
             with part.as_member(0) as team:
-                yield team
-        except (Interrupted, Paused):
-            raise
-        except Exception as error:
-            # The connection breaks before the end of the other process is seen.
-            time.sleep(1)
-            if members.failed is None:
-                raise
-            if members.was_killed():
-                raise MemberKilled(f"process {members.failed} was killed") from error
-            raise MemberFailed(members.reason()) from error
+                try:
+                    yield team
+                except (Interrupted, Paused):
+                    raise
+                except Exception as error:
+                    # Before this process leaves, which the others would take for a failure.
+                    if _is_echo(error):
+                        members.wait_for_end(3)
+                        members.explain()
+                    members.over.set()
+                    members.kill()
+                    raise
         finally:
             members.end()
 
 
 def _ends_with_leader() -> None:
     """Wait for the end of the process that leads; runs in a thread."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)
     os._exit(1)
 
 
@@ -235,26 +298,38 @@ def member(part: Part, rank: int) -> int:
         return 0
     except Exception as error:
         traceback.print_exc()
-        if isinstance(error, StoreAway):
-            return 1  # not the training's fault: it has nothing to say
-        reason = " ".join(str(error).split()) or type(error).__name__
-        part.reason_file(rank).write_text(f"{type(error).__name__}: {reason}"[:500])
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        number = error.errno if isinstance(error, OSError) else None
+        if number in faults.MACHINE:
+            text = " ".join(str(error.strerror).split())  # type: ignore[attr-defined]
+        else:
+            number = None
+        reason = {"text": text[:500], "errno": number, "echo": _is_echo(error)}
+        part.reason_file(rank).write_text(json.dumps(reason))
         return 1
     return 0
 
 
 def _main() -> int:
-    rank = int(sys.argv[1])
-    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
-    part: Any = pickle.loads(sys.stdin.buffer.read(size))
+    place, rank = Path(sys.argv[1]), int(sys.argv[2])
     threading.Thread(target=_ends_with_leader, daemon=True).start()
+    part = _fetch(place)
+    if part.gpu:
+        torch.cuda.set_device(rank)
     print("ready", flush=True)
-    with contextlib.redirect_stdout(sys.stderr):
-        return member(part, rank)
+    os.dup2(2, 1)  # nobody reads any more what is printed
+    return member(part, rank)
 
 
 if __name__ == "__main__":
     # By its full name, as the leader's pickles have it.
     from nipq_search.search import members
 
-    sys.exit(members._main())
+    try:
+        status = members._main()
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the thread that waits would keep the interpreter from ending

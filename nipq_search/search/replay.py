@@ -108,5 +108,5 @@ def _check_start(job: Job) -> None:
     wanted = [("float", 0)] + ([] if job.parent is None else [("trial", job.parent)])
     for kind, number in wanted:
         file = job_folder(Path(job.out), kind, number) / MODEL_FILE
-        if not blobs.exists(file):
+        if not blobs.can_be_read(file):
             raise UserError(f"{file}: the trial started from it, and it is gone")

@@ -223,13 +223,12 @@ class Sweep:
             UserError: there is no such trial.
         """
         self.record(trial)
-        names = (jobs.LOG, jobs.TRACEBACK, jobs.HANG)
-        return [
-            attempt / name
-            for attempt in jobs.attempts(job_folder(self.folder, "trial", trial))
-            for name in names
-            if (attempt / name).exists() and (attempt / name).stat().st_size
-        ]
+        found = []
+        for attempt in jobs.attempts(job_folder(self.folder, "trial", trial)):
+            others = sorted(attempt.glob("log-*.txt"))
+            own = [attempt / name for name in (jobs.LOG, jobs.TRACEBACK, jobs.HANG)]
+            found += [f for f in (*own, *others) if f.exists() and f.stat().st_size]
+        return found
 
     def curve(self, trial: int) -> list[CurvePoint]:
         """The learning curve of a trial."""

@@ -254,7 +254,7 @@ class Trials:
             return None if known["parent"] is None else int(known["parent"])
         finished = [t for t in self._finished() if budget.keys() <= t.cost.keys()]
         while (parent := self.strategy.parent(budget, finished)) is not None:
-            if blobs.exists(self._folder(parent) / MODEL_FILE):
+            if blobs.can_be_read(self._folder(parent) / MODEL_FILE):
                 break
             finished = [t for t in finished if t.number != parent]  # `gc` freed its model
         return parent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import faulthandler
 import json
 import logging
@@ -41,7 +40,6 @@ from nipq_search.train.trial import MODEL_FILE, load_trained
 _POLL_SECONDS = 0.5
 HALT = "HALT "
 """Begins the answer of a worker that found its machine unfit; the reason follows."""
-MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _log = logging.getLogger("nipq_search")
 
 
@@ -195,7 +193,7 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
     try:
         return _attempt(job, task, report)
     except OSError as error:
-        if error.errno not in MACHINE_FAULTS:
+        if error.errno not in faults.MACHINE:
             raise
         # Not the job's fault: it stays open, and the sweep ends until that is mended.
         return f"{HALT}{job.out}: {error.strerror}; mend that, the same command resumes"
@@ -247,7 +245,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
         except MemberKilled:
             os._exit(1)  # it is the job's process that was killed, or a part of it
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in MACHINE_FAULTS:
+            if isinstance(error, OSError) and error.errno in faults.MACHINE:
                 raise
             (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
             reason = " ".join(str(error).split()) or type(error).__name__

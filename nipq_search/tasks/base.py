@@ -254,23 +254,23 @@ def move(batch: Any, device: torch.device | str) -> Any:
     return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def rows(task: object, batch: Any) -> int:
-    """Rows of a batch, one a sample: the length of its first tensor."""
-    first = next(_tensors(batch), None)
-    if first is None or first.ndim == 0:
-        raise UserError(
-            f"task {type(task).__name__}: its batches hold no tensor, so several processes cannot "
-            "share them; give it take(batch, part), or set resources.workers to 1"
-        )
-    return len(first)
+def take(task: object, batch: Any, part: slice) -> Any:
+    """Some samples of a batch: by the task's own method, else those rows of its tensors.
 
-
-def take(task: object, batch: Any, part: slice, of: int) -> Any:
-    """Some samples of a batch: by the task's own method, else of every tensor with `of` rows."""
+    Raises:
+        UserError: the task has no method, and its batches are no tensors with a row a sample.
+    """
     own = getattr(task, "take", None)
     if own is not None:
         return own(batch, part)
-    return _mapped(batch, lambda t: t[part] if t.ndim and len(t) == of else t)
+    first = next(_tensors(batch), None)
+    if first is None or first.ndim == 0 or len(first) != num_samples(task, batch):
+        raise UserError(
+            f"task {type(task).__name__}: its batches are no tensors with a row for each sample, "
+            "so several processes cannot share them; give it take(batch, part), or each trial one "
+            "process (resources.workers, resources.gpus)"
+        )
+    return _mapped(batch, lambda t: t[part] if t.ndim and len(t) == len(first) else t)
 
 
 def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:

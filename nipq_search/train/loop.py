@@ -155,12 +155,13 @@ class Trainer:
                     break
                 if self.step % self.schedule.steps_per_epoch == 0:
                     continue  # the epoch is to be reported before anything is saved
-                if self.team.agreed(should_stop()):
-                    self._save(save)
-                    return False
-                if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
+                due = time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes
+                stop, due = self.team.agreed(should_stop(), due)
+                if stop or due:
                     self._save(save)
                     saved_at = time.monotonic()
+                if stop:
+                    return False
             self._check_finite()
             if self.step >= self.schedule.total:
                 self._enter_tuning()
@@ -171,11 +172,12 @@ class Trainer:
             self.loss_count = 0
             self._save(save)
             saved_at = time.monotonic()
-            if self.step < self.schedule.total and self.team.agreed(should_stop()):
+            if self.step < self.schedule.total and self.team.agreed(should_stop())[0]:
                 return False
         return True
 
     def _save(self, save: Callable[[dict[str, Any]], None]) -> None:
+        self.team.mean([self.loss_sum])
         if self.team.leads:
             save(self.state_dict())
 

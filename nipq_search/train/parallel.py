@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from nipq_search.errors import UserError
 from nipq_search.quant.bit_width import BitWidth
-from nipq_search.quant.norm import norm_layers
 from nipq_search.quant.prepare import quant_state
-from nipq_search.tasks.base import rows, take
+from nipq_search.tasks.base import num_samples, take
+from nipq_search.train.spec import Interrupted, Paused, Released
 
 _PATIENCE = datetime.timedelta(days=7)
 """The leader may evaluate for long; a training that hangs is ended by who watches it."""
@@ -37,11 +37,16 @@ class Team:
     Args:
         rank: number of this process; the first one, 0, leads: it evaluates and writes.
         size: how many there are.
+
+    Attributes:
+        copies: how many processes have each sample of the present batch: all of them, where there
+            are fewer samples than processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         """Of a process group that exists already, where there are several."""
         self.rank, self.size = rank, size
+        self.copies = 1
 
     @property
     def leads(self) -> bool:
@@ -84,13 +89,13 @@ class Team:
         # The task loss's derivatives by the bit-widths, by which these are projected.
         self.mean([m.marginal for m in model.modules() if isinstance(m, BitWidth)])
 
-    def agreed(self, value: bool) -> bool:
+    def agreed(self, *values: bool) -> list[bool]:
         """What the leader says."""
         if self.size == 1:
-            return value
-        said = torch.tensor([value], dtype=torch.uint8)
+            return list(values)
+        said = torch.tensor(values, dtype=torch.uint8)
         dist.broadcast(said, 0)
-        return bool(said)
+        return [bool(value) for value in said.tolist()]
 
     def given(self, value: Any) -> Any:
         """The leader's object: plain types and tensors on the CPU."""
@@ -101,10 +106,12 @@ class Team:
         return box[0]
 
     def same_model(self, model: nn.Module) -> None:
-        """Take the leader's parameters and buffers: what each has computed may differ by a bit."""
-        if self.size > 1:
-            for value in (*model.parameters(), *model.buffers()):
-                dist.broadcast(value.detach(), 0)
+        """Take the leader's state: what each has computed may differ by a bit."""
+        if self.size == 1:
+            return
+        state = model.state_dict() if self.leads else {}
+        on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+        model.load_state_dict(self.given(on_cpu))
 
     def same_random_state(self) -> None:
         """Go on from the leader's generator: evaluation, which it does alone, draws from it."""
@@ -130,10 +137,12 @@ class Team:
     @contextlib.contextmanager
     def shared_statistics(self, model: nn.Module) -> Iterator[None]:
         """Within the context, batch normalization sees the whole batch in training."""
-        found = norm_layers(model) if self.size > 1 else []
+        kind = nn.modules.batchnorm._BatchNorm
+        found = [m for m in model.modules() if isinstance(m, kind)] if self.size > 1 else []
         for module in found:
             # On the instance, for whatever kind of layer it is.
-            module.forward = functools.partial(_normalized, module)  # type: ignore[method-assign]
+            shared = functools.partial(_normalized, self, module)
+            module.forward = shared  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -146,20 +155,20 @@ class Team:
         Args:
             task: knows its batches.
             model: prepared or not; its noise is told the place of the share.
-            batch: of `samples` rows.
+            batch: as the task's loader gives it.
 
         Raises:
             UserError: the batch cannot be cut.
         """
         if self.size == 1:
             return batch, 1.0
-        samples = rows(task, batch)
+        samples = num_samples(task, batch)
         part = self.share(samples)
         count = part.stop - part.start
+        self.copies = self.size if samples < self.size else 1
         with contextlib.suppress(UserError):  # a float model has no noise
-            quant_state(model).clock.share = (part.start, count)
-        weight = count * self.size / samples if samples >= self.size else 1.0
-        return take(task, batch, part, samples), weight
+            quant_state(model).clock.share = (part.start, count, samples)
+        return take(task, batch, part), count * self.size / samples / self.copies
 
 
 class _Sum(torch.autograd.Function):
@@ -178,7 +187,7 @@ class _Sum(torch.autograd.Function):
         return grad
 
 
-def _normalized(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+def _normalized(team: Team, module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
     """Batch normalization over the samples of all processes, as the layer's own over its own."""
     if not module.training:
         return type(module).forward(module, x)
@@ -195,7 +204,8 @@ def _normalized(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
     if module.affine:
         y = y * module.weight.view(shape) + module.bias.view(shape)
     if module.track_running_stats:
-        _track(module, mean.detach(), variance.detach() * (count / (count - 1).clamp(min=1)))
+        seen = count / team.copies
+        _track(module, mean.detach(), variance.detach() * (seen / (seen - 1).clamp(min=1)))
     normalized: Tensor = y.to(x.dtype)
     return normalized
 
@@ -230,5 +240,15 @@ def joined(store: Any, rank: int, size: int) -> Iterator[Team]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield Team(rank, size)
-    finally:
+    except (Interrupted, Paused, Released):
         dist.destroy_process_group()
+        raise
+    except BaseException:
+        # NCCL would wait for the others, who know nothing of it.
+        abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+        if torch.cuda.is_available() and abort is not None:
+            abort()
+        else:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -83,6 +83,21 @@ def test_a_model_on_shares_computes_what_it_does_on_the_whole(quantizer):
     step = clock.step
     whole = model(batch)
     for before, count in SHARES:
-        clock.step, clock.share = step, (before, count)
+        clock.step, clock.share = step, (before, count, 8)
         part = model(batch[before : before + count])
         torch.testing.assert_close(part, whole[before : before + count], rtol=1e-4, atol=1e-5)
+
+
+def test_looked_up_rows_are_a_samples_own():
+    """The noise of a row in an embedding's output hangs on its place in the batch."""
+    tokens = torch.arange(8 * 6).view(8, 6) % 11
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 4), torch.nn.Linear(4, 3))
+    prepared = prepare(model, tokens[:2], calibration=[tokens]).train()
+    clock = quant_state(prepared).clock
+    step = clock.step
+    whole = prepared(tokens)
+    for before, count in SHARES:
+        clock.step, clock.share = step, (before, count, 8)
+        part = prepared(tokens[before : before + count])
+        torch.testing.assert_close(part, whole[before : before + count], rtol=1e-4, atol=1e-5)
+    assert clock.whole() == 2.0

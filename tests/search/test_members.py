@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -11,6 +12,8 @@ import pytest
 import torch
 from unit_helpers import make_config, run_here
 
+from nipq_search.blobs import StoreAway
+from nipq_search.search import members
 from nipq_search.search.members import MemberFailed, MemberKilled, leading
 from nipq_search.search.reaper import children_now
 from nipq_search.search.replay import replay
@@ -22,18 +25,18 @@ CPU = torch.device("cpu")
 
 
 class Faulty(Digits):
-    """Digits whose loss fails, or kills its process, wherever half of a batch arrives."""
+    """Digits whose loss fails, or kills its process, in every process but the leader's."""
 
-    def __init__(self, kills: bool) -> None:
+    def __init__(self, error: Exception | None, everywhere: bool = False) -> None:
         super().__init__(width=4)
         self.load_data()
-        self.kills, self.home = kills, os.getpid()
+        self.error, self.everywhere, self.home = error, everywhere, os.getpid()
 
     def loss(self, model, batch):
-        if os.getpid() != self.home:
-            if self.kills:
+        if os.getpid() != self.home or self.everywhere:
+            if self.error is None:
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise ValueError("half of a batch\nis too little")
+            raise self.error
         return super().loss(model, batch)
 
 
@@ -76,13 +79,27 @@ def test_a_sweep_of_such_trials_replays_bit_by_bit(tmp_path):
 
 def test_an_exception_elsewhere_is_the_trainings(tmp_path):
     with pytest.raises(MemberFailed, match="process 1: ValueError: half of a batch is too little"):
-        together(Faulty(kills=False), tmp_path)
+        together(Faulty(ValueError("half of a batch\nis too little")), tmp_path)
     assert "Traceback" in (tmp_path / "log-1.txt").read_text()
+
+
+def test_of_three_the_cause_is_named_and_not_its_echo(tmp_path):
+    with pytest.raises(MemberFailed, match="process [12]: ValueError: too little"):
+        together(Faulty(ValueError("too little")), tmp_path, size=3)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_fault_of_the_machine_is_not_the_trainings(tmp_path, everywhere):
+    """Wherever it is seen: a full disk, a store that is away."""
+    error = StoreAway(errno.EIO, "s3://b/x: no answer")
+    with pytest.raises(OSError, match="s3://b/x: no answer") as raised:
+        together(Faulty(error, everywhere), tmp_path)
+    assert raised.value.errno == errno.EIO
 
 
 def test_a_killed_process_is_told_apart(tmp_path):
     with pytest.raises(MemberKilled, match="process 1 was killed"):
-        together(Faulty(kills=True), tmp_path)
+        together(Faulty(None), tmp_path)
 
 
 def test_a_process_that_does_not_start_is_told(tmp_path):
@@ -98,6 +115,22 @@ def test_an_exception_of_the_leader_ends_the_others(tmp_path):
     task.load_data()
     with pytest.raises(OSError, match="the disk is full"):
         together(task, tmp_path, Hooks(on_epoch=fails))
+
+
+def test_the_leader_may_take_its_time_once_the_others_are_done(tmp_path, monkeypatch, caplog):
+    """Nobody takes their end for a failure."""
+    monkeypatch.setattr(members, "_GRACE_SECONDS", 0.5)
+
+    class Slow(Digits):
+        def evaluate(self, model, split):
+            time.sleep(4)
+            return super().evaluate(model, split)
+
+    task = Slow(width=4)
+    task.load_data()
+    assert together(task, tmp_path).metrics["accuracy"] > 0
+    assert not caplog.records
+    assert (tmp_path / "log-1.txt").read_text() == ""
 
 
 def test_a_stop_is_everybodys(tmp_path):

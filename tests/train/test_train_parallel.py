@@ -148,6 +148,13 @@ def test_shares_are_everything_once():
             assert sum(parts, []) == list(range(samples))
 
 
+class Counts:
+    """A task that counts otherwise than by rows."""
+
+    def num_samples(self, batch: Any) -> int:
+        return 5
+
+
 class Opaque:
     """A batch that only its task understands."""
 
@@ -160,6 +167,9 @@ def test_batches_that_cannot_be_cut_are_told():
     class Own:
         def take(self, batch: Any, part: slice) -> Any:
             return batch["x"][part], part
+
+    with pytest.raises(UserError, match=r"take\(batch, part\)"):  # a list of images, five samples
+        team.take_share(Counts(), model, {"images": [torch.zeros(3, 8, 8)] * 5})
 
     batch = {"x": torch.arange(10), "y": "label"}
     assert team.take_share(mlp_spec, model, batch)[0]["x"].tolist() == [0, 1, 2, 3, 4]

@@ -72,6 +72,7 @@ class Driver:
         """Open the tracking run and bring every projection up to date."""
         self.coordinator = coordinator
         self.guard()
+        coordinator.ledger.remember(ENDED, "KILLED")  # unless it says otherwise at its end
         self.samples = view.total_samples(self.out, self._samples)
         self.shown.begin(coordinator.ledger.trials())
 

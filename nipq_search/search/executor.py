@@ -246,7 +246,7 @@ class TuneExecutor:
         from ray import tune
         from ray.tune import FailureConfig, RunConfig, TuneConfig
 
-        from nipq_search.search.tune_glue import JobSearcher, Ticker
+        from nipq_search.search.tune_glue import JobSearcher, Ticker, memory_faults
 
         trainable = tune.with_resources(
             tune.with_parameters(_trainable, task=task, work=self.work),
@@ -270,12 +270,15 @@ class TuneExecutor:
                     name="jobs",
                     storage_path=str(scratch),
                     failure_config=FailureConfig(max_failures=-1),  # see JobSearcher.recovers
-                    callbacks=[Ticker(tick, searcher.recovers)],
+                    callbacks=[Ticker(tick, searcher)],
                     verbose=0,
                 ),
             )
             if coordinator.has_work():
-                tuner.fit()
+                with memory_faults():
+                    tuner.fit()
+            if searcher.problem is not None:
+                raise searcher.problem
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,12 @@ from nipq_search.train.trial import MODEL_FILE
 _OPEN = ("RUNNING", "WAITING")
 
 
-def needed(records: Sequence[TrialRecord], config: SweepConfig, mode: str) -> dict[int, str]:
+def needed(
+    records: Sequence[TrialRecord],
+    config: SweepConfig,
+    mode: str,
+    budgets: Sequence[Mapping[str, float]] = (),
+) -> dict[int, str]:
     """Trials whose models somebody will ask for, and why.
 
     Those on the front; parents of trials that are open or on the front, from which these go on or
@@ -31,6 +36,7 @@ def needed(records: Sequence[TrialRecord], config: SweepConfig, mode: str) -> di
         records: all trials of the sweep.
         config: the sweep.
         mode: `max` or `min`, of the metric.
+        budgets: absolute targets of the sweep's budgets, which need not have a trial yet.
     """
     found = {r.trial: "on the front" for r in records if r.on_front}
     for record in records:
@@ -44,8 +50,9 @@ def needed(records: Sequence[TrialRecord], config: SweepConfig, mode: str) -> di
         if r.state == jobs.COMPLETE
     ]
     strategy = STRATEGIES[config.search.strategy]()
-    places = [dict(trial.cost) for trial in finished] + [dict(r.budget) for r in records]
-    names = {name for record in records for name in record.budget}
+    asked = [dict(r.budget) for r in records] + [dict(budget) for budget in budgets]
+    places = [dict(trial.cost) for trial in finished] + asked
+    names = {name for budget in asked for name in budget}
     for place in places:
         target = {name: value for name, value in place.items() if name in names}
         for one in [target, *({name: value} for name, value in target.items())]:
@@ -72,7 +79,8 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
     config = parse_config(dict(sweep.config))
     with driver_lease(sweep.folder) as token, study_lease(config.name, token):
         records = sweep.trials()
-        kept = needed(records, config, sweep.facts["mode"])
+        budgets = [budget["targets"] for budget in sweep.facts["budgets"]]
+        kept = needed(records, config, sweep.facts["mode"], budgets)
         freed = []
         for record in records:
             folder = job_folder(sweep.folder, "trial", record.trial)

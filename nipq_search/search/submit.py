@@ -24,7 +24,11 @@ _PATIENCE_SECONDS = 60.0
 def command_of(name: str, out: str | None, overrides: Sequence[str], trials: int | None) -> str:
     """What the job runs, in a shell on the head."""
     # A folder below the home of the head's user, which its shell knows.
-    folder = shlex.quote(out) if out is not None else f"~/runs/{shlex.quote(name)}"
+    folder = out or f"~/runs/{name}"
+    if folder.startswith("~/"):  # quoted, the tilde would be a folder's name
+        folder = "/".join(["~", *map(shlex.quote, folder.removeprefix("~/").split("/"))])
+    else:
+        folder = shlex.quote(folder)
     words = ["python", "-m", "nipq_search.cli", "run", SWEEP_FILE, "--address", "auto"]
     words += [word for text in overrides for word in ("--set", text)]
     words += [] if trials is None else ["--trials", str(trials)]

@@ -249,9 +249,15 @@ class Trials:
         return job
 
     def _parent(self, known: Mapping[str, Any], budget: Mapping[str, float]) -> int | None:
-        """The trial that a new one starts from; of a resumed one, what was decided before."""
-        if "parent" in known:
-            return None if known["parent"] is None else int(known["parent"])
+        """The trial that a new one starts from; of a resumed one, what was decided before.
+
+        Where that one's model is gone, as in a new folder, the trial begins anew, from another.
+        """
+        noted = known.get("parent")
+        if "parent" in known and noted is None:
+            return None
+        if noted is not None and blobs.can_be_read(self._folder(int(noted)) / MODEL_FILE):
+            return int(noted)
         finished = [t for t in self._finished() if budget.keys() <= t.cost.keys()]
         while (parent := self.strategy.parent(budget, finished)) is not None:
             if blobs.can_be_read(self._folder(parent) / MODEL_FILE):

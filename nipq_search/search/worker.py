@@ -254,6 +254,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     record["seconds"] = jobs.seconds_spent(job.folder)
     record["threads"], record["workers"] = threads, config.resources.processes
     if jobs.superseded(attempt):
+        storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
         return "SUPERSEDED"
     jobs.commit(attempt, record)
     if job.kind != "test":

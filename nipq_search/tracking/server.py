@@ -34,12 +34,13 @@ PROXY = "mlflow-artifacts:/"
 
 DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-"""Environment that is set unless the user did: a server that is away must not hold the search."""
+"""Environment that is set unless the user did: a server that is away must not hold the search, and
+MLflow would send again what may have arrived, such as the request for a new run."""
 
 
 def tracking_uri(out: Path, uri: str | None = None) -> str:

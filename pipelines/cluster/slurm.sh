@@ -5,8 +5,10 @@
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=08:00:00
-# Two minutes before the time is up, and before a preemption: running trials save their state.
+# Two minutes before the time is up running trials save their state; before a preemption too where
+# Slurm is set to send the signal then (PreemptParameters=send_user_signal).
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
 
@@ -15,6 +17,8 @@ out=${2:?the folder of the sweep}
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# Loading packages from a shared disk may take longer than Ray waits for nodes.
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
 if [ ! -f "$HOME/.ray/auth_token" ]; then
   ray get-auth-token --generate > /dev/null
 fi

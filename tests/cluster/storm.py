@@ -273,7 +273,9 @@ class Storm:
 
     def close(self) -> None:
         """End what was started; the cluster and the database server are the caller's."""
-        ends: list[Callable[[], object]] = [self.driver.kill, self.tracking.kill]
+        driver = getattr(self, "driver", None)
+        ends: list[Callable[[], object]] = [self.tracking.kill]
+        ends += [driver.kill] if driver is not None else []
         for node in self.nodes:
             ends.append(functools.partial(self.cluster.remove_node, node, allow_graceful=False))
         for end in ends:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import time
 from pathlib import Path
 
 import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from unit_helpers import make_config
 
 from nipq_search import storage
-from nipq_search.search import jobs
+from nipq_search.search import faults, jobs, tune_glue
 from nipq_search.search.coordinator import Verdict
 from nipq_search.search.executor import TuneExecutor, ray_cluster
 from nipq_search.search.jobs import Job
@@ -19,7 +21,7 @@ from nipq_search.search.resources import ResourcesSection
 from nipq_search.search.virtual import Died, VirtualExecutor
 from nipq_search.search.worker import HALT
 
-FINE, DIES_ONCE, NEVER_STARTS, UNFIT = range(4)
+FINE, DIES_ONCE, NEVER_STARTS, UNFIT, UNSEEN = range(5)
 
 
 def work(job, task, report, *, die):
@@ -30,6 +32,8 @@ def work(job, task, report, *, die):
     attempt = jobs.open_attempt(job)
     if mood == UNFIT:
         return f"{HALT}no room"
+    if mood == UNSEEN:  # its record lies in a folder of another node
+        return jobs.COMPLETE
     if mood == DIES_ONCE and len(jobs.attempts(job.folder)) == 1:
         die()
     began = time.time()
@@ -159,6 +163,56 @@ def test_nothing_is_started_where_nothing_is_to_do(executor, tmp_path):
 
 class LostLease(RuntimeError):
     pass
+
+
+def test_what_the_end_of_a_job_raises_ends_the_run(executor, tmp_path, monkeypatch):
+    """As where the study's server is away while a result is told."""
+    runner, task = executor
+
+    def finished(self, job, lost=None):
+        raise LostLease("no longer ours")
+
+    monkeypatch.setattr(Script, "finished", finished)
+    with pytest.raises(LostLease):
+        runner.run(Script(tmp_path, [FINE] * 3), task, lambda: None)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_node_that_does_not_share_the_folder_ends_the_run(tune, tmp_path, monkeypatch):
+    runner, task = tune
+    monkeypatch.setattr(tune_glue, "_PATIENCE_SECONDS", 1.0)
+    script = Script(tmp_path, [UNSEEN, FINE])
+    runner.run(script, task, lambda: None)
+    assert "all nodes must share" in script.reason and script.waiting
+
+
+def test_an_end_for_want_of_memory_keeps_its_name():
+    """Ray's manager of actors knows no such end, and would end the run."""
+    from ray.air.execution._internal.actor_manager import RayActorManager
+
+    seen = []
+
+    class Task:
+        _tracked_actor = type("Actor", (), {"actor_id": 1, "_on_error": None})
+
+        @staticmethod
+        def _on_error(actor, error):
+            seen.append(error)
+
+    manager = RayActorManager.__new__(RayActorManager)
+    manager._failed_actor_ids = set()
+    manager._cleanup_actor = lambda tracked_actor: None
+    ended = OutOfMemoryError("Task was killed\ndue to the node running low on memory.")
+    with pytest.raises(RuntimeError, match="unexpected"):
+        manager._actor_task_failed(Task, ended)
+    with tune_glue.memory_faults():
+        manager._actor_task_failed(Task, ended)
+        manager._actor_task_failed(Task, ActorDiedError())
+    assert [faults.classify(error, False) for error in seen] == [faults.MEMORY, faults.PROCESS]
+    assert "running low on memory" in str(pickle.loads(pickle.dumps(seen[0])))
+    with pytest.raises(RuntimeError, match="unexpected"):
+        manager._actor_task_failed(Task, ended)
 
 
 def test_what_a_tick_raises_ends_the_run(executor, tmp_path):

@@ -13,12 +13,19 @@ from nipq_search.search import code, submit
 from nipq_search.search.code import sources
 
 
+@pytest.fixture(autouse=True)
+def _no_token(monkeypatch, tmp_path):
+    """Ray makes one where it starts a cluster; its mode, read once, would stay in this process."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
 def test_the_command_is_quoted_for_a_shell():
     assert submit.command_of("a b", None, ["search.space.lr={log: [1, 2]}"], 7) == (
         "python -m nipq_search.cli run sweep.yaml --address auto "
         "--set 'search.space.lr={log: [1, 2]}' --trials 7 --out ~/runs/'a b'"
     )
     assert submit.command_of("x", "/mnt/o ut", [], None).endswith("--out '/mnt/o ut'")
+    assert submit.command_of("x", "~/o ut/x", [], None).endswith("--out ~/'o ut'/x")
 
 
 def test_what_travels(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.errors import UserError
+from nipq_search.search.patience import patient
 from nipq_search.search.sampler import LEARN_BY_REGRET, SAMPLERS, ByRegret
 from nipq_search.train.loop import seed_for
 
@@ -278,6 +279,7 @@ class Ledger:
         """`max` or `min`: the direction of the metric for which the study was made."""
         return "max" if self.study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else "min"
 
+    @patient
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials in these states (default: all), by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
@@ -307,6 +309,7 @@ class Ledger:
         trial = self.study.ask()
         return self._suggest(trial, budgets)
 
+    @patient
     def resume(self, number: int, budget: int, budgets: int) -> Asked:
         """A running trial again, with the parameters that it has; missing ones are proposed."""
         self.guard()
@@ -346,6 +349,7 @@ class Ledger:
         params = {name: params[name] for name in wanted}
         return Asked(number=trial.number, budget=int(params.pop(BUDGET)), params=params)
 
+    @patient
     def note(self, number: int, attributes: Mapping[str, Any]) -> None:
         """Set user attributes of a trial that has not finished."""
         self.guard()
@@ -355,6 +359,7 @@ class Ledger:
             if key not in frozen.user_attrs or frozen.user_attrs[key] != value:
                 trial.set_user_attr(key, value)
 
+    @patient
     def complete(
         self,
         number: int,
@@ -381,16 +386,16 @@ class Ledger:
 
     def fail(self, number: int, reason: str, attributes: Mapping[str, Any]) -> None:
         """Record why, then `tell` FAIL; harmless when repeated."""
-        if self.trials()[number].state.is_finished():
-            return
-        self.note(number, {**attributes, "reason": reason})
-        self.guard()
-        self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        self._end(number, TrialState.FAIL, {**attributes, "reason": reason})
 
     def prune(self, number: int, attributes: Mapping[str, Any]) -> None:
         """Record attributes, then `tell` PRUNED; harmless when repeated."""
+        self._end(number, TrialState.PRUNED, attributes)
+
+    @patient
+    def _end(self, number: int, state: TrialState, attributes: Mapping[str, Any]) -> None:
         if self.trials()[number].state.is_finished():
             return
         self.note(number, attributes)
         self.guard()
-        self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+        self.study.tell(number, state=state, skip_if_finished=True)

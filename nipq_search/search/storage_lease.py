@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,6 +22,7 @@ from sqlalchemy.engine import Engine
 
 from nipq_search.errors import UserError
 from nipq_search.search.ledger import engine_options, storage_url
+from nipq_search.storage import digest
 
 _log = logging.getLogger("nipq_search")
 
@@ -159,9 +161,18 @@ def _swap(engine: Engine, old: Any, row: dict[str, Any]) -> bool:
     return bool(taken.rowcount)
 
 
+def _machine() -> str:
+    """This machine since it was started, and the container: host names may repeat."""
+    parts = []
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return digest(" ".join([socket.gethostname(), *parts]).encode())[:12]
+
+
 def _is_dead_here(row: Any) -> bool:
-    """Whether the row's driver ran on this host and its process is gone."""
-    if row.host != socket.gethostname():
+    """Whether the row's driver ran on this machine and its process is gone."""
+    if row.token.partition(".")[0] != _machine():
         return False
     try:
         os.kill(row.pid, 0)
@@ -234,7 +245,7 @@ def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
     if url is None:
         yield _always
         return
-    engine = make_engine(url)
+    engine, token = make_engine(url), f"{_machine()}.{token}"
     try:
         try:
             _acquire(engine, study, token)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import faulthandler
 import json
-import logging
 import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -30,6 +27,7 @@ from nipq_search.search.lease import stop_requested
 from nipq_search.search.members import MemberKilled, leading
 from nipq_search.search.space import split
 from nipq_search.search.strategy import STRATEGIES
+from nipq_search.search.watch import captured, watchdog
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import evaluate
 from nipq_search.train import Hooks, Interrupted, Paused, TrainResult, TrainSpec, train
@@ -40,7 +38,6 @@ from nipq_search.train.trial import MODEL_FILE, load_trained
 _POLL_SECONDS = 0.5
 HALT = "HALT "
 """Begins the answer of a worker that found its machine unfit; the reason follows."""
-_log = logging.getLogger("nipq_search")
 
 
 def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
@@ -138,43 +135,16 @@ class _Reporter:
             {"samples": self.samples, "epoch": self.epoch, "time": time.time()},
         )
 
+    def fence(self) -> None:
+        """The model is another attempt's by now: leave it alone."""
+        if jobs.superseded(self.attempt):
+            raise Interrupted
+
     def should_stop(self) -> bool:
         if not self.stopping and time.monotonic() - self.polled > _POLL_SECONDS:
             self.polled = time.monotonic()
             self.stopping = stop_requested(Path(self.job.out)) or jobs.superseded(self.attempt)
         return self.stopping
-
-
-@contextlib.contextmanager
-def _captured(path: Path) -> Iterator[None]:
-    """Send what the attempt prints and logs to its own file."""
-    with path.open("a", buffering=1) as file:
-        handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        _log.addHandler(handler)
-        try:
-            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                yield
-        finally:
-            _log.removeHandler(handler)
-
-
-@contextlib.contextmanager
-def _watchdog(path: Path, minutes: float | None) -> Iterator[None]:
-    """End this process, with a stack trace in `path`, if the attempt outlasts its minutes.
-
-    A thread in C does it, so it works in an endless loop that never gives up the interpreter.
-    """
-    if minutes is None:
-        yield
-        return
-    file: IO[bytes] = path.open("wb")
-    faulthandler.dump_traceback_later(60 * minutes, exit=True, file=file.fileno())
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        file.close()
 
 
 def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> str:
@@ -223,7 +193,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     reporter = _Reporter(job, attempt, report)
     threads = config.resources.cpus
     torch.set_num_threads(threads)
-    with _captured(attempt / jobs.LOG), _watchdog(attempt / jobs.HANG, minutes):
+    with captured(attempt / jobs.LOG), watchdog(attempt / jobs.HANG, minutes):
         try:
             if job.kind == "test":
                 record: dict[str, Any] = _run_test(job, config, task, reporter)
@@ -303,6 +273,7 @@ def _run_training(
         on_epoch=reporter.on_epoch,
         on_samples=reporter.on_samples,
         should_stop=reporter.should_stop,
+        before_model=reporter.fence,
     )
     together = leading(
         task,

@@ -212,7 +212,7 @@ def _train(
     model = load_float(task, spec.float_model, spec.seed, device)
     if spec.quant is None and spec.float_model is not None:
         _only_leader(team)
-        return _finish(task, spec, folder, model, device, Counts())
+        return _finish(task, spec, folder, model, device, Counts(), hooks)
     loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 0))
     batches = steps_in(loader)
     schedule = _schedule(spec, batches)
@@ -279,7 +279,7 @@ def _train(
         raise Interrupted
     trainer.use_average()
     counts = Counts(samples=trainer.samples, steps=trainer.step, history=tuple(trainer.history))
-    result = _finish(task, spec, folder, model, device, counts)
+    result = _finish(task, spec, folder, model, device, counts, hooks)
     hooks.on_samples(result.samples - counted)
     return result
 
@@ -357,12 +357,14 @@ def _finish(
     model: nn.Module,
     device: torch.device,
     counts: Counts,
+    hooks: Hooks,
 ) -> TrainResult:
     """Re-estimate normalization statistics, evaluate, store the model."""
     samples = _reestimate(task, spec, model, device)
     with arithmetic(spec.train.precision, device):
         metrics = evaluate(task, model, "validation")
     data = to_bytes({"model": model.state_dict()})
+    hooks.before_model()
     blobs.write(folder / MODEL_FILE, data, spec.home)
     return TrainResult(
         metrics=metrics,

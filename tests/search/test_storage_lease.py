@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import subprocess
 import sys
 import threading
@@ -92,7 +93,7 @@ def test_a_lease_that_nobody_moves_expires(table, caplog):
     with caplog.at_level(logging.WARNING, "nipq_search"), study_lease(STUDY, "mine") as check:
         assert time.monotonic() - began > storage_lease.EXPIRY_SECONDS
         check()
-        assert row(table).token == "mine"
+        assert row(table).token.endswith(".mine")
     assert "host elsewhere, pid 7" in caplog.text
     assert row(table) is None
 
@@ -104,9 +105,15 @@ def test_the_lease_of_a_dead_process_of_this_host_is_free_at_once(table, monkeyp
         f"with study_lease('{STUDY}', 'dying'):\n    os._exit(1)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 1
-    assert row(table).token == "dying"
+    token = row(table).token
+    assert token.endswith(".dying")
     with study_lease(STUDY, "mine"):
-        assert row(table).token == "mine"
+        assert row(table).token.endswith(".mine")
+    put(table, token="other-boot.dying", host=socket.gethostname(), pid=2**22 + 1)
+    monkeypatch.setattr(storage_lease, "EXPIRY_SECONDS", 0.5)
+    began = time.monotonic()
+    with study_lease(STUDY, "mine"):
+        assert time.monotonic() - began > 0.5, "a machine of the same name is another"
 
 
 def test_a_driver_that_lost_it_must_not_write(table):

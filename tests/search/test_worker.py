@@ -277,3 +277,25 @@ def test_a_metric_that_evaluate_does_not_return_stops_at_the_float_model(bench, 
     coordinator, seen = run(bench, task)
     assert "no 'accuracy' (did you mean 'acuracy'?)" in coordinator.failure
     assert list(seen) == ["float"]
+
+
+def test_an_attempt_that_was_superseded_leaves_the_model_alone(bench, task, monkeypatch):
+    """It was out of reach, and another one has finished: neither model nor record are its own."""
+    coordinator = bench.open()
+    job = coordinator.next_job()
+
+    def evaluate(model, split):
+        if len(jobs.attempts(job.folder)) == 1:
+            monkeypatch.undo()
+            with torch.enable_grad():  # in a process of its own
+                assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+        return Digits.evaluate(task, model, split)
+
+    monkeypatch.setattr(task, "evaluate", evaluate)
+    monkeypatch.setattr(jobs, "superseded", lambda attempt: False)  # not noticed while it trains
+    assert execute(job, task, lambda report: None) in ("STOPPED", "SUPERSEDED")
+    first, second = jobs.attempts(job.folder)
+    assert not (first / jobs.RESULT).exists() and (second / jobs.RESULT).exists()
+    assert (first / jobs.STOPPED).exists()
+    record = jobs.committed(job.folder)
+    assert storage.digest((job.folder / MODEL_FILE).read_bytes()) == record["model_sha256"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.errors import UserError
+from nipq_search.search.journal import free_journal, mend_journal
 from nipq_search.search.patience import patient
 from nipq_search.search.sampler import LEARN_BY_REGRET, SAMPLERS, ByRegret
 from nipq_search.train.loop import seed_for
@@ -39,7 +39,6 @@ BUDGET = "budget"
 
 CONSTRAINT = "budget"
 JOURNAL, DATABASE = "study.log", "study.db"
-_LOCK_SECONDS = 5
 _CONNECT_SECONDS = 10
 
 
@@ -63,48 +62,6 @@ def engine_options(url: str) -> dict[str, Any]:
     """What SQLAlchemy is given beside a URL: lost connections are made anew, silent hosts end."""
     silent = {"connect_timeout": _CONNECT_SECONDS} if url.startswith("postgres") else {}
     return {"pool_pre_ping": True, "connect_args": silent}
-
-
-def mend_journal(path: Path) -> None:
-    """Cut a last line that a crash tore, which would make every later record unreadable.
-
-    Call it only while holding the sweep's lease.
-    """
-    try:
-        size = path.stat().st_size
-    except OSError:
-        return
-    with path.open("r+b") as file:
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            position = file.read(end - start).rfind(b"\n")
-            if position >= 0:
-                end = start + position + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
-
-
-def free_journal(path: Path) -> None:
-    """Remove the journal's lock if the process that took it is gone.
-
-    Optuna holds it for milliseconds and waits half a minute before it breaks one, or for ever
-    where the lock points into a folder that was moved since. Call it only while holding the
-    sweep's lease: nobody but the `optuna` command or its dashboard can write meanwhile.
-    """
-    lock = path.with_name(path.name + ".lock")
-    for _ in range(100):
-        try:
-            age = time.time() - lock.lstat().st_mtime
-        except OSError:
-            return
-        if age > _LOCK_SECONDS or age < -_LOCK_SECONDS:
-            lock.unlink(missing_ok=True)
-            return
-        time.sleep(0.1)
 
 
 def open_storage(folder: Path) -> BaseStorage:

@@ -14,12 +14,12 @@ import pytest
 from optuna.trial import TrialState
 
 from nipq_search.errors import UserError
+from nipq_search.search.journal import mend_journal
 from nipq_search.search.ledger import (
     BUDGET,
     JOURNAL,
     Ledger,
     Refused,
-    mend_journal,
     open_storage,
     storage_url,
 )

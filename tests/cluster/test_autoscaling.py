@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,17 +39,25 @@ def autoscaling(tmp_path: Path) -> Iterator[str]:
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
     lists = ("setup_commands", "initialization_commands", "head_setup_commands")
     lists += ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    lists += ("cluster_synced_files", "rsync_exclude", "rsync_filter")
     config = {
         "cluster_name": "fake",
         "max_workers": 2,
         "idle_timeout_minutes": 5,
         "upscaling_speed": 1.0,
-        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "disable_node_updaters": True,  # there is nothing to log in to
+            "disable_launch_config_check": True,
+            "use_node_id_as_ip": True,  # all nodes have one address
+        },
         "auth": {},
         "docker": {},
         "available_node_types": {"ray.head.default": head, "worker": worker},
         "head_node_type": "ray.head.default",
         "file_mounts": {},
+        "file_mounts_sync_continuously": False,
         **{name: [] for name in lists},
     }
     (tmp_path / "fake.json").write_text(json.dumps(config))
@@ -68,7 +77,8 @@ def autoscaling(tmp_path: Path) -> Iterator[str]:
     finally:
         for _ in range(3):  # some start others while they end
             for pid in command.processes():
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         process.wait(timeout=60)
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -76,14 +86,14 @@ def autoscaling(tmp_path: Path) -> Iterator[str]:
 def test_nodes_come_while_trials_wait(tmp_path, autoscaling):
     folder = tmp_path / "sweep"
     folder.mkdir()
-    write_sweep(folder, search__trials=4, train__epochs=20)
+    write_sweep(folder, search__trials=4, train__epochs=100)
     command = Command(folder, RAY_AUTH_MODE="disabled")
     arguments = command.arguments("--address", autoscaling)
     done = command(*arguments, code=2)
     assert "resources.cpus: 1 asked for one trial, the largest node has 0" in done.stderr
 
     more = {"cpus": 1, "concurrent": 2, "autoscale": True}
-    write_sweep(folder, search__trials=4, train__epochs=20, resources=more)
+    write_sweep(folder, search__trials=4, train__epochs=100, resources=more)
     command(*arguments)
     assert states(command.out) == ["COMPLETE"] * 4
     started = [

@@ -162,7 +162,7 @@ class Opaque:
 def test_batches_that_cannot_be_cut_are_told():
     team, model = Team(0, 2), nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"take\(batch, part\)"):
-        team.take_share(mlp_spec, model, Opaque())
+        team.take_share(Counts(), model, Opaque())
 
     class Own:
         def take(self, batch: Any, part: slice) -> Any:

@@ -186,7 +186,9 @@ def test_two_checkpoints_are_kept(tmp_path):
 
 def test_checkpoints_come_every_few_minutes_too(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(trial, "save_checkpoint", lambda folder, step, state: seen.append(step))
+    monkeypatch.setattr(
+        trial, "save_checkpoint", lambda folder, step, state, home: seen.append(step)
+    )
     train(Regression(), mlp_spec(checkpoint_minutes=1e-9), tmp_path, CPU)
     assert seen == list(range(1, 19))
 

@@ -74,6 +74,7 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
 
     Raises:
         UserError: a driver is running the sweep, or it is not a sweep.
+        RuntimeError: the object store does not let something be deleted.
     """
     sweep = Sweep.open(out)
     config = parse_config(dict(sweep.config))

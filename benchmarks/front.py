@@ -47,6 +47,9 @@ from nipq_search.train.trial import MODEL_FILE
 FLOAT = "float"
 """Name of what is not a method: the float model that the methods of a seed start from."""
 
+ELSEWHERE = {"resources", "checkpoints"}
+"""Keys that say where a sweep runs and where its files lie, and change no result."""
+
 MANY = 100_000
 """Trials that no allowance holds: the samples end a sweep."""
 
@@ -72,6 +75,7 @@ class Unit:
     def fingerprint(self) -> str:
         """What the result follows from: results of another one are not this unit's."""
         config = self.config().as_json()
+        config = {key: value for key, value in config.items() if key not in ELSEWHERE}
         if self.method == FLOAT:
             config = {key: config[key] for key in ("seed", "task", "task_args", "float")}
         parts = [config, self.method != FLOAT and self.plan["allowance"]]

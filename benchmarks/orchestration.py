@@ -3,12 +3,15 @@
     python benchmarks/orchestration.py --json benchmarks/results/orchestration.json
 
 Trials are stubs that write records as workers do. The searcher, strategy, sampler, ledger, tables
-and MLflow are the real ones. Three parts, each a key of the JSON, finished ones are not run again:
+and MLflow are the real ones. Four parts, each a key of the JSON, finished ones are not run again:
 
     growth      trials in virtual time, some at once: driver CPU and latencies around trial 100,
                 1,000 and 10,000
     concurrent  1,000 trials at once in virtual time: the driver's peak memory
     idle        Ray Tune, four slots, trials of a minute: the share of time in which a slot waits
+    many        Ray Tune, fifty slots: how many trials really ran at once
+
+The first two are about the driver's CPU: with TMPDIR=/dev/shm they do not wait for a disk.
 """
 
 from __future__ import annotations
@@ -182,8 +185,13 @@ def concurrent(folder: Path, slots: int) -> dict[str, float]:
     return {"slots": slots, "peak_gb": peak}
 
 
-def idle(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, float]:
-    """The share of slot time that no attempt uses, between the first trial and the last wave."""
+def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, float]:
+    """Trials that sleep, through Ray Tune.
+
+    Returns:
+        `idle` is the share of slot time that no attempt uses, between the first trial and the last
+        wave, and `at_once` the most that ran at a time.
+    """
     import functools
 
     quiet_environment()
@@ -200,12 +208,12 @@ def idle(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, floa
     config = config_of(slots * waves, slots)
     try:
         runner = TuneExecutor(config.resources, functools.partial(_sleeper, seconds=seconds))
-        run_sweep(config, folder / "idle", executor=runner)
+        run_sweep(config, folder / "sweep", executor=runner)
     finally:
         ray.shutdown()
     spans = []
     for number in range(slots * waves):
-        (attempt,) = jobs.attempts(jobs.job_folder(folder / "idle", "trial", number))
+        (attempt,) = jobs.attempts(jobs.job_folder(folder / "sweep", "trial", number))
         began = storage.read_json(attempt / jobs.STARTED)["time"]
         ended = (storage.read_sealed(attempt / jobs.RESULT) or {})["ended"]
         spans.append((began, ended))
@@ -213,7 +221,14 @@ def idle(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, floa
     first, last = spans[0][0], spans[-slots][0]  # the last wave is left out
     busy = sum(min(ended, last) - began for began, ended in spans if began < last)
     share = 1 - busy / (slots * (last - first))
-    return {"slots": slots, "trials": slots * waves, "seconds": seconds, "idle": share}
+    at_once = max(sum(a <= began < b for a, b in spans) for began, _ in spans)
+    return {
+        "slots": slots,
+        "trials": slots * waves,
+        "seconds": seconds,
+        "idle": share,
+        "at_once": at_once,
+    }
 
 
 def _sleeper(job: Job, task: Any, report: Any, seconds: float) -> str:
@@ -238,6 +253,12 @@ def tables(found: dict[str, Any]) -> str:
             f"Idle share on Ray, {row['slots']} slots, {row['trials']} trials of "
             f"{row['seconds']:.0f} s: {100 * row['idle']:.1f} %.",
         ]
+    if row := found.get("many"):
+        lines += [
+            "",
+            f"{row['trials']} trials of {row['seconds']:.0f} s on {row['slots']} slots of one "
+            f"machine, through Ray Tune: {row['at_once']} ran at once.",
+        ]
     return "\n".join(lines)
 
 
@@ -248,14 +269,15 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=1_000, help="at once in virtual time")
     parser.add_argument("--waves", type=int, default=5, help="of trials on Ray")
     parser.add_argument("--seconds", type=float, default=60, help="of a trial on Ray")
-    parser.add_argument("--only", nargs="*", default=["growth", "concurrent", "idle"])
+    parser.add_argument("--only", nargs="*", default=["growth", "concurrent", "idle", "many"])
     parser.add_argument("--page", type=Path, help="page whose table is written anew")
     options = parser.parse_args()
     found = json.loads(options.json.read_text()) if options.json.exists() else {}
     parts = {
         "growth": lambda folder: growth(folder, options.trials, 8),
         "concurrent": lambda folder: concurrent(folder, options.slots),
-        "idle": lambda folder: idle(folder, 4, options.waves, options.seconds),
+        "idle": lambda folder: on_ray(folder, 4, options.waves, options.seconds),
+        "many": lambda folder: on_ray(folder, 50, 2, 30),
     }
     for name in options.only:
         if name in found:

@@ -19,7 +19,7 @@ from nipq_search.search.facts import Facts
 from nipq_search.search.jobs import Job
 from nipq_search.search.lease import STOP_FILE, stop_requested
 from nipq_search.search.progress import Progress, ProgressSink
-from nipq_search.search.projections import ENDED, Projections
+from nipq_search.search.projections import ENDED, PAUSE, Projections
 from nipq_search.search.storage_lease import LeaseLost
 
 _log = logging.getLogger("nipq_search")
@@ -62,9 +62,9 @@ class Driver:
         self.limit = ""
         self.interrupted = False
         self.problem = ""
-        self.checked = 0.0
+        self.checked = self.looked_until = 0.0
         self.samples = 0
-        self._samples: dict[str, int] = {}
+        self._samples: dict[Path, int] = {}
         self.finished_here: list[float] = []
         self.trials_began = 0.0
 
@@ -73,7 +73,8 @@ class Driver:
         self.coordinator = coordinator
         self.guard()
         coordinator.ledger.remember(ENDED, "KILLED")  # unless it says otherwise at its end
-        self.samples = view.total_samples(self.out, self._samples)
+        self._samples = view.samples_by_job(self.out)
+        self.samples = sum(self._samples.values())
         self.shown.begin(coordinator.ledger.trials())
 
     def enough(self) -> bool:
@@ -98,7 +99,8 @@ class Driver:
             self._ask_workers_to_stop()
         if time.monotonic() - self.checked > _CHECK_SECONDS:
             self.checked = time.monotonic()
-            self.samples = view.total_samples(self.out, self._samples)
+            for job in list(self.coordinator.running.values()):
+                self._count(job)
             hours = self.config.limits.hours
             if self.enough() and hours is not None and "hours" in self.limit:
                 self._ask_workers_to_stop()
@@ -106,6 +108,13 @@ class Driver:
             self._record_running()
         self.shown.write_tables()
         self.progress.update(self._progress())
+
+    def _count(self, job: Job) -> None:
+        """Add what a job has processed since it was counted last."""
+        if job.kind != "test":
+            now = jobs.samples_processed(job.folder)
+            self.samples += now - self._samples.get(job.folder, 0)
+            self._samples[job.folder] = now
 
     def _ask_workers_to_stop(self) -> None:
         self.coordinator.stop()
@@ -131,23 +140,25 @@ class Driver:
                 except ProcessLookupError:
                     _log.warning("%s: its process is gone", job.name)
 
-    def _refresh(self) -> None:
+    def _refresh(self, running: bool = True) -> None:
         """Read the ledger again and write the tables."""
-        self.shown.refresh(self.coordinator.ledger.trials())
+        self.shown.refresh(self.coordinator.ledger.trials(), running)
 
     def _record_running(self) -> None:
+        """Show how far running trials are, in at most one part in `PAUSE` of the time."""
         numbers = {j.number for j in self.coordinator.running.values() if j.kind == "trial"}
-        if numbers - {record.trial for record in self.shown.records}:
-            self._refresh()
-        for record in self.shown.records:
-            if record.trial in numbers and record.state == "RUNNING":
-                self.shown.record(record)
+        began = time.monotonic()
+        if not numbers or began < self.looked_until:
+            return
+        self._refresh()
+        for number in sorted(numbers):
+            if self.shown.records[number].state == "RUNNING":
+                self.shown.record(self.shown.records[number])
+        self.looked_until = time.monotonic() + PAUSE * (time.monotonic() - began)
 
     def job_finished(self, job: Job) -> None:
         """A job's result is in the ledger: show it everywhere."""
-        self.samples = view.total_samples(
-            self.out, self._samples
-        )  # before a next trial is asked for
+        self._count(job)  # before a next trial is asked for
         done = jobs.committed(job.folder)
         if (
             job.kind == "test"
@@ -170,33 +181,26 @@ class Driver:
         self.progress.message(text)
         if done and job.kind == "trial":
             self.finished_here.append(time.monotonic())
-            self._refresh()
+            self._refresh(running=False)
             self.shown.record(self.shown.records[job.number])
             self.shown.update_front()
 
     def _progress(self) -> Progress:
-        best: dict[str, tuple[float, float]] = {}
-        sign = 1 if self.facts.mode == "max" else -1
-        for r in self.shown.records:
-            if r.state == "COMPLETE" and r.validation is not None:
-                point = (r.validation, r.cost[self.facts.front_cost])
-                known = best.get(r.budget_label)
-                if known is None or sign * point[0] > sign * known[0]:
-                    best[r.budget_label] = point
-        finished = [r for r in self.shown.records if r.state in ("COMPLETE", "PRUNED", "FAIL")]
+        known = self.shown.known
+        done = sum(known.states.values())
         total = max(self.config.search.trials, len(self.shown.records))
         left = None
         if self.finished_here and self.trials_began:
             # The float model and the baselines came first: the pace is that of the trials.
             pace = (self.finished_here[-1] - self.trials_began) / len(self.finished_here)
-            left = max(0, total - len(finished)) * pace
+            left = max(0, total - done) * pace
         return Progress(
-            done=len(finished),
+            done=done,
             running=len(self.coordinator.running),
-            failed=sum(r.state == "FAIL" for r in self.shown.records),
+            failed=known.states.get("FAIL", 0),
             total=total,
             stage=self.coordinator.stage,
-            best=best,
+            best=dict(known.best),
             seconds_left=left,
             metric=self.facts.metric,
             front_cost=self.facts.front_cost,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -36,9 +37,9 @@ class Axes:
 def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """Non-dominated (cost, metric), cheapest first."""
     found: list[tuple[float, float]] = []
-    for metric, cost in sorted(points, key=lambda p: (p[1], -p[0])):
-        if not found or metric > found[-1][1]:
-            found.append((cost, metric))
+    for cost, loss in sorted((cost, -metric) for metric, cost in points):
+        if not found or -loss > found[-1][1]:
+            found.append((cost, -loss))
     return found
 
 
@@ -50,9 +51,16 @@ def _expected(front: Sequence[tuple[float, float]], cost: float) -> float:
     return front[-1][1] if cost > front[-1][0] else front[0][1]
 
 
-def _near(costs: Iterable[float], cost: float) -> int:
-    """How many costs are at the same place."""
-    return sum(abs(math.log2(other / cost)) <= SAME for other in costs)
+class _Places:
+    """Costs, to be asked how many of them are at a place; quick for thousands."""
+
+    def __init__(self, costs: Iterable[float]) -> None:
+        self._octaves = sorted(map(math.log2, costs))
+
+    def near(self, cost: float) -> int:
+        """How many are at the same place."""
+        at = math.log2(cost)
+        return bisect_right(self._octaves, at + SAME) - bisect_left(self._octaves, at - SAME)
 
 
 def most_room(
@@ -83,16 +91,18 @@ def most_room(
     ends = [(axes.least, axes.reference), *front, (axes.most, max(axes.best, front[-1][1]))]
     known = sorted([*front, *((cost, _expected(ends, cost)) for cost in running)])
     ends = [ends[0], *known, ends[-1]]
+    tried, under_way = _Places(asked), _Places(running)
+    reached = _Places(cost for _, cost in points)
     best_gain, best_cost = -1.0, front[0][0]
     for index, ((left, below), (right, above)) in enumerate(zip(ends, ends[1:], strict=False)):
         width = max(0.0, math.log2(right / left))
         middle = math.sqrt(left * right)
-        gain = max(0.0, above - below) * width / 4 / 4.0 ** _near(asked, middle)
+        gain = max(0.0, above - below) * width / 4 / 4.0 ** tried.near(middle)
         if width > 2 * SAME and gain > best_gain:
             best_gain, best_cost = gain, middle
-        if index == 0 or _near(running, left):
+        if index == 0 or under_way.near(left):
             continue
-        times = max(_near((cost for _, cost in points), left), _near(asked, left))
+        times = max(reached.near(left), tried.near(left))
         better = REPEAT[0] * max(0.0, axes.best - below)
         better += REPEAT[1] * (axes.best - axes.reference)
         gain = better * width * 2.0 ** (1 - times)

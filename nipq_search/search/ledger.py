@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 from nipq_search.errors import UserError
 from nipq_search.search.journal import free_journal, mend_journal
 from nipq_search.search.patience import patient
-from nipq_search.search.sampler import LEARN_BY_REGRET, SAMPLERS, ByRegret
+from nipq_search.search.sampler import LEARN_BY_REGRET, SAMPLERS, ByRegret, History
 from nipq_search.train.loop import seed_for
 
 BUDGET = "budget"
@@ -162,6 +162,7 @@ class Ledger:
         """Wrap a study, and the storage that was opened for it."""
         self._storage = storage
         self.study, self.space, self.sampler, self.seed = study, space, sampler, seed
+        self._history = History(BUDGET, 1 if self.mode == "max" else -1)
         self.guard: Callable[[], None] = lambda: None
 
     @classmethod
@@ -241,6 +242,13 @@ class Ledger:
         """Trials in these states (default: all), by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
+    @patient
+    def trial(self, number: int) -> FrozenTrial:
+        """One trial, without going through all of them."""
+        storage = self.study._storage
+        own = storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
+        return storage.get_trial(own)
+
     def name_metrics(self, metric: str, cost: str) -> None:
         """Label the objectives for the `optuna` command and the dashboard."""
         with warnings.catch_warnings():
@@ -248,8 +256,13 @@ class Ledger:
             if self.study.metric_names != [metric, cost]:
                 self.study.set_metric_names([metric, cost])
 
-    def ask(self, budget: int, budgets: int) -> Asked:
+    def ask(self, budget: int, budgets: int, trials: Sequence[FrozenTrial] | None = None) -> Asked:
         """Take the next waiting trial, or propose one for the given budget.
+
+        Args:
+            budget: index of the budget.
+            budgets: how many there are.
+            trials: what `trials` just said, to spare it from being asked again.
 
         Raises:
             Refused: the waiting trial has values that no sweep could use.
@@ -258,11 +271,12 @@ class Ledger:
         # Seeded by the trial's number, so a resumed search neither repeats itself nor depends on
         # where it was cut.
         # `study.ask` takes the first waiting trial, whose number is lower than a new one's.
-        waiting = self.trials(TrialState.WAITING)
-        number = waiting[0].number if waiting else len(self.trials())
+        trials = self.trials() if trials is None else trials
+        waiting = [t for t in trials if t.state is TrialState.WAITING]
+        number = waiting[0].number if waiting else len(trials)
         if waiting:
             budget = _enqueued_budget(waiting[0], budget, budgets)
-        self._use_sampler(budget, number, budgets)
+        self._use_sampler(budget, number, budgets, trials)
         trial = self.study.ask()
         return self._suggest(trial, budgets)
 
@@ -270,20 +284,23 @@ class Ledger:
     def resume(self, number: int, budget: int, budgets: int) -> Asked:
         """A running trial again, with the parameters that it has; missing ones are proposed."""
         self.guard()
-        frozen = self.trials()[number]
-        self._use_sampler(int(frozen.params.get(BUDGET, budget)), number, budgets)
+        trials = self.trials()
+        frozen = trials[number]
+        self._use_sampler(int(frozen.params.get(BUDGET, budget)), number, budgets, trials)
         trial = optuna.trial.Trial(self.study, frozen._trial_id)
         return self._suggest(trial, budgets)
 
-    def _use_sampler(self, budget: int, number: int, budgets: int) -> None:
+    def _use_sampler(
+        self, budget: int, number: int, budgets: int, trials: Sequence[FrozenTrial]
+    ) -> None:
         base = SAMPLERS[self.sampler](seed_for(self.seed, number, 1))
         if self.sampler in LEARN_BY_REGRET:
             self.study.sampler = ByRegret(
                 base,
-                key=BUDGET,
+                history=self._history,
                 budget=budget,
                 space=self._space(budgets),
-                sign=1 if self.mode == "max" else -1,
+                trials=trials,
             )
             return
         with warnings.catch_warnings():
@@ -310,7 +327,7 @@ class Ledger:
     def note(self, number: int, attributes: Mapping[str, Any]) -> None:
         """Set user attributes of a trial that has not finished."""
         self.guard()
-        frozen = self.trials()[number]
+        frozen = self.trial(number)
         trial = optuna.trial.Trial(self.study, frozen._trial_id)
         for key, value in attributes.items():
             if key not in frozen.user_attrs or frozen.user_attrs[key] != value:
@@ -332,7 +349,7 @@ class Ledger:
             attributes: user attributes.
             slack: largest cost / target - 1; at most 0 where the budget is kept.
         """
-        frozen = self.trials()[number]
+        frozen = self.trial(number)
         if frozen.state.is_finished():
             return
         self.note(number, {**attributes, "budget_slack": slack})
@@ -351,7 +368,7 @@ class Ledger:
 
     @patient
     def _end(self, number: int, state: TrialState, attributes: Mapping[str, Any]) -> None:
-        if self.trials()[number].state.is_finished():
+        if self.trial(number).state.is_finished():
             return
         self.note(number, attributes)
         self.guard()

@@ -20,8 +20,9 @@ from nipq_search.search.sweep import CURVES_FILE, FRONT_FILE, RESULTS_FILE, Swee
 from nipq_search.tracking import MlflowRecorder
 from nipq_search.tracking.tables import curves_table, results_table, write_table
 
-_PAUSE = 20
-"""Writing the tables takes at most one part in so many of the driver's time."""
+PAUSE = 20
+"""Writing the tables takes at most one part in so many of the driver's time, and so does looking
+at running trials."""
 
 ENDED = "ended"
 """Study attribute: how the last run of the sweep ended, in MLflow's words."""
@@ -41,9 +42,9 @@ class Projections:
         self.sweep = Sweep.open(out)
         self.recorder = MlflowRecorder(out, config.name)
         self.records: list[TrialRecord] = []
-        self._known: dict[int, TrialRecord] = {}
+        self.known = view.Records(self.sweep.facts, out)
         self._curves: dict[int, list[CurvePoint]] = {}
-        self._behind = False
+        self._behind = self._forgotten = False
         self._pause_until = 0.0
 
     def begin(self, trials: Sequence[FrozenTrial]) -> None:
@@ -56,15 +57,17 @@ class Projections:
             if record.state in view.STATES[:3]:
                 self.record(record)
 
-    def refresh(self, trials: Sequence[FrozenTrial]) -> None:
-        """Take the ledger's trials; the tables follow."""
-        self.records = view.trial_records(trials, self.sweep.facts, self.out, self._known)
+    def refresh(self, trials: Sequence[FrozenTrial], running: bool = True) -> None:
+        """Take the ledger's trials, those that run only if wanted; the tables follow."""
+        if self._forgotten:
+            self.known, self._forgotten = view.Records(self.sweep.facts, self.out), False
+        self.records = self.known.update(trials, running)
         self._behind = True
         self.write_tables()
 
     def forget(self) -> None:
         """Read finished trials anew the next time."""
-        self._known.clear()
+        self._forgotten = True
 
     def write_tables(self, force: bool = False) -> None:
         """Write the tables if they are behind, with pauses of many times what that takes.
@@ -78,7 +81,7 @@ class Projections:
         write_table(self.out / RESULTS_FILE, results_table(self.records))
         write_table(self.out / CURVES_FILE, curves_table(curves))
         self._behind = False
-        self._pause_until = time.monotonic() + _PAUSE * (time.monotonic() - began)
+        self._pause_until = time.monotonic() + PAUSE * (time.monotonic() - began)
 
     def _curve(self, record: TrialRecord) -> list[CurvePoint]:
         """A trial's learning curve, of a finished one as it was read first."""
@@ -96,7 +99,7 @@ class Projections:
 
     def update_front(self) -> None:
         """Tag the trials that are on the front."""
-        self.recorder.update_front({r.trial for r in self.records if r.on_front})
+        self.recorder.update_front(self.known.front)
 
     def finish(self, status: str) -> None:
         """Write the front and the report, and end the tracking run.

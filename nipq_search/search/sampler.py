@@ -5,10 +5,14 @@ To add one, write a function from a seed to a sampler and a line in `SAMPLERS`.
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import copy
+import datetime
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import (
@@ -27,7 +31,9 @@ from optuna.samplers import (
     TPESampler,
 )
 from optuna.samplers.nsgaii import BLXAlphaCrossover
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
+
+from nipq_search.search.news import News
 
 
 def tpe(seed: int) -> BaseSampler:
@@ -91,6 +97,66 @@ def middle(distribution: BaseDistribution) -> Any:
     return found if isinstance(distribution, FloatDistribution) else round(found)
 
 
+class Lesson(NamedTuple):
+    """A trial and what it measured at each rung, then at its end, the greater the better."""
+
+    number: int
+    levels: Sequence[float]
+    trial: FrozenTrial
+
+
+class History:
+    """What the trials of a study teach, kept from one question to the next.
+
+    Args:
+        key: name of the parameter that is the budget's index.
+        sign: 1 where the metric is maximized, else -1.
+
+    Attributes:
+        lessons: of finished trials, by budget, in the order of their numbers.
+        best: the most that was measured, by budget and level.
+        budgets: those that a finished trial was given.
+    """
+
+    def __init__(self, key: str, sign: int) -> None:
+        """Know nothing yet."""
+        self.key, self._sign = key, sign
+        self.lessons: dict[int, list[Lesson]] = {}
+        self.best: dict[tuple[int, int], float] = {}
+        self.budgets: set[int] = set()
+        self._news = News()
+
+    def learn(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Take in what has finished, of all trials by number, and give the others."""
+        others = []
+        for trial in self._news.of(trials):
+            if not trial.state.is_finished():
+                others.append(trial)
+                continue
+            if self.key in trial.params:
+                self.budgets.add(trial.params[self.key])
+            if lesson := self.lesson(trial):
+                own = self.lessons.setdefault(trial.params[self.key], [])
+                bisect.insort(own, lesson, key=lambda other: other.number)
+                self.raise_best(self.best, lesson)
+        return others
+
+    def lesson(self, trial: FrozenTrial) -> Lesson | None:
+        """What a trial teaches, if anything."""
+        if trial.state is TrialState.FAIL or self.key not in trial.params:
+            return None
+        last = [trial.values[0]] if trial.state is TrialState.COMPLETE else []
+        found = [*trial.user_attrs.get(RUNGS, []), *last]
+        levels = [float("-inf") if m is None else self._sign * float(m) for m in found]
+        return Lesson(trial.number, levels, trial) if levels else None
+
+    def raise_best(self, best: dict[tuple[int, int], float], lesson: Lesson) -> None:
+        """Note in `best` where a lesson is better."""
+        for level, metric in enumerate(lesson.levels):
+            at = (lesson.trial.params[self.key], level)
+            best[at] = max(best.get(at, float("-inf")), metric)
+
+
 class ByRegret(BaseSampler):
     """Lets a sampler learn what is good under one budget.
 
@@ -104,24 +170,24 @@ class ByRegret(BaseSampler):
 
     Args:
         base: sampler of one objective.
-        key: name of the parameter that is the budget's index.
-        budget: its value in the next trial.
+        history: what the study's trials teach.
+        budget: index of the next trial's budget.
         space: distributions of every parameter, the budget's included.
-        sign: 1 where the metric is maximized, else -1.
+        trials: the study's trials, by number, at the moment of the question.
     """
 
     def __init__(
         self,
         base: BaseSampler,
         *,
-        key: str,
+        history: History,
         budget: int,
         space: Mapping[str, BaseDistribution],
-        sign: int,
+        trials: Sequence[FrozenTrial],
     ) -> None:
         """Remember what to propose; nothing is sampled yet."""
-        self._base, self._key, self._budget = base, key, budget
-        self._space, self._sign = dict(space), sign
+        self._base, self._history, self._budget = base, history, budget
+        self._space, self._trials = dict(space), trials
         self._proposed: dict[str, Any] | None = None
 
     def infer_relative_search_space(
@@ -145,68 +211,93 @@ class ByRegret(BaseSampler):
     ) -> Any:
         """A parameter of the base sampler's proposal."""
         if self._proposed is None:
-            others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+            others = [t for t in self._history.learn(self._trials) if t.number != trial.number]
             self._proposed = self._propose(others)
         return self._proposed[param_name]
 
-    def _propose(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-        if not any(t.params.get(self._key) == self._budget for t in trials):
+    def _propose(self, others: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """Parameters, from the history and the trials that have not finished."""
+        history, key = self._history, self._history.key
+        given = history.budgets | {t.params[key] for t in others if key in t.params}
+        if self._budget not in given:
             middles = {name: middle(form) for name, form in self._space.items()}
-            return {**middles, self._key: self._budget}
-        measured = {t.number: self._levels(t) for t in trials if self._key in t.params}
-        known = [t for t in trials if measured.get(t.number)]
-        best: dict[tuple[int, int], float] = {}
-        for trial in known:
-            for level, metric in enumerate(measured[trial.number]):
-                at = (trial.params[self._key], level)
-                best[at] = max(best.get(at, float("-inf")), metric)
-        near = self._nearest(known)
-        shown = []
-        for trial in known:
-            budget, levels = trial.params[self._key], measured[trial.number]
-            if abs(budget - self._budget) <= near:
-                regret = levels[-1] - best[budget, len(levels) - 1]
-                shown.append(self._copy(trial, regret if regret <= 0 else float("-inf")))
-        shown = self._bounded([trial for trial in shown if trial is not None])
-        running = [t for t in trials if t.state is TrialState.RUNNING]
-        shown += [self._copy(t) for t in running if not measured.get(t.number)][-MOST:]
+            return {**middles, key: self._budget}
+        paused = [lesson for trial in others if (lesson := history.lesson(trial))]
+        best = dict(history.best)
+        for lesson in paused:
+            history.raise_best(best, lesson)
+        names = self._space.keys()
+        shown: list[tuple[float, FrozenTrial]] = []
+        for lesson in self._nearest(paused):
+            if names <= lesson.trial.params.keys():
+                level = (lesson.trial.params[key], len(lesson.levels) - 1)
+                regret = lesson.levels[-1] - best[level]
+                shown.append((regret if regret <= 0 else float("-inf"), lesson.trial))
+        copies = [self._copy(trial, regret) for regret, trial in _bounded(shown)]
+        teaching = {lesson.number for lesson in paused}
+        copies += [
+            self._copy(trial)
+            for trial in others
+            if trial.state is TrialState.RUNNING
+            and trial.number not in teaching
+            and names <= trial.params.keys()
+        ][-MOST:]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            sampler = PartialFixedSampler({self._key: self._budget}, self._base)
+            sampler = PartialFixedSampler({key: self._budget}, self._base)
         regrets = optuna.create_study(direction="maximize", sampler=sampler)
-        regrets.add_trials([trial for trial in shown if trial is not None])
+        for trial in copies:
+            # Somebody may enqueue trials with values of another space.
+            with contextlib.suppress(ValueError, TypeError):
+                regrets.add_trial(trial)
         return regrets.ask(self._space).params
 
-    def _bounded(self, shown: Sequence[FrozenTrial]) -> list[FrozenTrial | None]:
-        """The best half of `MOST` and the newest of the rest: asking must not get ever slower."""
-        if len(shown) <= MOST:
-            return list(shown)
-        best = sorted(range(len(shown)), key=lambda i: -(shown[i].value or 0.0))[: MOST // 2]
-        kept = set(best)
-        newest = [i for i in range(len(shown)) if i not in kept][-(MOST - len(kept)) :]
-        return [shown[i] for i in sorted(kept | set(newest))]
+    def _nearest(self, paused: Sequence[Lesson]) -> list[Lesson]:
+        """Lessons of the nearest budgets, `ENOUGH` if there are so many, by number."""
+        known = {budget: list(own) for budget, own in self._history.lessons.items()}
+        for lesson in paused:
+            known.setdefault(lesson.trial.params[self._history.key], []).append(lesson)
+        found: list[Lesson] = []
+        farthest = -1
+        for budget in sorted(known, key=lambda other: abs(other - self._budget)):
+            distance = abs(budget - self._budget)
+            if distance > farthest and len(found) >= ENOUGH:
+                break
+            found, farthest = found + known[budget], distance
+        return sorted(found, key=lambda lesson: lesson.number)
 
-    def _nearest(self, known: Sequence[FrozenTrial]) -> int:
-        """How far the budgets may be so that `ENOUGH` trials are shown."""
-        distances = sorted(abs(t.params[self._key] - self._budget) for t in known)
-        return int(distances[min(ENOUGH, len(distances)) - 1]) if distances else 0
+    def _copy(self, trial: FrozenTrial, value: float | None = None) -> FrozenTrial:
+        """The trial with another value, or running."""
+        now = datetime.datetime.now()
+        return _Shown(
+            number=-1,
+            trial_id=-1,
+            state=TrialState.RUNNING if value is None else TrialState.COMPLETE,
+            value=value,
+            datetime_start=now,
+            datetime_complete=None if value is None else now,
+            params={name: trial.params[name] for name in self._space},
+            distributions=self._space,
+            user_attrs={},
+            system_attrs={},
+            intermediate_values={},
+        )
 
-    def _levels(self, trial: FrozenTrial) -> list[float]:
-        """What it measured at each rung, then at its end, the greater the better."""
-        if trial.state is TrialState.FAIL:
-            return []
-        last = [trial.values[0]] if trial.state is TrialState.COMPLETE else []
-        found = [*trial.user_attrs.get(RUNGS, []), *last]
-        return [float("-inf") if m is None else self._sign * float(m) for m in found]
 
-    def _copy(self, trial: FrozenTrial, value: float | None = None) -> FrozenTrial | None:
-        """The trial with another value; None for one of another space, as somebody may enqueue."""
-        try:
-            return create_trial(
-                state=TrialState.RUNNING if value is None else TrialState.COMPLETE,
-                params={name: trial.params[name] for name in self._space},
-                distributions=self._space,
-                value=value,
-            )
-        except (KeyError, ValueError, TypeError):
-            return None
+class _Shown(FrozenTrial):
+    """A trial that nobody changes, so that a study need not copy it through and through."""
+
+    def __deepcopy__(self, memo: Any) -> _Shown:
+        return copy.copy(self)
+
+
+def _bounded(
+    shown: Sequence[tuple[float, FrozenTrial]],
+) -> Sequence[tuple[float, FrozenTrial]]:
+    """The best half of `MOST` and the newest of the rest: asking must not get ever slower."""
+    if len(shown) <= MOST:
+        return shown
+    best = sorted(range(len(shown)), key=lambda i: -shown[i][0])[: MOST // 2]
+    kept = set(best)
+    newest = [i for i in range(len(shown)) if i not in kept][-(MOST - len(kept)) :]
+    return [shown[i] for i in sorted(kept | set(newest))]

@@ -95,7 +95,7 @@ class Sweep:
             return []
         finally:
             close_storage(storage)
-        return view.trial_records(found, self.facts, self.folder)
+        return view.Records(self.facts, self.folder).update(found)
 
     def record(self, trial: int) -> TrialRecord:
         """One trial.

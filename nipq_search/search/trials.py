@@ -6,8 +6,9 @@ the trial before it starts, so that a driver which is built after a crash finds 
 
 from __future__ import annotations
 
+import bisect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig
 from nipq_search.search.facts import Facts
-from nipq_search.search.front import default_reference
+from nipq_search.search.front import default_reference, non_dominated
 from nipq_search.search.gaps import Axes
 from nipq_search.search.halving import Standing, to_promote
 from nipq_search.search.jobs import Job, committed, job_folder, rungs
 from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
+from nipq_search.search.news import News
 from nipq_search.search.sampler import RUNGS
 from nipq_search.search.space import split
 from nipq_search.search.strategy import STRATEGIES, Finished, Seen, Target
@@ -35,6 +37,9 @@ TARGET = "budget_"
 
 _FORGIVEN = 2
 """Failures after which a budget's further ones count as if it had been served."""
+
+MOST = 1_000
+"""Finished trials that a strategy is shown beside the front: asking must not get ever slower."""
 
 RUNG = "rung"
 """Attribute: number of the rung at which a trial pauses next."""
@@ -81,8 +86,12 @@ class Trials:
         self.make_job, self.enough = make_job, enough
         self.strategy = STRATEGIES[config.search.strategy]()
         self._sign = 1 if facts.mode == "max" else -1
-        self._ended: dict[int, Finished] = {}
-        self._targets: dict[int, dict[str, float]] = {}
+        self._news = News()
+        self._ended: list[Finished] = []
+        self._front: list[Finished] = []
+        self._asked: list[dict[str, float]] = []
+        self._assigned: list[int] = []
+        self._failures: dict[int, int] = {}
         self.started: set[int] = set()
         self.open: list[int] = []
         for trial in ledger.trials(TrialState.PRUNED):
@@ -123,7 +132,7 @@ class Trials:
         self.started.discard(job.number)
         if record is not None:
             self.tell(job.number, record)
-        elif self._is_paused(self.ledger.trials()[job.number]):
+        elif self._is_paused(self.ledger.trial(job.number)):
             self._teach(job.number)
         elif job.number not in self.open:
             self.open.append(job.number)
@@ -134,7 +143,8 @@ class Trials:
         budgets = len(self.facts.budgets)
         if self.open:
             number = self.open.pop(0)
-            before, target = self.ledger.trials()[number], self._target(without=number)
+            before = self.ledger.trial(number)
+            target = self._target([t for t in self.ledger.trials() if t.number != number])
             asked = self.ledger.resume(number, target.budget, budgets)
             if "parent" in before.user_attrs:  # it is noted last, after all targets
                 return self._job(asked, targets_of(before))
@@ -147,8 +157,8 @@ class Trials:
         trials = self.ledger.trials()
         waiting = sum(t.state is TrialState.WAITING for t in trials)
         if more and (waiting or len(trials) < self.config.search.trials):
-            target = self._target()
-            asked = self.ledger.ask(target.budget, budgets)
+            target = self._target(trials)
+            asked = self.ledger.ask(target.budget, budgets, trials)
             return self._job(asked, {} if waiting else target.targets)
         if more and not self.started:
             if (promoted := self._promoted(last=True)) is not None:
@@ -156,44 +166,48 @@ class Trials:
             self._prune()
         return None
 
-    def _target(self, without: int | None = None) -> Target:
-        """What the strategy wants next, from all trials but one."""
-        trials = [t for t in self.ledger.trials() if t.number != without]
-        assigned: list[int] = []
-        failures: dict[int, int] = {}
-        for trial in trials:
-            if (index := trial.params.get(BUDGET)) is None:
-                continue
-            if trial.state is TrialState.FAIL:
-                failures[index] = failures.get(index, 0) + 1
-            if trial.state is not TrialState.FAIL or failures[index] > _FORGIVEN:
-                assigned.append(int(index))
+    def _target(self, trials: Sequence[FrozenTrial]) -> Target:
+        """What the strategy wants next, from these trials."""
+        open_ = self._learn(trials)
         seen = Seen(
             budgets=[budget.targets for budget in self.facts.budgets],
-            assigned=assigned,
-            running=[self._asked(t) for t in trials if t.state is TrialState.RUNNING],
-            asked=[self._asked(t) for t in trials],
+            assigned=[*self._assigned, *(t.params[BUDGET] for t in open_ if BUDGET in t.params)],
+            running=[targets_of(t) for t in open_ if t.state is TrialState.RUNNING],
+            asked=[*self._asked[-MOST:], *map(targets_of, open_)],
             finished=self._finished(),
             axes=self._axes(),
         )
         return self.strategy.target(seen)
 
-    def _asked(self, trial: FrozenTrial) -> dict[str, float]:
-        """Its targets, which do not change once they are noted."""
-        found = self._targets.get(trial.number) or targets_of(trial)
-        if found and trial.state.is_finished():
-            self._targets[trial.number] = found
-        return found
+    def _learn(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Take in what has finished, and give the others."""
+        others, new = [], []
+        for trial in self._news.of(trials):
+            if not trial.state.is_finished():
+                others.append(trial)
+                continue
+            self._asked.append(targets_of(trial))
+            failed = trial.state is TrialState.FAIL
+            if (index := trial.params.get(BUDGET)) is not None:
+                self._failures[index] = self._failures.get(index, 0) + failed
+                if not failed or self._failures[index] > _FORGIVEN:
+                    self._assigned.append(int(index))
+            if trial.state is TrialState.COMPLETE:
+                metric = self._sign * trial.values[0]
+                new.append(Finished(number=trial.number, metric=metric, cost=costs_of(trial)))
+        if new:
+            for ended in new:
+                bisect.insort(self._ended, ended, key=lambda t: t.number)
+            rivals = {t.number: t for t in [*self._front, *new]}
+            cost = self.facts.front_cost
+            points = {n: (t.metric, t.cost[cost]) for n, t in rivals.items() if cost in t.cost}
+            self._front = [rivals[number] for number in sorted(non_dominated(points, "max"))]
+        return others
 
     def _finished(self) -> list[Finished]:
-        for trial in self.ledger.trials(TrialState.COMPLETE):
-            if trial.number not in self._ended:
-                self._ended[trial.number] = Finished(
-                    number=trial.number,
-                    metric=self._sign * trial.values[0],
-                    cost=costs_of(trial),
-                )
-        return list(self._ended.values())
+        """What the strategy is shown: the newest `MOST`, and of the rest the front."""
+        newest = self._ended[-MOST:]
+        return [*(t for t in self._front if t.number < newest[0].number), *newest]
 
     def _axes(self) -> Axes | None:
         record = committed(job_folder(self.out, "float", 0)) or {}
@@ -225,15 +239,16 @@ class Trials:
         if targets and dict(targets) != dict(budget.targets):
             label = ", ".join(f"{name}: {target:,.0f}" for name, target in targets.items())
         targets = dict(targets or budget.targets)
-        known = self.ledger.trials()[asked.number].user_attrs
-        parent = self._parent(known, targets)
+        known = self.ledger.trial(asked.number).user_attrs
+        finished = self._finished()
+        parent = self._parent(known, targets, finished)
         job = self.make_job(
             "trial",
             asked.number,
             params=dict(asked.params),
             budget=targets,
             parent=parent,
-            epochs_share=self._share(targets, parent),
+            epochs_share=self._share(targets, parent, finished),
             rung=int(known.get(RUNG, 0)),
         )
         self.ledger.note(
@@ -248,7 +263,9 @@ class Trials:
         )
         return job
 
-    def _parent(self, known: Mapping[str, Any], budget: Mapping[str, float]) -> int | None:
+    def _parent(
+        self, known: Mapping[str, Any], budget: Mapping[str, float], finished: list[Finished]
+    ) -> int | None:
         """The trial that a new one starts from; of a resumed one, what was decided before.
 
         Where that one's model is gone, as in a new folder, the trial begins anew, from another.
@@ -258,15 +275,17 @@ class Trials:
             return None
         if noted is not None and blobs.can_be_read(self._folder(int(noted)) / MODEL_FILE):
             return int(noted)
-        finished = [t for t in self._finished() if budget.keys() <= t.cost.keys()]
+        finished = [t for t in finished if budget.keys() <= t.cost.keys()]
         while (parent := self.strategy.parent(budget, finished)) is not None:
             if blobs.can_be_read(self._folder(parent) / MODEL_FILE):
                 break
             finished = [t for t in finished if t.number != parent]  # `gc` freed its model
         return parent
 
-    def _share(self, budget: Mapping[str, float], parent: int | None) -> float:
-        own = [trial for trial in self._finished() if trial.number == parent]
+    def _share(
+        self, budget: Mapping[str, float], parent: int | None, finished: list[Finished]
+    ) -> float:
+        own = [trial for trial in finished if trial.number == parent]
         return self.strategy.epochs_share(budget, own[0] if own else None)
 
     # Rungs
@@ -311,7 +330,8 @@ class Trials:
 
     def _resumed(self, number: int) -> Job:
         """A paused trial goes on to its next rung; noted first, for it may be cut off."""
-        trial = self.ledger.trials()[number]
+        self._learn(self.ledger.trials())
+        trial = self.ledger.trial(number)
         self.ledger.note(number, {RUNG: int(trial.user_attrs.get(RUNG, 0)) + 1})
         asked = self.ledger.resume(number, int(trial.params[BUDGET]), len(self.facts.budgets))
         return self._job(asked, targets_of(trial))

@@ -19,6 +19,7 @@ from nipq_search.search import jobs
 from nipq_search.search.front import default_reference, hypervolume, non_dominated
 from nipq_search.search.jobs import committed, job_folder
 from nipq_search.search.ledger import BUDGET
+from nipq_search.search.news import News
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.storage import read_json, read_sealed
 
@@ -35,38 +36,66 @@ def _prefixed(attributes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {k.removeprefix(prefix): v for k, v in attributes.items() if k.startswith(prefix)}
 
 
-def trial_records(
-    trials: Sequence[FrozenTrial],
-    facts: Mapping[str, Any],
-    out: Path,
-    known: dict[int, TrialRecord] | None = None,
-) -> list[TrialRecord]:
-    """One record per trial of the ledger.
+class Records:
+    """Records of a study's trials, kept from look to look: only what may change is made anew.
 
     Args:
-        trials: the study's trials.
         facts: `Facts.as_json()`.
         out: the sweep's folder.
-        known: records of finished trials by number, from an earlier call; used instead of reading
-            them again, and added to.
+
+    Attributes:
+        states: how many trials have ended, by state.
+        best: by budget label, the best validation metric and its front cost.
     """
-    points = {
-        t.number: (t.values[0], t.values[1]) for t in trials if t.state is TrialState.COMPLETE
-    }
-    front = non_dominated(points, facts["mode"])
-    known = {} if known is None else known
-    found = []
-    for trial in trials:
-        on_front = trial.number in front
-        record = known.get(trial.number)
-        if record is None:
-            record = _record(trial, facts, out, on_front)
-        elif record.on_front != on_front:
-            record = dataclasses.replace(record, on_front=on_front)
-        if trial.state.is_finished():
-            known[trial.number] = record
-        found.append(record)
-    return found
+
+    def __init__(self, facts: Mapping[str, Any], out: Path) -> None:
+        """No trial is known yet."""
+        self._facts, self._out = facts, out
+        self._news = News()
+        self._records: dict[int, TrialRecord] = {}
+        self._points: dict[int, tuple[float, float]] = {}
+        self.states: dict[str, int] = {}
+        self.best: dict[str, tuple[float, float]] = {}
+
+    @property
+    def front(self) -> set[int]:
+        """Numbers of the trials on the front."""
+        return set(self._points)
+
+    def update(self, trials: Sequence[FrozenTrial], running: bool = True) -> list[TrialRecord]:
+        """One record per trial.
+
+        Args:
+            trials: the study's trials, by number.
+            running: whether those that run are looked at anew.
+        """
+        news = self._news.of(trials)
+        # What was beaten stays beaten, so only the front and what is new can be on the front.
+        points = dict(self._points)
+        for trial in news:
+            if trial.state is TrialState.COMPLETE:
+                points[trial.number] = (trial.values[0], trial.values[1])
+        front = non_dominated(points, self._facts["mode"])
+        for number in self._points.keys() - front:
+            self._records[number] = dataclasses.replace(self._records[number], on_front=False)
+        self._points = {number: points[number] for number in front}
+        for trial in news:
+            known = self._records.get(trial.number)
+            if running or known is None or known.state != trial.state.name:
+                known = _record(trial, self._facts, self._out, trial.number in front)
+                self._records[trial.number] = known
+            if trial.state.is_finished():
+                self._count(known)
+        return [self._records[trial.number] for trial in trials]
+
+    def _count(self, record: TrialRecord) -> None:
+        self.states[record.state] = self.states.get(record.state, 0) + 1
+        if record.state == "COMPLETE" and record.validation is not None:
+            sign = 1 if self._facts["mode"] == "max" else -1
+            best = self.best.get(record.budget_label)
+            if best is None or sign * record.validation > sign * best[0]:
+                cost = record.cost[self._facts["front_cost"]]
+                self.best[record.budget_label] = (record.validation, cost)
 
 
 def _record(
@@ -129,28 +158,17 @@ def baselines(bits: Sequence[int], metric: str, out: Path) -> list[Baseline]:
     return found
 
 
-def total_samples(out: Path, known: dict[str, int] | None = None) -> int:
-    """Training samples that the whole sweep processed, failed and repeated attempts included.
-
-    Args:
-        out: the sweep's folder.
-        known: samples by folder of jobs that have ended, from an earlier call; used instead of
-            reading them again, and added to.
-    """
-    names = [str(job_folder(out, kind, 0)) for kind in ("float", jobs.SCORES)]
+def samples_by_job(out: Path) -> dict[Path, int]:
+    """Training samples that each job's folder tells of, failed and repeated attempts included."""
+    folders = [job_folder(out, kind, 0) for kind in ("float", jobs.SCORES)]
     for parent in (out / "baselines", out / "trials"):
-        names += sorted(entry.path for entry in os.scandir(parent)) if parent.is_dir() else []
-    known = {} if known is None else known
-    total = 0
-    for name in names:
-        if name not in known:
-            samples = jobs.samples_processed(Path(name))
-            total += samples
-            if committed(Path(name)) is not None:
-                known[name] = samples
-        else:
-            total += known[name]
-    return total
+        folders += [parent / name for name in os.listdir(parent)] if parent.is_dir() else []
+    return {folder: jobs.samples_processed(folder) for folder in folders}
+
+
+def total_samples(out: Path) -> int:
+    """Training samples that the whole sweep processed, failed and repeated attempts included."""
+    return sum(samples_by_job(out).values())
 
 
 def front_document(

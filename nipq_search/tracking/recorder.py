@@ -56,12 +56,16 @@ class _Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class _Server:
-    """A live connection, and the sweep's runs as they were found there."""
+    """A live connection, and the sweep's runs as they were found there.
+
+    `front` holds the trials whose runs are tagged as on the front.
+    """
 
     client: MlflowClient
     experiment: str
     parent: RunMemory
     children: dict[int, RunMemory]
+    front: set[int]
 
 
 class MlflowRecorder:
@@ -234,7 +238,10 @@ class MlflowRecorder:
         children: dict[int, RunMemory] = {}
         for child in find_runs(client, experiment, "mlflow.parentRunId", parent.run_id):
             children.setdefault(int(child.tags.get("nipq.trial", -1)), child)
-        return _Server(client=client, experiment=experiment, parent=parent, children=children)
+        front = {n for n, child in children.items() if child.tags.get("on_front") == "true"}
+        return _Server(
+            client=client, experiment=experiment, parent=parent, children=children, front=front
+        )
 
     def _project_all(self, found: _Server) -> None:
         """Send every trial that is behind, and the tags of the front."""
@@ -246,8 +253,11 @@ class MlflowRecorder:
                     raise
                 log.warning("MLflow refuses a value of trial %d: %s", number, _line(error))
             self._behind.discard(number)
-        for number, child in found.children.items():
-            child.send(tags={"on_front": self._on_front(number, child)})
+        # Only where it differs: with thousands of trials, each new one would cost ever more.
+        wanted = found.front if self._front is None else self._front
+        for number in sorted((wanted ^ found.front) & found.children.keys()):
+            found.children[number].send(tags={"on_front": str(number in wanted).lower()})
+            found.front.symmetric_difference_update({number})
 
     def _project(self, found: _Server, wanted: _Wanted) -> None:
         """Bring one trial's run up to date."""
@@ -277,14 +287,17 @@ class MlflowRecorder:
         child.set_status(status, _milliseconds(trial.ended))
         if wanted.layers is not None:
             self._store_layers(found, child, wanted.layers)
-        tags["on_front"] = self._on_front(trial.trial, child)
+        front = {trial.trial} if self._is_on_front(trial) else set()
+        tags["on_front"] = str(bool(front)).lower()
         if digest and child.tags.get("nipq.digest") == digest:
             child.send(tags=tags)
-            return
-        rows = projection.trial_rows(trial, wanted.curve)
-        if digest:
-            tags["nipq.digest"] = digest
-        child.send(params=projection.trial_params(trial), tags=tags, rows=rows)
+        else:
+            rows = projection.trial_rows(trial, wanted.curve)
+            if digest:
+                tags["nipq.digest"] = digest
+            child.send(params=projection.trial_params(trial), tags=tags, rows=rows)
+        found.front.discard(trial.trial)
+        found.front.update(front)
 
     def _fixed_tags(self) -> dict[str, str]:
         """Tags that the sweep's configuration gives where a trial searched nothing else."""
@@ -330,13 +343,9 @@ class MlflowRecorder:
             found.parent.metrics |= keys
         found.parent.set_status(status, now)
 
-    def _on_front(self, number: int, child: RunMemory) -> str:
-        """Value of the tag `on_front`: the given front's, the record's, or what stands there."""
-        if self._front is not None:
-            return str(number in self._front).lower()
-        if number in self._wanted:
-            return str(self._wanted[number].trial.on_front).lower()
-        return child.tags.get("on_front", "false")
+    def _is_on_front(self, trial: TrialRecord) -> bool:
+        """Whether a trial is on the front: the given one, else as its record says."""
+        return trial.on_front if self._front is None else trial.trial in self._front
 
     def _sweep_id(self) -> str:
         """The sweep's identity on the server, as text without quotes."""

@@ -97,7 +97,7 @@ def most_room(
     for index, ((left, below), (right, above)) in enumerate(zip(ends, ends[1:], strict=False)):
         width = max(0.0, math.log2(right / left))
         middle = math.sqrt(left * right)
-        gain = max(0.0, above - below) * width / 4 / 4.0 ** tried.near(middle)
+        gain = max(0.0, above - below) * width / 4 * 4.0 ** -tried.near(middle)
         if width > 2 * SAME and gain > best_gain:
             best_gain, best_cost = gain, middle
         if index == 0 or under_way.near(left):

@@ -30,6 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.errors import UserError
 from nipq_search.search.journal import free_journal, mend_journal
+from nipq_search.search.news import News
 from nipq_search.search.patience import patient
 from nipq_search.search.sampler import LEARN_BY_REGRET, SAMPLERS, ByRegret, History
 from nipq_search.train.loop import seed_for
@@ -39,7 +40,15 @@ BUDGET = "budget"
 
 CONSTRAINT = "budget"
 JOURNAL, DATABASE = "study.log", "study.db"
-_CONNECT_SECONDS = 10
+_SILENCE = {
+    "connect_timeout": 10,
+    # A server that vanishes without a word, as behind a cut cable, would hold a query for minutes.
+    "tcp_user_timeout": 20_000,  # milliseconds for what was sent to be acknowledged
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+}
+"""How long libpq, and so psycopg, waits for a server; seconds but for one."""
 
 
 def storage_url() -> str | None:
@@ -60,8 +69,9 @@ def storage_url() -> str | None:
 
 def engine_options(url: str) -> dict[str, Any]:
     """What SQLAlchemy is given beside a URL: lost connections are made anew, silent hosts end."""
-    silent = {"connect_timeout": _CONNECT_SECONDS} if url.startswith("postgres") else {}
-    return {"pool_pre_ping": True, "connect_args": silent}
+    driver = url.partition("://")[0]
+    by_libpq = driver in ("postgres", "postgresql") or "+psycopg" in driver
+    return {"pool_pre_ping": True, "connect_args": dict(_SILENCE) if by_libpq else {}}
 
 
 def open_storage(folder: Path) -> BaseStorage:
@@ -162,6 +172,7 @@ class Ledger:
         """Wrap a study, and the storage that was opened for it."""
         self._storage = storage
         self.study, self.space, self.sampler, self.seed = study, space, sampler, seed
+        self._news = News()
         self._history = History(BUDGET, 1 if self.mode == "max" else -1)
         self.guard: Callable[[], None] = lambda: None
 
@@ -272,7 +283,7 @@ class Ledger:
         # where it was cut.
         # `study.ask` takes the first waiting trial, whose number is lower than a new one's.
         trials = self.trials() if trials is None else trials
-        waiting = [t for t in trials if t.state is TrialState.WAITING]
+        waiting = [t for t in self._news.of(trials) if t.state is TrialState.WAITING]
         number = waiting[0].number if waiting else len(trials)
         if waiting:
             budget = _enqueued_budget(waiting[0], budget, budgets)

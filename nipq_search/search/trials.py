@@ -144,7 +144,8 @@ class Trials:
         if self.open:
             number = self.open.pop(0)
             before = self.ledger.trial(number)
-            target = self._target([t for t in self.ledger.trials() if t.number != number])
+            open_ = self._learn(self.ledger.trials())
+            target = self._target([t for t in open_ if t.number != number])
             asked = self.ledger.resume(number, target.budget, budgets)
             if "parent" in before.user_attrs:  # it is noted last, after all targets
                 return self._job(asked, targets_of(before))
@@ -155,9 +156,10 @@ class Trials:
         if more and (promoted := self._promoted(last=False)) is not None:
             return self._resumed(promoted)
         trials = self.ledger.trials()
-        waiting = sum(t.state is TrialState.WAITING for t in trials)
+        open_ = self._learn(trials)
+        waiting = any(t.state is TrialState.WAITING for t in open_)
         if more and (waiting or len(trials) < self.config.search.trials):
-            target = self._target(trials)
+            target = self._target(open_)
             asked = self.ledger.ask(target.budget, budgets, trials)
             return self._job(asked, {} if waiting else target.targets)
         if more and not self.started:
@@ -166,9 +168,8 @@ class Trials:
             self._prune()
         return None
 
-    def _target(self, trials: Sequence[FrozenTrial]) -> Target:
-        """What the strategy wants next, from these trials."""
-        open_ = self._learn(trials)
+    def _target(self, open_: Sequence[FrozenTrial]) -> Target:
+        """What the strategy wants next, from what has finished and these trials."""
         seen = Seen(
             budgets=[budget.targets for budget in self.facts.budgets],
             assigned=[*self._assigned, *(t.params[BUDGET] for t in open_ if BUDGET in t.params)],

@@ -52,7 +52,7 @@ class Records:
         """No trial is known yet."""
         self._facts, self._out = facts, out
         self._news = News()
-        self._records: dict[int, TrialRecord] = {}
+        self._records: list[TrialRecord] = []
         self._points: dict[int, tuple[float, float]] = {}
         self.states: dict[str, int] = {}
         self.best: dict[str, tuple[float, float]] = {}
@@ -80,13 +80,16 @@ class Records:
             self._records[number] = dataclasses.replace(self._records[number], on_front=False)
         self._points = {number: points[number] for number in front}
         for trial in news:
-            known = self._records.get(trial.number)
-            if running or known is None or known.state != trial.state.name:
-                known = _record(trial, self._facts, self._out, trial.number in front)
-                self._records[trial.number] = known
+            if trial.number == len(self._records):
+                self._records.append(self._record(trial))
+            elif running or self._records[trial.number].state != trial.state.name:
+                self._records[trial.number] = self._record(trial)
             if trial.state.is_finished():
-                self._count(known)
-        return [self._records[trial.number] for trial in trials]
+                self._count(self._records[trial.number])
+        return list(self._records)
+
+    def _record(self, trial: FrozenTrial) -> TrialRecord:
+        return _record(trial, self._facts, self._out, trial.number in self._points)
 
     def _count(self, record: TrialRecord) -> None:
         self.states[record.state] = self.states.get(record.state, 0) + 1

@@ -74,3 +74,10 @@ def test_a_repeat_asks_for_the_cost_itself():
         axes = Axes(cost="bops", least=float(least), most=1024.0, reference=0.7, best=0.9)
         points = [(0.5, float(least)), (0.9, least + 1.0)]
         assert most_room(points, [], [], axes) >= least
+
+
+def test_thousands_of_trials_at_one_place_are_no_number_too_large():
+    points = [(0.88, 64.0), (0.89, 128.0)]
+    costs = [math.sqrt(64.0 * 128.0)] * 3000 + [64.0] * 3000
+    found = most_room(points * 2000, costs[:2000], costs, AXES)
+    assert AXES.least <= found <= AXES.most

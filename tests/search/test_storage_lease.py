@@ -203,3 +203,15 @@ def test_a_sweep_on_postgres_goes_on_and_stops_when_its_lease_is_gone(
     with contextlib.closing(ledger_of(out, more)) as ledger:
         assert len(ledger.trials()) == 2
     assert run_here(more, out).complete == 4
+
+
+def test_a_server_that_vanishes_does_not_hold_a_query_for_minutes(database):
+    """A cut cable cannot be tested here: that libpq is told to look for one can."""
+    engine = storage_lease.make_engine(database)
+    with engine.connect() as connection:
+        told = connection.connection.driver_connection.info.get_parameters()
+    engine.dispose()
+    assert 0 < int(told["tcp_user_timeout"]) <= 20_000
+    silent = int(told["keepalives_idle"])
+    silent += int(told["keepalives_interval"]) * int(told["keepalives_count"])
+    assert 0 < silent <= 20

@@ -43,7 +43,9 @@ def one(seed: int, postgres: Postgres) -> dict[str, Any]:
         storm.run()
         storm.check()
     except (AssertionError, OSError, RuntimeError) as error:
-        problem = " ".join(str(error).split())[:500] or type(error).__name__
+        text = str(error).strip() or type(error).__name__
+        (folder / "problem.txt").write_text(text)  # kept with everything else
+        problem = f"{folder}: " + " ".join(text.split())[-300:]
     finally:
         if storm is not None:
             storm.close()

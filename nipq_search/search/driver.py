@@ -142,7 +142,7 @@ class Driver:
 
     def _refresh(self, running: bool = True) -> None:
         """Read the ledger again and write the tables."""
-        self.shown.refresh(self.coordinator.ledger.trials(), running)
+        self.shown.refresh(self.coordinator.ledger.look(), running)
 
     def _record_running(self) -> None:
         """Show how far running trials are, in at most one part in `PAUSE` of the time."""

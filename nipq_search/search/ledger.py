@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ BUDGET = "budget"
 """Name of the parameter that says which budget, by its index, a trial was given."""
 
 CONSTRAINT = "budget"
+_FRESH_SECONDS = 0.5
 JOURNAL, DATABASE = "study.log", "study.db"
 _SILENCE = {
     "connect_timeout": 10,
@@ -175,6 +177,8 @@ class Ledger:
         self._news = News()
         self._history = History(BUDGET, 1 if self.mode == "max" else -1)
         self.guard: Callable[[], None] = lambda: None
+        self._looked: list[FrozenTrial] | None = None
+        self._looked_at = 0.0
 
     @classmethod
     def open(
@@ -233,7 +237,7 @@ class Ledger:
 
     def remember(self, key: str, value: Any) -> None:
         """Store a fact of the sweep as an attribute of the study, if it changed."""
-        self.guard()
+        self._changes()
         text = json.dumps(value, sort_keys=True)
         if self.study.user_attrs.get(key) != text:
             self.study.set_user_attr(key, text)
@@ -252,6 +256,16 @@ class Ledger:
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials in these states (default: all), by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def look(self) -> list[FrozenTrial]:
+        """All trials, as they were just now if nothing was written since: thousands take time."""
+        if self._looked is None or time.monotonic() - self._looked_at > _FRESH_SECONDS:
+            self._looked, self._looked_at = self.trials(), time.monotonic()
+        return self._looked
+
+    def _changes(self) -> None:
+        self._looked = None
+        self.guard()  # before anything is written
 
     @patient
     def trial(self, number: int) -> FrozenTrial:
@@ -273,12 +287,12 @@ class Ledger:
         Args:
             budget: index of the budget.
             budgets: how many there are.
-            trials: what `trials` just said, to spare it from being asked again.
+            trials: all trials, if they are known.
 
         Raises:
             Refused: the waiting trial has values that no sweep could use.
         """
-        self.guard()
+        self._changes()
         # Seeded by the trial's number, so a resumed search neither repeats itself nor depends on
         # where it was cut.
         # `study.ask` takes the first waiting trial, whose number is lower than a new one's.
@@ -294,7 +308,7 @@ class Ledger:
     @patient
     def resume(self, number: int, budget: int, budgets: int) -> Asked:
         """A running trial again, with the parameters that it has; missing ones are proposed."""
-        self.guard()
+        self._changes()
         trials = self.trials()
         frozen = trials[number]
         self._use_sampler(int(frozen.params.get(BUDGET, budget)), number, budgets, trials)
@@ -337,7 +351,7 @@ class Ledger:
     @patient
     def note(self, number: int, attributes: Mapping[str, Any]) -> None:
         """Set user attributes of a trial that has not finished."""
-        self.guard()
+        self._changes()
         frozen = self.trial(number)
         trial = optuna.trial.Trial(self.study, frozen._trial_id)
         for key, value in attributes.items():
@@ -366,7 +380,7 @@ class Ledger:
         self.note(number, {**attributes, "budget_slack": slack})
         if CONSTRAINT not in frozen.constraints:
             optuna.trial.Trial(self.study, frozen._trial_id).set_constraint(CONSTRAINT, slack)
-        self.guard()
+        self._changes()
         self.study.tell(number, values=list(values), skip_if_finished=True)
 
     def fail(self, number: int, reason: str, attributes: Mapping[str, Any]) -> None:
@@ -382,5 +396,5 @@ class Ledger:
         if self.trial(number).state.is_finished():
             return
         self.note(number, attributes)
-        self.guard()
+        self._changes()
         self.study.tell(number, state=state, skip_if_finished=True)

@@ -101,6 +101,7 @@ class Lesson(NamedTuple):
     """A trial and what it measured at each rung, then at its end, the greater the better."""
 
     number: int
+    budget: int
     levels: Sequence[float]
     trial: FrozenTrial
 
@@ -136,7 +137,7 @@ class History:
             if self.key in trial.params:
                 self.budgets.add(trial.params[self.key])
             if lesson := self.lesson(trial):
-                own = self.lessons.setdefault(trial.params[self.key], [])
+                own = self.lessons.setdefault(lesson.budget, [])
                 bisect.insort(own, lesson, key=lambda other: other.number)
                 self.raise_best(self.best, lesson)
         return others
@@ -148,12 +149,13 @@ class History:
         last = [trial.values[0]] if trial.state is TrialState.COMPLETE else []
         found = [*trial.user_attrs.get(RUNGS, []), *last]
         levels = [float("-inf") if m is None else self._sign * float(m) for m in found]
-        return Lesson(trial.number, levels, trial) if levels else None
+        budget = trial.params[self.key]
+        return Lesson(trial.number, budget, levels, trial) if levels else None
 
     def raise_best(self, best: dict[tuple[int, int], float], lesson: Lesson) -> None:
         """Note in `best` where a lesson is better."""
         for level, metric in enumerate(lesson.levels):
-            at = (lesson.trial.params[self.key], level)
+            at = (lesson.budget, level)
             best[at] = max(best.get(at, float("-inf")), metric)
 
 
@@ -226,37 +228,29 @@ class ByRegret(BaseSampler):
         best = dict(history.best)
         for lesson in paused:
             history.raise_best(best, lesson)
-        names = self._space.keys()
-        shown: list[tuple[float, FrozenTrial]] = []
-        for lesson in self._nearest(paused):
-            if names <= lesson.trial.params.keys():
-                level = (lesson.trial.params[key], len(lesson.levels) - 1)
-                regret = lesson.levels[-1] - best[level]
-                shown.append((regret if regret <= 0 else float("-inf"), lesson.trial))
-        copies = [self._copy(trial, regret) for regret, trial in _bounded(shown)]
+        regrets_of: list[tuple[float, FrozenTrial]] = []
+        for _, budget, levels, trial in self._nearest(paused):
+            regret = levels[-1] - best[budget, len(levels) - 1]
+            regrets_of.append((regret if regret <= 0 else float("-inf"), trial))
+        shown: list[tuple[float | None, FrozenTrial]] = [*_bounded(regrets_of)]
         teaching = {lesson.number for lesson in paused}
-        copies += [
-            self._copy(trial)
-            for trial in others
-            if trial.state is TrialState.RUNNING
-            and trial.number not in teaching
-            and names <= trial.params.keys()
-        ][-MOST:]
+        running = [t for t in others if t.state is TrialState.RUNNING and t.number not in teaching]
+        shown += [(None, trial) for trial in running[-MOST:]]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             sampler = PartialFixedSampler({key: self._budget}, self._base)
         regrets = optuna.create_study(direction="maximize", sampler=sampler)
-        for trial in copies:
+        for value, trial in shown:
             # Somebody may enqueue trials with values of another space.
-            with contextlib.suppress(ValueError, TypeError):
-                regrets.add_trial(trial)
+            with contextlib.suppress(KeyError, ValueError, TypeError):
+                regrets.add_trial(self._copy(trial, value))
         return regrets.ask(self._space).params
 
     def _nearest(self, paused: Sequence[Lesson]) -> list[Lesson]:
         """Lessons of the nearest budgets, `ENOUGH` if there are so many, by number."""
         known = {budget: list(own) for budget, own in self._history.lessons.items()}
         for lesson in paused:
-            known.setdefault(lesson.trial.params[self._history.key], []).append(lesson)
+            known.setdefault(lesson.budget, []).append(lesson)
         found: list[Lesson] = []
         farthest = -1
         for budget in sorted(known, key=lambda other: abs(other - self._budget)):

@@ -155,7 +155,7 @@ class Trials:
         more = not self.enough()
         if more and (promoted := self._promoted(last=False)) is not None:
             return self._resumed(promoted)
-        trials = self.ledger.trials()
+        trials = self.ledger.look()
         open_ = self._learn(trials)
         waiting = any(t.state is TrialState.WAITING for t in open_)
         if more and (waiting or len(trials) < self.config.search.trials):

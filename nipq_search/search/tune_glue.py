@@ -156,7 +156,8 @@ class JobSearcher(Searcher):
             faults.judge(job.folder, job.run, error)
         self._count(job, faults.classify(error, node_is_dead=False))
         # The next end is the last, unless an attempt begins.
-        trial.max_failures = 0 if self._barren[job.name][1] >= STARTS else -1
+        barren = self._barren.get(job.name, (0, 0))[1]
+        trial.max_failures = 0 if barren >= STARTS else -1
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the ledger is the state."""

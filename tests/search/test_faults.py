@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,9 @@ from unit_helpers import make_config
 
 from nipq_search import storage
 from nipq_search.search import faults, jobs
+from nipq_search.search.executor import STARTS
 from nipq_search.search.jobs import Job
+from nipq_search.search.tune_glue import JobSearcher
 from nipq_search.search.worker import _give_up
 
 
@@ -77,3 +81,18 @@ def test_what_cannot_be_read_is_no_reason_to_stop(tmp_path):
     (tmp_path / "error.pkl").write_bytes(b"no pickle")
     for file in (tmp_path / "error.pkl", tmp_path / "absent.pkl", None):
         assert faults.error_of(SimpleNamespace(pickled_error_file=file)) is None
+
+
+def test_a_node_that_dies_before_its_job_began_is_not_the_job_s_fault(tmp_path):
+    """However often it happens; of a process that dies there, Tune is told when to give up."""
+    searcher = JobSearcher(SimpleNamespace(next_job=lambda: job_in(tmp_path)))
+    searcher.suggest("a")
+    trial = SimpleNamespace(trial_id="a", pickled_error_file=str(tmp_path / "error.pkl"))
+
+    def dies(text):
+        Path(trial.pickled_error_file).write_bytes(pickle.dumps(RuntimeError(text)))
+        searcher.recovers(trial)
+        return trial.max_failures
+
+    assert {dies("its node has died") for _ in range(2 * STARTS)} == {-1}
+    assert [dies("exit code 1") for _ in range(STARTS)] == [-1] * (STARTS - 1) + [0]

@@ -30,7 +30,7 @@ from nipq_search.errors import UserError
 from nipq_search.quant import QUANTIZERS
 from nipq_search.quant.config import ActivationStart, Granularity, Proxy, Start
 from nipq_search.records import TrialRecord
-from nipq_search.search import jobs, lease, ledger, sweep
+from nipq_search.search import databases, jobs, lease, ledger, sweep
 from nipq_search.search.config import SweepConfig, check_resume, load_config, parse_config
 from nipq_search.search.coordinator import Verdict
 from nipq_search.search.run import run_sweep
@@ -353,8 +353,8 @@ def test_every_file_of_a_sweep_is_documented(finished):
         name = re.sub(r"^attempt-\d+$", "attempt-<k>", path.name)
         name = re.sub(r"^lsq-\d+$", "lsq-<bits>", re.sub(r"^\d+$", "<n>", name))
         assert re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text), f"{path}: not documented"
-    more = {jobs.STOPPED, jobs.TRACEBACK, jobs.HANG, jobs.PROGRESS, ledger.JOURNAL}
-    more |= {ledger.DATABASE, lease.LOCK_FILE, lease.STOP_FILE, "tracking.json", "checkpoints/"}
+    more = {jobs.STOPPED, jobs.TRACEBACK, jobs.HANG, jobs.PROGRESS, databases.JOURNAL}
+    more |= {databases.DATABASE, lease.LOCK_FILE, lease.STOP_FILE, "tracking.json", "checkpoints/"}
     more |= {"mlflow.db", "mlartifacts/"}
     assert [name for name in more if name not in text] == []
 

@@ -123,7 +123,7 @@ def _checkpoints(home: str) -> str:
 
 
 def _storage() -> str:
-    from nipq_search.search.ledger import close_storage, open_storage, storage_url
+    from nipq_search.search.databases import close_storage, open_storage, storage_url
 
     if storage_url() is None:
         return "a file in the sweep's folder (set NIPQ_STORAGE_URL for a server)"

@@ -65,6 +65,7 @@ class Driver:
         self.checked = self.looked_until = 0.0
         self.samples = 0
         self._samples: dict[Path, int] = {}
+        self._unsure: dict[Path, Job] = {}
         self.finished_here: list[float] = []
         self.trials_began = 0.0
 
@@ -99,7 +100,7 @@ class Driver:
             self._ask_workers_to_stop()
         if time.monotonic() - self.checked > _CHECK_SECONDS:
             self.checked = time.monotonic()
-            for job in list(self.coordinator.running.values()):
+            for job in [*self.coordinator.running.values(), *self._unsure.values()]:
                 self._count(job)
             hours = self.config.limits.hours
             if self.enough() and hours is not None and "hours" in self.limit:
@@ -112,6 +113,12 @@ class Driver:
     def _count(self, job: Job) -> None:
         """Add what a job has processed since it was counted last."""
         if job.kind != "test":
+            # What a process of another node wrote last may be seen late.
+            ended = job.name not in self.coordinator.running
+            if ended and jobs.committed(job.folder) is None:
+                self._unsure[job.folder] = job
+            else:
+                self._unsure.pop(job.folder, None)
             now = jobs.samples_processed(job.folder)
             self.samples += now - self._samples.get(job.folder, 0)
             self._samples[job.folder] = now

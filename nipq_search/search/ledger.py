@@ -8,7 +8,6 @@ rest again: finished trials are never told twice, and running ones keep their nu
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +24,12 @@ from optuna.distributions import (
 )
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import PartialFixedSampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.errors import UserError
+from nipq_search.search.databases import JOURNAL, close_storage, open_storage, storage_url
 from nipq_search.search.journal import free_journal, mend_journal
-from nipq_search.search.news import News
 from nipq_search.search.patience import patient
 from nipq_search.search.sampler import LEARN_BY_REGRET, SAMPLERS, ByRegret, History
 from nipq_search.train.loop import seed_for
@@ -40,87 +38,23 @@ BUDGET = "budget"
 """Name of the parameter that says which budget, by its index, a trial was given."""
 
 CONSTRAINT = "budget"
+_FIXED = "fixed_params"
+"""Optuna's system attribute of trials that somebody enqueued."""
+
 _FRESH_SECONDS = 0.5
-JOURNAL, DATABASE = "study.log", "study.db"
-_SILENCE = {
-    "connect_timeout": 10,
-    # A server that vanishes without a word, as behind a cut cable, would hold a query for minutes.
-    "tcp_user_timeout": 20_000,  # milliseconds for what was sent to be acknowledged
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 2,
-}
-"""How long libpq, and so psycopg, waits for a server; seconds but for one."""
-
-
-def storage_url() -> str | None:
-    """The study's URL from the environment, or None for a file in the sweep's folder.
-
-    Raises:
-        UserError: `NIPQ_STORAGE_URL_FILE` cannot be read.
-    """
-    if url := os.environ.get("NIPQ_STORAGE_URL"):
-        return url
-    if file := os.environ.get("NIPQ_STORAGE_URL_FILE"):
-        try:
-            return Path(file).read_text().strip()
-        except OSError as error:
-            raise UserError(f"NIPQ_STORAGE_URL_FILE: {file}: {error.strerror}") from error
-    return None
-
-
-def engine_options(url: str) -> dict[str, Any]:
-    """What SQLAlchemy is given beside a URL: lost connections are made anew, silent hosts end."""
-    driver = url.partition("://")[0]
-    by_libpq = driver in ("postgres", "postgresql") or "+psycopg" in driver
-    return {"pool_pre_ping": True, "connect_args": dict(_SILENCE) if by_libpq else {}}
-
-
-def open_storage(folder: Path) -> BaseStorage:
-    """The study's storage.
-
-    Raises:
-        UserError: the URL does not answer (the message holds no password), or the journal is
-            damaged.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        url = storage_url()
-        try:
-            if url is not None:
-                return RDBStorage(url, engine_kwargs=engine_options(url))
-            if (folder / DATABASE).exists():
-                return RDBStorage(f"sqlite:///{(folder / DATABASE).resolve()}")
-        except Exception as error:
-            kind = type(error).__name__
-            raise UserError(
-                f"NIPQ_STORAGE_URL: the study's storage does not answer ({kind}); check scheme, "
-                "host, user, password and that the server runs"
-            ) from error
-        journal = (folder / JOURNAL).resolve()
-        try:
-            return JournalStorage(JournalFileBackend(str(journal)))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{journal}: a line in it is damaged ({' '.join(str(error).split())[:120]}); "
-                "remove that line, or restore the file"
-            ) from error
-
-
-def close_storage(storage: BaseStorage) -> None:
-    """End a server's connections, which nobody else would."""
-    if isinstance(storage, RDBStorage):
-        storage.remove_session()
-        storage.engine.dispose()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A trial that was proposed: its number, its budget's index and its hyperparameters."""
+    """A trial that was proposed, or that somebody enqueued.
+
+    `budget` is the index of its budget.
+    """
 
     number: int
     budget: int
     params: Mapping[str, Any]
+    enqueued: bool = False
 
 
 class Refused(UserError):
@@ -144,7 +78,7 @@ def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution
 
 def _enqueued_budget(trial: FrozenTrial, default: int, budgets: int) -> int:
     """The budget that somebody gave a waiting trial, if it can be used."""
-    wanted = trial.system_attrs.get("fixed_params", {}).get(BUDGET, default)
+    wanted = trial.system_attrs.get(_FIXED, {}).get(BUDGET, default)
     usable = isinstance(wanted, (int, float)) and 0 <= wanted < budgets
     return int(wanted) if usable else default
 
@@ -174,7 +108,6 @@ class Ledger:
         """Wrap a study, and the storage that was opened for it."""
         self._storage = storage
         self.study, self.space, self.sampler, self.seed = study, space, sampler, seed
-        self._news = News()
         self._history = History(BUDGET, 1 if self.mode == "max" else -1)
         self.guard: Callable[[], None] = lambda: None
         self._looked: list[FrozenTrial] | None = None
@@ -295,14 +228,13 @@ class Ledger:
         self._changes()
         # Seeded by the trial's number, so a resumed search neither repeats itself nor depends on
         # where it was cut.
-        # `study.ask` takes the first waiting trial, whose number is lower than a new one's.
+        # `study.ask` takes the first waiting trial, perhaps one that came a moment ago.
         trials = self.trials() if trials is None else trials
-        waiting = [t for t in self._news.of(trials) if t.state is TrialState.WAITING]
-        number = waiting[0].number if waiting else len(trials)
-        if waiting:
-            budget = _enqueued_budget(waiting[0], budget, budgets)
-        self._use_sampler(budget, number, budgets, trials)
+        self._use_sampler(budget, len(trials), budgets, trials)
         trial = self.study.ask()
+        if _FIXED in (frozen := self.trial(trial.number)).system_attrs:
+            budget = _enqueued_budget(frozen, budget, budgets)
+            self._use_sampler(budget, trial.number, budgets, trials)
         return self._suggest(trial, budgets)
 
     @patient
@@ -346,7 +278,9 @@ class Ledger:
                     raise Refused(trial.number, f"{name}: {error}") from error
         # Somebody may have enqueued a trial with parameters that no sweep file names.
         params = {name: params[name] for name in wanted}
-        return Asked(number=trial.number, budget=int(params.pop(BUDGET)), params=params)
+        budget = int(params.pop(BUDGET))
+        enqueued = _FIXED in self.trial(trial.number).system_attrs
+        return Asked(number=trial.number, budget=budget, params=params, enqueued=enqueued)
 
     @patient
     def note(self, number: int, attributes: Mapping[str, Any]) -> None:

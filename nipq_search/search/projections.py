@@ -61,7 +61,11 @@ class Projections:
         """Take the ledger's trials, those that run only if wanted; the tables follow."""
         if self._forgotten:
             self.known, self._forgotten = view.Records(self.sweep.facts, self.out), False
-        self.records = self.known.update(trials, running)
+        try:
+            self.records = self.known.update(trials, running)
+        except BaseException:
+            self._forgotten = True  # it may be half done
+            raise
         self._behind = True
         self.write_tables()
 

@@ -21,12 +21,13 @@ from nipq_search.search import view
 from nipq_search.search.code import sources
 from nipq_search.search.config import SweepConfig, check_resume, load_config, parse_config
 from nipq_search.search.coordinator import Coordinator
+from nipq_search.search.databases import DATABASE, storage_url
 from nipq_search.search.driver import Driver
 from nipq_search.search.executor import Executor, TuneExecutor, check_machine, ray_cluster
 from nipq_search.search.facts import Facts, gather
 from nipq_search.search.jobs import FAIL, committed, job_folder
 from nipq_search.search.lease import driver_lease
-from nipq_search.search.ledger import DATABASE, Ledger, storage_url
+from nipq_search.search.ledger import Ledger
 from nipq_search.search.logs import driver_log
 from nipq_search.search.progress import ProgressSink, Silent
 from nipq_search.search.space import bits_space, distribution

@@ -80,7 +80,7 @@ LEARN_BY_REGRET = frozenset({"tpe", "gp"})
 RUNGS = "rung_metrics"
 """Attribute of a trial: the metric at each rung so far, None where it was no number."""
 
-MOST = 300
+MOST = 150
 """Trials that are shown at most."""
 
 ENOUGH = 20

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from nipq_search.errors import UserError
-from nipq_search.search.ledger import engine_options, storage_url
+from nipq_search.search.databases import engine_options, storage_url
 from nipq_search.storage import digest
 
 _log = logging.getLogger("nipq_search")

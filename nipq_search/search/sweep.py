@@ -18,9 +18,15 @@ from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
 from nipq_search.report.movement import never_moved
 from nipq_search.search import jobs, view
 from nipq_search.search.config import parse_config
+from nipq_search.search.databases import (
+    DATABASE,
+    JOURNAL,
+    close_storage,
+    open_storage,
+    storage_url,
+)
 from nipq_search.search.jobs import committed, job_folder
 from nipq_search.search.lease import live_driver
-from nipq_search.search.ledger import DATABASE, JOURNAL, close_storage, open_storage, storage_url
 from nipq_search.search.space import split
 from nipq_search.tasks import make_task
 from nipq_search.train import TrainSpec

@@ -38,7 +38,7 @@ TARGET = "budget_"
 _FORGIVEN = 2
 """Failures after which a budget's further ones count as if it had been served."""
 
-MOST = 1_000
+MOST = 500
 """Finished trials that a strategy is shown beside the front: asking must not get ever slower."""
 
 RUNG = "rung"
@@ -57,6 +57,10 @@ def targets_of(trial: FrozenTrial) -> dict[str, float]:
         (k.removeprefix(TARGET), v) for k, v in trial.user_attrs.items() if k.startswith(TARGET)
     )
     return {name: float(value) for name, value in found if name in COSTS}
+
+
+def _number(trial: Finished) -> int:
+    return trial.number
 
 
 class Trials:
@@ -89,7 +93,7 @@ class Trials:
         self._news = News()
         self._ended: list[Finished] = []
         self._front: list[Finished] = []
-        self._asked: list[dict[str, float]] = []
+        self._asked: list[tuple[int, dict[str, float]]] = []
         self._assigned: list[int] = []
         self._failures: dict[int, int] = {}
         self.started: set[int] = set()
@@ -150,18 +154,20 @@ class Trials:
             if "parent" in before.user_attrs:  # it is noted last, after all targets
                 return self._job(asked, targets_of(before))
             # Cut off right after it was proposed: decided again, from what was known then.
-            own = "fixed_params" in before.system_attrs or asked.budget != target.budget
+            own = asked.enqueued or asked.budget != target.budget
             return self._job(asked, {} if own else target.targets)
         more = not self.enough()
         if more and (promoted := self._promoted(last=False)) is not None:
             return self._resumed(promoted)
-        trials = self.ledger.look()
+        # What is pruned because nothing waits must not be pruned by yesterday's news.
+        trials = self.ledger.trials() if self.strategy.rungs else self.ledger.look()
         open_ = self._learn(trials)
         waiting = any(t.state is TrialState.WAITING for t in open_)
         if more and (waiting or len(trials) < self.config.search.trials):
             target = self._target(open_)
             asked = self.ledger.ask(target.budget, budgets, trials)
-            return self._job(asked, {} if waiting else target.targets)
+            own = asked.enqueued or asked.budget != target.budget
+            return self._job(asked, {} if own else target.targets)
         if more and not self.started:
             if (promoted := self._promoted(last=True)) is not None:
                 return self._resumed(promoted)
@@ -174,7 +180,7 @@ class Trials:
             budgets=[budget.targets for budget in self.facts.budgets],
             assigned=[*self._assigned, *(t.params[BUDGET] for t in open_ if BUDGET in t.params)],
             running=[targets_of(t) for t in open_ if t.state is TrialState.RUNNING],
-            asked=[*self._asked[-MOST:], *map(targets_of, open_)],
+            asked=[*(targets for _, targets in self._asked[-MOST:]), *map(targets_of, open_)],
             finished=self._finished(),
             axes=self._axes(),
         )
@@ -187,7 +193,7 @@ class Trials:
             if not trial.state.is_finished():
                 others.append(trial)
                 continue
-            self._asked.append(targets_of(trial))
+            bisect.insort(self._asked, (trial.number, targets_of(trial)), key=lambda a: a[0])
             failed = trial.state is TrialState.FAIL
             if (index := trial.params.get(BUDGET)) is not None:
                 self._failures[index] = self._failures.get(index, 0) + failed
@@ -198,7 +204,7 @@ class Trials:
                 new.append(Finished(number=trial.number, metric=metric, cost=costs_of(trial)))
         if new:
             for ended in new:
-                bisect.insort(self._ended, ended, key=lambda t: t.number)
+                bisect.insort(self._ended, ended, key=_number)
             rivals = {t.number: t for t in [*self._front, *new]}
             cost = self.facts.front_cost
             points = {n: (t.metric, t.cost[cost]) for n, t in rivals.items() if cost in t.cost}
@@ -241,15 +247,14 @@ class Trials:
             label = ", ".join(f"{name}: {target:,.0f}" for name, target in targets.items())
         targets = dict(targets or budget.targets)
         known = self.ledger.trial(asked.number).user_attrs
-        finished = self._finished()
-        parent = self._parent(known, targets, finished)
+        parent = self._parent(known, targets)
         job = self.make_job(
             "trial",
             asked.number,
             params=dict(asked.params),
             budget=targets,
             parent=parent,
-            epochs_share=self._share(targets, parent, finished),
+            epochs_share=self._share(targets, parent),
             rung=int(known.get(RUNG, 0)),
         )
         self.ledger.note(
@@ -264,9 +269,7 @@ class Trials:
         )
         return job
 
-    def _parent(
-        self, known: Mapping[str, Any], budget: Mapping[str, float], finished: list[Finished]
-    ) -> int | None:
+    def _parent(self, known: Mapping[str, Any], budget: Mapping[str, float]) -> int | None:
         """The trial that a new one starts from; of a resumed one, what was decided before.
 
         Where that one's model is gone, as in a new folder, the trial begins anew, from another.
@@ -276,17 +279,18 @@ class Trials:
             return None
         if noted is not None and blobs.can_be_read(self._folder(int(noted)) / MODEL_FILE):
             return int(noted)
-        finished = [t for t in finished if budget.keys() <= t.cost.keys()]
-        while (parent := self.strategy.parent(budget, finished)) is not None:
-            if blobs.can_be_read(self._folder(parent) / MODEL_FILE):
-                break
-            finished = [t for t in finished if t.number != parent]  # `gc` freed its model
-        return parent
+        finished, gone = self._finished(), set[int]()
+        while True:
+            usable = [t for t in finished if budget.keys() <= t.cost.keys()]
+            parent = self.strategy.parent(budget, usable)
+            if parent is None or blobs.can_be_read(self._folder(parent) / MODEL_FILE):
+                return parent
+            gone.add(parent)  # `gc` freed its model, and it chose among all trials
+            finished = [t for t in self._ended if t.number not in gone]
 
-    def _share(
-        self, budget: Mapping[str, float], parent: int | None, finished: list[Finished]
-    ) -> float:
-        own = [trial for trial in finished if trial.number == parent]
+    def _share(self, budget: Mapping[str, float], parent: int | None) -> float:
+        at = 0 if parent is None else bisect.bisect_left(self._ended, parent, key=_number)
+        own = [trial for trial in self._ended[at : at + 1] if trial.number == parent]
         return self.strategy.epochs_share(budget, own[0] if own else None)
 
     # Rungs

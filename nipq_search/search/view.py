@@ -93,11 +93,11 @@ class Records:
 
     def _count(self, record: TrialRecord) -> None:
         self.states[record.state] = self.states.get(record.state, 0) + 1
-        if record.state == "COMPLETE" and record.validation is not None:
+        cost = record.cost.get(self._facts["front_cost"])  # somebody's own trial has none
+        if record.state == "COMPLETE" and record.validation is not None and cost is not None:
             sign = 1 if self._facts["mode"] == "max" else -1
             best = self.best.get(record.budget_label)
             if best is None or sign * record.validation > sign * best[0]:
-                cost = record.cost[self._facts["front_cost"]]
                 self.best[record.budget_label] = (record.validation, cost)
 
 

@@ -271,6 +271,8 @@ class MlflowRecorder:
         else:
             digest = wanted.digest()
         tags = self._fixed_tags() | projection.trial_tags(trial)
+        front = {trial.trial} if self._is_on_front(trial) else set()
+        tags["on_front"] = str(bool(front)).lower()
         if child is None:
             child = RunMemory(
                 found.client,
@@ -287,8 +289,6 @@ class MlflowRecorder:
         child.set_status(status, _milliseconds(trial.ended))
         if wanted.layers is not None:
             self._store_layers(found, child, wanted.layers)
-        front = {trial.trial} if self._is_on_front(trial) else set()
-        tags["on_front"] = str(bool(front)).lower()
         if digest and child.tags.get("nipq.digest") == digest:
             child.send(tags=tags)
         else:

@@ -14,14 +14,12 @@ import pytest
 from optuna.trial import TrialState
 
 from nipq_search.errors import UserError
+from nipq_search.search.databases import JOURNAL, open_storage, storage_url
 from nipq_search.search.journal import mend_journal
 from nipq_search.search.ledger import (
     BUDGET,
-    JOURNAL,
     Ledger,
     Refused,
-    open_storage,
-    storage_url,
 )
 from nipq_search.search.space import distribution
 
@@ -312,3 +310,22 @@ def test_the_optuna_command_shows_the_journal(journal):
     )
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)[0]["state"] == "COMPLETE"
+
+
+def test_a_trial_that_is_enqueued_a_moment_before_the_ask_is_taken_as_it_is(home):
+    ledger = open_ledger(home)
+    finish(ledger, ledger.ask(1, 2).number)
+    before = ledger.look()
+    open_ledger(home).study.enqueue_trial({BUDGET: 0, "lr": 0.05})
+    asked = ledger.ask(1, 2, before)
+    assert (asked.budget, asked.params["lr"], asked.enqueued) == (0, 0.05, True)
+    assert not ledger.ask(1, 2).enqueued
+
+
+def test_a_look_is_taken_again_once_something_was_written(home):
+    ledger = open_ledger(home)
+    number = ledger.ask(1, 2).number
+    before = ledger.look()
+    assert ledger.look() is before
+    finish(ledger, number)
+    assert [t.state for t in ledger.look()] == [TrialState.COMPLETE]

@@ -71,3 +71,22 @@ def test_a_strategy_is_shown_the_newest_and_the_front(finished, monkeypatch):
     shown = [t.number for t in own._finished()]
     front = {r.trial for r in finished.view().trials() if r.on_front}
     assert shown == sorted({*shown[-3:], *front}) and shown[-3:] == [9, 10, 11]
+
+
+def test_a_resumed_trial_trains_as_long_however_old_its_parent_is(finished, monkeypatch):
+    own = finished.open().trials
+    own._learn(own.ledger.trials())
+    budget = finished.facts.budgets[0].targets
+    before = own._share(budget, 0)
+    assert before != own._share(budget, None)
+    monkeypatch.setattr(trials_module, "MOST", 1)
+    monkeypatch.setattr(own, "_front", [])
+    assert own._share(budget, 0) == before
+
+
+def test_a_person_s_own_finished_trial_does_not_end_the_reading(finished):
+    found = finished.ledger.trials()
+    found = [*found, trial(len(found), TrialState.COMPLETE)]
+    found[-1].values = [0.7, 1.0]
+    records = view.Records(finished.view().facts, finished.out)
+    assert [r.state for r in records.update(found)][-1] == "COMPLETE"

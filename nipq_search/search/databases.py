@@ -1,0 +1,86 @@
+"""Where the study lies: a journal in the sweep's folder, or a database by URL."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+
+from nipq_search.errors import UserError
+
+JOURNAL, DATABASE = "study.log", "study.db"
+_SILENCE = {
+    "connect_timeout": 10,
+    # A server that vanishes without a word, as behind a cut cable, would hold a query for minutes.
+    "tcp_user_timeout": 20_000,  # milliseconds for what was sent to be acknowledged
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+}
+"""How long libpq, and so psycopg, waits for a server; seconds but for one."""
+
+
+def storage_url() -> str | None:
+    """The study's URL from the environment, or None for a file in the sweep's folder.
+
+    Raises:
+        UserError: `NIPQ_STORAGE_URL_FILE` cannot be read.
+    """
+    if url := os.environ.get("NIPQ_STORAGE_URL"):
+        return url
+    if file := os.environ.get("NIPQ_STORAGE_URL_FILE"):
+        try:
+            return Path(file).read_text().strip()
+        except OSError as error:
+            raise UserError(f"NIPQ_STORAGE_URL_FILE: {file}: {error.strerror}") from error
+    return None
+
+
+def engine_options(url: str) -> dict[str, Any]:
+    """What SQLAlchemy is given beside a URL: lost connections are made anew, silent hosts end."""
+    driver = url.partition("://")[0]
+    by_libpq = driver in ("postgres", "postgresql") or "+psycopg" in driver
+    return {"pool_pre_ping": True, "connect_args": dict(_SILENCE) if by_libpq else {}}
+
+
+def open_storage(folder: Path) -> BaseStorage:
+    """The study's storage.
+
+    Raises:
+        UserError: the URL does not answer (the message holds no password), or the journal is
+            damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        url = storage_url()
+        try:
+            if url is not None:
+                return RDBStorage(url, engine_kwargs=engine_options(url))
+            if (folder / DATABASE).exists():
+                return RDBStorage(f"sqlite:///{(folder / DATABASE).resolve()}")
+        except Exception as error:
+            kind = type(error).__name__
+            raise UserError(
+                f"NIPQ_STORAGE_URL: the study's storage does not answer ({kind}); check scheme, "
+                "host, user, password and that the server runs"
+            ) from error
+        journal = (folder / JOURNAL).resolve()
+        try:
+            return JournalStorage(JournalFileBackend(str(journal)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{journal}: a line in it is damaged ({' '.join(str(error).split())[:120]}); "
+                "remove that line, or restore the file"
+            ) from error
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """End a server's connections, which nobody else would."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()

@@ -111,6 +111,9 @@ def table(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
     for name, seeds in methods.items():
         volumes = [volume(run, allowance) for run in seeds.values()]
         points = [p for run in seeds.values() for p in kept(run, allowance)]
+        if not points:  # all it was allowed went into scores, say
+            lines.append(f"| {name} | {len(seeds)} | no trial | | | 0 | | |")
+            continue
         lead = ""
         if name != default and default in methods:
             lead = _difference(methods[default], seeds, allowance)

@@ -86,7 +86,7 @@ def curves_table(curves: Mapping[int, Sequence[CurvePoint]]) -> pd.DataFrame:
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write `frame` as parquet, atomically; `pandas.read_parquet` reads it.
+    """Write `frame` as parquet, atomically; `read_table`, or pandas on an open file, reads it.
 
     Raises:
         OSError: the folder cannot be written; an older file is intact.
@@ -106,7 +106,9 @@ def read_table(path: Path) -> pd.DataFrame:
     import pyarrow
 
     try:
-        return pd.read_parquet(path)
+        # By path pandas opens it twice, and a driver may put a new table there in between.
+        with path.open("rb") as file:
+            return pd.read_parquet(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is its folder a sweep's?") from None
     except (OSError, pyarrow.ArrowException) as error:

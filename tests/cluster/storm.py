@@ -27,6 +27,7 @@ from sweep_helpers import BIN, Command, attempts, epochs, result, wait_for, writ
 
 from nipq_search import storage
 from nipq_search.search import jobs
+from nipq_search.tracking.tables import read_table
 
 TRIALS, EPOCHS = 5, 40
 ACTIONS = ("worker", "worker", "node", "driver", "driver and node", "tracking", "everything")
@@ -155,7 +156,7 @@ class Storm:
         while time.monotonic() < end and self.driver.poll() != 0:
             table = self.out / "results.parquet"
             if table.exists():
-                pd.read_parquet(table)
+                read_table(table)
             time.sleep(0.2)
             if self.driver.poll() not in (None, 0, -signal.SIGKILL):
                 stdout, stderr = self.driver.communicate()

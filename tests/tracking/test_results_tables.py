@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -76,3 +78,23 @@ def test_reading_what_is_no_table_says_so(tmp_path: Path) -> None:
     (tmp_path / "results.parquet").write_bytes(b"torn")
     with pytest.raises(UserError, match="not a parquet table"):
         read_table(tmp_path / "results.parquet")
+
+
+def test_a_table_is_whole_while_new_ones_take_its_place(tmp_path: Path) -> None:
+    path, end = tmp_path / "table.parquet", threading.Event()
+    tables = [results_table([complete(n) for n in range(count)]) for count in (2, 40)]
+    write_table(path, tables[0])
+
+    def write() -> None:
+        for frame in itertools.cycle(tables):
+            write_table(path, frame)
+            if end.is_set():
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert {len(read_table(path)) for _ in range(150)} == {2, 40}
+    finally:
+        end.set()
+        writer.join()

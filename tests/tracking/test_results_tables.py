@@ -94,7 +94,7 @@ def test_a_table_is_whole_while_new_ones_take_its_place(tmp_path: Path) -> None:
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        assert {len(read_table(path)) for _ in range(150)} == {2, 40}
+        assert {len(read_table(path)) for _ in range(150)} <= {2, 40}
     finally:
         end.set()
         writer.join()

@@ -11,6 +11,7 @@ from made_up_sweep import complete, curve, failed, running
 
 from nipq_search.errors import UserError
 from nipq_search.records import TrialRecord
+from nipq_search.storage import write_bytes
 from nipq_search.tracking import curves_table, read_table, results_table, write_table
 from nipq_search.tracking.tables import CURVES, RESULTS
 
@@ -82,12 +83,14 @@ def test_reading_what_is_no_table_says_so(tmp_path: Path) -> None:
 
 def test_a_table_is_whole_while_new_ones_take_its_place(tmp_path: Path) -> None:
     path, end = tmp_path / "table.parquet", threading.Event()
-    tables = [results_table([complete(n) for n in range(count)]) for count in (2, 40)]
-    write_table(path, tables[0])
+    tables = []
+    for count in (2, 40):
+        write_table(path, results_table([complete(number) for number in range(count)]))
+        tables.append(path.read_bytes())
 
     def write() -> None:
-        for frame in itertools.cycle(tables):
-            write_table(path, frame)
+        for table in itertools.cycle(tables):
+            write_bytes(path, table)
             if end.is_set():
                 return
 

@@ -271,8 +271,8 @@ class MlflowRecorder:
         else:
             digest = wanted.digest()
         tags = self._fixed_tags() | projection.trial_tags(trial)
-        front = {trial.trial} if self._is_on_front(trial) else set()
-        tags["on_front"] = str(bool(front)).lower()
+        on_front = self._is_on_front(trial)
+        tags["on_front"] = str(on_front).lower()
         if child is None:
             child = RunMemory(
                 found.client,
@@ -296,8 +296,7 @@ class MlflowRecorder:
             if digest:
                 tags["nipq.digest"] = digest
             child.send(params=projection.trial_params(trial), tags=tags, rows=rows)
-        found.front.discard(trial.trial)
-        found.front.update(front)
+        (found.front.add if on_front else found.front.discard)(trial.trial)
 
     def _fixed_tags(self) -> dict[str, str]:
         """Tags that the sweep's configuration gives where a trial searched nothing else."""

@@ -83,8 +83,12 @@ def test_of_simultaneous_starts_one_wins(database):
     lost = [text for text in outcomes if text != "won"]
     assert len(lost) == 4
     assert all("a driver is running the sweep 'a-study' on host" in text for text in lost)
-    with study_lease(STUDY, "later"):
-        pass  # it was given back
+    engine = sa.create_engine(database)
+    assert row(engine) is None, "it was given back"
+    with study_lease(STUDY, "later") as check:
+        check()
+        assert row(engine).token.endswith(".later")
+    engine.dispose()
 
 
 def test_a_lease_that_nobody_moves_expires(table, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ def member(rank: int, size: int, folder: str, task: Any, spec: TrainSpec, stop: 
             torch.save(vars(result), f"{folder}/result.pt")
         except (Released, Interrupted):
             pass
+    # As a sweep's processes do: a thread of Gloo that lets go of a tensor while the interpreter is
+    # taken down would abort the process.
+    os._exit(0)
 
 
 def together(folder: Path, task: Any, spec: TrainSpec, size: int = 2, stop: int = 0) -> Any:

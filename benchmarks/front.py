@@ -215,10 +215,12 @@ def read_test(unit: Unit, config: SweepConfig, trials: list[int]) -> None:
     done(job_of(unit, config, "test", jobs=tuple(wanted)), task_of(config))
 
 
-def read_plan(file: Path, quick: bool) -> dict[str, Any]:
-    """A plan, in its quick size if wanted."""
+def read_plan(file: Path, quick: bool, parts: bool = False) -> dict[str, Any]:
+    """A plan, in its quick size if wanted, and with the methods of its `parts` if wanted."""
     plan = yaml.safe_load(file.read_text())
-    short = plan.pop("quick", {})
+    short, more = plan.pop("quick", {}), plan.pop("parts", {})
+    if parts:
+        plan["methods"] = {**plan["methods"], **more}
     if quick:
         plan = {**plan, **short, "set": {**plan.get("set", {}), **short.get("set", {})}}
     return plan
@@ -293,12 +295,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="sweeps; default: beside the results")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="sweeps at a time")
     parser.add_argument("--quick", action="store_true", help="the plan's quick size")
+    parser.add_argument("--parts", action="store_true", help="its parts too, beside the rivals")
     parser.add_argument("--only", nargs="*", help="these methods")
     parser.add_argument("--page", type=Path, help="page whose tables are written anew")
     parser.add_argument("--plot", type=Path, help="SVG of hypervolume over samples")
     options = parser.parse_args()
     try:
-        plan = read_plan(options.plan, options.quick)
+        plan = read_plan(options.plan, options.quick, options.parts)
         whole = copy.deepcopy(plan)
         if options.only is not None:
             if unknown := set(options.only) - plan["methods"].keys():

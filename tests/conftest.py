@@ -11,6 +11,23 @@ from postgres_server import Postgres
 from s3_server import S3
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What processes that share the tests take as one, and in which order.
+
+    All of `tests/cluster` goes to one process, at once, and every other file as a whole to one;
+    files that start Ray come last, so that it seldom runs twice at a time.
+    """
+    ray = {item.path for item in items if item.get_closest_marker("cluster")}
+
+    def alone(item: pytest.Item) -> bool:
+        return item.path.parent.name == "cluster"
+
+    items.sort(key=lambda item: not alone(item) and 1 + (item.path in ray))
+    for item in items:
+        group = "cluster" if alone(item) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A real PostgreSQL server."""

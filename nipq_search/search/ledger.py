@@ -202,7 +202,12 @@ class Ledger:
 
     @patient
     def trial(self, number: int) -> FrozenTrial:
-        """One trial, without going through all of them."""
+        """One trial, without going through all of them.
+
+        Raises:
+            KeyError: there is none of this number.
+        """
+        # `Study` itself hands out all of them or none.
         storage = self.study._storage
         own = storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
         return storage.get_trial(own)

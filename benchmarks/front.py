@@ -186,6 +186,7 @@ def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
         "seed": unit.seed,
         "mode": mode,
         "axis": sweep.facts["axis"],
+        "reference": config.search.reference,
         "budgets": {b["label"]: b["targets"][cost] for b in sweep.facts["budgets"]},
         "float": {split: trained[split] for split in ("validation", "test", "samples")},
         "scoring_samples": scores,

@@ -30,11 +30,11 @@ def front(run: Run, samples: float) -> list[Mapping[str, Any]]:
 
 def volume(run: Run, samples: float, split: str = "test") -> float:
     """Hypervolume of that front on a split; axes and reference as `nipq-search front` has them."""
-    best = run["float"][split]
+    best, given = run["float"][split], run.get("reference")
     found = hypervolume(
         [(p[split], p["cost"]) for p in front(run, samples)],
         axis=tuple(run["axis"]),
-        reference=default_reference(best, run["mode"]),
+        reference=default_reference(best, run["mode"]) if given is None else given,
         best=best,
         mode=run["mode"],
     )
@@ -86,7 +86,10 @@ def _difference(ours: Mapping[int, Run], theirs: Mapping[int, Run], allowance: f
 
 
 def _reach(ours: Mapping[int, Run], goal: Mapping[int, Run], allowance: float) -> str:
-    """Median share of the allowance after which a method reaches the goal's hypervolume."""
+    """Median share of the allowance after which a method reaches the goal's hypervolume.
+
+    Of an even number of seeds the later of the middle two: one that never does has no figure.
+    """
     shared = sorted(ours.keys() & goal.keys())
     found = [samples_to(ours[s], volume(goal[s], allowance), allowance) for s in shared]
     reached = [f for f in found if f is not None]
@@ -95,7 +98,7 @@ def _reach(ours: Mapping[int, Run], goal: Mapping[int, Run], allowance: float) -
     if len(reached) <= len(found) / 2:
         return f"{len(reached)} of {len(found)} seeds"
     ordered = sorted(f if f is not None else float("inf") for f in found)
-    share = 100 * ordered[(len(ordered) - 1) // 2] / allowance
+    share = 100 * ordered[len(ordered) // 2] / allowance
     return f"{share:.0f} %" + ("" if None not in found else f" ({len(reached)} of {len(found)})")
 
 
@@ -160,7 +163,7 @@ def plot(runs: Sequence[Run], plan: Mapping[str, Any], file: Path) -> None:
         curves = [curve(run, allowance) for run in seeds.values()]
         ends = sorted({s for c in curves for s, _ in c})
         means = [
-            statistics.fmean(max((v for s, v in c if s <= end), default=0.0) for c in curves)
+            statistics.fmean(next((v for s, v in reversed(c) if s <= end), 0.0) for c in curves)
             for end in ends
         ]
         style = "-" if name in (plan["default"], plan["goal"]) else "--"

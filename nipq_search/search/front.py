@@ -67,5 +67,10 @@ def hypervolume(
 
 
 def default_reference(best: float, mode: str) -> float:
-    """The reference where none is named: 0.8 of the float model's metric, 1.25 if minimized."""
-    return 0.8 * best if mode == "max" else 1.25 * best
+    """The reference where none is named, worse than the float model's metric `best`.
+
+    0.8 of it, 1.25 if minimized; 1.2 and 0.75 of one that is negative, such as a log-likelihood.
+    """
+    if mode == "max":
+        return 0.8 * best if best > 0 else 1.2 * best
+    return 1.25 * best if best > 0 else 0.75 * best

@@ -51,6 +51,13 @@ def _expected(front: Sequence[tuple[float, float]], cost: float) -> float:
     return front[-1][1] if cost > front[-1][0] else front[0][1]
 
 
+def _share(left: float, cost: float, right: float) -> float:
+    """Where a cost lies between two others, over log2 cost; a half in their middle, exactly."""
+    if right <= left or cost == math.sqrt(left * right):
+        return 0.5
+    return math.log2(cost / left) / math.log2(right / left)
+
+
 class _Places:
     """Costs, to be asked how many of them are at a place; quick for thousands."""
 
@@ -68,6 +75,7 @@ def most_room(
     running: Sequence[float],
     asked: Sequence[float],
     axes: Axes,
+    within: tuple[float, float],
 ) -> float:
     """The cost at which one more trial is expected to add most to the hypervolume.
 
@@ -75,32 +83,36 @@ def most_room(
     the metric is taken to lie on a straight line over log2 cost. Fronts are concave, so that is
     cautious. A trial where there is one already is expected to gain `REPEAT`, for it starts from
     that one. Running trials count as points on their lines. Wherever trials were asked for before,
-    less is expected each time: a place may be out of reach, or every trial there may fail.
+    less is expected each time: a place may be out of reach, or every trial there may fail. Below
+    the reference nothing counts, so a trial that collapsed is not followed there.
 
     Args:
         points: (metric, cost) of every finished trial, at least one.
         running: costs that running trials are to keep.
         asked: costs that all trials were to keep, however they ended.
         axes: how the front is measured.
+        within: the least and the largest cost that may be asked for.
 
     Returns:
-        A cost between the axis' ends; that of a point where a repeat is best.
+        A cost within; that of a point where a repeat is best, which may be less by `SAME`.
     """
-    front = _front(points)
+    front = _front((max(metric, axes.reference), cost) for metric, cost in points)
+    least, most = within
     # The corners are not trained: they only bound what is.
     ends = [(axes.least, axes.reference), *front, (axes.most, max(axes.best, front[-1][1]))]
     known = sorted([*front, *((cost, _expected(ends, cost)) for cost in running)])
     ends = [ends[0], *known, ends[-1]]
     tried, under_way = _Places(asked), _Places(running)
     reached = _Places(cost for _, cost in points)
-    best_gain, best_cost = -1.0, front[0][0]
+    best_gain, best_cost = -1.0, min(max(front[0][0], least), most)
     for index, ((left, below), (right, above)) in enumerate(zip(ends, ends[1:], strict=False)):
         width = max(0.0, math.log2(right / left))
-        middle = math.sqrt(left * right)
-        gain = max(0.0, above - below) * width / 4 * 4.0 ** -tried.near(middle)
-        if width > 2 * SAME and gain > best_gain:
-            best_gain, best_cost = gain, middle
-        if index == 0 or under_way.near(left):
+        place = min(max(math.sqrt(left * right), least), most)
+        share = _share(left, place, right)
+        gain = max(0.0, above - below) * width * share * (1 - share) * 4.0 ** -tried.near(place)
+        if SAME < share * width < width - SAME and gain > best_gain:
+            best_gain, best_cost = gain, place
+        if index == 0 or under_way.near(left) or not least * 2**-SAME <= left <= most:
             continue
         times = max(reached.near(left), tried.near(left))
         better = REPEAT[0] * max(0.0, axes.best - below)
@@ -108,4 +120,4 @@ def most_room(
         gain = better * width * 2.0 ** (1 - times)
         if gain > best_gain:
             best_gain, best_cost = gain, left
-    return min(max(best_cost, axes.least), max(axes.most, front[-1][0]))
+    return best_cost

@@ -45,9 +45,11 @@ def needed(
             found.setdefault(record.parent, f"parent of {what} ({record.trial})")
     sign = 1 if mode == "max" else -1
     finished = [
-        Finished(number=r.trial, cost=r.cost, metric=sign * (r.validation or 0.0))
+        Finished(
+            number=r.trial, cost=r.cost, metric=sign * (r.validation or 0.0), targets=r.budget
+        )
         for r in records
-        if r.state == jobs.COMPLETE
+        if r.state == jobs.COMPLETE and r.cost
     ]
     strategy = STRATEGIES[config.search.strategy]()
     asked = [dict(r.budget) for r in records] + [dict(budget) for budget in budgets]

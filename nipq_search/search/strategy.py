@@ -14,11 +14,19 @@ from nipq_search.search.gaps import SAME, Axes, most_room
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A COMPLETE trial: its number, its exact costs, and its metric, the greater the better."""
+    """A COMPLETE trial.
+
+    Attributes:
+        number: the trial's.
+        cost: its exact costs.
+        metric: the greater the better.
+        targets: absolute targets that it was to keep.
+    """
 
     number: int
     cost: Mapping[str, float]
     metric: float
+    targets: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +118,23 @@ class Halving(Strategy):
     rungs = (1 / 9, 1 / 3)
 
 
+_AS_LARGE = 0.97
+"""The share of a target from which on a trial counts as being at it."""
+
+
+def _ratios(trial: Finished, budget: Mapping[str, float]) -> list[float]:
+    """What a trial has of each target: its cost, or what it was given and could not use up.
+
+    Of several targets one binds, coarse bit-widths leave a rest, and a target may lie above all
+    that the model can cost.
+    """
+    found = []
+    for name, target in budget.items():
+        ratio, given = trial.cost[name] / target, trial.targets.get(name, 0.0) / target
+        found.append(given if ratio < _AS_LARGE <= given else ratio)
+    return found
+
+
 class Ladder(Strategy):
     """A trial starts from the nearest finished one at an equal or larger budget, and is shorter.
 
@@ -119,15 +144,14 @@ class Ladder(Strategy):
 
     noise_factor = 0.0
     _SHARE = 1 / 3
-    _AS_LARGE = 0.97
     _STEP = 0.1
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
         """The best of the nearest: costs within a tenth of an octave count as equally near."""
         best: tuple[int, float, int] | None = None
         for trial in finished:
-            ratios = [trial.cost[name] / target for name, target in budget.items()]
-            if min(ratios) < self._AS_LARGE:
+            ratios = _ratios(trial, budget)
+            if min(ratios) < _AS_LARGE:
                 continue
             distance = round(math.log2(max(ratios)) / self._STEP)
             key = (distance, -trial.metric, trial.number)
@@ -143,8 +167,10 @@ class Ladder(Strategy):
 class Fill(Strategy):
     """A ladder that goes on, once each budget has a trial, where the front can grow most.
 
-    That may be between budgets: see `gaps.most_room`. Only the front's cost is moved; other
-    targets of the nearest budget stay. The first round is short, for all later trials build on it.
+    That may be between budgets, never beyond the smallest and the largest: see `gaps.most_room`.
+    Only the front's cost is moved; other targets of the nearest budget stay. Budgets that leave
+    the front's cost free get an equal share of the trials. The first round is short, for all later
+    trials build on it.
     """
 
     noise_factor = Ladder.noise_factor
@@ -164,12 +190,19 @@ class Fill(Strategy):
         named = {i: t[axes.cost] for i, t in enumerate(seen.budgets) if axes.cost in t}
         points = [(t.metric, t.cost[axes.cost]) for t in seen.finished if axes.cost in t.cost]
         running = [t[axes.cost] for t in seen.running if axes.cost in t]
-        if not named or not points:
+        if not named or not points or self._has_turn(index, named, seen):
             return Target(budget=index)
         asked = [t[axes.cost] for t in seen.asked if axes.cost in t]
-        cost = most_room(points, running, asked, axes)
+        within = min(named.values()), max(named.values())
+        cost = most_room(points, running, asked, axes, within)
         nearest = min(named, key=lambda i: (abs(math.log(named[i] / cost)), i))
         return Target(budget=nearest, targets={**seen.budgets[nearest], axes.cost: cost})
+
+    @staticmethod
+    def _has_turn(index: int, named: Mapping[int, float], seen: Seen) -> bool:
+        """Whether the least served budget leaves the front's cost free and is behind the mean."""
+        share = len(seen.assigned) / len(seen.budgets)
+        return index not in named and seen.assigned.count(index) < share
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
         """As in `Ladder`."""
@@ -179,8 +212,8 @@ class Fill(Strategy):
         """Little at a new place, all where the parent is there already: less gains nothing."""
         if parent is None:
             return self._FIRST
-        nearer = max(parent.cost[name] / target for name, target in budget.items())
-        return 1.0 if math.log2(nearer) <= SAME else self._NEW_PLACE
+        nearest = max(_ratios(parent, budget))
+        return 1.0 if math.log2(nearest) <= SAME else self._NEW_PLACE
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

@@ -199,15 +199,19 @@ class Trials:
                 self._failures[index] = self._failures.get(index, 0) + failed
                 if not failed or self._failures[index] > _FORGIVEN:
                     self._assigned.append(int(index))
-            if trial.state is TrialState.COMPLETE:
-                metric = self._sign * trial.values[0]
-                new.append(Finished(number=trial.number, metric=metric, cost=costs_of(trial)))
+            costs = costs_of(trial)
+            # A trial that somebody added to the study has no costs, and no model either.
+            if trial.state is TrialState.COMPLETE and self.facts.front_cost in costs:
+                metric, targets = self._sign * trial.values[0], targets_of(trial)
+                new.append(
+                    Finished(number=trial.number, metric=metric, cost=costs, targets=targets)
+                )
         if new:
             for ended in new:
                 bisect.insort(self._ended, ended, key=_number)
             rivals = {t.number: t for t in [*self._front, *new]}
             cost = self.facts.front_cost
-            points = {n: (t.metric, t.cost[cost]) for n, t in rivals.items() if cost in t.cost}
+            points = {n: (t.metric, t.cost[cost]) for n, t in rivals.items()}
             self._front = [rivals[number] for number in sorted(non_dominated(points, "max"))]
         return others
 

@@ -73,7 +73,8 @@ class Records:
         # What was beaten stays beaten, so only the front and what is new can be on the front.
         points = dict(self._points)
         for trial in news:
-            if trial.state is TrialState.COMPLETE:
+            has_costs = f"cost_{self._facts['front_cost']}" in trial.user_attrs
+            if trial.state is TrialState.COMPLETE and has_costs:  # somebody's own trial has none
                 points[trial.number] = (trial.values[0], trial.values[1])
         front = non_dominated(points, self._facts["mode"])
         for number in self._points.keys() - front:
@@ -93,7 +94,7 @@ class Records:
 
     def _count(self, record: TrialRecord) -> None:
         self.states[record.state] = self.states.get(record.state, 0) + 1
-        cost = record.cost.get(self._facts["front_cost"])  # somebody's own trial has none
+        cost = record.cost.get(self._facts["front_cost"])
         if record.state == "COMPLETE" and record.validation is not None and cost is not None:
             sign = 1 if self._facts["mode"] == "max" else -1
             best = self.best.get(record.budget_label)
@@ -190,7 +191,8 @@ def front_document(
         "cost": {name: values["float"] for name, values in facts["costs"].items()},
     }
     complete = sorted(
-        (r for r in records if r.state == "COMPLETE"), key=lambda r: (r.cost[cost], r.trial)
+        (r for r in records if r.state == "COMPLETE" and cost in r.cost),
+        key=lambda r: (r.cost[cost], r.trial),
     )
     points: list[dict[str, Any]] = [
         {

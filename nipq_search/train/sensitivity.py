@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from nipq_search.cost.projection import units_of
+from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
 from nipq_search.quant.prepare import quant_state
 from nipq_search.tasks import Task
@@ -20,17 +22,26 @@ from nipq_search.train.loop import seed_for
 from nipq_search.train.spec import Hooks, Interrupted, TrainSpec
 from nipq_search.train.trial import load_float, prepare_for
 
+_RUINED = 1e3
+"""How much worse than the worst measured width one counts that ruins the model."""
+
 
 def _unchanged(x: torch.Tensor) -> None:
     """An observer that looks at nothing; a quantizer that has one passes its tensor on."""
 
 
 def monotone(losses: Mapping[int, float]) -> dict[int, float]:
-    """Losses by width without what noise alone can explain: none below 0, none that grows."""
+    """Losses by width without what noise alone can explain: none below 0, none that grows.
+
+    A width at which the loss is no number, or infinite, gets far more than any other.
+    """
+    finite = [loss for loss in losses.values() if math.isfinite(loss)]
+    ruined = _RUINED * (1.0 + max(finite, default=0.0))
     found: dict[int, float] = {}
     largest = 0.0
     for width in sorted(losses, reverse=True):
-        found[width] = largest = max(largest, losses[width])
+        loss = losses[width] if math.isfinite(losses[width]) else ruined
+        found[width] = largest = max(largest, loss)
     return dict(sorted(found.items()))
 
 
@@ -47,6 +58,9 @@ def sensitivities(
             follows the width (`lsq`). Its widths are changed.
         batches: gone through from the start for every score.
         loss: a scalar of the model and a batch.
+
+    Raises:
+        UserError: the float model's own loss is no number.
     """
     found = quantizers(model)
     model.eval()
@@ -59,6 +73,10 @@ def sensitivities(
         quantizer.observer = _unchanged
     try:
         base = measured()
+        if not math.isfinite(base):
+            raise UserError(
+                f"train.start: sensitivity needs a finite loss of the float model, it is {base:g}"
+            )
         scores = {}
         for unit, members in units_of(quant_state(model).graph).items():
             of_unit = {}

@@ -6,9 +6,15 @@ import math
 
 import pytest
 
-from nipq_search.search.gaps import SAME, Axes, most_room
+from nipq_search.search import gaps
+from nipq_search.search.gaps import SAME, Axes
 
 AXES = Axes(cost="bops", least=64.0, most=1024.0, reference=0.7, best=0.9)
+
+
+def most_room(points, running, asked, axes, within=(64.0, 1024.0)):
+    """By default anywhere on the axis."""
+    return gaps.most_room(points, running, asked, axes, within)
 
 
 def often(points):
@@ -73,7 +79,7 @@ def test_a_repeat_asks_for_the_cost_itself():
     for least in range(64, 90):
         axes = Axes(cost="bops", least=float(least), most=1024.0, reference=0.7, best=0.9)
         points = [(0.5, float(least)), (0.9, least + 1.0)]
-        assert most_room(points, [], [], axes) >= least
+        assert most_room(points, [], [], axes, (float(least), 1024.0)) >= least
 
 
 def test_thousands_of_trials_at_one_place_are_no_number_too_large():
@@ -81,3 +87,29 @@ def test_thousands_of_trials_at_one_place_are_no_number_too_large():
     costs = [math.sqrt(64.0 * 128.0)] * 3000 + [64.0] * 3000
     found = most_room(points * 2000, costs[:2000], costs, AXES)
     assert AXES.least <= found <= AXES.most
+
+
+def test_nothing_is_asked_for_beyond_what_was_named():
+    front = [(0.72, 100.0), (0.89, 512.0)]
+    for within in [(100.0, 512.0), (100.0, 100.0), (512.0, 512.0), (200.0, 300.0)]:
+        asked, running = [], []
+        for number in range(12):
+            place = most_room(front, running, asked, AXES, within)
+            assert within[0] * 2**-SAME <= place <= within[1]
+            asked.append(place)
+            running = asked[-(number % 3) :]
+
+
+def test_a_trial_that_collapsed_draws_no_more_than_one_at_the_reference():
+    """As a perplexity, which has no worst value."""
+    axes = Axes(cost="bops", least=4.0, most=32.0, reference=-25.0, best=-20.0)
+
+    def places(collapsed):
+        points, asked = [(-20.5, 16.0), (-22.0, 9.0), (collapsed, 4.0)], [16.0, 9.0, 4.0]
+        for _ in range(20):
+            place = most_room(points, [], asked, axes, (4.0, 16.0))
+            asked.append(place)
+            points.append((collapsed if place < 4.5 else -20.0 - 8.0 / place, place))
+        return asked
+
+    assert places(-1e3) == places(-1e300) == places(-25.0)

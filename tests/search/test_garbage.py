@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 
+import optuna
 import pytest
 from unit_helpers import ledger_of, make_config, run_here
 
@@ -108,3 +109,19 @@ def test_a_freed_model_says_so_and_is_no_parent(sweep_copy):
 def test_a_live_sweep_is_left_alone(sweep_copy):
     with driver_lease(sweep_copy), pytest.raises(UserError, match="a driver is running"):
         collect(sweep_copy)
+
+
+def test_a_trial_that_somebody_added_has_no_model_and_disturbs_nothing(sweep_copy, capsys):
+    """By Optuna's own means, with values and nothing else."""
+    before = Sweep.open(sweep_copy).front_document()["points"]
+    config = make_config(search__strategy="fill", search__trials=8)
+    ledger = ledger_of(sweep_copy, config)
+    ledger.study.add_trial(optuna.trial.create_trial(values=[0.999, 1.0]))
+    ledger.close()
+    assert Sweep.open(sweep_copy).front_document()["points"] == before
+    assert main(["best", str(sweep_copy), "--max", "bops=1e12"]) == 0
+    assert main(["gc", str(sweep_copy), "--dry-run"]) == 0
+    capsys.readouterr()
+    run_here(config, sweep_copy)
+    points = Sweep.open(sweep_copy).front_document()["points"]
+    assert sorted(point["trial"] for point in points) == [0, 1, 2, 3, 4, 6, 7]

@@ -74,3 +74,6 @@ def test_empty_rectangles_have_no_share():
 def test_default_reference():
     assert default_reference(0.9, "max") == pytest.approx(0.72)
     assert default_reference(0.8, "min") == pytest.approx(1.0)
+    # Worse than the float model's, also where metrics are negative.
+    assert default_reference(-1.2, "max") == pytest.approx(-1.44)
+    assert default_reference(-3.0, "min") == pytest.approx(-2.25)

@@ -10,7 +10,8 @@ from nipq_search.cost.base import exact_cost
 from nipq_search.cost.projection import freeze, usage
 from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant.prepare import quant_state
-from nipq_search.search.strategy import Finished, Ladder
+from nipq_search.search.gaps import Axes
+from nipq_search.search.strategy import Fill, Finished, Ladder, Seen
 from nipq_search.train.start import bits_at_budget, start_at_budget, warm_start
 
 
@@ -35,6 +36,40 @@ def test_ladder_takes_the_better_of_two_equally_near():
 def test_ladder_asks_every_target_of_a_budget():
     trials = [finished(0, 200, 0.9, weight_bytes=10), finished(1, 300, 0.8, weight_bytes=40)]
     assert Ladder().parent({"bops": 100, "weight_bytes": 20}, trials) == 1
+
+
+@pytest.mark.parametrize("strategy", [Ladder(), Fill()])
+@pytest.mark.parametrize(
+    ("targets", "cost"),
+    [
+        ({"bops": 100.0, "weight_bytes": 60.0}, {"bops": 98.5, "weight_bytes": 44.0}),
+        ({"bops": 100.0}, {"bops": 64.0}),
+    ],
+    ids=["another target binds", "coarse widths"],
+)
+def test_a_trial_is_parent_under_its_own_budget(strategy, targets, cost):
+    """Though it could not use it up."""
+    trial = Finished(number=3, cost=cost, metric=0.9, targets=targets)
+    assert strategy.parent(targets, [trial]) == 3
+    assert strategy.parent({**targets, "bops": 110.0}, [trial]) is None
+    again = strategy.epochs_share(targets, trial)
+    assert again == (1.0 if isinstance(strategy, Fill) else 1 / 3)
+
+
+def test_fill_serves_budgets_that_leave_the_front_s_cost_free():
+    axes = Axes(cost="bops", least=2.0, most=64.0, reference=0.7, best=0.9)
+    budgets = [{"bops": 16.0}, {"bops": 8.0}, {"weight_bytes": 50.0}]
+    assigned, trials = [], []
+    for number in range(20):
+        target = Fill().target(
+            Seen(budgets=budgets, assigned=list(assigned), finished=list(trials), axes=axes)
+        )
+        asked = dict(target.targets or budgets[target.budget])
+        assert 8.0 <= asked.get("bops", 8.0) <= 16.0
+        assigned.append(target.budget)
+        cost = {"bops": 12.0, "weight_bytes": 100.0} | asked
+        trials.append(Finished(number=number, cost=cost, metric=0.9 - 1 / cost["bops"]))
+    assert 6 <= assigned.count(2) <= 8
 
 
 def model():

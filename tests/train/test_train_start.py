@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 
 import pytest
@@ -94,6 +95,10 @@ def test_scoring_can_be_stopped(digits, float_file):
 
 def test_noise_does_not_make_a_wider_tensor_worse():
     assert monotone({2: 0.5, 3: 0.1, 4: 0.2, 8: -0.3}) == {2: 0.5, 3: 0.2, 4: 0.2, 8: 0.0}
+    for ruined in (float("nan"), float("inf")):
+        found = monotone({2: ruined, 4: 0.2, 8: 0.1})
+        assert found[2] > 100 and math.isfinite(found[2])
+        assert (found[4], found[8]) == (0.2, 0.1)
 
 
 def test_scores_give_the_bits_of_least_loss(digits, float_file, losses):

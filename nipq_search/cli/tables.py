@@ -247,8 +247,19 @@ def plan(document: Document) -> RenderableType:
             f"{numbers.count(document.get('samples'))} training samples, "
             f"{numbers.megabytes(document.get('disk_bytes'))} on disk"
         ),
+        *_noise(document),
         _convention(document),
     )
+
+
+def _noise(document: Document) -> list[RenderableType]:
+    """What the noise phase of a trial comes to."""
+    steps = document.get("noise_steps")
+    if steps is None:
+        return []
+    if steps:
+        return [_line(f"noise phase of {numbers.count(steps)} steps at most")]
+    return [_line("no noise phase: bit-widths are projected, none is learned")]
 
 
 def doctor(checks: Sequence[Document]) -> RenderableType:

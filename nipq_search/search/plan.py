@@ -7,14 +7,18 @@ from typing import Any
 
 from nipq_search.cost import CONVENTION, COSTS, Budget, exact_cost, layer_rows, project
 from nipq_search.cost.base import uniform_bits
+from nipq_search.quant import QUANTIZERS
 from nipq_search.quant.norm import norm_layers
 from nipq_search.records import SCHEMA
 from nipq_search.search.budgets import REFERENCE_BITS
 from nipq_search.search.config import SweepConfig
 from nipq_search.search.facts import gather
 from nipq_search.search.run import load_task
+from nipq_search.search.space import distribution, ends
+from nipq_search.search.strategy import STRATEGIES
 from nipq_search.tasks.base import dataset
 from nipq_search.train.loop import steps_in
+from nipq_search.train.schedule import make_schedule
 from nipq_search.train.start import bits_at_budget
 
 
@@ -59,6 +63,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "budgets": budgets,
         "trials": config.search.trials,
         "samples": _samples(config, task),
+        "noise_steps": _noise_steps(config, task),
         "disk_bytes": _disk(config, facts.costs["weight_bytes"]["float"]),
     }
 
@@ -86,6 +91,23 @@ def _samples(config: SweepConfig, task: Any) -> int:
     trainings = config.search.trials + len(config.search.baselines)
     floats: float = 0 if config.float_model.checkpoint else config.float_model.epochs * size
     return round(floats + trainings * (trained + extra))
+
+
+def _noise_steps(config: SweepConfig, task: Any) -> int:
+    """Steps of the longest noise phase of a trial; 0 where there is none, or none long enough."""
+    train, strategy = config.train, STRATEGIES[config.search.strategy]()
+    form = config.search.space.get("noise_share")
+    shares = [train.noise_share] if form is None else ends(distribution("noise_share", form))
+    schedule = make_schedule(
+        epochs=train.epochs * strategy.epochs_share({}, None),
+        batches_per_epoch=steps_in(task.loader("train", train.batch_size, 0)),
+        accumulate=train.accumulate,
+        noise_share=max(shares),
+        warmup=0.0,
+        quantized=True,
+        learns_bits=QUANTIZERS[config.quant.quantizer].learns_bits,
+    )
+    return 0 if schedule.noise < strategy.least_noise_steps else schedule.noise
 
 
 def _disk(config: SweepConfig, float_bytes: float) -> int:

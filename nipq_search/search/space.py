@@ -33,14 +33,15 @@ def check_space(space: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
         key = f"search.space.{name}"
         if name not in HYPERPARAMETERS:
             raise UserError(f"{key}: unknown hyperparameter{nearest(name, HYPERPARAMETERS)}")
-        for value in _ends(distribution(name, form)):
+        for value in ends(distribution(name, form)):
             try:
                 TrainConfig().with_hyperparameters({name: value})
             except (UserError, TypeError) as error:
                 raise UserError(f"{key}: {value!r} is not allowed ({error})") from error
 
 
-def _ends(distribution: BaseDistribution) -> list[Any]:
+def ends(distribution: BaseDistribution) -> list[Any]:
+    """Both bounds of a distribution, or all its choices."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, (FloatDistribution, IntDistribution))

@@ -90,6 +90,7 @@ class FakeSearch:
             ],
             "trials": 20,
             "samples": 1_000_000,
+            "noise_steps": 120,
             "disk_bytes": 5_000_000,
             "bops_convention": 1,
         }

@@ -17,6 +17,7 @@ from nipq_search.search.config import (
     parse_config,
 )
 from nipq_search.search.facts import gather
+from nipq_search.search.plan import plan
 from nipq_search.tasks import TASKS, make_task
 
 PIPELINES = sorted((Path(__file__).parents[2] / "pipelines").glob("*.yaml"))
@@ -309,3 +310,19 @@ def test_values_that_yaml_cannot_build_are_one_line(line, tmp_path):
     with pytest.raises(UserError, match="not valid YAML") as caught:
         load_config(write(tmp_path, BASE + line + "\n"))
     assert "\n" not in str(caught.value) and "sweep.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, 90),
+        ({"search__strategy": "fill"}, 0),
+        ({"search__strategy": "fill", "train__epochs": 80}, 270),
+        ({"quant__quantizer": "lsq"}, 0),
+        ({"search__space": {"noise_share": {"uniform": [0.0, 0.25]}}}, 45),
+    ],
+)
+def test_a_plan_says_how_long_a_noise_phase_is(changes, steps):
+    """None where `fill` leaves it out, and with a quantizer that learns no bits."""
+    long = {"train__epochs": 20, "train__noise_share": 0.5}
+    assert plan(make_config(**long | changes))["noise_steps"] == steps

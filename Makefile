@@ -43,7 +43,7 @@ check: $(ALL)
 	$(BIN)/mypy
 
 test: test-packages $(ALL) check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(PYTEST_ARGS)
 
 $(DEMO): $(REQUIREMENTS) | venv
 	$(call pip_install,$(DEMO_EXTRAS))

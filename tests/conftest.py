@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from postgres_server import Postgres
 from s3_server import S3
 
+CLUSTER = "tests/cluster/"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Processes that share the tests: one takes all of `tests/cluster`, a file goes to one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return CLUSTER if file.startswith(CLUSTER) else file
+
+    return Scheduler(config, log)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What processes that share the tests take as one, and in which order.
-
-    All of `tests/cluster` goes to one process, at once, and every other file as a whole to one;
-    files that start Ray come last, so that it seldom runs twice at a time.
-    """
+    """`tests/cluster` first, other files that start Ray last: seldom do two of them run at once."""
     ray = {item.path for item in items if item.get_closest_marker("cluster")}
-
-    def alone(item: pytest.Item) -> bool:
-        return item.path.parent.name == "cluster"
-
-    items.sort(key=lambda item: not alone(item) and 1 + (item.path in ray))
-    for item in items:
-        group = "cluster" if alone(item) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not item.nodeid.startswith(CLUSTER) and 1 + (item.path in ray))
 
 
 @pytest.fixture(scope="session")

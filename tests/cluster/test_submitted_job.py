@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def left(temporary: str) -> list[str]:
+    """Processes of the Ray cluster that has this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().decode(errors="replace")
+            found += [line] * (temporary in line)
+    return found
 
 
 @pytest.fixture
@@ -61,8 +72,10 @@ def head(tmp_path: Path):
         wait_for(lambda: subprocess.run(probe, capture_output=True).returncode == 0, "a head")
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        # At once: asked to end, a head waits for half a minute.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=60)
+        wait_for(lambda: not left(f"/tmp/nipq-{os.getpid()}"), "the head's processes to end", 60)
         shutil.rmtree(f"/tmp/nipq-{os.getpid()}", ignore_errors=True)
 
 

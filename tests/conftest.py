@@ -28,7 +28,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`tests/cluster` first, other files that start Ray last: seldom do two of them run at once."""
+    """`tests/cluster` first, other files that start Ray last, so that seldom two run at once."""
     ray = {item.path for item in items if item.get_closest_marker("cluster")}
     items.sort(key=lambda item: not item.nodeid.startswith(CLUSTER) and 1 + (item.path in ray))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -72,11 +73,25 @@ def open_storage(folder: Path) -> BaseStorage:
         journal = (folder / JOURNAL).resolve()
         try:
             return JournalStorage(JournalFileBackend(str(journal)))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AssertionError) as error:
             raise UserError(
-                f"{journal}: a line in it is damaged ({' '.join(str(error).split())[:120]}); "
-                "remove that line, or restore the file"
+                f"{journal}: {_damaged(journal)} is damaged "
+                f"({' '.join(str(error).split())[:120]}); restore the file from a copy: without "
+                "the line, the study loses what it says of a trial"
             ) from error
+
+
+def _damaged(journal: Path) -> str:
+    """The first line that is no entry of a journal."""
+    with journal.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if "op_code" in json.loads(line):
+                    continue
+            except (ValueError, TypeError):
+                pass
+            return f"line {number}"
+    return "a line"
 
 
 def close_storage(storage: BaseStorage) -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
+
+
+def is_foreign(trial: FrozenTrial) -> bool:
+    """Whether somebody added a finished trial to the study: no job made it, it has no model.
+
+    What a job makes has its strategy noted before it starts.
+    """
+    return trial.state is TrialState.COMPLETE and "strategy" not in trial.user_attrs
 
 
 class News:

@@ -53,6 +53,9 @@ def replay(
     """
     state = sweep.record(trial).state
     record = committed(job_folder(sweep.folder, "trial", trial))
+    if state == jobs.COMPLETE and record is None:
+        place = job_folder(sweep.folder, "trial", trial)
+        raise UserError(f"trial {trial}: its record is gone from {place}; restore the folder")
     if record is None or record["state"] != jobs.COMPLETE:
         raise UserError(f"trial {trial}: it is {state}; only COMPLETE trials can be replayed")
     config = parse_config(dict(sweep.config))

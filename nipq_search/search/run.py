@@ -92,14 +92,18 @@ def check_folder(out: Path, name: str) -> None:
 
 
 def check_databases(out: Path) -> None:
-    """Check that no SQLite database of the sweep would be on a network file system.
+    """Check that no SQLite database of the sweep would be on a network file system, or in memory.
 
     Raises:
-        UserError: one would; names the variable that puts it on a server.
+        UserError: one would; names the variable that puts it elsewhere.
     """
     wanted = [("NIPQ_STORAGE_URL", storage_url() or "", DATABASE)]
     wanted += [("MLFLOW_TRACKING_URI", tracking_uri(out), "mlflow.db")]
     for variable, uri, name in wanted:
+        if uri in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
+            raise UserError(
+                f"{variable}: {uri} lives in memory; name a file, as sqlite:////a/b.db"
+            )
         file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
         if not uri and (out / name).exists():
             file = out / name

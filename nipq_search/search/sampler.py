@@ -134,7 +134,7 @@ class History:
             if not trial.state.is_finished():
                 others.append(trial)
                 continue
-            if self.key in trial.params:
+            if isinstance(trial.params.get(self.key), int):
                 self.budgets.add(trial.params[self.key])
             if lesson := self.lesson(trial):
                 own = self.lessons.setdefault(lesson.budget, [])
@@ -144,9 +144,12 @@ class History:
 
     def lesson(self, trial: FrozenTrial) -> Lesson | None:
         """What a trial teaches, if anything."""
-        if trial.state is TrialState.FAIL or self.key not in trial.params:
+        # Somebody may add trials with values of any kind.
+        if trial.state is TrialState.FAIL or not isinstance(trial.params.get(self.key), int):
             return None
         last = [trial.values[0]] if trial.state is TrialState.COMPLETE else []
+        if not all(map(math.isfinite, last)):
+            return None
         found = [*trial.user_attrs.get(RUNGS, []), *last]
         levels = [float("-inf") if m is None else self._sign * float(m) for m in found]
         budget = trial.params[self.key]

@@ -120,7 +120,7 @@ def make_engine(url: str) -> Engine:
             f"NIPQ_STORAGE_URL: the package {error.name} is not installed; write "
             "postgresql+psycopg://..., after: python -m pip install 'nipq-search[postgres]'"
         ) from error
-    except sa.exc.SQLAlchemyError as error:
+    except (sa.exc.SQLAlchemyError, ValueError) as error:  # a port that is no number
         raise UserError(
             f"NIPQ_STORAGE_URL: not the URL of a database ({type(error).__name__}); write "
             "postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME"

@@ -25,7 +25,7 @@ from nipq_search.search.gaps import Axes
 from nipq_search.search.halving import Standing, to_promote
 from nipq_search.search.jobs import Job, committed, job_folder, rungs
 from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
-from nipq_search.search.news import News
+from nipq_search.search.news import News, is_foreign
 from nipq_search.search.sampler import RUNGS
 from nipq_search.search.space import split
 from nipq_search.search.strategy import STRATEGIES, Finished, Seen, Target
@@ -193,25 +193,29 @@ class Trials:
             if not trial.state.is_finished():
                 others.append(trial)
                 continue
+            if is_foreign(trial):
+                continue
             bisect.insort(self._asked, (trial.number, targets_of(trial)), key=lambda a: a[0])
             failed = trial.state is TrialState.FAIL
             if (index := trial.params.get(BUDGET)) is not None:
                 self._failures[index] = self._failures.get(index, 0) + failed
                 if not failed or self._failures[index] > _FORGIVEN:
                     self._assigned.append(int(index))
-            costs = costs_of(trial)
-            # A trial that somebody added to the study has no costs, and no model either.
-            if trial.state is TrialState.COMPLETE and self.facts.front_cost in costs:
-                metric, targets = self._sign * trial.values[0], targets_of(trial)
+            if trial.state is TrialState.COMPLETE:
                 new.append(
-                    Finished(number=trial.number, metric=metric, cost=costs, targets=targets)
+                    Finished(
+                        number=trial.number,
+                        metric=self._sign * trial.values[0],
+                        cost=costs_of(trial),
+                        targets=targets_of(trial),
+                    )
                 )
         if new:
             for ended in new:
                 bisect.insort(self._ended, ended, key=_number)
             rivals = {t.number: t for t in [*self._front, *new]}
             cost = self.facts.front_cost
-            points = {n: (t.metric, t.cost[cost]) for n, t in rivals.items()}
+            points = {n: (t.metric, t.cost[cost]) for n, t in rivals.items() if cost in t.cost}
             self._front = [rivals[number] for number in sorted(non_dominated(points, "max"))]
         return others
 

@@ -6,6 +6,7 @@ Everything here is a pure function of the ledger's trials and the folders of the
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from nipq_search.search import jobs
 from nipq_search.search.front import default_reference, hypervolume, non_dominated
 from nipq_search.search.jobs import committed, job_folder
 from nipq_search.search.ledger import BUDGET
-from nipq_search.search.news import News
+from nipq_search.search.news import News, is_foreign
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.storage import read_json, read_sealed
 
@@ -73,8 +74,7 @@ class Records:
         # What was beaten stays beaten, so only the front and what is new can be on the front.
         points = dict(self._points)
         for trial in news:
-            has_costs = f"cost_{self._facts['front_cost']}" in trial.user_attrs
-            if trial.state is TrialState.COMPLETE and has_costs:  # somebody's own trial has none
+            if trial.state is TrialState.COMPLETE and not is_foreign(trial):
                 points[trial.number] = (trial.values[0], trial.values[1])
         front = non_dominated(points, self._facts["mode"])
         for number in self._points.keys() - front:
@@ -105,7 +105,8 @@ class Records:
 def _record(
     trial: FrozenTrial, facts: Mapping[str, Any], out: Path, on_front: bool
 ) -> TrialRecord:
-    attributes = trial.user_attrs
+    attributes: Mapping[str, Any] = {} if is_foreign(trial) else trial.user_attrs
+    value = trial.values[0] if trial.state is TrialState.COMPLETE else None
     folder = job_folder(out, "trial", trial.number)
     tries = jobs.attempts(folder)
     finished = trial.state.is_finished()
@@ -123,7 +124,7 @@ def _record(
         budget_label=attributes.get("budget", ""),
         budget=targets,
         params={k: v for k, v in trial.params.items() if k != BUDGET},
-        validation=trial.values[0] if trial.state is TrialState.COMPLETE else None,
+        validation=value if value is not None and math.isfinite(value) else None,
         test=test_metric(folder, facts["metric"]),
         metrics=_prefixed(attributes, "validation_"),
         cost=_prefixed(attributes, "cost_"),

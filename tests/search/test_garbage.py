@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 
 import optuna
@@ -111,17 +112,45 @@ def test_a_live_sweep_is_left_alone(sweep_copy):
         collect(sweep_copy)
 
 
-def test_a_trial_that_somebody_added_has_no_model_and_disturbs_nothing(sweep_copy, capsys):
-    """By Optuna's own means, with values and nothing else."""
-    before = Sweep.open(sweep_copy).front_document()["points"]
-    config = make_config(search__strategy="fill", search__trials=8)
-    ledger = ledger_of(sweep_copy, config)
-    ledger.study.add_trial(optuna.trial.create_trial(values=[0.999, 1.0]))
+COSTS = {"cost_bops": 3e5, "cost_weight_bytes": 700.0}
+WORDS = {"cost_bops": "cheap", "budget_bops": "x", "samples": "many", "seconds": "some"}
+ADDED = {
+    "values": {"values": [0.999, 1.0]},
+    "one cost": {"values": [0.999, 3e5], "user_attrs": {"cost_bops": 3e5}},
+    "all costs": {"values": [0.999, 3e5], "user_attrs": COSTS},
+    "no figures": {"values": [math.inf, 0.0], "user_attrs": {"cost_bops": 0.0}},
+    "words": {"values": [0.999, 1.0], "user_attrs": WORDS},
+    "another budget": {
+        "values": [0.999, 1.0],
+        "params": {"budget": "a"},
+        "distributions": {"budget": optuna.distributions.CategoricalDistribution(["a"])},
+    },
+}
+
+
+@pytest.fixture
+def added_to(sweep_copy):
+    """A sweep to whose study somebody has added trials by Optuna's own means; its front before."""
+    before = Sweep.open(sweep_copy).front_document()
+    ledger = ledger_of(sweep_copy, make_config(search__strategy="fill"))
+    for trial in ADDED.values():
+        ledger.study.add_trial(optuna.trial.create_trial(**trial))
     ledger.close()
-    assert Sweep.open(sweep_copy).front_document()["points"] == before
-    assert main(["best", str(sweep_copy), "--max", "bops=1e12"]) == 0
-    assert main(["gc", str(sweep_copy), "--dry-run"]) == 0
-    capsys.readouterr()
-    run_here(config, sweep_copy)
-    points = Sweep.open(sweep_copy).front_document()["points"]
-    assert sorted(point["trial"] for point in points) == [0, 1, 2, 3, 4, 6, 7]
+    return sweep_copy, before
+
+
+def test_trials_that_somebody_added_have_no_model_and_disturb_nothing(added_to, capsys):
+    out, before = added_to
+    now = Sweep.open(out).front_document()
+    assert (now["points"], now["hypervolume"]) == (before["points"], before["hypervolume"])
+    for limit in ("bops=1e12", "weight_bytes=1", "weight_bytes=1e12"):
+        assert main(["best", str(out), "--max", limit]) in (0, 1)
+    for command in (["gc", str(out), "--dry-run"], ["status", str(out)], ["front", str(out)]):
+        assert main(command) == 0
+    assert "KeyError" not in capsys.readouterr().err
+    run_here(make_config(search__strategy="fill", search__trials=13), out)
+    done = Sweep.open(out).front_document()
+    assert sorted(point["trial"] for point in done["points"]) == [0, 1, 2, 3, 4, 11, 12]
+    assert done["test_hypervolume"] is not None
+    assert main(["replay", str(out), "5"]) == 2
+    assert "its record is gone" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 from nipq_search import storage
 from nipq_search.errors import UserError
 from nipq_search.search.run import check_databases
+from nipq_search.search.storage_lease import make_engine
 
 
 def test_a_written_file_is_whole_and_readable_by_others(tmp_path):
@@ -108,3 +109,18 @@ def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
     (tmp_path / "study.db").touch()
     with pytest.raises(UserError, match="study.db"):
         check_databases(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///", "sqlite:///:memory:"])
+def test_a_study_in_memory_is_refused(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("NIPQ_STORAGE_URL", url)
+    with pytest.raises(UserError, match="NIPQ_STORAGE_URL.*lives in memory"):
+        check_databases(tmp_path)
+
+
+def test_a_port_that_is_no_number_is_refused_without_its_text():
+    """It may be a part of a password with a character that a URL must not have."""
+    url = "postgresql+psycopg://somebody:open@secret:word/db"
+    with pytest.raises(UserError, match="NIPQ_STORAGE_URL: not the URL") as refused:
+        make_engine(url)
+    assert "secret" not in str(refused.value) and "word/" not in str(refused.value)

@@ -77,6 +77,18 @@ class Driver:
         self._samples = view.samples_by_job(self.out)
         self.samples = sum(self._samples.values())
         self.shown.begin(coordinator.ledger.trials())
+        self._tell_what_is_gone()
+
+    def _tell_what_is_gone(self) -> None:
+        """Finished trials whose records somebody deleted: nothing is lost without a word."""
+        done = [r.trial for r in self.shown.records if r.state == jobs.COMPLETE and r.cost]
+        gone = [n for n in done if not jobs.committed(jobs.job_folder(self.out, "trial", n))]
+        if gone:
+            names = ", ".join(map(str, gone[:5])) + (", ..." if len(gone) > 5 else "")
+            self.progress.message(
+                f"the records of {len(gone)} finished trials ({names}) are gone from "
+                f"{self.out / 'trials'}; restore them: without one, a trial has no model"
+            )
 
     def enough(self) -> bool:
         """Whether a limit forbids new trials."""

@@ -16,6 +16,7 @@ from nipq_search.errors import UserError
 from nipq_search.records import TrialRecord
 from nipq_search.search.garbage import collect, needed
 from nipq_search.search.lease import driver_lease
+from nipq_search.search.progress import Silent
 from nipq_search.search.replay import replay
 from nipq_search.search.sweep import Sweep
 
@@ -154,3 +155,19 @@ def test_trials_that_somebody_added_have_no_model_and_disturb_nothing(added_to, 
     assert done["test_hypervolume"] is not None
     assert main(["replay", str(out), "5"]) == 2
     assert "its record is gone" in capsys.readouterr().err
+
+
+def test_a_record_that_is_gone_is_told(sweep_copy):
+    said = []
+
+    class Listening(Silent):
+        def message(self, text):
+            said.append(text)
+
+    config = make_config(search__strategy="fill", search__trials=5)
+    run_here(config, sweep_copy, progress=Listening())
+    assert not any("gone" in text for text in said)
+    shutil.rmtree(sweep_copy / "trials/1")
+    (sweep_copy / "trials/2/attempt-1/result.json").write_text('{"garb')
+    run_here(config, sweep_copy, progress=Listening())
+    assert sum("the records of 2 finished trials (1, 2) are gone" in text for text in said) == 1

@@ -42,7 +42,6 @@ from nipq_search.search.worker import execute as run_job
 from nipq_search.storage import digest, write_json
 from nipq_search.tasks import Task, make_task
 from nipq_search.tasks.base import load_data
-from nipq_search.train.trial import MODEL_FILE
 
 FLOAT = "float"
 """Name of what is not a method: the float model that the methods of a seed start from."""
@@ -84,7 +83,7 @@ class Unit:
 
 def float_model(base: Path) -> Path:
     """File of a seed's float model."""
-    return job_folder(base / FLOAT, "float", 0) / MODEL_FILE
+    return jobs.model_file(job_folder(base / FLOAT, "float", 0))
 
 
 def task_of(config: SweepConfig) -> Task:

@@ -81,7 +81,7 @@ def stub(job: Job, task: Any, report: Callable[[dict[str, Any]], None], seconds:
     for entry in job.jobs:
         storage.write_sealed(Job(**entry).folder / TEST_FILE, {"metrics": {"accuracy": 0.9}})
     model = job.name.encode()
-    storage.write_bytes(job.folder / MODEL_FILE, model)
+    storage.write_bytes(attempt / MODEL_FILE, model)
     luck = seed_for(job.seed, 1) / 2**31
     jobs.commit(
         attempt,

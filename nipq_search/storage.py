@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""How file systems without hard links refuse to make one."""
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one.
 
-    The data reach the disk before the name does: the file is flushed, renamed, and its folder
-    flushed too.
+@contextmanager
+def _flushed(path: Path, data: bytes) -> Iterator[str]:
+    """A file beside `path` that holds `data`, to be given its name; the folder is flushed then.
 
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the old file is intact.
+    The data reach the disk before the name does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -27,10 +30,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
+        yield temporary
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -38,9 +40,50 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is intact.
+    """
+    with _flushed(path, data) as temporary:
+        os.replace(temporary, path)
+
+
+def write_once(path: Path, data: bytes) -> bool:
+    """Write `data` to `path` unless there is such a file: of several writers the first one wins.
+
+    Where the file system has no hard links, looking and writing are two steps.
+
+    Returns:
+        Whether `path` holds `data` now.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    with _flushed(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # Over NFS a link that was made may be answered so, when the first answer got lost.
+            return path.read_bytes() == data
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+    return True
+
+
 def write_json(path: Path, document: Any) -> None:
     """Write `document` as JSON, atomically. NaN is refused (`ValueError`)."""
-    write_bytes(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, as_json(document))
+
+
+def as_json(document: Any) -> bytes:
+    """`document` as a JSON file's bytes. NaN is refused (`ValueError`)."""
+    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any | None:
@@ -63,7 +106,16 @@ def canonical(document: Any) -> bytes:
 
 def write_sealed(path: Path, document: dict[str, Any]) -> None:
     """Write `document` with a digest of itself, to be read by `read_sealed`."""
-    write_json(path, {**document, "sha256": digest(canonical(document))})
+    write_bytes(path, as_json(_sealed(document)))
+
+
+def seal_once(path: Path, document: dict[str, Any]) -> bool:
+    """Like `write_sealed`, but the first writer wins; see `write_once`."""
+    return write_once(path, as_json(_sealed(document)))
+
+
+def _sealed(document: dict[str, Any]) -> dict[str, Any]:
+    return {**document, "sha256": digest(canonical(document))}
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:

@@ -25,7 +25,6 @@ from nipq_search.search.trials import Trials
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.storage import read_sealed
 from nipq_search.train.loop import seed_for
-from nipq_search.train.trial import MODEL_FILE
 
 
 class Verdict(enum.Enum):
@@ -163,11 +162,12 @@ class Coordinator:
                 "to begin anew"
             )
         elif record is not None:
-            file = job_folder(self.out, "float", 0) / MODEL_FILE
+            folder = job_folder(self.out, "float", 0)
+            file = jobs.model_file(folder)
             same = blobs.digest_of(file) == record["model_sha256"]
             if not same or not blobs.can_be_read(file):
                 self.failure = (
-                    f"{file}: missing or damaged; remove {file.parent} and the same command "
+                    f"{file}: missing or damaged; remove {folder} and the same command "
                     "trains the float model again"
                 )
 

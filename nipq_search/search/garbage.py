@@ -15,7 +15,6 @@ from nipq_search.search.lease import driver_lease
 from nipq_search.search.storage_lease import study_lease
 from nipq_search.search.strategy import STRATEGIES, Finished
 from nipq_search.search.sweep import Sweep
-from nipq_search.train.trial import MODEL_FILE
 
 _OPEN = ("RUNNING", "WAITING")
 
@@ -114,5 +113,6 @@ def _garbage(folder: Path, record: TrialRecord, kept: bool) -> list[Path]:
     """What of a trial's folder can go."""
     if record.state in _OPEN:
         return []
-    candidates = [folder / "checkpoints"] + ([] if kept else [folder / MODEL_FILE])
-    return [path for path in candidates if path.is_dir() or blobs.exists(path)]
+    checkpoints = folder / "checkpoints"
+    models = jobs.models(folder, spare=kept)
+    return [checkpoints, *models] if checkpoints.is_dir() else models

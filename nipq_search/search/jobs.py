@@ -1,7 +1,9 @@
 """A job is one training: the float model's, a baseline's or a trial's. Workers run it.
 
 A job owns a folder. Each start is an attempt with a folder of its own below it; what it did is
-final once `result.json` is there, whole. Nothing is reported before that.
+final once `result.json` is there, whole, with the model beside it. Nothing is reported before
+that. An attempt ends with its own `result.json`, or with one by which the next attempt takes the
+job over. There is room for one, so a process that comes back late changes nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nipq_search import storage
+from nipq_search import blobs, storage
 from nipq_search.records import CurvePoint
+from nipq_search.train.trial import MODEL_FILE
 
 COMPLETE, FAIL = "COMPLETE", "FAIL"
 RESULT, STARTED, STOPPED, LOST, PROGRESS, CURVE, LOG, TRACEBACK, HANG = (
@@ -33,6 +36,7 @@ RESULT, STARTED, STOPPED, LOST, PROGRESS, CURVE, LOG, TRACEBACK, HANG = (
 HANGS_ALLOWED = 2
 NODE = "node"
 """Cause of an attempt's end that is never the job's fault; see `nipq_search.search.faults`."""
+_TAKEN_OVER = {"state": "TAKEN_OVER"}
 SCORES = "sensitivity"
 """Kind of the job that measures how much the loss grows with each tensor's bit-width."""
 
@@ -111,9 +115,36 @@ def committed(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def model_file(folder: Path) -> Path:
+    """Where the trained model of a job lies, if it is there: beside the record that counts."""
+    for attempt in reversed(attempts(folder)):
+        if storage.read_sealed(attempt / RESULT) is not None:
+            return attempt / MODEL_FILE
+    return folder / "attempt-1" / MODEL_FILE
+
+
+def models(folder: Path, *, spare: bool = False) -> list[Path]:
+    """Models of all attempts; or only those that a whole record says are not the job's.
+
+    An attempt that was killed before its record leaves one, and one that came too late.
+    """
+    found = [attempt / MODEL_FILE for attempt in attempts(folder)]
+    if spare:
+        counts = model_file(folder) if committed(folder) else None
+        found = [model for model in found if counts not in (None, model)]
+    return [model for model in found if blobs.exists(model)]
+
+
 def rung_file(folder: Path, rung: int) -> Path:
     """Where a trial's figures at a rung stand."""
     return folder / f"rung-{rung}.json"
+
+
+def note_rung(folder: Path, rung: int, measured: dict[str, Any]) -> None:
+    """Write down what a trial measured at a rung; the first whole record stays."""
+    file = rung_file(folder, rung)
+    if not storage.seal_once(file, measured) and storage.read_sealed(file) is None:
+        storage.write_sealed(file, measured)
 
 
 def rungs(folder: Path) -> list[dict[str, Any]]:
@@ -124,18 +155,28 @@ def rungs(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+class Committed(Exception):
+    """An attempt has finished the job meanwhile."""
+
+
 def open_attempt(job: Job, node: str | None = None) -> Path:
     """Make the next attempt's folder; the name can be taken only once.
 
-    From here on earlier attempts are superseded: one whose process was only out of reach ends.
+    From here on earlier attempts are superseded: one whose process was only out of reach ends, and
+    can commit nothing.
+
+    Raises:
+        Committed: an earlier attempt was faster; a `test` job is run again all the same.
     """
-    number = len(attempts(job.folder)) + 1
     while True:
-        folder = job.folder / f"attempt-{number}"
+        earlier = attempts(job.folder)
+        if earlier and not _close(earlier[-1]) and job.kind != "test":
+            raise Committed
+        last = int(earlier[-1].name.removeprefix("attempt-")) if earlier else 0
+        folder = job.folder / f"attempt-{last + 1}"
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            number += 1
             continue
         storage.write_json(
             folder / STARTED,
@@ -160,10 +201,23 @@ def _hung(attempt: Path) -> bool:
     return marker.exists() and marker.stat().st_size > 0
 
 
+def _close(attempt: Path) -> bool:
+    """Take the place of an attempt's record; whether it has none, and will never have one."""
+    file = attempt / RESULT
+    closed = storage.write_once(file, storage.as_json(_TAKEN_OVER))
+    return closed or storage.read_sealed(file) is None  # closed before, or damaged
+
+
 def superseded(attempt: Path) -> bool:
-    """Whether the job was given to a later attempt."""
-    number = int(attempt.name.removeprefix("attempt-"))
-    return (attempt.parent / f"attempt-{number + 1}").exists()
+    """Whether the job of an attempt without a record was given to a later one."""
+    return (attempt / RESULT).exists()
+
+
+def _has_ended(attempt: Path) -> bool:
+    """Whether an attempt left an end of its own, be it damaged."""
+    if (attempt / STOPPED).exists() or _hung(attempt):
+        return True
+    return (attempt / RESULT).exists() and storage.read_json(attempt / RESULT) != _TAKEN_OVER
 
 
 def silent_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -174,8 +228,7 @@ def silent_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]
     found = []
     for attempt in attempts(folder):
         started = storage.read_json(attempt / STARTED) or {}
-        ended = (attempt / RESULT).exists() or (attempt / STOPPED).exists() or _hung(attempt)
-        if started.get("run") == run and not ended:
+        if started.get("run") == run and not _has_ended(attempt):
             found.append((attempt, started))
     return found
 
@@ -214,9 +267,13 @@ def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
     return None
 
 
-def commit(attempt: Path, record: dict[str, Any]) -> None:
-    """Write the result record: from here on the job is done."""
-    storage.write_sealed(attempt / RESULT, record)
+def commit(attempt: Path, record: dict[str, Any]) -> bool:
+    """Write the result record: from here on the job is done.
+
+    Returns:
+        False where a later attempt has taken the job over; nothing is written then.
+    """
+    return storage.seal_once(attempt / RESULT, record)
 
 
 def samples_processed(folder: Path) -> int:

@@ -17,13 +17,12 @@ from nipq_search.errors import UserError
 from nipq_search.records import SCHEMA
 from nipq_search.search import jobs
 from nipq_search.search.config import parse_config
-from nipq_search.search.jobs import Job, committed, job_folder
+from nipq_search.search.jobs import Job, committed, job_folder, model_file
 from nipq_search.search.members import leading
 from nipq_search.search.run import load_task
 from nipq_search.search.sweep import Sweep
 from nipq_search.search.worker import train_spec, training_device
 from nipq_search.train import Hooks, train
-from nipq_search.train.trial import MODEL_FILE
 
 COMPARED = ("model_sha256", "metrics", "cost", "bits", "steps")
 """What a replay has in common with its trial, first of all the digest of the model."""
@@ -110,6 +109,6 @@ def _check_start(job: Job) -> None:
     """Raise `UserError` where the models that a trial starts from are not there."""
     wanted = [("float", 0)] + ([] if job.parent is None else [("trial", job.parent)])
     for kind, number in wanted:
-        file = job_folder(Path(job.out), kind, number) / MODEL_FILE
+        file = model_file(job_folder(Path(job.out), kind, number))
         if not blobs.can_be_read(file):
             raise UserError(f"{file}: the trial started from it, and it is gone")

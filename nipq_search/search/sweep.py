@@ -25,12 +25,12 @@ from nipq_search.search.databases import (
     open_storage,
     storage_url,
 )
-from nipq_search.search.jobs import committed, job_folder
+from nipq_search.search.jobs import committed, job_folder, model_file
 from nipq_search.search.lease import live_driver
 from nipq_search.search.space import split
 from nipq_search.tasks import make_task
 from nipq_search.train import TrainSpec
-from nipq_search.train.trial import MODEL_FILE, load_trained
+from nipq_search.train.trial import load_trained
 
 if TYPE_CHECKING:
     import pandas
@@ -157,8 +157,8 @@ class Sweep:
     def model_file(self, trial: int) -> Path | None:
         """File of a trial's trained model; None while there is none."""
         folder = job_folder(self.folder, "trial", trial)
-        there = committed(folder) and blobs.exists(folder / MODEL_FILE)
-        return folder / MODEL_FILE if there else None
+        file = model_file(folder)
+        return file if committed(folder) and blobs.exists(file) else None
 
     def load_model(self, trial: int) -> nn.Module:
         """The trained model of a COMPLETE trial, hard-quantized, in evaluation mode on the CPU.

@@ -23,14 +23,13 @@ from nipq_search.search.facts import Facts
 from nipq_search.search.front import default_reference, non_dominated
 from nipq_search.search.gaps import Axes
 from nipq_search.search.halving import Standing, to_promote
-from nipq_search.search.jobs import Job, committed, job_folder, rungs
+from nipq_search.search.jobs import Job, committed, job_folder, model_file, rungs
 from nipq_search.search.ledger import BUDGET, Asked, Ledger, Refused
 from nipq_search.search.news import News, is_foreign
 from nipq_search.search.sampler import RUNGS
 from nipq_search.search.space import split
 from nipq_search.search.strategy import STRATEGIES, Finished, Seen, Target
 from nipq_search.train.checkpoint import remove_checkpoints
-from nipq_search.train.trial import MODEL_FILE
 
 TARGET = "budget_"
 """Begins the attributes that hold a trial's absolute targets."""
@@ -285,13 +284,13 @@ class Trials:
         noted = known.get("parent")
         if "parent" in known and noted is None:
             return None
-        if noted is not None and blobs.can_be_read(self._folder(int(noted)) / MODEL_FILE):
+        if noted is not None and blobs.can_be_read(model_file(self._folder(int(noted)))):
             return int(noted)
         finished, gone = self._finished(), set[int]()
         while True:
             usable = [t for t in finished if budget.keys() <= t.cost.keys()]
             parent = self.strategy.parent(budget, usable)
-            if parent is None or blobs.can_be_read(self._folder(parent) / MODEL_FILE):
+            if parent is None or blobs.can_be_read(model_file(self._folder(parent))):
                 return parent
             gone.add(parent)  # `gc` freed its model, and it chose among all trials
             finished = [t for t in self._ended if t.number not in gone]

@@ -42,7 +42,7 @@ HALT = "HALT "
 
 def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
     """What the training loop is asked to do for a job."""
-    float_file = job_folder(Path(job.out), "float", 0) / MODEL_FILE
+    float_file = jobs.model_file(job_folder(Path(job.out), "float", 0))
     if job.kind == "float":
         training = config.float_model.as_training()
         file = config.float_model.checkpoint
@@ -77,7 +77,7 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
             noise_share=training.noise_share * factor,
         )
     if job.parent is not None:
-        parent = job_folder(Path(job.out), "trial", job.parent) / MODEL_FILE
+        parent = jobs.model_file(job_folder(Path(job.out), "trial", job.parent))
     return TrainSpec(
         train=training,
         seed=job.seed,
@@ -136,7 +136,7 @@ class _Reporter:
         )
 
     def fence(self) -> None:
-        """The model is another attempt's by now: leave it alone."""
+        """The job is another attempt's by now: leave its checkpoints alone."""
         if jobs.superseded(self.attempt):
             raise Interrupted
 
@@ -185,7 +185,10 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     if gave_up:
         faults.await_nodes(job.folder, job.run)
         gave_up = _give_up(job, limits.max_failures, limits.trial_minutes)
-    attempt = jobs.open_attempt(job, faults.own_node())
+    try:
+        attempt = jobs.open_attempt(job, faults.own_node())
+    except jobs.Committed:
+        return _attempt(job, task, report)
     if gave_up:
         jobs.commit(attempt, _failure(job, gave_up))
         return jobs.FAIL
@@ -205,7 +208,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
             metrics = {name: v for name, v in paused.metrics.items() if math.isfinite(v)}
             reporter.write()
             measured = {"metrics": metrics, "samples": paused.samples}
-            storage.write_sealed(jobs.rung_file(job.folder, job.rung), measured)
+            jobs.note_rung(job.folder, job.rung, measured)
             storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
             return "PAUSED"
         except Interrupted:
@@ -223,12 +226,14 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     reporter.write()
     record["seconds"] = jobs.seconds_spent(job.folder)
     record["threads"], record["workers"] = threads, config.resources.processes
-    if jobs.superseded(attempt):
+    if not jobs.commit(attempt, record):
+        blobs.remove(attempt / MODEL_FILE)
         storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
         return "SUPERSEDED"
-    jobs.commit(attempt, record)
     if job.kind != "test":
         remove_checkpoints(job.folder / "checkpoints")
+        for spare in jobs.models(job.folder, spare=True):
+            blobs.remove(spare)
     return str(record["state"])
 
 
@@ -273,7 +278,7 @@ def _run_training(
         on_epoch=reporter.on_epoch,
         on_samples=reporter.on_samples,
         should_stop=reporter.should_stop,
-        before_model=reporter.fence,
+        before_write=reporter.fence,
     )
     together = leading(
         task,
@@ -285,7 +290,7 @@ def _run_training(
         log=reporter.attempt,
     )
     with together as team:
-        result = train(task, spec, job.folder, device, hooks, team)
+        result = train(task, spec, job.folder, device, hooks, team, reporter.attempt)
     name = task.metric[0]
     if name not in result.metrics:
         raise UserError(f"evaluate() returned no '{name}'{nearest(name, result.metrics)}")
@@ -293,7 +298,7 @@ def _run_training(
         raise ValueError(f"the validation {name} is {value}")
     record = _record(job, config, result)
     if spec.quant is not None:
-        model = load_trained(task, spec, job.folder / MODEL_FILE, device)
+        model = load_trained(task, spec, reporter.attempt / MODEL_FILE, device)
         graph = quant_state(model).graph
         record["layers"] = layer_rows(graph, hard_bits(model))
     return record
@@ -353,7 +358,7 @@ def _run_test(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) ->
             continue
         try:
             spec = train_spec(config, subject)
-            model = load_trained(task, spec, subject.folder / MODEL_FILE, device)
+            model = load_trained(task, spec, jobs.model_file(subject.folder), device)
             metrics = evaluate(task, model, "test")
         except Exception as error:
             traceback.print_exc()

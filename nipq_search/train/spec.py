@@ -94,10 +94,11 @@ class Hooks:
         on_epoch: a point of the learning curve.
         on_samples: training samples just processed.
         should_stop: asked after every step.
-        before_model: called before the trained model is written; may raise `Interrupted`.
+        before_write: called before a checkpoint or the trained model is written; may raise
+            `Interrupted`.
     """
 
     on_epoch: Callable[[CurvePoint], None] = lambda point: None
     on_samples: Callable[[int], None] = lambda count: None
     should_stop: Callable[[], bool] = lambda: False
-    before_model: Callable[[], None] = lambda: None
+    before_write: Callable[[], None] = lambda: None

@@ -180,11 +180,12 @@ def train(
     device: torch.device,
     hooks: Hooks | None = None,
     team: Team = ALONE,
+    model_folder: Path | None = None,
 ) -> TrainResult:
     """Train to the end, or continue what an earlier call in `folder` began.
 
-    Writes checkpoints below `folder/checkpoints` and the model to `folder/model.pt`. The caller
-    removes the checkpoints once the result is safe.
+    Writes checkpoints below `folder/checkpoints` and the model, as `model.pt`, to its folder. The
+    caller removes the checkpoints once the result is safe.
 
     Args:
         task: model and data.
@@ -193,6 +194,7 @@ def train(
         device: where to train.
         hooks: reports and stop requests; of several processes the leader's are heard.
         team: the processes that train together; each calls this.
+        model_folder: where the model is to lie, if not in `folder`.
 
     Raises:
         Released: this process does not lead: its part is done.
@@ -203,16 +205,22 @@ def train(
     """
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
-        return _train(task, spec, folder, device, hooks or Hooks(), team)
+        return _train(task, spec, folder, device, hooks or Hooks(), team, model_folder or folder)
 
 
 def _train(
-    task: Task, spec: TrainSpec, folder: Path, device: torch.device, hooks: Hooks, team: Team
+    task: Task,
+    spec: TrainSpec,
+    folder: Path,
+    device: torch.device,
+    hooks: Hooks,
+    team: Team,
+    model_folder: Path,
 ) -> TrainResult:
     model = load_float(task, spec.float_model, spec.seed, device)
     if spec.quant is None and spec.float_model is not None:
         _only_leader(team)
-        return _finish(task, spec, folder, model, device, Counts(), hooks)
+        return _finish(task, spec, model_folder, model, device, Counts(), hooks)
     loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 0))
     batches = steps_in(loader)
     schedule = _schedule(spec, batches)
@@ -262,13 +270,13 @@ def _train(
         count()  # before what is reported is saved
         hooks.on_epoch(point)
 
+    def save(state: dict[str, Any]) -> None:
+        hooks.before_write()
+        save_checkpoint(folder / "checkpoints", trainer.step, state, spec.home)
+
     try:
         finished = trainer.step < pause and trainer.run(
-            on_epoch=on_epoch,
-            save=lambda state: save_checkpoint(
-                folder / "checkpoints", trainer.step, state, spec.home
-            ),
-            should_stop=stop,
+            on_epoch=on_epoch, save=save, should_stop=stop
         )
     finally:
         count()  # samples of a step that failed too
@@ -279,7 +287,7 @@ def _train(
         raise Interrupted
     trainer.use_average()
     counts = Counts(samples=trainer.samples, steps=trainer.step, history=tuple(trainer.history))
-    result = _finish(task, spec, folder, model, device, counts, hooks)
+    result = _finish(task, spec, model_folder, model, device, counts, hooks)
     hooks.on_samples(result.samples - counted)
     return result
 
@@ -364,7 +372,7 @@ def _finish(
     with arithmetic(spec.train.precision, device):
         metrics = evaluate(task, model, "validation")
     data = to_bytes({"model": model.state_dict()})
-    hooks.before_model()
+    hooks.before_write()
     blobs.write(folder / MODEL_FILE, data, spec.home)
     return TrainResult(
         metrics=metrics,

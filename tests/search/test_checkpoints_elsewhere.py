@@ -118,7 +118,7 @@ def test_sealed_pointers_are_the_only_ones(tmp_path, s3):
     """A pointer that somebody changed counts as none."""
     config = make_config(checkpoints=s3.home, search__trials=1, search__baselines=[])
     run_here(config, tmp_path / "sweep")
-    pointer = tmp_path / "sweep/trials/0/model.pt.at"
+    pointer = tmp_path / "sweep/trials/0/attempt-1/model.pt.at"
     document = storage.read_sealed(pointer)
     storage.write_json(pointer, document | {"uri": "s3://elsewhere/x"})
     with pytest.raises(UserError, match="no trained model"):

@@ -83,7 +83,11 @@ def test_only_what_nothing_needs_goes_and_the_sweep_goes_on(sweep_copy, capsys):
     gone = before - sizes(sweep_copy)
     freed = {entry["path"] for entry in done["freed"]}
     assert all(any(file == path or file.startswith(path + "/") for path in freed) for file in gone)
-    assert {"trials/0/checkpoints", "trials/5/model.pt", "trials/6/model.pt"} <= freed
+    assert {
+        "trials/0/checkpoints",
+        "trials/5/attempt-1/model.pt",
+        "trials/6/attempt-1/model.pt",
+    } <= freed
     assert main(["gc", str(sweep_copy)]) == 0
     assert "0 bytes freed" in capsys.readouterr().out
 
@@ -101,7 +105,7 @@ def test_only_what_nothing_needs_goes_and_the_sweep_goes_on(sweep_copy, capsys):
 def test_a_freed_model_says_so_and_is_no_parent(sweep_copy):
     sweep = Sweep.open(sweep_copy)
     for trial in sweep.trials():
-        (sweep_copy / f"trials/{trial.trial}/model.pt").unlink()
+        (sweep_copy / f"trials/{trial.trial}/attempt-1/model.pt").unlink()
     with pytest.raises(UserError, match="no trained model .`nipq-search gc` freed it"):
         sweep.load_model(0)
     run_here(make_config(search__strategy="fill", search__trials=6), sweep_copy)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,6 +15,7 @@ from nipq_search import storage
 from nipq_search.records import CurvePoint
 from nipq_search.search import jobs
 from nipq_search.search.jobs import Job
+from nipq_search.train.trial import MODEL_FILE
 
 
 def job_in(out, kind="trial", number=3, run="one"):
@@ -58,10 +63,81 @@ def test_a_record_counts_once_it_is_whole(tmp_path):
     job = job_in(tmp_path)
     first, second = jobs.open_attempt(job), jobs.open_attempt(job)
     assert jobs.committed(job.folder) is None
-    jobs.commit(first, {"state": "COMPLETE", "metrics": {"accuracy": 0.5}})
-    assert jobs.committed(job.folder)["metrics"] == {"accuracy": 0.5}
     (second / jobs.RESULT).write_text('{"state": "COMPLETE"')
+    assert jobs.committed(job.folder) is None
+    third = jobs.open_attempt(job)
+    assert jobs.commit(third, {"state": "COMPLETE", "metrics": {"accuracy": 0.5}})
     assert jobs.committed(job.folder)["metrics"] == {"accuracy": 0.5}
+    assert jobs.model_file(job.folder) == third / MODEL_FILE
+    assert not jobs.commit(first, {"state": "FAIL"}) and not jobs.superseded(job.folder / "none")
+    assert jobs.committed(job.folder)["metrics"] == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_attempt_ends_by_its_own_record_or_by_the_next_attempt(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", without_links)
+    job = job_in(tmp_path)
+    first = jobs.open_attempt(job)
+    second = jobs.open_attempt(job)
+    assert jobs.superseded(first) and not jobs.superseded(second)
+    assert not jobs.commit(first, {"state": "COMPLETE"}) and jobs.committed(job.folder) is None
+    assert jobs.commit(second, {"state": "COMPLETE"})
+    with pytest.raises(jobs.Committed):
+        jobs.open_attempt(job)
+    assert jobs.attempts(job.folder) == [first, second]
+    # What reads the test split is run again whenever the front has changed.
+    again = job_in(tmp_path, "test", 0)
+    assert jobs.commit(jobs.open_attempt(again), {"state": "COMPLETE"})
+    assert jobs.open_attempt(again).name == "attempt-2"
+
+
+def without_links(*args):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_of_a_commit_and_a_take_over_at_once_one_wins(tmp_path):
+    """Whoever comes first: there is a record, or there is a next attempt, and never both."""
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(100):
+            job = job_in(tmp_path, number=number)
+            attempt, gate = jobs.open_attempt(job), threading.Barrier(2)
+
+            def commit(attempt=attempt, gate=gate):
+                gate.wait()
+                return jobs.commit(attempt, {"state": "COMPLETE"})
+
+            def take_over(job=job, gate=gate):
+                gate.wait()
+                try:
+                    return bool(jobs.open_attempt(job))
+                except jobs.Committed:
+                    return False
+
+            done, taken = pool.submit(commit), pool.submit(take_over)
+            assert done.result() != taken.result()
+            assert (jobs.committed(job.folder) is not None) == done.result()
+            assert len(jobs.attempts(job.folder)) == 1 + taken.result()
+
+
+def test_models_beside_no_record_are_spare(tmp_path):
+    job = job_in(tmp_path)
+    opened = [jobs.open_attempt(job) for _ in range(3)]
+    for attempt in opened:
+        (attempt / MODEL_FILE).write_bytes(b"weights")
+    assert jobs.models(job.folder, spare=True) == [], "nobody knows yet which one counts"
+    jobs.commit(opened[-1], {"state": "COMPLETE"})
+    assert jobs.models(job.folder, spare=True) == [a / MODEL_FILE for a in opened[:2]]
+    assert len(jobs.models(job.folder)) == 3
+
+
+def test_the_first_figures_of_a_rung_stay_unless_they_are_damaged(tmp_path):
+    jobs.note_rung(tmp_path, 0, {"samples": 1})
+    jobs.note_rung(tmp_path, 0, {"samples": 2})
+    assert jobs.rungs(tmp_path) == [{"samples": 1}]
+    jobs.rung_file(tmp_path, 0).write_text("{")
+    jobs.note_rung(tmp_path, 0, {"samples": 3})
+    assert jobs.rungs(tmp_path) == [{"samples": 3}]
 
 
 def test_an_altered_record_is_no_record(tmp_path):

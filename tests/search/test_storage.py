@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -34,6 +35,42 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(step, tmp_path, mo
         storage.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("refusal", [None, errno.EPERM, errno.EOPNOTSUPP])
+def test_of_several_writers_the_first_one_wins(refusal, tmp_path, monkeypatch):
+    def no_links(*args):
+        raise OSError(refusal, os.strerror(refusal))
+
+    if refusal is not None:
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "new" / "file"
+    assert storage.write_once(path, b"one")
+    assert not storage.write_once(path, b"two")
+    assert path.read_bytes() == b"one" and path.stat().st_mode & 0o777 == 0o644
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_a_link_whose_answer_got_lost_was_made(tmp_path, monkeypatch):
+    """An NFS client repeats what was not answered, and is told then that the name is taken."""
+    link = os.link
+
+    def twice(source, target):
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", twice)
+    assert storage.write_once(tmp_path / "file", b"one")
+
+
+def test_a_full_disk_is_no_lost_race(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(OSError, match="No space"):
+        storage.write_once(tmp_path / "file", b"one")
+    assert os.listdir(tmp_path) == []
 
 
 def test_nan_is_refused_before_anything_is_written(tmp_path):

@@ -146,7 +146,7 @@ import signal
 from nipq_search import storage
 from nipq_search.tasks.digits import Digits
 
-write = storage.write_bytes
+write, write_once = storage.write_bytes, storage.write_once
 
 
 class Doomed(Digits):
@@ -157,18 +157,22 @@ class Doomed(Digits):
         self.file, self.mark, self.after = file, mark, after
 
     def build_model(self):  # in the worker: tasks travel without their construction
-        def killing(path, data):
-            doomed = path.name == self.file and "trials" in path.parts
-            doomed = doomed and not os.path.exists(self.mark)
-            if doomed:
-                open(self.mark, "w").close()
-            if doomed and not self.after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(path, data)
-            if doomed:
-                os.kill(os.getpid(), signal.SIGKILL)
+        def killing(write):
+            def around(path, data):
+                doomed = path.name == self.file and "trials" in path.parts
+                doomed = doomed and not os.path.exists(self.mark)
+                if doomed:
+                    open(self.mark, "w").close()
+                if doomed and not self.after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                written = write(path, data)
+                if doomed:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return written
 
-        storage.write_bytes = killing
+            return around
+
+        storage.write_bytes, storage.write_once = killing(write), killing(write_once)
         return super().build_model()
 
 '''

@@ -76,7 +76,7 @@ def test_a_whole_sweep_of_real_trainings(bench, task):
     for trial in trials:
         folder = bench.out / "trials" / str(trial.number)
         assert (folder / TEST_FILE).exists() == (trial.number in front)
-        assert (folder / MODEL_FILE).exists() and not (folder / "checkpoints").exists()
+        assert jobs.model_file(folder).exists() and not (folder / "checkpoints").exists()
         record = jobs.committed(folder)
         budget = bench.facts.budgets[trial.params["budget"]]
         assert trial.values[1] == record["cost"]["bops"] <= budget.targets["bops"]
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_the_trial_open_and_ends_the_sweep(bench, task):
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_float_model_fails_no_trial(damage, bench, task):
     run(bench, task)
-    file = bench.out / "float" / MODEL_FILE
+    file = jobs.model_file(bench.out / "float")
     if damage == "missing":
         file.unlink()
     else:
@@ -263,7 +263,7 @@ def test_one_damaged_model_does_not_keep_the_others_from_the_test_split(bench, t
     for path in bench.out.rglob(TEST_FILE):
         path.unlink()
     broken = min(coordinator.front())
-    (bench.out / "trials" / str(broken) / MODEL_FILE).write_bytes(b"garbage")
+    jobs.model_file(bench.out / "trials" / str(broken)).write_bytes(b"garbage")
     run(bench, task)
     found = {path.parent.name for path in bench.out.rglob(TEST_FILE)}
     assert "float" in found and str(broken) not in found
@@ -279,23 +279,48 @@ def test_a_metric_that_evaluate_does_not_return_stops_at_the_float_model(bench, 
     assert list(seen) == ["float"]
 
 
-def test_an_attempt_that_was_superseded_leaves_the_model_alone(bench, task, monkeypatch):
-    """It was out of reach, and another one has finished: neither model nor record are its own."""
+@pytest.mark.parametrize("place", ["evaluation", "model", "record"])
+def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch, place):
+    """Its process was stopped somewhere near its end, and another one has finished meanwhile."""
     coordinator = bench.open()
     job = coordinator.next_job()
+    evaluate, write, write_once = task.evaluate, storage.write_bytes, storage.write_once
+    after: list[dict[str, bytes]] = []
 
-    def evaluate(model, split):
-        if len(jobs.attempts(job.folder)) == 1:
-            monkeypatch.undo()
+    def stopped(here):
+        if here and not after:
+            after.append({})
             with torch.enable_grad():  # in a process of its own
                 assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
-        return Digits.evaluate(task, model, split)
+            after[0] |= contents(job.folder / "attempt-2")
 
-    monkeypatch.setattr(task, "evaluate", evaluate)
+    def stopped_evaluate(model, split):
+        stopped(place == "evaluation")
+        return evaluate(model, split)
+
+    def stopped_write(path, data):
+        stopped(place == "model" and path.name == MODEL_FILE)
+        return write(path, data)
+
+    def stopped_write_once(path, data):
+        stopped(place == "record" and path.name == jobs.RESULT)
+        return write_once(path, data)
+
+    monkeypatch.setattr(task, "evaluate", stopped_evaluate)
+    monkeypatch.setattr(storage, "write_bytes", stopped_write)
+    monkeypatch.setattr(storage, "write_once", stopped_write_once)
     monkeypatch.setattr(jobs, "superseded", lambda attempt: False)  # not noticed while it trains
-    assert execute(job, task, lambda report: None) in ("STOPPED", "SUPERSEDED")
+    assert execute(job, task, lambda report: None) == "SUPERSEDED"
     first, second = jobs.attempts(job.folder)
-    assert not (first / jobs.RESULT).exists() and (second / jobs.RESULT).exists()
-    assert (first / jobs.STOPPED).exists()
+    assert after == [contents(second)] and {jobs.RESULT, MODEL_FILE} <= after[0].keys()
+    assert (first / jobs.STOPPED).exists() and not (first / MODEL_FILE).exists()
     record = jobs.committed(job.folder)
-    assert storage.digest((job.folder / MODEL_FILE).read_bytes()) == record["model_sha256"]
+    assert record == storage.read_sealed(second / jobs.RESULT) and record["attempts"] == 2
+    model = jobs.model_file(job.folder)
+    assert model.parent == second and storage.digest(model.read_bytes()) == record["model_sha256"]
+    assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+    assert jobs.attempts(job.folder) == [first, second]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

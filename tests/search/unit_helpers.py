@@ -160,7 +160,7 @@ class Bench:
         }
         if reason is None:
             model = job.name.encode()
-            storage.write_bytes(job.folder / MODEL_FILE, model)
+            storage.write_bytes(jobs.attempts(job.folder)[-1] / MODEL_FILE, model)
             record |= {
                 "model_sha256": storage.digest(model),
                 "metrics": {"accuracy": accuracy, "loss": 1 - accuracy},

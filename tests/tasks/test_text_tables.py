@@ -96,7 +96,11 @@ def test_another_encoding(tmp_path):
         ("t.txt", b"a,b\n", "ends in none of .csv, .tsv, .tab, .parquet"),
         ("t.csv.bz2", b"text,label\n", "cannot be decompressed as .bz2"),
         ("t.csv.gz", b"text,label\n", "cannot be decompressed as .gz"),
-        ("t.csv.gz", gzip.compress(b"text,label\n", mtime=0)[:-9], "cannot be decompressed as .gz"),
+        (
+            "t.csv.gz",
+            gzip.compress(b"text,label\n", mtime=0)[:-9],
+            "cannot be decompressed as .gz",
+        ),
         ("t.parquet", b"PAR1", "cannot be read as a table"),
         ("t.csv", b"text,label\n", "t.csv has columns and no rows"),
         ("t.csv", b"text,text,label\na,b,1\n", "args.text: .* has 2 columns 'text'"),

@@ -200,9 +200,7 @@ class MlflowRecorder:
                 fix = ""
                 if self._uri == server.own_uri(self._out):
                     fix = "; if it stays so, remove mlflow.db and the same command writes it again"
-                log.warning(
-                    "MLflow is not up to date, the search goes on: %s%s", _line(error), fix
-                )
+                log.warning("MLflow is not up to date, nothing is lost: %s%s", _line(error), fix)
             self._away = True
         else:
             if self._away:

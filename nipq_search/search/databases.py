@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -15,6 +16,8 @@ from optuna.storages.journal import JournalFileBackend
 from nipq_search.errors import UserError
 
 JOURNAL, DATABASE = "study.log", "study.db"
+IDENTITY = "identity"
+"""Study attribute: what tells a study from others of the same name; `study` in `facts.json`."""
 _SILENCE = {
     "connect_timeout": 10,
     # A server that vanishes without a word, as behind a cut cable, would hold a query for minutes.
@@ -79,6 +82,25 @@ def open_storage(folder: Path) -> BaseStorage:
                 f"({' '.join(str(error).split())[:120]}); restore the file from a copy: without "
                 "the line, the study loses what it says of a trial"
             ) from error
+
+
+def check_study(study: optuna.Study, folder: Path, known: str | None) -> None:
+    """Check that a study is the one whose trials lie in a folder.
+
+    Args:
+        study: as the environment or the folder has it.
+        folder: the sweep's.
+        known: identity of the study with which the folder was made; None where nobody noted it.
+
+    Raises:
+        UserError: it is another study of the same name.
+    """
+    own = json.loads(study.user_attrs.get(IDENTITY, "null"))
+    if known is not None and own != known:
+        raise UserError(
+            f"{folder}: holds trials of another study; give another folder, or the "
+            "NIPQ_STORAGE_URL that the sweep began with (unset for the folder's own study)"
+        )
 
 
 def _damaged(journal: Path) -> str:

@@ -28,7 +28,13 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.errors import UserError
-from nipq_search.search.databases import JOURNAL, close_storage, open_storage, storage_url
+from nipq_search.search.databases import (
+    JOURNAL,
+    check_study,
+    close_storage,
+    open_storage,
+    storage_url,
+)
 from nipq_search.search.journal import free_journal, mend_journal
 from nipq_search.search.patience import patient
 from nipq_search.search.sampler import LEARN_BY_REGRET, SAMPLERS, ByRegret, History
@@ -153,11 +159,11 @@ class Ledger:
             close_storage(self._storage)
 
     @classmethod
-    def load(cls, folder: Path, name: str) -> Ledger:
+    def load(cls, folder: Path, name: str, identity: str | None = None) -> Ledger:
         """A study that is there already, to be read; it proposes nothing.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or another one than the folder's; see `check_study`.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage = open_storage(folder)
@@ -166,6 +172,7 @@ class Ledger:
         except KeyError as error:
             close_storage(storage)
             raise UserError(f"{folder}: its study '{name}' is gone; restore it") from error
+        check_study(study, folder, identity)
         return cls(study, space={}, sampler="random", seed=0, storage=storage)
 
     def remember(self, key: str, value: Any) -> None:

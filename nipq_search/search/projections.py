@@ -148,10 +148,11 @@ def sync(out: Path) -> dict[str, Any]:
         UserError: a driver is running the sweep, or it is not a sweep.
         RuntimeError: the server does not answer, or took only a part.
     """
-    config = parse_config(dict(Sweep.open(out).config))
+    sweep = Sweep.open(out)
+    config = parse_config(dict(sweep.config))
     with driver_lease(out.absolute()) as token, study_lease(config.name, token):
         shown = Projections(out.absolute(), config)
-        ledger = Ledger.load(out.absolute(), config.name)
+        ledger = Ledger.load(out.absolute(), config.name, sweep.facts.get("study"))
         try:
             trials, ended = ledger.trials(), str(ledger.recall(ENDED) or "KILLED")
         finally:

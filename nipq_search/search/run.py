@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from nipq_search.search import view
 from nipq_search.search.code import sources
 from nipq_search.search.config import SweepConfig, check_resume, load_config, parse_config
 from nipq_search.search.coordinator import Coordinator
-from nipq_search.search.databases import DATABASE, storage_url
+from nipq_search.search.databases import DATABASE, IDENTITY, check_study, storage_url
 from nipq_search.search.driver import Driver
 from nipq_search.search.executor import Executor, TuneExecutor, check_machine, ray_cluster
 from nipq_search.search.facts import Facts, gather
@@ -167,13 +168,14 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
         seed=config.seed,
     )
     before = ledger.recall("config")
-    if ledger.trials() or any(out.glob("**/attempt-*")):
-        if before is None and any(out.glob("**/attempt-*")):
-            # Jobs are numbered by their study: those of another one would count as this one's.
-            raise UserError(
-                f"--out {out}: holds trials of another study; give another folder, or the "
-                "NIPQ_STORAGE_URL that the sweep began with"
-            )
+    begun = any(out.glob("**/attempt-*"))
+    if begun:
+        # Jobs are numbered by their study: those of another one would count as this one's.
+        known = storage.read_json(out / FACTS_FILE)
+        identity = known.get("study") if isinstance(known, dict) else None
+        gone = "a study that is gone" if before is None else None
+        check_study(ledger.study, out, identity or gone)
+    if begun or ledger.trials():
         if before is not None:
             _check_same(ledger, config, data, out)
         facts = gather(config, task, ledger.recall("budgets"))
@@ -184,7 +186,9 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
     ledger.remember("budgets", [dict(b.entry) for b in facts.budgets])
     ledger.remember("dataset", data)
     ledger.remember("config", config.as_json())
-    storage.write_json(out / FACTS_FILE, {**facts.as_json(), "dataset": data})
+    identity = ledger.recall(IDENTITY) or uuid.uuid4().hex
+    ledger.remember(IDENTITY, identity)
+    storage.write_json(out / FACTS_FILE, {**facts.as_json(), "dataset": data, "study": identity})
     text = yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True)
     storage.write_bytes(out / SWEEP_FILE, text.encode())
     return ledger, facts

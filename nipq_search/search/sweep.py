@@ -21,6 +21,7 @@ from nipq_search.search.config import parse_config
 from nipq_search.search.databases import (
     DATABASE,
     JOURNAL,
+    check_study,
     close_storage,
     open_storage,
     storage_url,
@@ -96,6 +97,7 @@ class Sweep:
         storage = open_storage(self.folder)
         try:
             study = optuna.load_study(study_name=self.config["name"], storage=storage)
+            check_study(study, self.folder, self.facts.get("study"))
             found = study.get_trials(deepcopy=False)
         except KeyError:
             return []

@@ -175,3 +175,21 @@ def test_a_record_that_is_gone_is_told(sweep_copy):
     (sweep_copy / "trials/2/attempt-1/result.json").write_text('{"garb')
     run_here(config, sweep_copy, progress=Listening())
     assert sum("the records of 2 finished trials (1, 2) are gone" in text for text in said) == 1
+
+
+def test_another_study_of_the_same_name_is_refused(sweep_copy, tmp_path, monkeypatch, capsys):
+    """As the environment may name it: by what it says, `gc` would free what this sweep needs."""
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    monkeypatch.setenv("NIPQ_STORAGE_URL", url)
+    config = make_config(search__strategy="fill", search__trials=1)
+    run_here(config, tmp_path / "other")
+    before = sizes(sweep_copy)
+    for command in (["gc"], ["status"], ["front"], ["sync"], ["replay", "0"]):
+        arguments = [command[0], str(sweep_copy), *command[1:]]
+        assert main(arguments) == 2, arguments
+        assert "holds trials of another study" in capsys.readouterr().err
+    with pytest.raises(UserError, match="NIPQ_STORAGE_URL that the sweep began with"):
+        run_here(config, sweep_copy)
+    assert sizes(sweep_copy) == before
+    monkeypatch.delenv("NIPQ_STORAGE_URL")
+    assert main(["gc", str(sweep_copy), "--dry-run"]) == 0

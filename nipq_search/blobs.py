@@ -165,7 +165,7 @@ def remove(path: Path) -> bool:
     """Delete a file, or a folder and everything in it, with the objects that they stand for.
 
     Returns:
-        False where an object could not be deleted; its pointer stays.
+        False where something of a folder, or an object, could not be deleted; its pointer stays.
     """
     done = True
     pointers = sorted(path.rglob(f"*{_POINTER}")) if path.is_dir() else [_pointer(path)]
@@ -179,6 +179,7 @@ def remove(path: Path) -> bool:
         path.unlink(missing_ok=True)
     elif done:
         shutil.rmtree(path, ignore_errors=True)
+        done = not path.exists()
     return done
 
 

@@ -31,6 +31,10 @@ def _flushed(path: Path, data: bytes) -> Iterator[str]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         yield temporary
+    except OSError as error:
+        if error.filename in (None, temporary):
+            error.filename = str(path)  # a full disk does not say where
+        raise
     finally:
         Path(temporary).unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -290,7 +290,10 @@ def replay(document: Document) -> RenderableType:
 
 def gc(document: Document) -> RenderableType:
     """What was deleted, or would be."""
-    rows = [[str(e["trial"]), e["path"], numbers.count(e["bytes"])] for e in document["freed"]]
+    rows = [
+        ["-" if e["trial"] is None else str(e["trial"]), e["path"], numbers.count(e["bytes"])]
+        for e in document["freed"]
+    ]
     word = "would be freed" if document["dry_run"] else "freed"
     text = f"{numbers.count(document['bytes'])} bytes {word}, {len(document['kept'])} models kept"
     return Group(*([_table(["trial", "path", "bytes"], rows)] if rows else []), _line(text))

@@ -84,23 +84,46 @@ def open_storage(folder: Path) -> BaseStorage:
             ) from error
 
 
-def check_study(study: optuna.Study, folder: Path, known: str | None) -> None:
-    """Check that a study is the one whose trials lie in a folder.
+class StudyGone(UserError):
+    """The study of a sweep is not where the folder or the environment says."""
+
+
+def load_study(
+    folder: Path, name: str, identity: str | None = None
+) -> tuple[optuna.Study, BaseStorage]:
+    """A sweep's study and its storage, which is to be closed; nothing is created.
 
     Args:
-        study: as the environment or the folder has it.
         folder: the sweep's.
-        known: identity of the study with which the folder was made; None where nobody noted it.
+        name: the study's.
+        identity: of the study with which the folder was made; None where nobody noted it.
 
     Raises:
-        UserError: it is another study of the same name.
+        StudyGone: there is none.
+        UserError: it is another study of the same name, or see `open_storage`.
     """
-    own = json.loads(study.user_attrs.get(IDENTITY, "null"))
-    if known is not None and own != known:
-        raise UserError(
-            f"{folder}: holds trials of another study; give another folder, or the "
-            "NIPQ_STORAGE_URL that the sweep began with (unset for the folder's own study)"
-        )
+    gone = StudyGone(
+        f"{folder}: the study '{name}' of its trials is gone; restore study.log, or set "
+        "NIPQ_STORAGE_URL as it was when the sweep began, or give another folder"
+    )
+    if storage_url() is None and not any((folder / file).exists() for file in (JOURNAL, DATABASE)):
+        raise gone
+    storage = open_storage(folder)
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+        own = json.loads(study.user_attrs.get(IDENTITY, "null"))
+        if identity is not None and own != identity:
+            raise UserError(
+                f"{folder}: holds trials of another study; give another folder, or the "
+                "NIPQ_STORAGE_URL that the sweep began with (unset for the folder's own study)"
+            )
+    except KeyError as error:
+        close_storage(storage)
+        raise gone from error
+    except BaseException:
+        close_storage(storage)
+        raise
+    return study, storage
 
 
 def _damaged(journal: Path) -> str:

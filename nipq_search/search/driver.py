@@ -86,7 +86,7 @@ class Driver:
         if gone:
             names = ", ".join(map(str, gone[:5])) + (", ..." if len(gone) > 5 else "")
             self.progress.message(
-                f"the records of {len(gone)} finished trials ({names}) are gone from "
+                f"records of finished trials ({names}; {len(gone)} in all) are gone from "
                 f"{self.out / 'trials'}; restore them: without one, a trial has no model"
             )
 

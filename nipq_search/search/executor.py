@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -107,6 +108,40 @@ def check_machine(resources: ResourcesSection) -> None:
             )
 
 
+def check_reachable(address: str) -> None:
+    """Check that something listens where a cluster should be: Ray itself waits for it without end.
+
+    Raises:
+        UserError: nothing does.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():  # `auto`: Ray knows where to look
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise _no_cluster(address, error.strerror or str(error)) from error
+
+
+def check_place(address: str | None, resources: ResourcesSection) -> None:
+    """Check what can be checked of machines before anything starts.
+
+    Raises:
+        UserError: this machine is too small for a trial, or nothing listens at the address.
+    """
+    if address is None:
+        check_machine(resources)
+    else:
+        check_reachable(address)
+
+
+def _no_cluster(address: str, reason: str) -> UserError:
+    return UserError(
+        f"--address {address}: no Ray cluster answers there ({reason}); start one with "
+        "`ray start --head`, or leave --address out"
+    )
+
+
 @contextmanager
 def ray_cluster(
     address: str | None,
@@ -126,6 +161,8 @@ def ray_cluster(
         UserError: no cluster at the address, or no node that holds one trial.
     """
     quiet_environment()
+    if address is not None:
+        check_reachable(address)
     if address is not None and token_exists() and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "disabled" if _is_open(address) else "token"
     import ray
@@ -164,6 +201,11 @@ def _start(options: dict[str, Any], address: str | None) -> None:
     import ray
 
     try:
+        if address is not None and address.rpartition(":")[2].isdigit():
+            from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+            # It gives up after 40 seconds where something else listens; `ray.init` never does.
+            GcsClient(address=address)
         ray.init(**options)
     except Exception as error:  # Ray raises the bare class where a node does not start
         reason = " ".join(str(error).split())[:200]
@@ -172,10 +214,7 @@ def _start(options: dict[str, Any], address: str | None) -> None:
                 f"Ray did not start on this machine ({reason}); is it out of memory or very busy? "
                 "The same command tries again"
             ) from error
-        raise UserError(
-            f"--address {address}: no Ray cluster answers there ({reason}); start one with "
-            "`ray start --head`, or leave --address out"
-        ) from error
+        raise _no_cluster(address, reason) from error
 
 
 def _key(name: str, resources: ResourcesSection) -> str:

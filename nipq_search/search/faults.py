@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,9 @@ NODE, MEMORY, PROCESS = jobs.NODE, "memory", "process"
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 """Errors of the machine under a job: no job can run there until that is mended."""
 
+_PLACE = {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
+"""Errors of the machine if they are about a file of the sweep's own folder."""
+
 NEVER_STARTED = "its process died before it could start"
 """Reason of a job that never began an attempt."""
 
@@ -30,6 +34,15 @@ MEMORY_FIX = (
     "its machine ran out of memory; give trials more by resources.memory_gb, or make "
     "train.batch_size smaller"
 )
+
+
+def is_the_machine(error: BaseException, out: Path) -> bool:
+    """Whether an error says that no job of a sweep can run here: its disk, or its folder."""
+    if not isinstance(error, OSError):
+        return False
+    file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+    own = file is not None and file.is_relative_to(out)
+    return error.errno in MACHINE or (own and error.errno in _PLACE)
 
 
 def own_node() -> str | None:

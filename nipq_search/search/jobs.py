@@ -9,7 +9,10 @@ job over. There is room for one, so a process that comes back late changes nothi
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -99,12 +102,29 @@ def job_folder(out: Path, kind: str, number: int) -> Path:
     return out / kind
 
 
+def have_begun(out: Path) -> bool:
+    """Whether any job of a sweep was ever started."""
+    return any(out.glob("*/attempt-*")) or any(out.glob("*/*/attempt-*"))
+
+
 def attempts(folder: Path) -> list[Path]:
     """Attempt folders of a job, first to last."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if p.name.startswith("attempt-")]
+    found = [p for p in folder.iterdir() if re.fullmatch(r"attempt-[1-9][0-9]*", p.name)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("attempt-")))
+
+
+def noted(path: Path) -> dict[str, Any]:
+    """A document of an attempt; empty where it is missing, torn, or somebody's own."""
+    document = storage.read_json(path)
+    return document if isinstance(document, dict) else {}
+
+
+def _number(document: Mapping[str, Any], key: str) -> float | None:
+    """A number of a document, if it is one."""
+    value = document.get(key)
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def committed(folder: Path) -> dict[str, Any] | None:
@@ -155,15 +175,25 @@ def rungs(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def basis(folder: Path) -> dict[str, Any]:
+    """Threads, workers and parent with which a job's last attempt trained; empty for none."""
+    keys = ("threads", "workers", "parent")
+    for attempt in reversed(attempts(folder)):
+        started = noted(attempt / STARTED)
+        if all(key in started for key in keys):
+            return {key: started[key] for key in keys}
+    return {}
+
+
 class Committed(Exception):
     """An attempt has finished the job meanwhile."""
 
 
-def open_attempt(job: Job, node: str | None = None) -> Path:
+def open_attempt(job: Job, node: str | None = None, **more: Any) -> Path:
     """Make the next attempt's folder; the name can be taken only once.
 
     From here on earlier attempts are superseded: one whose process was only out of reach ends, and
-    can commit nothing.
+    can commit nothing. `more` is what else `started.json` is to say.
 
     Raises:
         Committed: an earlier attempt was faster; a `test` job is run again all the same.
@@ -186,6 +216,7 @@ def open_attempt(job: Job, node: str | None = None) -> Path:
                 "node": node,
                 "run": job.run,
                 "time": time.time(),
+                **more,
             },
         )
         return folder
@@ -227,7 +258,7 @@ def silent_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]
     """
     found = []
     for attempt in attempts(folder):
-        started = storage.read_json(attempt / STARTED) or {}
+        started = noted(attempt / STARTED)
         if started.get("run") == run and not _has_ended(attempt):
             found.append((attempt, started))
     return found
@@ -246,22 +277,20 @@ def note_cause(attempt: Path, cause: str, detail: str) -> None:
 
 def cause_of(attempt: Path) -> str | None:
     """What `note_cause` wrote."""
-    document = storage.read_json(attempt / LOST)
-    return document.get("cause") if isinstance(document, dict) else None
+    return noted(attempt / LOST).get("cause")
 
 
 def lost_at(attempt: Path) -> float:
     """When `note_cause` wrote it, Unix time; 0 where it did not."""
-    document = storage.read_json(attempt / LOST)
-    return float(document.get("time", 0)) if isinstance(document, dict) else 0.0
+    return _number(noted(attempt / LOST), "time") or 0.0
 
 
 def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
     """`started.json` of the attempt that runs now as far as files tell, with its folder."""
     for attempt in reversed(attempts(folder)):
         ended = any((attempt / name).exists() for name in (RESULT, STOPPED, LOST))
-        started = storage.read_json(attempt / STARTED)
-        if started is None or ended or _hung(attempt) or started.get("run") != run:
+        started = noted(attempt / STARTED)
+        if ended or _hung(attempt) or started.get("run") != run:
             return None
         return {**started, "folder": str(attempt)}
     return None
@@ -278,37 +307,31 @@ def commit(attempt: Path, record: dict[str, Any]) -> bool:
 
 def samples_processed(folder: Path) -> int:
     """Training samples that all attempts of a job processed, repeated ones included."""
-    return sum(
-        int((storage.read_json(attempt / PROGRESS) or {}).get("samples", 0))
-        for attempt in attempts(folder)
-    )
+    return sum(int(_number(noted(a / PROGRESS), "samples") or 0) for a in attempts(folder))
 
 
 def seconds_spent(folder: Path) -> float:
     """Wall time of all attempts of a job, up to their last sign of life."""
     total = 0.0
     for attempt in attempts(folder):
-        started = storage.read_json(attempt / STARTED) or {}
-        progress = storage.read_json(attempt / PROGRESS) or {}
-        if "time" in started and "time" in progress:
-            total += max(0.0, progress["time"] - started["time"])
+        started, progress = (_number(noted(attempt / f), "time") for f in (STARTED, PROGRESS))
+        if started is not None and progress is not None:
+            total += max(0.0, progress - started)
     return total
 
 
 def first_start(folder: Path) -> float | None:
     """Unix time of a job's first attempt."""
-    times = [(storage.read_json(a / STARTED) or {}).get("time") for a in attempts(folder)]
+    times = [_number(noted(attempt / STARTED), "time") for attempt in attempts(folder)]
     return min((t for t in times if t is not None), default=None)
 
 
 def curve(folder: Path) -> list[CurvePoint]:
     """The learning curve over all attempts; an epoch that was run again counts once."""
-    import json
-
     points: dict[int, CurvePoint] = {}
     for attempt in attempts(folder):
         try:
-            lines = (attempt / CURVE).read_text().splitlines()
+            lines = (attempt / CURVE).read_text(errors="replace").splitlines()
         except OSError:
             continue
         for line in lines:
@@ -316,5 +339,6 @@ def curve(folder: Path) -> list[CurvePoint]:
                 point = CurvePoint(**json.loads(line))
             except (ValueError, TypeError):
                 continue  # a line torn by a kill
-            points.setdefault(point.epoch, point)
+            if isinstance(point.epoch, int) and isinstance(point.metrics, dict):
+                points.setdefault(point.epoch, point)
     return [points[epoch] for epoch in sorted(points)]

@@ -87,8 +87,10 @@ def driver_lease(folder: Path) -> Iterator[str]:
         token = uuid.uuid4().hex
         # Written in place: replacing the file would leave the lock on the old one.
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": token}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        signature = json.dumps(owner).encode()
+        with contextlib.suppress(OSError):  # a full disk: `gc` is to make room
+            os.pwrite(descriptor, signature, 0)
+            os.ftruncate(descriptor, len(signature))
         (folder / STOP_FILE).unlink(missing_ok=True)
         try:
             yield token

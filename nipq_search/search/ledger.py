@@ -30,8 +30,8 @@ from optuna.trial import FrozenTrial, TrialState
 from nipq_search.errors import UserError
 from nipq_search.search.databases import (
     JOURNAL,
-    check_study,
     close_storage,
+    load_study,
     open_storage,
     storage_url,
 )
@@ -118,6 +118,7 @@ class Ledger:
         self.guard: Callable[[], None] = lambda: None
         self._looked: list[FrozenTrial] | None = None
         self._looked_at = 0.0
+        self._journal: Path | None = None
 
     @classmethod
     def open(
@@ -151,10 +152,17 @@ class Ledger:
             directions=["maximize" if mode == "max" else "minimize", "minimize"],
             load_if_exists=True,
         )
-        return cls(study, space=space, sampler=sampler, seed=seed, storage=storage)
+        ledger = cls(study, space=space, sampler=sampler, seed=seed, storage=storage)
+        ledger._journal = folder / JOURNAL if storage_url() is None else None
+        return ledger
 
     def close(self) -> None:
-        """End the connections of a study on a server; nothing can be read or written then."""
+        """End the connections of a study on a server; nothing can be read or written then.
+
+        What a full disk tore of the journal's last line is cut off, before others write there.
+        """
+        if self._journal is not None:
+            mend_journal(self._journal)
         if self._storage is not None:
             close_storage(self._storage)
 
@@ -163,16 +171,10 @@ class Ledger:
         """A study that is there already, to be read; it proposes nothing.
 
         Raises:
-            UserError: there is none, or another one than the folder's; see `check_study`.
+            UserError: there is none, or another one than the folder's; see `load_study`.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = open_storage(folder)
-        try:
-            study = optuna.load_study(study_name=name, storage=storage)
-        except KeyError as error:
-            close_storage(storage)
-            raise UserError(f"{folder}: its study '{name}' is gone; restore it") from error
-        check_study(study, folder, identity)
+        study, storage = load_study(folder, name, identity)
         return cls(study, space={}, sampler="random", seed=0, storage=storage)
 
     def remember(self, key: str, value: Any) -> None:

@@ -40,7 +40,7 @@ class Projections:
         """Nothing is written yet."""
         self.out, self.config = out, config
         self.sweep = Sweep.open(out)
-        self.recorder = MlflowRecorder(out, config.name)
+        self.recorder = MlflowRecorder(out, config.name, identity=self.sweep.facts.get("study"))
         self.records: list[TrialRecord] = []
         self.known = view.Records(self.sweep.facts, out)
         self._curves: dict[int, list[CurvePoint]] = {}

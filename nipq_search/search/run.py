@@ -18,13 +18,13 @@ from optuna.trial import TrialState
 
 from nipq_search import blobs, storage
 from nipq_search.errors import UserError
-from nipq_search.search import view
+from nipq_search.search import jobs, view
 from nipq_search.search.code import sources
 from nipq_search.search.config import SweepConfig, check_resume, load_config, parse_config
 from nipq_search.search.coordinator import Coordinator
-from nipq_search.search.databases import DATABASE, IDENTITY, check_study, storage_url
+from nipq_search.search.databases import DATABASE, IDENTITY, storage_url
 from nipq_search.search.driver import Driver
-from nipq_search.search.executor import Executor, TuneExecutor, check_machine, ray_cluster
+from nipq_search.search.executor import Executor, TuneExecutor, check_place, ray_cluster
 from nipq_search.search.facts import Facts, gather
 from nipq_search.search.jobs import FAIL, committed, job_folder
 from nipq_search.search.lease import driver_lease
@@ -159,6 +159,12 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
     space = {name: distribution(name, form) for name, form in config.search.space.items()}
     if config.search.bits:
         space |= bits_space(facts.graph)
+    begun = jobs.have_begun(out)
+    if begun:
+        # Jobs are numbered by their study: those of another one would count as this one's.
+        known = storage.read_json(out / FACTS_FILE)
+        identity = known.get("study") if isinstance(known, dict) else None
+        Ledger.load(out, config.name, identity).close()
     ledger = Ledger.open(
         out,
         config.name,
@@ -168,13 +174,6 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
         seed=config.seed,
     )
     before = ledger.recall("config")
-    begun = any(out.glob("**/attempt-*"))
-    if begun:
-        # Jobs are numbered by their study: those of another one would count as this one's.
-        known = storage.read_json(out / FACTS_FILE)
-        identity = known.get("study") if isinstance(known, dict) else None
-        gone = "a study that is gone" if before is None else None
-        check_study(ledger.study, out, identity or gone)
     if begun or ledger.trials():
         if before is not None:
             _check_same(ledger, config, data, out)
@@ -276,8 +275,8 @@ def run_sweep(
     check_folder(out, config.name)
     check_databases(out)
     check_checkpoints(config.checkpoints)
-    if address is None and executor is None:
-        check_machine(config.resources)
+    if executor is None:
+        check_place(address, config.resources)
     stop = threading.Event()
     with (
         driver_lease(out) as run,

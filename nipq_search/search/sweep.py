@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,7 @@ from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
 from nipq_search.report.movement import never_moved
 from nipq_search.search import jobs, view
 from nipq_search.search.config import parse_config
-from nipq_search.search.databases import (
-    DATABASE,
-    JOURNAL,
-    check_study,
-    close_storage,
-    open_storage,
-    storage_url,
-)
+from nipq_search.search.databases import StudyGone, close_storage, load_study
 from nipq_search.search.jobs import committed, job_folder, model_file
 from nipq_search.search.lease import live_driver
 from nipq_search.search.space import split
@@ -36,6 +30,7 @@ from nipq_search.train.trial import load_trained
 if TYPE_CHECKING:
     import pandas
 
+_log = logging.getLogger("nipq_search")
 SWEEP_FILE, FACTS_FILE, REPORT_FILE = "sweep.yaml", "facts.json", "report.html"
 RESULTS_FILE, CURVES_FILE, FRONT_FILE = "results.parquet", "curves.parquet", "front.json"
 
@@ -66,9 +61,16 @@ class Sweep:
             UserError: it is not one.
         """
         folder = Path(folder).absolute()
+        if folder.is_file():
+            raise UserError(f"{folder}: a file; give the folder of the sweep, as runs/NAME")
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; `nipq-search run CONFIG --out` makes one")
-        if not is_sweep(folder):
+            raise UserError(
+                f"{folder}: no such folder; `nipq-search run CONFIG --out DIR` makes one"
+            )
+        missing = [n for n in (SWEEP_FILE, FACTS_FILE) if not (folder / n).is_file()]
+        if len(missing) == 1:
+            raise UserError(f"{folder}: {missing[0]} is gone; the same `run` command writes it")
+        if missing:
             raise UserError(
                 f"{folder}: not a sweep (it has no {SWEEP_FILE}); give the --out folder"
             )
@@ -78,29 +80,36 @@ class Sweep:
             reason = " ".join(str(error).split())
             raise UserError(f"{folder / SWEEP_FILE}: cannot be read ({reason})") from error
         facts = storage.read_json(folder / FACTS_FILE)
-        needed = {"name", "task", "search", "budgets"}, {"metric", "mode", "costs", "axis"}
-        if (
-            not (isinstance(config, dict) and needed[0] <= config.keys())
-            or not isinstance(facts, dict)
-            or not needed[1] <= facts.keys()
-        ):
-            raise UserError(f"{folder}: {SWEEP_FILE} or {FACTS_FILE} is damaged; run it again")
+        needed = {"metric", "mode", "costs", "axis", "front_cost", "budgets"}
+        if not isinstance(facts, dict) or not needed <= facts.keys():
+            raise UserError(f"{folder / FACTS_FILE}: damaged; run it again")
+        try:
+            if not isinstance(config, dict):
+                raise UserError("no mapping")
+            config = parse_config(config).as_json()
+        except UserError as error:
+            raise UserError(
+                f"{folder / SWEEP_FILE}: damaged; run it again with the file that you gave it "
+                f"({error})"
+            ) from error
         return cls(folder, config, facts)
 
     def trials(self) -> list[TrialRecord]:
-        """One record per trial of the ledger."""
-        if storage_url() is None and not any(
-            (self.folder / name).exists() for name in (JOURNAL, DATABASE)
-        ):
-            return []
+        """One record per trial of the ledger.
+
+        Raises:
+            UserError: the study is gone, or is another one; see `load_study`.
+        """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = open_storage(self.folder)
+        name, identity = str(self.config["name"]), self.facts.get("study")
         try:
-            study = optuna.load_study(study_name=self.config["name"], storage=storage)
-            check_study(study, self.folder, self.facts.get("study"))
-            found = study.get_trials(deepcopy=False)
-        except KeyError:
+            study, storage = load_study(self.folder, name, identity)
+        except StudyGone:
+            if jobs.have_begun(self.folder):
+                raise
             return []
+        try:
+            found = study.get_trials(deepcopy=False)
         finally:
             close_storage(storage)
         return view.Records(self.facts, self.folder).update(found)
@@ -171,8 +180,7 @@ class Sweep:
         file = self.model_file(trial)
         state = self.record(trial).state
         if file is None or state != "COMPLETE":
-            why = "`nipq-search gc` freed it" if state == "COMPLETE" else f"it is {state}"
-            raise UserError(f"trial {trial}: it has no trained model ({why})")
+            raise UserError(self._why_no_model(trial, state))
         config = parse_config(dict(self.config))
         task = make_task(config.task, config.task_args)
         record = committed(job_folder(self.folder, "trial", trial)) or {}
@@ -182,6 +190,15 @@ class Sweep:
             quant=config.quant,
         )
         return load_trained(task, spec, file, torch.device("cpu"))
+
+    def _why_no_model(self, trial: int, state: str) -> str:
+        """A line on why a trial has no trained model."""
+        why = "`nipq-search gc` freed it"
+        if state != "COMPLETE":
+            why = f"it is {state}"
+        elif committed(folder := job_folder(self.folder, "trial", trial)) is None:
+            why = f"its record is gone; restore {folder}"
+        return f"trial {trial}: it has no trained model ({why})"
 
     def show(self, trial: int) -> dict[str, Any]:
         """What `show --json` prints.
@@ -201,14 +218,16 @@ class Sweep:
             "validation": record.validation,
             "test": record.test,
             "cost": dict(record.cost),
-            "model": self._shown_file(trial),
+            "model": self._shown_file(trial, record.state),
             "bops_convention": CONVENTION,
             "layers": self.layers(trial),
             "never_moved": never_moved(self.history(trial)),
         }
 
-    def _shown_file(self, trial: int) -> str | None:
+    def _shown_file(self, trial: int, state: str = "COMPLETE") -> str | None:
         file = self.model_file(trial)
+        if file is None and state == "COMPLETE":
+            _log.warning(self._why_no_model(trial, state))
         return None if file is None else str(file.relative_to(self.folder))
 
     def best(self, limits: Mapping[str, float]) -> dict[str, Any]:

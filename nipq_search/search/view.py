@@ -22,7 +22,7 @@ from nipq_search.search.jobs import committed, job_folder
 from nipq_search.search.ledger import BUDGET
 from nipq_search.search.news import News, is_foreign
 from nipq_search.search.worker import TEST_FILE
-from nipq_search.storage import read_json, read_sealed
+from nipq_search.storage import read_sealed
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
 
@@ -285,7 +285,7 @@ def status_document(
         states[record.state] += 1
         progress: dict[str, Any] = {}
         if record.folder is not None:
-            progress = read_json(out / record.folder / jobs.PROGRESS) or {}
+            progress = jobs.noted(out / record.folder / jobs.PROGRESS)
         rows.append(
             {
                 "trial": record.trial,

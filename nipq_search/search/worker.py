@@ -163,10 +163,11 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
     try:
         return _attempt(job, task, report)
     except OSError as error:
-        if error.errno not in faults.MACHINE:
+        if not faults.is_the_machine(error, Path(job.out)):
             raise
         # Not the job's fault: it stays open, and the sweep ends until that is mended.
-        return f"{HALT}{job.out}: {error.strerror}; mend that, the same command resumes"
+        place = error.filename or job.out
+        return f"{HALT}{place}: {error.strerror}; mend that, the same command resumes"
 
 
 def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> str:
@@ -185,8 +186,10 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     if gave_up:
         faults.await_nodes(job.folder, job.run)
         gave_up = _give_up(job, limits.max_failures, limits.trial_minutes)
+    threads, workers = _arithmetic(job, config), config.resources.processes
+    basis = {"threads": threads, "workers": workers, "parent": job.parent}
     try:
-        attempt = jobs.open_attempt(job, faults.own_node())
+        attempt = jobs.open_attempt(job, faults.own_node(), **basis)
     except jobs.Committed:
         return _attempt(job, task, report)
     if gave_up:
@@ -194,7 +197,6 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
         return jobs.FAIL
     minutes = limits.trial_minutes if job.kind in ("trial", "baseline") else None
     reporter = _Reporter(job, attempt, report)
-    threads = config.resources.cpus
     torch.set_num_threads(threads)
     with captured(attempt / jobs.LOG), watchdog(attempt / jobs.HANG, minutes):
         try:
@@ -213,28 +215,48 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
             return "PAUSED"
         except Interrupted:
             reporter.write()
+            _clean_up(job)
             storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
             return "STOPPED"
         except MemberKilled:
             os._exit(1)  # it is the job's process that was killed, or a part of it
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in faults.MACHINE:
+            if faults.is_the_machine(error, Path(job.out)):
                 raise
             (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
             reason = " ".join(str(error).split()) or type(error).__name__
             record = _failure(job, f"{type(error).__name__}: {reason}"[:500])
     reporter.write()
     record["seconds"] = jobs.seconds_spent(job.folder)
-    record["threads"], record["workers"] = threads, config.resources.processes
-    if not jobs.commit(attempt, record):
+    record["threads"], record["workers"] = threads, workers
+    if not (is_mine := jobs.commit(attempt, record)):
         blobs.remove(attempt / MODEL_FILE)
         storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
-        return "SUPERSEDED"
-    if job.kind != "test":
+    _clean_up(job)
+    return str(record["state"]) if is_mine else "SUPERSEDED"
+
+
+def _arithmetic(job: Job, config: SweepConfig) -> int:
+    """Threads of a job's next attempt: those of the checkpoint that it continues, if there is one.
+
+    The same bits as without the interruption come of the same threads, workers and parent. Where
+    workers or parent are others by now, the checkpoint is of no use and goes.
+    """
+    checkpoints, before = job.folder / "checkpoints", jobs.basis(job.folder)
+    if not checkpoints.is_dir() or not before:
+        return config.resources.cpus
+    if (before["workers"], before["parent"]) == (config.resources.processes, job.parent):
+        return int(before["threads"])
+    remove_checkpoints(checkpoints)
+    return config.resources.cpus
+
+
+def _clean_up(job: Job) -> None:
+    """Remove what a job has no use for once one of its attempts has a record."""
+    if job.kind != "test" and jobs.committed(job.folder) is not None:
         remove_checkpoints(job.folder / "checkpoints")
         for spare in jobs.models(job.folder, spare=True):
             blobs.remove(spare)
-    return str(record["state"])
 
 
 def _give_up(job: Job, max_failures: int, minutes: float | None) -> str | None:

@@ -18,14 +18,12 @@ import json
 import logging
 import re
 import time
-import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nipq_search.records import CurvePoint, TrialRecord
-from nipq_search.storage import read_json, write_json
 from nipq_search.tracking import projection, server
 from nipq_search.tracking.runs import RunMemory, find_runs
 
@@ -91,8 +89,8 @@ class MlflowRecorder:
             out: the sweep's folder.
             sweep: the sweep's name.
             uri: the server; None for `MLFLOW_TRACKING_URI`, or else SQLite in `out`.
-            identity: what tells this sweep from another of the same name on the same server. None
-                for a random one, kept as `tracking.json` in `out`; a database in `out` needs none.
+            identity: what tells this sweep from another of the same name on the same server; a
+                database in `out` needs none.
             retry_seconds: pause after a failure, doubled with each further one up to 5 minutes.
         """
         self._out = out.absolute()
@@ -213,7 +211,8 @@ class MlflowRecorder:
         config, tags, dataset = self._begun
         client = server.open_client(self._uri)
         experiment = server.experiment_id(client, self._uri, self._out)
-        identity = self._sweep_id()
+        # Text without quotes, for the server's filters.
+        identity = projection.fingerprint(self._sweep, self._identity)
         tags = {**server.context_tags(), **{k: str(v) for k, v in tags.items()}}
         tags |= {"nipq.sweep": self._sweep, "nipq.sweep_id": identity}
         tags = {key: value[: projection.TAG_LIMIT] for key, value in tags.items()}
@@ -343,18 +342,6 @@ class MlflowRecorder:
     def _is_on_front(self, trial: TrialRecord) -> bool:
         """Whether a trial is on the front: the given one, else as its record says."""
         return trial.on_front if self._front is None else trial.trial in self._front
-
-    def _sweep_id(self) -> str:
-        """The sweep's identity on the server, as text without quotes."""
-        identity = self._identity
-        if identity is None and self._uri != server.own_uri(self._out):
-            path = self._out / "tracking.json"
-            kept = read_json(path)
-            if not isinstance(kept, dict) or "identity" not in kept:
-                kept = {"identity": uuid.uuid4().hex}
-                write_json(path, kept)
-            identity = str(kept["identity"])
-        return projection.fingerprint(self._sweep, identity)
 
 
 def _milliseconds(seconds: float | None) -> int:

@@ -112,6 +112,35 @@ def test_a_freed_model_says_so_and_is_no_parent(sweep_copy):
     assert Sweep.open(sweep_copy).trials()[5].parent is None
 
 
+def test_what_best_answers_with_stays():
+    """Also for costs that are not the front's."""
+    plain = {"bops": 100.0, "weight_bytes": 50.0}
+    records = [
+        record(0, 0.95, 100.0, on_front=True, cost=plain, budget={"bops": 100.0}),
+        record(1, 0.94, 0, cost={**plain, "weight_bytes": 40.0}, budget={"weight_bytes": 40.0}),
+        record(2, 0.93, 0, cost={**plain, "weight_bytes": 40.0}, budget={"weight_bytes": 40.0}),
+        record(3, 0.92, 0, cost={"bops": 99.0, "weight_bytes": 45.0}, budget={"bops": 99.0}),
+        record(4, 0.91, 0, cost={"bops": 99.0, "weight_bytes": 40.0}, budget={"bops": 99.0}),
+    ]
+    both = [{"bops": 99.5, "weight_bytes": 41.0}]
+    kept = needed(records, make_config(search__strategy="independent"), "max", both)
+    assert kept == {
+        0: "on the front",
+        1: "the best within a limit of weight_bytes",
+        3: "the best within a limit of bops",
+        4: "the best within a budget",
+    }
+
+
+def test_best_and_show_say_why_there_is_no_model(sweep_copy, caplog):
+    (sweep_copy / "trials/0/attempt-1/model.pt").unlink()
+    assert main(["show", str(sweep_copy), "0"]) == 0
+    assert "trial 0: it has no trained model (`nipq-search gc` freed it)" in caplog.text
+    shutil.rmtree(sweep_copy / "trials")
+    assert main(["best", str(sweep_copy), "--max", "bops=1e9"]) == 0
+    assert "it has no trained model (its record is gone; restore" in caplog.text
+
+
 def test_a_live_sweep_is_left_alone(sweep_copy):
     with driver_lease(sweep_copy), pytest.raises(UserError, match="a driver is running"):
         collect(sweep_copy)
@@ -174,7 +203,9 @@ def test_a_record_that_is_gone_is_told(sweep_copy):
     shutil.rmtree(sweep_copy / "trials/1")
     (sweep_copy / "trials/2/attempt-1/result.json").write_text('{"garb')
     run_here(config, sweep_copy, progress=Listening())
-    assert sum("the records of 2 finished trials (1, 2) are gone" in text for text in said) == 1
+    assert (
+        sum("records of finished trials (1, 2; 2 in all) are gone" in text for text in said) == 1
+    )
 
 
 def test_another_study_of_the_same_name_is_refused(sweep_copy, tmp_path, monkeypatch, capsys):
@@ -193,3 +224,79 @@ def test_another_study_of_the_same_name_is_refused(sweep_copy, tmp_path, monkeyp
     assert sizes(sweep_copy) == before
     monkeypatch.delenv("NIPQ_STORAGE_URL")
     assert main(["gc", str(sweep_copy), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("what", ["no study", "an empty one", "only a torn line"])
+def test_a_study_that_is_gone_is_told_and_nothing_is_overwritten(sweep_copy, what, capsys):
+    journal = sweep_copy / "study.log"
+    journal.unlink()
+    if what != "no study":
+        journal.write_text('{"op_co' if what == "only a torn line" else "")
+    before = {path: path.read_bytes() for path in sweep_copy.rglob("*") if path.is_file()}
+    for command in ("status", "front", "report", "gc", "sync", "best"):
+        limit = ["--max", "bops=1e9"] if command == "best" else []
+        assert main([command, str(sweep_copy), *limit]) == 2, command
+        assert "is gone; restore study.log, or set NIPQ_STORAGE_URL" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is gone; restore study.log"):
+        run_here(make_config(search__strategy="fill", search__trials=6), sweep_copy)
+    after = {path: path.read_bytes() for path in sweep_copy.rglob("*") if path.is_file()}
+    lock = sweep_copy / "driver.lock"
+    assert {**after, lock: b""} == {**before, lock: b""}
+
+
+def test_what_a_kill_left_of_the_start_goes_too(sweep_copy, capsys):
+    left = [
+        sweep_copy / f"{place}/checkpoints/9/state.pt" for place in ("float", "baselines/lsq-4")
+    ]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x" * 1000)
+    spare = sweep_copy / "float/attempt-2/model.pt"
+    shutil.copytree(sweep_copy / "float/attempt-1", spare.parent)
+    (sweep_copy / "float/attempt-1/result.json").write_text("{}")
+    assert main(["gc", str(sweep_copy)]) == 0
+    assert "- " in capsys.readouterr().out
+    assert not any(file.exists() for file in left) and spare.exists()
+    assert not (sweep_copy / "float/attempt-1/model.pt").exists()
+    assert replay(Sweep.open(sweep_copy), 0)["equal"]
+
+
+def test_what_cannot_be_deleted_is_not_called_freed(sweep_copy, monkeypatch, capsys):
+    (sweep_copy / "trials/1/checkpoints/9").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    assert main(["gc", str(sweep_copy)]) == 1
+    assert "checkpoints: could not be deleted" in capsys.readouterr().err
+
+
+def test_foreign_files_in_attempts_disturb_nothing(sweep_copy, capsys):
+    trial = sweep_copy / "trials/0"
+    for name in ("attempt-x", "attempt-1.bak", "attempt-01"):
+        shutil.copytree(trial / "attempt-1", trial / name)
+    attempt = sweep_copy / "trials/1/attempt-1"
+    with (attempt / "curve.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n[1]\n{"epoch": "x", "step": 1, "phase": "", "timestamp": 0}\n')
+        file.write(b'{"epoch":"9","step":1,"phase":"noise","timestamp":0,"metrics":{}}\n')
+    (attempt / "progress.json").write_text("[1, 2]")
+    (attempt / "started.json").write_text('{"time": "noon", "pid": null}')
+    for command in ("status", "front", "report", "gc", "sync"):
+        assert main([command, str(sweep_copy)]) == 0, capsys.readouterr().err
+    config = make_config(search__strategy="fill", search__trials=6)
+    assert run_here(config, sweep_copy).complete == 6
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("facts.json", lambda text: text.replace('"front_cost"', '"cost"')),
+        ("sweep.yaml", lambda text: text.replace("search:", "search: []\nlimits_:")),
+        ("sweep.yaml", lambda text: text.replace("baselines", "base_lines")),
+        ("sweep.yaml", lambda text: "- a\n- b\n"),
+    ],
+)
+def test_a_damaged_description_is_named(sweep_copy, file, damage, capsys):
+    path = sweep_copy / file
+    path.write_text(damage(path.read_text()))
+    for command in ("status", "front", "report", "gc"):
+        assert main([command, str(sweep_copy)]) == 2
+        error = capsys.readouterr().err
+        assert f"{file}: damaged; run it again" in error and error.count("\n") == 1

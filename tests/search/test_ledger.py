@@ -329,3 +329,24 @@ def test_a_look_is_taken_again_once_something_was_written(home):
     assert ledger.look() is before
     finish(ledger, number)
     assert [t.state for t in ledger.look()] == [TrialState.COMPLETE]
+
+
+def test_only_the_torn_part_goes_where_somebody_wrote_behind_it(journal):
+    """As `optuna-dashboard` does, which knows nothing of a torn line."""
+    whole = journal.read_bytes()
+    entry = whole.splitlines(keepends=True)[-1]
+    journal.write_bytes(whole + entry[: len(entry) // 2] + entry)
+    mend_journal(journal)
+    assert journal.read_bytes() == whole + entry
+    journal.write_bytes(whole + b"garbage\n")
+    mend_journal(journal)
+    assert journal.read_bytes() == whole + b"garbage\n", "that is for a person to judge"
+
+
+def test_a_line_that_a_full_disk_tore_goes_when_the_driver_ends(journal):
+    ledger = open_ledger(journal.parent)
+    whole = journal.read_bytes()
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 8, "wor')
+    ledger.close()
+    assert journal.read_bytes() == whole

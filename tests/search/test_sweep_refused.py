@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_a_misspelt_key_is_refused_with_the_right_one(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     line = refused(Command(tmp_path), "--set", "train.epoch=3")
     assert "train.epoch" in line and "'epochs'" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    with socket.socket() as bound:  # nobody else takes the port, and nobody listens there
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        line = refused(Command(tmp_path), "--address", address)
+    assert f"--address {address}: no Ray cluster answers there" in line
+    assert "`ray start --head`" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -15,8 +15,10 @@ from nipq_search.search import jobs
 from nipq_search.search.coordinator import Coordinator
 from nipq_search.search.facts import gather
 from nipq_search.search.jobs import Job
+from nipq_search.search.replay import replay
 from nipq_search.search.worker import HALT, TEST_FILE, execute
 from nipq_search.tasks.digits import Digits
+from nipq_search.train import trial as training
 from nipq_search.train.trial import MODEL_FILE
 
 ACCURACY = "accuracy"
@@ -324,3 +326,96 @@ def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_that_may_not_be_written_is_no_trials_fault(bench, task, monkeypatch):
+    job = open_trial(bench, task)
+
+    def refused(job, node=None, **more):
+        raise PermissionError(errno.EACCES, "Permission denied", str(job.folder / "attempt-1"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "open_attempt", refused)
+        state = execute(job, task, lambda report: None)
+    assert state == (
+        f"{HALT}{job.folder}/attempt-1: Permission denied; mend that, the same command resumes"
+    )
+    task.error = PermissionError(errno.EACCES, "Permission denied", "/somebody/elses")
+    assert execute(job, task, lambda report: None) == jobs.FAIL, "the task's own file"
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+def interrupted(bench, task, **changes):
+    """A trial that was killed after its first checkpoint; then the sweep resumes, changed."""
+    bench.config = make_config(train__epochs=3, search__trials=2, **changes.pop("first", {}))
+    job = open_trial(bench, task)
+
+    def killed(report):
+        if report["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        execute(job, task, killed)
+    assert any((job.folder / "checkpoints").iterdir())
+    bench.config = make_config(train__epochs=3, search__trials=2, **changes)
+    return job
+
+
+@pytest.mark.parametrize("resources", [{"cpus": 2}, {"cpus": 1, "workers": 2}])
+def test_a_continued_trial_is_replayed_though_resources_changed(bench, task, resources):
+    """It goes on with the threads of its checkpoint; other workers make it begin anew."""
+    job = interrupted(bench, task, resources=resources)
+    run(bench, task)
+    record, several = jobs.committed(job.folder), resources.get("workers", 1)
+    assert (record["threads"], record["workers"], record["attempts"]) == (1, several, 2)
+    epoch = 1_097  # of training samples
+    repeated = jobs.samples_processed(job.folder) - record["samples"]
+    assert epoch * several <= repeated < epoch * several + 150
+    assert replay(bench.view(), job.number)["equal"]
+    assert jobs.committed(bench.out / "trials/1")["threads"] == resources["cpus"]
+
+
+def test_a_trial_whose_parent_is_gone_begins_anew(bench, task):
+    bench.config = make_config(search__strategy="fill", search__baselines=[])
+    run_until_second(bench, task)
+    child = bench.open().next_job()
+    assert child.parent == 0
+    jobs.open_attempt(child, threads=1, workers=1, parent=0)
+    (child.folder / "checkpoints/000000001").mkdir(parents=True)
+    jobs.model_file(bench.out / "trials/0").unlink()
+    job = bench.open().next_job()
+    assert (job.number, job.parent) == (1, None)
+    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+    assert jobs.committed(job.folder)["parent"] is None
+    assert replay(bench.view(), 1)["equal"]
+
+
+def run_until_second(bench, task):
+    """Float model and first trial, and the second one asked for."""
+    coordinator = bench.open()
+    while True:
+        job = coordinator.next_job()
+        if job.kind == "trial" and job.number == 1:
+            return
+        execute(job, task, lambda report: None)
+        coordinator.finished(job)
+
+
+def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
+    """It was stopped between the look whether it is superseded and its checkpoint."""
+    job = interrupted(bench, task)
+    save, late = training.save_checkpoint, []
+
+    def stopped(folder, *arguments):
+        if not late:
+            late.append(folder)
+            with torch.enable_grad():
+                assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+        save(folder, *arguments)
+
+    monkeypatch.setattr(training, "save_checkpoint", stopped)
+    assert execute(job, task, lambda report: None) in ("STOPPED", "SUPERSEDED")
+    assert late and not late[0].exists()

@@ -128,6 +128,8 @@ def status(document: Document) -> RenderableType:
     states = document.get("states") or {}
     driver = document.get("driver")
     by = f"driven by {driver['host']} pid {driver['pid']}" if driver else "no driver is running"
+    if driver is None and states.get("RUNNING"):
+        by += "; RUNNING trials are interrupted, the same `nipq-search run` resumes them"
     counts = ", ".join(f"{number} {state}" for state, number in states.items() if number)
     rows = [
         [
@@ -244,7 +246,7 @@ def plan(document: Document) -> RenderableType:
         _table(["budget", "target", "reachable", "share"], budgets),
         _line(
             f"{numbers.count(document.get('trials'))} trials, "
-            f"{numbers.count(document.get('samples'))} training samples, "
+            f"up to {numbers.count(document.get('samples'))} training samples, "
             f"{numbers.megabytes(document.get('disk_bytes'))} on disk"
         ),
         *_noise(document),

@@ -276,14 +276,15 @@ def _keys(section: Any) -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first mistake as `key: what and how to mend it`."""
-    first = error.errors()[0]
+    """The first mistake as `key: what and how to mend it`; an unknown key before a missing one."""
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    first = min(error.errors(), key=lambda found: found["type"] not in unknown)
     location = tuple("lambda" if part == "lambda_" else part for part in first["loc"])
     # Unions put the tried type's name at the end of a location.
     location = tuple(p for p in location if p not in ("int", "float", "str") or p == location[0])
     key = ".".join(str(part) for part in location)
     kind = first["type"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+    if kind in unknown:
         return f"{key}: unknown key{nearest(str(location[-1]), _fields_at(location[:-1]))}"
     if kind == "missing":
         return f"{key}: this key is missing"

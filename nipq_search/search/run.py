@@ -174,6 +174,8 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
         seed=config.seed,
     )
     before = ledger.recall("config")
+    if begun and before is None:
+        raise UserError(f"--out {out}: holds trials of another study; give another folder")
     if begun or ledger.trials():
         if before is not None:
             _check_same(ledger, config, data, out)

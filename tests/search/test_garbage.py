@@ -16,6 +16,7 @@ from nipq_search.errors import UserError
 from nipq_search.records import TrialRecord
 from nipq_search.search.garbage import collect, needed
 from nipq_search.search.lease import driver_lease
+from nipq_search.search.ledger import Ledger
 from nipq_search.search.progress import Silent
 from nipq_search.search.replay import replay
 from nipq_search.search.sweep import Sweep
@@ -242,6 +243,16 @@ def test_a_study_that_is_gone_is_told_and_nothing_is_overwritten(sweep_copy, wha
     after = {path: path.read_bytes() for path in sweep_copy.rglob("*") if path.is_file()}
     lock = sweep_copy / "driver.lock"
     assert {**after, lock: b""} == {**before, lock: b""}
+
+
+def test_an_empty_study_adopts_no_trials(sweep_copy):
+    """Also where nothing is left that says which study it was."""
+    (sweep_copy / "study.log").unlink()
+    (sweep_copy / "facts.json").unlink()
+    Ledger.open(sweep_copy, "unit", "max", space={}, sampler="random", seed=0).close()
+    config = make_config(search__strategy="fill", search__trials=6)
+    with pytest.raises(UserError, match="holds trials of another study"):
+        run_here(config, sweep_copy)
 
 
 def test_what_a_kill_left_of_the_start_goes_too(sweep_copy, capsys):

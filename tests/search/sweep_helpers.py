@@ -202,16 +202,21 @@ def epochs(attempt: Path) -> list[int]:
 
 def result(out: Path, trial: int) -> dict[str, Any] | None:
     """A trial's result record, from whichever attempt committed one; never two."""
-    records = [a / "result.json" for a in attempts(out, trial)]
-    found = [json.loads(path.read_text()) for path in records if path.exists()]
+    found = [record for a in attempts(out, trial) if (record := _record(a / "result.json"))]
     assert len(found) <= 1
     return found[0] if found else None
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """A committed record; None where there is none, or a later attempt took its place."""
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record if record.get("state", "TAKEN_OVER") != "TAKEN_OVER" else None
 
 
 def results(out: Path) -> dict[str, int]:
     """Every committed result and when it was written: equal again if nothing was repeated."""
     files = out.glob("*/**/attempt-*/result.json")
-    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files if _record(path)}
 
 
 class Runs:

@@ -76,7 +76,7 @@ def figure(data: ReportData) -> dict[str, Any]:
     if reference is not None:
         ys.append(reference)
         shapes.append(_line(x0=0, x1=1, xref="paper", y0=reference, y1=reference, dash="dash"))
-        notes.append(_float_note(reference))
+        notes.append(_float_note(reference, left=data.sweep.mode == "max"))
     layout = LAYOUT | {
         "height": 520,
         "margin": {"l": 70, "r": 20, "t": 30, "b": 60},
@@ -236,14 +236,15 @@ def _budget_note(name: str, target: float, colour: str | None) -> dict[str, Any]
     }
 
 
-def _float_note(reference: float) -> dict[str, Any]:
+def _float_note(reference: float, left: bool) -> dict[str, Any]:
+    # Cheap points are far from the float model; dear ones, the 8-bit model first, beside it.
     return {
-        "x": 0.99,
+        "x": 0.01 if left else 0.99,
         "xref": "paper",
         "y": reference,
         "text": f"float model {human(reference)}",
         "showarrow": False,
-        "xanchor": "right",
+        "xanchor": "left" if left else "right",
         "yanchor": "bottom",
         "font": {"size": 12, "color": "#6b7480"},
     }

@@ -193,8 +193,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     except jobs.Committed:
         return _attempt(job, task, report)
     if gave_up:
-        jobs.commit(attempt, _failure(job, gave_up))
-        return jobs.FAIL
+        return jobs.FAIL if jobs.commit(attempt, _failure(job, gave_up)) else "SUPERSEDED"
     minutes = limits.trial_minutes if job.kind in ("trial", "baseline") else None
     reporter = _Reporter(job, attempt, report)
     torch.set_num_threads(threads)

@@ -419,3 +419,19 @@ def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
     monkeypatch.setattr(training, "save_checkpoint", stopped)
     assert execute(job, task, lambda report: None) in ("STOPPED", "SUPERSEDED")
     assert late and not late[0].exists()
+
+
+def test_giving_up_a_job_that_another_process_took_over_says_so(bench, task, monkeypatch):
+    """The driver would look for a record that is not there."""
+    job = open_trial(bench, task)
+    for _ in range(3):
+        jobs.open_attempt(job)
+    commit = jobs.commit
+
+    def late(attempt, record):
+        jobs.open_attempt(job)
+        return commit(attempt, record)
+
+    monkeypatch.setattr(jobs, "commit", late)
+    assert execute(job, task, lambda report: None) == "SUPERSEDED"
+    assert jobs.committed(job.folder) is None

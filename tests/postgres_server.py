@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -110,6 +111,13 @@ class Postgres:
         lock.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End it and remove its folder."""
-        self.stop()
+        """End it, so that it gives back its shared memory, and remove its folder."""
+        assert self.process is not None
+        if self.process.poll() is not None:  # what a crash left is found by the next start
+            self.start()
+        self.process.send_signal(signal.SIGQUIT)
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -165,6 +165,8 @@ def show(document: Document) -> RenderableType:
         f"cost: {_word(numbers.costs(document.get('cost')))}",
         f"parameters: {_word(params)}",
     ]
+    if document.get("parent") is not None:
+        lines.append(f"started from: trial {document['parent']}")
     if document.get("model"):
         lines.append(f"model: {document['model']} in the sweep's folder")
     if document.get("reason"):

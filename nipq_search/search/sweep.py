@@ -218,6 +218,7 @@ class Sweep:
             "validation": record.validation,
             "test": record.test,
             "cost": dict(record.cost),
+            "parent": record.parent,
             "model": self._shown_file(trial, record.state),
             "bops_convention": CONVENTION,
             "layers": self.layers(trial),

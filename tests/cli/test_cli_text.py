@@ -68,6 +68,11 @@ def test_tables_stand_missing_figures(name):
     assert "None" not in render(draw({}))
 
 
+def test_show_says_which_trial_it_started_from():
+    assert "started from: trial 0" in render(tables.show({**DOCUMENTS["show"], "parent": 0}))
+    assert "started from" not in render(tables.show({**DOCUMENTS["show"], "parent": None}))
+
+
 def test_tables_print_names_as_they_are():
     text = render(tables.layers([{**LAYER, "name": "[bold]stem\x1b[31m"}]))
     assert "[bold]stem?[31m" in text

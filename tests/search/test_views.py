@@ -127,7 +127,7 @@ def test_status_document(sweep):
 def test_show_document(sweep):
     document = json.loads(json.dumps(sweep.show(1)))
     assert {"schema", "trial", "layers", "state", "params", "budget", "cost"} <= document.keys()
-    assert document["schema"] == 1 and document["trial"] == 1
+    assert document["schema"] == 1 and document["trial"] == 1 and document["parent"] is None
     assert document["layers"] == [{"name": "stem", "kind": "conv", "weight_bits": 4}]
     assert sweep.show(2)["layers"] == [] and sweep.show(2)["reason"] == "no luck"
     for number in (-1, 5):

@@ -32,7 +32,7 @@ from nipq_search.search.facts import model_graph
 from nipq_search.tasks import make_task
 from nipq_search.tasks.base import evaluate, load_data
 from nipq_search.train import TrainSpec, train
-from nipq_search.train.trial import MODEL_FILE, load_trained
+from nipq_search.train.models import MODEL_FILE, load_trained
 
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, two-sided 95 %, by degrees of freedom."""

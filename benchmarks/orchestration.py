@@ -42,7 +42,7 @@ from nipq_search.search.virtual import VirtualExecutor
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.storage import write_json
 from nipq_search.train.loop import seed_for
-from nipq_search.train.trial import MODEL_FILE
+from nipq_search.train.models import MODEL_FILE
 
 SWEEP = {
     "name": "orchestration",

@@ -116,7 +116,7 @@ def _disk() -> str:
 
 
 def _checkpoints(home: str) -> str:
-    from nipq_search.search.run import check_checkpoints
+    from nipq_search.search.preflight import check_checkpoints
 
     check_checkpoints(home)
     return f"{home.partition('?')[0]} can be written and read back"
@@ -148,7 +148,7 @@ def _tracking() -> str:
 
 
 def _task(config: SweepConfig) -> str:
-    from nipq_search.search.run import load_task
+    from nipq_search.search.preflight import load_task
     from nipq_search.tasks.base import dataset
 
     data = dataset(load_task(config))
@@ -157,7 +157,7 @@ def _task(config: SweepConfig) -> str:
 
 def _budgets(config: SweepConfig) -> str:
     from nipq_search.search.facts import gather
-    from nipq_search.search.run import load_task
+    from nipq_search.search.preflight import load_task
 
     facts = gather(config, load_task(config))
     return f"{len(facts.budgets)} budgets, all reachable"

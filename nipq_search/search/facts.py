@@ -22,7 +22,7 @@ from nipq_search.search.budgets import REFERENCE_BITS, ResolvedBudget, label_of,
 from nipq_search.search.config import SweepConfig
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import example_inputs, input_bits, unreadable
-from nipq_search.train.trial import load_float
+from nipq_search.train.models import load_float
 
 
 @dataclass(frozen=True, kw_only=True)

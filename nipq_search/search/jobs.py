@@ -22,7 +22,7 @@ from typing import Any
 
 from nipq_search import blobs, storage
 from nipq_search.records import CurvePoint
-from nipq_search.train.trial import MODEL_FILE
+from nipq_search.train.models import MODEL_FILE
 
 COMPLETE, FAIL = "COMPLETE", "FAIL"
 RESULT, STARTED, STOPPED, LOST, PROGRESS, CURVE, LOG, TRACEBACK, HANG = (

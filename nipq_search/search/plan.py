@@ -13,7 +13,7 @@ from nipq_search.records import SCHEMA
 from nipq_search.search.budgets import REFERENCE_BITS
 from nipq_search.search.config import SweepConfig
 from nipq_search.search.facts import gather
-from nipq_search.search.run import load_task
+from nipq_search.search.preflight import load_task
 from nipq_search.search.space import distribution, ends
 from nipq_search.search.strategy import STRATEGIES
 from nipq_search.tasks.base import dataset

@@ -19,9 +19,9 @@ from nipq_search.search import jobs
 from nipq_search.search.config import parse_config
 from nipq_search.search.jobs import Job, committed, job_folder, model_file
 from nipq_search.search.members import leading
-from nipq_search.search.run import load_task
+from nipq_search.search.preflight import load_task
+from nipq_search.search.specs import train_spec, training_device
 from nipq_search.search.sweep import Sweep
-from nipq_search.search.worker import train_spec, training_device
 from nipq_search.train import Hooks, train
 
 COMPARED = ("model_sha256", "metrics", "cost", "bits", "steps")

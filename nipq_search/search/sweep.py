@@ -25,7 +25,7 @@ from nipq_search.search.lease import live_driver
 from nipq_search.search.space import split
 from nipq_search.tasks import make_task
 from nipq_search.train import TrainSpec
-from nipq_search.train.trial import load_trained
+from nipq_search.train.models import load_trained
 
 if TYPE_CHECKING:
     import pandas

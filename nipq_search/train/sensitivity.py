@@ -19,8 +19,8 @@ from nipq_search.tasks import Task
 from nipq_search.tasks.base import num_samples, to_device
 from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import seed_for
+from nipq_search.train.models import load_float, prepare_for
 from nipq_search.train.spec import Hooks, Interrupted, TrainSpec
-from nipq_search.train.trial import load_float, prepare_for
 
 _RUINED = 1e3
 """How much worse than the worst measured width one counts that ruins the model."""

@@ -16,8 +16,9 @@ from nipq_search.search.doctor import doctor
 from nipq_search.search.garbage import collect
 from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.replay import replay
+from nipq_search.search.specs import train_spec
 from nipq_search.search.sweep import Sweep
-from nipq_search.search.worker import HALT, execute, train_spec
+from nipq_search.search.worker import HALT, execute
 from nipq_search.train import Hooks, Interrupted, train
 
 

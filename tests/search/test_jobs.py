@@ -15,7 +15,7 @@ from nipq_search import storage
 from nipq_search.records import CurvePoint
 from nipq_search.search import jobs
 from nipq_search.search.jobs import Job
-from nipq_search.train.trial import MODEL_FILE
+from nipq_search.train.models import MODEL_FILE
 
 
 def job_in(out, kind="trial", number=3, run="one"):

@@ -10,7 +10,7 @@ import pytest
 
 from nipq_search import storage
 from nipq_search.errors import UserError
-from nipq_search.search.run import check_databases
+from nipq_search.search.preflight import check_databases
 from nipq_search.search.storage_lease import make_engine
 
 

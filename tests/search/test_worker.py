@@ -19,7 +19,7 @@ from nipq_search.search.replay import replay
 from nipq_search.search.worker import HALT, TEST_FILE, execute
 from nipq_search.tasks.digits import Digits
 from nipq_search.train import trial as training
-from nipq_search.train.trial import MODEL_FILE
+from nipq_search.train.models import MODEL_FILE
 
 ACCURACY = "accuracy"
 

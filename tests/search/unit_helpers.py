@@ -22,7 +22,7 @@ from nipq_search.search.sweep import Sweep
 from nipq_search.search.virtual import VirtualExecutor
 from nipq_search.search.worker import TEST_FILE
 from nipq_search.tasks.digits import Digits
-from nipq_search.train.trial import MODEL_FILE
+from nipq_search.train.models import MODEL_FILE
 
 DOCUMENT: dict[str, Any] = {
     "name": "unit",

@@ -6,7 +6,7 @@ from torch import nn
 
 from nipq_search.errors import UserError
 from nipq_search.tasks.base import build_model, build_teacher, example_inputs
-from nipq_search.train.trial import load_float
+from nipq_search.train.models import load_float
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import pytest
 from train_tasks import CPU, SpiedDigits
 
 from nipq_search.train import FloatConfig, TrainSpec, train
-from nipq_search.train.trial import MODEL_FILE
+from nipq_search.train.models import MODEL_FILE
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from train_tasks import CPU, Regression, digits_spec, interrupted, mlp_spec, out
 from nipq_search.quant import quantizers
 from nipq_search.train import FloatConfig, Hooks, Trainer, TrainSpec, train
 from nipq_search.train.checkpoint import load_checkpoint
-from nipq_search.train.trial import load_trained
+from nipq_search.train.models import load_trained
 
 
 class Fixed(Regression):

@@ -11,7 +11,7 @@ from nipq_search.quant import QuantConfig
 from nipq_search.train import FloatConfig, Hooks, Trainer, TrainSpec, train
 from nipq_search.train.average import Average
 from nipq_search.train.checkpoint import from_bytes, load_checkpoint
-from nipq_search.train.trial import load_trained
+from nipq_search.train.models import load_trained
 
 
 def network():

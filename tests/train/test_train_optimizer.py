@@ -11,8 +11,8 @@ from train_tasks import CPU, Regression, interrupted, mlp_spec
 from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.train import FloatConfig, TrainConfig, Trainer, TrainSpec, train
 from nipq_search.train.checkpoint import load_checkpoint
+from nipq_search.train.models import load_trained
 from nipq_search.train.optimizer import drop_group, make_optimizer
-from nipq_search.train.trial import load_trained
 
 
 def groups(optimizer):

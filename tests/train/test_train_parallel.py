@@ -18,9 +18,9 @@ from nipq_search.quant import QuantConfig
 from nipq_search.tasks.digits import Digits
 from nipq_search.train import Hooks, Interrupted, TrainConfig, TrainSpec, train
 from nipq_search.train.checkpoint import from_bytes
+from nipq_search.train.models import MODEL_FILE
 from nipq_search.train.parallel import Team, joined
 from nipq_search.train.spec import Released
-from nipq_search.train.trial import MODEL_FILE
 
 
 class Precise(Digits):

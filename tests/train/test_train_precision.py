@@ -12,7 +12,7 @@ from nipq_search.quant import quantizers
 from nipq_search.quant.kernels import cpu
 from nipq_search.train import FloatConfig, Hooks, TrainSpec, train
 from nipq_search.train.checkpoint import from_bytes
-from nipq_search.train.trial import load_trained
+from nipq_search.train.models import load_trained
 
 
 class Watched(Regression):

@@ -17,8 +17,8 @@ from nipq_search.quant import ActivationConfig, QuantConfig, WeightConfig, quant
 from nipq_search.quant.prepare import quant_state
 from nipq_search.tasks.digits import Digits
 from nipq_search.train import Hooks, Interrupted, TrainConfig, TrainSpec, train
+from nipq_search.train.models import load_float, load_trained, prepare_for
 from nipq_search.train.sensitivity import monotone, score
-from nipq_search.train.trial import load_float, load_trained, prepare_for
 
 CPU = torch.device("cpu")
 QUANT = QuantConfig(

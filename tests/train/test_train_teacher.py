@@ -11,7 +11,7 @@ from nipq_search.errors import UserError
 from nipq_search.tasks.base import build_teacher
 from nipq_search.tasks.digits import Digits
 from nipq_search.train import FloatConfig, TrainSpec, train
-from nipq_search.train.trial import load_float
+from nipq_search.train.models import load_float
 
 
 class Taught(SpiedDigits):

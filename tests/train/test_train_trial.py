@@ -18,7 +18,7 @@ from nipq_search.train import Hooks, NonFiniteLoss, Trainer, TrainSpec, train
 from nipq_search.train.checkpoint import from_bytes
 from nipq_search.train.forward import SharedForward
 from nipq_search.train.loop import steps_in
-from nipq_search.train.trial import load_float, load_trained, prepare_for
+from nipq_search.train.models import load_float, load_trained, prepare_for
 
 
 def trained(task, spec, folder):

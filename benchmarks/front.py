@@ -7,7 +7,9 @@ pipeline as `--set` takes them. A method with a seed is a whole sweep, run one j
 a Ray task, so its result does not hang on the machine's pace; methods of a seed start from one
 float model. Everything counts: the float model's training, scores, calibration, failed trials. A
 point counts if its training ended within the allowance. Whatever has finished is kept, in the JSON
-file and in the sweeps' folders, and not run again.
+file and in the sweeps' folders, and not run again; a sweep that was cut off is begun anew, for
+what it did twice would count against its method. What the tables say is also in a file beside the
+JSON, `front.summary.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +28,7 @@ from typing import Any
 
 import torch
 import yaml
-from front_figures import accuracies, plot, table
+from front_figures import accuracies, plot, summary, table
 from pages import write_table
 
 from nipq_search.errors import UserError, nearest
@@ -140,28 +143,36 @@ def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         `points` holds every finished trial in the order in which they ended; `ended_at` is what
         had been processed by then, and `test` is there for all that ever were on the front.
+
+    Raises:
+        RuntimeError: the sweep ended before its allowance was used up.
     """
     torch.set_num_threads(1)
+    shutil.rmtree(unit.folder, ignore_errors=True)
     left = unit.plan["allowance"] - trained["samples"]
     config = unit.config(
         **{
             "float.checkpoint": str(float_model(unit.folder.parent)),
-            "limits.samples": left,
+            "limits": {"samples": left},  # not the pipeline's: a slow machine changes nothing
             "search.trials": MANY,
             "search.baselines": [],
             "resources.cpus": 1,
         }
     )
     started = time.perf_counter()
-    run_sweep(config, unit.folder, executor=VirtualExecutor())
+    outcome = run_sweep(config, unit.folder, executor=VirtualExecutor())
     seconds = time.perf_counter() - started
     sweep = Sweep.open(unit.folder)
     document, cost = sweep.front_document(), sweep.facts["front_cost"]
+    total = trained["samples"] + document["total_samples"]
+    if total < unit.plan["allowance"]:
+        raise RuntimeError(f"{unit.folder}: ended after {total} samples: {outcome.message}")
     scores = jobs.samples_processed(job_folder(unit.folder, jobs.SCORES, 0))
     processed = trained["samples"] + scores
     points = []
     for record in sorted(sweep.trials(), key=lambda r: r.ended or float("inf")):
-        processed += record.samples
+        samples = jobs.samples_processed(job_folder(unit.folder, "trial", record.trial))
+        processed += samples
         points.append(
             {
                 "trial": record.trial,
@@ -169,7 +180,7 @@ def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
                 "budget": record.budget_label,
                 "cost": record.cost.get(cost),
                 "validation": record.validation,
-                "samples": record.samples,
+                "samples": samples,
                 "ended_at": processed,
                 "seconds": record.seconds,
                 "parent": record.parent,
@@ -189,7 +200,7 @@ def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
         "budgets": {b["label"]: b["targets"][cost] for b in sweep.facts["budgets"]},
         "float": {split: trained[split] for split in ("validation", "test", "samples")},
         "scoring_samples": scores,
-        "total_samples": trained["samples"] + document["total_samples"],
+        "total_samples": total,
         "seconds": round(seconds, 1),
         "points": points,
     }
@@ -226,6 +237,31 @@ def read_plan(file: Path, quick: bool, parts: bool = False) -> dict[str, Any]:
     return plan
 
 
+def units_of(plan: Mapping[str, Any], folder: Path) -> list[Unit]:
+    """The float model and every method, seed by seed."""
+    return [
+        Unit(plan, method, seed, folder / f"seed-{seed}" / re.sub(r"[^\w.-]+", "-", method))
+        for seed in plan["seeds"]
+        for method in [FLOAT, *plan["methods"]]
+    ]
+
+
+def check(plan: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
+    """Check that results, those that will only be tabulated among them, are those of a plan.
+
+    Raises:
+        UserError: the plan is wrong, or results are those of another one.
+    """
+    known = {(r["method"], r["seed"]): r.get("fingerprint") for r in results}
+    for unit in units_of(plan, Path()):
+        wanted = unit.fingerprint()
+        if known.get((unit.method, unit.seed), wanted) != wanted:
+            raise UserError(
+                f"the results of '{unit.method}', seed {unit.seed}, are those of another plan or "
+                "of an earlier pipeline; give another --json and --folder"
+            )
+
+
 def run_all(
     plan: dict[str, Any],
     results: list[dict[str, Any]],
@@ -238,19 +274,9 @@ def run_all(
     Raises:
         UserError: the plan is wrong, or results are those of another one; before anything runs.
     """
-    units = [
-        Unit(plan, method, seed, folder / f"seed-{seed}" / re.sub(r"[^\w.-]+", "-", method))
-        for seed in plan["seeds"]
-        for method in [FLOAT, *plan["methods"]]
-    ]
+    check(plan, results)
+    units = units_of(plan, folder)
     known = {(r["method"], r["seed"]): r for r in results}
-    prints = {(unit.method, unit.seed): unit.fingerprint() for unit in units}
-    for name in prints.keys() & known.keys():
-        if known[name].get("fingerprint") != prints[name]:
-            raise UserError(
-                f"the results of '{name[0]}', seed {name[1]}, are those of another plan or of an "
-                "earlier pipeline; give another --json and --folder"
-            )
     quiet_environment()
     import ray
 
@@ -266,6 +292,7 @@ def run_all(
     try:
         trainer = ray.remote(max_calls=1)(train_float)
         runner = ray.remote(max_calls=1)(execute)
+        prints = {(unit.method, unit.seed): unit.fingerprint() for unit in units}
         waiting: dict[Any, tuple[str, int]] = {}
         trained: Any = None
         for unit in units:
@@ -312,6 +339,7 @@ def main() -> None:
             raise UserError("--page: the quick size is for tests, not for the documentation")
         results = json.loads(options.json.read_text()) if options.json.exists() else []
         folder = (options.folder or options.json.with_suffix("")).absolute()
+        check(whole, results)
         if plan["methods"]:
 
             def save() -> None:
@@ -320,7 +348,8 @@ def main() -> None:
             run_all(plan, results, folder, options.workers, save)
     except (UserError, OSError, yaml.YAMLError, json.JSONDecodeError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from error
-    runs = [r for r in results if r["method"] != FLOAT]
+    runs = [r for r in results if r["method"] != FLOAT and r["seed"] in whole["seeds"]]
+    write_json(options.json.with_suffix(".summary.json"), summary(runs, whole))
     if options.plot:
         plot(runs, whole, options.plot)
     for name, text in (("volumes", table(runs, whole)), ("accuracies", accuracies(runs, whole))):

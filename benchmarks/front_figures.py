@@ -76,9 +76,24 @@ def by_method(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dict[int, 
     return {name: seeds for name, seeds in found.items() if seeds}
 
 
-def _difference(ours: Mapping[int, Run], theirs: Mapping[int, Run], allowance: float) -> str:
+def _differences(
+    ours: Mapping[int, Run], theirs: Mapping[int, Run], allowance: float
+) -> list[float]:
     shared = sorted(ours.keys() & theirs.keys())
-    differences = [volume(ours[s], allowance) - volume(theirs[s], allowance) for s in shared]
+    return [volume(ours[s], allowance) - volume(theirs[s], allowance) for s in shared]
+
+
+def _shares(
+    ours: Mapping[int, Run], goal: Mapping[int, Run], allowance: float
+) -> list[float | None]:
+    """The share of the allowance after which each seed reaches the goal's hypervolume, if ever."""
+    shared = sorted(ours.keys() & goal.keys())
+    found = [samples_to(ours[s], volume(goal[s], allowance), allowance) for s in shared]
+    return [None if f is None else f / allowance for f in found]
+
+
+def _difference(ours: Mapping[int, Run], theirs: Mapping[int, Run], allowance: float) -> str:
+    differences = _differences(ours, theirs, allowance)
     if len(differences) < 2:
         return f"{differences[0]:+.4f}, one seed" if differences else ""
     mean, low, high = bootstrap(differences)
@@ -90,15 +105,14 @@ def _reach(ours: Mapping[int, Run], goal: Mapping[int, Run], allowance: float) -
 
     Of an even number of seeds the later of the middle two: one that never does has no figure.
     """
-    shared = sorted(ours.keys() & goal.keys())
-    found = [samples_to(ours[s], volume(goal[s], allowance), allowance) for s in shared]
+    found = _shares(ours, goal, allowance)
     reached = [f for f in found if f is not None]
     if not found:
         return ""
     if len(reached) <= len(found) / 2:
         return f"{len(reached)} of {len(found)} seeds"
     ordered = sorted(f if f is not None else float("inf") for f in found)
-    share = 100 * ordered[len(ordered) // 2] / allowance
+    share = 100 * ordered[len(ordered) // 2]
     return f"{share:.0f} %" + ("" if None not in found else f" ({len(reached)} of {len(found)})")
 
 
@@ -147,6 +161,31 @@ def accuracies(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
             cells.append(f"{statistics.fmean(values):.2f}" if len(values) == len(found) else "-")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def summary(runs: Sequence[Run], plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tables say, as numbers: by method, and within it by seed or by budget."""
+    allowance, default, goal = plan["allowance"], plan["default"], plan["goal"]
+    methods, found = by_method(runs, list(plan["methods"])), {}
+    for name, seeds in methods.items():
+        points = [p for run in seeds.values() for p in kept(run, allowance)]
+        budgets = next(iter(seeds.values()))["budgets"]
+        leads = []
+        if name != default and default in methods:
+            leads = _differences(methods[default], seeds, allowance)
+        found[name] = {
+            "hypervolume": {str(seed): volume(run, allowance) for seed, run in seeds.items()},
+            "lead_of_default": bootstrap(leads) if len(leads) > 1 else leads,
+            "share_to_reach_goal": _shares(seeds, methods.get(goal, {}), allowance),
+            "metric_within_budget": {
+                label: [accuracy_at(run, cost, allowance) for run in seeds.values()]
+                for label, cost in budgets.items()
+            },
+            "trials": len(points) / len(seeds),
+            "samples_a_trial": statistics.fmean(p["samples"] for p in points) if points else None,
+            "seconds_a_trial": statistics.fmean(p["seconds"] for p in points) if points else None,
+        }
+    return {"allowance": allowance, "default": default, "goal": goal, "methods": found}
 
 
 def plot(runs: Sequence[Run], plan: Mapping[str, Any], file: Path) -> None:

@@ -98,40 +98,92 @@ def _limits(graph: Graph, budget: Budget) -> list[tuple[Polynomial, float]] | No
     return found
 
 
-def best_assignment(
-    graph: Graph,
-    budget: Budget,
-    losses: Mapping[str, Mapping[int, float]],
-    units: Mapping[str, str],
-) -> dict[str, int] | None:
-    """Widths of least loss that keep the budget.
+Limit = tuple[Polynomial, float]
+"""A cost, or one of the terms of which a cost is the largest, and what it may reach."""
+
+
+class Assignment:
+    """The widths of a graph under a budget, as programs.
 
     Args:
         graph: the model's layers and tensors.
         budget: what must hold; reachable.
         losses: predicted loss by unit and allowed width. A unit is what moves as one.
         units: the unit of every tensor that has a quantizer.
-
-    Returns:
-        Widths of those units that the budget counts. None where a cost is no polynomial of degree
-        two or less, or the solver could not prove its widths to be the best.
     """
-    limits = _limits(graph, budget)
-    if limits is None:
-        return None
-    limits = [(p.renamed(units), most) for p, most in limits]
-    counted = sorted({name for p, _ in limits for monomial in p.terms for name in monomial})
-    if not counted or any(len(m) > 2 for p, _ in limits for m in p.terms):
-        return None
-    if not all(math.isfinite(loss) for unit in counted for loss in losses[unit].values()):
-        return None  # as after a training whose loss became no number
-    for margin in _MARGINS:
-        widths = _solved(limits, {unit: losses[unit] for unit in counted}, margin)
-        if widths is None:
+
+    def __init__(
+        self,
+        graph: Graph,
+        budget: Budget,
+        losses: Mapping[str, Mapping[int, float]],
+        units: Mapping[str, str],
+    ) -> None:
+        """Write the budget's costs as polynomials of the units' widths."""
+        limits = _limits(graph, budget) or []
+        self._limits: list[Limit] = [(p.renamed(units), most) for p, most in limits]
+        counted = {name for p, _ in self._limits for monomial in p.terms for name in monomial}
+        self._losses = {unit: losses[unit] for unit in sorted(counted)}
+        self._can = bool(counted) and all(len(m) <= 2 for p, _ in self._limits for m in p.terms)
+
+    def best(self, full: Limit | None = None) -> dict[str, int] | None:
+        """Widths of least loss that keep the budget.
+
+        Args:
+            full: a cost, and how much of it is to be used at least.
+
+        Returns:
+            Widths of those units that the budget counts. None where a cost is no polynomial of
+            degree two or less, or the solver could not prove its widths to be the best.
+        """
+        if not all(math.isfinite(loss) for of in self._losses.values() for loss in of.values()):
+            return None  # as after a training whose loss became no number
+        return self._found(self._losses, full)
+
+    def fullest(self) -> tuple[Limit, dict[str, int]] | None:
+        """The cost that can come nearest to its target, how far, and widths that bring it there.
+
+        None where that cannot be told; see `best`.
+        """
+        found: tuple[float, Limit, dict[str, int]] | None = None
+        bounded = [(self._bound(*limit), limit) for limit in self._limits if limit[1] > 0]
+        for bound, (cost, most) in sorted(bounded, key=lambda entry: -entry[0]):
+            if found is not None and found[0] >= bound:
+                break
+            widths = self._found(self._losses, full=None, of=cost)
+            if widths is None:
+                return None
+            value = _value(cost, widths)
+            if found is None or value / most > found[0]:
+                found = value / most, (cost, value), widths
+        return None if found is None else found[1:]
+
+    def _bound(self, cost: Polynomial, most: float) -> float:
+        """A ratio of a cost to its target that it cannot exceed."""
+        units = {name for monomial in cost.terms for name in monomial}
+        if len(units) == 1:
+            (unit,) = units
+            values = [_value(cost, {unit: width}) for width in self._losses[unit]]
+            return max((v for v in values if v <= most), default=0.0) / most
+        if any(coefficient < 0 for coefficient in cost.terms.values()):
+            return 1.0
+        return min(1.0, _value(cost, {unit: max(self._losses[unit]) for unit in units}) / most)
+
+    def _found(
+        self,
+        losses: Mapping[str, Mapping[int, float]],
+        full: Limit | None,
+        of: Polynomial | None = None,
+    ) -> dict[str, int] | None:
+        if not self._can:
             return None
-        if all(_value(p, widths) <= most + 1e-12 * abs(most) for p, most in limits):
-            return widths
-    return None
+        for margin in _MARGINS:
+            widths = _solved(self._limits, losses, margin, full, of)
+            if widths is None:
+                return None
+            if all(_value(p, widths) <= most + 1e-12 * abs(most) for p, most in self._limits):
+                return widths
+        return None
 
 
 def _value(of: Polynomial, widths: Mapping[str, int]) -> float:
@@ -139,29 +191,46 @@ def _value(of: Polynomial, widths: Mapping[str, int]) -> float:
 
 
 def _solved(
-    limits: Sequence[tuple[Polynomial, float]],
+    limits: Sequence[Limit],
     losses: Mapping[str, Mapping[int, float]],
     margin: float,
+    full: Limit | None,
+    of: Polynomial | None,
 ) -> dict[str, int] | None:
-    """The widths that the solver finds, or None."""
+    """The widths that the solver finds, or None: of least loss, or the most of the cost `of`."""
     program = _Program()
     span = max(max(of.values()) - min(of.values()) for of in losses.values()) or 1.0
     chosen = {
-        unit: {w: program.column(loss / span, binary=True) for w, loss in of.items()}
-        for unit, of in losses.items()
+        unit: {
+            w: program.column(loss / span if of is None else 0.0, binary=True)
+            for w, loss in own.items()
+        }
+        for unit, own in losses.items()
     }
     for columns in chosen.values():
         program.row(dict.fromkeys(columns.values(), 1.0), 1.0, 1.0)
     products: dict[tuple[str, ...], dict[tuple[int, int], int]] = {}
-    for limited, most in limits:
+
+    def linear(cost: Polynomial) -> dict[int, float]:
         entries: dict[int, float] = {}
-        for monomial, coefficient in limited.terms.items():
+        for monomial, coefficient in cost.terms.items():
             for column, factor in _linear(program, chosen, products, monomial).items():
                 entries[column] = entries.get(column, 0.0) + coefficient * factor
-        if entries:
+        return entries
+
+    for limited, most in limits:
+        if entries := linear(limited):
             scale = max(most, 1e-12)
             limit = (most * (1 - margin) - limited.terms.get((), 0.0)) / scale
             program.row({c: v / scale for c, v in entries.items()}, -np.inf, limit)
+            if of is limited:
+                for column, value in entries.items():
+                    program.costs[column] -= value / scale
+    if full is not None:
+        cost, least = full
+        scale = max(least, 1e-12)
+        rest = (least - cost.terms.get((), 0.0)) / scale
+        program.row({c: v / scale for c, v in linear(cost).items()}, rest, np.inf)
     solution = program.solve()
     if solution is None:
         return None

@@ -1,7 +1,8 @@
 """From learned bit-widths to allowed ones that keep a budget and use it up.
 
-The promise: no cost above its target, and afterwards either at least 97 % of a target is used or
-no single tensor can be given its next allowed width.
+The promise: no cost above its target, and afterwards at least 97 % is used of what allowed widths
+can use of the target that binds. Where the solver cannot tell how much that is, no single tensor
+can be given its next allowed width.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from nipq_search.cost.assignment import best_assignment
+from nipq_search.cost.assignment import GAP, Assignment
 from nipq_search.cost.base import (
     Bits,
     complete_bits,
@@ -26,7 +27,7 @@ from nipq_search.quant.prepare import M, freeze_bits, quant_state, quantizers
 from nipq_search.quant.widths import nearest_bits
 
 FULL = 0.97
-"""Share of a target from which on it counts as used up."""
+"""Share of a target, or of what can be used of it, from which on it counts as used up."""
 
 
 def usage(graph: Graph, bits: Bits, budget: Budget) -> float:
@@ -146,11 +147,28 @@ class _Projection:
 
         Where the solver proves nothing, they are searched from `start`.
         """
-        best = best_assignment(self.graph, self.budget, self.losses, self.unit)
-        bits = dict(start)
-        if best is not None:
-            bits = {name: best.get(unit, start[name]) for name, unit in self.unit.items()}
-        self.descend(bits)  # of what was solved it corrects no more than the solver's rounding
+        program = Assignment(self.graph, self.budget, self.losses, self.unit)
+        bits = self.mended(start, program.best())
+        if (used := usage(self.graph, bits, self.budget)) >= FULL:
+            return bits
+        # What is best by predicted loss may leave room that coarse widths could use.
+        if (found := program.fullest()) is None:
+            return bits
+        (cost, most), widths = found
+        fullest = {name: widths.get(unit, start[name]) for name, unit in self.unit.items()}
+        wanted = FULL * (1 + 2 * GAP)  # `most` is proven up to the solver's gap
+        if used >= wanted * usage(self.graph, fullest, self.budget):
+            return bits
+        return self.mended(start, program.best((cost, wanted * most)) or widths)
+
+    def mended(self, start: Mapping[str, int], solved: Mapping[str, int] | None) -> dict[str, int]:
+        """`start` with what was solved, brought within the budget and raised while anything fits.
+
+        Of what was solved `descend` corrects no more than the solver's rounding.
+        """
+        solved = solved or {}
+        bits = {name: solved.get(unit, start[name]) for name, unit in self.unit.items()}
+        self.descend(bits)
         self.ascend(bits, free=False)
         if usage(self.graph, bits, self.budget) < FULL:
             self.ascend(bits, free=True)
@@ -287,12 +305,32 @@ def freeze(model: M, budget: Budget | None = None) -> M:
     return freeze_bits(model, project(graph, budget, soft, marginal))
 
 
+def fullest(graph: Graph, budget: Budget) -> dict[str, int] | None:
+    """Allowed bit-widths that use up as much as can be of the target that binds.
+
+    None where the solver cannot tell. Tensors that the budget does not count get their most.
+
+    Args:
+        graph: the model's layers and tensors.
+        budget: what must hold; reachable.
+    """
+    even = {unit: dict.fromkeys(graph.tensors[unit].allowed, 0.0) for unit in units_of(graph)}
+    work = _Projection(graph, budget, even)
+    found = Assignment(graph, budget, even, work.unit).fullest()
+    if found is None:
+        return None
+    most = extreme_bits(graph, most=True)
+    return {name: found[1].get(unit, most[name]) for name, unit in work.unit.items()}
+
+
 def is_tight(graph: Graph, bits: dict[str, int], budget: Budget) -> bool:
     """Whether bit-widths keep the promise: within the budget, and used up as far as possible."""
     if (used := usage(graph, bits, budget)) > 1:
         return False
     if used >= FULL:
         return True
+    if (best := fullest(graph, budget)) is not None:
+        return used >= FULL * usage(graph, best, budget)
     work = _Projection(graph, budget, {})
     for name, allowed in work.allowed.items():
         for width in allowed:

@@ -7,6 +7,7 @@ from typing import Any
 
 from nipq_search.cost import CONVENTION, COSTS, Budget, exact_cost, layer_rows, project
 from nipq_search.cost.base import uniform_bits
+from nipq_search.cost.projection import fullest
 from nipq_search.quant import QUANTIZERS
 from nipq_search.quant.norm import norm_layers
 from nipq_search.records import SCHEMA
@@ -40,7 +41,9 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     budgets = []
     for budget in facts.budgets:
         targets = Budget(**budget.targets)
-        bits = project(graph, targets, bits_at_budget(graph, targets), flat)
+        bits = fullest(graph, targets) or project(
+            graph, targets, bits_at_budget(graph, targets), flat
+        )
         reachable = {name: exact_cost(name, graph, bits) for name in budget.targets}
         budgets.append(
             {

@@ -195,8 +195,25 @@ class Fill(Strategy):
         asked = [t[axes.cost] for t in seen.asked if axes.cost in t]
         within = min(named.values()), max(named.values())
         cost = most_room(points, running, asked, axes, within)
-        nearest = min(named, key=lambda i: (abs(math.log(named[i] / cost)), i))
+        nearest = self._nearest(cost, named, seen, axes.cost)
         return Target(budget=nearest, targets={**seen.budgets[nearest], axes.cost: cost})
+
+    @staticmethod
+    def _nearest(cost: float, named: Mapping[int, float], seen: Seen, name: str) -> int:
+        """The named budget nearest to a cost: of several, that of the trial which is there.
+
+        Where there is none, or its other targets are no budget's, the least served of them.
+        """
+        there = [t for t in seen.finished if t.cost.get(name) == cost]
+        repeated = max(there, key=lambda t: t.metric).targets if there else {}
+
+        def rank(index: int) -> tuple[float, bool, int, int]:
+            others = {n: target for n, target in seen.budgets[index].items() if n != name}
+            alike = bool(there) and others == {n: t for n, t in repeated.items() if n != name}
+            distance = round(abs(math.log(named[index] / cost)), 9)
+            return distance, not alike, seen.assigned.count(index), index
+
+        return min(named, key=rank)
 
     @staticmethod
     def _has_turn(index: int, named: Mapping[int, float], seen: Seen) -> bool:

@@ -34,6 +34,7 @@ from nipq_search.train.start import (
     start_at_one_width,
     start_at_profile,
     start_at_scores,
+    stay_at_parent,
     stop_learning_bits,
     warm_start,
 )
@@ -145,7 +146,7 @@ def _start_bits(model: nn.Module, spec: TrainSpec, bits: Mapping[str, float] | N
         start_at_scores(model, budget, spec.losses, learning)
     elif start == "uniform":
         start_at_one_width(model, budget)
-    else:
+    elif bits is None or not stay_at_parent(model, budget, bits, learning):
         start_at_budget(model, budget, bits if start == "parent" else None, learning)
 
 

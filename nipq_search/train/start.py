@@ -9,7 +9,7 @@ from torch import nn
 
 from nipq_search.cost import Budget
 from nipq_search.cost.base import Bits, complete_bits, get_cost, uniform_bits
-from nipq_search.cost.projection import Losses, assign, project, units_of, usage
+from nipq_search.cost.projection import FULL, Losses, assign, project, units_of, usage
 from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
 from nipq_search.quant.bit_width import BitWidth
@@ -95,6 +95,27 @@ def start_at_budget(
     bits = bits_at_budget(graph, budget, base)
     marginal = {name: float(quantizer.bits.marginal) for name, quantizer in found.items()}
     _begin(model, learning, bits, lambda: project(graph, budget, bits, marginal))
+
+
+def stay_at_parent(
+    model: nn.Module, budget: Budget, bits: Mapping[str, float], learning: bool = True
+) -> bool:
+    """Keep the widths of a parent that is at this budget already: they may have been learned.
+
+    Args:
+        model: prepared.
+        budget: what the widths are to keep and use up.
+        bits: the parent's widths by tensor.
+        learning: whether widths are learned from there; else they are fixed.
+
+    Returns:
+        Whether they fit; the model is as it was where they do not.
+    """
+    fixed = {name: round(width) for name, width in bits.items()}
+    if not FULL <= usage(quant_state(model).graph, fixed, budget) <= 1:
+        return False
+    _begin(model, learning, bits, lambda: fixed)
+    return True
 
 
 def start_at_scores(

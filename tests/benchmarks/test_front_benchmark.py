@@ -148,6 +148,63 @@ def test_a_killed_float_training_is_counted_before_and_after(tmp_path, monkeypat
     assert front.train_float(unit) == result
 
 
+def test_a_sweep_that_was_cut_off_is_begun_anew(tmp_path, monkeypatch):
+    """What it did twice would count against its method."""
+    plan = front.read_plan(BENCHMARKS / "front.yaml", quick=True)
+    plan = {**plan, "allowance": 12_000}
+    monkeypatch.setenv("COUNTED", str(tmp_path / "counted"))
+    trained = front.train_float(front.Unit(plan, front.FLOAT, 0, tmp_path / "float"))
+    unit = front.Unit(plan, "lsq uniform", 0, tmp_path / "lsq")
+
+    class Killed(BaseException):
+        pass
+
+    from nipq_search.train.loop import Trainer
+
+    step, steps = Trainer._train_step, []
+
+    def killed(self, group):
+        steps.append(group)
+        if len(steps) == 30:  # in the second trial
+            raise Killed
+        step(self, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", killed)
+        with pytest.raises(Killed):
+            front.execute(unit, trained)
+    result = front.execute(unit, trained)
+    processed = [p["samples"] for p in result["points"]]
+    assert len({*processed}) == 1, "each trial was trained once"
+    assert result["total_samples"] == trained["samples"] + sum(processed)
+
+
+def test_the_summary_has_the_figures_of_the_tables(ran):
+    folder, results, _, _ = ran
+    plan = front.read_plan(folder / "front.yaml", quick=True)
+    said = json.loads((folder / "front.summary.json").read_text())["methods"]
+    for run in results:
+        if run["method"] != "float":
+            own = said[run["method"]]
+            assert own["hypervolume"] == {"0": figures.volume(run, plan["allowance"])}
+            for label, cost in run["budgets"].items():
+                found = figures.accuracy_at(run, cost, plan["allowance"])
+                assert own["metric_within_budget"][label] == [found]
+    assert said["independent"]["share_to_reach_goal"][0] <= 1
+
+
+def test_results_of_another_plan_are_not_tabulated_either(ran, capsys):
+    folder, _, _, _ = ran
+    plan = yaml.safe_load((folder / "front.yaml").read_text())
+    plan["quick"]["allowance"] += 1000
+    (folder / "longer.yaml").write_text(yaml.safe_dump(plan))
+    argv = [str(folder / "longer.yaml"), "--quick", "--json", str(folder / "front.json"), "--only"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["front.py", *argv])
+        with pytest.raises(SystemExit, match="of another plan"):
+            front.main()
+
+
 def made_up(method, seed, *points):
     """A run with (samples, cost, validation, test) points, cost axis from 1 to 16."""
     found = [

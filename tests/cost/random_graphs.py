@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import strategies as st
 
 from nipq_search.cost import COSTS, Budget, exact_cost
+from nipq_search.cost.projection import usage
 from nipq_search.quant.graph import Graph, LayerInfo, TensorInfo
 
 allowed_sets = st.sets(st.integers(2, 8), min_size=1, max_size=5).map(
@@ -72,3 +75,13 @@ def problems(draw):
     soft = {n: least[n] + (most[n] - least[n]) * draw(st.floats(0, 1)) for n in least}
     marginal = {n: draw(st.floats(-1, 0.1)) for n in least}
     return graph, Budget(**targets), soft, marginal
+
+
+def combinations(graph, units, budget):
+    """All widths that keep a budget."""
+    alone = list(dict.fromkeys(units.values()))
+    for widths in itertools.product(*(graph.tensors[unit].allowed for unit in alone)):
+        chosen = dict(zip(alone, widths, strict=True))
+        bits = {name: chosen[unit] for name, unit in units.items()}
+        if usage(graph, bits, budget) <= 1:
+            yield chosen

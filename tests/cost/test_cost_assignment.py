@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 from hypothesis import given, settings
-from random_graphs import problems
+from random_graphs import combinations, problems
 
 from nipq_search.cost import COSTS, Budget, exact_cost
-from nipq_search.cost.assignment import GAP, best_assignment
+from nipq_search.cost.assignment import GAP, Assignment
 from nipq_search.cost.base import Cost, complete_bits, largest_term, register, sum_terms
 from nipq_search.cost.polynomial import Polynomial, polynomial, variable
-from nipq_search.cost.projection import error_scales, project, usage
+from nipq_search.cost.projection import FULL, error_scales, fullest, project, units_of, usage
 from nipq_search.quant.graph import Graph, LayerInfo, TensorInfo
 
 
@@ -27,19 +27,9 @@ def losses_of(graph, scales, units):
     return losses
 
 
-def combinations(graph, units, budget):
-    """All widths that keep a budget."""
-    alone = list(dict.fromkeys(units.values()))
-    for widths in itertools.product(*(graph.tensors[unit].allowed for unit in alone)):
-        chosen = dict(zip(alone, widths, strict=True))
-        bits = {name: chosen[unit] for name, unit in units.items()}
-        if usage(graph, bits, budget) <= 1:
-            yield chosen
-
-
 def check(graph, budget, soft, marginal, units):
     losses = losses_of(graph, error_scales(soft, marginal), units)
-    found = best_assignment(graph, budget, losses, units)
+    found = Assignment(graph, budget, losses, units).best()
     if found is None:
         return False
     floor = {unit: min(of) for unit, of in losses.items()} | found
@@ -119,7 +109,7 @@ def test_a_square_of_one_width():
     graph = Graph(layers=(layer,), tensors=tensors)
     for target, width in ((40, 2), (159, 2), (160, 4), (639, 4), (640, 8)):
         losses = {"x": {2: 3.0, 4: 2.0, 8: 1.0}}
-        assert best_assignment(graph, Budget(bops=target), losses, {"x": "x"}) == {"x": width}
+        assert Assignment(graph, Budget(bops=target), losses, {"x": "x"}).best() == {"x": width}
 
 
 def test_it_beats_lowering_one_by_one():
@@ -157,7 +147,7 @@ def test_formulas_that_are_no_polynomials_are_left_to_the_other_way():
         combine = (lambda t: sum(t.values()) / len(t)) if name == "means" else sum_terms
         register(Cost(name=name, terms=terms, combine=combine, whole=False))
         try:
-            assert best_assignment(graph, Budget(**{name: 1e9}), losses, units) is None
+            assert Assignment(graph, Budget(**{name: 1e9}), losses, units).best() is None
         finally:
             del COSTS[name]
 
@@ -210,3 +200,37 @@ def test_every_cost_of_the_package_can_be_solved(name):
     for term in cost.terms(graph, complete_bits(graph, widths)).values():
         assert isinstance(polynomial(term), Polynomial)
         assert all(len(monomial) <= 2 for monomial in polynomial(term).terms)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_what_is_reachable_is_used(problem):
+    """Also where coarse sets leave room that no single raise could use."""
+    graph, budget, soft, marginal = problem
+    units = {member: unit for unit, of in units_of(graph).items() for member in of}
+    used = usage(graph, project(graph, budget, soft, marginal), budget)
+    most = max(
+        usage(graph, {name: chosen[unit] for name, unit in units.items()}, budget)
+        for chosen in combinations(graph, units, budget)
+    )
+    assert used <= 1 and used >= FULL * most
+    if (found := fullest(graph, budget)) is not None:
+        assert usage(graph, found, budget) >= (1 - 2 * GAP) * most
+
+
+def test_room_that_takes_two_changes_at_once_is_used():
+    sizes = {"a": 600, "b": 1000, "c": 800}
+    tensors = {
+        f"{n}.weight": TensorInfo(name=f"{n}.weight", role="weight", numel=size, allowed=(4, 8))
+        for n, size in sizes.items()
+    }
+    layers = tuple(
+        LayerInfo(name=n, kind="linear", macs=size, weight=f"{n}.weight", input=None)
+        for n, size in sizes.items()
+    )
+    graph = Graph(layers=layers, tensors=tensors)
+    budget = Budget(weight_bytes=1720)
+    # Alone the first gains most for its size; with the last one nothing else fits.
+    marginal = {"a.weight": -3.0, "b.weight": -0.1, "c.weight": -0.1}
+    bits = project(graph, budget, dict.fromkeys(tensors, 4.0), marginal)
+    assert exact_cost("weight_bytes", graph, bits) >= FULL * 1700

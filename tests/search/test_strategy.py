@@ -72,6 +72,30 @@ def test_fill_serves_budgets_that_leave_the_front_s_cost_free():
     assert 6 <= assigned.count(2) <= 8
 
 
+def test_fill_serves_budgets_that_share_the_front_s_cost():
+    """Each has its turns, and a repeat keeps the other targets of the trial that it repeats."""
+    axes = Axes(cost="bops", least=2.0, most=64.0, reference=0.7, best=0.9)
+    budgets = [
+        {"bops": 16.0, "weight_bytes": 50.0},
+        {"bops": 16.0, "weight_bytes": 100.0},
+        {"bops": 8.0, "weight_bytes": 100.0},
+    ]
+    assigned, trials = [], []
+    for number in range(24):
+        target = Fill().target(
+            Seen(budgets=budgets, assigned=list(assigned), finished=list(trials), axes=axes)
+        )
+        asked = dict(target.targets or budgets[target.budget])
+        there = [t for t in trials if t.cost["bops"] == asked["bops"]]
+        if there and target.targets:
+            best = max(there, key=lambda t: t.metric)
+            assert best.targets["weight_bytes"] == asked["weight_bytes"]
+        assigned.append(target.budget)
+        metric = 0.9 - 1 / asked["bops"] - 0.1 / asked["weight_bytes"]
+        trials.append(Finished(number=number, cost=asked, metric=metric, targets=asked))
+    assert min(assigned.count(index) for index in range(3)) >= 3
+
+
 def model():
     torch.manual_seed(0)
     return torch.nn.Sequential(

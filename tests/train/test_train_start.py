@@ -173,6 +173,35 @@ def test_one_width_goes_on_from_a_wider_parent(digits, float_file, tmp_path):
             assert 0.15 * theirs < mine < theirs, "fewer levels want a narrower range"
 
 
+def starts(model):
+    """Where bit-widths start; learned ones keep clear of their ends."""
+    return {name: round(float(q.bits.soft().detach())) for name, q in quantizers(model).items()}
+
+
+@pytest.mark.parametrize("noise_share", [0.0, 0.5])
+def test_a_child_keeps_the_widths_of_a_parent_that_is_there_already(
+    digits, float_file, tmp_path, noise_share
+):
+    """They may have been learned: the plain projection knows nothing of the data."""
+    budget = bops(digits, float_file, 3)
+    parent = spec_of(float_file, budget, noise_share=0.5, epochs=3, lr_bits=0.5)
+    train(digits, parent, tmp_path, CPU)
+    model = load_trained(digits, parent, tmp_path / "model.pt", CPU)
+    graph, learned = quant_state(model).graph, hard_bits(model)
+    cost = exact_cost("bops", graph, learned)
+    child = dataclasses.replace(
+        spec_of(float_file, {"bops": cost}, noise_share=noise_share),
+        parent=tmp_path / "model.pt",
+    )
+    assert starts(prepared_for(digits, child)) == learned
+    plain = prepared_for(digits, spec_of(float_file, {"bops": cost}, noise_share=0.0))
+    assert hard_bits(plain) != learned, "else this test shows nothing"
+    smaller = prepared_for(
+        digits, dataclasses.replace(child, budget=bops(digits, float_file, 2.5))
+    )
+    assert starts(smaller) != learned
+
+
 @pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
 def test_fitted_ranges_lower_the_error_of_rounding(digits, float_file, quantizer):
     """Of every weight, from a float model (NIPQ) and from a parent at another width."""

@@ -52,7 +52,16 @@ def save_checkpoint(
     except OSError:
         blobs.remove(target)
         raise
-    for old in _checkpoints(folder)[KEEP:]:
+    # What lies ahead was damaged, or the training would have gone on from there; without a manifest
+    # it was cut off. Neither may take the place of a good one.
+    whole = []
+    for other in _checkpoints(folder):
+        ahead = int(other.name) > step
+        if ahead or storage.read_sealed(other / "manifest.json") is None:
+            blobs.remove(other)
+        else:
+            whole.append(other)
+    for old in whole[KEEP:]:
         blobs.remove(old)
 
 

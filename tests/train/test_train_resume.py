@@ -11,7 +11,7 @@ from train_tasks import CPU, Regression, SpiedDigits, digits_spec, interrupted, 
 from nipq_search.quant import QuantConfig
 from nipq_search.storage import digest
 from nipq_search.train import FloatConfig, Hooks, Interrupted, TrainSpec, train, trial
-from nipq_search.train.checkpoint import load_checkpoint
+from nipq_search.train.checkpoint import load_checkpoint, save_checkpoint
 
 KINDS = {
     "uniform": {"proxy": "uniform"},
@@ -163,6 +163,33 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, tmp_path
         result = train(Regression(), spec, folder, CPU)
     assert str(newest) in caplog.text and "damaged" in caplog.text
     assert outcome(result) == outcome(expected)
+
+
+def test_kills_while_checkpoints_are_written_leave_the_good_ones(tmp_path):
+    """Several in a row, each at a later step than what the next attempt saves first."""
+
+    def cut_off(step):
+        (tmp_path / f"{step:09d}").mkdir()
+        (tmp_path / f"{step:09d}" / "state.pt").write_bytes(b"half of it")
+
+    for step in (100, 200):
+        save_checkpoint(tmp_path, step, {"step": step})
+    cut_off(300)
+    save_checkpoint(tmp_path, 250, {"step": 250})
+    cut_off(260)
+    assert load_checkpoint(tmp_path)["step"] == 250
+    save_checkpoint(tmp_path, 255, {"step": 255})
+    assert load_checkpoint(tmp_path)["step"] == 255
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [250, 255]
+
+
+def test_a_whole_training_after_damage_to_all_checkpoints_keeps_its_new_ones(tmp_path):
+    for step in (100, 200):
+        save_checkpoint(tmp_path, step, {"step": step})
+        (tmp_path / f"{step:09d}" / "state.pt").write_bytes(b"garbage")
+    assert load_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 50, {"step": 50})
+    assert load_checkpoint(tmp_path)["step"] == 50
 
 
 def test_without_any_whole_checkpoint_training_starts_again(tmp_path, caplog):

@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from nipq_search.search import jobs
+from nipq_search.search.lease import driver_host
 
-NODE, MEMORY, PROCESS = jobs.NODE, "memory", "process"
+NODE, MEMORY, GPU_MEMORY, PROCESS = jobs.NODE, "memory", "gpu memory", "process"
 
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 """Errors of the machine under a job: no job can run there until that is mended."""
@@ -30,10 +32,16 @@ NEVER_STARTED = "its process died before it could start"
 HEARTBEATS_SECONDS = 30.0
 """Time within which Ray notices that a node is dead; by default some 15 seconds."""
 
-MEMORY_FIX = (
-    "its machine ran out of memory; give trials more by resources.memory_gb, or make "
-    "train.batch_size smaller"
-)
+FIXES = {
+    MEMORY: "its machine ran out of memory; give trials more by resources.memory_gb, or make "
+    "train.batch_size smaller",
+    GPU_MEMORY: "its GPU ran out of memory; give trials more of it by resources.gpus, or make "
+    "train.batch_size smaller (train.accumulate keeps the whole of it)",
+}
+"""What to do where a job was given up for a cause."""
+
+_ELSEWHERE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENODEV}
+"""Errors of files that are not there, or out of reach."""
 
 
 def is_the_machine(error: BaseException, out: Path) -> bool:
@@ -43,6 +51,41 @@ def is_the_machine(error: BaseException, out: Path) -> bool:
     file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
     own = file is not None and file.is_relative_to(out)
     return error.errno in MACHINE or (own and error.errno in _PLACE)
+
+
+def is_missing_here(error: BaseException, out: Path) -> bool:
+    """Whether a file that is no part of the sweep, such as data, is not to be read on this node.
+
+    On the driver's own host it was looked for before the sweep began: there the error is the
+    trial's.
+    """
+    if not isinstance(error, OSError) or error.errno not in _ELSEWHERE:
+        return False
+    if not isinstance(error.filename, (str, bytes)):
+        return False
+    host = driver_host(out)
+    elsewhere = host is not None and host != socket.gethostname()
+    return elsewhere and not Path(os.fsdecode(error.filename)).is_relative_to(out)
+
+
+def is_gpu_memory(error: BaseException) -> bool:
+    """Whether a GPU had no room. A neighbour may have taken it: the job's next process may fit."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def gpu_is_lost() -> bool:
+    """Whether this process can use its GPU no more, as after a failed assertion in a kernel."""
+    import torch
+
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def own_node() -> str | None:

@@ -58,6 +58,12 @@ def live_driver(folder: Path) -> dict[str, Any] | None:
         os.close(descriptor)
 
 
+def driver_host(folder: Path) -> str | None:
+    """The host of the sweep's last driver, for workers: not every node sees the lock itself."""
+    owner = storage.read_json(folder / LOCK_FILE)
+    return str(owner["host"]) if isinstance(owner, dict) and "host" in owner else None
+
+
 def _owner(path: Path) -> dict[str, Any]:
     """Who holds the lock; a driver that has just taken it may not have signed yet."""
     for _ in range(20):

@@ -14,6 +14,7 @@ import logging
 import mmap
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -140,6 +141,9 @@ class _Members:
                 if not process.stdout.readline():
                     self.ended = {rank: process.wait()}
                     self.explain()
+            # Every process has them open. Nobody would remove them after a kill, and they are RAM.
+            for file in [part.place / "part", *part.place.glob("buffer-*")]:
+                file.unlink()
         except BaseException:
             self.end()
             raise
@@ -180,6 +184,7 @@ class _Members:
         Raises:
             MemberKilled: one ended without a word.
             OSError: the machine is unfit, one found.
+            OutOfMemoryError: the GPU of one had no room.
             MemberFailed: one raised an exception.
         """
         said = self._said()
@@ -194,6 +199,8 @@ class _Members:
                 raise MemberFailed(f"process {rank} did not start: {last}")
             if reason["errno"] is not None:
                 raise OSError(reason["errno"], reason["text"])
+            if reason["gpu_memory"]:
+                raise torch.OutOfMemoryError(f"process {rank}: {reason['text']}")
             raise MemberFailed(f"process {rank}: {reason['text']}")
 
     def wait_for_end(self, seconds: float) -> None:
@@ -281,9 +288,10 @@ def leading(
             members.end()
 
 
-def _ends_with_leader() -> None:
-    """Wait for the end of the process that leads; runs in a thread."""
+def _ends_with_leader(place: Path) -> None:
+    """Wait for the end of the process that leads, and tidy up after it; runs in a thread."""
     os.read(0, 1)
+    shutil.rmtree(place, ignore_errors=True)
     os._exit(1)
 
 
@@ -305,6 +313,7 @@ def member(part: Part, rank: int) -> int:
         else:
             number = None
         reason = {"text": text[:500], "errno": number, "echo": _is_echo(error)}
+        reason["gpu_memory"] = faults.is_gpu_memory(error)
         part.reason_file(rank).write_text(json.dumps(reason))
         return 1
     return 0
@@ -312,7 +321,7 @@ def member(part: Part, rank: int) -> int:
 
 def _main() -> int:
     place, rank = Path(sys.argv[1]), int(sys.argv[2])
-    threading.Thread(target=_ends_with_leader, daemon=True).start()
+    threading.Thread(target=_ends_with_leader, args=(place,), daemon=True).start()
     part = _fetch(place)
     if part.gpu:
         torch.cuda.set_device(rank)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -81,6 +82,10 @@ class _Reporter:
         return self.stopping
 
 
+class _NotHere(Exception):
+    """A file that a job needs is not on this node."""
+
+
 def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> str:
     """Run an attempt of a job, or recognize that it is done already.
 
@@ -102,6 +107,11 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> s
         # Not the job's fault: it stays open, and the sweep ends until that is mended.
         place = error.filename or job.out
         return f"{HALT}{place}: {error.strerror}; mend that, the same command resumes"
+    except _NotHere as error:
+        return (
+            f"{HALT}node {socket.gethostname()}: {error}; copy or mount it there, or take "
+            "the node out; the same command resumes"
+        )
 
 
 def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> str:
@@ -158,6 +168,13 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
                 raise
             (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
             reason = " ".join(str(error).split()) or type(error).__name__
+            if faults.is_missing_here(error, Path(job.out)):
+                storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
+                raise _NotHere(reason) from error
+            if faults.is_gpu_memory(error):
+                reporter.write()
+                jobs.note_cause(attempt, faults.GPU_MEMORY, reason[:500])
+                os._exit(1)  # with all that it holds there; the job goes on in another process
             record = _failure(job, f"{type(error).__name__}: {reason}"[:500])
     reporter.write()
     record["seconds"] = jobs.seconds_spent(job.folder)
@@ -166,6 +183,8 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
         blobs.remove(attempt / MODEL_FILE)
         storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
     _clean_up(job)
+    if record["state"] == jobs.FAIL and faults.gpu_is_lost():
+        os._exit(1)  # Tune would give the process to the next job; the record is there already
     return str(record["state"]) if is_mine else "SUPERSEDED"
 
 
@@ -200,7 +219,8 @@ def _give_up(job: Job, max_failures: int, minutes: float | None) -> str | None:
     causes = jobs.crashes(job.folder, job.run)
     if len(causes) < max_failures:
         return None
-    meaning = f": {faults.MEMORY_FIX}" if causes[-1] == faults.MEMORY else ""
+    fix = faults.FIXES.get(causes[-1])
+    meaning = f": {fix}" if fix else ""
     return f"its process died {len(causes)} times (limits.max_failures){meaning}"
 
 

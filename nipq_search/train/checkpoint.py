@@ -52,7 +52,7 @@ def save_checkpoint(
     except OSError:
         blobs.remove(target)
         raise
-    # What lies ahead was damaged, or the training would have gone on from there; without a manifest
+    # What lies ahead is damaged, or the training would have gone on from there; without a manifest
     # it was cut off. Neither may take the place of a good one.
     whole = []
     for other in _checkpoints(folder):

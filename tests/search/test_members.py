@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +98,38 @@ def test_a_fault_of_the_machine_is_not_the_trainings(tmp_path, everywhere):
     with pytest.raises(OSError, match="s3://b/x: no answer") as raised:
         together(Faulty(error, everywhere), tmp_path)
     assert raised.value.errno == errno.EIO
+
+
+def test_a_gpu_without_room_is_told_apart(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError, match="process 1: .*CUDA out of memory"):
+        together(Faulty(torch.OutOfMemoryError("CUDA out of memory")), tmp_path)
+
+
+def test_a_killed_leader_leaves_nothing_in_memory(tmp_path):
+    """Its data would fill a node's RAM, kill by kill."""
+    code = (
+        "import sys, time, torch; from pathlib import Path; import test_members as t\n"
+        "task = t.Digits(width=4); task.load_data()\n"
+        "def wait(point): print('begun', flush=True); time.sleep(600)\n"
+        "t.together(task, Path(sys.argv[1]), t.Hooks(on_epoch=wait))\n"
+    )
+    before = set(Path("/dev/shm").glob("nipq-members-*"))
+    leader = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert leader.stdout is not None and leader.stdout.readline() == "begun\n"
+    (own,) = set(Path("/dev/shm").glob("nipq-members-*")) - before
+    assert not list(own.glob("buffer-*")), "gone as soon as every process has them open"
+    leader.kill()
+    leader.wait()
+    leader.stdout.close()
+    limit = time.monotonic() + 20
+    while own.exists():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
 
 
 def test_a_killed_process_is_told_apart(tmp_path):

@@ -22,6 +22,7 @@ from nipq_search.errors import UserError
 from nipq_search.search.code import EXCLUDES, can_travel
 from nipq_search.search.coordinator import Coordinator, Verdict
 from nipq_search.search.jobs import Job
+from nipq_search.search.nodes import check_room, slots
 from nipq_search.search.reaper import reaped
 from nipq_search.search.resources import ResourcesSection
 from nipq_search.tasks import Task
@@ -103,7 +104,7 @@ def check_machine(resources: ResourcesSection) -> None:
     for name, most in {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}.items():
         if wanted.get(name, 0) > most:
             raise UserError(
-                f"resources.{_key(name, resources)}: {wanted[name]:g} asked for one trial, this "
+                f"resources.{resources.key_of(name)}: {wanted[name]:g} asked for one trial, this "
                 f"machine has {most}"
             )
 
@@ -186,14 +187,37 @@ def ray_cluster(
         if code and can_travel():
             modules = [str(path) for path in code]
             options["runtime_env"] = {"py_modules": modules, "excludes": EXCLUDES}
-    with nullcontext() if address else reaped():
+    with nullcontext() if address else _of_ones_own():
         _start(options, address)
         try:
-            if check and not (address and resources.autoscale):
-                _check_nodes(resources)
+            if check:
+                check_room(resources, grows=address is not None and resources.autoscale)
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _of_ones_own() -> Iterator[None]:
+    """What a cluster of this process alone needs: it listens on loopback and leaves nobody behind.
+
+    Ray has a switch for "this machine only", meant for systems whose firewalls would ask; without
+    it every one of its processes listens on all interfaces.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    if name in os.environ:  # somebody decided it
+        with reaped():
+            yield
+        return
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        with reaped():
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name, None)
 
 
 def _start(options: dict[str, Any], address: str | None) -> None:
@@ -215,47 +239,6 @@ def _start(options: dict[str, Any], address: str | None) -> None:
                 "The same command tries again"
             ) from error
         raise _no_cluster(address, reason) from error
-
-
-def _key(name: str, resources: ResourcesSection) -> str:
-    """The setting behind one of Ray's resources."""
-    several = "workers" if resources.workers > 1 else "cpus"
-    known = {"CPU": several, "GPU": "gpus", "memory": "memory_gb"}
-    return known.get(name, f"custom.{name}")
-
-
-def _check_nodes(resources: ResourcesSection) -> None:
-    """Raise `UserError` unless some node holds one trial."""
-    import ray
-
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-    wanted = resources.in_ray_s_words()
-    for name, amount in wanted.items():
-        most = max((node.get(name, 0) for node in nodes), default=0)
-        if amount > most:
-            key = _key(name, resources)
-            unit = 1e9 if name == "memory" else 1
-            raise UserError(
-                f"resources.{key}: {amount / unit:g} asked for one trial, the largest node has "
-                f"{most / unit:.4g}"
-            )
-    if not any(all(node.get(n, 0) >= a for n, a in wanted.items()) for node in nodes):
-        asked = ", ".join(f"{a:g} {n}" for n, a in wanted.items())
-        raise UserError(f"resources: no node has all of {asked}, which one trial asks for")
-
-
-def slots(resources: ResourcesSection) -> int:
-    """Trials that fit at once, node by node, or fewer where the configuration says so."""
-    import ray
-
-    if resources.autoscale and resources.concurrent is not None:
-        return resources.concurrent
-
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-    wanted = resources.in_ray_s_words()
-    fits = sum(min(int(node.get(n, 0) / a) for n, a in wanted.items()) for node in nodes)
-    fits = max(1, fits)
-    return fits if resources.concurrent is None else min(fits, resources.concurrent)
 
 
 def _trainable(config: dict[str, Any], task: Any = None, work: Any = None) -> None:
@@ -285,7 +268,7 @@ class TuneExecutor:
         from ray import tune
         from ray.tune import FailureConfig, RunConfig, TuneConfig
 
-        from nipq_search.search.tune_glue import JobSearcher, Ticker, memory_faults
+        from nipq_search.search.tune_glue import JobSearcher, NothingRuns, Ticker, memory_faults
 
         trainable = tune.with_resources(
             tune.with_parameters(_trainable, task=task, work=self.work),
@@ -295,6 +278,7 @@ class TuneExecutor:
             },
         )
         searcher = JobSearcher(coordinator)
+        ticker = Ticker(tick, searcher)
         scratch = Path(tempfile.mkdtemp(prefix="nipq-tune-"))
         try:
             tuner = tune.Tuner(
@@ -309,7 +293,8 @@ class TuneExecutor:
                     name="jobs",
                     storage_path=str(scratch),
                     failure_config=FailureConfig(max_failures=-1),  # see JobSearcher.recovers
-                    callbacks=[Ticker(tick, searcher)],
+                    callbacks=[ticker],
+                    stop=NothingRuns(coordinator, ticker),
                     verbose=0,
                 ),
             )

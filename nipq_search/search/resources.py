@@ -63,6 +63,12 @@ class ResourcesSection(Section):
             wanted["memory"] = self.memory_gb * 1e9
         return {name: amount for name, amount in wanted.items() if amount}
 
+    def key_of(self, name: str) -> str:
+        """The setting behind one of Ray's resources."""
+        several = "workers" if self.workers > 1 else "cpus"
+        known = {"CPU": several, "GPU": "gpus", "memory": "memory_gb"}
+        return known.get(name, f"custom.{name}")
+
 
 class LimitsSection(Section):
     """When to stop.

@@ -30,6 +30,7 @@ from nipq_search.search.jobs import FAIL, committed, job_folder
 from nipq_search.search.lease import driver_lease
 from nipq_search.search.ledger import Ledger
 from nipq_search.search.logs import driver_log
+from nipq_search.search.nodes import check_data
 from nipq_search.search.preflight import (
     check_checkpoints,
     check_databases,
@@ -244,6 +245,8 @@ def _drive(
                 driver_log(driver.out),
                 signals_to(driver.stop, driver.progress),
             ):
+                if executor is None and address is not None:
+                    check_data(task, driver.config.train.batch_size, driver.out, resources)
                 runner = executor or TuneExecutor(resources)
                 runner.run(coordinator, task, driver.tick)
         ended = "KILLED" if driver.interrupted else "FINISHED"

@@ -1,4 +1,4 @@
-"""The two objects that Ray Tune calls back. Neither holds state that a pickle could leak."""
+"""The objects that Ray Tune calls back. None holds state that a pickle could leak."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
 from nipq_search.search import faults, jobs
@@ -173,10 +173,11 @@ class Ticker(Callback):
         """Call `tick`, and the searcher with a Tune trial that is started again."""
         self._tick, self._searcher = tick, searcher
         self._last = 0.0
+        self.busy = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing of ours."""
-        return {"_tick": None, "_searcher": None, "_last": 0.0}
+        return {"_tick": None, "_searcher": None, "_last": 0.0, "busy": True}
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial failed and is to be started again."""
@@ -189,6 +190,7 @@ class Ticker(Callback):
         Raises:
             BaseException: what the coordinator raised at the end of a job.
         """
+        self.busy = any(trial.status == "RUNNING" for trial in trials)
         if self._searcher is not None and self._searcher.problem is not None:
             raise self._searcher.problem
         if self._tick is not None and time.monotonic() - self._last > 0.5:
@@ -198,3 +200,27 @@ class Ticker(Callback):
     def get_state(self) -> dict[str, Any] | None:
         """Nothing of ours."""
         return None
+
+
+class NothingRuns(Stopper):
+    """Ends a sweep that is to stop once no job runs: others may wait for a node for ever."""
+
+    def __init__(self, coordinator: Coordinator, ticker: Ticker) -> None:
+        """Bind to a coordinator, and to what sees Tune's trials."""
+        self._coordinator: Coordinator | None = coordinator
+        self._ticker: Ticker | None = ticker
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing of ours."""
+        return {"_coordinator": None, "_ticker": None}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No single trial is ended so."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all is to end."""
+        if self._coordinator is None or self._ticker is None:
+            return False
+        ending = self._coordinator.stopping or bool(self._coordinator.failure)
+        return ending and not self._ticker.busy

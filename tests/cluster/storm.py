@@ -32,6 +32,8 @@ from nipq_search.tracking.tables import read_table
 TRIALS, EPOCHS = 5, 40
 ACTIONS = ("worker", "worker", "node", "driver", "driver and node", "tracking", "everything")
 CALM_SECONDS = (2.0, 12.0)
+TRACKING_PASSWORD = "an0ther-w0rd"
+"""The server asks for none, the client sends it all the same."""
 
 
 def free_port() -> int:
@@ -114,12 +116,21 @@ class Storm:
             limits={"max_failures": 20},
         )
         (folder / "storage-url").write_text(self.study_url)
+        (folder / "tmp").mkdir()
+        url = {"NIPQ_STORAGE_URL": self.study_url}
+        if seed % 2 == 0:
+            url = {"NIPQ_STORAGE_URL_FILE": str(folder / "storage-url")}
         self.command = Command(
             folder,
-            NIPQ_STORAGE_URL_FILE=str(folder / "storage-url"),
+            **url,
             MLFLOW_TRACKING_URI=self.tracking.uri,
+            MLFLOW_TRACKING_USERNAME="somebody",
+            MLFLOW_TRACKING_PASSWORD=TRACKING_PASSWORD,
             MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+            TMPDIR=str(folder / "tmp"),
         )
+        self.secrets = (postgres.password.encode(), TRACKING_PASSWORD.encode())
+        self.seen: set[bytes] = set()
         self.out = self.command.out
         self.done: list[str] = []
 
@@ -152,6 +163,9 @@ class Storm:
 
     def _calm(self, seconds: float) -> None:
         """Wait; the results can be read all the while."""
+        for pid in self.command.processes():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                self.seen.add(Path(f"/proc/{pid}/cmdline").read_bytes())
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.driver.poll() != 0:
             table = self.out / "results.parquet"
@@ -262,15 +276,15 @@ class Storm:
         assert self.postgres.password not in tags
 
     def _check_secrets(self) -> None:
-        """The password is in no file of the sweep, of Ray, and in no arguments."""
-        word = self.postgres.password.encode()
+        """No password is in a file of the sweep, of Tune or of Ray, or in arguments."""
         session = Path(self.cluster.head_node.get_session_dir_path())
-        for place in (self.out, session):
+        for place in (self.out, self.folder / "tmp", session):
             for file in place.rglob("*"):
                 if file.is_file() and not file.is_symlink():
-                    assert word not in file.read_bytes(), f"{file} holds the password"
-        for pid in self.command.processes():
-            assert word not in Path(f"/proc/{pid}/cmdline").read_bytes()
+                    data = file.read_bytes()
+                    assert not any(word in data for word in self.secrets), f"{file} has a secret"
+        assert any(b"nipq-search" in line for line in self.seen), "while it ran"
+        assert not any(word in line for line in self.seen for word in self.secrets)
 
     def close(self) -> None:
         """End what was started; the cluster and the database server are the caller's."""

@@ -51,6 +51,27 @@ LONG: dict[str, Any] = {
 }
 
 
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+"""127.0.0.1, the same as IPv6 has it, and ::1, as the kernel writes them."""
+
+
+def listening(pid: int) -> list[str]:
+    """Local addresses, as the kernel writes them, on which a process listens."""
+    sockets = set()
+    try:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(link) if link.is_symlink() else ""
+            if target.startswith("socket:["):
+                sockets.add(target[8:-1])
+    except OSError:  # it ended meanwhile
+        return []
+    rows = []
+    for file in ("tcp", "tcp6"):
+        text = Path(f"/proc/net/{file}").read_text()
+        rows += [line.split() for line in text.splitlines()[1:]]
+    return [r[1].partition(":")[0] for r in rows if r[3] == "0A" and r[9] in sockets]
+
+
 def held_sweep(folder: Path) -> Command:
     """A sweep of trials that are long enough to be disturbed; `folder/hold` holds them up."""
     (folder / "my_module.py").write_text(MODULE)
@@ -137,6 +158,8 @@ def test_a_trial_whose_worker_is_killed_ends_with_the_same_model(
     with ended(process):
         folder = out / "trials" / "1" / "attempt-1"
         reach(process, lambda: len(epochs(folder)) >= 3, "3 epochs")
+        found = [address for pid in command.processes() for address in listening(pid)]
+        assert len(found) > 4 and set(found) <= LOOPBACK, "nobody else can reach Ray's processes"
         os.kill(json.loads((folder / "started.json").read_text())["pid"], signal.SIGKILL)
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr

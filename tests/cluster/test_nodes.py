@@ -1,0 +1,114 @@
+"""Nodes that cannot run trials, nodes that never come, and clusters that nobody can reach."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from sweep_helpers import Command, ended, reach, states, wait_for, write_sweep
+from unit_helpers import digits
+
+from nipq_search.errors import UserError
+from nipq_search.search import jobs, nodes
+from nipq_search.search.jobs import job_folder
+from nipq_search.search.resources import ResourcesSection
+from nipq_search.storage import write_json
+from nipq_search.tasks.digits import Digits
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+
+ONE = ResourcesSection(cpus=1)
+
+
+class Partly(Digits):
+    """Digits whose files are on every node but one."""
+
+    def __init__(self, lacking: str) -> None:
+        super().__init__(width=4)
+        self._splits = digits().splits()
+        self.lacking = lacking
+
+    def loader(self, split, batch_size, seed):
+        import ray
+
+        if ray.get_runtime_context().get_node_id() == self.lacking:
+            raise FileNotFoundError(2, "No such file or directory", "/data/train")
+        return super().loader(split, batch_size, seed)
+
+
+def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
+    import ray
+
+    added = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    write_json(tmp_path / "facts.json", {})
+    ray.init(
+        address=cluster.address,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+    )
+    try:
+        nodes.check_data(Partly("none"), 8, tmp_path, ONE, own_host=True)
+        lacking = Partly(added[1].node_id)
+        nodes.check_data(lacking, 8, tmp_path, ONE)  # this host has shown that it has them
+        with pytest.raises(UserError, match="node .*: the data cannot be read there .*/train"):
+            nodes.check_data(lacking, 8, tmp_path, ONE, own_host=True)
+        more = ResourcesSection(cpus=2)  # no node that lacks the data would get such a trial
+        nodes.check_data(lacking, 8, tmp_path, more, own_host=True)
+        assert nodes._problem(lacking, 8, str(tmp_path / "other"), "") is not None
+        assert "another one" in str(nodes._problem(lacking, 8, str(tmp_path), "0"))
+    finally:
+        ray.shutdown()
+
+
+def test_a_stop_does_not_wait_for_nodes_that_never_come(tmp_path, cluster):
+    """The only node dies; trials that wait for another must not keep the sweep from ending."""
+    node = cluster.add_node(num_cpus=1)
+    more = {"cpus": 1, "concurrent": 2, "autoscale": True}
+    write_sweep(tmp_path, search__trials=3, train__epochs=400, resources=more)
+    command = Command(tmp_path)
+    process = command.popen(*command.arguments("--address", cluster.address))
+    trial = job_folder(command.out, "trial", 0)
+    with ended(process):
+        reach(process, lambda: jobs.samples_processed(trial) > 0, "the trial to train")
+        cluster.remove_node(node, allow_graceful=False)
+        wait_for(lambda: jobs.attempts(trial) and _lost(trial), "its end to be noticed", 60)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, f"{stdout}\n{stderr}"
+    assert time.monotonic() - began < 60
+    assert set(states(command.out)) == {"RUNNING"}, "all is left to be resumed"
+    cluster.add_node(num_cpus=1)
+    write_sweep(tmp_path, search__trials=3, train__epochs=400, resources=more)
+    process = command.popen(*command.arguments("--address", cluster.address))
+    with ended(process):
+        reach(process, lambda: len(jobs.attempts(trial)) > 1, "the trial to go on")
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+    assert process.returncode == 130
+
+
+def _lost(trial: Path) -> bool:
+    return (jobs.attempts(trial)[-1] / jobs.LOST).exists()
+
+
+def test_a_type_of_node_that_is_too_small_is_refused(tmp_path, monkeypatch):
+    """Which nodes a cluster can add stands in the file that `ray up` leaves on its head."""
+    monkeypatch.setattr(nodes, "living", lambda: [{"Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(nodes, "LAUNCHED", tmp_path / "bootstrap.yaml")
+    more = {"autoscale": True, "concurrent": 2}
+    wanted = ResourcesSection(cpus=4, **more)
+    nodes.check_room(wanted, grows=True)  # nothing is known of what may come
+    types = {"head": {"resources": {"CPU": 2}}, "worker": {"resources": {"CPU": 8, "GPU": 1}}}
+    nodes.LAUNCHED.write_text(yaml.safe_dump({"available_node_types": types}))
+    nodes.check_room(wanted, grows=True)
+    nodes.check_room(ResourcesSection(cpus=4, gpus=1, memory_gb=99, **more), grows=True)
+    with pytest.raises(UserError, match="gpus: 4 asked .* the largest type of node has 1"):
+        nodes.check_room(ResourcesSection(cpus=1, gpus=4, **more), grows=True)
+    with pytest.raises(UserError, match="cpus: 4 asked for one trial, the largest node has 2"):
+        nodes.check_room(wanted, grows=False)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nipq_search.errors import UserError
+
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """How file systems without hard links refuse to make one."""
 
@@ -154,3 +156,23 @@ def network_file_system(path: Path) -> str | None:
         if path.is_relative_to(point) and len(point.parts) >= deepest:
             deepest, kind = len(point.parts), fields[2]
     return kind if kind in _NETWORK else None
+
+
+def setting(name: str) -> str | None:
+    """An environment variable, or what is in the file that the variable `<name>_FILE` names.
+
+    Raises:
+        UserError: the file cannot be read, or is empty.
+    """
+    if value := os.environ.get(name):
+        return value
+    if not (file := os.environ.get(f"{name}_FILE")):
+        return None
+    try:
+        if value := Path(file).read_text().strip():
+            return value
+    except OSError as error:
+        raise UserError(f"{name}_FILE: {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}_FILE: {file}: not a text") from error
+    raise UserError(f"{name}_FILE: {file} is empty; write the URL into it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
+from nipq_search import storage
 from nipq_search.errors import UserError
 
 JOURNAL, DATABASE = "study.log", "study.db"
@@ -35,14 +35,7 @@ def storage_url() -> str | None:
     Raises:
         UserError: `NIPQ_STORAGE_URL_FILE` cannot be read.
     """
-    if url := os.environ.get("NIPQ_STORAGE_URL"):
-        return url
-    if file := os.environ.get("NIPQ_STORAGE_URL_FILE"):
-        try:
-            return Path(file).read_text().strip()
-        except OSError as error:
-            raise UserError(f"NIPQ_STORAGE_URL_FILE: {file}: {error.strerror}") from error
-    return None
+    return storage.setting("NIPQ_STORAGE_URL")
 
 
 def engine_options(url: str) -> dict[str, Any]:

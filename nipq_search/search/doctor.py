@@ -132,9 +132,9 @@ def _storage() -> str:
 
 
 def _tracking() -> str:
-    from nipq_search.tracking.server import open_client
+    from nipq_search.tracking.server import given_uri, open_client
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = given_uri()
     if uri is None:
         return "a file in the sweep's folder (set MLFLOW_TRACKING_URI for a server)"
     try:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nipq_search import storage
-from nipq_search.search import jobs, view
+from nipq_search.search import faults, jobs, view
 from nipq_search.search.config import SweepConfig
 from nipq_search.search.coordinator import Coordinator
 from nipq_search.search.facts import Facts
@@ -151,13 +151,15 @@ class Driver:
             attempt = jobs.live_attempt(job.folder, job.run)
             if attempt is None or time.time() - attempt["time"] < 60 * minutes + _GRACE_SECONDS:
                 continue
+            marker = Path(attempt["folder"]) / jobs.HANG
+            storage.write_bytes(marker, b"killed by the driver: no sign of an end in time\n")
             if attempt["host"] == socket.gethostname():
-                marker = Path(attempt["folder"]) / jobs.HANG
-                storage.write_bytes(marker, b"killed by the driver: no sign of an end in time\n")
                 try:
                     os.kill(attempt["pid"], signal.SIGKILL)
                 except ProcessLookupError:
                     _log.warning("%s: its process is gone", job.name)
+            elif attempt.get("node"):
+                faults.kill_on(attempt["node"], attempt["pid"])
 
     def _refresh(self, running: bool = True) -> None:
         """Read the ledger again and write the tables."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import socket
 import sys
 import time
@@ -104,6 +105,21 @@ def dead_nodes() -> set[str]:
     import ray
 
     return {n["NodeID"] for n in ray.nodes() if not n["Alive"]}  # type: ignore[no-untyped-call]
+
+
+def kill_on(node: str, pid: int) -> None:
+    """End a process on another node of the cluster, one that is stopped as well."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    remote: Any = ray.remote(_kill)
+    remote.options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(pid)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def classify(error: BaseException | None, node_is_dead: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from nipq_search import blobs, storage
@@ -14,6 +15,8 @@ from nipq_search.tasks.base import has_distillation, load_data
 from nipq_search.tracking.server import tracking_uri
 
 _HARMLESS = {"driver.lock", "stop.request"}
+_UNFINISHED = (f".{FACTS_FILE}.", f".{SWEEP_FILE}.")
+"""How the names of files begin that a kill left unfinished; see `storage.write_bytes`."""
 
 
 def _held_by(out: Path) -> str | None:
@@ -34,7 +37,7 @@ def check_folder(out: Path, name: str) -> None:
         return
     if not out.is_dir():
         raise UserError(f"--out {out}: this is a file; give a folder")
-    found = {path.name for path in out.iterdir()} - _HARMLESS
+    found = {p.name for p in out.iterdir() if not p.name.startswith(_UNFINISHED)} - _HARMLESS
     known = {SWEEP_FILE, FACTS_FILE, "study.log", "study.db"}
     if found and not is_sweep(out) and not found & known:
         raise UserError(
@@ -56,11 +59,13 @@ def check_databases(out: Path) -> None:
     wanted = [("NIPQ_STORAGE_URL", storage_url() or "", DATABASE)]
     wanted += [("MLFLOW_TRACKING_URI", tracking_uri(out), "mlflow.db")]
     for variable, uri, name in wanted:
-        if uri in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
+        if re.fullmatch(r"sqlite(\+\w+)?:(//|///|///:memory:)(\?.*)?", uri):
             raise UserError(
                 f"{variable}: {uri} lives in memory; name a file, as sqlite:////a/b.db"
             )
-        file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        dialect, _, place = uri.partition(":///")
+        sqlite = dialect.partition("+")[0] == "sqlite"
+        file = Path(place.partition("?")[0]) if sqlite else None
         if not uri and (out / name).exists():
             file = out / name
         if file is not None and (kind := storage.network_file_system(file)):

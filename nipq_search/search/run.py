@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -66,8 +66,16 @@ class Outcome:
     pruned: int
 
 
-def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Facts]:
+def open_ledger(
+    config: SweepConfig, task: Task, out: Path, guard: Callable[[], None] = lambda: None
+) -> tuple[Ledger, Facts]:
     """The ledger, checked against an earlier run's configuration, and the sweep's facts.
+
+    Args:
+        config: the sweep.
+        task: its task, the data loaded.
+        out: its folder.
+        guard: raises once this driver must write nothing more.
 
     Raises:
         UserError: a budget cannot be reached; or the configuration or the data differ from those
@@ -84,6 +92,7 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
         known = storage.read_json(out / FACTS_FILE)
         identity = known.get("study") if isinstance(known, dict) else None
         Ledger.load(out, config.name, identity).close()
+    guard()
     ledger = Ledger.open(
         out,
         config.name,
@@ -92,6 +101,7 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
         sampler=config.search.sampler,
         seed=config.seed,
     )
+    ledger.guard = guard
     before = ledger.recall("config")
     if begun and before is None:
         raise UserError(f"--out {out}: holds trials of another study; give another folder")
@@ -108,6 +118,7 @@ def open_ledger(config: SweepConfig, task: Task, out: Path) -> tuple[Ledger, Fac
     ledger.remember("config", config.as_json())
     identity = ledger.recall(IDENTITY) or uuid.uuid4().hex
     ledger.remember(IDENTITY, identity)
+    guard()
     storage.write_json(out / FACTS_FILE, {**facts.as_json(), "dataset": data, "study": identity})
     text = yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True)
     storage.write_bytes(out / SWEEP_FILE, text.encode())
@@ -205,8 +216,7 @@ def run_sweep(
         signals_to(stop, progress),
     ):
         task = load_task(config)
-        ledger, facts = open_ledger(config, task, out)
-        ledger.guard = guard
+        ledger, facts = open_ledger(config, task, out, guard)
         with contextlib.closing(ledger):
             driver = Driver(
                 out=out, config=config, facts=facts, progress=progress, stop=stop, guard=guard

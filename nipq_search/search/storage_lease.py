@@ -8,6 +8,7 @@ compare-and-swap only if it stood still for as long as a living driver never pau
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -36,6 +37,11 @@ EXPIRY_SECONDS = 40.0
 """A counter that stood still for so long is nobody's; above `SILENT_SECONDS` by enough for a write
 that was under way."""
 
+_now: Callable[[], float] = time.monotonic
+"""Seconds, with those for which the machine is suspended, where its clocks have that."""
+if hasattr(time, "CLOCK_BOOTTIME"):
+    _now = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+
 _TABLE = sa.Table(
     "nipq_lease",
     sa.MetaData(),
@@ -63,7 +69,7 @@ class StorageLease:
     def __init__(self, engine: Engine, study: str, token: str) -> None:
         """Begin to move the counter."""
         self._engine, self._study, self._token = engine, study, token
-        self._alive_at = time.monotonic()
+        self._alive_at = _now()
         self._taken = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="nipq-lease", daemon=True)
@@ -71,7 +77,7 @@ class StorageLease:
 
     def held(self) -> bool:
         """Whether this driver may write."""
-        return not self._taken and time.monotonic() - self._alive_at < SILENT_SECONDS
+        return not self._taken and _now() - self._alive_at < SILENT_SECONDS
 
     def check(self) -> None:
         """Raise `LeaseLost` unless this driver may write."""
@@ -84,7 +90,7 @@ class StorageLease:
     def _beat(self) -> None:
         mine = (_TABLE.c.study == self._study) & (_TABLE.c.token == self._token)
         while not self._end.wait(BEAT_SECONDS):
-            asked_at = time.monotonic()
+            asked_at = _now()
             try:
                 with self._engine.begin() as connection:
                     moved = connection.execute(
@@ -192,7 +198,7 @@ def _acquire(engine: Engine, study: str, token: str) -> None:
     _make_table(engine)
     row = {"study": study, "token": token, "host": socket.gethostname()[:255], "pid": os.getpid()}
     row["beat"] = 0
-    watched, since, told = None, time.monotonic(), False
+    watched, since, told = None, _now(), False
     while True:
         found = _row(engine, study)
         if found is None:
@@ -200,13 +206,13 @@ def _acquire(engine: Engine, study: str, token: str) -> None:
                 return
             continue
         if watched is None:
-            watched, since = found, time.monotonic()
+            watched, since = found, _now()
         if (found.token, found.beat) != (watched.token, watched.beat):
             raise UserError(
                 f"a driver is running the sweep '{study}' on host {found.host}, pid {found.pid}; "
                 "wait for it, or end it with `nipq-search stop` there"
             )
-        if time.monotonic() - since > EXPIRY_SECONDS or _is_dead_here(found):
+        if _now() - since > EXPIRY_SECONDS or _is_dead_here(found):
             if _swap(engine, found, row):
                 return
             watched = None

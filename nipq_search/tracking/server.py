@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nipq_search.storage import write_bytes
+from nipq_search.storage import setting, write_bytes
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -44,8 +44,23 @@ MLflow would send again what may have arrived, such as the request for a new run
 
 
 def tracking_uri(out: Path, uri: str | None = None) -> str:
-    """The server to write to: `uri`, else `MLFLOW_TRACKING_URI`, else SQLite in `out`."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or own_uri(out)
+    """The server to write to: `uri`, else that of the environment, else SQLite in `out`.
+
+    Raises:
+        UserError: `MLFLOW_TRACKING_URI_FILE` cannot be read.
+    """
+    return uri or given_uri() or own_uri(out)
+
+
+def given_uri() -> str | None:
+    """`MLFLOW_TRACKING_URI`, or what is in the file that `MLFLOW_TRACKING_URI_FILE` names.
+
+    A database's URL holds a password, and Ray's dashboard shows the environment of jobs.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return setting("MLFLOW_TRACKING_URI")
 
 
 def own_uri(out: Path) -> str:

@@ -42,7 +42,7 @@ def test_the_ray_job_has_the_structure_of_kuberay():
     document = read("rayjob.yaml")
     assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayJob")
     spec = document["spec"]
-    words = spec["entrypoint"].split()
+    words = spec["entrypoint"].partition(";")[0].split()
     assert words[:2] == ["nipq-search", "run"] and words[-2] == "--out"
     assert words[words.index("--address") + 1] == "auto"
     cluster = spec["rayClusterSpec"]
@@ -62,6 +62,23 @@ def test_the_ray_job_has_the_structure_of_kuberay():
         assert any(words[-1].startswith(root) for root in roots)
     (worker,) = cluster["workerGroupSpecs"]
     assert worker["minReplicas"] <= worker["replicas"] <= worker["maxReplicas"]
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, 0), (1, 1), (2, 2), (3, 0), (130, 0), (137, 137)])
+def test_the_ray_job_is_not_retried_where_somebody_stopped_it(tmp_path, code, told):
+    (tmp_path / "nipq-search").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "nipq-search").chmod(0o755)
+    line = read("rayjob.yaml")["spec"]["entrypoint"]
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(line, shell=True, env=environment).returncode == told
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "on_premises.yaml"])
+def test_every_node_installs_the_same_versions(name):
+    (install,) = [line for line in read(name)["setup_commands"] if "pip install" in line]
+    assert "--constraint ~/nipq-search/constraints.txt" in install
+    assert (FOLDER.parent.parent / "constraints.txt").exists()
+    assert ("boto3" in install) == (read(name)["provider"]["type"] == "aws")
 
 
 def test_the_image_is_built_from_what_is_there():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from sweep_helpers import Command, ended, reach, states, wait_for, write_sweep
 from unit_helpers import digits
 
 from nipq_search.errors import UserError
-from nipq_search.search import jobs, nodes
+from nipq_search.search import faults, jobs, nodes
 from nipq_search.search.jobs import job_folder
 from nipq_search.search.resources import ResourcesSection
 from nipq_search.storage import write_json
@@ -59,6 +60,10 @@ def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
             nodes.check_data(lacking, 8, tmp_path, ONE, own_host=True)
         more = ResourcesSection(cpus=2)  # no node that lacks the data would get such a trial
         nodes.check_data(lacking, 8, tmp_path, more, own_host=True)
+        victim = subprocess.Popen(["sleep", "600"])
+        victim.send_signal(signal.SIGSTOP)
+        faults.kill_on(added[0].node_id, victim.pid)
+        assert victim.wait(timeout=60) == -signal.SIGKILL
         assert nodes._problem(lacking, 8, str(tmp_path / "other"), "") is not None
         assert "another one" in str(nodes._problem(lacking, 8, str(tmp_path), "0"))
     finally:

@@ -10,8 +10,10 @@ import pytest
 
 from nipq_search import storage
 from nipq_search.errors import UserError
-from nipq_search.search.preflight import check_databases
+from nipq_search.search.databases import storage_url
+from nipq_search.search.preflight import check_databases, check_folder
 from nipq_search.search.storage_lease import make_engine
+from nipq_search.tracking.server import given_uri
 
 
 def test_a_written_file_is_whole_and_readable_by_others(tmp_path):
@@ -142,17 +144,56 @@ def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("NIPQ_STORAGE_URL", f"sqlite:///{tmp_path}/study.db")
     with pytest.raises(UserError, match="study.db: SQLite on .* set NIPQ_STORAGE_URL"):
         check_databases(tmp_path)
+    monkeypatch.setenv("NIPQ_STORAGE_URL", f"sqlite+pysqlite:///{tmp_path}/study.db?timeout=9")
+    with pytest.raises(UserError, match="study.db: SQLite on .* set NIPQ_STORAGE_URL"):
+        check_databases(tmp_path)
     monkeypatch.delenv("NIPQ_STORAGE_URL")
     (tmp_path / "study.db").touch()
     with pytest.raises(UserError, match="study.db"):
         check_databases(tmp_path)
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///", "sqlite:///:memory:"])
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite://"]
+)
 def test_a_study_in_memory_is_refused(url, tmp_path, monkeypatch):
     monkeypatch.setenv("NIPQ_STORAGE_URL", url)
     with pytest.raises(UserError, match="NIPQ_STORAGE_URL.*lives in memory"):
         check_databases(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["NIPQ_STORAGE_URL", "MLFLOW_TRACKING_URI"])
+def test_urls_come_from_the_environment_or_from_files(name, tmp_path, monkeypatch):
+    read = {"NIPQ_STORAGE_URL": storage_url, "MLFLOW_TRACKING_URI": given_uri}[name]
+    for variable in (name, f"{name}_FILE"):
+        monkeypatch.delenv(variable, raising=False)
+    assert read() is None
+    file = tmp_path / "url"
+    monkeypatch.setenv(f"{name}_FILE", str(file))
+    for content, problem in (
+        (None, "No such file"),
+        (b" \n", "is empty"),
+        (b"\xff\xfe", "not a text"),
+    ):
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}_FILE: .*url.*{problem}"):
+            read()
+    file.write_text("postgresql://u:p@host/db\n")
+    assert read() == "postgresql://u:p@host/db"
+    monkeypatch.setenv(name, "http://first")
+    assert read() == "http://first"
+
+
+def test_a_folder_in_which_a_first_file_was_cut_off_is_no_foreign_one(tmp_path):
+    """With the study on a server there is nothing else in it yet."""
+    (tmp_path / "driver.lock").touch()
+    for name in (".facts.json.x8_1", ".sweep.yaml.ab"):
+        (tmp_path / name).write_text("{")
+    check_folder(tmp_path, "tiny")
+    (tmp_path / ".facts").touch()
+    with pytest.raises(UserError, match="not empty and not a sweep"):
+        check_folder(tmp_path, "tiny")
 
 
 def test_a_port_that_is_no_number_is_refused_without_its_text():

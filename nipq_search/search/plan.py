@@ -7,8 +7,9 @@ from typing import Any
 
 from nipq_search.cost import CONVENTION, COSTS, Budget, exact_cost, layer_rows, project
 from nipq_search.cost.base import uniform_bits
-from nipq_search.cost.projection import fullest
+from nipq_search.cost.projection import fullest, units_of
 from nipq_search.quant import QUANTIZERS
+from nipq_search.quant.graph import Graph
 from nipq_search.quant.norm import norm_layers
 from nipq_search.records import SCHEMA
 from nipq_search.search.budgets import REFERENCE_BITS
@@ -65,7 +66,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         },
         "budgets": budgets,
         "trials": config.search.trials,
-        "samples": _samples(config, task),
+        "samples": _samples(config, task, graph),
         "noise_steps": _noise_steps(config, task),
         "disk_bytes": _disk(config, facts.costs["weight_bytes"]["float"]),
     }
@@ -79,7 +80,7 @@ def _data(task: Any) -> dict[str, Any]:
     return {"name": known["name"], "classes": count, "splits": dict(known["splits"])}
 
 
-def _samples(config: SweepConfig, task: Any) -> int:
+def _samples(config: SweepConfig, task: Any, graph: Graph) -> int:
     """Training samples that the whole sweep would process if nothing fails."""
     size: int | None = dataset(task)["splits"].get("train")
     if size is None:
@@ -88,12 +89,16 @@ def _samples(config: SweepConfig, task: Any) -> int:
     batches = math.ceil(size / train.batch_size)
     trained = train.epochs * size
     norm_batches = train.norm_batches if norm_layers(task.build_model()) else 0
-    extra = train.batch_size * sum(
-        min(n, batches) for n in (train.calibration_batches, norm_batches)
-    )
+    calibration = min(train.calibration_batches, batches)
+    extra = train.batch_size * (calibration + min(norm_batches, batches))
     trainings = config.search.trials + len(config.search.baselines)
     floats: float = 0 if config.float_model.checkpoint else config.float_model.epochs * size
-    return round(floats + trainings * (trained + extra))
+    fitted = train.batch_size * config.search.trials if train.fit_ranges else 0
+    scores = 0
+    if config.needs_scores:  # a pass for the float model, and for each width of each unit
+        passes = 1 + sum(len(graph.tensors[unit].allowed) for unit in units_of(graph))
+        scores = train.batch_size * (calibration + passes * min(train.score_batches, batches))
+    return round(floats + trainings * (trained + extra) + fitted + scores)
 
 
 def _noise_steps(config: SweepConfig, task: Any) -> int:

@@ -240,7 +240,9 @@ class Sweep:
         for name in limits:
             if name not in COSTS:
                 raise UserError(f"--max {name}: no such cost{nearest(name, COSTS)}")
-        document = view.best_document(self.front_document()["points"], limits, self.facts)
+        document = view.best_document(
+            self.front_document()["points"], limits, self.facts, self.layers
+        )
         point = document["point"]
         return {**document, "model": point and self._shown_file(point["trial"])}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,8 +313,16 @@ def best_document(
     points: Sequence[Mapping[str, Any]],
     limits: Mapping[str, float],
     facts: Mapping[str, Any],
+    layers_of: Callable[[int], Sequence[Mapping[str, Any]]] = lambda trial: (),
 ) -> dict[str, Any]:
-    """What `best --json` prints: the best point inside limits, or the nearest and what blocks."""
+    """What `best --json` prints: the best point inside limits, or the nearest and what blocks.
+
+    Args:
+        points: of the front's document.
+        limits: by cost.
+        facts: of the sweep.
+        layers_of: bits and costs by layer of a trial.
+    """
     sign = 1.0 if facts["mode"] == "max" else -1.0
 
     def excess(point: Mapping[str, Any]) -> float:
@@ -334,16 +342,19 @@ def best_document(
     blocks = []
     for name, limit in limits.items():
         least = facts["costs"][name]["least"]
+        set_by = facts.get("least_set_by", {}).get(name)  # older sweeps have none
+        by = f" (set by {set_by})" if set_by else ""
         if least > limit:
-            set_by = facts.get("least_set_by", {}).get(name)  # older sweeps have none
             blocks.append(
                 f"{name}: {limit:,.6g} is below the least reachable cost {least:,.6g} "
-                "with the allowed bit-widths" + (f" (set by {set_by})" if set_by else "")
+                f"with the allowed bit-widths{by}"
             )
         elif nearest is not None and nearest["cost"][name] > limit:
+            largest = _largest(name, layers_of(nearest["trial"]))
             blocks.append(
-                f"{name}: the nearest trained point costs {nearest['cost'][name]:,.6g}, "
-                f"{limit:,.6g} was asked; add a budget at or below it and run again"
+                f"{name}: the nearest trained point costs {nearest['cost'][name]:,.6g}{largest}, "
+                f"{limit:,.6g} was asked, {least:,.6g} is the least reachable{by}; add a budget "
+                "at or below what was asked and run again"
             )
     if nearest is None:
         blocks.append("no trial is complete yet")
@@ -354,3 +365,13 @@ def best_document(
         "nearest": nearest,
         "blocks": blocks,
     }
+
+
+def _largest(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
+    """The layers that make up most of a cost that is counted by layer, in words."""
+    costs = {row["name"]: row.get(name) or 0 for row in layers}
+    total = sum(costs.values())
+    if not total:
+        return ""
+    largest = sorted(costs, key=lambda layer: -costs[layer])[:3]
+    return f" (most of it {', '.join(f'{n}: {100 * costs[n] / total:.0f} %' for n in largest)})"

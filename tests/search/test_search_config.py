@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from unit_helpers import document, make_config
+from unit_helpers import document, make_config, run_here
 
 from nipq_search.errors import UserError
 from nipq_search.search.config import (
@@ -18,6 +18,7 @@ from nipq_search.search.config import (
 )
 from nipq_search.search.facts import gather
 from nipq_search.search.plan import plan
+from nipq_search.search.sweep import Sweep
 from nipq_search.tasks import TASKS, make_task
 
 PIPELINES = sorted((Path(__file__).parents[2] / "pipelines").glob("*.yaml"))
@@ -326,3 +327,22 @@ def test_a_plan_says_how_long_a_noise_phase_is(changes, steps):
     """None where `fill` leaves it out, and with a quantizer that learns no bits."""
     long = {"train__epochs": 20, "train__noise_share": 0.5}
     assert plan(make_config(**long | changes))["noise_steps"] == steps
+
+
+@pytest.mark.parametrize("start", ["budget", "sensitivity"])
+def test_a_plan_says_how_many_samples_are_processed(start, tmp_path):
+    """Calibration, scores, fitted ranges and normalization among them."""
+    config = make_config(
+        float__epochs=1,
+        train__epochs=1,
+        train__start=start,
+        train__fit_ranges=True,
+        train__score_batches=2,
+        search__strategy="independent",
+        search__trials=2,
+        search__baselines=[],
+        search__space={"lr": {"log": [0.02, 0.1]}},
+    )
+    run_here(config, tmp_path / "sweep")
+    processed = Sweep.open(tmp_path / "sweep").status()["total_samples"]
+    assert processed == plan(config)["samples"]

@@ -146,7 +146,10 @@ def test_best_document(sweep):
     assert sweep.best({"bops": cheapest})["point"]["cost"]["bops"] == cheapest
     blocked = sweep.best({"bops": 0.9 * cheapest})
     assert blocked["point"] is None and blocked["nearest"]["cost"]["bops"] == cheapest
-    assert "add a budget at or below it" in blocked["blocks"][0]
+    (block,) = blocked["blocks"]
+    assert "add a budget at or below what was asked" in block
+    least = sweep.facts["costs"]["bops"]["least"]
+    assert f"{least:,.6g} is the least reachable (set by " in block
     least = sweep.best({"bops": 1.0, "weight_bytes": 1e12})
     assert "below the least reachable cost" in least["blocks"][0] and len(least["blocks"]) == 1
     with pytest.raises(UserError, match=r"--max bop: no such cost \(did you mean 'bops'\?\)"):
@@ -157,6 +160,16 @@ def test_best_names_the_layers_that_set_the_least_cost(sweep):
     facts = {**sweep.facts, "least_set_by": {"bops": "stem: 80 %, head: 20 %"}}
     (block,) = view.best_document([], {"bops": 1.0}, facts)["blocks"][:1]
     assert block.endswith("with the allowed bit-widths (set by stem: 80 %, head: 20 %)")
+
+
+def test_best_names_the_layers_that_make_up_most_of_the_nearest(sweep):
+    points = sweep.front_document()["points"]
+    rows = [
+        {"name": name, "bops": cost} for name, cost in zip("abcd", (10, 60, 25, 5), strict=True)
+    ]
+    limit = {"bops": 0.9 * min(point["cost"]["bops"] for point in points)}
+    (block,) = view.best_document(points, limit, sweep.facts, lambda trial: rows)["blocks"]
+    assert " (most of it b: 60 %, c: 25 %, a: 10 %), " in block
 
 
 def test_best_of_nothing(sweep):

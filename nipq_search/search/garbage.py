@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from nipq_search.search import jobs
 from nipq_search.search.config import SweepConfig, parse_config
 from nipq_search.search.front import non_dominated
 from nipq_search.search.jobs import job_folder
-from nipq_search.search.lease import driver_lease
+from nipq_search.search.lease import check_free, driver_lease
 from nipq_search.search.storage_lease import study_lease
 from nipq_search.search.strategy import STRATEGIES, Finished
 from nipq_search.search.sweep import Sweep
@@ -99,7 +100,12 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
     """
     sweep = Sweep.open(out)
     config = parse_config(dict(sweep.config))
-    with driver_lease(sweep.folder) as token, study_lease(config.name, token):
+    with contextlib.ExitStack() as held:
+        if dry_run:
+            check_free(sweep.folder)
+        else:
+            token = held.enter_context(driver_lease(sweep.folder))
+            held.enter_context(study_lease(config.name, token))
         records = sweep.trials()
         budgets = [budget["targets"] for budget in sweep.facts["budgets"]]
         kept = needed(records, config, sweep.facts["mode"], budgets)

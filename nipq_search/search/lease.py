@@ -73,6 +73,23 @@ def _owner(path: Path) -> dict[str, Any]:
     return {"host": "unknown", "pid": 0}
 
 
+def _taken(folder: Path, owner: dict[str, Any]) -> UserError:
+    return UserError(
+        f"{folder}: a driver is running this sweep on host {owner['host']}, pid {owner['pid']}; "
+        f"wait for it, or end it with `nipq-search stop {folder}`"
+    )
+
+
+def check_free(folder: Path) -> None:
+    """Check, without writing anything, that no driver runs this sweep now.
+
+    Raises:
+        UserError: one does; names host and pid.
+    """
+    if (owner := live_driver(folder)) is not None:
+        raise _taken(folder, owner)
+
+
 @contextlib.contextmanager
 def driver_lease(folder: Path) -> Iterator[str]:
     """Hold the sweep for this process; yields a token that is new for every run.
@@ -85,11 +102,7 @@ def driver_lease(folder: Path) -> Iterator[str]:
     descriptor = _open_lock(path)
     try:
         if not _take(descriptor):
-            owner = _owner(path)
-            raise UserError(
-                f"{folder}: a driver is running this sweep on host {owner['host']}, pid "
-                f"{owner['pid']}; wait for it, or end it with `nipq-search stop {folder}`"
-            )
+            raise _taken(folder, _owner(path))
         token = uuid.uuid4().hex
         # Written in place: replacing the file would leave the lock on the old one.
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": token}

@@ -231,11 +231,8 @@ class ByRegret(BaseSampler):
         best = dict(history.best)
         for lesson in paused:
             history.raise_best(best, lesson)
-        regrets_of: list[tuple[float, FrozenTrial]] = []
-        for _, budget, levels, trial in self._nearest(paused):
-            regret = levels[-1] - best[budget, len(levels) - 1]
-            regrets_of.append((regret if regret <= 0 else float("-inf"), trial))
-        shown: list[tuple[float | None, FrozenTrial]] = [*_bounded(regrets_of)]
+        taught = self.regrets(self._nearest(paused), best)
+        shown: list[tuple[float | None, FrozenTrial]] = [*_bounded(taught)]
         teaching = {lesson.number for lesson in paused}
         running = [t for t in others if t.state is TrialState.RUNNING and t.number not in teaching]
         shown += [(None, trial) for trial in running[-MOST:]]
@@ -248,6 +245,22 @@ class ByRegret(BaseSampler):
             with contextlib.suppress(KeyError, ValueError, TypeError):
                 regrets.add_trial(self._copy(trial, value))
         return regrets.ask(self._space).params
+
+    @staticmethod
+    def regrets(
+        lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]
+    ) -> list[tuple[float, FrozenTrial]]:
+        """By how much each trial falls short, 0 at most; minus infinity where that is no number.
+
+        Args:
+            lessons: what trials measured.
+            best: the most that was measured, by budget and level.
+        """
+        found = []
+        for _, budget, levels, trial in lessons:
+            regret = levels[-1] - best[budget, len(levels) - 1]
+            found.append((regret if regret <= 0 else float("-inf"), trial))
+        return found
 
     def _nearest(self, paused: Sequence[Lesson]) -> list[Lesson]:
         """Lessons of the nearest budgets, `ENOUGH` if there are so many, by number."""

@@ -103,6 +103,16 @@ def test_only_what_nothing_needs_goes_and_the_sweep_goes_on(sweep_copy, capsys):
     assert run_here(config, sweep_copy).complete == 8
 
 
+def test_a_look_at_what_would_go_writes_nothing(sweep_copy, capsys):
+    lock = sweep_copy / "driver.lock"
+    lock.write_text("as it was")
+    assert main(["gc", str(sweep_copy), "--dry-run"]) == 0
+    assert lock.read_text() == "as it was"
+    with driver_lease(sweep_copy):
+        assert main(["gc", str(sweep_copy), "--dry-run"]) == 2
+    assert "a driver is running this sweep on host" in capsys.readouterr().err
+
+
 def test_a_freed_model_says_so_and_is_no_parent(sweep_copy):
     sweep = Sweep.open(sweep_copy)
     for trial in sweep.trials():

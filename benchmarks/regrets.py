@@ -1,0 +1,148 @@
+"""Whether regrets should be corrected for the length of trainings, on a surrogate.
+
+    python benchmarks/regrets.py --page docs/front-quality.md
+
+Under `fill` some trainings are short, and score less for that alone. Each variant shows the
+sampler other regrets; the seeds are paired. What counts is the true metric of the best whole
+training of each budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial
+from pages import write_table
+
+from nipq_search.search.ledger import Ledger
+from nipq_search.search.sampler import ByRegret, Lesson
+
+SPACE = {
+    "lr": FloatDistribution(0.005, 0.5, log=True),
+    "distill_weight": FloatDistribution(0.2, 0.9),
+    "noise_share": FloatDistribution(0.0, 0.3),
+}
+PLACES = {"middle": 0.05, "off it": 0.12, "edge": 0.3}
+"""Best learning rates, by where they lie in its range."""
+BUDGETS, SHORT, FIRST, NOISE = 5, 0.3, 0.75, 0.002
+COST = {1.0: 0.0, FIRST: 0.007, SHORT: 0.02}
+"""What a training of this share of the epochs scores less."""
+
+Taught = list[tuple[float, FrozenTrial]]
+Variant = Callable[[Sequence[Lesson], Mapping[tuple[int, int], float]], Taught]
+plain: Variant = ByRegret.regrets
+
+
+def _share(trial: FrozenTrial) -> float:
+    return float(trial.user_attrs["share"])
+
+
+def less_mean(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) -> Taught:
+    """Regrets less the mean regret of their length."""
+    by_length: dict[float, list[float]] = {}
+    for regret, trial in plain(lessons, best):
+        by_length.setdefault(_share(trial), []).append(regret)
+    mean = {share: statistics.fmean(regrets) for share, regrets in by_length.items()}
+    return [(r - mean[_share(t)], t) for r, t in plain(lessons, best)]
+
+
+def _fitted(lessons: Sequence[Lesson]) -> tuple[list[float], dict[float, float]]:
+    """What a linear model of budget and length leaves of each metric; what it gives lengths."""
+    columns = sorted({("length", _share(x.trial)) for x in lessons})
+    columns += sorted({("budget", float(x.budget)) for x in lessons})
+    rows = np.zeros((len(lessons), len(columns)))
+    for row, lesson in zip(rows, lessons, strict=True):
+        row[columns.index(("length", _share(lesson.trial)))] = 1
+        row[columns.index(("budget", float(lesson.budget)))] = 1
+    metrics = np.array([lesson.levels[-1] for lesson in lessons])
+    ridge = 1e-3 * np.eye(len(columns))
+    wanted = np.concatenate([metrics, np.zeros(len(columns))])
+    fitted = np.linalg.lstsq(np.vstack([rows, ridge]), wanted, rcond=None)[0]
+    lengths = [value for kind, value in columns if kind == "length"]
+    effects = dict(zip(lengths, map(float, fitted), strict=False))
+    return [float(left) for left in metrics - rows @ fitted], effects
+
+
+def linear(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) -> Taught:
+    """What a linear model of budget and length leaves of the metric."""
+    left = _fitted(lessons)[0] if lessons else []
+    return [(r, x.trial) for r, x in zip(left, lessons, strict=True)]
+
+
+def less_fitted(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) -> Taught:
+    """Regrets less what that model gives the length: the same as they are where all are equal."""
+    effects = _fitted(lessons)[1] if lessons else {}
+    longest = effects[max(effects)] if effects else 0.0
+    return [(r - effects[_share(t)] + longest, t) for r, t in plain(lessons, best)]
+
+
+VARIANTS: dict[str, Variant] = {
+    "as it is": plain,
+    "less the mean of the length": less_mean,
+    "linear in budget and length": linear,
+    "less the fitted length": less_fitted,
+}
+
+
+def searched(seed: int, rate: float, trials: int) -> float:
+    """Mean over the budgets of the true metric of the whole training that looked best."""
+    generator = random.Random(seed)
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    ledger = Ledger(study, space=SPACE, sampler="tpe", seed=seed)
+    best: dict[int, tuple[float, float]] = {}
+    for number in range(trials):
+        budget, share = number, FIRST if number == 0 else SHORT
+        if number >= BUDGETS:
+            budget = generator.randrange(BUDGETS)
+            share = SHORT if generator.random() < 0.25 else 1.0
+        asked = ledger.ask(budget, BUDGETS)
+        chosen = asked.params
+        true = -0.01 * math.log(chosen["lr"] / rate) ** 2 - 0.01 * budget
+        true -= 0.03 * (chosen["distill_weight"] - 0.7) ** 2
+        true -= 0.05 * (chosen["noise_share"] - 0.1) ** 2
+        seen = 0.9 + true - COST[share] + generator.gauss(0, NOISE)
+        ledger.note(asked.number, {"share": share})
+        ledger.complete(asked.number, (seen, 2.0**-budget), {}, 0.0)
+        if share == 1.0:
+            best[budget] = max(best.get(budget, (-math.inf, 0.0)), (seen, true))
+    return statistics.fmean(true for _, true in best.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=32)
+    parser.add_argument("--trials", type=int, nargs="+", default=[30])
+    parser.add_argument("--page", type=Path, help="page whose table is written anew")
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    settings = [(place, trials) for trials in options.trials for place in PLACES]
+    lines = [
+        "| regrets | " + " | ".join(f"{place}, {trials}" for place, trials in settings) + " |",
+        "|---" * (len(settings) + 1) + "|",
+    ]
+    ours: dict[tuple[str, int], list[float]] = {}
+    for name, variant in VARIANTS.items():
+        ByRegret.regrets = staticmethod(variant)  # type: ignore[method-assign, assignment]
+        cells = []
+        for place, trials in settings:
+            found = [searched(s, PLACES[place], trials) for s in range(options.seeds)]
+            base = ours.setdefault((place, trials), found)
+            leads = [1e4 * (a - b) for a, b in zip(found, base, strict=True)]
+            error = statistics.stdev(leads) / len(leads) ** 0.5
+            cells.append(f"{statistics.fmean(leads):+.1f} ± {error:.1f}" if found != base else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    if options.page:
+        write_table(options.page, "regrets", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -72,7 +72,8 @@ def bootstrap(differences: Sequence[float]) -> tuple[float, float, float]:
 
 def by_method(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dict[int, Run]]:
     """Runs by method, in the order of `names`, and seed."""
-    found = {name: {r["seed"]: r for r in runs if r["method"] == name} for name in names}
+    ordered = sorted(runs, key=lambda run: run["seed"])
+    found = {name: {r["seed"]: r for r in ordered if r["method"] == name} for name in names}
     return {name: seeds for name, seeds in found.items() if seeds}
 
 

@@ -171,6 +171,7 @@ def test_every_name_that_a_sweep_file_can_use_is_documented():
     assert set(rows(page, "variable")) == {
         "NIPQ_STORAGE_URL",
         "NIPQ_STORAGE_URL_FILE",
+        "MLFLOW_TRACKING_URI_FILE",
         "MLFLOW_TRACKING_URI",
         VARIABLE,
         DEBUG,

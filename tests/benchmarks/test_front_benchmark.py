@@ -76,8 +76,8 @@ def test_every_method_had_the_same_allowance_and_used_it_up(ran):
     for run in results:
         if run["method"] != "float":
             last = run["points"][-1]
-            assert run["total_samples"] >= 16_000 > run["total_samples"] - last["samples"]
-            assert all(p["ended_at"] <= 16_000 for p in figures.kept(run, 16_000))
+            assert run["total_samples"] >= 12_000 > run["total_samples"] - last["samples"]
+            assert all(p["ended_at"] <= 12_000 for p in figures.kept(run, 12_000))
 
 
 def test_a_second_run_repeats_nothing(ran):
@@ -151,7 +151,7 @@ def test_a_killed_float_training_is_counted_before_and_after(tmp_path, monkeypat
 def test_a_sweep_that_was_cut_off_is_begun_anew(tmp_path, monkeypatch):
     """What it did twice would count against its method."""
     plan = front.read_plan(BENCHMARKS / "front.yaml", quick=True)
-    plan = {**plan, "allowance": 12_000}
+    plan = {**plan, "allowance": 9_000}
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted"))
     trained = front.train_float(front.Unit(plan, front.FLOAT, 0, tmp_path / "float"))
     unit = front.Unit(plan, "lsq uniform", 0, tmp_path / "lsq")

@@ -77,6 +77,7 @@ class Script:
             for number, mood in enumerate(moods)
         ]
         self.running, self.ended, self.reason = {}, [], None
+        self.stopping, self.failure = False, ""
         self.most = 0
 
     def has_work(self):

@@ -42,7 +42,7 @@ def test_a_pause_that_was_cut_off_measures_the_same(float_model, digits, tmp_pat
 
 def test_what_a_rung_measures_is_on_budget_and_counted(float_model, digits, tmp_path, monkeypatch):
     from nipq_search.cost.projection import usage
-    from nipq_search.quant.prepare import quant_state
+    from nipq_search.quant.prepare import quant_state, quantizers
     from nipq_search.train import trial
 
     seen, counted = [], []
@@ -56,7 +56,7 @@ def test_what_a_rung_measures_is_on_budget_and_counted(float_model, digits, tmp_
     spec = digits_spec(float_model, norm_batches=2)
     pause_at(digits, spec, 0.2, tmp_path, on_samples=counted.append)
     (model,) = seen
-    bits = {n: q.bits for n, q in trial.quantizers(model).items()}
+    bits = {n: q.bits for n, q in quantizers(model).items()}
     assert all(width.is_frozen for width in bits.values())
     graph = quant_state(model).graph
     hard = {name: width.hard() for name, width in bits.items()}

@@ -6,7 +6,8 @@ import itertools
 import logging
 import math
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,12 @@ def slots(resources: ResourcesSection) -> int:
 
 
 def check_data(
-    task: Task, batch_size: int, out: Path, resources: ResourcesSection, own_host: bool = False
+    task: Task,
+    batch_size: int,
+    out: Path,
+    resources: ResourcesSection,
+    own_host: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Check that every node that may get a trial sees the sweep's folder and reads a batch.
 
@@ -111,6 +117,7 @@ def check_data(
         out: the sweep's folder.
         resources: of one trial.
         own_host: ask nodes on this host too, which has loaded the task already.
+        stopping: whether somebody wants to wait no more, as with Ctrl-C.
 
     Raises:
         UserError: a node does not; names it and the fix.
@@ -134,7 +141,11 @@ def check_data(
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": place, "max_retries": 0}
         asked[remote.options(**options).remote(there, batch_size, str(out), known)] = node
-    ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE_SECONDS)
+    left, limit = list(asked), time.monotonic() + _PATIENCE_SECONDS
+    while left and time.monotonic() < limit:
+        if stopping():
+            return
+        left = ray.wait(left, num_returns=len(left), timeout=1)[1]
     for answer, node in asked.items():
         try:
             problem = ray.get(answer, timeout=0)

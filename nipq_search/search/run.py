@@ -256,7 +256,9 @@ def _drive(
                 signals_to(driver.stop, driver.progress),
             ):
                 if executor is None and address is not None:
-                    check_data(task, driver.config.train.batch_size, driver.out, resources)
+                    size = driver.config.train.batch_size
+                    stopping = driver.stop.is_set
+                    check_data(task, size, driver.out, resources, stopping=stopping)
                 runner = executor or TuneExecutor(resources)
                 runner.run(coordinator, task, driver.tick)
         ended = "KILLED" if driver.interrupted else "FINISHED"

@@ -58,6 +58,7 @@ def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
         nodes.check_data(lacking, 8, tmp_path, ONE)  # this host has shown that it has them
         with pytest.raises(UserError, match="node .*: the data cannot be read there .*/train"):
             nodes.check_data(lacking, 8, tmp_path, ONE, own_host=True)
+        nodes.check_data(lacking, 8, tmp_path, ONE, own_host=True, stopping=lambda: True)
         more = ResourcesSection(cpus=2)  # no node that lacks the data would get such a trial
         nodes.check_data(lacking, 8, tmp_path, more, own_host=True)
         victim = subprocess.Popen(["sleep", "600"])

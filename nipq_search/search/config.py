@@ -74,10 +74,11 @@ class SearchSection(Section):
             raise ValueError("a bit-width stands twice")
         return value
 
-    @field_validator("space")
+    @field_validator("space", mode="before")
     @classmethod
-    def _space(cls, value: dict[str, dict[str, list[Any]]]) -> dict[str, dict[str, list[Any]]]:
-        check_space(value)
+    def _space(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            check_space(value)
         return value
 
 

@@ -23,7 +23,7 @@ BITS = "bits."
 FORMS = ("log", "uniform", "int", "choice")
 
 
-def check_space(space: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+def check_space(space: Mapping[Any, Any]) -> None:
     """Check names, forms and bounds, and that the training accepts every end of a range.
 
     Raises:
@@ -32,7 +32,12 @@ def check_space(space: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
     for name, form in space.items():
         key = f"search.space.{name}"
         if name not in HYPERPARAMETERS:
-            raise UserError(f"{key}: unknown hyperparameter{nearest(name, HYPERPARAMETERS)}")
+            raise UserError(f"{key}: unknown hyperparameter{nearest(str(name), HYPERPARAMETERS)}")
+        if not isinstance(form, Mapping):
+            raise UserError(
+                f"{key}: give a range or a choice, such as {{log: [0.01, 0.1]}}, not {form!r}; "
+                f"train.{name} sets one value for all trials"
+            )
         for value in ends(distribution(name, form)):
             try:
                 TrainConfig().with_hyperparameters({name: value})
@@ -56,9 +61,11 @@ def distribution(name: str, form: Mapping[str, Sequence[Any]]) -> BaseDistributi
     """
     key = f"search.space.{name}"
     if len(form) != 1 or next(iter(form)) not in FORMS:
-        given = ", ".join(form) or "nothing"
+        given = ", ".join(map(str, form)) or "nothing"
         raise UserError(f"{key}: give one of {', '.join(FORMS)}, not {given}")
     kind, values = next(iter(form.items()))
+    if not isinstance(values, (list, tuple)):
+        raise UserError(f"{key}.{kind}: give a list, such as [0.01, 0.1], not {values!r}")
     if kind == "choice":
         if not values:
             raise UserError(f"{key}.choice: give at least one value")

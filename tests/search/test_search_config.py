@@ -103,6 +103,8 @@ def test_a_key_like_no_other_lists_the_known_ones():
         ({"search__space": {"lrr": {"log": [1, 2]}}}, ["search.space.lrr", "did you mean 'lr'"]),
         ({"search__space": {"lr": {"logg": [1, 2]}}}, ["search.space.lr: give one of log"]),
         ({"search__space": {"lr": {"log": [2, 1]}}}, ["search.space.lr.log: give two numbers"]),
+        ({"search__space": {"lr": 0.1}}, ["search.space.lr: give a range", "train.lr"]),
+        ({"search__space": {"lr": {"log": 3}}}, ["search.space.lr.log: give a list"]),
         ({"search__space": {"lr": {"log": [0, 1]}}}, ["search.space.lr.log: both"]),
         ({"search__space": {"lr": {"choice": []}}}, ["search.space.lr.choice: give at least"]),
         ({"search__space": {"noise_share": {"uniform": [0, 2]}}}, ["noise_share: 2.0 is not"]),

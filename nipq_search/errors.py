@@ -8,7 +8,13 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Wrong usage or configuration. The command line prints it as one line and exits 2."""
+    """Wrong usage or configuration. The command line prints it as one line and exits 2.
+
+    Attributes:
+        below: its cause, if it is to cross processes as a value.
+    """
+
+    below: BaseException | None = None
 
 
 def one_line(error: BaseException, most: int = 240) -> str:

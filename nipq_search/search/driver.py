@@ -66,6 +66,7 @@ class Driver:
         self.samples = 0
         self._samples: dict[Path, int] = {}
         self._unsure: dict[Path, Job] = {}
+        self._seen_since: dict[str, float] = {}
         self.finished_here: list[float] = []
         self.trials_began = 0.0
 
@@ -149,7 +150,11 @@ class Driver:
             if job.kind not in ("trial", "baseline"):
                 continue
             attempt = jobs.live_attempt(job.folder, job.run)
-            if attempt is None or time.time() - attempt["time"] < 60 * minutes + _GRACE_SECONDS:
+            if attempt is None:
+                continue
+            # By a clock of this machine that stands still while it sleeps.
+            since = self._seen_since.setdefault(attempt["folder"], time.monotonic())
+            if time.monotonic() - since < 60 * minutes + _GRACE_SECONDS:
                 continue
             marker = Path(attempt["folder"]) / jobs.HANG
             storage.write_bytes(marker, b"killed by the driver: no sign of an end in time\n")

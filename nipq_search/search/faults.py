@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,35 +47,99 @@ _ELSEWHERE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTC
 """Errors of files that are not there, or out of reach."""
 
 
+_TOLD = re.compile(r"\[Errno (\d+)\] [^:\n]*(?:: '([^'\n]+)')?")
+
+_NO_ROOM = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What libraries say where torch's own allocator was not asked."""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """The operating system's error that an error is or was raised from, if there is one.
+
+    A `DataLoader` with workers raises theirs anew, from text: number and file are read from it.
+    """
+    found = next((e for e in _causes(error) if isinstance(e, OSError)), None)
+    if found is not None and found.errno is None and (told := _TOLD.findall(str(found))):
+        number, name = int(told[-1][0]), told[-1][1]
+        return OSError(number, os.strerror(number), name or None)
+    return found
+
+
+def _file(error: OSError) -> Path | None:
+    name = error.filename
+    return Path(os.path.abspath(os.fsdecode(name))) if isinstance(name, (str, bytes)) else None
+
+
 def is_the_machine(error: BaseException, out: Path) -> bool:
     """Whether an error says that no job of a sweep can run here: its disk, or its folder."""
-    if not isinstance(error, OSError):
+    if (found := os_error(error)) is None:
         return False
-    file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+    file = _file(found)
     own = file is not None and file.is_relative_to(out)
-    return error.errno in MACHINE or (own and error.errno in _PLACE)
+    return found.errno in MACHINE or (own and found.errno in _PLACE)
 
 
 def is_missing_here(error: BaseException, out: Path) -> bool:
-    """Whether a file that is no part of the sweep, such as data, is not to be read on this node.
+    """Whether a file that the driver's host has, such as data, is not to be read on this node.
 
-    On the driver's own host it was looked for before the sweep began: there the error is the
-    trial's.
+    Files of the sweep are not meant. What the driver's host has not either is the trial's fault.
     """
-    if not isinstance(error, OSError) or error.errno not in _ELSEWHERE:
+    found, host = os_error(error), driver_host(out)
+    if found is None or found.errno not in _ELSEWHERE or host in (None, socket.gethostname()):
         return False
-    if not isinstance(error.filename, (str, bytes)):
+    file = _file(found)
+    return file is not None and not file.is_relative_to(out) and is_on(str(host), str(file))
+
+
+def is_on(host: str, file: str) -> bool:
+    """Whether a host of the cluster has a file; False if it does not answer."""
+    if own_node() is None:
         return False
-    host = driver_host(out)
-    elsewhere = host is not None and host != socket.gethostname()
-    return elsewhere and not Path(os.fsdecode(error.filename)).is_relative_to(out)
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeManagerHostname"] == host]  # type: ignore[no-untyped-call]
+    if not nodes:
+        return False
+    there = NodeAffinitySchedulingStrategy(nodes[0]["NodeID"], soft=False)
+    remote: Any = ray.remote(_exists)
+    asked = remote.options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(file)
+    try:
+        return bool(ray.get(asked, timeout=HEARTBEATS_SECONDS))
+    except ray.exceptions.RayError:
+        return False
+
+
+def _exists(file: str) -> bool:
+    return os.path.exists(file)
 
 
 def is_gpu_memory(error: BaseException) -> bool:
     """Whether a GPU had no room. A neighbour may have taken it: the job's next process may fit."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError)
+    return any(
+        isinstance(cause, torch.OutOfMemoryError)
+        or (isinstance(cause, RuntimeError) and any(word in str(cause) for word in _NO_ROOM))
+        for cause in _causes(error)
+    )
+
+
+def is_no_job_s(error: BaseException, out: Path) -> bool:
+    """Whether an error is the place's, by any of these, and no job's."""
+    return is_the_machine(error, out) or is_missing_here(error, out) or is_gpu_memory(error)
 
 
 def gpu_is_lost() -> bool:

@@ -95,9 +95,12 @@ def _store(part: Part) -> None:
 
     buffers: list[pickle.PickleBuffer] = []
     data: bytes = cloudpickle.dumps(part, protocol=5, buffer_callback=buffers.append)  # type: ignore[no-untyped-call]
-    (part.place / "part").write_bytes(data)
-    for number, buffer in enumerate(buffers):
-        (part.place / f"buffer-{number}").write_bytes(buffer.raw())
+    try:
+        (part.place / "part").write_bytes(data)
+        for number, buffer in enumerate(buffers):
+            (part.place / f"buffer-{number}").write_bytes(buffer.raw())
+    except OSError as error:  # a write names no file
+        raise OSError(error.errno, error.strerror, str(part.place)) from error
 
 
 def _fetch(place: Path) -> Part:

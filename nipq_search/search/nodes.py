@@ -109,7 +109,7 @@ def check_data(
     own_host: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Check that every node that may get a trial sees the sweep's folder and reads a batch.
+    """Check that every node that may get a trial sees the sweep's folder, a batch and the model.
 
     Args:
         task: the sweep's; its data are loaded, or read later from files that each node must have.
@@ -170,7 +170,10 @@ def _problem(task: Task, batch_size: int, out: str, known: str) -> str | None:
     if seen != known:
         return f"the sweep's folder {out} is another one there"
     try:
+        what = "data"
         list(itertools.islice(iter(task.loader("train", batch_size, 0)), 1))
+        what = "model"
+        task.build_model()  # it may read weights from a file
     except (OSError, UserError) as error:
-        return f"the data cannot be read there ({' '.join(str(error).split())[:200]})"
+        return f"the {what} cannot be read there ({' '.join(str(error).split())[:200]})"
     return None

@@ -17,8 +17,8 @@ from nipq_search.search.executor import STARTS
 from nipq_search.search.jobs import Job
 from nipq_search.search.worker import HALT
 
-_PATIENCE_SECONDS = 30.0
-"""Network file systems show what another node wrote with a delay."""
+_PATIENCE_SECONDS = 90.0
+"""Network file systems show what another node wrote with a delay, NFS after up to a minute."""
 
 
 def _is_seen(job: Job) -> bool:

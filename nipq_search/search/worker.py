@@ -165,7 +165,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
             os._exit(1)  # it is the job's process that was killed, or a part of it
         except Exception as error:
             if faults.is_the_machine(error, Path(job.out)):
-                raise
+                raise faults.os_error(error) or error from None
             (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
             reason = " ".join(str(error).split()) or type(error).__name__
             if faults.is_missing_here(error, Path(job.out)):
@@ -183,7 +183,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
         blobs.remove(attempt / MODEL_FILE)
         storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
     _clean_up(job)
-    if record["state"] == jobs.FAIL and faults.gpu_is_lost():
+    if record["state"] == jobs.FAIL and job.kind != "test" and faults.gpu_is_lost():
         os._exit(1)  # Tune would give the process to the next job; the record is there already
     return str(record["state"]) if is_mine else "SUPERSEDED"
 
@@ -330,6 +330,8 @@ def _run_test(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) ->
             model = load_trained(task, spec, jobs.model_file(subject.folder), device)
             metrics = evaluate(task, model, "test")
         except Exception as error:
+            if faults.is_no_job_s(error, Path(job.out)):
+                raise
             traceback.print_exc()
             failed.append(f"{subject.name} ({' '.join(str(error).split())[:120]})")
             continue

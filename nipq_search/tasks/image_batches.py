@@ -81,7 +81,7 @@ class ImageBatches:
         )
         for batch in loader:
             if isinstance(batch, UserError):
-                raise batch
+                raise batch from batch.below
             yield batch[0], batch[1]
 
     def batch(self, numbers: NDArray[np.int64]) -> Batch:
@@ -140,6 +140,7 @@ class _Whole(Dataset[Batch | UserError]):
         try:
             return self.batches.batch(self.parts[index])
         except UserError as error:
+            error.below = error.__cause__  # a pickle leaves the cause behind
             return error
 
 

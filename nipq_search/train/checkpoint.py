@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ def from_bytes(data: bytes) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], home: str | None = None
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    home: str | None = None,
+    fence: Callable[[], None] = lambda: None,
 ) -> None:
     """Write `<folder>/<step>/state.pt`, then the manifest that makes it count.
 
@@ -38,9 +43,12 @@ def save_checkpoint(
         step: that the state is of.
         state: see `to_bytes`.
         home: URI of the training's home in an object store, where the state is to lie instead.
+        fence: raises if the training is another process's by now. The write may have hung for
+            long: it is asked again before others' checkpoints are removed.
 
     Raises:
         OSError: the disk is full; earlier checkpoints are intact.
+        Exception: what `fence` raises; earlier and later checkpoints are intact.
     """
     data = to_bytes(state)
     target = folder / f"{step:09d}"
@@ -52,6 +60,7 @@ def save_checkpoint(
     except OSError:
         blobs.remove(target)
         raise
+    fence()
     # What lies ahead is damaged, or the training would have gone on from there; without a manifest
     # it was cut off. Neither may take the place of a good one.
     whole = []

@@ -132,7 +132,8 @@ def _train(
 
     def save(state: dict[str, Any]) -> None:
         hooks.before_write()
-        save_checkpoint(folder / "checkpoints", trainer.step, state, spec.home)
+        place = folder / "checkpoints"
+        save_checkpoint(place, trainer.step, state, spec.home, fence=hooks.before_write)
 
     try:
         finished = trainer.step < pause and trainer.run(

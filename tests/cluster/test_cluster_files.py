@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -42,7 +44,9 @@ def test_the_ray_job_has_the_structure_of_kuberay():
     document = read("rayjob.yaml")
     assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayJob")
     spec = document["spec"]
-    words = spec["entrypoint"].partition(";")[0].split()
+    shell, option, line = shlex.split(spec["entrypoint"])
+    assert (shell, option) == ("bash", "-c"), "one command: see below"
+    words = line.partition(";")[0].split()
     assert words[:2] == ["nipq-search", "run"] and words[-2] == "--out"
     assert words[words.index("--address") + 1] == "auto"
     cluster = spec["rayClusterSpec"]
@@ -68,9 +72,16 @@ def test_the_ray_job_has_the_structure_of_kuberay():
 def test_the_ray_job_is_not_retried_where_somebody_stopped_it(tmp_path, code, told):
     (tmp_path / "nipq-search").write_text(f"#!/bin/sh\nexit {code}\n")
     (tmp_path / "nipq-search").chmod(0o755)
-    line = read("rayjob.yaml")["spec"]["entrypoint"]
+    # A shell of KubeRay hands what follows `--` to Ray, which quotes it for the job's shell.
+    (tmp_path / "submit").write_text(
+        f"#!{sys.executable}\nimport shlex, subprocess, sys\n"
+        "sys.exit(subprocess.run(shlex.join(sys.argv[2:]), shell=True).returncode % 256)\n"
+    )
+    (tmp_path / "submit").chmod(0o755)
+    line = "submit -- " + read("rayjob.yaml")["spec"]["entrypoint"]
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert subprocess.run(line, shell=True, env=environment).returncode == told
+    line = f"if ! false ; then {line} ; fi"
+    assert subprocess.run(["bash", "-ec", line], env=environment).returncode == told
 
 
 @pytest.mark.parametrize("name", ["aws.yaml", "on_premises.yaml"])

@@ -409,12 +409,12 @@ def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
     job = interrupted(bench, task)
     save, late = training.save_checkpoint, []
 
-    def stopped(folder, *arguments):
+    def stopped(folder, *arguments, **more):
         if not late:
             late.append(folder)
             with torch.enable_grad():
                 assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
-        save(folder, *arguments)
+        save(folder, *arguments, **more)
 
     monkeypatch.setattr(training, "save_checkpoint", stopped)
     assert execute(job, task, lambda report: None) in ("STOPPED", "SUPERSEDED")

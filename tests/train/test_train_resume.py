@@ -183,6 +183,22 @@ def test_kills_while_checkpoints_are_written_leave_the_good_ones(tmp_path):
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [250, 255]
 
 
+def test_a_write_that_hung_takes_no_checkpoint_of_the_next_process(tmp_path):
+    """It came to its end when another process had gone on with the training."""
+
+    class Superseded(Exception):
+        pass
+
+    def fence():
+        raise Superseded
+
+    for step in (100, 200):
+        save_checkpoint(tmp_path, step, {"step": step})
+    with pytest.raises(Superseded):
+        save_checkpoint(tmp_path, 50, {"step": 50}, fence=fence)
+    assert load_checkpoint(tmp_path)["step"] == 200
+
+
 def test_a_whole_training_after_damage_to_all_checkpoints_keeps_its_new_ones(tmp_path):
     for step in (100, 200):
         save_checkpoint(tmp_path, step, {"step": step})
@@ -214,7 +230,7 @@ def test_two_checkpoints_are_kept(tmp_path):
 def test_checkpoints_come_every_few_minutes_too(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        trial, "save_checkpoint", lambda folder, step, state, home: seen.append(step)
+        trial, "save_checkpoint", lambda folder, step, state, home, fence: seen.append(step)
     )
     train(Regression(), mlp_spec(checkpoint_minutes=1e-9), tmp_path, CPU)
     assert seen == list(range(1, 19))

@@ -26,9 +26,9 @@ import torch
 import yaml
 from pages import write_table
 
-from nipq_search.search.budgets import resolve
-from nipq_search.search.config import SweepConfig, load_config
-from nipq_search.search.facts import model_graph
+from nipq_search.search.config.budgets import resolve
+from nipq_search.search.config.sweep_config import SweepConfig, load_config
+from nipq_search.search.coordinator.resolved import model_graph
 from nipq_search.tasks import make_task
 from nipq_search.tasks.base import evaluate, load_data
 from nipq_search.train import TrainSpec, train

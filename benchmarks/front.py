@@ -32,16 +32,16 @@ from front_figures import accuracies, plot, summary, table
 from pages import write_table
 
 from nipq_search.errors import UserError, nearest
-from nipq_search.search import jobs
-from nipq_search.search.config import SweepConfig, load_config
-from nipq_search.search.executor import quiet_environment
-from nipq_search.search.front import non_dominated
-from nipq_search.search.jobs import Job, job_folder
+from nipq_search.search.backend.tune import quiet_environment
+from nipq_search.search.backend.virtual import VirtualExecutor
+from nipq_search.search.config.sweep_config import SweepConfig, load_config
+from nipq_search.search.jobs import job as jobs
+from nipq_search.search.jobs.job import Job, job_folder
+from nipq_search.search.results.documents import test_metric
+from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.run import run_sweep
-from nipq_search.search.sweep import Sweep
-from nipq_search.search.view import test_metric
-from nipq_search.search.virtual import VirtualExecutor
-from nipq_search.search.worker import execute as run_job
+from nipq_search.search.strategies.pareto import non_dominated
+from nipq_search.search.worker.worker import execute as run_job
 from nipq_search.storage import digest, write_json
 from nipq_search.tasks import Task, make_task
 from nipq_search.tasks.base import load_data

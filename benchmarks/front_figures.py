@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nipq_search.search.front import default_reference, hypervolume, non_dominated
+from nipq_search.search.strategies.pareto import default_reference, hypervolume, non_dominated
 
 Run = Mapping[str, Any]
 """Of one method and one seed; see `front.execute`."""

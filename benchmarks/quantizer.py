@@ -26,10 +26,10 @@ from pages import write_table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from nipq_search.quant import functional as F
 from nipq_search.quant import kernels
-from nipq_search.quant.functional import Boundary, Grid
-from nipq_search.quant.noise import drawn_from, mix, residuals_of, uniform_noise
+from nipq_search.quant.numerics import functional as F
+from nipq_search.quant.numerics.functional import Boundary, Grid
+from nipq_search.quant.numerics.noise import drawn_from, mix, residuals_of, uniform_noise
 
 WEIGHTS = ((64, 64, 3, 3), (512, 512, 3, 3))
 SHAPES = (*WEIGHTS, (32, 64, 56, 56), (8192, 384))

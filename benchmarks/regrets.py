@@ -22,8 +22,8 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial
 from pages import write_table
 
-from nipq_search.search.ledger import Ledger
-from nipq_search.search.sampler import ByRegret, Lesson
+from nipq_search.search.strategies.samplers import ByRegret, Lesson
+from nipq_search.search.study.ledger import Ledger
 
 SPACE = {
     "lr": FloatDistribution(0.005, 0.5, log=True),

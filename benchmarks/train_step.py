@@ -27,7 +27,7 @@ from quantizer import machine, peak_bytes
 from torch import Tensor, nn
 
 from nipq_search.quant import QuantConfig, prepare, quantizers
-from nipq_search.tasks.resnet import ResNet
+from nipq_search.tasks.vision.resnet import ResNet
 from nipq_search.train.memory_format import use_channels_last
 
 CLASSES = 10

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import nipq_search as ns
 from nipq_search.cost.base import exact_cost, hard_bits, uniform_bits
 from nipq_search.quant import quantizers
-from nipq_search.quant.prepare import quant_state
-from nipq_search.quant.trace import as_arguments, plain_kernels
+from nipq_search.quant.insertion.prepare import quant_state
+from nipq_search.quant.tracing.trace import as_arguments, plain_kernels
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pages import write_table

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
         prepare,
         reestimate_norm_stats,
     )
-    from nipq_search.search.config import SweepConfig
+    from nipq_search.search.config.sweep_config import SweepConfig
+    from nipq_search.search.results.sweep import Sweep
     from nipq_search.search.run import search
-    from nipq_search.search.sweep import Sweep
 
 _HOME = {
     "ActivationConfig": "quant",
     "Budget": "cost",
     "QuantConfig": "quant",
-    "Sweep": "search.sweep",
-    "SweepConfig": "search.config",
+    "Sweep": "search.results.sweep",
+    "SweepConfig": "search.config.sweep_config",
     "UserError": "errors",
     "WeightConfig": "quant",
     "apply_bit_config": "quant",

@@ -30,16 +30,24 @@ from nipq_search.errors import UserError
 from nipq_search.quant import QUANTIZERS
 from nipq_search.quant.config import ActivationStart, Granularity, Proxy, Start
 from nipq_search.records import TrialRecord
-from nipq_search.search import databases, jobs, lease, ledger, sweep
-from nipq_search.search.config import SweepConfig, check_resume, load_config, parse_config
-from nipq_search.search.coordinator import Verdict
+from nipq_search.search.config.space import FORMS, distribution
+from nipq_search.search.config.sweep_config import (
+    SweepConfig,
+    check_resume,
+    load_config,
+    parse_config,
+)
+from nipq_search.search.coordinator.coordinator import Verdict
+from nipq_search.search.jobs import job as jobs
+from nipq_search.search.jobs import lease
+from nipq_search.search.results import sweep
 from nipq_search.search.run import run_sweep
-from nipq_search.search.sampler import SAMPLERS
-from nipq_search.search.space import FORMS, distribution
-from nipq_search.search.strategy import STRATEGIES
-from nipq_search.search.worker import execute
+from nipq_search.search.strategies.samplers import SAMPLERS
+from nipq_search.search.strategies.strategies import STRATEGIES
+from nipq_search.search.study import ledger, storage
+from nipq_search.search.worker.worker import execute
 from nipq_search.tasks import TASKS
-from nipq_search.tasks.fashion_mnist import VARIABLE
+from nipq_search.tasks.vision.fashion_mnist import VARIABLE
 from nipq_search.train import HYPERPARAMETERS
 from nipq_search.train.config import STARTS
 
@@ -267,7 +275,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.syspath_prepend(place)
         patch.setattr("nipq_search.search.run.ray_cluster", lambda *args: contextlib.nullcontext())
         # MLflow takes seconds to start and has tests of its own.
-        patch.setattr("nipq_search.search.projections.MlflowRecorder", Mock())
+        patch.setattr("nipq_search.search.results.outputs.MlflowRecorder", Mock())
         shorter = ["search.trials=2", "train.epochs=2", "float.epochs=3"]
         config = load_config(place / "my_sweep.yaml", shorter)
         outcome = run_sweep(config, place / "sweep", executor=InProcess())
@@ -354,8 +362,8 @@ def test_every_file_of_a_sweep_is_documented(finished):
         name = re.sub(r"^attempt-\d+$", "attempt-<k>", path.name)
         name = re.sub(r"^lsq-\d+$", "lsq-<bits>", re.sub(r"^\d+$", "<n>", name))
         assert re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text), f"{path}: not documented"
-    more = {jobs.STOPPED, jobs.TRACEBACK, jobs.HANG, jobs.PROGRESS, databases.JOURNAL}
-    more |= {databases.DATABASE, lease.LOCK_FILE, lease.STOP_FILE, "checkpoints/"}
+    more = {jobs.STOPPED, jobs.TRACEBACK, jobs.HANG, jobs.PROGRESS, storage.JOURNAL}
+    more |= {storage.DATABASE, lease.LOCK_FILE, lease.STOP_FILE, "checkpoints/"}
     more |= {"mlflow.db", "mlartifacts/"}
     assert [name for name in more if name not in text] == []
 

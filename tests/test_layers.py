@@ -135,7 +135,7 @@ def test_a_wrong_import_is_found(monkeypatch, tmp_path):
         "import nipq_search\n"
         "import os, torch\n"
         "from nipq_search import cost, errors\n"
-        "from nipq_search.quant.nipq import NIPQ\n"
+        "from nipq_search.quant.quantizers.nipq import NIPQ\n"
         "from .. import train\n"
         "from . import trace\n"
         "def late():\n"

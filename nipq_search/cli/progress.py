@@ -12,7 +12,7 @@ from nipq_search.cli import numbers
 from nipq_search.cli.output import console
 
 if TYPE_CHECKING:
-    from nipq_search.search.progress import Progress
+    from nipq_search.search.results.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 

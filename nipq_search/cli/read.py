@@ -15,13 +15,13 @@ from nipq_search.records import SCHEMA
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from nipq_search.search.sweep import Sweep
+    from nipq_search.search.results.sweep import Sweep
 
 _READ_BYTES = 1 << 20
 
 
 def _sweep(folder: Path) -> Sweep:
-    from nipq_search.search.sweep import Sweep
+    from nipq_search.search.results.sweep import Sweep
 
     return Sweep.open(folder)
 
@@ -38,8 +38,8 @@ def _print(
 def plan(config: Path, overrides: Sequence[str], as_json: bool) -> int:
     """What a sweep file would search and spend; nothing is trained."""
     with chatter_on_stderr():
-        from nipq_search.search.config import load_config
-        from nipq_search.search.plan import plan as make_plan
+        from nipq_search.search.commands.plan import plan as make_plan
+        from nipq_search.search.config.sweep_config import load_config
 
         document = make_plan(load_config(config, overrides))
     _print(document, as_json, tables.plan)
@@ -104,7 +104,7 @@ def logs(folder: Path, trial: int, as_json: bool) -> int:
 def replay(folder: Path, trial: int, as_json: bool) -> int:
     """One trial run again from its record; 4 if something came out otherwise."""
     with chatter_on_stderr():
-        from nipq_search.search.replay import replay as run_again
+        from nipq_search.search.commands.replay import replay as run_again
 
         document = run_again(_sweep(folder), trial, say)
     _print(document, as_json, tables.replay)
@@ -117,11 +117,11 @@ def doctor(config: Path | None, address: str | None, out: Path | None, as_json: 
     if out is not None and address is None:
         raise UserError("--out: is the folder that the nodes of --address must share; give both")
     with chatter_on_stderr():
-        from nipq_search.search.doctor import doctor as run_checks
+        from nipq_search.search.checks.doctor import doctor as run_checks
 
         loaded = None
         if config is not None:
-            from nipq_search.search.config import load_config
+            from nipq_search.search.config.sweep_config import load_config
 
             loaded = load_config(config)
         checks = run_checks(loaded, address, out)

@@ -26,7 +26,7 @@ def run(
     """Start or resume a sweep, then print its front and where to look next."""
     address = check_address(address)
     with chatter_on_stderr():
-        from nipq_search.search.config import load_config
+        from nipq_search.search.config.sweep_config import load_config
         from nipq_search.search.run import run_sweep
 
         sweep_config = load_config(config, overrides)
@@ -56,8 +56,8 @@ def submit(
 ) -> int:
     """Hand a sweep to a cluster as a job, and say how to follow it."""
     with chatter_on_stderr():
-        from nipq_search.search.config import load_config
-        from nipq_search.search.submit import submit as send
+        from nipq_search.search.commands.submit import submit as send
+        from nipq_search.search.config.sweep_config import load_config
 
         loaded = load_config(config, overrides)
         job = send(config, loaded, address, out=out, overrides=overrides, trials=trials)
@@ -83,7 +83,7 @@ def exit_code(outcome: Outcome) -> int:
 
 def _front_document(folder: Path) -> dict[str, Any]:
     with chatter_on_stderr():
-        from nipq_search.search.sweep import Sweep
+        from nipq_search.search.results.sweep import Sweep
 
         return Sweep.open(folder).front_document()
 
@@ -120,8 +120,8 @@ def _example_limit(front: Mapping[str, Any]) -> str:
 def stop(folder: Path) -> int:
     """Ask the sweep's driver to stop; it checkpoints, and the same `run` resumes."""
     with chatter_on_stderr():
-        from nipq_search.search.lease import request_stop
-        from nipq_search.search.sweep import Sweep
+        from nipq_search.search.jobs.lease import request_stop
+        from nipq_search.search.results.sweep import Sweep
 
         # A driver that has just begun holds the folder before there is a sweep in it.
         driver = request_stop(folder) or request_stop(Sweep.open(folder).folder)
@@ -135,7 +135,7 @@ def stop(folder: Path) -> int:
 def sync(folder: Path) -> int:
     """Bring tables, report and tracking server up to date; 1 where the server is away."""
     with chatter_on_stderr():
-        from nipq_search.search.projections import sync as bring_up_to_date
+        from nipq_search.search.results.outputs import sync as bring_up_to_date
 
         done = bring_up_to_date(folder)
     say(f"{done['server']} has all of the sweep: {done['trials']} trials")
@@ -145,7 +145,7 @@ def sync(folder: Path) -> int:
 def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
     """Delete models and checkpoints that nothing needs."""
     with chatter_on_stderr():
-        from nipq_search.search.garbage import collect
+        from nipq_search.search.results.retention import collect
 
         document = collect(folder, dry_run)
     if as_json:
@@ -160,7 +160,7 @@ def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
 def report(folder: Path, open_it: bool) -> int:
     """Write the sweep's report and print where it is."""
     with chatter_on_stderr():
-        from nipq_search.search.sweep import Sweep
+        from nipq_search.search.results.sweep import Sweep
 
         path = Sweep.open(folder).write_report()
     emit_text(f"{path}\n")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest
 from nipq_search.quant.graph import FLOAT_BITS, Graph
-from nipq_search.quant.prepare import quant_state, quantizers
+from nipq_search.quant.insertion.prepare import quant_state, quantizers
 
 Bits = Mapping[str, Any]
 """Bit-widths by tensor name: integers, floats, or tensors with a gradient."""

@@ -11,7 +11,7 @@ from nipq_search.cost.base import Bits, complete_bits, hard_bits
 from nipq_search.cost.bops import bops_terms
 from nipq_search.errors import UserError
 from nipq_search.quant.graph import Graph
-from nipq_search.quant.prepare import quant_state
+from nipq_search.quant.insertion.prepare import quant_state
 
 if TYPE_CHECKING:
     import pandas

@@ -23,8 +23,8 @@ from nipq_search.cost.base import (
 from nipq_search.cost.budget import Budget
 from nipq_search.errors import UserError
 from nipq_search.quant.graph import Graph
-from nipq_search.quant.prepare import M, freeze_bits, quant_state, quantizers
-from nipq_search.quant.widths import nearest_bits
+from nipq_search.quant.insertion.prepare import M, freeze_bits, quant_state, quantizers
+from nipq_search.quant.numerics.widths import nearest_bits
 
 FULL = 0.97
 """Share of a target, or of what can be used of it, from which on it counts as used up."""

@@ -1,15 +1,14 @@
 """NIPQ and its rivals as fake quantizers, and the conversion of models. Needs torch alone."""
 
-from nipq_search.quant.diffq import DiffQ
-from nipq_search.quant.lsq import LSQ
-from nipq_search.quant.nipq import NIPQ
-from nipq_search.quant.quantizer import QUANTIZERS, FakeQuantizer, register
+from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer, register
+from nipq_search.quant.quantizers.diffq import DiffQ
+from nipq_search.quant.quantizers.lsq import LSQ
+from nipq_search.quant.quantizers.nipq import NIPQ
 
 register("nipq", NIPQ)
 register("lsq", LSQ)
 register("diffq", DiffQ)
 
-from nipq_search.quant.bit_config import apply_bit_config, bit_config  # noqa: E402
 from nipq_search.quant.config import (  # noqa: E402
     ActivationConfig,
     ActivationStart,
@@ -19,8 +18,9 @@ from nipq_search.quant.config import (  # noqa: E402
     Start,
     WeightConfig,
 )
-from nipq_search.quant.norm import reestimate_norm_stats  # noqa: E402
-from nipq_search.quant.prepare import param_groups, prepare, quantizers, unwrap  # noqa: E402
+from nipq_search.quant.insertion.prepare import param_groups, prepare, quantizers, unwrap  # noqa: E402
+from nipq_search.quant.tools.bit_config import apply_bit_config, bit_config  # noqa: E402
+from nipq_search.quant.tools.norm import reestimate_norm_stats  # noqa: E402
 
 __all__ = [
     "DiffQ",

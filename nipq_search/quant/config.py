@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from nipq_search.errors import UserError, nearest
-from nipq_search.quant.bit_width import check_bits
-from nipq_search.quant.quantizer import QUANTIZERS
+from nipq_search.quant.quantizers.base import QUANTIZERS
+from nipq_search.quant.quantizers.bit_width import check_bits
 
 FLOAT = "float"
 """The pin that leaves a layer in floating point."""

@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nipq_search.search.config import SweepConfig
-    from nipq_search.search.sweep import Sweep
+    from nipq_search.search.config.sweep_config import SweepConfig
+    from nipq_search.search.results.sweep import Sweep
 
 
 class _Search(ModuleType):

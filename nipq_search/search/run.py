@@ -18,29 +18,34 @@ from optuna.trial import TrialState
 
 from nipq_search import storage
 from nipq_search.errors import UserError
-from nipq_search.search import jobs, view
-from nipq_search.search.code import sources
-from nipq_search.search.config import SweepConfig, check_resume, load_config, parse_config
-from nipq_search.search.coordinator import Coordinator
-from nipq_search.search.databases import IDENTITY
-from nipq_search.search.driver import Driver
-from nipq_search.search.executor import Executor, TuneExecutor, check_place, ray_cluster
-from nipq_search.search.facts import Facts, gather
-from nipq_search.search.jobs import FAIL, committed, job_folder
-from nipq_search.search.lease import driver_lease
-from nipq_search.search.ledger import Ledger
-from nipq_search.search.logs import driver_log
-from nipq_search.search.nodes import check_data
-from nipq_search.search.preflight import (
+from nipq_search.search.backend.code_shipping import sources
+from nipq_search.search.backend.logs import driver_log
+from nipq_search.search.backend.nodes import check_data
+from nipq_search.search.backend.tune import Executor, TuneExecutor, check_place, ray_cluster
+from nipq_search.search.checks.preflight import (
     check_checkpoints,
     check_databases,
     check_folder,
     load_task,
 )
-from nipq_search.search.progress import ProgressSink, Silent
-from nipq_search.search.space import bits_space, distribution
-from nipq_search.search.storage_lease import study_lease
-from nipq_search.search.sweep import FACTS_FILE, SWEEP_FILE, Sweep
+from nipq_search.search.config.space import bits_space, distribution
+from nipq_search.search.config.sweep_config import (
+    SweepConfig,
+    check_resume,
+    load_config,
+    parse_config,
+)
+from nipq_search.search.coordinator.coordinator import Coordinator
+from nipq_search.search.coordinator.resolved import Facts, gather
+from nipq_search.search.jobs import job as jobs
+from nipq_search.search.jobs.job import FAIL, committed, job_folder
+from nipq_search.search.jobs.lease import driver_lease
+from nipq_search.search.monitor import Driver
+from nipq_search.search.results.progress import ProgressSink, Silent
+from nipq_search.search.results.sweep import FACTS_FILE, SWEEP_FILE, Sweep
+from nipq_search.search.study.database_lease import study_lease
+from nipq_search.search.study.ledger import Ledger
+from nipq_search.search.study.storage import IDENTITY
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import dataset
 
@@ -325,4 +330,4 @@ def search(
     return Sweep.open(folder)
 
 
-__all__ = ["Outcome", "check_folder", "load_task", "open_ledger", "run_sweep", "search", "view"]
+__all__ = ["Outcome", "check_folder", "load_task", "open_ledger", "run_sweep", "search"]

@@ -16,14 +16,14 @@ from typing import Any
 
 from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.base import Task, check_task, unreadable
-from nipq_search.tasks.digits import Digits
-from nipq_search.tasks.fashion_mnist import FashionMnist
-from nipq_search.tasks.image_folder import ImageFolder
-from nipq_search.tasks.language_modeling import (
+from nipq_search.tasks.text.classification import TextClassification
+from nipq_search.tasks.text.language_modeling import (
     CausalLanguageModeling,
     MaskedLanguageModeling,
 )
-from nipq_search.tasks.text_classification import TextClassification
+from nipq_search.tasks.vision.digits import Digits
+from nipq_search.tasks.vision.fashion_mnist import FashionMnist
+from nipq_search.tasks.vision.image_folder.task import ImageFolder
 
 __all__ = ["TASKS", "Task", "check_task", "make_task", "register"]
 

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from nipq_search.cost import Budget, cost_estimate, cost_penalty, freeze
 from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
-from nipq_search.quant.noise import mix
+from nipq_search.quant.numerics.noise import mix
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import distill_loss, evaluate, num_samples, to_device
-from nipq_search.train.average import Average
 from nipq_search.train.config import TrainConfig
 from nipq_search.train.forward import SharedForward, arithmetic
-from nipq_search.train.freezing import Freezing
 from nipq_search.train.optimizer import drop_group, make_optimizer
-from nipq_search.train.oscillation import Oscillation, dampening
 from nipq_search.train.parallel import ALONE, Team
 from nipq_search.train.schedule import NOISE, TUNING, Schedule
+from nipq_search.train.stability.average import Average
+from nipq_search.train.stability.freezing import Freezing
+from nipq_search.train.stability.oscillation import Oscillation, dampening
 
 _FINITE_EVERY = 10
 _NOTES = 12

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from nipq_search.quant.flow import tensors_in
-from nipq_search.quant.prepare import copy_model
-from nipq_search.quant.trace import as_arguments
+from nipq_search.quant.insertion.prepare import copy_model
+from nipq_search.quant.tracing.flow import tensors_in
+from nipq_search.quant.tracing.trace import as_arguments
 
 
 def use_channels_last(model: nn.Module, example_inputs: Any) -> nn.Module:

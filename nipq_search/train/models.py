@@ -15,7 +15,7 @@ from nipq_search import blobs
 from nipq_search.cost import Budget
 from nipq_search.errors import UserError
 from nipq_search.quant import QUANTIZERS, Proxy, prepare, quantizers
-from nipq_search.quant.fit import fit_ranges
+from nipq_search.quant.tools.fit import fit_ranges
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import (
     build_model,
@@ -29,7 +29,7 @@ from nipq_search.train.checkpoint import from_bytes
 from nipq_search.train.loop import seed_for
 from nipq_search.train.memory_format import use_channels_last
 from nipq_search.train.spec import TrainSpec
-from nipq_search.train.start import (
+from nipq_search.train.starts.start import (
     start_at_budget,
     start_at_one_width,
     start_at_profile,

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nipq_search.errors import UserError
-from nipq_search.quant.bit_width import BitWidth
-from nipq_search.quant.prepare import quant_state
+from nipq_search.quant.insertion.prepare import quant_state
+from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.tasks.base import num_samples, take
 from nipq_search.train.spec import Interrupted, Paused, Released
 

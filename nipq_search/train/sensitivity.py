@@ -14,7 +14,7 @@ from torch import nn
 from nipq_search.cost.projection import units_of
 from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
-from nipq_search.quant.prepare import quant_state
+from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import num_samples, to_device
 from nipq_search.train.forward import arithmetic

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from nipq_search.tasks.digits import Digits
+from nipq_search.tasks.vision.digits import Digits
 
 
 class Counted:

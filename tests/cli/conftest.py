@@ -140,15 +140,15 @@ def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeSearch:
     """The fake in place of the search layer's modules."""
     fake = FakeSearch(folder=tmp_path)
     parts: dict[str, dict[str, Callable[..., Any] | SimpleNamespace]] = {
-        "config": {"load_config": fake.load_config},
+        "config.sweep_config": {"load_config": fake.load_config},
         "run": {"run_sweep": fake.run_sweep},
-        "sweep": {"Sweep": SimpleNamespace(open=fake.open)},
-        "plan": {"plan": fake.plan},
-        "doctor": {"doctor": lambda config, address=None, out=None: fake.checks},
-        "replay": {"replay": fake.replay},
-        "garbage": {"collect": fake.collect},
-        "projections": {"sync": lambda folder: {"server": "http://server", "trials": 2}},
-        "lease": {"request_stop": lambda folder: fake.driver},
+        "results.sweep": {"Sweep": SimpleNamespace(open=fake.open)},
+        "commands.plan": {"plan": fake.plan},
+        "checks.doctor": {"doctor": lambda config, address=None, out=None: fake.checks},
+        "commands.replay": {"replay": fake.replay},
+        "results.retention": {"collect": fake.collect},
+        "results.outputs": {"sync": lambda folder: {"server": "http://server", "trials": 2}},
+        "jobs.lease": {"request_stop": lambda folder: fake.driver},
     }
     for name, members in parts.items():
         module = ModuleType(f"nipq_search.search.{name}")

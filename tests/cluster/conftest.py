@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent.parent / "search"))
 @pytest.fixture
 def cluster() -> Iterator[object]:
     """A head without room for trials, so that it is never in the way; add nodes as needed."""
-    from nipq_search.search.executor import quiet_environment
+    from nipq_search.search.backend.tune import quiet_environment
 
     quiet_environment()
     from ray.cluster_utils import Cluster

@@ -15,11 +15,13 @@ from sweep_helpers import Command, ended, reach, states, wait_for, write_sweep
 from unit_helpers import digits
 
 from nipq_search.errors import UserError
-from nipq_search.search import faults, jobs, nodes
-from nipq_search.search.jobs import job_folder
-from nipq_search.search.resources import ResourcesSection
+from nipq_search.search.backend import nodes
+from nipq_search.search.config.resources import ResourcesSection
+from nipq_search.search.jobs import job as jobs
+from nipq_search.search.jobs.job import job_folder
+from nipq_search.search.worker import failures
 from nipq_search.storage import write_json
-from nipq_search.tasks.digits import Digits
+from nipq_search.tasks.vision.digits import Digits
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -62,11 +64,11 @@ def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
         more = ResourcesSection(cpus=2)  # no node that lacks the data would get such a trial
         nodes.check_data(lacking, 8, tmp_path, more, own_host=True)
         host, here = os.uname().nodename, str(tmp_path / "facts.json")
-        assert faults.is_on(host, here) and not faults.is_on(host, f"{here}-not")
-        assert not faults.is_on("no-such-host", here)
+        assert failures.is_on(host, here) and not failures.is_on(host, f"{here}-not")
+        assert not failures.is_on("no-such-host", here)
         victim = subprocess.Popen(["sleep", "600"])
         victim.send_signal(signal.SIGSTOP)
-        faults.kill_on(added[0].node_id, victim.pid)
+        failures.kill_on(added[0].node_id, victim.pid)
         assert victim.wait(timeout=60) == -signal.SIGKILL
         assert nodes._problem(lacking, 8, str(tmp_path / "other"), "") is not None
         assert "another one" in str(nodes._problem(lacking, 8, str(tmp_path), "0"))

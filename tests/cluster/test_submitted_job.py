@@ -17,7 +17,7 @@ from sweep_helpers import BIN, Command, states, wait_for, write_sweep
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
-TASK = "from helper import WIDTH\nfrom nipq_search.tasks.digits import Digits\n"
+TASK = "from helper import WIDTH\nfrom nipq_search.tasks.vision.digits import Digits\n"
 TASK += "class Mine(Digits):\n    def __init__(self):\n        super().__init__(width=WIDTH)\n"
 
 

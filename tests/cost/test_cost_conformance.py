@@ -11,7 +11,7 @@ from torch import nn
 from nipq_search.cost import COSTS, Budget, cost_estimate, cost_penalty, exact_cost, register
 from nipq_search.cost.base import complete_bits
 from nipq_search.quant import QuantConfig, prepare, quantizers
-from nipq_search.quant.prepare import quant_state
+from nipq_search.quant.insertion.prepare import quant_state
 
 pytestmark = pytest.mark.parametrize("name", list(COSTS))
 

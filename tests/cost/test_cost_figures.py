@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nipq_search.cost import Budget, cost_penalty, exact_cost, exact_costs, layer_rows, profile
 from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, apply_bit_config, prepare
-from nipq_search.quant.prepare import quant_state
+from nipq_search.quant.insertion.prepare import quant_state
 
 
 class Net(nn.Module):

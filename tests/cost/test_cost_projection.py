@@ -14,7 +14,7 @@ from nipq_search.cost.projection import error_scales, is_tight, units_of, usage
 from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, WeightConfig, prepare, quantizers
 from nipq_search.quant.graph import Graph, LayerInfo, TensorInfo
-from nipq_search.quant.prepare import quant_state
+from nipq_search.quant.insertion.prepare import quant_state
 
 
 def fits(graph, bits, budget):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nipq_search.quant.functional import Grid
+from nipq_search.quant.numerics.functional import Grid
 
 WIDTHS = [(Grid.SIGNED, b) for b in range(2, 15)] + [
     (grid, b) for grid in (Grid.UNSIGNED, Grid.AFFINE) for b in range(1, 15)
@@ -69,3 +69,31 @@ def plain_quantize(x, alpha, bits, grid, minimum):
         zero = min(max(zero, 0), 2**bits - 1)
         least, most = -zero, 2**bits - 1 - zero
     return (x / step).round().clamp(least, most) * step
+
+
+def distance(sample, cdf):
+    """Kolmogorov-Smirnov distance of a sample to a law."""
+    ordered = sample.double().sort().values
+    exact, n = cdf(ordered), len(ordered)
+    above = (torch.arange(1, n + 1) / n - exact).abs().max()
+    return max(float(above), float((exact - torch.arange(n) / n).abs().max()))
+
+
+def residual_cdf(range_):
+    """Exact law of (round(x / step) - x / step) inside the boundaries, for a standard normal x."""
+    step, low, high = (float(v) for v in (range_.step, range_.low, range_.high))
+
+    def cdf(t):
+        total, norm = torch.zeros_like(t), 0.0
+        for k in range(int(range_.lowest), int(range_.highest) + 1):
+            left, right = max((k - 0.5) * step, low), min((k + 0.5) * step, high)
+            start = ((k - t) * step).clamp(left, right)
+            right = torch.tensor(right, dtype=torch.float64)
+            total += torch.special.ndtr(right) - torch.special.ndtr(start)
+            norm += float(
+                torch.special.ndtr(right)
+                - torch.special.ndtr(torch.tensor(left, dtype=torch.float64))
+            )
+        return total / norm
+
+    return cdf

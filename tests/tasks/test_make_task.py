@@ -9,7 +9,7 @@ import torch
 
 from nipq_search.errors import UserError
 from nipq_search.tasks import TASKS, base, check_task, make_task, register
-from nipq_search.tasks.digits import Digits
+from nipq_search.tasks.vision.digits import Digits
 
 OWN = """
 import torch

@@ -19,11 +19,11 @@ from tiny_images import image_tree
 from tiny_language import reviews, write_checkpoint
 
 from nipq_search.records import TrialRecord
-from nipq_search.search.config import load_config
-from nipq_search.search.coordinator import Verdict
+from nipq_search.search.config.sweep_config import load_config
+from nipq_search.search.coordinator.coordinator import Verdict
+from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.run import run_sweep
-from nipq_search.search.sweep import Sweep
-from nipq_search.search.worker import execute
+from nipq_search.search.worker.worker import execute
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "pipelines" / "paper").glob("*.yaml"))
@@ -51,7 +51,7 @@ def sweep_of(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "nipq_search.search.run.ray_cluster", lambda *args: contextlib.nullcontext()
     )
-    monkeypatch.setattr("nipq_search.search.projections.MlflowRecorder", Mock())
+    monkeypatch.setattr("nipq_search.search.results.outputs.MlflowRecorder", Mock())
 
     def run(file, changes):
         config = load_config(file, [*SHORT, *changes])

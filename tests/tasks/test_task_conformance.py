@@ -19,9 +19,9 @@ import torch
 from sample_arguments import sample_arguments
 
 from nipq_search.errors import UserError
-from nipq_search.quant.trace import as_arguments, tensors_in
+from nipq_search.quant.tracing.trace import as_arguments, tensors_in
 from nipq_search.tasks import TASKS, base, check_task, make_task
-from nipq_search.tasks.classification import ArrayClassification
+from nipq_search.tasks.vision.array_classification import ArrayClassification
 from nipq_search.train.forward import SharedForward
 
 

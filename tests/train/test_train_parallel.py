@@ -15,7 +15,7 @@ from train_tasks import CPU, digits_spec, mlp_spec, stop_after
 
 from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig
-from nipq_search.tasks.digits import Digits
+from nipq_search.tasks.vision.digits import Digits
 from nipq_search.train import Hooks, Interrupted, TrainConfig, TrainSpec, train
 from nipq_search.train.checkpoint import from_bytes
 from nipq_search.train.models import MODEL_FILE

@@ -42,7 +42,7 @@ def test_a_pause_that_was_cut_off_measures_the_same(float_model, digits, tmp_pat
 
 def test_what_a_rung_measures_is_on_budget_and_counted(float_model, digits, tmp_path, monkeypatch):
     from nipq_search.cost.projection import usage
-    from nipq_search.quant.prepare import quant_state, quantizers
+    from nipq_search.quant.insertion.prepare import quant_state, quantizers
     from nipq_search.train import trial
 
     seen, counted = [], []

@@ -9,7 +9,7 @@ from train_tasks import CPU, Regression, SpiedDigits, digits_spec, interrupted, 
 
 from nipq_search.errors import UserError
 from nipq_search.tasks.base import build_teacher
-from nipq_search.tasks.digits import Digits
+from nipq_search.tasks.vision.digits import Digits
 from nipq_search.train import FloatConfig, TrainSpec, train
 from nipq_search.train.models import load_float
 

@@ -13,7 +13,7 @@ from nipq_search.cost import cost_estimate, exact_cost
 from nipq_search.cost.projection import FULL
 from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
-from nipq_search.quant.prepare import is_frozen, quant_state
+from nipq_search.quant.insertion.prepare import is_frozen, quant_state
 from nipq_search.train import Hooks, NonFiniteLoss, Trainer, TrainSpec, train
 from nipq_search.train.checkpoint import from_bytes
 from nipq_search.train.forward import SharedForward

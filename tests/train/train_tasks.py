@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.quant import QuantConfig, WeightConfig
-from nipq_search.tasks.digits import Digits
+from nipq_search.tasks.vision.digits import Digits
 from nipq_search.train import Hooks, Interrupted, TrainConfig, TrainResult, TrainSpec, train
 
 CPU = torch.device("cpu")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nipq_search.quant import functional as F
-from nipq_search.quant import noise
-from nipq_search.quant.functional import Boundary, Range
 from nipq_search.quant.kernels import cpu
 from nipq_search.quant.kernels.function import Backend, plain, quantize
 from nipq_search.quant.kernels.kept import Kept
+from nipq_search.quant.numerics import functional as F
+from nipq_search.quant.numerics import noise
+from nipq_search.quant.numerics.functional import Boundary, Range
 
 __all__ = ["backend_for", "gradients", "hard_quantize", "pseudo_quantize"]
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nipq_search.quant import kernels, noise, widths
-from nipq_search.quant.functional import Boundary, Grid
-from nipq_search.quant.noise import NoiseClock
+from nipq_search.quant import kernels
+from nipq_search.quant.numerics import noise, widths
+from nipq_search.quant.numerics.functional import Boundary, Grid
+from nipq_search.quant.numerics.noise import NoiseClock
 
 
 def _boundary(

@@ -10,10 +10,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels.build import library
 from nipq_search.quant.kernels.kept import Kept
-from nipq_search.quant.noise import (
+from nipq_search.quant.numerics.functional import Boundary, Grid
+from nipq_search.quant.numerics.noise import (
     GROUP,
     Residuals,
     inner_size,

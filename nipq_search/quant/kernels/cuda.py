@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nipq_search.quant import noise
-from nipq_search.quant.functional import (
+from nipq_search.quant.kernels.build import SWITCH, switched_off
+from nipq_search.quant.kernels.kept import Kept
+from nipq_search.quant.numerics import noise
+from nipq_search.quant.numerics.functional import (
     Boundary,
     Grid,
     Range,
     quantization_range,
     range_gradients,
 )
-from nipq_search.quant.kernels.build import SWITCH, switched_off
-from nipq_search.quant.kernels.kept import Kept
-from nipq_search.quant.noise import Residuals, inner_size, is_plain, signed
+from nipq_search.quant.numerics.noise import Residuals, inner_size, is_plain, signed
 
 try:
     import triton

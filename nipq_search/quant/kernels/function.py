@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nipq_search.quant.functional import Boundary, Grid
 from nipq_search.quant.kernels.build import SWITCH
 from nipq_search.quant.kernels.kept import SMALL, Kept, lives_on, remember
-from nipq_search.quant.noise import Residuals
+from nipq_search.quant.numerics.functional import Boundary, Grid
+from nipq_search.quant.numerics.noise import Residuals
 
 
 class Backend(Protocol):

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from nipq_search.quant.kernels.build import library
 from nipq_search.quant.kernels.cpu import available
 from nipq_search.quant.kernels.function import plain
-from nipq_search.quant.noise import dense
+from nipq_search.quant.numerics.noise import dense
 
 
 class _ReLU(torch.autograd.Function):

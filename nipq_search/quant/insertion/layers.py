@@ -1,0 +1,102 @@
+"""Quantized layers. Conversion swaps a module's class, so names, hooks and references stay.
+
+The layers that models are mostly made of have a class here, which torch.compile can see through.
+Everything else that multiplies, subclasses of these layers included, goes by `sites.py`.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from nipq_search.quant.kernels.kept import flattened, not_keeping
+from nipq_search.quant.quantizers.base import FakeQuantizer
+from nipq_search.quant.tracing.sites import inside_owner
+
+
+class QuantLayer(nn.Module, abc.ABC):
+    """What quantized layers share: the two quantizers. `input_quantizer` is None for raw input."""
+
+    kind = ""
+    weight: Tensor
+    weight_quantizer: FakeQuantizer
+    input_quantizer: FakeQuantizer | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Shapes as in the float layer."""
+        if not torch.compiler.is_compiling() and inside_owner():
+            # The owner of sites around this layer must not take its multiplication for its own.
+            with torch._C.DisableTorchFunction():
+                return self._quantized(input)
+        return self._quantized(input)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        weight = self.weight_quantizer(self.weight)
+        if torch.compiler.is_compiling():
+            return self.product(x, weight)
+        with not_keeping(x, weight):
+            return self.product(x, weight)
+
+    @abc.abstractmethod
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The float layer's computation with the given operands."""
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """A linear layer with quantized weight and input."""
+
+    kind = "linear"
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        return super()._quantized(flattened(x, 1))
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Shapes as in `nn.Linear`."""
+        return nnf.linear(x, weight, self.bias)
+
+
+class QuantConv(QuantLayer):
+    """A convolution with quantized weight and input."""
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Shapes as in the float convolution."""
+        return self._conv_forward(x, weight, self.bias)  # type: ignore[operator, no-any-return]
+
+
+class QuantConv1d(QuantConv, nn.Conv1d):
+    """A 1-D convolution with quantized weight and input."""
+
+    kind = "conv1d"
+
+
+class QuantConv2d(QuantConv, nn.Conv2d):
+    """A 2-D convolution with quantized weight and input."""
+
+    kind = "conv2d"
+
+
+class QuantConv3d(QuantConv, nn.Conv3d):
+    """A 3-D convolution with quantized weight and input."""
+
+    kind = "conv3d"
+
+
+LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+}
+"""Quantized class of each float class. Subclasses are left alone: their forward may differ."""
+
+
+def convert(module: nn.Module, weight: FakeQuantizer, activation: FakeQuantizer | None) -> None:
+    """Turn a float layer into its quantized class, in place."""
+    module.__class__ = LAYERS[type(module)]
+    module.add_module("weight_quantizer", weight)
+    module.add_module("input_quantizer", activation)

@@ -1,0 +1,90 @@
+"""NIPQ: pseudo-quantization noise with learned boundary and bit-width (arXiv 2206.00820)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nipq_search.quant.kernels import pseudo_quantize
+from nipq_search.quant.kernels.compiled import noisy_node
+from nipq_search.quant.numerics import functional as F
+from nipq_search.quant.numerics import widths
+from nipq_search.quant.numerics.noise import NoiseClock, centered_uniform, not_compiled, signed
+from nipq_search.quant.quantizers.base import FakeQuantizer, Placement
+from nipq_search.quant.quantizers.bit_width import BitWidth
+from nipq_search.quant.quantizers.statistics import TensorStatistics
+
+
+class NIPQ(FakeQuantizer):
+    """Trains with noise of one quantization step in place of rounding, then hard.
+
+    The boundary is `start * softplus(boundary) / softplus(boundary at the start)`. Relative to
+    its starting value, a small boundary learns as fast as a large one; under a plain softplus it
+    would be slower by about its square.
+    """
+
+    start: Tensor
+
+    def __init__(
+        self, name: str, bits: BitWidth, channels: int, clock: NoiseClock, key: int, proxy: str
+    ) -> None:
+        """Build an uninitialized quantizer with a boundary of 1."""
+        super().__init__(name, bits, channels, clock, key, proxy)
+        self.boundary = nn.Parameter(F.softplus_inverse(torch.ones(channels)))
+        self.register_buffer("start", torch.ones(channels))
+
+    def set_boundary(self, statistics: TensorStatistics) -> None:
+        """Start at the calibrated boundary."""
+        self.start.copy_(statistics.alpha.expand(self.channels))
+        self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
+
+    @torch.no_grad()
+    def scale_range(self, factor: Tensor) -> None:
+        """Multiply boundary and minimum; the boundary learns relative to what it is now."""
+        self.start.copy_((self.alpha() * factor).clamp(min=F.LEAST_BOUNDARY))
+        self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
+        if self.channels == 1:
+            self.minimum.mul_(factor)
+
+    def alpha(self, served: float = 1.0) -> Tensor:
+        """The truncation boundary, shape (channels,)."""
+        return F.positive(self.boundary, self.start)
+
+    def train_forward(self, x: Tensor, place: Placement) -> Tensor:
+        """Add noise at a sampled bit-width."""
+        if torch.compiler.is_compiling() and place.rows is None:
+            bits, alpha = self.bits, self.alpha()
+            if alpha.dtype in (torch.bfloat16, torch.float16):
+                alpha = alpha.float()
+            return noisy_node(
+                x,
+                alpha,
+                bits.theta,
+                self.minimum,
+                bits.marginal,
+                bits.decayed,
+                self.clock.count.clone(),
+                signed(self.clock.seed, 64),
+                self.key,
+                bits.key,
+                bits.hard() if bits.theta is None else 0,
+                list(bits.allowed),
+                self.grid.value,
+                place.axis,
+                self.proxy == "empirical",
+            )
+        return self._noisy(x, place)
+
+    @not_compiled
+    def _noisy(self, x: Tensor, place: Placement) -> Tensor:
+        clock = self.clock
+        draw = self.bits.draw(centered_uniform(clock.key(self.bits.key, 0)), clock.step)
+        if place.rows is None and self.boundary.dtype is torch.float32:
+            bits = self.bits.soft() if draw is None else draw.theta
+            boundary = F.Boundary(
+                self.boundary, bits, self.grid, self.minimum, place.axis, self.start, draw
+            )
+        else:
+            drawn = None if draw is None else widths.drawn_bits(draw)
+            boundary = self.boundary_for(x, place, drawn)
+        return pseudo_quantize(x, boundary, self.noise_key(x, place), self.proxy == "empirical")

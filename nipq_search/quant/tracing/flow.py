@@ -1,0 +1,129 @@
+"""Where the values of a tensor come from: the model's input, parameters, or a layer's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from nipq_search.quant.tracing.flops import register_formulas
+
+INPUT = "input"
+PARAMETER = "parameter:"
+LAYER = "layer:"
+SUM = "sum:"
+
+Origins = frozenset[str]
+
+_MOVES = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "cat", "clone", "constant_pad_nd", "flip", "im2col", "index_select", "pixel_unshuffle",
+        "reflection_pad2d", "replication_pad2d", "roll", "_to_copy",
+    )
+}  # fmt: skip
+"""Operations whose results hold values of their operands, or zeros."""
+
+TensorKey = tuple[int, int, int, int, tuple[tuple[int, int], ...]]
+"""Identity of a tensor's values: storage, offset, version, elements, and where they lie if with
+gaps. Reshaped and permuted views keep it."""
+
+
+def tensor_key(x: Tensor) -> TensorKey:
+    """Identity of the values of `x`, as long as a `Flow` watches."""
+    axes = tuple(sorted((t, s) for s, t in zip(x.shape, x.stride(), strict=True) if s > 1))
+    dense = 1 + sum((size - 1) * stride for stride, size in axes) == x.numel()
+    storage = x.untyped_storage()._cdata
+    version = 0 if x.is_inference() else x._version
+    return (storage, int(x.storage_offset()), version, x.numel(), () if dense else axes)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+register_formulas()
+
+
+class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows values through every operation, by storage, and counts floating-point operations.
+
+    (`FlopCounterMode` counts them by the same formulas, but its module tracker refuses parameters
+    that are handed to modules where gradients are off.)
+
+    A result comes from all that its operands come from, until `set` names a nearer origin, such
+    as the layer that multiplied. A tensor that is written into gains the origins of what is
+    written.
+    """
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self._origins: dict[int, Origins] = {}
+        self._raw: set[int] = set()
+        # A weak reference keeps an address from being given to another storage.
+        self._storages: dict[int, Any] = {}
+
+    def set(self, x: Tensor, origins: Origins) -> None:
+        """Say where the values of `x` come from."""
+        storage = x.untyped_storage()
+        if storage._cdata not in self._storages:
+            self._storages[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self._origins[storage._cdata] = origins
+
+    def of(self, x: Tensor) -> Origins:
+        """Where the values of `x` come from; nothing for constants."""
+        return self._origins.get(x.untyped_storage()._cdata, frozenset())
+
+    def set_raw(self, x: Tensor) -> None:
+        """Say that `x` is one of the model's own inputs."""
+        self.set(x, frozenset({INPUT}))
+        self._raw.add(x.untyped_storage()._cdata)
+
+    def is_raw(self, x: Tensor) -> bool:
+        """Whether `x` holds values of the model's own inputs, moved or padded but not computed."""
+        return x.untyped_storage()._cdata in self._raw
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation and note where its results come from."""
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is None:
+            with self:  # composite operations, where they reach this mode at all
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.flops += int(formula(*args, **kwargs, out_val=out))
+        given = [x for x in (*tensors_in(args), *tensors_in(kwargs)) if _has_storage(x)]
+        sources = frozenset[str]().union(*map(self.of, given))
+        moves = func.overloadpacket in _MOVES and bool(given) and all(map(self.is_raw, given))
+        for x in tensors_in(out):
+            if _has_storage(x):
+                self.set(x, self.of(x) | sources)
+                if moves:
+                    self._raw.add(x.untyped_storage()._cdata)
+                elif func._schema.is_mutable:
+                    self._raw.discard(x.untyped_storage()._cdata)
+        return out
+
+
+def _has_storage(x: Tensor) -> bool:
+    return x.layout is torch.strided

@@ -1,0 +1,107 @@
+"""What must be in order before a sweep begins: its folder, databases, store and data."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from nipq_search import blobs, storage
+from nipq_search.errors import UserError
+from nipq_search.search.config.sweep_config import SweepConfig
+from nipq_search.search.results.sweep import FACTS_FILE, SWEEP_FILE, Sweep, is_sweep
+from nipq_search.search.study.storage import DATABASE, storage_url
+from nipq_search.tasks import Task, make_task
+from nipq_search.tasks.base import has_distillation, load_data
+from nipq_search.tracking.server import tracking_uri
+
+_HARMLESS = {"driver.lock", "stop.request"}
+_UNFINISHED = (f".{FACTS_FILE}.", f".{SWEEP_FILE}.")
+"""How the names of files begin that a kill left unfinished; see `storage.write_bytes`."""
+
+
+def _held_by(out: Path) -> str | None:
+    """Name of the sweep in a folder; None where there is none that can be read."""
+    try:
+        return str(Sweep.open(out).config["name"])
+    except (UserError, KeyError):
+        return None
+
+
+def check_folder(out: Path, name: str) -> None:
+    """Check that a folder can hold the sweep called `name`.
+
+    Raises:
+        UserError: it is a file, or holds something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out}: this is a file; give a folder")
+    found = {p.name for p in out.iterdir() if not p.name.startswith(_UNFINISHED)} - _HARMLESS
+    known = {SWEEP_FILE, FACTS_FILE, "study.log", "study.db"}
+    if found and not is_sweep(out) and not found & known:
+        raise UserError(
+            f"--out {out}: not empty and not a sweep (it holds {min(found)!r}); "
+            "give another folder"
+        )
+    if (held := _held_by(out)) not in (None, name):
+        raise UserError(
+            f"--out {out}: holds the sweep '{held}', not '{name}'; give another folder"
+        )
+
+
+def check_databases(out: Path) -> None:
+    """Check that no SQLite database of the sweep would be on a network file system, or in memory.
+
+    Raises:
+        UserError: one would; names the variable that puts it elsewhere.
+    """
+    wanted = [("NIPQ_STORAGE_URL", storage_url() or "", DATABASE)]
+    wanted += [("MLFLOW_TRACKING_URI", tracking_uri(out), "mlflow.db")]
+    for variable, uri, name in wanted:
+        if re.fullmatch(r"sqlite(\+\w+)?:(//|///|///:memory:)(\?.*)?", uri):
+            raise UserError(
+                f"{variable}: {uri} lives in memory; name a file, as sqlite:////a/b.db"
+            )
+        dialect, _, place = uri.partition(":///")
+        sqlite = dialect.partition("+")[0] == "sqlite"
+        file = Path(place.partition("?")[0]) if sqlite else None
+        if not uri and (out / name).exists():
+            file = out / name
+        if file is not None and (kind := storage.network_file_system(file)):
+            raise UserError(
+                f"{file}: SQLite on a network file system ({kind}) loses data; set {variable} to "
+                "a database server, such as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, or "
+                "choose a local --out"
+            )
+
+
+def check_checkpoints(home: str | None) -> None:
+    """Check that models and checkpoints can be written where they are to lie.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        if home is not None:
+            blobs.probe(home)
+    except OSError as error:
+        raise UserError(
+            f"checkpoints: {error.strerror or error}; check the URI, the keys in the environment "
+            "and that the store answers"
+        ) from error
+
+
+def load_task(config: SweepConfig) -> Task:
+    """The sweep's task with its data in memory.
+
+    Raises:
+        UserError: the task or its data cannot be loaded, or it lacks what the sweep asks for.
+    """
+    task = make_task(config.task, config.task_args)
+    load_data(task)
+    if config.train.distill and not has_distillation(task):
+        raise UserError(
+            f"train.distill: task {config.task} has no distill_loss; set train.distill to false"
+        )
+    return task

@@ -1,0 +1,124 @@
+"""What a sweep would search and spend, without training anything."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from nipq_search.cost import CONVENTION, COSTS, Budget, exact_cost, layer_rows, project
+from nipq_search.cost.base import uniform_bits
+from nipq_search.cost.projection import fullest, units_of
+from nipq_search.quant import QUANTIZERS
+from nipq_search.quant.graph import Graph
+from nipq_search.quant.tools.norm import norm_layers
+from nipq_search.records import SCHEMA
+from nipq_search.search.checks.preflight import load_task
+from nipq_search.search.config.budgets import REFERENCE_BITS
+from nipq_search.search.config.space import distribution, ends
+from nipq_search.search.config.sweep_config import SweepConfig
+from nipq_search.search.coordinator.resolved import gather
+from nipq_search.search.strategies.strategies import STRATEGIES
+from nipq_search.tasks.base import dataset
+from nipq_search.train.loop import steps_in
+from nipq_search.train.schedule import make_schedule
+from nipq_search.train.starts.start import bits_at_budget
+
+
+def plan(config: SweepConfig) -> dict[str, Any]:
+    """What `plan --json` prints.
+
+    Raises:
+        UserError: anything in the configuration that would stop a run.
+    """
+    task = load_task(config)
+    facts = gather(config, task)
+    graph = facts.graph
+    uniform = {n: int(b) for n, b in uniform_bits(graph, REFERENCE_BITS).items()}
+    layers = layer_rows(graph, uniform)
+    searched = {name for name, tensor in graph.tensors.items() if len(tensor.allowed) > 1}
+    for row, layer in zip(layers, graph.layers, strict=True):
+        row["searched"] = bool(searched & {layer.weight, layer.input, layer.second})
+    flat = {name: 0.0 for name in uniform}
+    budgets = []
+    for budget in facts.budgets:
+        targets = Budget(**budget.targets)
+        bits = fullest(graph, targets) or project(
+            graph, targets, bits_at_budget(graph, targets), flat
+        )
+        reachable = {name: exact_cost(name, graph, bits) for name in budget.targets}
+        budgets.append(
+            {
+                "label": budget.label,
+                "targets": dict(budget.targets),
+                "reachable": reachable,
+                "reachable_share": max(reachable[n] / t for n, t in budget.targets.items()),
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "sweep": config.name,
+        "bops_convention": CONVENTION,
+        "data": _data(task),
+        "layers": layers,
+        "reachable": {
+            name: {"least": facts.costs[name]["least"], "greatest": facts.costs[name]["greatest"]}
+            for name in COSTS
+        },
+        "budgets": budgets,
+        "trials": config.search.trials,
+        "samples": _samples(config, task, graph),
+        "noise_steps": _noise_steps(config, task),
+        "disk_bytes": _disk(config, facts.costs["weight_bytes"]["float"]),
+    }
+
+
+def _data(task: Any) -> dict[str, Any]:
+    """Name, number of classes (None where there are none) and sizes of the splits."""
+    known = dataset(task)
+    classes = known.get("classes")
+    count = classes if classes is None or isinstance(classes, int) else len(classes)
+    return {"name": known["name"], "classes": count, "splits": dict(known["splits"])}
+
+
+def _samples(config: SweepConfig, task: Any, graph: Graph) -> int:
+    """Training samples that the whole sweep would process if nothing fails."""
+    size: int | None = dataset(task)["splits"].get("train")
+    if size is None:
+        size = steps_in(task.loader("train", config.train.batch_size, 0)) * config.train.batch_size
+    train = config.train
+    batches = math.ceil(size / train.batch_size)
+    trained = train.epochs * size
+    norm_batches = train.norm_batches if norm_layers(task.build_model()) else 0
+    calibration = min(train.calibration_batches, batches)
+    extra = train.batch_size * (calibration + min(norm_batches, batches))
+    trainings = config.search.trials + len(config.search.baselines)
+    floats: float = 0 if config.float_model.checkpoint else config.float_model.epochs * size
+    fitted = train.batch_size * config.search.trials if train.fit_ranges else 0
+    scores = 0
+    if config.needs_scores:  # a pass for the float model, and for each width of each unit
+        passes = 1 + sum(len(graph.tensors[unit].allowed) for unit in units_of(graph))
+        scores = train.batch_size * (calibration + passes * min(train.score_batches, batches))
+    return round(floats + trainings * (trained + extra) + fitted + scores)
+
+
+def _noise_steps(config: SweepConfig, task: Any) -> int:
+    """Steps of the longest noise phase of a trial; 0 where there is none, or none long enough."""
+    train, strategy = config.train, STRATEGIES[config.search.strategy]()
+    form = config.search.space.get("noise_share")
+    shares = [train.noise_share] if form is None else ends(distribution("noise_share", form))
+    schedule = make_schedule(
+        epochs=train.epochs * strategy.epochs_share({}, None),
+        batches_per_epoch=steps_in(task.loader("train", train.batch_size, 0)),
+        accumulate=train.accumulate,
+        noise_share=max(shares),
+        warmup=0.0,
+        quantized=True,
+        learns_bits=QUANTIZERS[config.quant.quantizer].learns_bits,
+    )
+    return 0 if schedule.noise < strategy.least_noise_steps else schedule.noise
+
+
+def _disk(config: SweepConfig, float_bytes: float) -> int:
+    """Bytes on disk at the end: one model per training, in float, and its records."""
+    trainings = 1 + config.search.trials + len(config.search.baselines)
+    return round(trainings * (1.1 * float_bytes + 50_000) + 10_000_000)

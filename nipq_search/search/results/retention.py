@@ -1,0 +1,152 @@
+"""What a sweep's folder no longer needs: models and checkpoints that nothing will ask for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nipq_search import blobs
+from nipq_search.records import SCHEMA, TrialRecord
+from nipq_search.search.config.sweep_config import SweepConfig, parse_config
+from nipq_search.search.jobs import job as jobs
+from nipq_search.search.jobs.job import job_folder
+from nipq_search.search.jobs.lease import check_free, driver_lease
+from nipq_search.search.results.sweep import Sweep
+from nipq_search.search.strategies.pareto import non_dominated
+from nipq_search.search.strategies.strategies import STRATEGIES, Finished
+from nipq_search.search.study.database_lease import study_lease
+
+_OPEN = ("RUNNING", "WAITING")
+
+
+def needed(
+    records: Sequence[TrialRecord],
+    config: SweepConfig,
+    mode: str,
+    budgets: Sequence[Mapping[str, float]] = (),
+) -> dict[int, str]:
+    """Trials whose models somebody will ask for, and why.
+
+    Those on the front; parents of trials that are open or on the front, from which these go on or
+    are replayed; what `best` answers with inside a budget, or for a limit on any budget's cost;
+    and, under a strategy with warm starts, those from which a further trial would start: the best
+    of its surroundings.
+
+    Args:
+        records: all trials of the sweep.
+        config: the sweep.
+        mode: `max` or `min`, of the metric.
+        budgets: absolute targets of the sweep's budgets, which need not have a trial yet.
+    """
+    found = {r.trial: "on the front" for r in records if r.on_front}
+    for record in records:
+        if record.parent is not None and (record.state in _OPEN or record.trial in found):
+            what = "an open trial" if record.state in _OPEN else "a trial on the front"
+            found.setdefault(record.parent, f"parent of {what} ({record.trial})")
+    sign = 1 if mode == "max" else -1
+    finished = [
+        Finished(
+            number=r.trial, cost=r.cost, metric=sign * (r.validation or 0.0), targets=r.budget
+        )
+        for r in records
+        if r.state == jobs.COMPLETE and r.cost
+    ]
+    strategy = STRATEGIES[config.search.strategy]()
+    asked = [dict(r.budget) for r in records] + [dict(budget) for budget in budgets]
+    places = [dict(trial.cost) for trial in finished] + asked
+    names = {name for budget in asked for name in budget}
+    for number, why in _answers(finished, asked, names).items():
+        found.setdefault(number, why)
+    for place in places:
+        target = {name: value for name, value in place.items() if name in names}
+        for one in [target, *({name: value} for name, value in target.items())]:
+            if one and (parent := strategy.parent(one, finished)) is not None:
+                found.setdefault(parent, "what a further trial would start from")
+    return found
+
+
+def _answers(
+    finished: Sequence[Finished], asked: Sequence[Mapping[str, float]], names: Collection[str]
+) -> dict[int, str]:
+    """What `best` answers with, and to what: limits on one cost, or those of a budget."""
+    found: dict[int, str] = {}
+    for name in sorted(names):
+        points = {t.number: (t.metric, t.cost[name]) for t in finished if name in t.cost}
+        found |= dict.fromkeys(non_dominated(points, "max"), f"the best within a limit of {name}")
+    for limits in asked:
+        inside = [t for t in finished if all(t.cost.get(n, 0) <= v for n, v in limits.items())]
+        if limits and inside:
+            best = max(inside, key=lambda t: (t.metric, -t.number))
+            found.setdefault(best.number, "the best within a budget")
+    return found
+
+
+def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
+    """Delete models and checkpoints that nothing needs. Records, curves and logs stay.
+
+    Args:
+        out: the sweep's folder.
+        dry_run: only say what would go.
+
+    Returns:
+        What `gc --json` prints: `freed` (trial, or None for the float model and baselines; path;
+        bytes), `bytes` in all, and `kept`, the trials whose models stay, each with the reason.
+
+    Raises:
+        UserError: a driver is running the sweep, or it is not a sweep.
+        RuntimeError: something cannot be deleted.
+    """
+    sweep = Sweep.open(out)
+    config = parse_config(dict(sweep.config))
+    with contextlib.ExitStack() as held:
+        if dry_run:
+            check_free(sweep.folder)
+        else:
+            token = held.enter_context(driver_lease(sweep.folder))
+            held.enter_context(study_lease(config.name, token))
+        records = sweep.trials()
+        budgets = [budget["targets"] for budget in sweep.facts["budgets"]]
+        kept = needed(records, config, sweep.facts["mode"], budgets)
+        garbage: list[tuple[int | None, Path]] = [
+            (None, path) for path in _of_the_start(sweep.folder)
+        ]
+        for record in records:
+            folder = job_folder(sweep.folder, "trial", record.trial)
+            found = _garbage(folder, record, record.trial in kept)
+            garbage += [(record.trial, path) for path in found]
+        freed = []
+        for trial, path in garbage:
+            size, shown = blobs.size_of(path), str(path.relative_to(sweep.folder))
+            freed.append({"trial": trial, "path": shown, "bytes": size})
+            if not dry_run and not blobs.remove(path):
+                raise RuntimeError(
+                    f"{path}: could not be deleted, or its object; mend the permissions or "
+                    "the store, the same command goes on"
+                )
+    return {
+        "schema": SCHEMA,
+        "dry_run": dry_run,
+        "bytes": sum(entry["bytes"] for entry in freed),
+        "freed": freed,
+        "kept": [{"trial": number, "why": why} for number, why in sorted(kept.items())],
+    }
+
+
+def _garbage(folder: Path, record: TrialRecord, kept: bool) -> list[Path]:
+    """What of a trial's folder can go."""
+    if record.state in _OPEN:
+        return []
+    checkpoints = folder / "checkpoints"
+    models = jobs.models(folder, spare=kept)
+    return [checkpoints, *models] if checkpoints.is_dir() else models
+
+
+def _of_the_start(out: Path) -> list[Path]:
+    """What a kill left of the float model's training and the baselines', after their records."""
+    folders = [out / "float", *sorted((out / "baselines").glob("*"))]
+    done = [folder for folder in folders if jobs.committed(folder) is not None]
+    checkpoints = [folder / "checkpoints" for folder in done]
+    spare = [model for folder in done for model in jobs.models(folder, spare=True)]
+    return [path for path in checkpoints if path.is_dir()] + spare

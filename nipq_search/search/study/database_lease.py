@@ -1,0 +1,269 @@
+"""One driver at a time on a study that lives on a database server, from whatever host.
+
+A row per study holds who drives it and a counter that the driver moves every few seconds. Nobody's
+clock is compared with anybody's: whoever wants the study watches the counter, and takes the row by
+compare-and-swap only if it stood still for as long as a living driver never pauses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from nipq_search.errors import UserError
+from nipq_search.search.study.storage import engine_options, storage_url
+from nipq_search.storage import digest
+
+_log = logging.getLogger("nipq_search")
+
+BEAT_SECONDS = 5.0
+"""How often a driver moves its counter."""
+
+SILENT_SECONDS = 20.0
+"""Without a beat that reached the server for so long, a driver counts its lease as lost."""
+
+EXPIRY_SECONDS = 40.0
+"""A counter that stood still for so long is nobody's; above `SILENT_SECONDS` by enough for a write
+that was under way."""
+
+_now: Callable[[], float] = time.monotonic
+"""Seconds, with those for which the machine is suspended, where its clocks have that."""
+if hasattr(time, "CLOCK_BOOTTIME"):
+    _now = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+
+_TABLE = sa.Table(
+    "nipq_lease",
+    sa.MetaData(),
+    sa.Column("study", sa.String(255), primary_key=True),
+    sa.Column("token", sa.String(64), nullable=False),
+    sa.Column("host", sa.String(255), nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("beat", sa.BigInteger, nullable=False),
+)
+
+
+class LeaseLost(RuntimeError):
+    """Another driver may have taken the sweep over: this one must write nothing more."""
+
+
+class StorageLease:
+    """A held lease; its counter moves in a thread of its own until `close`.
+
+    Args:
+        engine: the database.
+        study: the study's name.
+        token: of this driver.
+    """
+
+    def __init__(self, engine: Engine, study: str, token: str) -> None:
+        """Begin to move the counter."""
+        self._engine, self._study, self._token = engine, study, token
+        self._alive_at = _now()
+        self._taken = False
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="nipq-lease", daemon=True)
+        self._thread.start()
+
+    def held(self) -> bool:
+        """Whether this driver may write."""
+        return not self._taken and _now() - self._alive_at < SILENT_SECONDS
+
+    def check(self) -> None:
+        """Raise `LeaseLost` unless this driver may write."""
+        if not self.held():
+            raise LeaseLost(
+                "this driver lost its lease: the study's server did not answer, or another "
+                "driver took the sweep over; nothing is lost, the same command resumes"
+            )
+
+    def _beat(self) -> None:
+        mine = (_TABLE.c.study == self._study) & (_TABLE.c.token == self._token)
+        while not self._end.wait(BEAT_SECONDS):
+            asked_at = _now()
+            try:
+                with self._engine.begin() as connection:
+                    moved = connection.execute(
+                        _TABLE.update().where(mine).values(beat=_TABLE.c.beat + 1)
+                    )
+            except sa.exc.SQLAlchemyError as error:
+                _log.warning("the lease could not be renewed: %s", type(error).__name__)
+                continue
+            if moved.rowcount == 0:
+                self._taken = True
+                return
+            self._alive_at = asked_at
+
+    def close(self) -> None:
+        """Give the study back, if it is still ours."""
+        self._end.set()
+        self._thread.join(timeout=BEAT_SECONDS)
+        mine = (_TABLE.c.study == self._study) & (_TABLE.c.token == self._token)
+        with contextlib.suppress(sa.exc.SQLAlchemyError), self._engine.begin() as connection:
+            connection.execute(_TABLE.delete().where(mine))
+
+
+def make_engine(url: str) -> Engine:
+    """An engine that gives up on a server that does not answer.
+
+    Raises:
+        UserError: no such scheme, or its driver is not installed.
+    """
+    try:
+        return sa.create_engine(url, **engine_options(url))
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"NIPQ_STORAGE_URL: the package {error.name} is not installed; write "
+            "postgresql+psycopg://..., after: python -m pip install 'nipq-search[postgres]'"
+        ) from error
+    except (sa.exc.SQLAlchemyError, ValueError) as error:  # a port that is no number
+        raise UserError(
+            f"NIPQ_STORAGE_URL: not the URL of a database ({type(error).__name__}); write "
+            "postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME"
+        ) from error
+
+
+def _make_table(engine: Engine) -> None:
+    """Make the table; two drivers may try at once."""
+    try:
+        _TABLE.metadata.create_all(engine)
+    except sa.exc.SQLAlchemyError:
+        if not sa.inspect(engine).has_table(_TABLE.name):
+            raise
+
+
+def _row(engine: Engine, study: str) -> Any:
+    with engine.connect() as connection:
+        return connection.execute(_TABLE.select().where(_TABLE.c.study == study)).first()
+
+
+def _insert(engine: Engine, row: dict[str, Any]) -> bool:
+    """Write a row where there is none; False where somebody was faster."""
+    try:
+        with engine.begin() as connection:
+            connection.execute(_TABLE.insert().values(**row))
+    except sa.exc.IntegrityError:
+        return False
+    return True
+
+
+def _swap(engine: Engine, old: Any, row: dict[str, Any]) -> bool:
+    """Take a row over, if nobody has moved it since it was read."""
+    same = (_TABLE.c.study == old.study) & (_TABLE.c.token == old.token)
+    with engine.begin() as connection:
+        taken = connection.execute(
+            _TABLE.update().where(same & (_TABLE.c.beat == old.beat)).values(**row)
+        )
+    return bool(taken.rowcount)
+
+
+def _machine() -> str:
+    """This machine since it was started, and the container: host names may repeat."""
+    parts = []
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return digest(" ".join([socket.gethostname(), *parts]).encode())[:12]
+
+
+def _is_dead_here(row: Any) -> bool:
+    """Whether the row's driver ran on this machine and its process is gone."""
+    if row.token.partition(".")[0] != _machine():
+        return False
+    try:
+        os.kill(row.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _acquire(engine: Engine, study: str, token: str) -> None:
+    """Take the row, after its expiry if it is somebody's.
+
+    Raises:
+        UserError: its driver lives; names host and pid.
+    """
+    _make_table(engine)
+    row = {"study": study, "token": token, "host": socket.gethostname()[:255], "pid": os.getpid()}
+    row["beat"] = 0
+    watched, since, told = None, _now(), False
+    while True:
+        found = _row(engine, study)
+        if found is None:
+            if _insert(engine, row):
+                return
+            continue
+        if watched is None:
+            watched, since = found, _now()
+        if (found.token, found.beat) != (watched.token, watched.beat):
+            raise UserError(
+                f"a driver is running the sweep '{study}' on host {found.host}, pid {found.pid}; "
+                "wait for it, or end it with `nipq-search stop` there"
+            )
+        if _now() - since > EXPIRY_SECONDS or _is_dead_here(found):
+            if _swap(engine, found, row):
+                return
+            watched = None
+            continue
+        if not told:
+            _log.warning(
+                "the driver on host %s, pid %d, left the sweep's lease behind or is running: "
+                "watching it for up to %.0f s",
+                found.host,
+                found.pid,
+                EXPIRY_SECONDS,
+            )
+            told = True
+        time.sleep(min(1.0, BEAT_SECONDS / 5))
+
+
+def _always() -> None:
+    """Where the study is a file in the sweep's folder, the folder's lock is enough."""
+
+
+@contextlib.contextmanager
+def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
+    """Hold a study for this process, if `NIPQ_STORAGE_URL` puts it on a database server.
+
+    Yields:
+        A function that raises `LeaseLost` once this process must write nothing more.
+
+    Args:
+        study: the study's name.
+        token: of this driver's run.
+
+    Raises:
+        UserError: a driver holds it, or the server does not answer; the message has no password.
+    """
+    url = storage_url()
+    if url is None:
+        yield _always
+        return
+    engine, token = make_engine(url), f"{_machine()}.{token}"
+    try:
+        try:
+            _acquire(engine, study, token)
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            raise UserError(
+                f"NIPQ_STORAGE_URL: the study's storage does not answer ({type(error).__name__}); "
+                "check scheme, host, user, password and that the server runs"
+            ) from error
+        lease = StorageLease(engine, study, token)
+        try:
+            yield lease.check
+        finally:
+            lease.close()
+    finally:
+        engine.dispose()

@@ -1,0 +1,217 @@
+"""Labelled texts into three splits that share neither a text nor a group."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nipq_search.errors import nearest
+from nipq_search.tasks.base import SPLITS
+from nipq_search.tasks.common.arguments import Part, check_most, refuse
+from nipq_search.tasks.common.arrays import stratified
+from nipq_search.tasks.text.table import Row
+
+MOST_CLASSES = 1000
+"""More distinct labels than this are taken for a mistake in the column's name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitRules:
+    """How rows become splits.
+
+    Attributes:
+        labels: the classes in order, rows with other labels being dropped; None for all labels.
+        validation: share of the groups, or of the rows where there are none; or files.
+        test: the same.
+        deduplicate: keep the first of equal texts.
+        train_samples: how many rows to train on, or None for all.
+        seed: decides which rows go where.
+    """
+
+    labels: tuple[str, ...] | None
+    validation: Part
+    test: Part
+    deduplicate: bool
+    train_samples: int | None
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelledTexts:
+    """Rows by split, the classes in order, and how many rows were left out, by reason."""
+
+    rows: Mapping[str, Sequence[Row]]
+    classes: tuple[str, ...]
+    dropped: Mapping[str, int]
+
+
+def split_rows(
+    rows: Sequence[Row], rules: SplitRules, read: Callable[[str, str], list[Row]]
+) -> LabelledTexts:
+    """The splits of a table, and of the files that `validation` and `test` may name.
+
+    A row of the table that has a text or a group of such a file is dropped.
+
+    Args:
+        rows: the table.
+        rules: how to split.
+        read: reads a file, given its path and the name of the argument.
+
+    Raises:
+        UserError: labels are missing, or a class has no row in a split.
+    """
+    dropped: collections.Counter[str] = collections.Counter()
+    fixed: dict[str, list[Row]] = {}
+    for name, part in (("validation", rules.validation), ("test", rules.test)):
+        if not isinstance(part, float):
+            fixed[name] = [row for path in part for row in read(path, name)]
+    everything = [*rows, *(row for own in fixed.values() for row in own)]
+    classes = rules.labels or _distinct_labels(everything)
+    present = {row.label for row in everything}
+    for label in classes:
+        if label not in present:
+            hint = nearest(label, present - {""}) if len(present) <= MOST_CLASSES else ""
+            raise refuse("labels", f"no row is labelled '{label}'{hint}")
+    texts: set[Any] = set()
+    groups: set[str | None] = set()
+    for name in ("test", "validation"):
+        if name in fixed:
+            fixed[name] = _clean(fixed[name], classes, rules, texts, groups, dropped)
+    rest = _clean(rows, classes, rules, texts, groups, dropped)
+    shares = {
+        name: part
+        for name, part in (("test", rules.test), ("validation", rules.validation))
+        if isinstance(part, float)
+    }
+    cut = _by_group if rest and rest[0].group is not None else _by_row
+    found = {**cut(rest, shares, rules.seed), **fixed}
+    train = found["train"]
+    if rules.train_samples is not None:
+        check_most("train_samples", rules.train_samples, len(train))
+        (chosen,) = stratified(_labels(train), [rules.train_samples], rules.seed)
+        found["train"] = [train[index] for index in chosen]
+    _check_classes(found, classes, dropped)
+    return LabelledTexts(
+        rows={name: found[name] for name in SPLITS}, classes=classes, dropped=dict(dropped)
+    )
+
+
+def _distinct_labels(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The labels, sorted, as numbers if all of them are whole numbers."""
+    counts = collections.Counter(row.label for row in rows)
+    if missing := counts.get("", 0):
+        raise refuse(
+            "label",
+            f"the column is empty in {missing} of {counts.total()} rows; "
+            "list the classes in task_args.labels to drop them",
+        )
+    if len(counts) > MOST_CLASSES:
+        raise refuse(
+            "label", f"the column has {len(counts)} distinct values; at most {MOST_CLASSES} work"
+        )
+    if all(re.fullmatch(r"-?\d*\.\d+", label) for label in counts):
+        raise refuse(
+            "label",
+            f"the column holds numbers such as {next(iter(counts))}, and no classes; name some "
+            "in task_args.labels if they are",
+        )
+    whole = all(re.fullmatch(r"-?\d+", label) for label in counts)
+    return tuple(sorted(counts, key=(lambda label: (int(label), label)) if whole else None))
+
+
+def _clean(
+    rows: Iterable[Row],
+    classes: tuple[str, ...],
+    rules: SplitRules,
+    texts: set[Any],
+    groups: set[str | None],
+    dropped: collections.Counter[str],
+) -> list[Row]:
+    """Rows with a known label, some text, and neither a text nor a group of an earlier split.
+
+    What is kept is added to the texts and groups that later calls avoid.
+    """
+    kept: list[Row] = []
+    known, former = set(classes), set(groups)
+    for row in rows:
+        if row.label not in known:
+            dropped["label"] += 1
+        elif not row.text.strip():
+            dropped["empty"] += 1
+        elif rules.deduplicate and row.content in texts:
+            dropped["duplicate"] += 1
+        elif row.group is not None and row.group in former:
+            dropped["group"] += 1
+        else:
+            texts.add(row.content)
+            groups.add(row.group)
+            kept.append(row)
+    return kept
+
+
+def _by_row(
+    rows: Sequence[Row], shares: Mapping[str, float], seed: int
+) -> dict[str, Sequence[Row]]:
+    """Shares of the rows, each with the classes in proportion; what remains is `train`."""
+    sizes = [round(share * len(rows)) for share in shares.values()]
+    indices = stratified(_labels(rows), [*sizes, len(rows) - sum(sizes)], seed)
+    return {
+        name: [rows[index] for index in chosen]
+        for name, chosen in zip([*shares, "train"], indices, strict=True)
+    }
+
+
+def _by_group(
+    rows: Sequence[Row], shares: Mapping[str, float], seed: int
+) -> dict[str, Sequence[Row]]:
+    """Shares of the groups, drawn at random, with all their rows; what remains is `train`."""
+    names = sorted({str(row.group) for row in rows})
+    # The stream of RandomState never changes with numpy's version, that of default_rng may.
+    order = [names[index] for index in np.random.RandomState(seed).permutation(len(names))]
+    owner: dict[str, str] = {}
+    for split, share in shares.items():
+        for group in order[: max(1, round(share * len(names)))]:
+            owner[group] = split
+        order = order[max(1, round(share * len(names))) :]
+    found: dict[str, Sequence[Row]] = {}
+    for split in [*shares, "train"]:
+        found[split] = [row for row in rows if owner.get(str(row.group), "train") == split]
+    return found
+
+
+def _labels(rows: Sequence[Row]) -> np.ndarray[Any, Any]:
+    return np.array([row.label for row in rows], dtype=object).astype(str)
+
+
+WHY = {
+    "label": "with other labels",
+    "empty": "without text",
+    "duplicate": "with a text that came before",
+    "group": "of a group of another split",
+}
+"""Why a row is left out, in words."""
+
+
+def _check_classes(
+    splits: Mapping[str, Sequence[Row]], classes: tuple[str, ...], dropped: Mapping[str, int]
+) -> None:
+    """Raise `UserError` unless every class has a row in every split."""
+    if len(classes) < 2:
+        raise refuse("label", f"the column has one class, {', '.join(classes)}; two are needed")
+    for name, rows in splits.items():
+        present = {row.label for row in rows}
+        missing = [label for label in classes if label not in present]
+        if missing:
+            key = "train_samples" if name == "train" else name
+            left = ", ".join(f"{count} {WHY[reason]}" for reason, count in dropped.items())
+            said = f" (rows were left out: {left})" if left else ""
+            raise refuse(
+                key,
+                f"class '{missing[0]}' has no row in the {name} split of {len(rows)} rows{said}; "
+                "enlarge the split, or name the classes that count in task_args.labels",
+            )

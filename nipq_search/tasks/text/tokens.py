@@ -1,0 +1,154 @@
+"""Tokenized texts as flat arrays, and batches of them padded to their longest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nipq_search.tasks.text.table import Row
+
+_TEXTS_AT_ONCE = 1000
+_BATCHES_IN_A_BUCKET = 50
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenSplit:
+    """Texts one behind the other; text i has the tokens `offsets[i]` to `offsets[i + 1]`.
+
+    Attributes:
+        ids: tokens of all texts, (T,) int32.
+        offsets: where texts begin, and the end, (N + 1,) int64.
+        types: which of two texts a token belongs to, (T,) uint8; None for single texts.
+        labels: class of each text, (N,) int64.
+
+    They stay numpy arrays, because Ray's object store hands those to every process of a node
+    without a copy. Such arrays are read-only, so nothing here writes to them.
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    types: NDArray[np.uint8] | None
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each text, (N,)."""
+        return np.diff(self.offsets)
+
+
+def tokenize(
+    tokenizer: Any, rows: Sequence[Row], classes: Sequence[str], max_length: int
+) -> TokenSplit:
+    """Texts as a fast or slow tokenizer of transformers cuts them, at most `max_length` tokens."""
+    ids: list[NDArray[np.int32]] = []
+    types: list[NDArray[np.uint8]] = []
+    paired = bool(rows) and rows[0].text_pair is not None
+    for start in range(0, len(rows), _TEXTS_AT_ONCE):
+        part = rows[start : start + _TEXTS_AT_ONCE]
+        encoded = tokenizer(
+            [row.text for row in part],
+            [row.text_pair for row in part] if paired else None,
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+        )
+        ids += [np.array(text, dtype=np.int32) for text in encoded["input_ids"]]
+        if paired and "token_type_ids" in encoded:
+            types += [np.array(text, dtype=np.uint8) for text in encoded["token_type_ids"]]
+    index = {label: number for number, label in enumerate(classes)}
+    lengths = [len(text) for text in ids]
+    return TokenSplit(
+        ids=np.concatenate(ids),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        types=np.concatenate(types) if types else None,
+        labels=np.array([index[row.label] for row in rows], dtype=np.int64),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextBatches:
+    """One epoch of a split, the last partial batch included; each iteration gives the same.
+
+    Attributes:
+        split: the texts.
+        batch_size: texts in a batch.
+        padding: token that fills up a batch.
+        seed: order; None keeps the order of the arrays.
+        similar_lengths: with a seed, texts of similar lengths share a batch, in a random order
+            of batches, so that fewer tokens are padding.
+    """
+
+    split: TokenSplit
+    batch_size: int
+    padding: int
+    seed: int | None = None
+    similar_lengths: bool = False
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.split) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Tokens (B, L), mask (B, L), token types (B, L) if there are any, labels (B,); int64."""
+        order = self._order()
+        for start in range(0, len(order), self.batch_size):
+            yield self.batch(order[start : start + self.batch_size])
+
+    def _order(self) -> NDArray[np.int64]:
+        count = len(self.split)
+        if self.seed is None:
+            return np.arange(count)
+        generator = torch.Generator().manual_seed(self.seed)
+        order: NDArray[np.int64] = torch.randperm(count, generator=generator).numpy()
+        if not self.similar_lengths:
+            return order
+        lengths, bucket = self.split.lengths, self.batch_size * _BATCHES_IN_A_BUCKET
+        order = np.concatenate(
+            [
+                part[np.argsort(lengths[part], kind="stable")]
+                for part in (order[start : start + bucket] for start in range(0, count, bucket))
+            ]
+        )
+        # The partial batch stays last: whoever reads a few batches wants whole ones.
+        whole = count // self.batch_size
+        batches = order[: whole * self.batch_size].reshape(whole, self.batch_size)
+        shuffled = batches[torch.randperm(whole, generator=generator).numpy()]
+        return np.concatenate([shuffled.reshape(-1), order[whole * self.batch_size :]])
+
+    def batch(self, index: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """The texts of these numbers."""
+        split = self.split
+        lengths = split.lengths[index][:, None]
+        columns = np.arange(lengths.max())[None]
+        mask = columns < lengths
+        places = (split.offsets[index][:, None] + columns)[mask]
+        ids = np.full(mask.shape, self.padding, dtype=np.int64)
+        ids[mask] = split.ids[places]
+        tensors = [torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))]
+        if split.types is not None:
+            types = np.zeros(mask.shape, dtype=np.int64)
+            types[mask] = split.types[places]
+            tensors.append(torch.from_numpy(types))
+        return (*tensors, torch.from_numpy(split.labels[index]))
+
+
+def digest_tokens(splits: Mapping[str, TokenSplit], classes: Sequence[str]) -> str:
+    """SHA-256 over classes, names and contents of the splits, in hexadecimal."""
+    total = hashlib.sha256(repr(tuple(classes)).encode())
+    for name, split in splits.items():
+        total.update(f"{name}{len(split)}".encode())
+        for array in (split.ids, split.offsets, split.types, split.labels):
+            if array is not None:
+                total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()

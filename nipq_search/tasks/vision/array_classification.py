@@ -1,0 +1,126 @@
+"""Shared base of the tasks that classify images held in memory."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nipq_search.tasks.base import check_batch_size, evaluating, move, named_split
+from nipq_search.tasks.common.arrays import Batches, Normalization, Split, digest_splits
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ArrayClassification(abc.ABC):
+    """Classification of uint8 images: a subclass reads the splits and builds the model.
+
+    Batches are (images (B, C, H, W) float32, labels (B,) int64). The task pickles small until
+    `load_data` has been called, and with its arrays from then on.
+    """
+
+    metric: tuple[str, str] = ("accuracy", "max")
+    input_bits: int | None = 8
+    name: ClassVar[str]
+    normalization: ClassVar[Normalization]
+    shift: int = 0
+    """Greatest displacement of training images in pixels."""
+    evaluation_batch: ClassVar[int] = 500
+
+    _splits: Mapping[str, Split] | None = None
+
+    @abc.abstractmethod
+    def read_splits(self) -> Mapping[str, Split]:
+        """Read the data; `UserError` says how to install it where it is missing."""
+
+    @abc.abstractmethod
+    def build_model(self) -> nn.Module:
+        """Return a new, untrained model."""
+
+    def load_data(self) -> None:
+        """Read the data into memory; does nothing the second time."""
+        if self._splits is None:
+            self._splits = self.read_splits()
+
+    def splits(self) -> Mapping[str, Split]:
+        """The arrays by split, read at the first call."""
+        self.load_data()
+        assert self._splits is not None
+        return self._splits
+
+    def split(self, name: str) -> Split:
+        """The arrays of one split; `UserError` for an unknown name."""
+        splits = self.splits()
+        return named_split(splits, name)
+
+    def dataset(self) -> dict[str, Any]:
+        """Name, number of classes, sizes of the splits and digest of the data."""
+        splits = self.splits()
+        return {
+            "name": self.name,
+            "classes": len(np.unique(splits["train"].labels)),
+            "splits": {name: len(split) for name, split in splits.items()},
+            "digest": digest_splits(splits),
+        }
+
+    def example_inputs(self) -> tuple[Tensor]:
+        """One image of the training split, shape (1, C, H, W)."""
+        raw = torch.from_numpy(self.split("train").images[np.arange(1)])
+        return (self.normalization(raw),)
+
+    def loader(self, split: str, batch_size: int, seed: int | None = None) -> Batches:
+        """One epoch; `seed` orders and augments the training split and is unused elsewhere."""
+        check_batch_size(batch_size)
+        arrays = self.split(split)
+        return Batches(
+            split=arrays,
+            normalization=self.normalization,
+            batch_size=batch_size,
+            seed=seed if split == "train" else None,
+            shift=self.shift,
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats."""
+        images, labels = batch
+        return F.cross_entropy(model(images), labels)
+
+    def distill_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy with the teacher's probabilities at temperature 1, in nats.
+
+        This is the distillation term alone, without `loss`. Both call `model` on the same tensor
+        object, so a caller may hand in a model that remembers its last output.
+        """
+        images, _ = batch
+        with torch.no_grad():
+            probabilities = teacher(images).softmax(dim=1)
+        return F.cross_entropy(model(images), probabilities)
+
+    def num_samples(self, batch: Batch) -> int:
+        """Images in the batch."""
+        return len(batch[1])
+
+    def to_device(self, batch: Batch, device: torch.device | str) -> Batch:
+        """The batch on `device`."""
+        moved: Batch = move(batch, device)
+        return moved
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """`accuracy` in 0..1 and mean `loss` in nats over a whole split."""
+        parameter = next(model.parameters(), None)
+        device = parameter.device if parameter is not None else torch.device("cpu")
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        with evaluating(model):
+            for batch in self.loader(split, self.evaluation_batch):
+                images, labels = self.to_device(batch, device)
+                outputs = model(images).float()
+                correct += (outputs.argmax(dim=1) == labels).sum()
+                loss += F.cross_entropy(outputs, labels, reduction="sum")
+        count = len(self.split(split))
+        return {"accuracy": int(correct) / count, "loss": float(loss) / count}

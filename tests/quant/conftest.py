@@ -1,0 +1,1 @@
+"""Makes `quant_models` importable from the folders below."""

@@ -1,0 +1,234 @@
+"""What every quantizer holds; a new one in `QUANTIZERS` is tested without new code here."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from quant_models import WIDTHS, images, normal, plain_quantize, residual_net
+from torch import nn
+
+from nipq_search.quant import (
+    QUANTIZERS,
+    ActivationConfig,
+    Granularity,
+    QuantConfig,
+    WeightConfig,
+    bit_config,
+    param_groups,
+    prepare,
+    quantizers,
+    register,
+)
+from nipq_search.quant.insertion.prepare import freeze_bits
+from nipq_search.quant.numerics.functional import Grid
+
+pytestmark = pytest.mark.parametrize("name", list(QUANTIZERS))
+
+
+def prepared(name, **options):
+    return prepare(residual_net(), images(), QuantConfig(quantizer=name, **options))
+
+
+def reference_operand(quantizer, x):
+    """The operand that a plain implementation gives for one tensor."""
+    alpha = quantizer.alpha().detach()
+    if quantizer.channels > 1:
+        alpha = alpha.view(-1, *[1] * (x.dim() - 1))
+    return plain_quantize(x, alpha, quantizer.bits.hard(), quantizer.grid, quantizer.minimum)
+
+
+def reference_forward(model, x):
+    """The residual net by hand, from plain quantized operands."""
+
+    def conv(layer, x):
+        x = reference_operand(layer.input_quantizer, x)
+        weight = reference_operand(layer.weight_quantizer, layer.weight)
+        return nn.functional.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
+
+    x = torch.relu(model.norm(conv(model.stem, x)))
+    x = nn.functional.silu(conv(model.main, x) + conv(model.side, x)).mean((2, 3))
+    weight = reference_operand(model.head.weight_quantizer, model.head.weight)
+    return nn.functional.linear(
+        reference_operand(model.head.input_quantizer, x), weight, model.head.bias
+    )
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_frozen_models_are_hard_quantized(name, granularity):
+    for bits, seed in itertools.product(range(2, 15), range(3)):
+        config = QuantConfig(
+            quantizer=name,
+            weights=WeightConfig(bits=(bits,), granularity=granularity),
+            activations=ActivationConfig(bits=(bits,)),
+        )
+        model = freeze_bits(prepare(residual_net(seed), images(seed), config)).eval()
+        x = images(seed + 100)
+        with torch.no_grad():
+            assert torch.equal(model(x), reference_forward(model, x))
+
+
+@pytest.mark.parametrize(("grid", "bits"), WIDTHS)
+def test_frozen_activations_are_hard_quantized(name, grid, bits):
+    shift = {Grid.SIGNED: 0.0, Grid.UNSIGNED: 5.0, Grid.AFFINE: 1.0}[grid]
+    config = QuantConfig(quantizer=name, activations=ActivationConfig(bits=(bits,)))
+    for seed in range(10):
+        x = normal(20, 6, seed=seed).clamp(-2, 2) * 0.8 + shift
+        model = freeze_bits(prepare(nn.Linear(6, 2), x, config))
+        quantizer = model.input_quantizer
+        if grid is not Grid.SIGNED:
+            assert quantizer.grid is grid
+        for mode in (True, False):
+            y = quantizer.train(mode)(x)
+            assert torch.equal(y, reference_operand(quantizer, x))
+
+
+def test_every_parameter_learns(name):
+    float_model = residual_net()
+    float_model(images()).square().sum().backward()
+    learning = {n for n, p in float_model.named_parameters() if p.grad.abs().max() > 0}
+    model = prepared(name, pin={"head": 8})
+    model(images()).square().sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.abs().max() > 0, parameter_name
+        learning.discard(parameter_name)
+    assert not learning
+    if QUANTIZERS[name].learns_bits:
+        unpinned = [n for n in quantizers(model) if not n.startswith("head")]
+        assert all(quantizers(model)[n].bits.theta is not None for n in unpinned)
+        assert all(float(quantizers(model)[n].bits.marginal) != 0 for n in unpinned)
+    freeze_bits(model)
+    model.zero_grad()
+    model(images()).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_training_lowers_the_loss(name):
+    model = prepared(name)
+    target = normal(4, 3)
+    optimizer = torch.optim.SGD(param_groups(model, lr=0.02), momentum=0.9)
+    losses = []
+    for step in range(60):
+        if step == 30:
+            freeze_bits(model)
+        optimizer.zero_grad()
+        loss = (model(images()) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_groups_hold_every_parameter_once(name):
+    model = prepared(name)
+    groups = param_groups(model, lr=0.1, weight_decay=1e-4, lr_boundaries=0.2, lr_bits=0.3)
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    by_name = {group["name"]: group for group in groups}
+    own = {id(p) for q in quantizers(model).values() for p in q.parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter.dim() <= 1 or id(parameter) in own:
+                assert group["weight_decay"] == 0.0
+            assert (id(parameter) in own) == (group["name"] in ("boundaries", "bits"))
+    assert all(p.dim() == 1 for q in quantizers(model).values() for p in q.parameters())
+    assert by_name["decayed"]["weight_decay"] == 1e-4 and by_name["decayed"]["lr"] == 0.1
+    assert ("boundaries" in by_name) == QUANTIZERS[name].learns_boundary
+    assert by_name.get("boundaries", {"lr": 0.2})["lr"] == 0.2
+    assert ("bits" in by_name) == QUANTIZERS[name].learns_bits
+    freeze_bits(model)
+    assert "bits" not in {group["name"] for group in param_groups(model, lr=0.1)}
+
+
+def trained(name, **options):
+    model = prepared(name, **options)
+    optimizer = torch.optim.SGD(param_groups(model, lr=0.05), momentum=0.9)
+    for seed in range(3):
+        optimizer.zero_grad()
+        model(images(seed)).square().sum().backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("target_frozen", [False, True])
+def test_state_dict_round_trip(name, frozen, target_frozen, tmp_path):
+    source = trained(name)
+    if frozen:
+        freeze_bits(source)
+    torch.save(source.state_dict(), tmp_path / "state.pt")
+    target = prepare(residual_net(9), images(9) - 0.3, QuantConfig(quantizer=name, seed=77))
+    if target_frozen:
+        freeze_bits(target)
+    target.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
+    assert source.state_dict().keys() == target.state_dict().keys()
+    assert bit_config(source) == bit_config(target)
+    source.zero_grad()
+    for _ in range(2):  # noise and phase continue alike
+        outputs = [source(images()), target(images())]
+        assert torch.equal(*outputs)
+        for y in outputs:
+            y.sum().backward()
+    pairs = zip(source.named_parameters(), target.named_parameters(), strict=True)
+    for (left, a), (right, b) in pairs:
+        assert left == right and torch.equal(a.grad, b.grad)
+    assert torch.equal(source.eval()(images()), target.eval()(images()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_copies_and_pickles(name, frozen):
+    source = trained(name)
+    if frozen:
+        freeze_bits(source)
+    for other in (copy.deepcopy(source), pickle.loads(pickle.dumps(source))):
+        again = copy.deepcopy(source)
+        assert torch.equal(again(images()), other(images()))
+        assert other.quant_state.clock.step == again.quant_state.clock.step
+        assert other.quant_state.clock is not source.quant_state.clock
+        assert all(q.clock is other.quant_state.clock for q in quantizers(other).values())
+
+
+def test_low_precision_keeps_its_type(name):
+    model = prepared(name)
+    quantizer = model.stem.input_quantizer
+    for dtype in (torch.bfloat16, torch.float16):
+        assert quantizer(images().to(dtype)).dtype is dtype
+        assert quantizer.eval()(images().to(dtype)).dtype is dtype
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert quantizer(images()).dtype is torch.float32
+
+
+def test_double_precision_works(name):
+    model = prepared(name).double()
+    x = images().double()
+    model(x).sum().backward()
+    assert model.eval()(x).dtype is torch.float64
+
+
+def test_zeros_and_empty_tensors(name):
+    model = prepare(nn.Linear(4, 2), torch.zeros(3, 4), QuantConfig(quantizer=name))
+    model(torch.zeros(3, 4)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.eval()(torch.zeros(0, 4)).shape == (0, 2)
+
+
+def test_a_name_is_taken_once(name):
+    with pytest.raises(KeyError, match="registered already"):
+        register(name, QUANTIZERS[name])
+
+
+def test_a_boundary_that_collapsed_gives_numbers(name):
+    model = prepared(name)
+    with torch.no_grad():
+        for quantizer in quantizers(model).values():
+            for parameter in quantizer.parameters(recurse=False):
+                parameter.fill_(-1e4 if parameter is getattr(quantizer, "boundary", None) else 0.0)
+    for training in (True, False):
+        y = model.train(training)(images())
+        y.sum().backward()
+        assert y.isfinite().all()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,41 @@
+"""The doctor says by which path quantizers run; a missing compiler is no fault."""
+
+from __future__ import annotations
+
+import pytest
+
+from nipq_search.quant.kernels import build
+from nipq_search.search.checks.doctor import doctor
+
+
+def kernels():
+    (found,) = (check for check in doctor() if check["check"] == "kernels")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    build.library.cache_clear()
+    yield
+    build.library.cache_clear()
+
+
+def test_kernels_that_are_built():
+    assert kernels()["detail"] == "the quantizers' C library is built"
+
+
+def test_kernels_that_cannot_be_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_compiler", lambda: "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    found = kernels()
+    assert found["ok"] and "no-such-compiler" in found["detail"]
+    assert "A C compiler (cc, gcc or clang) mends this" in found["detail"]
+
+
+def test_kernels_that_are_switched_off(monkeypatch):
+    monkeypatch.setenv("NIPQ_SEARCH_KERNELS", "eager")
+    assert kernels()["detail"] == "torch operations, as NIPQ_SEARCH_KERNELS says"
+    monkeypatch.setenv("NIPQ_SEARCH_KERNELS", "on")
+    found = kernels()
+    assert not found["ok"] and "unknown value 'on'" in found["fix"]

@@ -1,0 +1,48 @@
+"""What is wrong with a node of a cluster, each with its fix."""
+
+from __future__ import annotations
+
+import pytest
+
+from nipq_search.search.checks.doctor_nodes import differences, look
+
+OWN = {
+    "host": "here",
+    "python": "3.11.7",
+    "versions": {"torch": "2.14.1", "ray": "2.60.0", "numpy": "2.4", "scipy": "1.17"},
+    "gpus": [],
+    "data": "abc",
+    "read": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [
+        ({}, None),
+        ({"python": "3.11.9"}, None),
+        ({"python": "3.12.0"}, "Python 3.12.0, here 3.11.7: install the same"),
+        ({"versions": {**OWN["versions"], "ray": "2.59.0"}}, "ray 2.59.0, here 2.60.0"),
+        ({"versions": {}}, "torch None, here 2.14.1"),
+        ({"read": False}, "does not see /shared as this machine does: mount it there"),
+        ({"read": False, "error": "No such file"}, "machine does (No such file): mount"),
+        ({"data": "xyz"}, "its data differ from those here"),
+        ({"data": None, "data_error": "no digits there"}, "the data: no digits there"),
+    ],
+)
+def test_differences(change, fix):
+    found = differences({**OWN, "host": "there", **change}, OWN, "/shared")
+    assert (found == []) == (fix is None)
+    assert fix is None or fix in found[0]
+
+
+def test_a_node_s_look(tmp_path):
+    (tmp_path / "token").write_text("token")
+    found = look(str(tmp_path), "token", "digits", {"width": 4})
+    assert found["read"] and found["data"] and "data_error" not in found
+    assert not differences(found, found, str(tmp_path))
+    (reply,) = tmp_path.glob("token-*")
+    assert reply.read_text() == found["host"]
+    away = look(str(tmp_path / "away"), "token", "digits", {"widths": 4})
+    assert not away["read"] and "No such file" in away["error"]
+    assert "no such argument" in away["data_error"]

@@ -1,0 +1,82 @@
+"""What a job is given, and what is refused before anything is sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from unit_helpers import make_config
+
+import nipq_search
+from nipq_search.errors import UserError
+from nipq_search.search.backend import code_shipping
+from nipq_search.search.backend.code_shipping import sources
+from nipq_search.search.commands import submit
+
+
+@pytest.fixture(autouse=True)
+def _no_token(monkeypatch, tmp_path):
+    """Ray makes one where it starts a cluster; its mode, read once, would stay in this process."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def test_the_command_is_quoted_for_a_shell():
+    assert submit.command_of("a b", None, ["search.space.lr={log: [1, 2]}"], 7) == (
+        "python -m nipq_search.cli run sweep.yaml --address auto "
+        "--set 'search.space.lr={log: [1, 2]}' --trials 7 --out ~/runs/'a b'"
+    )
+    assert submit.command_of("x", "/mnt/o ut", [], None).endswith("--out '/mnt/o ut'")
+    assert submit.command_of("x", "~/o ut/x", [], None).endswith("--out ~/'o ut'/x")
+
+
+def test_what_travels(tmp_path, monkeypatch):
+    own = Path(nipq_search.__file__).parent
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lone_task.py").write_text("class T: ...\n")
+    (tmp_path / "packed_task").mkdir()
+    (tmp_path / "packed_task" / "__init__.py").touch()
+    (tmp_path / "packed_task" / "inner.py").write_text("class T: ...\n")
+    assert sources("digits") == [own]
+    assert sources("nipq_search.tasks.vision.digits:Digits") == [own]
+    assert sources("lone_task:T") == [own, tmp_path / "lone_task.py"]
+    assert sources("packed_task.inner:T") == [own, tmp_path / "packed_task"]
+    assert sources("not_there:T") == [own]
+
+
+@pytest.mark.parametrize(
+    ("address", "out", "fix"),
+    [
+        ("HEAD:8265", None, "http://HEAD:8265"),
+        ("ray://HEAD:10001", None, "http://HEAD:8265"),
+        ("http://127.0.0.1:9", "runs/x", "absolute folder"),
+        ("http://127.0.0.1:9", None, "no Ray dashboard takes jobs"),
+    ],
+)
+def test_refused(address, out, fix, tmp_path):
+    (tmp_path / "sweep.yaml").write_text("{}")
+    with pytest.raises(UserError, match=fix):
+        submit.submit(tmp_path / "sweep.yaml", make_config(), address, out=out)
+
+
+def test_without_ray_s_job_parts_the_fix_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(submit, "can_travel", lambda: False)
+    with pytest.raises(UserError, match="ray\\[default\\]"):
+        submit.submit(tmp_path / "sweep.yaml", make_config(), "http://127.0.0.1:9")
+    assert code_shipping.can_travel()
+
+
+def test_a_head_that_has_just_started_is_given_time(monkeypatch):
+    class Client:
+        answers = [RuntimeError("No available agent, please try again later"), "job-1"]
+
+        def submit_job(self, entrypoint):
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    assert submit._send(Client(), {"entrypoint": "x"}) == "job-1"
+    Client.answers = [RuntimeError("entrypoint: refused")]
+    with pytest.raises(RuntimeError, match="refused"):
+        submit._send(Client(), {"entrypoint": "x"})

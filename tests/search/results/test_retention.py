@@ -1,0 +1,323 @@
+"""What `gc` frees, and that nothing is missed afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+
+import optuna
+import pytest
+from unit_helpers import ledger_of, make_config, run_here
+
+from nipq_search.cli import main
+from nipq_search.errors import UserError
+from nipq_search.records import TrialRecord
+from nipq_search.search.commands.replay import replay
+from nipq_search.search.jobs.lease import driver_lease
+from nipq_search.search.results.progress import Silent
+from nipq_search.search.results.retention import collect, needed
+from nipq_search.search.results.sweep import Sweep
+from nipq_search.search.study.ledger import Ledger
+
+
+def record(number, metric, bops, **changes):
+    plain = {
+        field.name: None for field in dataclasses.fields(TrialRecord) if field.name != "trial"
+    }
+    state = {"state": "COMPLETE", "validation": metric, "cost": {"bops": bops, "weight_bytes": 9}}
+    state |= {"on_front": False, "budget": {"bops": bops}, "params": {}}
+    return TrialRecord(trial=number, **plain | state | changes)
+
+
+def test_what_is_needed():
+    records = [
+        record(0, 0.90, 100.0),  # on nobody's way
+        record(1, 0.95, 100.0, on_front=True, parent=2),
+        record(2, 0.94, 101.0),
+        record(3, 0.10, 50.0, on_front=True),
+        record(4, None, 500.0, state="RUNNING", cost={}, budget={"bops": 500.0}, parent=5),
+        record(5, 0.20, 300.0),
+        record(6, None, 70.0, state="FAIL", cost={}),
+    ]
+    independent = needed(records, make_config(search__strategy="independent"), "max")
+    assert independent == {
+        1: "on the front",
+        3: "on the front",
+        2: "parent of a trial on the front (1)",
+        5: "parent of an open trial (4)",
+    }
+    alone = record(7, 0.05, 1000.0)
+    warm = needed([*records, alone], make_config(search__strategy="ladder"), "max")
+    assert warm.keys() == {1, 2, 3, 5, 7} and "further trial" in warm[7]
+    least = needed(
+        [record(0, 0.5, 100.0), record(1, 0.4, 100.0)],
+        make_config(search__strategy="ladder"),
+        "min",
+    )
+    assert least.keys() == {1}, "the less the better"
+
+
+def sizes(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_only_what_nothing_needs_goes_and_the_sweep_goes_on(sweep_copy, capsys):
+    for left in ("trials/0/checkpoints/9", "trials/1/checkpoints/7"):  # as a kill leaves them
+        (sweep_copy / left).mkdir(parents=True)
+        (sweep_copy / left / "state.pt").write_bytes(b"x" * 1000)
+    # Two far behind the others, at their places: nobody's parents.
+    ledger = ledger_of(sweep_copy, make_config(search__strategy="fill", search__trials=5))
+    for _ in range(2):
+        first, asked = ledger.trials()[0], ledger.ask(0, 2)
+        costs = {k: v for k, v in first.user_attrs.items() if k.startswith(("cost_", "budget"))}
+        ledger.complete(asked.number, (0.01, first.values[1]), costs, 0.0)
+        shutil.copytree(sweep_copy / "trials/0", sweep_copy / f"trials/{asked.number}")
+    before = sizes(sweep_copy)
+    assert main(["gc", str(sweep_copy), "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sizes(sweep_copy) == before and told["dry_run"]
+    assert main(["gc", str(sweep_copy), "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["freed"] == told["freed"] and done["bytes"] == told["bytes"] > 20_000
+    gone = before - sizes(sweep_copy)
+    freed = {entry["path"] for entry in done["freed"]}
+    assert all(any(file == path or file.startswith(path + "/") for path in freed) for file in gone)
+    assert {
+        "trials/0/checkpoints",
+        "trials/5/attempt-1/model.pt",
+        "trials/6/attempt-1/model.pt",
+    } <= freed
+    assert main(["gc", str(sweep_copy)]) == 0
+    assert "0 bytes freed" in capsys.readouterr().out
+
+    sweep = Sweep.open(sweep_copy)
+    kept = {entry["trial"] for entry in done["kept"]}
+    for trial in sweep.trials():
+        assert (sweep.model_file(trial.trial) is not None) == (trial.trial in kept)
+        if trial.on_front:
+            sweep.load_model(trial.trial)
+    assert replay(sweep, max(kept))["equal"]
+    config = make_config(search__strategy="fill", search__trials=8)
+    assert run_here(config, sweep_copy).complete == 8
+
+
+def test_a_look_at_what_would_go_writes_nothing(sweep_copy, capsys):
+    lock = sweep_copy / "driver.lock"
+    lock.write_text("as it was")
+    assert main(["gc", str(sweep_copy), "--dry-run"]) == 0
+    assert lock.read_text() == "as it was"
+    with driver_lease(sweep_copy):
+        assert main(["gc", str(sweep_copy), "--dry-run"]) == 2
+    assert "a driver is running this sweep on host" in capsys.readouterr().err
+
+
+def test_a_freed_model_says_so_and_is_no_parent(sweep_copy):
+    sweep = Sweep.open(sweep_copy)
+    for trial in sweep.trials():
+        (sweep_copy / f"trials/{trial.trial}/attempt-1/model.pt").unlink()
+    with pytest.raises(UserError, match="no trained model .`nipq-search gc` freed it"):
+        sweep.load_model(0)
+    run_here(make_config(search__strategy="fill", search__trials=6), sweep_copy)
+    assert Sweep.open(sweep_copy).trials()[5].parent is None
+
+
+def test_what_best_answers_with_stays():
+    """Also for costs that are not the front's."""
+    plain = {"bops": 100.0, "weight_bytes": 50.0}
+    records = [
+        record(0, 0.95, 100.0, on_front=True, cost=plain, budget={"bops": 100.0}),
+        record(1, 0.94, 0, cost={**plain, "weight_bytes": 40.0}, budget={"weight_bytes": 40.0}),
+        record(2, 0.93, 0, cost={**plain, "weight_bytes": 40.0}, budget={"weight_bytes": 40.0}),
+        record(3, 0.92, 0, cost={"bops": 99.0, "weight_bytes": 45.0}, budget={"bops": 99.0}),
+        record(4, 0.91, 0, cost={"bops": 99.0, "weight_bytes": 40.0}, budget={"bops": 99.0}),
+    ]
+    both = [{"bops": 99.5, "weight_bytes": 41.0}]
+    kept = needed(records, make_config(search__strategy="independent"), "max", both)
+    assert kept == {
+        0: "on the front",
+        1: "the best within a limit of weight_bytes",
+        3: "the best within a limit of bops",
+        4: "the best within a budget",
+    }
+
+
+def test_best_and_show_say_why_there_is_no_model(sweep_copy, caplog):
+    (sweep_copy / "trials/0/attempt-1/model.pt").unlink()
+    assert main(["show", str(sweep_copy), "0"]) == 0
+    assert "trial 0: it has no trained model (`nipq-search gc` freed it)" in caplog.text
+    shutil.rmtree(sweep_copy / "trials")
+    assert main(["best", str(sweep_copy), "--max", "bops=1e9"]) == 0
+    assert "it has no trained model (its record is gone; restore" in caplog.text
+
+
+def test_a_live_sweep_is_left_alone(sweep_copy):
+    with driver_lease(sweep_copy), pytest.raises(UserError, match="a driver is running"):
+        collect(sweep_copy)
+
+
+COSTS = {"cost_bops": 3e5, "cost_weight_bytes": 700.0}
+WORDS = {"cost_bops": "cheap", "budget_bops": "x", "samples": "many", "seconds": "some"}
+ADDED = {
+    "values": {"values": [0.999, 1.0]},
+    "one cost": {"values": [0.999, 3e5], "user_attrs": {"cost_bops": 3e5}},
+    "all costs": {"values": [0.999, 3e5], "user_attrs": COSTS},
+    "no figures": {"values": [math.inf, 0.0], "user_attrs": {"cost_bops": 0.0}},
+    "words": {"values": [0.999, 1.0], "user_attrs": WORDS},
+    "another budget": {
+        "values": [0.999, 1.0],
+        "params": {"budget": "a"},
+        "distributions": {"budget": optuna.distributions.CategoricalDistribution(["a"])},
+    },
+}
+
+
+@pytest.fixture
+def added_to(sweep_copy):
+    """A sweep to whose study somebody has added trials by Optuna's own means; its front before."""
+    before = Sweep.open(sweep_copy).front_document()
+    ledger = ledger_of(sweep_copy, make_config(search__strategy="fill"))
+    for trial in ADDED.values():
+        ledger.study.add_trial(optuna.trial.create_trial(**trial))
+    ledger.close()
+    return sweep_copy, before
+
+
+def test_trials_that_somebody_added_have_no_model_and_disturb_nothing(added_to, capsys):
+    out, before = added_to
+    now = Sweep.open(out).front_document()
+    assert (now["points"], now["hypervolume"]) == (before["points"], before["hypervolume"])
+    for limit in ("bops=1e12", "weight_bytes=1", "weight_bytes=1e12"):
+        assert main(["best", str(out), "--max", limit]) in (0, 1)
+    for command in (["gc", str(out), "--dry-run"], ["status", str(out)], ["front", str(out)]):
+        assert main(command) == 0
+    assert "KeyError" not in capsys.readouterr().err
+    run_here(make_config(search__strategy="fill", search__trials=13), out)
+    done = Sweep.open(out).front_document()
+    assert sorted(point["trial"] for point in done["points"]) == [0, 1, 2, 3, 4, 11, 12]
+    assert done["test_hypervolume"] is not None
+    assert main(["replay", str(out), "5"]) == 2
+    assert "its record is gone" in capsys.readouterr().err
+
+
+def test_a_record_that_is_gone_is_told(sweep_copy):
+    said = []
+
+    class Listening(Silent):
+        def message(self, text):
+            said.append(text)
+
+    config = make_config(search__strategy="fill", search__trials=5)
+    run_here(config, sweep_copy, progress=Listening())
+    assert not any("gone" in text for text in said)
+    shutil.rmtree(sweep_copy / "trials/1")
+    (sweep_copy / "trials/2/attempt-1/result.json").write_text('{"garb')
+    run_here(config, sweep_copy, progress=Listening())
+    assert (
+        sum("records of finished trials (1, 2; 2 in all) are gone" in text for text in said) == 1
+    )
+
+
+def test_another_study_of_the_same_name_is_refused(sweep_copy, tmp_path, monkeypatch, capsys):
+    """As the environment may name it: by what it says, `gc` would free what this sweep needs."""
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    monkeypatch.setenv("NIPQ_STORAGE_URL", url)
+    config = make_config(search__strategy="fill", search__trials=1)
+    run_here(config, tmp_path / "other")
+    before = sizes(sweep_copy)
+    for command in (["gc"], ["status"], ["front"], ["sync"], ["replay", "0"]):
+        arguments = [command[0], str(sweep_copy), *command[1:]]
+        assert main(arguments) == 2, arguments
+        assert "holds trials of another study" in capsys.readouterr().err
+    with pytest.raises(UserError, match="NIPQ_STORAGE_URL that the sweep began with"):
+        run_here(config, sweep_copy)
+    assert sizes(sweep_copy) == before
+    monkeypatch.delenv("NIPQ_STORAGE_URL")
+    assert main(["gc", str(sweep_copy), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("what", ["no study", "an empty one", "only a torn line"])
+def test_a_study_that_is_gone_is_told_and_nothing_is_overwritten(sweep_copy, what, capsys):
+    journal = sweep_copy / "study.log"
+    journal.unlink()
+    if what != "no study":
+        journal.write_text('{"op_co' if what == "only a torn line" else "")
+    before = {path: path.read_bytes() for path in sweep_copy.rglob("*") if path.is_file()}
+    for command in ("status", "front", "report", "gc", "sync", "best"):
+        limit = ["--max", "bops=1e9"] if command == "best" else []
+        assert main([command, str(sweep_copy), *limit]) == 2, command
+        assert "is gone; restore study.log, or set NIPQ_STORAGE_URL" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is gone; restore study.log"):
+        run_here(make_config(search__strategy="fill", search__trials=6), sweep_copy)
+    after = {path: path.read_bytes() for path in sweep_copy.rglob("*") if path.is_file()}
+    lock = sweep_copy / "driver.lock"
+    assert {**after, lock: b""} == {**before, lock: b""}
+
+
+def test_an_empty_study_adopts_no_trials(sweep_copy):
+    """Also where nothing is left that says which study it was."""
+    (sweep_copy / "study.log").unlink()
+    (sweep_copy / "facts.json").unlink()
+    Ledger.open(sweep_copy, "unit", "max", space={}, sampler="random", seed=0).close()
+    config = make_config(search__strategy="fill", search__trials=6)
+    with pytest.raises(UserError, match="holds trials of another study"):
+        run_here(config, sweep_copy)
+
+
+def test_what_a_kill_left_of_the_start_goes_too(sweep_copy, capsys):
+    left = [
+        sweep_copy / f"{place}/checkpoints/9/state.pt" for place in ("float", "baselines/lsq-4")
+    ]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x" * 1000)
+    spare = sweep_copy / "float/attempt-2/model.pt"
+    shutil.copytree(sweep_copy / "float/attempt-1", spare.parent)
+    (sweep_copy / "float/attempt-1/result.json").write_text("{}")
+    assert main(["gc", str(sweep_copy)]) == 0
+    assert "- " in capsys.readouterr().out
+    assert not any(file.exists() for file in left) and spare.exists()
+    assert not (sweep_copy / "float/attempt-1/model.pt").exists()
+    assert replay(Sweep.open(sweep_copy), 0)["equal"]
+
+
+def test_what_cannot_be_deleted_is_not_called_freed(sweep_copy, monkeypatch, capsys):
+    (sweep_copy / "trials/1/checkpoints/9").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    assert main(["gc", str(sweep_copy)]) == 1
+    assert "checkpoints: could not be deleted" in capsys.readouterr().err
+
+
+def test_foreign_files_in_attempts_disturb_nothing(sweep_copy, capsys):
+    trial = sweep_copy / "trials/0"
+    for name in ("attempt-x", "attempt-1.bak", "attempt-01"):
+        shutil.copytree(trial / "attempt-1", trial / name)
+    attempt = sweep_copy / "trials/1/attempt-1"
+    with (attempt / "curve.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n[1]\n{"epoch": "x", "step": 1, "phase": "", "timestamp": 0}\n')
+        file.write(b'{"epoch":"9","step":1,"phase":"noise","timestamp":0,"metrics":{}}\n')
+    (attempt / "progress.json").write_text("[1, 2]")
+    (attempt / "started.json").write_text('{"time": "noon", "pid": null}')
+    for command in ("status", "front", "report", "gc", "sync"):
+        assert main([command, str(sweep_copy)]) == 0, capsys.readouterr().err
+    config = make_config(search__strategy="fill", search__trials=6)
+    assert run_here(config, sweep_copy).complete == 6
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("facts.json", lambda text: text.replace('"front_cost"', '"cost"')),
+        ("sweep.yaml", lambda text: text.replace("search:", "search: []\nlimits_:")),
+        ("sweep.yaml", lambda text: text.replace("baselines", "base_lines")),
+        ("sweep.yaml", lambda text: "- a\n- b\n"),
+    ],
+)
+def test_a_damaged_description_is_named(sweep_copy, file, damage, capsys):
+    path = sweep_copy / file
+    path.write_text(damage(path.read_text()))
+    for command in ("status", "front", "report", "gc"):
+        assert main([command, str(sweep_copy)]) == 2
+        error = capsys.readouterr().err
+        assert f"{file}: damaged; run it again" in error and error.count("\n") == 1

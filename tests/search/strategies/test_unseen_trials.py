@@ -1,0 +1,92 @@
+"""What a driver keeps of a growing study equals what it would find by looking at all of it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from unit_helpers import Bench, make_config
+
+from nipq_search.search.coordinator import trials as trials_module
+from nipq_search.search.results import documents
+from nipq_search.search.strategies.pareto import non_dominated
+from nipq_search.search.strategies.unseen_trials import News
+
+
+def trial(number: int, state: TrialState) -> FrozenTrial:
+    found = create_trial(state=state, value=0.5 if state is TrialState.COMPLETE else None)
+    found.number = number
+    return found
+
+
+def test_finished_trials_are_told_once_and_others_each_time():
+    news = News()
+    states = [TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL, TrialState.WAITING]
+    found = [trial(number, state) for number, state in enumerate(states)]
+    assert [t.number for t in news.of(found)] == [0, 1, 2, 3]
+    assert [t.number for t in news.of(found)] == [1, 3]
+    found = [*found[:1], trial(1, TrialState.PRUNED), *found[2:], trial(4, TrialState.COMPLETE)]
+    assert [t.number for t in news.of(found)] == [1, 3, 4]
+    assert [t.number for t in news.of(found)] == [3]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A sweep of a dozen trials, of which two failed, and its trials."""
+    config = make_config(search__trials=12, search__strategy="fill")
+    bench = Bench(tmp_path_factory.mktemp("sweep"), config)
+    bench.fail = lambda job: "no luck" if job.name in ("trial-002", "trial-005") else None
+    bench.sweep()
+    return bench
+
+
+def test_records_that_were_kept_are_those_that_are_made_anew(finished):
+    found = finished.ledger.trials()
+    kept = documents.Records(finished.view().facts, finished.out)
+    for end in (1, 2, 5, 9, len(found)):
+        records = kept.update(found[:end])
+        fresh = documents.Records(finished.view().facts, finished.out)
+        assert records == fresh.update(found[:end])
+        assert kept.front == fresh.front == {r.trial for r in records if r.on_front}
+        assert (kept.states, kept.best) == (fresh.states, fresh.best)
+
+
+def test_a_front_that_grows_is_the_front_of_all():
+    luck = random.Random(3)
+    points = {n: (round(luck.random(), 1), round(luck.random(), 1)) for n in range(300)}
+    front: set[int] = set()
+    for number in points:
+        rivals = {n: points[n] for n in [*front, number]}
+        front = non_dominated(rivals, "max")
+        assert front == non_dominated({n: points[n] for n in range(number + 1)}, "max")
+
+
+def test_a_strategy_is_shown_the_newest_and_the_front(finished, monkeypatch):
+    own = finished.open().trials
+    own._learn(own.ledger.trials())
+    whole = own._finished()
+    assert [t.number for t in whole] == [n for n in range(12) if n not in (2, 5)]
+    monkeypatch.setattr(trials_module, "MOST", 3)
+    shown = [t.number for t in own._finished()]
+    front = {r.trial for r in finished.view().trials() if r.on_front}
+    assert shown == sorted({*shown[-3:], *front}) and shown[-3:] == [9, 10, 11]
+
+
+def test_a_resumed_trial_trains_as_long_however_old_its_parent_is(finished, monkeypatch):
+    own = finished.open().trials
+    own._learn(own.ledger.trials())
+    budget = finished.facts.budgets[0].targets
+    before = own._share(budget, 0)
+    assert before != own._share(budget, None)
+    monkeypatch.setattr(trials_module, "MOST", 1)
+    monkeypatch.setattr(own, "_front", [])
+    assert own._share(budget, 0) == before
+
+
+def test_a_person_s_own_finished_trial_does_not_end_the_reading(finished):
+    found = finished.ledger.trials()
+    found = [*found, trial(len(found), TrialState.COMPLETE)]
+    found[-1].values = [0.7, 1.0]
+    records = documents.Records(finished.view().facts, finished.out)
+    assert [r.state for r in records.update(found)][-1] == "COMPLETE"

@@ -1,0 +1,209 @@
+"""SIGKILL of the driver between deciding and recording: nothing is lost and nothing doubled."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from sweep_helpers import Command, Runs, attempts, ended, result, results, states, write_sweep
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+
+KILLER = '''
+"""The command, but the n-th passage of a boundary kills the driver."""
+import os
+import signal
+import sys
+
+import optuna
+from nipq_search.cli import main
+from nipq_search.search import projections
+from nipq_search.search.coordinator.coordinator import Coordinator
+from nipq_search.search.jobs.job import committed
+from nipq_search.search.backend.tune_callbacks import JobSearcher
+from nipq_search.tracking import MlflowRecorder
+
+boundary, left = sys.argv[1], int(sys.argv[2])
+ask, tell, finished = optuna.Study.ask, optuna.Study.tell, Coordinator.finished
+
+
+def passed(name):
+    global left
+    if name == boundary:
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killing_ask(self, *args, **kwargs):
+    trial = ask(self, *args, **kwargs)
+    passed("ask")
+    return trial
+
+
+def killing_tell(self, *args, **kwargs):
+    passed("attributes")
+    trial = tell(self, *args, **kwargs)
+    passed("tell")
+    return trial
+
+
+def killing_finished(self, job, *args, **kwargs):
+    if job.kind == "trial" and committed(job.folder):
+        passed("record")
+    return finished(self, job, *args, **kwargs)
+
+
+def after(owner, name, boundary, wanted=lambda *args: True):
+    """Let a call of `owner` be a boundary, once it has returned."""
+    call = getattr(owner, name)
+
+    def killing(*args, **kwargs):
+        found = call(*args, **kwargs)
+        if wanted(*args):
+            passed(boundary)
+        return found
+
+    setattr(owner, name, killing)
+
+
+optuna.Study.ask, optuna.Study.tell, Coordinator.finished = (
+    killing_ask, killing_tell, killing_finished
+)
+after(JobSearcher, "suggest", "launch")
+ended = lambda self, trial, *rest: trial.state == "COMPLETE"
+after(MlflowRecorder, "record", "mlflow", ended)
+after(projections, "write_table", "parquet", lambda path, frame: len(frame) > 1)
+sys.exit(main(sys.argv[3:]))
+'''
+TRIALS = 9
+
+
+def test_sigkill_of_the_driver_at_every_boundary_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    write_sweep(tmp_path, search__trials=TRIALS)
+    script = tmp_path / "killer.py"
+    script.write_text(KILLER)
+    command, out = Command(tmp_path), tmp_path / "out"
+
+    def killed(boundary: str, passage: int) -> dict[str, int]:
+        process = command.popen(boundary, str(passage), *command.arguments(), script=script)
+        with ended(process):
+            _, stderr = process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL, stderr
+        return results(out)
+
+    def untold() -> list[int]:
+        """Trials whose result is committed while the study still says RUNNING."""
+        running = [n for n, state in enumerate(states(out)) if state == "RUNNING"]
+        return [n for n in running if result(out, n) is not None]
+
+    after_ask = killed("ask", 2)
+    assert states(out) == ["RUNNING", "RUNNING"]
+    assert not attempts(out, 1)
+
+    after_record = killed("record", 1)
+    assert after_ask.items() <= after_record.items()
+    assert len(untold()) >= 1
+
+    after_attributes = killed("attributes", 2)
+    assert after_record.items() <= after_attributes.items()
+    assert len(untold()) >= 1
+
+    after_tell = killed("tell", 2)
+    assert after_attributes.items() <= after_tell.items()
+    assert states(out).count("COMPLETE") >= 3
+
+    # Launched, but nobody saw it start; shown in MLflow, but not in the tables; then the tables.
+    after_launch = killed("launch", 2)
+    assert after_tell.items() <= after_launch.items()
+    after_mlflow = killed("mlflow", len(states(out)))
+    assert after_launch.items() <= after_mlflow.items()
+    before_the_end = killed("parquet", 3)
+    assert after_mlflow.items() <= before_the_end.items()
+    pd.read_parquet(out / "results.parquet")
+
+    command.run()
+    assert states(out) == ["COMPLETE"] * TRIALS
+    assert before_the_end.items() <= results(out).items()
+    trial_results = [name for name in results(out) if name.startswith("trials/")]
+    assert len(trial_results) == TRIALS
+    for name in before_the_end:  # what had its result was never started again
+        if name.startswith("trials/"):
+            number = int(name.split("/")[1])
+            assert str(attempts(out, number)[-1].relative_to(out)) == str(Path(name).parent)
+    runs = Runs(out)
+    assert runs.parent == "FINISHED"
+    assert runs.children == dict.fromkeys(range(TRIALS), "FINISHED")
+    command.no_orphans()
+
+
+WORKER = '''
+import os
+import signal
+
+from nipq_search import storage
+from nipq_search.tasks.vision.digits import Digits
+
+write, write_once = storage.write_bytes, storage.write_once
+
+
+class Doomed(Digits):
+    """Digits, but a worker dies once right before or after it has written a certain file."""
+
+    def __init__(self, *, file, mark, after):
+        super().__init__(width=4)
+        self.file, self.mark, self.after = file, mark, after
+
+    def build_model(self):  # in the worker: tasks travel without their construction
+        def killing(write):
+            def around(path, data):
+                doomed = path.name == self.file and "trials" in path.parts
+                doomed = doomed and not os.path.exists(self.mark)
+                if doomed:
+                    open(self.mark, "w").close()
+                if doomed and not self.after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                written = write(path, data)
+                if doomed:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return written
+
+            return around
+
+        storage.write_bytes, storage.write_once = killing(write), killing(write_once)
+        return super().build_model()
+
+'''
+
+
+@pytest.mark.parametrize(
+    ("file", "after"),
+    [
+        ("state.pt", True),
+        ("manifest.json", False),
+        ("manifest.json", True),
+        ("model.pt", True),
+        ("result.json", False),
+        ("result.json", True),
+    ],
+)
+def test_sigkill_of_a_worker_around_its_files(file: str, after: bool, tmp_path: Path) -> None:
+    (tmp_path / "my_module.py").write_text(WORKER)
+    arguments = {"file": file, "mark": str(tmp_path / "mark"), "after": after}
+    write_sweep(
+        tmp_path,
+        task="my_module:Doomed",
+        task_args=arguments,
+        train__epochs=3,
+        search__trials=1,
+        resources__concurrent=1,
+    )
+    command, out = Command(tmp_path), tmp_path / "out"
+    command.run()
+    assert (tmp_path / "mark").exists() and states(out) == ["COMPLETE"]
+    tries = attempts(out, 0)
+    assert len(tries) == (1 if (file, after) == ("result.json", True) else 2)
+    assert result(out, 0) is not None
+    command("replay", "out", "0")

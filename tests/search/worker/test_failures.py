@@ -1,0 +1,99 @@
+"""Whose fault it was that a process ended: judged from Ray's word and the state of its node."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from unit_helpers import make_config
+
+from nipq_search import storage
+from nipq_search.search.backend.tune import STARTS
+from nipq_search.search.backend.tune_callbacks import JobSearcher
+from nipq_search.search.jobs import job as jobs
+from nipq_search.search.jobs.job import Job
+from nipq_search.search.worker import failures
+from nipq_search.search.worker.worker import _give_up
+
+
+def job_in(folder):
+    config = make_config().as_json()
+    return Job(kind="trial", number=3, out=str(folder), config=config, run="now", seed=1)
+
+
+class OutOfMemoryError(Exception):
+    """Named as Ray's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "dead", "cause"),
+    [
+        (None, False, "process"),
+        (RuntimeError("The actor died unexpectedly"), False, "process"),
+        (RuntimeError("The actor died because its node has died. Node Id: 1"), False, "node"),
+        (RuntimeError("unavailable"), True, "node"),
+        (type("ActorDiedError", (Exception,), {"preempted": True})(), False, "node"),
+        (OutOfMemoryError("killed"), False, "memory"),
+    ],
+)
+def test_causes(error, dead, cause):
+    assert failures.classify(error, dead) == cause
+
+
+def test_a_node_s_end_eats_no_retries_and_is_told_apart_later(tmp_path, monkeypatch):
+    job = job_in(tmp_path)
+    first, second = (jobs.open_attempt(job, node) for node in ("a", "b"))
+    monkeypatch.setattr(failures, "dead_nodes", lambda: {"b"})
+    assert failures.judge(job.folder, "now", OutOfMemoryError("no room")) == "node"
+    assert (jobs.cause_of(first), jobs.cause_of(second)) == ("process", "node")
+    assert jobs.crashes(job.folder, "now") == ["process"]
+    # The news of the first one's node come late.
+    monkeypatch.setattr(failures, "dead_nodes", lambda: {"a", "b"})
+    assert failures.judge(job.folder, "now") == "node"
+    assert jobs.crashes(job.folder, "now") == []
+    assert _give_up(job, 1, None) is None
+
+
+def test_crashes_add_up_and_memory_names_the_fix(tmp_path):
+    job = job_in(tmp_path)
+    for _ in range(2):
+        jobs.open_attempt(job)
+        assert failures.judge(job.folder, "now") == "process"
+    assert _give_up(job, 3, None) is None
+    jobs.open_attempt(job)
+    assert failures.judge(job.folder, "now", OutOfMemoryError("no room")) == "memory"
+    reason = _give_up(job, 3, None)
+    assert "died 3 times" in reason and "resources.memory_gb" in reason
+    assert storage.read_json(jobs.attempts(job.folder)[2] / jobs.LOST)["detail"] == "no room"
+
+
+def test_attempts_of_an_earlier_driver_and_ended_ones_are_not_judged(tmp_path):
+    job = job_in(tmp_path)
+    jobs.open_attempt(Job(**{**job.as_json(), "run": "before"}))
+    stopped = jobs.open_attempt(job)
+    storage.write_json(stopped / jobs.STOPPED, {"time": 0})
+    assert failures.judge(job.folder, "now") is None
+    assert not list(tmp_path.rglob(jobs.LOST))
+
+
+def test_what_cannot_be_read_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "error.pkl").write_bytes(b"no pickle")
+    for file in (tmp_path / "error.pkl", tmp_path / "absent.pkl", None):
+        assert failures.error_of(SimpleNamespace(pickled_error_file=file)) is None
+
+
+def test_a_node_that_dies_before_its_job_began_is_not_the_job_s_fault(tmp_path):
+    """However often it happens; of a process that dies there, Tune is told when to give up."""
+    searcher = JobSearcher(SimpleNamespace(next_job=lambda: job_in(tmp_path)))
+    searcher.suggest("a")
+    trial = SimpleNamespace(trial_id="a", pickled_error_file=str(tmp_path / "error.pkl"))
+
+    def dies(text):
+        Path(trial.pickled_error_file).write_bytes(pickle.dumps(RuntimeError(text)))
+        searcher.recovers(trial)
+        return trial.max_failures
+
+    assert {dies("its node has died") for _ in range(2 * STARTS)} == {-1}
+    assert [dies("exit code 1") for _ in range(STARTS)] == [-1] * (STARTS - 1) + [0]

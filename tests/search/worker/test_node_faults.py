@@ -1,0 +1,219 @@
+"""Faults of the place where a trial runs: its GPU has no room or is lost, its node has no data."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from torch._utils import ExceptionWrapper
+from unit_helpers import Bench, digits, make_config
+
+from nipq_search.errors import UserError
+from nipq_search.search.jobs import job as jobs
+from nipq_search.search.jobs.lease import LOCK_FILE
+from nipq_search.search.worker import failures
+from nipq_search.search.worker.worker import HALT, execute
+from nipq_search.tasks.vision.digits import Digits
+
+
+class Left(BaseException):
+    """The process ended itself."""
+
+
+class Failing(Digits):
+    """Digits that fails on demand when it is evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__(width=4)
+        self._splits = digits().splits()
+        self.error: Exception | None = None
+
+    def evaluate(self, model, split):
+        if self.error is not None:
+            raise self.error
+        return super().evaluate(model, split)
+
+
+@pytest.fixture
+def task():
+    return Failing()
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path / "sweep", make_config(search__trials=2))
+
+
+@pytest.fixture
+def job(bench, task):
+    """The first trial, the float model being there."""
+    coordinator = bench.open()
+    while (found := coordinator.next_job()).kind != "trial":
+        execute(found, task, lambda report: None)
+        coordinator.finished(found)
+    return found
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """Lets a test see that a process ended itself."""
+
+    def leave(status):
+        raise Left(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+
+def test_a_gpu_without_room_ends_the_process_and_not_the_trial(task, job, left):
+    task.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(Left):
+        execute(job, task, lambda report: None)
+    assert jobs.committed(job.folder) is None
+    assert failures.judge(job.folder, job.run) == failures.GPU_MEMORY, "whatever Ray says of it"
+    assert jobs.crashes(job.folder, job.run) == [failures.GPU_MEMORY]
+    assert "Tried to allocate" in (jobs.attempts(job.folder)[0] / jobs.TRACEBACK).read_text()
+    task.error = None
+    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+
+
+def test_a_trial_that_never_fits_on_a_gpu_is_given_up_with_the_fix(task, job, left):
+    task.error = torch.OutOfMemoryError("CUDA out of memory")
+    for _ in range(3):
+        with pytest.raises(Left):
+            execute(job, task, lambda report: None)
+    assert execute(job, task, lambda report: None) == jobs.FAIL
+    reason = jobs.committed(job.folder)["reason"]
+    assert reason.startswith("its process died 3 times (limits.max_failures): its GPU ran out")
+    assert "resources.gpus" in reason and "train.batch_size" in reason
+
+
+def test_a_lost_gpu_takes_no_further_trial_along(task, job, left, monkeypatch):
+    """Every later call on it would fail: the record stays, the process goes."""
+    task.error = RuntimeError("CUDA error: device-side assert triggered")
+    monkeypatch.setattr(failures, "gpu_is_lost", lambda: True)
+    with pytest.raises(Left):
+        execute(job, task, lambda report: None)
+    assert "device-side assert" in jobs.committed(job.folder)["reason"]
+    assert execute(job, task, lambda report: None) == jobs.FAIL, "from its record"
+
+
+def test_without_a_gpu_none_is_lost():
+    assert not failures.gpu_is_lost() or torch.cuda.is_available()
+
+
+def sign(bench, host):
+    (bench.out / LOCK_FILE).write_text(json.dumps({"host": host, "pid": 1, "run": "x"}))
+
+
+def raised_from(error):
+    """As the project's own readers say it."""
+    said = UserError("/data/train/7.png: cannot be read")
+    said.__cause__ = error
+    return said
+
+
+def from_worker(error):
+    """As torch's `DataLoader` raises what one of its workers raised."""
+    try:
+        raise error
+    except OSError:
+        caught = ExceptionWrapper(where="in DataLoader worker process 0")
+    try:
+        caught.reraise()
+    except OSError as found:
+        return found
+
+
+@pytest.mark.parametrize("told", [lambda error: error, raised_from, from_worker])
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EACCES])
+def test_data_that_are_not_on_a_node_fail_no_trial(bench, task, job, monkeypatch, number, told):
+    """The driver's host has them; the node that has not would else draw trial after trial."""
+    task.error = told(OSError(number, os.strerror(number), "/data/train/7.png"))
+    sign(bench, "the-driver-s-host")
+    there = ("the-driver-s-host", "/data/train/7.png")
+    monkeypatch.setattr(failures, "is_on", lambda host, file: (host, file) == there)
+    state = execute(job, task, lambda report: None)
+    assert state.startswith(f"{HALT}node {os.uname().nodename}: ")
+    assert "/data/train/7.png" in state and "mount it there" in state
+    assert jobs.committed(job.folder) is None and jobs.crashes(job.folder, job.run) == []
+    task.error = None
+    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+
+
+@pytest.mark.parametrize("host", [os.uname().nodename, "another-host"])
+def test_a_file_that_is_missing_on_the_driver_s_host_too_is_the_trial_s_fault(
+    bench, task, job, host
+):
+    task.error = FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/7.png")
+    sign(bench, host)
+    assert execute(job, task, lambda report: None) == jobs.FAIL
+
+
+@pytest.mark.parametrize("told", [raised_from, from_worker])
+def test_a_disk_that_fails_below_another_error_is_no_trial_s_fault(task, job, told):
+    task.error = told(OSError(errno.EIO, "Input/output error", "/data/train/7.png"))
+    state = execute(job, task, lambda report: None)
+    assert state.startswith(f"{HALT}/data/train/7.png: Input/output error")
+    assert jobs.committed(job.folder) is None
+
+
+def test_what_a_worker_process_could_not_read_keeps_its_cause():
+    error = raised_from(FileNotFoundError(2, "No such file or directory", "/data/7.png"))
+    error.below = error.__cause__
+    there = pickle.loads(pickle.dumps(error))
+    assert str(there) == str(error) and there.below.filename == "/data/7.png"
+
+
+@pytest.mark.parametrize(
+    ("error", "room"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("CUDA error: out of memory\nCompile with ..."), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (ValueError("CUDA error: out of memory"), True),
+    ],
+)
+def test_every_word_for_a_full_gpu_is_known(error, room):
+    assert failures.is_gpu_memory(error) is not room
+
+
+class Unfit(Failing):
+    """It fails on the test split alone."""
+
+    def evaluate(self, model, split):
+        if split == "test" and self.error is not None:
+            raise self.error
+        return Digits.evaluate(self, model, split)
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    """Task and job of the evaluation on the test split, every trial being there."""
+    task = Unfit()
+    bench = Bench(tmp_path / "whole", make_config(search__trials=2))
+    coordinator = bench.open()
+    while (found := coordinator.next_job()).kind != "test":
+        execute(found, task, lambda report: None)
+        coordinator.finished(found)
+    return task, found
+
+
+def test_a_gpu_that_is_lost_to_the_test_split_is_said_once(evaluation, left, monkeypatch):
+    """The process would begin the same evaluation for ever."""
+    task, job = evaluation
+    task.error = RuntimeError("CUDA error: device-side assert triggered")
+    monkeypatch.setattr(failures, "gpu_is_lost", lambda: True)
+    assert execute(job, task, lambda report: None) == jobs.FAIL
+
+
+def test_a_disk_that_fails_under_the_test_split_ends_the_sweep(evaluation):
+    task, job = evaluation
+    task.error = OSError(errno.EIO, "Input/output error", "/data/test/7.png")
+    assert execute(job, task, lambda report: None).startswith(f"{HALT}/data/test/7.png")
+    task.error = None
+    assert execute(job, task, lambda report: None) == jobs.COMPLETE

@@ -1,0 +1,181 @@
+"""Trials that several processes train: in a sweep, killed, failing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from unit_helpers import make_config, run_here
+
+from nipq_search.blobs import StoreAway
+from nipq_search.search.backend.reaper import children_now
+from nipq_search.search.commands.replay import replay
+from nipq_search.search.results.sweep import Sweep
+from nipq_search.search.worker import process_group
+from nipq_search.search.worker.process_group import MemberFailed, MemberKilled, leading
+from nipq_search.tasks.vision.digits import Digits
+from nipq_search.train import FloatConfig, Hooks, Interrupted, TrainSpec, train
+
+CPU = torch.device("cpu")
+
+
+class Faulty(Digits):
+    """Digits whose loss fails, or kills its process, in every process but the leader's."""
+
+    def __init__(self, error: Exception | None, everywhere: bool = False) -> None:
+        super().__init__(width=4)
+        self.load_data()
+        self.error, self.everywhere, self.home = error, everywhere, os.getpid()
+
+    def loss(self, model, batch):
+        if os.getpid() != self.home or self.everywhere:
+            if self.error is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise self.error
+        return super().loss(model, batch)
+
+
+class Unreadable(Digits):
+    """Digits that no other process can take in."""
+
+    def __reduce__(self):
+        return exec, ("raise RuntimeError('cannot be unpickled')",)
+
+
+def together(task, folder, hooks=None, size=2):
+    """Train a float model with `size` processes."""
+    config = FloatConfig(epochs=1, batch_size=64)
+    spec = TrainSpec(train=config.as_training(), seed=1)
+    folder.mkdir(exist_ok=True)
+    with leading(task, spec, folder, size=size, threads=1, gpu=False, log=folder) as team:
+        return train(task, spec, folder, CPU, hooks or Hooks(), team)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_left():
+    before = children_now()
+    yield
+    assert children_now() <= before
+
+
+def test_a_sweep_of_such_trials_replays_bit_by_bit(tmp_path):
+    """Float model, baseline and trials: of half batches each, as the record says."""
+    config = make_config(
+        resources__workers=2, search__trials=2, search__baselines=[4], search__strategy="ladder"
+    )
+    run_here(config, tmp_path / "sweep")
+    sweep = Sweep.open(tmp_path / "sweep")
+    assert [r.state for r in sweep.trials()] == ["COMPLETE"] * 2
+    child = next(r for r in sweep.trials() if r.parent is not None)
+    assert replay(sweep, child.trial)["equal"]
+    attempt = tmp_path / f"sweep/trials/{child.trial}/attempt-1"
+    assert (attempt / "log-1.txt").exists()
+
+
+def test_an_exception_elsewhere_is_the_trainings(tmp_path):
+    with pytest.raises(MemberFailed, match="process 1: ValueError: half of a batch is too little"):
+        together(Faulty(ValueError("half of a batch\nis too little")), tmp_path)
+    assert "Traceback" in (tmp_path / "log-1.txt").read_text()
+
+
+def test_of_three_the_cause_is_named_and_not_its_echo(tmp_path):
+    with pytest.raises(MemberFailed, match="process [12]: ValueError: too little"):
+        together(Faulty(ValueError("too little")), tmp_path, size=3)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_fault_of_the_machine_is_not_the_trainings(tmp_path, everywhere):
+    """Wherever it is seen: a full disk, a store that is away."""
+    error = StoreAway(errno.EIO, "s3://b/x: no answer")
+    with pytest.raises(OSError, match="s3://b/x: no answer") as raised:
+        together(Faulty(error, everywhere), tmp_path)
+    assert raised.value.errno == errno.EIO
+
+
+def test_a_gpu_without_room_is_told_apart(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError, match="process 1: .*CUDA out of memory"):
+        together(Faulty(torch.OutOfMemoryError("CUDA out of memory")), tmp_path)
+
+
+def test_a_killed_leader_leaves_nothing_in_memory(tmp_path):
+    """Its data would fill a node's RAM, kill by kill."""
+    code = (
+        "import sys, time, torch; from pathlib import Path; import test_process_group as t\n"
+        "task = t.Digits(width=4); task.load_data()\n"
+        "def wait(point): print('begun', flush=True); time.sleep(600)\n"
+        "t.together(task, Path(sys.argv[1]), t.Hooks(on_epoch=wait))\n"
+    )
+    before = set(Path("/dev/shm").glob("nipq-members-*"))
+    leader = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert leader.stdout is not None and leader.stdout.readline() == "begun\n"
+    (own,) = set(Path("/dev/shm").glob("nipq-members-*")) - before
+    assert not list(own.glob("buffer-*")), "gone as soon as every process has them open"
+    leader.kill()
+    leader.wait()
+    leader.stdout.close()
+    limit = time.monotonic() + 20
+    while own.exists():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def test_a_killed_process_is_told_apart(tmp_path):
+    with pytest.raises(MemberKilled, match="process 1 was killed"):
+        together(Faulty(None), tmp_path)
+
+
+def test_a_process_that_does_not_start_is_told(tmp_path):
+    with pytest.raises(MemberFailed, match="did not start.*cannot be unpickled"):
+        together(Unreadable(width=4), tmp_path)
+
+
+def test_an_exception_of_the_leader_ends_the_others(tmp_path):
+    def fails(point):
+        raise OSError("the disk is full")
+
+    task = Digits(width=4)
+    task.load_data()
+    with pytest.raises(OSError, match="the disk is full"):
+        together(task, tmp_path, Hooks(on_epoch=fails))
+
+
+def test_the_leader_may_take_its_time_once_the_others_are_done(tmp_path, monkeypatch, caplog):
+    """Nobody takes their end for a failure."""
+    monkeypatch.setattr(process_group, "_GRACE_SECONDS", 0.5)
+
+    class Slow(Digits):
+        def evaluate(self, model, split):
+            time.sleep(4)
+            return super().evaluate(model, split)
+
+    task = Slow(width=4)
+    task.load_data()
+    assert together(task, tmp_path).metrics["accuracy"] > 0
+    assert not caplog.records
+    assert (tmp_path / "log-1.txt").read_text() == ""
+
+
+def test_a_stop_is_everybodys(tmp_path):
+    task = Digits(width=4)
+    task.load_data()
+    threads = threading.active_count()
+    with pytest.raises(Interrupted):
+        together(task, tmp_path, Hooks(should_stop=lambda: True), size=3)
+    result = together(task, tmp_path, size=3)
+    assert result.steps > 1
+    time.sleep(0.5)
+    assert threading.active_count() <= threads

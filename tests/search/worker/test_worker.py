@@ -1,0 +1,437 @@
+"""Real workers on digits, a few steps each: records, failures, and the test split."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import torch
+from unit_helpers import Bench, digits, make_config
+
+from nipq_search import storage
+from nipq_search.errors import UserError
+from nipq_search.search.commands.replay import replay
+from nipq_search.search.coordinator.coordinator import Coordinator
+from nipq_search.search.coordinator.resolved import gather
+from nipq_search.search.jobs import job as jobs
+from nipq_search.search.jobs.job import Job
+from nipq_search.search.worker.worker import HALT, TEST_FILE, execute
+from nipq_search.tasks.vision.digits import Digits
+from nipq_search.train import trial as training
+from nipq_search.train.models import MODEL_FILE
+
+ACCURACY = "accuracy"
+
+
+class Spied(Digits):
+    """Digits that remembers which splits were read, and fails on demand."""
+
+    def __init__(self) -> None:
+        super().__init__(width=4)
+        self._splits = digits().splits()
+        self.read: list[str] = []
+        self.answer: dict[str, float] | None = None
+        self.error: Exception | None = None
+
+    def evaluate(self, model, split):
+        self.read.append(split)
+        if self.error is not None:
+            raise self.error
+        return super().evaluate(model, split) if self.answer is None else self.answer
+
+
+@pytest.fixture
+def task():
+    return Spied()
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path / "sweep", make_config(search__trials=3))
+
+
+def run(bench, task, until=None):
+    """Run the sweep with real workers; each job's name with its reports and splits read."""
+    seen: dict[str, list[str]] = {}
+
+    def worker(job: Job) -> str:
+        task.read.clear()
+        state = execute(job, task, lambda report: None)
+        seen[job.name] = list(task.read)
+        return state
+
+    return bench.sweep(worker), seen
+
+
+def test_a_whole_sweep_of_real_trainings(bench, task):
+    torch.manual_seed(3)
+    generator = torch.get_rng_state()
+    coordinator, seen = run(bench, task)
+    assert torch.equal(generator, torch.get_rng_state())
+    trials = bench.ledger.trials()
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 3
+    front = coordinator.front()
+    for name, splits in seen.items():
+        assert set(splits) == ({"test"} if name == "test" else {"validation"})
+    assert len(seen["test"]) == 2 + len(front)
+    for trial in trials:
+        folder = bench.out / "trials" / str(trial.number)
+        assert (folder / TEST_FILE).exists() == (trial.number in front)
+        assert jobs.model_file(folder).exists() and not (folder / "checkpoints").exists()
+        record = jobs.committed(folder)
+        budget = bench.facts.budgets[trial.params["budget"]]
+        assert trial.values[1] == record["cost"]["bops"] <= budget.targets["bops"]
+        assert trial.user_attrs["budget_slack"] <= 0
+        assert record["samples"] == jobs.samples_processed(folder) == 128 + 4 * 128 + 128
+        assert [point.epoch for point in jobs.curve(folder)] == [1]
+        attempt = jobs.attempts(folder)[0]
+        assert {p.name for p in attempt.iterdir()} >= {jobs.RESULT, jobs.STARTED, jobs.LOG}
+    layers = bench.view().show(0)["layers"]
+    shown = {"name", "kind", "macs", "weight_bits", "activation_bits", "bops", "weight_bytes"}
+    assert shown <= layers[0].keys()
+    assert sum(row["bops"] for row in layers) == pytest.approx(trials[0].values[1], abs=1)
+    lsq = jobs.committed(bench.out / "baselines" / "lsq-4")
+    assert lsq["cost"]["mean_weight_bits"] == 4
+
+
+def test_a_committed_job_is_not_trained_again(bench, task):
+    coordinator = bench.open()
+    job = coordinator.next_job()
+    for _ in range(2):
+        assert execute(job, task, lambda report: None) == "COMPLETE"
+    assert len(jobs.attempts(job.folder)) == 1
+
+
+def test_equal_sweeps_have_equal_models(tmp_path, task):
+    shas = []
+    for name in ("one", "two"):
+        bench = Bench(tmp_path / name, make_config(search__trials=1, search__baselines=[]))
+        run(bench, task)
+        shas.append(jobs.committed(bench.out / "trials" / "0")["model_sha256"])
+    assert shas[0] == shas[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_no_number_fails_the_trial(value, bench, task):
+    bench.sweep(lambda job: _float_first(bench, job, task, answer={ACCURACY: value, "loss": 1.0}))
+    reasons = {t.user_attrs["reason"] for t in bench.ledger.trials()}
+    assert reasons == {f"ValueError: the validation accuracy is {value}"}
+    assert [t.state.name for t in bench.ledger.trials()] == ["FAIL"] * 3
+
+
+def _float_first(bench, job, task, answer=None, error=None):
+    """The float model trains well; every other job meets a task that answers like this."""
+    task.answer, task.error = (None, None) if job.kind in ("float", "test") else (answer, error)
+    return execute(job, task, lambda report: None)
+
+
+def test_other_figures_that_are_no_numbers_are_left_out(bench, task):
+    answer = {ACCURACY: 0.5, "loss": float("nan")}
+    bench.sweep(lambda job: _float_first(bench, job, task, answer=answer))
+    trials = bench.ledger.trials()
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 3
+    assert "validation_loss" not in trials[0].user_attrs
+    json.dumps(bench.view().front_document(), allow_nan=False)
+
+
+def test_a_task_that_raises_fails_the_trial_with_its_traceback(bench, task):
+    error = RuntimeError("the data\nare gone")
+    bench.sweep(lambda job: _float_first(bench, job, task, error=error))
+    trials = bench.ledger.trials()
+    assert {t.user_attrs["reason"] for t in trials} == {"RuntimeError: the data are gone"}
+    texts = {path.name: path.read_text() for path in bench.view().log_files(0)}
+    assert "the data\nare gone" in texts[jobs.TRACEBACK]
+    assert "are gone" not in texts.get(jobs.LOG, ""), "shown once"
+    assert trials[0].user_attrs["samples"] > 0, "what a failure processed counts"
+
+
+def open_trial(bench, task):
+    """The coordinator and its first trial, the float model being there."""
+    coordinator: Coordinator = bench.open()
+    while (job := coordinator.next_job()).kind != "trial":
+        execute(job, task, lambda report: None)
+        coordinator.finished(job)
+    return job
+
+
+def test_a_stop_request_saves_the_state_and_ends_the_attempt(bench, task):
+    job = open_trial(bench, task)
+    stop = bench.out / "stop.request"
+    stop.touch()
+    assert execute(job, task, lambda report: None) == "STOPPED"
+    attempt = jobs.attempts(job.folder)[0]
+    assert (attempt / jobs.STOPPED).exists() and jobs.committed(job.folder) is None
+    assert (job.folder / "checkpoints").is_dir()
+    stop.unlink()
+    assert execute(job, task, lambda report: None) == "COMPLETE"
+    record = jobs.committed(job.folder)
+    assert record["attempts"] == 2 and len(jobs.crashes(job.folder, job.run)) == 0
+    assert jobs.samples_processed(job.folder) == record["samples"], "no step was taken twice"
+
+
+@pytest.mark.parametrize("minutes", [3, None])
+def test_a_job_that_hung_twice_is_given_up(minutes, bench, task):
+    bench.config = make_config(limits={"trial_minutes": minutes})
+    job = open_trial(bench, task)
+    for _ in range(2):
+        (jobs.open_attempt(job) / jobs.HANG).write_text("stack")
+    assert execute(job, task, lambda report: None) == "FAIL"
+    reason = jobs.committed(job.folder)["reason"]
+    assert reason.startswith("hung: killed") and "limits.trial_minutes" in reason
+    assert ("3 minutes" in reason) == (minutes is not None)
+
+
+def test_a_job_whose_process_died_too_often_is_given_up(bench, task):
+    job = open_trial(bench, task)
+    for _ in range(3):
+        jobs.open_attempt(job)
+    assert execute(job, task, lambda report: None) == "FAIL"
+    record = jobs.committed(job.folder)
+    assert record["reason"] == "its process died 3 times (limits.max_failures)"
+    assert record["attempts"] == 4
+
+
+def test_a_float_model_from_a_file(tmp_path, task):
+    torch.save(task.build_model().state_dict(), tmp_path / "float.pt")
+    config = make_config(float={"checkpoint": str(tmp_path / "float.pt")}, search__trials=1)
+    bench = Bench(tmp_path / "sweep", config)
+    run(bench, task)
+    record = jobs.committed(bench.out / "float")
+    assert (record["samples"], record["steps"], record["state"]) == (0, 0, "COMPLETE")
+    assert storage.read_sealed(bench.out / "float" / TEST_FILE)["metrics"].keys() == {
+        ACCURACY,
+        "loss",
+    }
+
+
+@pytest.mark.parametrize(
+    ("write", "problem"),
+    [
+        (lambda path, state: path.write_bytes(b"nothing"), "pt: not a file of torch.save'd weigh"),
+        (lambda path, state: path.mkdir(), "float.pt is a folder; name a file in it"),
+        (lambda path, state: None, "float.pt: no such file"),
+        (lambda path, state: torch.save({}, path), "entries are missing, such as stem"),
+        (
+            lambda path, state: torch.save({k: v[:1] for k, v in state.items() if v.ndim}, path),
+            "are missing|size mismatch",
+        ),
+        (
+            lambda path, state: torch.save({k: v + torch.nan for k, v in state.items()}, path),
+            "weights are not finite: stem",
+        ),
+    ],
+    ids=["text", "folder", "nothing", "empty", "shapes", "nan"],
+)
+def test_a_float_file_that_does_not_fit_is_refused_at_once(tmp_path, task, write, problem):
+    write(tmp_path / "float.pt", task.build_model().state_dict())
+    config = make_config(float={"checkpoint": str(tmp_path / "float.pt")})
+    for start in (lambda: gather(config, task), Bench(tmp_path / "sweep", config).open):
+        with pytest.raises(UserError, match=f"^float.checkpoint: .*{problem}") as error:
+            start()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "sweep" / "study.log").exists()
+
+
+def test_a_full_disk_leaves_the_trial_open_and_ends_the_sweep(bench, task):
+    job = open_trial(bench, task)
+    task.error = OSError(errno.ENOSPC, "No space left on device")
+    state = execute(job, task, lambda report: None)
+    assert state.startswith(HALT) and "No space left on device" in state
+    coordinator = bench.open()
+    coordinator.halt(state.removeprefix(HALT))
+    assert not isinstance(coordinator.next_job(), Job)
+    task.error = None
+    run(bench, task)
+    assert [t.state.name for t in bench.ledger.trials()] == ["COMPLETE"] * 3
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_float_model_fails_no_trial(damage, bench, task):
+    run(bench, task)
+    file = jobs.model_file(bench.out / "float")
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:100])
+    bench.config = make_config(search__trials=4)
+    coordinator, seen = run(bench, task)
+    assert str(file) in coordinator.failure and "damaged" in coordinator.failure
+    assert seen == {} and len(bench.ledger.trials()) == 3
+
+
+def test_one_damaged_model_does_not_keep_the_others_from_the_test_split(bench, task):
+    coordinator, _ = run(bench, task)
+    for path in bench.out.rglob(TEST_FILE):
+        path.unlink()
+    broken = min(coordinator.front())
+    jobs.model_file(bench.out / "trials" / str(broken)).write_bytes(b"garbage")
+    run(bench, task)
+    found = {path.parent.name for path in bench.out.rglob(TEST_FILE)}
+    assert "float" in found and str(broken) not in found
+    last = jobs.attempts(bench.out / "test")[-1]
+    record = storage.read_sealed(last / jobs.RESULT)
+    assert record["state"] == "FAIL" and f"trial-{broken:03d}" in record["reason"]
+
+
+def test_a_metric_that_evaluate_does_not_return_stops_at_the_float_model(bench, task):
+    task.answer = {"acuracy": 0.5}
+    coordinator, seen = run(bench, task)
+    assert "no 'accuracy' (did you mean 'acuracy'?)" in coordinator.failure
+    assert list(seen) == ["float"]
+
+
+@pytest.mark.parametrize("place", ["evaluation", "model", "record"])
+def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch, place):
+    """Its process was stopped somewhere near its end, and another one has finished meanwhile."""
+    coordinator = bench.open()
+    job = coordinator.next_job()
+    evaluate, write, write_once = task.evaluate, storage.write_bytes, storage.write_once
+    after: list[dict[str, bytes]] = []
+
+    def stopped(here):
+        if here and not after:
+            after.append({})
+            with torch.enable_grad():  # in a process of its own
+                assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+            after[0] |= contents(job.folder / "attempt-2")
+
+    def stopped_evaluate(model, split):
+        stopped(place == "evaluation")
+        return evaluate(model, split)
+
+    def stopped_write(path, data):
+        stopped(place == "model" and path.name == MODEL_FILE)
+        return write(path, data)
+
+    def stopped_write_once(path, data):
+        stopped(place == "record" and path.name == jobs.RESULT)
+        return write_once(path, data)
+
+    monkeypatch.setattr(task, "evaluate", stopped_evaluate)
+    monkeypatch.setattr(storage, "write_bytes", stopped_write)
+    monkeypatch.setattr(storage, "write_once", stopped_write_once)
+    monkeypatch.setattr(jobs, "superseded", lambda attempt: False)  # not noticed while it trains
+    assert execute(job, task, lambda report: None) == "SUPERSEDED"
+    first, second = jobs.attempts(job.folder)
+    assert after == [contents(second)] and {jobs.RESULT, MODEL_FILE} <= after[0].keys()
+    assert (first / jobs.STOPPED).exists() and not (first / MODEL_FILE).exists()
+    record = jobs.committed(job.folder)
+    assert record == storage.read_sealed(second / jobs.RESULT) and record["attempts"] == 2
+    model = jobs.model_file(job.folder)
+    assert model.parent == second and storage.digest(model.read_bytes()) == record["model_sha256"]
+    assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+    assert jobs.attempts(job.folder) == [first, second]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_that_may_not_be_written_is_no_trials_fault(bench, task, monkeypatch):
+    job = open_trial(bench, task)
+
+    def refused(job, node=None, **more):
+        raise PermissionError(errno.EACCES, "Permission denied", str(job.folder / "attempt-1"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "open_attempt", refused)
+        state = execute(job, task, lambda report: None)
+    assert state == (
+        f"{HALT}{job.folder}/attempt-1: Permission denied; mend that, the same command resumes"
+    )
+    task.error = PermissionError(errno.EACCES, "Permission denied", "/somebody/elses")
+    assert execute(job, task, lambda report: None) == jobs.FAIL, "the task's own file"
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+def interrupted(bench, task, **changes):
+    """A trial that was killed after its first checkpoint; then the sweep resumes, changed."""
+    bench.config = make_config(train__epochs=3, search__trials=2, **changes.pop("first", {}))
+    job = open_trial(bench, task)
+
+    def killed(report):
+        if report["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        execute(job, task, killed)
+    assert any((job.folder / "checkpoints").iterdir())
+    bench.config = make_config(train__epochs=3, search__trials=2, **changes)
+    return job
+
+
+@pytest.mark.parametrize("resources", [{"cpus": 2}, {"cpus": 1, "workers": 2}])
+def test_a_continued_trial_is_replayed_though_resources_changed(bench, task, resources):
+    """It goes on with the threads of its checkpoint; other workers make it begin anew."""
+    job = interrupted(bench, task, resources=resources)
+    run(bench, task)
+    record, several = jobs.committed(job.folder), resources.get("workers", 1)
+    assert (record["threads"], record["workers"], record["attempts"]) == (1, several, 2)
+    epoch = 1_097  # of training samples
+    repeated = jobs.samples_processed(job.folder) - record["samples"]
+    assert epoch * several <= repeated < epoch * several + 150
+    assert replay(bench.view(), job.number)["equal"]
+    assert jobs.committed(bench.out / "trials/1")["threads"] == resources["cpus"]
+
+
+def test_a_trial_whose_parent_is_gone_begins_anew(bench, task):
+    bench.config = make_config(search__strategy="fill", search__baselines=[])
+    run_until_second(bench, task)
+    child = bench.open().next_job()
+    assert child.parent == 0
+    jobs.open_attempt(child, threads=1, workers=1, parent=0)
+    (child.folder / "checkpoints/000000001").mkdir(parents=True)
+    jobs.model_file(bench.out / "trials/0").unlink()
+    job = bench.open().next_job()
+    assert (job.number, job.parent) == (1, None)
+    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+    assert jobs.committed(job.folder)["parent"] is None
+    assert replay(bench.view(), 1)["equal"]
+
+
+def run_until_second(bench, task):
+    """Float model and first trial, and the second one asked for."""
+    coordinator = bench.open()
+    while True:
+        job = coordinator.next_job()
+        if job.kind == "trial" and job.number == 1:
+            return
+        execute(job, task, lambda report: None)
+        coordinator.finished(job)
+
+
+def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
+    """It was stopped between the look whether it is superseded and its checkpoint."""
+    job = interrupted(bench, task)
+    save, late = training.save_checkpoint, []
+
+    def stopped(folder, *arguments, **more):
+        if not late:
+            late.append(folder)
+            with torch.enable_grad():
+                assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+        save(folder, *arguments, **more)
+
+    monkeypatch.setattr(training, "save_checkpoint", stopped)
+    assert execute(job, task, lambda report: None) in ("STOPPED", "SUPERSEDED")
+    assert late and not late[0].exists()
+
+
+def test_giving_up_a_job_that_another_process_took_over_says_so(bench, task, monkeypatch):
+    """The driver would look for a record that is not there."""
+    job = open_trial(bench, task)
+    for _ in range(3):
+        jobs.open_attempt(job)
+    commit = jobs.commit
+
+    def late(attempt, record):
+        jobs.open_attempt(job)
+        return commit(attempt, record)
+
+    monkeypatch.setattr(jobs, "commit", late)
+    assert execute(job, task, lambda report: None) == "SUPERSEDED"
+    assert jobs.committed(job.folder) is None

@@ -1,0 +1,1 @@
+"""Makes the tiny data of this folder importable from the folders below."""

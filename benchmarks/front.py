@@ -32,11 +32,11 @@ from front_figures import accuracies, plot, summary, table
 from pages import write_table
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.search import jobs
 from nipq_search.search.backend.tune import quiet_environment
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, load_config
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job, job_folder
+from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.results.documents import test_metric
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.run import run_sweep

@@ -31,15 +31,14 @@ from typing import Any
 from pages import write_table
 
 from nipq_search import storage
+from nipq_search.search import jobs
 from nipq_search.search.backend.tune import TuneExecutor, quiet_environment
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
+from nipq_search.search.jobs import TEST_FILE, Job
 from nipq_search.search.results.outputs import Projections
 from nipq_search.search.run import run_sweep
 from nipq_search.search.study.ledger import Ledger
-from nipq_search.search.worker.worker import TEST_FILE
 from nipq_search.storage import write_json
 from nipq_search.train.loop import seed_for
 from nipq_search.train.models import MODEL_FILE

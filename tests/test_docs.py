@@ -30,6 +30,7 @@ from nipq_search.errors import UserError
 from nipq_search.quant import QUANTIZERS
 from nipq_search.quant.config import ActivationStart, Granularity, Proxy, Start
 from nipq_search.records import TrialRecord
+from nipq_search.search import jobs
 from nipq_search.search.config.space import FORMS, distribution
 from nipq_search.search.config.sweep_config import (
     SweepConfig,
@@ -38,7 +39,6 @@ from nipq_search.search.config.sweep_config import (
     parse_config,
 )
 from nipq_search.search.coordinator.coordinator import Verdict
-from nipq_search.search.jobs import job as jobs
 from nipq_search.search.jobs import lease
 from nipq_search.search.results import sweep
 from nipq_search.search.run import run_sweep

@@ -6,27 +6,22 @@ Imports are read from the source, so those inside functions count as well.
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "nipq_search"
-FILES = sorted(ROOT.rglob("*.py"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+import import_graph as graph  # noqa: E402
 
-RANK = {
-    "cli": 6,
-    "search": 5,
-    "tracking": 4,
-    "report": 4,
-    "train": 3,
-    "tasks": 2,
-    "cost": 2,
-    "quant": 1,
-}
-"""Layer of each folder; single files beside them are layer 0."""
+ROOT = graph.ROOT
+FILES = sorted(ROOT.rglob("*.py"))
+MOST_FILES = 15
+"""Python files of one folder, beside its `__init__`."""
 
 ONLY_IN = {
     "ray": {"search"},
@@ -61,58 +56,56 @@ OPTIONAL = {
 """What a folder may import beyond the core, inside the function that needs it."""
 
 
-def folder_of(path: Path) -> str:
+def folder_of(path: Path, root: Path = ROOT) -> str:
     """First folder below the package, or an empty string for a file beside the folders."""
-    parts = path.relative_to(ROOT).parts
+    parts = path.relative_to(root).parts
     return parts[0] if len(parts) > 1 else ""
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports; `from a import b` gives `a.b` where b is a module."""
-    package = ["nipq_search", *path.relative_to(ROOT).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            for alias in node.names:
-                place = ROOT.joinpath(*module.split(".")[1:], alias.name)
-                inside = module.split(".")[0] == "nipq_search"
-                is_module = inside and (place.is_dir() or place.with_suffix(".py").is_file())
-                yield f"{module}.{alias.name}" if is_module else module
-
-
-def own_target(name: str) -> str | None:
-    """Folder that an import of the package leads to; None for an outside library."""
-    parts = name.split(".")
-    if parts[0] != "nipq_search":
-        return None
-    if len(parts) == 1:
-        return "nipq_search"
-    return parts[1] if (ROOT / parts[1]).is_dir() else ""
-
-
-def problems(path: Path) -> Iterator[str]:
+def problems(path: Path, root: Path = ROOT) -> Iterator[str]:
     """What is wrong with the imports of one file."""
-    here = folder_of(path)
-    for name in imports(path):
-        library, target = name.split(".")[0], own_target(name)
-        if target == "nipq_search":
-            yield f"{name}: import the module itself, the package's names are for users"
-        elif target is not None:
-            if target != here and RANK.get(target, 0) >= RANK.get(here, 0) and target:
-                yield f"{name}: {here or 'layer 0'} is not above {target}"
+    here = folder_of(path, root)
+    name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    for target in graph.imports(path, root):
+        library, _, below = target.partition(".")
+        if target == graph.PACKAGE:
+            yield f"{target}: import the module itself, the package's names are for users"
+        elif library == graph.PACKAGE:
+            if reason := graph.wrong_way(name, below):
+                yield f"{target}: {reason}"
         elif library in ONLY_IN and here not in ONLY_IN[library]:
-            yield f"{name}: only {', '.join(sorted(ONLY_IN[library]))} may import {library}"
+            yield f"{target}: only {', '.join(sorted(ONLY_IN[library]))} may import {library}"
         elif here in TORCH_ALONE and library not in sys.stdlib_module_names:
             if library not in CORE | OPTIONAL.get(here, set()):
-                yield f"{name}: {here} works with torch alone"
+                yield f"{target}: {here} works with torch alone"
 
 
-def test_every_folder_has_a_layer():
-    folders = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()}
-    assert folders <= set(RANK)
+def test_every_part_of_a_layered_folder_has_its_layer():
+    for folder in graph.LAYERS:
+        place = ROOT.joinpath(*folder.split(".")) if folder else ROOT
+        parts = {
+            p.stem for p in place.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+        }
+        for part in sorted(parts - {"__init__"}):
+            graph.rank(folder, part)
+
+
+def test_no_folder_is_too_full():
+    counts = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    assert {str(folder): n for folder, n in counts.items() if n > MOST_FILES} == {}
+
+
+def test_every_package_says_what_lives_there():
+    for path in ROOT.rglob("__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert len(text.splitlines()) >= 2, f"{path}: what lives here, and where to start reading"
+
+
+def test_no_import_goes_in_a_circle():
+    """Neither between files nor between packages; facades gather names and are left out."""
+    files = graph.import_graph()
+    assert graph.cycles(files) == []
+    assert graph.cycles(graph.folder_graph(files)) == []
 
 
 # The root's __init__ gathers the public names of every layer, lazily; another test holds it.
@@ -124,13 +117,12 @@ def test_imports_point_down(path):
     assert list(problems(path)) == []
 
 
-def test_a_wrong_import_is_found(monkeypatch, tmp_path):
+def test_a_wrong_import_is_found(tmp_path):
     """The reader itself is checked, for a test that never fails proves nothing."""
-    for folder in RANK:
+    for folder in (part for layer in graph.LAYERS[""] for part in layer):
         (tmp_path / folder).mkdir()
     (tmp_path / "errors.py").touch()
-    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
-    source = tmp_path / "quant" / "wrong.py"
+    source = tmp_path / "quant" / "tracing.py"
     source.write_text(
         "import nipq_search\n"
         "import os, torch\n"
@@ -142,7 +134,7 @@ def test_a_wrong_import_is_found(monkeypatch, tmp_path):
         "    import pandas\n"
         "    from ray import tune\n"
     )
-    found = [problem.split(":")[0] for problem in problems(source)]
+    found = [problem.split(":")[0] for problem in problems(source, tmp_path)]
     assert sorted(found) == [
         "nipq_search",
         "nipq_search.cost",
@@ -150,6 +142,38 @@ def test_a_wrong_import_is_found(monkeypatch, tmp_path):
         "pandas",
         "ray",
     ]
+
+
+REVERSED = [
+    ("search/jobs/job.py", "nipq_search.search.study.ledger"),
+    ("search/worker/worker.py", "nipq_search.search.backend.tune"),
+    ("search/coordinator/trials.py", "nipq_search.search.results.sweep"),
+    ("search/study/ledger.py", "nipq_search.search.config.space"),
+    ("quant/numerics/noise.py", "nipq_search.quant.kernels.cpu"),
+    ("quant/quantizers/lsq.py", "nipq_search.quant.config"),
+    ("tasks/common/hub.py", "nipq_search.tasks.text.files"),
+    ("train/starts/start.py", "nipq_search.train.loop"),
+]
+
+
+@pytest.mark.parametrize(("file", "target"), REVERSED, ids=[file for file, _ in REVERSED])
+def test_a_reversed_import_is_found_in_a_copy(tmp_path, file, target):
+    copy = tmp_path / "nipq_search"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    path = copy / file
+    assert list(problems(path, copy)) == []
+    path.write_text(f"{path.read_text()}\n\ndef late():\n    import {target}\n")
+    (problem,) = problems(path, copy)
+    assert problem.startswith(f"{target}: ")
+
+
+def test_a_planted_circle_is_found_in_a_copy(tmp_path):
+    copy = tmp_path / "nipq_search"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    path = copy / "search" / "study" / "journal.py"
+    path.write_text(f"{path.read_text()}\nfrom nipq_search.search.study import ledger\n")
+    (circle,) = graph.cycles(graph.import_graph(copy))
+    assert "search.study.journal" in circle and "search.study.ledger" in circle
 
 
 WITHOUT = """

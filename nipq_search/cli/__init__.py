@@ -1,8 +1,7 @@
 """The command line `nipq-search`: parse, call, print.
 
-`main` is the whole contract about exit codes: 0 fine, 1 failure, 2 usage or configuration,
-3 finished but some trials failed, 4 a mismatch, 130 interrupted. Every error becomes one line on
-stderr.
+Start reading in `app.py`, which declares the commands. `main` turns every outcome into one of the
+codes in `exit_codes.py`, and every error into one line on stderr. Imports any other layer.
 """
 
 from __future__ import annotations
@@ -12,14 +11,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from nipq_search.cli.exit_codes import FAILURE, FINE, INTERRUPTED, USAGE
 from nipq_search.errors import UserError
-
-FINE = 0
-FAILURE = 1
-USAGE = 2
-SOME_FAILED = 3
-MISMATCH = 4
-INTERRUPTED = 130
 
 DEBUG = "NIPQ_DEBUG"
 """Environment variable; `1` shows the traceback of every error."""

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nipq_search.cli import FAILURE, FINE, MISMATCH, numbers, tables
+from nipq_search.cli import numbers, tables
 from nipq_search.cli.arguments import check_address, parse_limits
+from nipq_search.cli.exit_codes import FAILURE, FINE, MISMATCH
 from nipq_search.cli.output import chatter_on_stderr, emit_json, emit_table, emit_text, say
 from nipq_search.errors import UserError
 from nipq_search.records import SCHEMA

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nipq_search.cli import FAILURE, FINE, INTERRUPTED, SOME_FAILED
 from nipq_search.cli.arguments import check_address
+from nipq_search.cli.exit_codes import FAILURE, FINE, INTERRUPTED, SOME_FAILED
 from nipq_search.cli.output import chatter_on_stderr, emit_json, emit_table, emit_text, say
 from nipq_search.cli.progress import progress_sink
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from nipq_search.cli import FINE
+from nipq_search.cli.exit_codes import FINE
 from nipq_search.cli.output import emit_text, say
 from nipq_search.errors import UserError
 

@@ -1,4 +1,9 @@
-"""Costs of quantized models, budgets, and the projection onto them. Needs torch alone."""
+"""Costs of quantized models, budgets, and the projection of bit-widths onto a budget.
+
+Start reading in `base.py`: a cost is one formula, counted exactly on integer bits (`exact_cost`)
+and estimated on learned ones (`cost_estimate`). The projection is solved in `projection.py` and
+`assignment.py`. Imports `quant`, and needs torch, numpy and scipy alone.
+"""
 
 from nipq_search.cost import activations, average, bops, size
 from nipq_search.cost.base import COSTS, cost_estimate, exact_cost, exact_costs, register

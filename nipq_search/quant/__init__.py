@@ -1,4 +1,9 @@
-"""NIPQ and its rivals as fake quantizers, and the conversion of models. Needs torch alone."""
+"""NIPQ and other fake quantizers, and the conversion of any model to use them.
+
+Start reading in `insertion/prepare.py`. Folders, from the bottom to the top: `numerics` (the
+mathematics), `kernels` (the same, faster), `quantizers`, `tracing` (what a model computes),
+`insertion` (where quantizers go), `tools`. Imports no other layer, and needs torch alone.
+"""
 
 from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer, register
 from nipq_search.quant.quantizers.diffq import DiffQ

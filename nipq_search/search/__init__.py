@@ -1,4 +1,10 @@
-"""The search: budgets, ledger, executor. The only place that imports ray and optuna."""
+"""The search: which trials to train under which budgets, on which machines.
+
+Start reading in `run.py`, the driver of a sweep. Folders, from the bottom to the top: `jobs`
+(jobs on disk) and `strategies` (what to try), `config` and `study`, then `worker`, `coordinator`
+and `results`, then `backend` (Ray), `checks`, `commands`. The only place that imports ray, optuna
+and pydantic.
+"""
 
 from __future__ import annotations
 

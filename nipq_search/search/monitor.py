@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nipq_search import storage
+from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.coordinator.resolved import Facts
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
-from nipq_search.search.jobs.lease import STOP_FILE, stop_requested
+from nipq_search.search.jobs import STOP_FILE, Job
+from nipq_search.search.jobs.lease import stop_requested
 from nipq_search.search.results import documents
 from nipq_search.search.results.outputs import ENDED, PAUSE, Projections
 from nipq_search.search.results.progress import Progress, ProgressSink

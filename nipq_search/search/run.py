@@ -18,10 +18,12 @@ from optuna.trial import TrialState
 
 from nipq_search import storage
 from nipq_search.errors import UserError
+from nipq_search.search import jobs
+from nipq_search.search.backend.base import Executor
 from nipq_search.search.backend.code_shipping import sources
 from nipq_search.search.backend.logs import driver_log
 from nipq_search.search.backend.nodes import check_data
-from nipq_search.search.backend.tune import Executor, TuneExecutor, check_place, ray_cluster
+from nipq_search.search.backend.tune import TuneExecutor, check_place, ray_cluster
 from nipq_search.search.checks.preflight import (
     check_checkpoints,
     check_databases,
@@ -37,12 +39,11 @@ from nipq_search.search.config.sweep_config import (
 )
 from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.coordinator.resolved import Facts, gather
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import FAIL, committed, job_folder
+from nipq_search.search.jobs import FACTS_FILE, FAIL, SWEEP_FILE, committed, job_folder
 from nipq_search.search.jobs.lease import driver_lease
 from nipq_search.search.monitor import Driver
 from nipq_search.search.results.progress import ProgressSink, Silent
-from nipq_search.search.results.sweep import FACTS_FILE, SWEEP_FILE, Sweep
+from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.study.database_lease import study_lease
 from nipq_search.search.study.ledger import Ledger
 from nipq_search.search.study.storage import IDENTITY

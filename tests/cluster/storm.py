@@ -26,7 +26,7 @@ from postgres_server import Postgres
 from sweep_helpers import BIN, Command, attempts, epochs, result, wait_for, write_sweep
 
 from nipq_search import storage
-from nipq_search.search.jobs import job as jobs
+from nipq_search.search import jobs
 from nipq_search.tracking.tables import read_table
 
 TRIALS, EPOCHS = 5, 40

@@ -16,7 +16,7 @@ import pytest
 from sweep_helpers import BIN, Command, states, wait_for, write_sweep
 
 from nipq_search import storage
-from nipq_search.search.jobs import job as jobs
+from nipq_search.search import jobs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 

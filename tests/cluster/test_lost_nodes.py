@@ -9,8 +9,8 @@ import pytest
 from sweep_helpers import Command, ended, states, wait_for, write_sweep
 
 from nipq_search import storage
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import job_folder
+from nipq_search.search import jobs
+from nipq_search.search.jobs import job_folder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -9,11 +9,11 @@ import pytest
 from sweep_helpers import Command, attempts, ended, states, wait_for, write_sweep
 
 from nipq_search import storage
+from nipq_search.search import jobs
+from nipq_search.search.backend.nodes import slots
 from nipq_search.search.backend.reaper import process_tree
-from nipq_search.search.backend.tune import slots
 from nipq_search.search.config.resources import ResourcesSection
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import job_folder
+from nipq_search.search.jobs import job_folder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 

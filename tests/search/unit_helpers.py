@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from nipq_search import storage
+from nipq_search.search import jobs
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
 from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.coordinator.resolved import Facts, gather
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
+from nipq_search.search.jobs import TEST_FILE, Job
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.run import Outcome, open_ledger, run_sweep
 from nipq_search.search.study.ledger import Ledger
-from nipq_search.search.worker.worker import TEST_FILE
 from nipq_search.tasks.vision.digits import Digits
 from nipq_search.train.models import MODEL_FILE
 

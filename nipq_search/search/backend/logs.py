@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-LOG_FILE = "driver.log"
+from nipq_search.search.jobs.paths import LOG_FILE
 
 
 @contextlib.contextmanager

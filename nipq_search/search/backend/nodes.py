@@ -16,7 +16,7 @@ import yaml
 from nipq_search import storage
 from nipq_search.errors import UserError
 from nipq_search.search.config.resources import ResourcesSection
-from nipq_search.search.results.sweep import FACTS_FILE
+from nipq_search.search.jobs import FACTS_FILE
 from nipq_search.tasks import Task
 
 _log = logging.getLogger("nipq_search")

@@ -1,4 +1,4 @@
-"""How jobs get onto machines: the protocol, and its implementation on Ray Tune.
+"""The executor that runs jobs on Ray Tune, and the Ray cluster below it.
 
 Tune starts and restarts processes, nothing more: what runs next, what a result means and what is
 resumed is the coordinator's business, so Tune's own experiment state is scratch.
@@ -14,43 +14,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nipq_search.errors import UserError
+from nipq_search.search.backend.base import Work
 from nipq_search.search.backend.code_shipping import EXCLUDES, can_travel
 from nipq_search.search.backend.nodes import check_room, slots
 from nipq_search.search.backend.reaper import reaped
 from nipq_search.search.config.resources import ResourcesSection
-from nipq_search.search.coordinator.coordinator import Coordinator, Verdict
-from nipq_search.search.jobs.job import Job
+from nipq_search.search.coordinator.coordinator import Coordinator
+from nipq_search.search.jobs import Job
 from nipq_search.tasks import Task
-
-STARTS = 4
-"""Times that a process may die before it begins an attempt."""
-
-Work = Callable[[Job, Task, Callable[[dict[str, Any]], None]], str]
-"""What does a job: `nipq_search.search.worker.worker.execute`, or a stand-in for it."""
-
-
-class Executor(Protocol):
-    """Runs a coordinator's jobs until it has no more.
-
-    Every job that is handed out is told to have ended exactly once. A process that dies is started
-    again; how often a job may fail is decided by its own attempts. Work that finds its machine
-    unfit ends everything. What `tick` raises ends the run.
-    """
-
-    def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
-        """Start every job that the coordinator hands out and tell it how each one ended.
-
-        Args:
-            coordinator: asked for the next job whenever there is room.
-            task: the sweep's task, its data loaded; reaches each node once.
-            tick: called about every second and after every report, in this thread.
-        """
-        ...
 
 
 def quiet_environment() -> None:
@@ -168,6 +144,8 @@ def ray_cluster(
         os.environ["RAY_AUTH_MODE"] = "disabled" if _is_open(address) else "token"
     import ray
 
+    from nipq_search.search.backend.ray_compat import loopback_only
+
     if ray.is_initialized():
         yield
         return
@@ -187,7 +165,10 @@ def ray_cluster(
         if code and can_travel():
             modules = [str(path) for path in code]
             options["runtime_env"] = {"py_modules": modules, "excludes": EXCLUDES}
-    with nullcontext() if address else _of_ones_own():
+    with ExitStack() as own:
+        if address is None:
+            own.enter_context(loopback_only())
+            own.enter_context(reaped())
         _start(options, address)
         try:
             if check:
@@ -197,39 +178,15 @@ def ray_cluster(
             ray.shutdown()
 
 
-@contextmanager
-def _of_ones_own() -> Iterator[None]:
-    """What a cluster of this process alone needs: it listens on loopback and leaves nobody behind.
-
-    Ray has a switch for "this machine only", meant for systems whose firewalls would ask; without
-    it every one of its processes listens on all interfaces.
-    """
-    from ray._private import ray_constants
-
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    if name in os.environ:  # somebody decided it
-        with reaped():
-            yield
-        return
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        with reaped():
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        os.environ.pop(name, None)
-
-
 def _start(options: dict[str, Any], address: str | None) -> None:
     """Start Ray here, or connect to a cluster; see `ray_cluster`."""
     import ray
 
+    from nipq_search.search.backend.ray_compat import connect_to_gcs
+
     try:
         if address is not None and address.rpartition(":")[2].isdigit():
-            from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
-            # It gives up after 40 seconds where something else listens; `ray.init` never does.
-            GcsClient(address=address)
+            connect_to_gcs(address)
         ray.init(**options)
     except Exception as error:  # Ray raises the bare class where a node does not start
         reason = " ".join(str(error).split())[:200]
@@ -268,11 +225,11 @@ class TuneExecutor:
         from ray import tune
         from ray.tune import FailureConfig, RunConfig, TuneConfig
 
+        from nipq_search.search.backend.ray_compat import memory_faults
         from nipq_search.search.backend.tune_callbacks import (
             JobSearcher,
             NothingRuns,
             Ticker,
-            memory_faults,
         )
 
         trainable = tune.with_resources(
@@ -310,6 +267,3 @@ class TuneExecutor:
                 raise searcher.problem
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-__all__ = ["Executor", "TuneExecutor", "Verdict", "ray_cluster", "slots"]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
-from nipq_search.search.backend.tune import STARTS
+from nipq_search.search import jobs
+from nipq_search.search.backend.base import STARTS
 from nipq_search.search.coordinator.coordinator import Coordinator, Verdict
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
+from nipq_search.search.jobs import Job
 from nipq_search.search.worker import failures
 from nipq_search.search.worker.worker import HALT
 
@@ -30,37 +29,6 @@ def _is_seen(job: Job) -> bool:
             return job.kind == "test" and bool(jobs.attempts(job.folder))
         time.sleep(1)
     return True
-
-
-class OutOfMemoryError(RayActorError):
-    """An actor that Ray's memory monitor ended; the name is that of Ray's own error."""
-
-
-@contextlib.contextmanager
-def memory_faults() -> Iterator[None]:
-    """Within the context an actor that Ray ended for want of memory counts as one that died.
-
-    Ray's manager of Tune's actors knows errors of actors and of tasks, and ends the whole run at
-    any other, of which this is one.
-    """
-    from ray.air.execution._internal.actor_manager import RayActorManager
-
-    managers: Any = RayActorManager
-    original = managers._actor_task_failed
-
-    def failed(manager: Any, tracked_actor_task: Any, exception: Exception) -> Any:
-        if isinstance(exception, RayError) and not isinstance(
-            exception, (RayActorError, RayTaskError)
-        ):
-            kind = OutOfMemoryError if "OutOfMemory" in type(exception).__name__ else RayActorError
-            exception = kind(error_msg=" ".join(str(exception).split())[:500])
-        return original(manager, tracked_actor_task, exception)
-
-    managers._actor_task_failed = failed
-    try:
-        yield
-    finally:
-        managers._actor_task_failed = original
 
 
 class JobSearcher(Searcher):

@@ -1,7 +1,7 @@
 """An executor without processes: jobs take turns in virtual time.
 
 For simulations of large sweeps, and for sweeps in one process. It keeps to what `TuneExecutor`
-does: tests/search/test_executors.py holds both to it.
+does: tests/search/backend/test_executors.py holds both to it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from nipq_search.search.backend.tune import STARTS, Work
+from nipq_search.search import jobs
+from nipq_search.search.backend.base import STARTS, Work
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
+from nipq_search.search.jobs import Job
 from nipq_search.search.worker import failures
 from nipq_search.search.worker.worker import HALT, execute
 from nipq_search.tasks import Task
@@ -50,7 +50,7 @@ class VirtualExecutor:
         self._queue: list[tuple[float, int, Job, int]] = []
 
     def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
-        """See `nipq_search.search.backend.tune.Executor`."""
+        """See `nipq_search.search.backend.base.Executor`."""
         while True:
             while len(self._queue) < self.slots:
                 job = coordinator.next_job()

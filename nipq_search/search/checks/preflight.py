@@ -8,7 +8,8 @@ from pathlib import Path
 from nipq_search import blobs, storage
 from nipq_search.errors import UserError
 from nipq_search.search.config.sweep_config import SweepConfig
-from nipq_search.search.results.sweep import FACTS_FILE, SWEEP_FILE, Sweep, is_sweep
+from nipq_search.search.jobs import FACTS_FILE, SWEEP_FILE
+from nipq_search.search.results.sweep import Sweep, is_sweep
 from nipq_search.search.study.storage import DATABASE, storage_url
 from nipq_search.tasks import Task, make_task
 from nipq_search.tasks.base import has_distillation, load_data

@@ -15,10 +15,10 @@ import torch
 from nipq_search import blobs
 from nipq_search.errors import UserError
 from nipq_search.records import SCHEMA
+from nipq_search.search import jobs
 from nipq_search.search.checks.preflight import load_task
 from nipq_search.search.config.sweep_config import parse_config
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job, committed, job_folder, model_file
+from nipq_search.search.jobs import Job, committed, job_folder, model_file
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.worker.process_group import leading
 from nipq_search.search.worker.train_spec import train_spec, training_device

@@ -16,8 +16,8 @@ from nipq_search.errors import UserError
 from nipq_search.search.backend.code_shipping import EXCLUDES, can_travel, sources
 from nipq_search.search.backend.tune import quiet_environment, token_exists
 from nipq_search.search.config.sweep_config import SweepConfig
+from nipq_search.search.jobs import SWEEP_FILE
 
-SWEEP_FILE = "sweep.yaml"
 _PATIENCE_SECONDS = 60.0
 
 

@@ -15,14 +15,13 @@ from typing import Any
 from optuna.trial import TrialState
 
 from nipq_search import blobs
+from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.resolved import Facts
 from nipq_search.search.coordinator.trials import Trials
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import SCORES, Job, committed, job_folder
+from nipq_search.search.jobs import SCORES, TEST_FILE, Job, committed, job_folder
 from nipq_search.search.strategies.pareto import non_dominated
 from nipq_search.search.study.ledger import Ledger
-from nipq_search.search.worker.worker import TEST_FILE
 from nipq_search.storage import read_sealed
 from nipq_search.train.loop import seed_for
 

@@ -17,11 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 from nipq_search import blobs
 from nipq_search.cost import COSTS
 from nipq_search.errors import UserError
+from nipq_search.search import jobs
 from nipq_search.search.config.space import split
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.resolved import Facts
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job, committed, job_folder, model_file, rungs
+from nipq_search.search.jobs import Job, committed, job_folder, model_file, rungs
 from nipq_search.search.strategies.expected_gain import Axes
 from nipq_search.search.strategies.halving import Standing, to_promote
 from nipq_search.search.strategies.pareto import default_reference, non_dominated

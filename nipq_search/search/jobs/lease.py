@@ -19,9 +19,7 @@ from typing import Any
 
 from nipq_search import storage
 from nipq_search.errors import UserError
-
-LOCK_FILE = "driver.lock"
-STOP_FILE = "stop.request"
+from nipq_search.search.jobs.paths import LOCK_FILE, STOP_FILE
 
 
 def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:

@@ -16,12 +16,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.cost import CONVENTION
 from nipq_search.records import SCHEMA, Baseline, TrialRecord
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import committed, job_folder
+from nipq_search.search import jobs
+from nipq_search.search.jobs import TEST_FILE, committed, job_folder
 from nipq_search.search.strategies.pareto import default_reference, hypervolume, non_dominated
 from nipq_search.search.strategies.unseen_trials import News, is_foreign
 from nipq_search.search.study.ledger import BUDGET
-from nipq_search.search.worker.worker import TEST_FILE
 from nipq_search.storage import read_sealed
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")

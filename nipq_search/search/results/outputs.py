@@ -12,9 +12,10 @@ from optuna.trial import FrozenTrial
 from nipq_search import storage
 from nipq_search.records import CurvePoint, TrialRecord
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
+from nipq_search.search.jobs import CURVES_FILE, FRONT_FILE, RESULTS_FILE
 from nipq_search.search.jobs.lease import driver_lease
 from nipq_search.search.results import documents
-from nipq_search.search.results.sweep import CURVES_FILE, FRONT_FILE, RESULTS_FILE, Sweep
+from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.study.database_lease import study_lease
 from nipq_search.search.study.ledger import Ledger
 from nipq_search.tracking import MlflowRecorder

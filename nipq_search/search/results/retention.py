@@ -9,9 +9,9 @@ from typing import Any
 
 from nipq_search import blobs
 from nipq_search.records import SCHEMA, TrialRecord
+from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import job_folder
+from nipq_search.search.jobs import job_folder
 from nipq_search.search.jobs.lease import check_free, driver_lease
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.strategies.pareto import non_dominated

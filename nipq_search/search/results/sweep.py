@@ -17,10 +17,17 @@ from nipq_search.cost import CONVENTION, COSTS
 from nipq_search.errors import UserError, nearest
 from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
 from nipq_search.report.movement import never_moved
+from nipq_search.search import jobs
 from nipq_search.search.config.space import split
 from nipq_search.search.config.sweep_config import parse_config
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import committed, job_folder, model_file
+from nipq_search.search.jobs import (
+    FACTS_FILE,
+    REPORT_FILE,
+    SWEEP_FILE,
+    committed,
+    job_folder,
+    model_file,
+)
 from nipq_search.search.jobs.lease import live_driver
 from nipq_search.search.results import documents
 from nipq_search.search.study.storage import StudyGone, close_storage, load_study
@@ -32,8 +39,6 @@ if TYPE_CHECKING:
     import pandas
 
 _log = logging.getLogger("nipq_search")
-SWEEP_FILE, FACTS_FILE, REPORT_FILE = "sweep.yaml", "facts.json", "report.html"
-RESULTS_FILE, CURVES_FILE, FRONT_FILE = "results.parquet", "curves.parquet", "front.json"
 
 
 def is_sweep(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nipq_search.search.jobs import job as jobs
+from nipq_search.search import jobs
 from nipq_search.search.jobs.lease import driver_host
 
 NODE, MEMORY, GPU_MEMORY, PROCESS = jobs.NODE, "memory", "gpu memory", "process"

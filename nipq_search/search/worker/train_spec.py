@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from nipq_search import blobs
+from nipq_search.search import jobs
 from nipq_search.search.config.space import split
 from nipq_search.search.config.sweep_config import SweepConfig
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job, job_folder
+from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.strategies.strategies import STRATEGIES
 from nipq_search.train import TrainSpec
 

@@ -21,9 +21,9 @@ from nipq_search.cost.base import hard_bits
 from nipq_search.errors import UserError, nearest
 from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.records import CurvePoint
+from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
+from nipq_search.search.jobs import TEST_FILE, Job
 from nipq_search.search.jobs.lease import stop_requested
 from nipq_search.search.worker import failures
 from nipq_search.search.worker.process_group import MemberKilled, leading
@@ -312,9 +312,6 @@ def _run_scores(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) 
         "losses": losses,
         "samples": jobs.samples_processed(job.folder),
     }
-
-
-TEST_FILE = "test.json"
 
 
 def _run_test(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) -> dict[str, Any]:

@@ -1,1 +1,4 @@
-"""."""
+"""Against oscillation: weight averaging, freezing, and its measure.
+
+Each file is one method. Imports nothing else of the training.
+"""

@@ -1,1 +1,4 @@
-"""."""
+"""Where bit-widths start: at a parent's, at one width, or at measured sensitivities.
+
+Imports nothing else of the training.
+"""

@@ -13,13 +13,13 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from unit_helpers import make_config
 
 from nipq_search import storage
-from nipq_search.search.backend import tune_callbacks
+from nipq_search.search import jobs
+from nipq_search.search.backend import ray_compat, tune_callbacks
 from nipq_search.search.backend.tune import TuneExecutor, ray_cluster
 from nipq_search.search.backend.virtual import Died, VirtualExecutor
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.coordinator.coordinator import Verdict
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
+from nipq_search.search.jobs import Job
 from nipq_search.search.worker import failures
 from nipq_search.search.worker.worker import HALT
 
@@ -210,7 +210,7 @@ def test_an_end_for_want_of_memory_keeps_its_name():
     ended = OutOfMemoryError("Task was killed\ndue to the node running low on memory.")
     with pytest.raises(RuntimeError, match="unexpected"):
         manager._actor_task_failed(Task, ended)
-    with tune_callbacks.memory_faults():
+    with ray_compat.memory_faults():
         manager._actor_task_failed(Task, ended)
         manager._actor_task_failed(Task, ActorDiedError())
     assert [failures.classify(error, False) for error in seen] == [

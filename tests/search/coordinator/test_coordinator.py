@@ -11,12 +11,11 @@ from optuna.trial import TrialState
 from unit_helpers import Bench, Crash, digits, make_config
 
 from nipq_search.errors import UserError
+from nipq_search.search import jobs
 from nipq_search.search.coordinator.coordinator import Verdict
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
+from nipq_search.search.jobs import TEST_FILE, Job
 from nipq_search.search.results import documents
 from nipq_search.search.study.ledger import BUDGET, Ledger
-from nipq_search.search.worker.worker import TEST_FILE
 
 EVERYTHING = ["float", "lsq-4", "trial-000", "trial-001", "trial-002", "trial-003", "test"]
 

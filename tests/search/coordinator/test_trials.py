@@ -5,7 +5,7 @@ from __future__ import annotations
 from optuna.trial import TrialState
 from unit_helpers import Bench, Crash, make_config
 
-from nipq_search.search.jobs.job import Job
+from nipq_search.search.jobs import Job
 from nipq_search.search.study.ledger import BUDGET
 
 

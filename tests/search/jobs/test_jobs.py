@@ -13,8 +13,8 @@ import pytest
 
 from nipq_search import storage
 from nipq_search.records import CurvePoint
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
+from nipq_search.search import jobs
+from nipq_search.search.jobs import Job
 from nipq_search.train.models import MODEL_FILE
 
 

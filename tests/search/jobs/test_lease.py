@@ -10,13 +10,8 @@ import sys
 import pytest
 
 from nipq_search.errors import UserError
-from nipq_search.search.jobs.lease import (
-    LOCK_FILE,
-    driver_lease,
-    live_driver,
-    request_stop,
-    stop_requested,
-)
+from nipq_search.search.jobs import LOCK_FILE
+from nipq_search.search.jobs.lease import driver_lease, live_driver, request_stop, stop_requested
 
 HOLDER = """
 import sys

@@ -10,7 +10,7 @@ from unit_helpers import Bench, make_config
 
 from nipq_search.cost import COSTS
 from nipq_search.errors import UserError
-from nipq_search.search.jobs import job as jobs
+from nipq_search.search import jobs
 from nipq_search.search.jobs.lease import driver_lease
 from nipq_search.search.results import documents
 from nipq_search.search.results.sweep import Sweep

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 from unit_helpers import Bench, make_config
 
 from nipq_search import storage
-from nipq_search.search.jobs import job as jobs
+from nipq_search.search import jobs
 from nipq_search.search.strategies.halving import Standing, to_promote
 from nipq_search.search.strategies.samplers import RUNGS
 from nipq_search.search.strategies.strategies import STRATEGIES

@@ -11,10 +11,10 @@ from unit_helpers import Bench, digits, make_config, run_here
 from nipq_search import storage
 from nipq_search.blobs import StoreAway
 from nipq_search.errors import UserError
+from nipq_search.search import jobs
 from nipq_search.search.checks.doctor import doctor
 from nipq_search.search.commands.replay import replay
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job, job_folder
+from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.results.retention import collect
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.worker.train_spec import train_spec

@@ -21,7 +21,7 @@ import optuna
 from nipq_search.cli import main
 from nipq_search.search import projections
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.jobs.job import committed
+from nipq_search.search.jobs import committed
 from nipq_search.search.backend.tune_callbacks import JobSearcher
 from nipq_search.tracking import MlflowRecorder
 

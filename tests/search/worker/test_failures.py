@@ -10,10 +10,10 @@ import pytest
 from unit_helpers import make_config
 
 from nipq_search import storage
-from nipq_search.search.backend.tune import STARTS
+from nipq_search.search import jobs
+from nipq_search.search.backend.base import STARTS
 from nipq_search.search.backend.tune_callbacks import JobSearcher
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
+from nipq_search.search.jobs import Job
 from nipq_search.search.worker import failures
 from nipq_search.search.worker.worker import _give_up
 

@@ -13,8 +13,8 @@ from torch._utils import ExceptionWrapper
 from unit_helpers import Bench, digits, make_config
 
 from nipq_search.errors import UserError
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.lease import LOCK_FILE
+from nipq_search.search import jobs
+from nipq_search.search.jobs import LOCK_FILE
 from nipq_search.search.worker import failures
 from nipq_search.search.worker.worker import HALT, execute
 from nipq_search.tasks.vision.digits import Digits

@@ -11,12 +11,12 @@ from unit_helpers import Bench, digits, make_config
 
 from nipq_search import storage
 from nipq_search.errors import UserError
+from nipq_search.search import jobs
 from nipq_search.search.commands.replay import replay
 from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.coordinator.resolved import gather
-from nipq_search.search.jobs import job as jobs
-from nipq_search.search.jobs.job import Job
-from nipq_search.search.worker.worker import HALT, TEST_FILE, execute
+from nipq_search.search.jobs import TEST_FILE, Job
+from nipq_search.search.worker.worker import HALT, execute
 from nipq_search.tasks.vision.digits import Digits
 from nipq_search.train import trial as training
 from nipq_search.train.models import MODEL_FILE

@@ -10,8 +10,15 @@ import numpy as np
 
 from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.common.package_files import files_below, needed
-from nipq_search.tasks.vision.image_folder.search import check_classes, split_of
-from nipq_search.tasks.vision.image_folder.sources import Encoded, Found, Packed, Part, Wanted
+from nipq_search.tasks.vision.image_folder.sources import (
+    Encoded,
+    Found,
+    Packed,
+    Part,
+    Wanted,
+    check_classes,
+    split_of,
+)
 
 
 def find_parquet(path: Path, wanted: Wanted, columns: tuple[str, str]) -> Found:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from nipq_search.tasks.vision.image_folder.sources import (
     Packed,
     Part,
     Wanted,
+    check_classes,
 )
 
 SPLIT_NAMES = {name for names in NAMES.values() for name in names}
@@ -140,15 +140,6 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def check_classes(place: str, found: Iterable[str], classes: Sequence[str]) -> None:
-    """Raise `UserError` where a split does not have exactly the classes of the training images."""
-    missing, more = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
-    if missing or more:
-        said = [f"lacks class {missing[0]!r}"] if missing else []
-        said += [f"has class {more[0]!r}, which the training images lack"] if more else []
-        raise UserError(f"{place}: {' and '.join(said)}; every split needs the same classes")
-
-
 def find_idx(path: Path, wanted: Wanted) -> Found:
     """A folder of IDX files named as in the MNIST family, compressed or plain."""
     names = {split: name for split, name in IDX_NAMES.items() if wanted[split]}
@@ -178,13 +169,3 @@ def read_idx_pair(folder: Path, name: str) -> Part:
     if len(images) != len(labels):
         raise UserError(f"{folder}: {name} has {len(labels)} labels for {len(images)} images")
     return Part(source=Grey(images=images), labels=labels)
-
-
-def split_of(relative: Path, wanted: Wanted) -> str | None:
-    """The split that a file's name, or else that of a folder above it, begins with."""
-    for name in reversed(relative.parts):
-        word = re.split(r"[^A-Za-z]", name, maxsplit=1)[0].lower()
-        for split, names in wanted.items():
-            if word in names or name.lower().partition(".")[0] in [n.lower() for n in names]:
-                return split
-    return None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -148,3 +150,22 @@ def decode(data: bytes, name: str) -> Image:
         return image.convert("L" if image.mode in ("1", "L") else "RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: not a readable image; replace or remove it") from error
+
+
+def check_classes(place: str, found: Iterable[str], classes: Sequence[str]) -> None:
+    """Raise `UserError` where a split does not have exactly the classes of the training images."""
+    missing, more = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+    if missing or more:
+        said = [f"lacks class {missing[0]!r}"] if missing else []
+        said += [f"has class {more[0]!r}, which the training images lack"] if more else []
+        raise UserError(f"{place}: {' and '.join(said)}; every split needs the same classes")
+
+
+def split_of(relative: Path, wanted: Wanted) -> str | None:
+    """The split that a file's name, or else that of a folder above it, begins with."""
+    for name in reversed(relative.parts):
+        word = re.split(r"[^A-Za-z]", name, maxsplit=1)[0].lower()
+        for split, names in wanted.items():
+            if word in names or name.lower().partition(".")[0] in [n.lower() for n in names]:
+                return split
+    return None

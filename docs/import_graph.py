@@ -1,0 +1,165 @@
+"""The layers of the library, and its imports as they are read from the source.
+
+`LAYERS` is the rule and `imports` the fact: `tests/test_layers.py` compares them, and
+`docs/draw_architecture.py` draws them. Imports inside functions count as well.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+PACKAGE = "nipq_search"
+ROOT = Path(__file__).parents[1] / PACKAGE
+
+LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "": (
+        ("errors", "records", "storage", "blobs"),
+        ("quant",),
+        ("cost",),
+        ("tasks",),
+        ("train",),
+        ("tracking", "report"),
+        ("search",),
+        ("cli",),
+    ),
+    "quant": (
+        ("numerics",),
+        ("kernels",),
+        ("quantizers",),
+        ("config", "graph", "tracing"),
+        ("insertion",),
+        ("tools",),
+    ),
+    "tasks": (("base", "common"), ("vision", "text")),
+    "train": (("stability", "starts"), ("*",)),
+    "search": (
+        ("jobs", "strategies"),
+        ("config", "study"),
+        ("worker", "coordinator", "results"),
+        ("backend",),
+        ("checks",),
+        ("commands", "monitor"),
+        ("run",),
+    ),
+}
+"""What is in a folder, from the bottom to the top; "*" is everything that is not named.
+
+A part imports from parts before it. Parts that stand together import nothing from each other,
+except single files at the root and below "*".
+"""
+
+
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Every module of the package by its dotted name below the package; `` is the package."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, root: Path = ROOT) -> Iterator[str]:
+    """Dotted names that a file imports; `from a import b` gives `a.b` where b is a module."""
+    package = [PACKAGE, *path.relative_to(root).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                place = root.joinpath(*module.split(".")[1:], alias.name)
+                inside = module.split(".")[0] == PACKAGE
+                is_module = inside and (place.is_dir() or place.with_suffix(".py").is_file())
+                yield f"{module}.{alias.name}" if is_module else module
+
+
+def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
+    """Which modules of the package each one imports, facades (`__init__` files) apart."""
+    known = modules(root)
+    graph = {}
+    for name, path in known.items():
+        if path.name == "__init__.py":
+            continue
+        targets = {n.partition(".")[2] for n in imports(path, root) if n.split(".")[0] == PACKAGE}
+        graph[name] = (targets & known.keys()) - {name}
+    return graph
+
+
+def folder_graph(graph: Mapping[str, Iterable[str]], root: Path = ROOT) -> dict[str, set[str]]:
+    """The same between folders; a folder and those inside it are one another's own."""
+    known = modules(root)
+
+    def folder(name: str) -> str:
+        return name if known[name].name == "__init__.py" else name.rpartition(".")[0]
+
+    found: dict[str, set[str]] = {}
+    for name, targets in graph.items():
+        here = folder(name)
+        for there in map(folder, targets):
+            if not f"{there}.".startswith(f"{here}.") and not f"{here}.".startswith(f"{there}."):
+                found.setdefault(here, set()).add(there)
+    return found
+
+
+def cycles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """Groups of nodes that reach each other: Tarjan's strongly connected components."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for target in graph.get(node, ()):
+            if target not in index:
+                visit(target)
+                low[node] = min(low[node], low[target])
+            elif target in stack:
+                low[node] = min(low[node], index[target])
+        if low[node] == index[node]:
+            group = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def rank(folder: str, part: str) -> int | None:
+    """The height of a part of a folder in `LAYERS`; None where the folder has no order."""
+    layers = LAYERS.get(folder)
+    if layers is None:
+        return None
+    for height, parts in enumerate(layers):
+        if part in parts or "*" in parts:
+            return height
+    raise KeyError(f"{PACKAGE}/{folder}: {part} stands in no layer of docs/import_graph.py")
+
+
+def wrong_way(name: str, target: str) -> str | None:
+    """Why a module must not import another one of the package; None if it may.
+
+    Args:
+        name: the importing module, below the package.
+        target: the imported module or package, below the package.
+    """
+    here, there = name.split("."), target.split(".")
+    for depth, (own, other) in enumerate(zip(here, there, strict=False)):
+        if own == other:
+            continue
+        folder = ".".join(here[:depth])
+        below, above = rank(folder, other), rank(folder, own)
+        if below is None or above is None or below < above:
+            return None
+        loose = "*" in LAYERS[folder][above] or (not folder and above == 0)
+        if below == above and loose:
+            return None
+        return f"{own} is not above {other} in {'/'.join([PACKAGE, *here[:depth]])}"
+    return None

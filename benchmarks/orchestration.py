@@ -271,9 +271,13 @@ def tables(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of results, which is extended")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file of results, which is extended"
+    )
     parser.add_argument("--trials", type=int, default=10_000)
-    parser.add_argument("--slots", type=int, default=1_000, help="concurrent trials in virtual time")
+    parser.add_argument(
+        "--slots", type=int, default=1_000, help="concurrent trials in virtual time"
+    )
     parser.add_argument("--waves", type=int, default=5, help="trials per slot on Ray")
     parser.add_argument("--seconds", type=float, default=60, help="duration of a trial on Ray")
     parser.add_argument("--only", nargs="*", default=["growth", "concurrent", "idle", "many"])

@@ -69,7 +69,9 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of results, which is extended")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file of results, which is extended"
+    )
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--page", type=Path, help="page whose table is updated")
     options = parser.parse_args()

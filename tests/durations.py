@@ -23,9 +23,9 @@ LEAST_SECONDS = 0.3
 """Shorter tests are not listed."""
 
 
-def recorded(file: Path = FILE) -> dict[str, float]:
-    """Return the recorded seconds by test, without parameters; empty if there is no record."""
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+def recorded(file: Path = FILE) -> dict[str, dict[str, float]]:
+    """Return the recorded seconds, of `tests` without their parameters, and of whole `files`."""
+    return json.loads(file.read_text()) if file.exists() else {"tests": {}, "files": {}}
 
 
 def without_parameters(nodeid: str) -> str:
@@ -46,7 +46,8 @@ class Durations:
         self.shared: dict[str, float] = {}
         self.own: dict[str, float] = defaultdict(float)
         self.within = 0.0
-        self.seconds: dict[str, float] = {}
+        self.tests: dict[str, float] = {}
+        self.files: dict[str, float] = defaultdict(float)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Iterator[None]:
@@ -76,17 +77,21 @@ class Durations:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the longest of a test's parameters."""
+        """Keep the longest of a test's parameters, and the sum of a file's tests."""
+        self.files[report.nodeid.partition("::")[0]] += report.duration
         for name, value in report.user_properties:
             if name == "seconds" and report.when == "teardown":
                 test = without_parameters(report.nodeid)
-                self.seconds[test] = max(self.seconds.get(test, 0.0), float(value))
+                self.tests[test] = max(self.tests.get(test, 0.0), float(value))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the record; workers of xdist leave it to the process that leads."""
         if self.file is not None and not hasattr(session.config, "workerinput"):
-            kept = {k: round(v, 1) for k, v in self.seconds.items() if v >= LEAST_SECONDS}
-            self.file.write_text(json.dumps(dict(sorted(kept.items())), indent=0) + "\n")
+            record = {
+                kind: {k: round(v, 1) for k, v in sorted(found.items()) if v >= LEAST_SECONDS}
+                for kind, found in (("files", self.files), ("tests", self.tests))
+            }
+            self.file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -104,7 +109,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow tests."""
-    seconds = recorded()
+    seconds = recorded()["tests"]
     for item in items:
         if seconds.get(without_parameters(item.nodeid), 0.0) > SLOW_SECONDS:
             item.add_marker(pytest.mark.slow)

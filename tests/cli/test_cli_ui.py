@@ -60,7 +60,6 @@ def processes_in(folder: Path) -> set[int]:
     return found
 
 
-@pytest.mark.slow
 def test_both_dashboards_answer_and_ctrl_c_ends_them(folder):
     command = [sys.executable, "-m", "nipq_search.cli", "ui", str(folder)]
     with subprocess.Popen(

@@ -18,7 +18,7 @@ from sweep_helpers import BIN, Command, states, wait_for, write_sweep
 from nipq_search import storage
 from nipq_search.search import jobs
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 
 @pytest.fixture

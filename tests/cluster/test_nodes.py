@@ -23,7 +23,7 @@ from nipq_search.search.worker import failures
 from nipq_search.storage import write_json
 from nipq_search.tasks.vision.digits import Digits
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 ONE = ResourcesSection(cpus=1)
 

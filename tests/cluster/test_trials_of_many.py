@@ -15,7 +15,7 @@ from nipq_search.search.backend.reaper import process_tree
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.jobs import job_folder
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 
 def members_of(folder):

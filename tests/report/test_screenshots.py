@@ -49,7 +49,6 @@ def make_sweep(folder: Path, data: ReportData) -> None:
             )
 
 
-@pytest.mark.slow
 @pytest.mark.browser
 def test_the_script_takes_every_picture(
     tmp_path: Path, data: ReportData, monkeypatch: pytest.MonkeyPatch

@@ -22,7 +22,11 @@ import sys
 import tempfile
 import threading
 import traceback
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+from mlflow_template import use_template  # noqa: E402
 
 MODULES = [
     "mlflow.pytorch",
@@ -49,34 +53,6 @@ def import_everything() -> None:
     quiet_environment()
     for name in MODULES:
         importlib.import_module(name)
-
-
-def keep_an_empty_mlflow_database(folder: str) -> None:
-    """Create MLflow's tables once, and copy them into every empty SQLite database.
-
-    The 68 migrations of an empty database take longer than a tiny sweep.
-    """
-    import contextlib
-    import sqlite3
-
-    from mlflow.store.db import utils
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    template = os.path.join(folder, "mlflow.db")
-    SqlAlchemyStore(f"sqlite:///{template}", folder)
-    SqlAlchemyStore._engine_map.clear()
-    migrate = utils._initialize_tables
-
-    def copy(engine: Any) -> None:
-        if engine.dialect.name != "sqlite":
-            migrate(engine)
-            return
-        with contextlib.closing(sqlite3.connect(template)) as source:
-            connection = engine.raw_connection()
-            source.backup(connection.driver_connection)
-            connection.close()
-
-    utils._initialize_tables = copy
 
 
 def become(request: dict[str, Any], descriptors: list[int]) -> None:
@@ -154,7 +130,7 @@ def main() -> None:
     import select
 
     import_everything()
-    keep_an_empty_mlflow_database(os.path.dirname(sys.argv[1]))
+    use_template()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(sys.argv[1])
     listener.listen()

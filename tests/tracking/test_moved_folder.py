@@ -65,7 +65,6 @@ def mlflow_ui(folder: Path) -> Iterator[str]:
         process.wait(30)
 
 
-@pytest.mark.slow
 def test_mlflow_ui_shows_a_moved_sweep_with_its_artifacts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,7 +125,6 @@ class Halves(nn.Module):
         return self.b(first) + self.b(second)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bfloat16", "float64", "slices"])
 def test_inductor_takes_what_the_operations_promise(kind):
     model, x = prepare(Two(), normal(6, 16)).train(), normal(6, 16)

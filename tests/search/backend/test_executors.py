@@ -118,9 +118,7 @@ def tune():
         yield TuneExecutor(resources, functools.partial(work, die=die_for_real)), Plain(False)
 
 
-@pytest.fixture(
-    params=["virtual", pytest.param("tune", marks=[pytest.mark.cluster, pytest.mark.slow])]
-)
+@pytest.fixture(params=["virtual", pytest.param("tune", marks=pytest.mark.cluster)])
 def executor(request):
     """An executor with two slots, and a task."""
     if request.param == "tune":
@@ -182,7 +180,6 @@ def test_what_the_end_of_a_job_raises_ends_the_run(executor, tmp_path, monkeypat
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
 def test_a_node_that_does_not_share_the_folder_ends_the_run(tune, tmp_path, monkeypatch):
     runner, task = tune
     monkeypatch.setattr(tune_callbacks, "_PATIENCE_SECONDS", 1.0)

@@ -9,7 +9,7 @@ from sweep_helpers import Command, Runs, attempts, states, trials, write_sweep
 
 from nipq_search.train.loop import seed_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 MODULE = '''
 """A task of somebody's own, in the directory where the command is run."""

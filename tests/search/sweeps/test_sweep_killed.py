@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from sweep_helpers import Command, Runs, attempts, ended, result, results, states, write_sweep
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SCRIPT = Path(__file__).with_name("killing_driver.py")
 TRIALS = 9

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from durations import recorded
 from postgres_server import Postgres
 from s3_server import S3
 
@@ -37,7 +36,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts a server, and sort: Ray's files, longest first, then others, longest last."""
+    """Mark what starts a server, and sort: Ray's files, longest first; others, longest last."""
+    from durations import recorded  # once the plugin is loaded
+
     ray = {item.path for item in items if item.get_closest_marker("cluster")}
     files = recorded()["files"]
 

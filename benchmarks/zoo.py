@@ -73,6 +73,11 @@ def count_macs(model: nn.Module, inputs: Any) -> int:
     return counter.get_total_flops() // 2
 
 
+def scale(output: Tensor) -> Tensor:
+    """Return the standard deviation of an output, or the magnitude of a single value."""
+    return output.std(correction=0) if output.numel() > 1 else output.abs().max()
+
+
 def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
     """Return the largest deviation from the float model's outputs with disabled quantizers.
 
@@ -82,7 +87,7 @@ def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
         inputs: arguments of a forward pass.
 
     Returns:
-        The deviation, in standard deviations of the outputs.
+        The deviation relative to the `scale` of the output.
     """
     args, kwargs = as_arguments(inputs)
     found = quantizers(prepared).values()
@@ -94,7 +99,7 @@ def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
         outputs.append(list(tensors_with_gradient(candidate(*args, **kwargs))))
     for quantizer in found:
         quantizer.observer = None
-    scales = [max(float(a.detach().std(correction=0)), 1e-3) for a in outputs[0]]
+    scales = [max(float(scale(a.detach())), 1e-3) for a in outputs[0]]
     pairs = zip(*outputs, scales, strict=True)
     return max(float((a - b).detach().abs().max()) / scale for a, b, scale in pairs)
 

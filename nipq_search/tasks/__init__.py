@@ -16,6 +16,7 @@ from typing import Any
 
 from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.base import Task, check_task, unreadable
+from nipq_search.tasks.common.sections import flat_parameters, group_arguments
 from nipq_search.tasks.text.classification import TextClassification
 from nipq_search.tasks.text.language_modeling import (
     CausalLanguageModeling,
@@ -51,7 +52,8 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
     Args:
         name: a key of `TASKS`, or `package.module:Class`; the module may lie in the current
             directory.
-        args: keyword arguments of the class, `task_args` in the sweep file.
+        args: keyword arguments of the class, `task_args` in the sweep file. The fields of a
+            class's `argument_sections` are given flat; see `nipq_search.tasks.common.sections`.
 
     Raises:
         UserError: unknown name, module or class, wrong arguments, or a class that is no task.
@@ -68,7 +70,7 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
     arguments = dict(args or {})
     _check_arguments(name, factory, arguments)
     try:
-        task = factory(**arguments)
+        task = factory(**group_arguments(factory, arguments))
     except UserError:
         raise
     except PermissionError as error:
@@ -84,7 +86,7 @@ def _check_arguments(
     name: str, factory: Callable[..., Task], arguments: Mapping[str, Any]
 ) -> None:
     """Raise `UserError` for a key that the class does not take and for one that it misses."""
-    parameters = inspect.signature(factory).parameters.values()
+    parameters = flat_parameters(factory).values()
     keys = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key in arguments:

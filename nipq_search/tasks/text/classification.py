@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,20 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nipq_search.tasks.base import check_batch_size, evaluating, named_split
-from nipq_search.tasks.common.arguments import (
-    flag,
-    integer,
-    mapping,
-    most,
-    names,
-    number,
-    one_of,
-    parts,
-    paths,
-    refuse,
-    seed,
-    word,
-)
+from nipq_search.tasks.common.arguments import number, one_of, refuse
 from nipq_search.tasks.common.package_files import needed
 from nipq_search.tasks.text.language_models import (
     ModelSource,
@@ -32,14 +19,17 @@ from nipq_search.tasks.text.language_models import (
     load_model,
     load_tokenizer,
 )
-from nipq_search.tasks.text.splits import SplitRules, split_rows
-from nipq_search.tasks.text.table import Columns, Row, read_rows
-from nipq_search.tasks.text.tokens import TextBatches, TokenSplit, digest_tokens, tokenize
+from nipq_search.tasks.text.splits import TextSplits, split_rows
+from nipq_search.tasks.text.table import Row, TextTable, read_rows
+from nipq_search.tasks.text.tokens import (
+    TextBatches,
+    TextLengths,
+    TokenSplit,
+    digest_tokens,
+    tokenize,
+)
 
 Batch = tuple[Tensor, ...]
-
-LEAST_LENGTH = 8
-"""With fewer tokens, some of them special, hardly any text would be left."""
 
 METRICS = ("accuracy", "f1", "matthews")
 """Figures that may select: share of hits, mean F1 of the classes, Matthews correlation."""
@@ -79,95 +69,42 @@ class EncoderClassifier(nn.Module):
 
 
 class TextClassification:
-    """Texts in a table, an encoder with a new head.
+    """Classification of the texts in a table: a pretrained encoder with a new head.
 
     Args:
-        model: folder of a transformers checkpoint, `package://PACKAGE/FOLDER`, or a hub name.
-        path: CSV, TSV or Parquet file, plain or compressed, or `package://PACKAGE/FILE`.
-        text: column of the text.
-        label: column of the class.
-        text_pair: column of a second text.
-        labels: the classes in order; rows with others are dropped. All labels, sorted, if None.
-        group: column whose equal values stay in one split.
-        validation: share of the groups or rows, or a file of the same columns.
-        test: the same.
-        deduplicate: keep the first of equal texts, over all splits.
-        columns: names of all columns of a file without a header line.
-        encoding: of the file.
-        max_length: most tokens of a text; the rest is cut off.
-        example_length: tokens of the text whose cost is counted; `max_length` if None.
-        similar_lengths: train on batches of similar lengths, with less padding.
-        train_samples: how many texts to train on; all by default.
-        split_seed: decides which rows go to which split.
-        train_from_scratch: random weights in place of the checkpoint's.
-        config: overrides of the model's configuration.
-        dropout: every dropout probability; None keeps those of the configuration.
-        hidden_weight: strength with which distillation matches hidden states too.
-        metric: the figure that selects.
+        source: the encoder and its tokenizer.
+        table: the texts and their labels.
+        splits: how rows are divided into splits; the defaults if None.
+        lengths: lengths of the tokenized texts; the defaults if None.
+        hidden_weight: weight of the hidden states' error in the distillation loss.
+        metric: the figure to maximize, one of `METRICS`.
     """
 
     name = "text_classification"
     input_bits: int | None = None
     evaluation_batch = 64
+    argument_sections: ClassVar[Mapping[str, type]] = {
+        "source": ModelSource,
+        "table": TextTable,
+        "splits": TextSplits,
+        "lengths": TextLengths,
+    }
 
     def __init__(
         self,
         *,
-        model: str,
-        path: str,
-        text: str,
-        label: str,
-        text_pair: str | None = None,
-        labels: Sequence[str] | None = None,
-        group: str | None = None,
-        validation: float | str | Sequence[str] = 0.1,
-        test: float | str | Sequence[str] = 0.1,
-        deduplicate: bool = True,
-        columns: Sequence[str] | None = None,
-        encoding: str = "utf-8",
-        max_length: int = 128,
-        example_length: int | None = None,
-        similar_lengths: bool = False,
-        train_samples: int | None = None,
-        split_seed: int = 0,
-        train_from_scratch: bool = False,
-        config: Mapping[str, Any] | None = None,
-        dropout: float | None = 0.0,
+        source: ModelSource,
+        table: TextTable,
+        splits: TextSplits | None = None,
+        lengths: TextLengths | None = None,
         hidden_weight: float = 0.0,
         metric: str = "accuracy",
     ) -> None:
-        """Check and keep the arguments; files are read later."""
+        """Check and store the arguments; files are read later."""
         self.metric = (one_of("metric", metric, METRICS), "max")
-        (self.path,) = paths("path", [path])
-        self.encoding = word("encoding", encoding)
-        self.columns = Columns(
-            text=word("text", text),
-            label=word("label", label),
-            text_pair=None if text_pair is None else word("text_pair", text_pair),
-            group=None if group is None else word("group", group),
-            names=names("columns", columns),
-        )
-        validation_part, test_part = parts(validation, test)
-        self.rules = SplitRules(
-            labels=names("labels", labels),
-            validation=validation_part,
-            test=test_part,
-            deduplicate=flag("deduplicate", deduplicate),
-            train_samples=most("train_samples", train_samples),
-            seed=seed("split_seed", split_seed),
-        )
-        self.max_length = integer("max_length", max_length, LEAST_LENGTH, 1_000_000)
-        self.example_length = self.max_length
-        if example_length is not None:
-            self.example_length = integer("example_length", example_length, 1, self.max_length)
-        self.similar_lengths = flag("similar_lengths", similar_lengths)
+        self.source, self.table = source, table
+        self.splits, self.lengths = splits or TextSplits(), lengths or TextLengths()
         self.hidden_weight = number("hidden_weight", hidden_weight, 0)
-        self.source = ModelSource(
-            name=model,
-            config=mapping("config", config),
-            from_scratch=flag("train_from_scratch", train_from_scratch),
-            dropout=None if dropout is None else number("dropout", dropout, 0, 1),
-        )
         self._splits: Mapping[str, TokenSplit] | None = None
         self._facts: dict[str, Any] = {}
 
@@ -178,15 +115,16 @@ class TextClassification:
         with needed(f"task {self.name}", "text"):
             import torchmetrics  # noqa: F401
         tokenizer = load_tokenizer(self.source)
-        if self.max_length > tokenizer.model_max_length:
+        length = self.lengths.max_length
+        if length > tokenizer.model_max_length:
             raise refuse("max_length", f"the model takes {tokenizer.model_max_length} tokens")
 
         def read(path: str, key: str) -> list[Row]:
-            return read_rows(path, key, self.columns, self.encoding)
+            return read_rows(self.table, path, key)
 
-        texts = split_rows(read(self.path, "path"), self.rules, read)
+        texts = split_rows(read_rows(self.table), self.table, self.splits, read)
         splits = {
-            name: tokenize(tokenizer, rows, texts.classes, self.max_length)
+            name: tokenize(tokenizer, rows, texts.classes, length)
             for name, rows in texts.rows.items()
         }
         padding = tokenizer.pad_token_id
@@ -232,13 +170,13 @@ class TextClassification:
         facts = self.facts()
         encoder: Any = load_model(self.source, "AutoModel", facts["vocabulary"])
         most = getattr(encoder.config, "max_position_embeddings", None)
-        if most is not None and self.max_length > most:
+        if most is not None and self.lengths.max_length > most:
             raise refuse("max_length", f"the model takes {most} tokens")
         return EncoderClassifier(encoder, encoder.config.hidden_size, len(facts["classes"]))
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """One text of `example_length` tokens without padding: costs are those of this length."""
-        split, length = self.split("train"), self.example_length
+        split, length = self.split("train"), self.lengths.cost_length
         ids = torch.from_numpy(np.resize(split.ids[:length], length).astype(np.int64))[None]
         example = (ids, torch.ones_like(ids))
         return example if split.types is None else (*example, torch.zeros_like(ids))
@@ -251,7 +189,7 @@ class TextClassification:
             batch_size=batch_size,
             padding=self.facts()["padding"],
             seed=seed if split == "train" else None,
-            similar_lengths=self.similar_lengths,
+            similar_lengths=self.lengths.similar_lengths,
         )
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:

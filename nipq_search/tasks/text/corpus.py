@@ -13,8 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nipq_search.tasks.common.arguments import Part, check_most, refuse
-from nipq_search.tasks.text.files import read_text
+from nipq_search.tasks.base import SPLITS
+from nipq_search.tasks.common.arguments import (
+    check_most,
+    distinct,
+    paths,
+    positive,
+    refuse,
+    word,
+)
+from nipq_search.tasks.common.sections import store
+from nipq_search.tasks.text.files import find_files, read_text
+from nipq_search.tasks.text.splits import TextSplits
 
 IGNORED = -100
 """Target of a position that is not predicted; cross-entropy skips it."""
@@ -25,6 +35,43 @@ without a copy; read-only then, so nothing here writes to it."""
 
 _RUNS = 100
 _CHARACTERS_AT_ONCE = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Text files and the length of the blocks into which they are cut.
+
+    Attributes:
+        path: text files, folders of them, patterns with `*`, or `package://PACKAGE/FILE`. Files of
+            the validation and test splits are left out.
+        encoding: encoding of the files.
+        block: tokens of a sample.
+    """
+
+    path: str | Sequence[str]
+    encoding: str = "utf-8"
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        """Check every argument and make paths absolute."""
+        store(self, path=paths("path", self.path), encoding=word("encoding", self.encoding))
+        positive("block", self.block)
+
+    def files(self, splits: TextSplits) -> dict[str, list[Path]]:
+        """Return the training files as `path`, and those of splits with files of their own.
+
+        Raises:
+            UserError: a path matches no file, no file is left to train, or splits share a file.
+        """
+        files = {"path": find_files(self.path, "task_args.path")}
+        for key, given in splits.files().items():
+            files[key] = find_files(given, f"task_args.{key}")
+            # A folder can contain the files of all splits.
+            files["path"] = [file for file in files["path"] if file not in files[key]]
+        if not files["path"]:
+            raise refuse("path", "no file is left to train: validation and test name them all")
+        distinct("test", files.get("test", ()), files.get("validation", ()))
+        return files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,48 +133,44 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def split_blocks(
-    blocks: Blocks,
-    validation: Part,
-    test: Part,
-    train_samples: int | None,
-    seed: int,
-    own: Mapping[str, Blocks],
+    blocks: Blocks, splits: TextSplits, own: Mapping[str, Blocks]
 ) -> dict[str, Blocks]:
-    """The splits: shares are made of whole runs of blocks, drawn from all over the text.
+    """Divide blocks into splits; held-out shares consist of whole runs from all over the text.
 
     Args:
-        blocks: of the main text, in order; one of 100 runs at most is the smallest share.
-        validation: share, or anything else where `own` has the split.
-        test: the same.
-        train_samples: how many blocks to train on, or None for all.
-        seed: decides which runs and blocks are drawn.
-        own: splits that have files of their own.
+        blocks: blocks (N, L) of the main text, in order. They form at most 100 runs, and a share
+            has at least one run.
+        splits: how to divide them.
+        own: blocks of the splits that have files of their own.
+
+    Returns:
+        Blocks of the train, validation and test splits, in this order.
 
     Raises:
         UserError: a split is empty.
     """
-    generator = np.random.RandomState(seed)  # its stream never changes with numpy's version
+    # Unlike default_rng, RandomState has the same stream in every version of numpy.
+    generator = np.random.RandomState(splits.split_seed)
     runs = np.array_split(np.arange(len(blocks)), max(1, min(_RUNS, len(blocks))))
     order = generator.permutation(len(runs))
     found = dict(own)
-    for name, part in (("test", test), ("validation", validation)):
-        if isinstance(part, float):
-            count = max(1, round(part * len(runs)))
-            found[name] = blocks[_gather(runs, order[:count])]
-            order = order[count:]
+    for name, share in splits.shares().items():
+        count = max(1, round(share * len(runs)))
+        found[name] = blocks[_gather(runs, order[:count])]
+        order = order[count:]
     train = _gather(runs, order)
-    if train_samples is not None:
-        check_most("train_samples", train_samples, len(train))
-        train = np.sort(generator.permutation(train)[:train_samples])
+    if splits.train_samples is not None:
+        check_most("train_samples", splits.train_samples, len(train))
+        train = np.sort(generator.permutation(train)[: splits.train_samples])
     found["train"] = blocks[train]
-    for name in ("train", "validation", "test"):
+    for name in SPLITS:
         if not len(found[name]):
             key = name if name in own else "path"
             raise refuse(
                 key,
                 f"too little text: {len(blocks)} blocks, none for {name}; take a smaller block",
             )
-    return {name: found[name] for name in ("train", "validation", "test")}
+    return {name: found[name] for name in SPLITS}
 
 
 def _gather(runs: Sequence[NDArray[np.int64]], chosen: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,36 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nipq_search.tasks.base import check_batch_size, evaluating, named_split
-from nipq_search.tasks.common.arguments import (
-    distinct,
-    flag,
-    mapping,
-    most,
-    number,
-    parts,
-    paths,
-    positive,
-    refuse,
-    seed,
-    word,
-)
+from nipq_search.tasks.common.arguments import number, refuse
 from nipq_search.tasks.text.corpus import (
     IGNORED,
     BlockBatches,
     Blocks,
+    Corpus,
     Frame,
     Masking,
     digest_blocks,
     read_blocks,
     split_blocks,
 )
-from nipq_search.tasks.text.files import find_files
 from nipq_search.tasks.text.language_models import (
     ModelSource,
     hidden_loss,
     load_model,
     load_tokenizer,
 )
+from nipq_search.tasks.text.splits import TextSplits
 
 Batch = tuple[Tensor, Tensor]
 
@@ -65,59 +54,39 @@ class TokenPredictor(nn.Module):
 
 
 class LanguageModeling(abc.ABC):
-    """What both tasks share. Batches are (inputs, targets), both (B, L) int64."""
+    """Base of both language modeling tasks.
+
+    Batches are (inputs, targets), both (B, L) int64.
+
+    Args:
+        source: the model and its tokenizer.
+        corpus: the text.
+        splits: how blocks are divided into splits; the defaults if None.
+        hidden_weight: weight of the hidden states' error in the distillation loss.
+    """
 
     metric: tuple[str, str] = ("perplexity", "min")
     input_bits: int | None = None
     name: ClassVar[str]
     factory: ClassVar[str]
     evaluation_batch: ClassVar[int] = 16
+    argument_sections: ClassVar[Mapping[str, type]] = {
+        "source": ModelSource,
+        "corpus": Corpus,
+        "splits": TextSplits,
+    }
 
     def __init__(
         self,
         *,
-        model: str,
-        path: str | Sequence[str],
-        encoding: str = "utf-8",
-        block: int = 128,
-        validation: float | str | Sequence[str] = 0.1,
-        test: float | str | Sequence[str] = 0.1,
-        train_samples: int | None = None,
-        split_seed: int = 0,
-        train_from_scratch: bool = False,
-        config: Mapping[str, Any] | None = None,
-        dropout: float | None = 0.0,
+        source: ModelSource,
+        corpus: Corpus,
+        splits: TextSplits | None = None,
         hidden_weight: float = 0.0,
     ) -> None:
-        """Check and keep the arguments; files are read later.
-
-        Args:
-            model: folder of a transformers checkpoint, `package://PACKAGE/FOLDER`, or a hub name.
-            path: text files, folders of them, patterns with `*`, or `package://PACKAGE/FILE`;
-                those that `validation` or `test` name are left out.
-            encoding: of the files.
-            block: tokens of a sample.
-            validation: share of the blocks, or files.
-            test: the same.
-            train_samples: how many blocks to train on; all by default.
-            split_seed: decides which blocks go to which split.
-            train_from_scratch: random weights in place of the checkpoint's.
-            config: overrides of the model's configuration.
-            dropout: every dropout probability; None keeps those of the configuration.
-            hidden_weight: strength with which distillation matches hidden states too.
-        """
-        self.paths, self.encoding = paths("path", path), word("encoding", encoding)
-        self.block = positive("block", block)
-        self.validation, self.test = parts(validation, test)
-        self.train_samples = most("train_samples", train_samples)
-        self.split_seed = seed("split_seed", split_seed)
+        """Check and store the arguments; files are read later."""
+        self.source, self.corpus, self.splits = source, corpus, splits or TextSplits()
         self.hidden_weight = number("hidden_weight", hidden_weight, 0)
-        self.source = ModelSource(
-            name=model,
-            config=mapping("config", config),
-            from_scratch=flag("train_from_scratch", train_from_scratch),
-            dropout=None if dropout is None else number("dropout", dropout, 0, 1),
-        )
         self._splits: Mapping[str, Blocks] | None = None
         self._vocabulary = 0
         self._masking: Masking | None = None
@@ -135,27 +104,16 @@ class LanguageModeling(abc.ABC):
         if self._splits is not None:
             return
         tokenizer = load_tokenizer(self.source)
-        if self.block > tokenizer.model_max_length:
+        length = self.corpus.block
+        if length > tokenizer.model_max_length:
             raise refuse("block", f"the model takes {tokenizer.model_max_length} tokens")
         self._masking, self._vocabulary = self.masking(tokenizer), len(tokenizer)
-
-        files = {"path": find_files(self.paths, "task_args.path")}
-        for key, part in (("validation", self.validation), ("test", self.test)):
-            if not isinstance(part, float):
-                files[key] = find_files(part, f"task_args.{key}")
-                # A folder may hold the files of all splits.
-                files["path"] = [file for file in files["path"] if file not in files[key]]
-        if not files["path"]:
-            raise refuse("path", "no file is left to train: validation and test name them all")
-        distinct("test", files.get("test", ()), files.get("validation", ()))
         own = {
-            key: read_blocks(tokenizer, given, self.encoding, self.block)
-            for key, given in files.items()
+            key: read_blocks(tokenizer, files, self.corpus.encoding, length)
+            for key, files in self.corpus.files(self.splits).items()
         }
         blocks = own.pop("path")
-        self._splits = split_blocks(
-            blocks, self.validation, self.test, self.train_samples, self.split_seed, own
-        )
+        self._splits = split_blocks(blocks, self.splits, own)
 
     def split(self, name: str) -> Blocks:
         """The blocks of one split, read at the first call; `UserError` for an unknown name."""
@@ -182,7 +140,7 @@ class LanguageModeling(abc.ABC):
         self.load_data()
         model: Any = load_model(self.source, self.factory, self._vocabulary)
         most = getattr(model.config, "max_position_embeddings", None)
-        if most is not None and self.block > most:
+        if most is not None and self.corpus.block > most:
             raise refuse("block", f"the model takes {most} tokens")
         return self.wrap(model)
 
@@ -263,8 +221,14 @@ class LanguageModeling(abc.ABC):
 
 
 class MaskedLanguageModeling(LanguageModeling):
-    """A model such as BERT fills in hidden tokens; arguments as in `LanguageModeling`, and
-    `mask_share`, the share of the tokens that is hidden.
+    """Prediction of masked tokens with a model such as BERT.
+
+    Args:
+        source: the model and its tokenizer.
+        corpus: the text.
+        splits: how blocks are divided into splits; the defaults if None.
+        mask_share: share of the tokens to mask.
+        hidden_weight: weight of the hidden states' error in the distillation loss.
     """
 
     name = "masked_lm"
@@ -273,41 +237,20 @@ class MaskedLanguageModeling(LanguageModeling):
     def __init__(
         self,
         *,
-        model: str,
-        path: str | Sequence[str],
-        encoding: str = "utf-8",
-        block: int = 128,
+        source: ModelSource,
+        corpus: Corpus,
+        splits: TextSplits | None = None,
         mask_share: float = 0.15,
-        validation: float | str | Sequence[str] = 0.1,
-        test: float | str | Sequence[str] = 0.1,
-        train_samples: int | None = None,
-        split_seed: int = 0,
-        train_from_scratch: bool = False,
-        config: Mapping[str, Any] | None = None,
-        dropout: float | None = 0.0,
         hidden_weight: float = 0.0,
     ) -> None:
-        """Check and keep the arguments."""
-        super().__init__(
-            model=model,
-            path=path,
-            encoding=encoding,
-            block=block,
-            validation=validation,
-            test=test,
-            train_samples=train_samples,
-            split_seed=split_seed,
-            train_from_scratch=train_from_scratch,
-            config=config,
-            dropout=dropout,
-            hidden_weight=hidden_weight,
-        )
+        """Check and store the arguments; files are read later."""
+        super().__init__(source=source, corpus=corpus, splits=splits, hidden_weight=hidden_weight)
         self.mask_share = number("mask_share", mask_share, 0.001, 1)
 
     def masking(self, tokenizer: Any) -> Masking:
         """The tokenizer's mask token; `UserError` where it has none."""
         if tokenizer.mask_token_id is None:
-            raise refuse("model", f"the tokenizer in {self.source.name} has no mask token")
+            raise refuse("model", f"the tokenizer in {self.source.model} has no mask token")
         frame = Frame.of(tokenizer)
         return Masking(
             share=self.mask_share,

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest, one_line
 from nipq_search.tasks.base import unreadable
-from nipq_search.tasks.common.arguments import refuse
+from nipq_search.tasks.common.arguments import flag, mapping, number, refuse
 from nipq_search.tasks.common.hub import hub, silent
 from nipq_search.tasks.common.package_files import PREFIX, anchored, needed, resolve
+from nipq_search.tasks.common.sections import store
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,26 +36,29 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Which model, and how it is changed.
+    """A checkpoint of transformers and the changes to its configuration.
 
     Attributes:
-        name: a folder, `package://PACKAGE/FOLDER`, or a name on the hub. Its tokenizer is used.
-        config: overrides of the model's configuration; with `model_type` a whole one.
-        from_scratch: random weights in place of the checkpoint's.
-        dropout: every dropout probability; None keeps those of the configuration.
+        model: folder of the checkpoint, `package://PACKAGE/FOLDER`, or a name on the hub. Its
+            tokenizer is used.
+        config: overrides of the model's configuration; with `model_type`, a complete
+            configuration.
+        train_from_scratch: start from random weights instead of those of the checkpoint.
+        dropout: value of every dropout probability; None keeps those of the configuration.
     """
 
-    name: str
+    model: str
     config: Mapping[str, Any] | None = None
-    from_scratch: bool = False
+    train_from_scratch: bool = False
     dropout: float | None = 0.0
 
     def __post_init__(self) -> None:
-        """Make a folder's name absolute; `UserError` for a whole configuration without
-        `from_scratch`.
-        """
-        object.__setattr__(self, "name", anchored(self.name))
-        if self.config is not None and "model_type" in self.config and not self.from_scratch:
+        """Check every argument and make the path of a folder absolute."""
+        flag("train_from_scratch", self.train_from_scratch)
+        if self.dropout is not None:
+            store(self, dropout=number("dropout", self.dropout, 0, 1))
+        store(self, model=anchored(self.model), config=mapping("config", self.config))
+        if self.config and "model_type" in self.config and not self.train_from_scratch:
             raise refuse(
                 "config",
                 "with model_type it describes a new model: set train_from_scratch to true, or "
@@ -140,7 +144,7 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
     maker = getattr(library, factory)
     if type(config) not in maker._model_mapping:
         raise refuse("model", f"{config.model_type} models are no kind of {factory}")
-    if source.from_scratch:
+    if source.train_from_scratch:
         with _quiet(), _loading(source, "model"):
             return _finished(maker.from_config(config, dtype=torch.float32))
     place, options = _locate(source)
@@ -163,7 +167,7 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
         key, there, here = wrong[0]
         raise refuse(
             "model",
-            f"{source.name}: {key} has shape {tuple(there)} in the checkpoint and {tuple(here)} "
+            f"{source.model}: {key} has shape {tuple(there)} in the checkpoint and {tuple(here)} "
             "in the configuration; take the configuration that belongs to the weights",
         )
     # The pooler on top of the first token is removed below, so nobody misses it.
@@ -177,7 +181,7 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
         )
     for key, value in model.named_parameters():
         if not torch.isfinite(value).all():
-            raise refuse("model", f"{source.name}: weights are not finite: {key}")
+            raise refuse("model", f"{source.model}: weights are not finite: {key}")
     return _finished(model)
 
 
@@ -211,11 +215,11 @@ def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: 
 def _locate(source: ModelSource) -> tuple[Path | str, dict[str, Any]]:
     """A folder or a hub name, and options of `from_pretrained`."""
     options: dict[str, Any] = {"trust_remote_code": False}
-    place = resolve(source.name, "task_args.model")
+    place = resolve(source.model, "task_args.model")
     if place.is_dir():
         # transformers asks the hub about some folders unless told not to.
         return place, {**options, "local_files_only": True}
-    name = source.name
+    name = source.model
     is_path = name.startswith((PREFIX, ".", "/", "~")) or name.count("/") > 1
     if is_path or place.exists():
         raise refuse("model", f"no folder {place}")
@@ -234,14 +238,14 @@ def _loading(source: ModelSource, what: str) -> Iterator[None]:
     except Exception as error:
         reason = one_line(error)
         kinds = (OSError, ConnectionError)
-        if isinstance(error, kinds) and not resolve(source.name, "task_args.model").is_dir():
+        if isinstance(error, kinds) and not resolve(source.model, "task_args.model").is_dir():
             raise refuse(
                 "model",
-                f"'{source.name}' is no folder here, and the hub did not give its {what} "
+                f"'{source.model}' is no folder here, and the hub did not give its {what} "
                 f"({silent() or reason}); name a folder, or fetch the model where there is a "
                 "network",
             ) from error
-        raise refuse("model", f"{source.name}: the {what} cannot be loaded: {reason}") from error
+        raise refuse("model", f"{source.model}: the {what} cannot be loaded: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -12,33 +12,50 @@ import numpy as np
 
 from nipq_search.errors import nearest
 from nipq_search.tasks.base import SPLITS
-from nipq_search.tasks.common.arguments import Part, check_most, refuse
+from nipq_search.tasks.common.arguments import check_most, most, parts, refuse, seed
 from nipq_search.tasks.common.arrays import stratified
-from nipq_search.tasks.text.table import Row
+from nipq_search.tasks.common.sections import store
+from nipq_search.tasks.text.table import Row, TextTable
 
 MOST_CLASSES = 1000
 """More distinct labels than this are taken for a mistake in the column's name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitRules:
-    """How rows become splits.
+class TextSplits:
+    """How texts are divided into splits.
 
     Attributes:
-        labels: the classes in order, rows with other labels being dropped; None for all labels.
-        validation: share of the groups, or of the rows where there are none; or files.
-        test: the same.
-        deduplicate: keep the first of equal texts.
-        train_samples: how many rows to train on, or None for all.
-        seed: decides which rows go where.
+        validation: share of the samples to hold out, or of the groups if there are any; or the
+            file or files of the split.
+        test: the same for the test split.
+        train_samples: maximum number of training samples; None uses all.
+        split_seed: seed of the division.
     """
 
-    labels: tuple[str, ...] | None
-    validation: Part
-    test: Part
-    deduplicate: bool
-    train_samples: int | None
-    seed: int
+    validation: float | str | Sequence[str] = 0.1
+    test: float | str | Sequence[str] = 0.1
+    train_samples: int | None = None
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every argument and make paths absolute."""
+        validation, test = parts(self.validation, self.test)
+        store(self, validation=validation, test=test)
+        most("train_samples", self.train_samples)
+        seed("split_seed", self.split_seed)
+
+    def shares(self) -> dict[str, float]:
+        """Return the shares to hold out, by split; splits with files of their own are absent."""
+        values = {"test": self.test, "validation": self.validation}
+        return {name: value for name, value in values.items() if isinstance(value, float)}
+
+    def files(self) -> dict[str, tuple[str, ...]]:
+        """Return the paths of the splits that have files of their own."""
+        values = {"validation": self.validation, "test": self.test}
+        return {
+            name: tuple(value) for name, value in values.items() if not isinstance(value, float)
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,27 +68,34 @@ class LabelledTexts:
 
 
 def split_rows(
-    rows: Sequence[Row], rules: SplitRules, read: Callable[[str, str], list[Row]]
+    rows: Sequence[Row],
+    table: TextTable,
+    splits: TextSplits,
+    read: Callable[[str, str], list[Row]],
 ) -> LabelledTexts:
-    """The splits of a table, and of the files that `validation` and `test` may name.
+    """Divide the rows of a table, and of the files of other splits, into three splits.
 
-    A row of the table that has a text or a group of such a file is dropped.
+    A row of the table whose text or group occurs in such a file is dropped.
 
     Args:
-        rows: the table.
-        rules: how to split.
-        read: reads a file, given its path and the name of the argument.
+        rows: rows of the table.
+        table: the classes, and whether to drop duplicates.
+        splits: how to divide the rows.
+        read: function that reads a file, given its path and the argument that names it.
+
+    Returns:
+        The rows by split, with their classes.
 
     Raises:
         UserError: labels are missing, or a class has no row in a split.
     """
     dropped: collections.Counter[str] = collections.Counter()
-    fixed: dict[str, list[Row]] = {}
-    for name, part in (("validation", rules.validation), ("test", rules.test)):
-        if not isinstance(part, float):
-            fixed[name] = [row for path in part for row in read(path, name)]
+    fixed = {
+        name: [row for path in files for row in read(path, name)]
+        for name, files in splits.files().items()
+    }
     everything = [*rows, *(row for own in fixed.values() for row in own)]
-    classes = rules.labels or _distinct_labels(everything)
+    classes = tuple(table.labels or ()) or _distinct_labels(everything)
     present = {row.label for row in everything}
     for label in classes:
         if label not in present:
@@ -81,19 +105,14 @@ def split_rows(
     groups: set[str | None] = set()
     for name in ("test", "validation"):
         if name in fixed:
-            fixed[name] = _clean(fixed[name], classes, rules, texts, groups, dropped)
-    rest = _clean(rows, classes, rules, texts, groups, dropped)
-    shares = {
-        name: part
-        for name, part in (("test", rules.test), ("validation", rules.validation))
-        if isinstance(part, float)
-    }
+            fixed[name] = _clean(fixed[name], classes, table, texts, groups, dropped)
+    rest = _clean(rows, classes, table, texts, groups, dropped)
     cut = _by_group if rest and rest[0].group is not None else _by_row
-    found = {**cut(rest, shares, rules.seed), **fixed}
+    found = {**cut(rest, splits.shares(), splits.split_seed), **fixed}
     train = found["train"]
-    if rules.train_samples is not None:
-        check_most("train_samples", rules.train_samples, len(train))
-        (chosen,) = stratified(_labels(train), [rules.train_samples], rules.seed)
+    if splits.train_samples is not None:
+        check_most("train_samples", splits.train_samples, len(train))
+        (chosen,) = stratified(_labels(train), [splits.train_samples], splits.split_seed)
         found["train"] = [train[index] for index in chosen]
     _check_classes(found, classes, dropped)
     return LabelledTexts(
@@ -127,7 +146,7 @@ def _distinct_labels(rows: Iterable[Row]) -> tuple[str, ...]:
 def _clean(
     rows: Iterable[Row],
     classes: tuple[str, ...],
-    rules: SplitRules,
+    table: TextTable,
     texts: set[Any],
     groups: set[str | None],
     dropped: collections.Counter[str],
@@ -143,7 +162,7 @@ def _clean(
             dropped["label"] += 1
         elif not row.text.strip():
             dropped["empty"] += 1
-        elif rules.deduplicate and row.content in texts:
+        elif table.deduplicate and row.content in texts:
             dropped["duplicate"] += 1
         elif row.group is not None and row.group in former:
             dropped["group"] += 1

@@ -12,10 +12,41 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nipq_search.tasks.common.arguments import flag, integer
 from nipq_search.tasks.text.table import Row
 
 _TEXTS_AT_ONCE = 1000
 _BATCHES_IN_A_BUCKET = 50
+
+MIN_LENGTH = 8
+"""Smallest `max_length`; special tokens leave hardly any text below it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextLengths:
+    """Lengths of the tokenized texts.
+
+    Attributes:
+        max_length: maximum number of tokens of a text; further tokens are cut off.
+        example_length: tokens of the text whose cost is counted; None uses `max_length`.
+        similar_lengths: train on batches of texts with similar lengths, which need less padding.
+    """
+
+    max_length: int = 128
+    example_length: int | None = None
+    similar_lengths: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        integer("max_length", self.max_length, MIN_LENGTH, 1_000_000)
+        if self.example_length is not None:
+            integer("example_length", self.example_length, 1, self.max_length)
+        flag("similar_lengths", self.similar_lengths)
+
+    @property
+    def cost_length(self) -> int:
+        """Tokens of the text whose cost is counted."""
+        return self.max_length if self.example_length is None else self.example_length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

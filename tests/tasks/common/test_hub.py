@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from nipq_search.errors import UserError, one_line
 from nipq_search.tasks.common import hub
 from nipq_search.tasks.text.language_models import ModelSource, load_tokenizer
-from nipq_search.tasks.vision.image_folder.models import ModelConfig
+from nipq_search.tasks.vision.image_folder.models import ImageModel
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def test_without_a_network_one_line_comes_soon(unreachable, kind, capfd, tmp_pat
     start = time.monotonic()
     with pytest.raises(UserError, match="http://127.0.0.1:9 does not answer") as error:
         if kind == "timm":
-            ModelConfig(name="resnet18", weights="timm", classes=2).build()
+            ImageModel(model="resnet18", weights="timm").build(2)
         else:
-            load_tokenizer(ModelSource(name="no-org/no-model"))
+            load_tokenizer(ModelSource(model="no-org/no-model"))
     assert "\n" not in str(error.value)
     assert time.monotonic() - start < 10
     assert capfd.readouterr() == ("", "")

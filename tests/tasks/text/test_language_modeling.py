@@ -15,6 +15,7 @@ from nipq_search.quant import QuantConfig, prepare
 from nipq_search.tasks import make_task
 from nipq_search.tasks.text.corpus import IGNORED, Masking, split_blocks
 from nipq_search.tasks.text.language_models import ModelSource, load_tokenizer
+from nipq_search.tasks.text.splits import TextSplits
 
 CLS, SEP, MASK = (SPECIAL.index(word) for word in ("[CLS]", "[SEP]", "[MASK]"))
 NAMES = ("masked_lm", "causal_lm")
@@ -36,7 +37,7 @@ def test_blocks_hold_the_text_in_order(make, arguments, tmp_path):
     (tmp_path / "c.txt").write_text(prose(900, 7))
     own = {"validation": str(tmp_path / "b.txt"), "test": [str(tmp_path / "a.txt")]}
     task = make("causal_lm", path=str(tmp_path), **own)
-    tokenizer = load_tokenizer(ModelSource(name=arguments["causal_lm"]["model"]))
+    tokenizer = load_tokenizer(ModelSource(model=arguments["causal_lm"]["model"]))
     blocks = task.split("validation")
     assert (blocks[:, 0] == CLS).all() and (blocks[:, -1] == SEP).all()
     wanted = tokenizer(prose(900, 6), add_special_tokens=False)["input_ids"]
@@ -57,13 +58,14 @@ def test_a_long_file_is_cut_at_lines(make, monkeypatch, arguments):
 
 def test_shares_are_contiguous_runs():
     blocks = np.arange(1000, dtype=np.int32)[:, None]
-    found = split_blocks(blocks, 0.1, 0.2, None, 0, {})
+    found = split_blocks(blocks, TextSplits(validation=0.1, test=0.2), {})
     assert [len(part) for part in found.values()] == [700, 100, 200]
     for part in found.values():
         assert np.array_equal(part, np.sort(part, axis=0))
         assert (np.diff(part[:, 0]) == 1).mean() >= 0.9
     assert sorted(np.concatenate(list(found.values()))[:, 0]) == list(range(1000))
-    fewer = split_blocks(blocks, 0.1, 0.2, 50, 0, {})
+    limited = TextSplits(validation=0.1, test=0.2, train_samples=50)
+    fewer = split_blocks(blocks, limited, {})
     assert len(fewer["train"]) == 50
     assert np.array_equal(fewer["test"], found["test"])
 
@@ -229,7 +231,7 @@ def test_an_encoder_is_no_masked_language_model(make, tmp_path):
 
 
 def test_a_model_without_mask_token_is_refused(make, tmp_path):
-    tokenizer = load_tokenizer(ModelSource(name=str(write_tokenizer(tmp_path / "old"))))
+    tokenizer = load_tokenizer(ModelSource(model=str(write_tokenizer(tmp_path / "old"))))
     tokenizer.mask_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no mask token"):

@@ -315,8 +315,14 @@ def test_images_that_do_not_fit_into_memory_are_refused(tree, monkeypatch):
         ({"model": 18}, "task_args.model: 18 is not a name"),
         ({"workers": 1.5}, "task_args.workers: 1.5 is not an integer"),
         ({"validation": ["val"]}, r"task_args.validation: \['val'\] is no share"),
-        ({"model": "test_vit"}, "task_args.size: test_vit takes images of 160 .* size: 160"),
-        ({"teacher": "test_vit"}, "task_args.size: test_vit takes images of 160 .* size: 160"),
+        (
+            {"model": "test_vit"},
+            "task_args.size: test_vit accepts only .* of 160 .* size: 160",
+        ),
+        (
+            {"teacher": "test_vit"},
+            "task_args.size: test_vit accepts only .* of 160 .* size: 160",
+        ),
         ({"train_samples": 0}, "task_args.train_samples: 0 is not an integer of 1"),
         ({"test_samples": 19}, "task_args.test_samples: 19 is more than the 18"),
         ({"validation": 0.5, "test": 0.5}, "none is left to train"),

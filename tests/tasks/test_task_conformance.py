@@ -1,6 +1,6 @@
-"""What every registered task must do; a new entry of the registry is tested by being there.
+"""Conformance tests of the task protocol, for every entry of the registry.
 
-A task that needs arguments gets them from `sample_arguments`.
+`sample_arguments` supplies the arguments of tasks that need some.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nipq_search.train.forward import SharedForward
 
 
 class Case(NamedTuple):
-    """A registered name, and the arguments that a small instance takes."""
+    """A registered name, and the arguments of a small instance."""
 
     name: str
     arguments: dict
@@ -49,7 +49,7 @@ def task(case):
 
 
 def test_relative_paths_are_the_same_in_other_processes(case, tmp_path, monkeypatch):
-    """Workers unpickle the task in a working directory of their own."""
+    """Workers unpickle the task in a different working directory."""
 
     def relative(value):
         if isinstance(value, dict):
@@ -86,7 +86,7 @@ def first_batch(task):
 
 
 def keys(task, split):
-    """What tells the samples of a split apart: the task's own keys, else their first tensor."""
+    """Return values that identify the samples: the task's own keys, or each first tensor."""
     own = getattr(task, "sample_keys", None)
     if own is not None:
         return set(own(split))
@@ -165,7 +165,7 @@ def test_distillation_reaches_the_model_alone(task):
 
 
 def test_loss_and_distillation_share_a_forward(task):
-    """Otherwise every step of a trial would run the model twice, with two draws of noise."""
+    """Otherwise, each training step would run the model twice, with different noise."""
     if not base.has_distillation(task):
         return
     model, teacher, calls = task.build_model(), task.build_model().eval(), []
@@ -199,7 +199,7 @@ def test_data_are_described_in_json(task):
 
 
 def test_read_only_copies_work_alike(task):
-    """Ray hands pickled arrays over as read-only views of shared memory."""
+    """Ray passes pickled arrays as read-only views of shared memory."""
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(task, protocol=5, buffer_callback=buffers.append)
     views = [memoryview(buffer.raw().tobytes()) for buffer in buffers]
@@ -211,7 +211,7 @@ def test_read_only_copies_work_alike(task):
 
 
 def test_splits_are_disjoint_and_fixed_by_the_seed(case, task):
-    # Published data hold a few identical images, so a trace of overlap is theirs.
+    # Published data sets contain a few identical images, so a small overlap is acceptable.
     seen = [keys(task, name) for name in base.SPLITS]
     for one, other in itertools.combinations(seen, 2):
         assert len(one & other) < 0.01 * min(len(one), len(other))

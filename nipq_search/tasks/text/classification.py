@@ -1,7 +1,8 @@
-"""Classification of texts, or of pairs of them, with a pretrained encoder of transformers."""
+"""The task `text_classification`: single texts or pairs, with an encoder of transformers."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nipq_search.tasks.base import check_batch_size, evaluating, named_split
-from nipq_search.tasks.common.arguments import number, one_of, refuse
-from nipq_search.tasks.common.package_files import needed
+from nipq_search.tasks.common.arguments import argument_error, number, one_of
+from nipq_search.tasks.common.extras import requires_extra
 from nipq_search.tasks.text.language_models import (
     ModelSource,
     hidden_loss,
@@ -32,14 +33,20 @@ from nipq_search.tasks.text.tokens import (
 Batch = tuple[Tensor, ...]
 
 METRICS = ("accuracy", "f1", "matthews")
-"""Figures that may select: share of hits, mean F1 of the classes, Matthews correlation."""
+"""Figures that can be maximized: accuracy, mean F1 of the classes, Matthews correlation."""
 
 
 class EncoderClassifier(nn.Module):
-    """Encoder, mean over the tokens that are no padding, linear head."""
+    """An encoder, the mean over all tokens except padding, and a linear head."""
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
-        """Put a new head on `encoder`, whose states have `width` channels."""
+        """Add a new head to an encoder.
+
+        Args:
+            encoder: a model of transformers without head.
+            width: channels of its hidden states.
+            classes: number of outputs.
+        """
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(width, classes)
@@ -52,7 +59,18 @@ class EncoderClassifier(nn.Module):
         *,
         hidden: bool = False,
     ) -> Any:
-        """Logits (B, C); with `hidden` also the states (B, L, H), embeddings and every layer."""
+        """Compute the logits of a batch.
+
+        Args:
+            input_ids: tokens (B, L), int64.
+            attention_mask: (B, L), 1 for tokens and 0 for padding.
+            token_type_ids: index of the text of a pair that a token belongs to, (B, L).
+            hidden: whether to return hidden states as well.
+
+        Returns:
+            Logits (B, C). With `hidden`, also a tuple of hidden states (B, L, H): the embeddings
+            and the output of every layer.
+        """
         more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         output = self.encoder(
             input_ids=input_ids,
@@ -66,6 +84,25 @@ class EncoderClassifier(nn.Module):
         pooled = (states * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         logits = self.head(pooled)
         return (logits, output.hidden_states) if hidden else logits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizedTexts:
+    """The tokenized data of a task.
+
+    Attributes:
+        splits: tokens and labels by split.
+        classes: classes in order.
+        dropped: number of dropped rows by reason.
+        vocabulary: number of tokens of the tokenizer.
+        padding: padding token.
+    """
+
+    splits: Mapping[str, TokenSplit]
+    classes: tuple[str, ...]
+    dropped: Mapping[str, int]
+    vocabulary: int
+    padding: int
 
 
 class TextClassification:
@@ -105,98 +142,106 @@ class TextClassification:
         self.source, self.table = source, table
         self.splits, self.lengths = splits or TextSplits(), lengths or TextLengths()
         self.hidden_weight = number("hidden_weight", hidden_weight, 0)
-        self._splits: Mapping[str, TokenSplit] | None = None
-        self._facts: dict[str, Any] = {}
+        self._tokenized: TokenizedTexts | None = None
 
     def load_data(self) -> None:
-        """Read and tokenize the data; does nothing the second time."""
-        if self._splits is not None:
+        """Read and tokenize the data; later calls have no effect."""
+        if self._tokenized is not None:
             return
-        with needed(f"task {self.name}", "text"):
+        with requires_extra(f"task {self.name}", "text"):
             import torchmetrics  # noqa: F401
         tokenizer = load_tokenizer(self.source)
         length = self.lengths.max_length
-        if length > tokenizer.model_max_length:
-            raise refuse("max_length", f"the model takes {tokenizer.model_max_length} tokens")
+        self._check_length(tokenizer.model_max_length)
 
         def read(path: str, key: str) -> list[Row]:
             return read_rows(self.table, path, key)
 
         texts = split_rows(read_rows(self.table), self.table, self.splits, read)
-        splits = {
-            name: tokenize(tokenizer, rows, texts.classes, length)
-            for name, rows in texts.rows.items()
-        }
         padding = tokenizer.pad_token_id
-        self._facts = {
-            "classes": list(texts.classes),
-            "dropped": dict(texts.dropped),
-            "vocabulary": len(tokenizer),
-            "padding": 0 if padding is None else int(padding),
-        }
-        self._splits = splits
+        self._tokenized = TokenizedTexts(
+            splits={
+                name: tokenize(tokenizer, rows, texts.classes, length)
+                for name, rows in texts.rows.items()
+            },
+            classes=texts.classes,
+            dropped=texts.dropped,
+            vocabulary=len(tokenizer),
+            padding=0 if padding is None else int(padding),
+        )
+
+    def _check_length(self, limit: int | None) -> None:
+        """Raise `UserError` if texts can be longer than the model allows."""
+        if limit is not None and self.lengths.max_length > limit:
+            raise argument_error("max_length", f"the model accepts at most {limit} tokens")
+
+    def tokenized(self) -> TokenizedTexts:
+        """Return the tokenized data, which the first call reads."""
+        self.load_data()
+        assert self._tokenized is not None
+        return self._tokenized
 
     def split(self, name: str) -> TokenSplit:
-        """The texts of one split, read at the first call; `UserError` for an unknown name."""
-        self.load_data()
-        assert self._splits is not None
-        return named_split(self._splits, name)
-
-    def facts(self) -> dict[str, Any]:
-        """Classes, dropped rows, size of the vocabulary and the token that pads."""
-        self.load_data()
-        return self._facts
+        """Return the texts of one split, or raise `UserError` if the name is unknown."""
+        return named_split(self.tokenized().splits, name)
 
     def dataset(self) -> dict[str, Any]:
-        """Name, sizes and digest of the data, the classes, and how many rows were dropped."""
-        facts = self.facts()
-        assert self._splits is not None
+        """Return name, split sizes, digest, classes, and the number of dropped rows by reason."""
+        data = self.tokenized()
+        classes = list(data.classes)
         return {
             "name": self.name,
-            "splits": {name: len(split) for name, split in self._splits.items()},
-            "digest": digest_tokens(self._splits, facts["classes"]),
-            "classes": facts["classes"],
-            "dropped": facts["dropped"],
+            "splits": {name: len(split) for name, split in data.splits.items()},
+            "digest": digest_tokens(data.splits, classes),
+            "classes": classes,
+            "dropped": dict(data.dropped),
         }
 
     def sample_keys(self, split: str) -> Iterator[bytes]:
-        """The tokens of each text, as bytes."""
+        """Yield the tokens of each text as bytes."""
         found = self.split(split)
         for start, end in zip(found.offsets[:-1], found.offsets[1:], strict=True):
             yield found.ids[start:end].tobytes()
 
     def build_model(self) -> nn.Module:
-        """The checkpoint's encoder with a new head."""
-        facts = self.facts()
-        encoder: Any = load_model(self.source, "AutoModel", facts["vocabulary"])
-        most = getattr(encoder.config, "max_position_embeddings", None)
-        if most is not None and self.lengths.max_length > most:
-            raise refuse("max_length", f"the model takes {most} tokens")
-        return EncoderClassifier(encoder, encoder.config.hidden_size, len(facts["classes"]))
+        """Return the checkpoint's encoder with a new head."""
+        data = self.tokenized()
+        encoder: Any = load_model(self.source, "AutoModel", data.vocabulary)
+        self._check_length(getattr(encoder.config, "max_position_embeddings", None))
+        return EncoderClassifier(encoder, encoder.config.hidden_size, len(data.classes))
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """One text of `example_length` tokens without padding: costs are those of this length."""
+        """Return a text of `example_length` tokens without padding; costs have this length."""
         split, length = self.split("train"), self.lengths.cost_length
         ids = torch.from_numpy(np.resize(split.ids[:length], length).astype(np.int64))[None]
         example = (ids, torch.ones_like(ids))
         return example if split.types is None else (*example, torch.zeros_like(ids))
 
     def loader(self, split: str, batch_size: int, seed: int | None = None) -> TextBatches:
-        """One epoch; `seed` orders the training split and is unused elsewhere."""
+        """Return one epoch of a split.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            batch_size: texts per batch.
+            seed: seed of the order; only the training split uses it.
+
+        Returns:
+            Batches of tokens, masks and labels.
+        """
         check_batch_size(batch_size)
         return TextBatches(
             split=self.split(split),
             batch_size=batch_size,
-            padding=self.facts()["padding"],
+            padding=self.tokenized().padding,
             seed=seed if split == "train" else None,
             similar_lengths=self.lengths.similar_lengths,
         )
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
-        """Logits, and hidden states where distillation wants them.
+        """Return logits, and hidden states if distillation uses them.
 
-        `loss` and `distill_loss` both come here, so a caller may hand in a model that remembers
-        its last output.
+        `loss` and `distill_loss` make the same call, so a caller can pass a model that caches its
+        last output.
         """
         if self.hidden_weight == 0:
             return model(*batch[:-1]), None
@@ -204,14 +249,22 @@ class TextClassification:
         return logits, states
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats."""
+        """Return the mean cross-entropy in nats."""
         return F.cross_entropy(self._forward(model, batch)[0], batch[-1])
 
     def distill_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy with the teacher's probabilities, in nats.
+        """Return the mean cross-entropy with the teacher's probabilities as targets.
 
-        Plus `hidden_weight` times the mean squared error of the hidden states, as a share of the
-        teacher's variance.
+        `hidden_weight` times the error of the hidden states relative to the teacher's variance is
+        added.
+
+        Args:
+            model: the model to train.
+            teacher: the model to imitate.
+            batch: tokens, mask and labels; labels are ignored.
+
+        Returns:
+            A scalar in nats.
         """
         with torch.no_grad():
             wanted, wanted_states = self._forward(teacher, batch)
@@ -222,17 +275,17 @@ class TextClassification:
         return loss
 
     def num_samples(self, batch: Batch) -> int:
-        """Texts in the batch."""
+        """Return the number of texts in a batch."""
         return len(batch[-1])
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """`accuracy`, macro `f1`, `matthews` correlation and mean `loss` in nats of a split."""
-        with needed(f"task {self.name}", "text"):
+        """Return `accuracy`, macro `f1`, `matthews` correlation and mean `loss` in nats."""
+        with requires_extra(f"task {self.name}", "text"):
             from torchmetrics.functional import classification as figures
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         arrays, loader = self.split(split), self.loader(split, self.evaluation_batch)
-        # By length: no batch is wider than it must be.
+        # Batches of similar lengths have the least padding.
         order = np.argsort(arrays.lengths, kind="stable")
         outputs = []
         with evaluating(model):

@@ -1,4 +1,4 @@
-"""Labelled texts from tables: CSV, TSV and Parquet files, by the names of their columns."""
+"""Tables of labeled texts in CSV, TSV and Parquet files, and the section that describes one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nipq_search.errors import nearest
-from nipq_search.tasks.common.arguments import flag, names, paths, refuse, word
-from nipq_search.tasks.common.package_files import needed, resolve_file
+from nipq_search.tasks.common.arguments import argument_error, flag, names, paths, text_or_integer
+from nipq_search.tasks.common.extras import requires_extra
+from nipq_search.tasks.common.package_files import resolve_file
 from nipq_search.tasks.common.sections import store
-from nipq_search.tasks.text.files import OPENERS, read_bytes, read_text
+from nipq_search.tasks.text.files import DECOMPRESSORS, read_bytes, read_text
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-"""Separator of the columns, by the end of a file's name."""
+"""Column separator by the suffix of the file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +52,16 @@ class TextTable:
         store(
             self,
             path=path,
-            text=word("text", self.text),
-            label=word("label", self.label),
-            text_pair=None if self.text_pair is None else word("text_pair", self.text_pair),
-            group=None if self.group is None else word("group", self.group),
+            text=text_or_integer("text", self.text),
+            label=text_or_integer("label", self.label),
+            text_pair=None
+            if self.text_pair is None
+            else text_or_integer("text_pair", self.text_pair),
+            group=None if self.group is None else text_or_integer("group", self.group),
             labels=names("labels", self.labels),
             deduplicate=flag("deduplicate", self.deduplicate),
             columns=names("columns", self.columns),
-            encoding=word("encoding", self.encoding),
+            encoding=text_or_integer("encoding", self.encoding),
         )
 
     def used_columns(self) -> dict[str, str]:
@@ -70,7 +73,7 @@ class TextTable:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One labelled text; an empty label stands for a missing one."""
+    """A labeled text; an empty label means that it is missing."""
 
     text: str
     label: str
@@ -79,7 +82,7 @@ class Row:
 
     @property
     def content(self) -> tuple[str, str | None]:
-        """What makes two rows duplicates."""
+        """The values that are equal in duplicates."""
         return self.text, self.text_pair
 
 
@@ -101,8 +104,8 @@ def read_rows(table: TextTable, path: str | None = None, key: str = "path") -> l
         UserError: the file is missing or damaged, or lacks a column.
     """
     file = resolve_file(path or table.path, f"task_args.{key}")
-    kind = Path(file.stem).suffix if file.suffix in OPENERS else file.suffix
-    with needed("reading tables", "text"):
+    kind = Path(file.stem).suffix if file.suffix in DECOMPRESSORS else file.suffix
+    with requires_extra("reading tables", "text"):
         import pyarrow
         import pyarrow.csv
         import pyarrow.parquet
@@ -116,23 +119,23 @@ def read_rows(table: TextTable, path: str | None = None, key: str = "path") -> l
             data = _read_separated(pyarrow, text, SEPARATORS[kind], table)
         else:
             known = ", ".join([*SEPARATORS, ".parquet"])
-            raise refuse(key, f"{file} is no table: its name ends in none of {known}")
+            raise argument_error(key, f"{file} is not a table: its name ends in none of {known}")
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())[:200]
-        raise refuse(key, f"{file} cannot be read as a table: {reason}") from error
+        raise argument_error(key, f"{file} cannot be read as a table: {reason}") from error
     values: dict[str, Sequence[str]] = {}
     for argument, column in table.used_columns().items():
         if (count := data.column_names.count(column)) > 1:
-            raise refuse(argument, f"{file} has {count} columns '{column}'")
+            raise argument_error(argument, f"{file} has {count} columns '{column}'")
         if column not in data.column_names:
             hint = nearest(column, data.column_names)
-            raise refuse(argument, f"{file} has no column '{column}'{hint}")
+            raise argument_error(argument, f"{file} has no column '{column}'{hint}")
         if argument != "group":
             kind_of = data.column(column).type
             _check_type(pyarrow, kind_of, argument, f"column '{column}' of {file}")
         values[argument] = _as_text(data.column(column).to_pylist())
     if not data.num_rows:
-        raise refuse(key, f"{file} has columns and no rows")
+        raise argument_error(key, f"{file} has columns but no rows")
     names = list(values)
     return [
         Row(**dict(zip(names, row, strict=True))) for row in zip(*values.values(), strict=True)
@@ -140,9 +143,9 @@ def read_rows(table: TextTable, path: str | None = None, key: str = "path") -> l
 
 
 def _read_separated(pyarrow: Any, text: str, separator: str, table: TextTable) -> Any:
-    """A CSV or TSV file as a table; the wanted columns are read as text, whatever they hold."""
+    """Return a CSV or TSV file as a pyarrow table with all used columns read as text."""
     reader, data = pyarrow.csv, text.encode()
-    # In one block no row can straddle two, and the types of a column agree.
+    # With a single block, no row crosses a boundary and each column has one type.
     block = min(max(len(data), 1) + 1, 2**31 - 1)
     return reader.read_csv(
         pyarrow.BufferReader(data),
@@ -159,16 +162,16 @@ def _read_separated(pyarrow: Any, text: str, separator: str, table: TextTable) -
 
 
 def _check_type(pyarrow: Any, kind: Any, argument: str, place: str) -> None:
-    """Raise `UserError` for a column of neither text nor integers: no class is called 0.5."""
+    """Raise `UserError` unless a column contains text, integers or Booleans."""
     types = pyarrow.types
     inner = kind.value_type if types.is_dictionary(kind) else kind
     names = ("string", "large_string", "string_view", "integer", "boolean", "null")
     if not any(getattr(types, f"is_{name}")(inner) for name in names):
-        raise refuse(argument, f"{place} holds {kind}, and not text or integers")
+        raise argument_error(argument, f"{place} contains {kind}, not text or integers")
 
 
 def _check_quotes(text: str, file: Path, key: str) -> None:
-    """Raise `UserError` for a quote that is never closed: it would swallow all further rows."""
+    """Raise `UserError` for an unclosed quote, which would swallow all further rows."""
     if text.count('"') % 2 == 0:
         return
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -178,9 +181,12 @@ def _check_quotes(text: str, file: Path, key: str) -> None:
             line = reader.line_num + 1
     except csv.Error as error:
         if "unexpected end of data" in str(error) or "field limit" in str(error):
-            problem = f"{file}: a quote in line {line} is never closed"
-            raise refuse(key, f"{problem}; close it, or write two in place of one") from error
+            problem = f"{file}: the quote in line {line} is not closed"
+            raise argument_error(
+                key, f"{problem}; close it, or double it to keep it as a character"
+            ) from error
 
 
 def _as_text(values: Sequence[Any]) -> list[str]:
+    """Return values as strings, with None as an empty string."""
     return ["" if value is None else str(value) for value in values]

@@ -110,7 +110,7 @@ class Noise:
 
 
 class Noisy(TASKS["digits"]):
-    """A task from outside with one section and one parameter of its own."""
+    """A task with one section and one plain parameter."""
 
     argument_sections = {"noise": Noise}
 

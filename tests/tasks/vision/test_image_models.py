@@ -1,4 +1,4 @@
-"""timm's models in the image task: weights, teachers, and layers fit to be quantized."""
+"""Models of timm in the image task: weights, teachers, and quantizable layers."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_every_multiplication_is_quantized(task_of, name):
 
 
 def test_lite0_s_package_fits_timm_s_model(task_of):
-    """The package calls its entries otherwise; in order they fit."""
+    """The entries of the package have other names but the same order."""
     task = task_of(model="tf_efficientnet_lite0", weights=LITE0, weights_order=True)
     built, file = task.build_model().state_dict(), read_state(resolve_file(LITE0, "weights"))
     assert len(built) == len(file) == 296

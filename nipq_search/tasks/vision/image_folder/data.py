@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nipq_search.tasks.common.arguments import integer, most, one_of, seed, text
-from nipq_search.tasks.common.package_files import resolve
+from nipq_search.tasks.common.arguments import integer, one_of, sample_limit, seed, text
+from nipq_search.tasks.common.package_files import resolve_path
 from nipq_search.tasks.common.sections import store
-from nipq_search.tasks.vision.image_folder.search import find
-from nipq_search.tasks.vision.image_folder.sources import Found
-from nipq_search.tasks.vision.image_folder.splits import ImageSplit, Place, choose, wanted_names
+from nipq_search.tasks.vision.image_folder.search import find_images
+from nipq_search.tasks.vision.image_folder.sources import FoundImages
+from nipq_search.tasks.vision.image_folder.splits import (
+    ImageSplit,
+    ImageSplitSource,
+    choose_images,
+    split_names,
+)
 
 FORMATS = ("folder", "parquet", "idx")
 CACHES = ("memory", "none")
@@ -42,8 +47,8 @@ class ImageData:
     format: str | None = None
     image: str = "image"
     label: str = "label"
-    validation: Place = None
-    test: Place = None
+    validation: ImageSplitSource = None
+    test: ImageSplitSource = None
     train_samples: int | None = None
     validation_samples: int | None = None
     test_samples: int | None = None
@@ -55,15 +60,15 @@ class ImageData:
         """Check every argument and make `path` absolute."""
         if self.format is not None:
             one_of("format", self.format, FORMATS)
-        wanted_names(self.validation, self.test)
+        split_names(self.validation, self.test)
         for split, limit in self.limits().items():
-            most(f"{split}_samples", limit)
+            sample_limit(f"{split}_samples", limit)
         text("image", self.image)
         text("label", self.label)
         seed("split_seed", self.split_seed)
         one_of("cache", self.cache, CACHES)
         integer("workers", self.workers, 0, 1_000)
-        store(self, path=str(resolve(self.path, "task_args.path")))
+        store(self, path=str(resolve_path(self.path, "task_args.path")))
 
     def limits(self) -> dict[str, int | None]:
         """Return the maximum number of images by split; None means no limit."""
@@ -73,25 +78,25 @@ class ImageData:
             "test": self.test_samples,
         }
 
-    def find(self) -> Found:
+    def find(self) -> FoundImages:
         """Return the images at `path`, undecoded.
 
         Raises:
             UserError: the data are missing or inconsistent.
         """
-        names = wanted_names(self.validation, self.test)
-        return find(Path(self.path), names, self.format, (self.image, self.label))
+        names = split_names(self.validation, self.test)
+        return find_images(Path(self.path), names, self.format, (self.image, self.label))
 
-    def choose(self, found: Found) -> dict[str, ImageSplit]:
+    def choose(self, found: FoundImages) -> dict[str, ImageSplit]:
         """Divide the images that `find` returned into the three splits.
 
         Raises:
             UserError: a named folder is missing, or a limit exceeds the number of images.
         """
-        return choose(
+        return choose_images(
             found,
             validation=self.validation,
             test=self.test,
-            caps=self.limits(),
+            limits=self.limits(),
             seed=self.split_seed,
         )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.errors import one_line
-from nipq_search.tasks.common.arguments import flag, number, refuse
-from nipq_search.tasks.common.hub import hub, silent
+from nipq_search.tasks.common.arguments import argument_error, flag, number
+from nipq_search.tasks.common.hub import hub_access, unreachable_reason
 from nipq_search.tasks.common.sections import store
 from nipq_search.tasks.vision.image_folder.timm_models import (
     check_name,
@@ -131,19 +131,20 @@ def create_model(name: str, classes: int, weights: Weights, **options: Any) -> n
     """
     timm = import_timm()
     try:
-        with hub() if weights.pretrained else contextlib.nullcontext():
+        with hub_access() if weights.pretrained else contextlib.nullcontext():
             model: nn.Module = timm.create_model(
                 name, pretrained=weights.pretrained, num_classes=classes, **options
             )
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         if not weights.pretrained:
-            raise refuse("model", f"{name}: {reason}") from error
+            raise argument_error("model", f"{name}: {reason}") from error
         remote = type(error).__module__.startswith(("huggingface_hub", "httpx", "requests"))
-        raise refuse(
+        reason = (unreachable_reason() if remote else "") or reason
+        raise argument_error(
             weights.key,
-            f"no pretrained weights of {name} from timm ({(silent() if remote else '') or reason})"
-            "; download them on a machine with network access, or name a file",
+            f"no pretrained weights of {name} from timm ({reason}); download them on a machine "
+            "with network access, or name a file",
         ) from error
     if weights.pretrained:
         known = data_config(name).get("num_classes", classes)

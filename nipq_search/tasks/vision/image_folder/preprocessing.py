@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nipq_search.tasks.common.arguments import integer, number, one_of, refuse
+from nipq_search.tasks.common.arguments import argument_error, integer, number, one_of
 from nipq_search.tasks.common.sections import store
 from nipq_search.tasks.vision.image_folder.transforms import (
     AUGMENTATIONS,
@@ -74,7 +74,7 @@ class ImagePreprocessing:
             for key, value in (("mean", self.mean), ("std", self.std))
         )
         if min(std) <= 0:
-            raise refuse("std", "must be above 0")
+            raise argument_error("std", "must be greater than 0")
         return ChannelNormalization(mean=mean, std=std)
 
 
@@ -83,5 +83,5 @@ def _channels(key: str, value: Any) -> tuple[float, ...]:
     values = value if isinstance(value, list | tuple) else [value] * 3
     finite = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
     if len(values) != 3 or not finite:
-        raise refuse(key, "give one number, or one for each of 3 channels")
+        raise argument_error(key, "give one number, or one for each of 3 channels")
     return tuple(float(v) for v in values)

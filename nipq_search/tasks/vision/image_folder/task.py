@@ -1,4 +1,4 @@
-"""Classification of images that lie in folders, Parquet files or IDX files, with timm's models."""
+"""The task `image_folder`: classification of images in folders, Parquet or IDX files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nipq_search.tasks.base import check_batch_size, evaluating, move, named_split
 from nipq_search.tasks.common.arguments import number
 from nipq_search.tasks.common.arrays import Split, digest_splits
-from nipq_search.tasks.common.package_files import needed
-from nipq_search.tasks.vision.image_folder.batches import Batch, ImageBatches, decoded
+from nipq_search.tasks.common.extras import requires_extra
+from nipq_search.tasks.vision.image_folder.batches import Batch, ImageBatches, decode_split
 from nipq_search.tasks.vision.image_folder.data import ImageData
 from nipq_search.tasks.vision.image_folder.models import ImageModel, ImageTeacher, Teacher
 from nipq_search.tasks.vision.image_folder.preprocessing import ImagePreprocessing
@@ -23,6 +23,14 @@ from nipq_search.tasks.vision.image_folder.splits import ImageSplit, fingerprint
 from nipq_search.tasks.vision.image_folder.timm_models import check_size, data_config
 
 EVALUATION_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedImages:
+    """Images by split, decoded or not, and the names of the classes in order."""
+
+    splits: Mapping[str, ImageSplit | Split]
+    classes: tuple[str, ...]
 
 
 class ImageFolder:
@@ -62,7 +70,7 @@ class ImageFolder:
     ) -> None:
         """Check the sections against each other; the data are read later."""
         for module in ("timm", "PIL", "torchmetrics"):
-            with needed("task image_folder", "vision"):
+            with requires_extra("task image_folder", "vision"):
                 importlib.import_module(module)
         preprocessing = preprocessing or ImagePreprocessing()
         self.data, self.model, self.teacher = data, model, teacher or ImageTeacher()
@@ -73,41 +81,45 @@ class ImageFolder:
         self.normalization = preprocessing.normalization(pretrained)
         self.augment = preprocessing.augment
         self.label_smoothing = number("label_smoothing", label_smoothing, 0, 0.999)
-        self._splits: Mapping[str, ImageSplit | Split] | None = None
+        self._loaded: LoadedImages | None = None
 
     def load_data(self) -> None:
-        """List the images, and decode them where `cache` is `memory`; once."""
-        if self._splits is not None:
+        """Find the images, and decode them if `cache` is `memory`; later calls have no effect."""
+        if self._loaded is not None:
             return
         found = self.data.find()
         chosen = self.data.choose(found)
         with torch.random.fork_rng():
-            # Building the teacher here reports its errors before training starts.
-            self._teacher(len(found.classes))
+            # Building the teacher now reports its errors before training starts.
+            self._build_teacher(len(found.classes))
         splits: dict[str, ImageSplit | Split] = {**chosen}
         if self.data.cache == "memory":
             threads = max(1, self.data.workers)
-            splits = {name: decoded(s, self.crop, threads) for name, s in chosen.items()}
-        self.classes, self._splits = found.classes, splits
+            splits = {name: decode_split(s, self.crop, threads) for name, s in chosen.items()}
+        self._loaded = LoadedImages(splits=splits, classes=found.classes)
 
-    def splits(self) -> Mapping[str, ImageSplit | Split]:
-        """Splits by name, read at the first call."""
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in order."""
+        return self.loaded().classes
+
+    def loaded(self) -> LoadedImages:
+        """Return the splits and classes, which the first call reads."""
         self.load_data()
-        assert self._splits is not None
-        return self._splits
+        assert self._loaded is not None
+        return self._loaded
 
     def split(self, name: str) -> ImageSplit | Split:
-        """One split; `UserError` for an unknown name."""
-        splits = self.splits()
-        return named_split(splits, name)
+        """Return one split, or raise `UserError` if the name is unknown."""
+        return named_split(self.loaded().splits, name)
 
     def dataset(self) -> dict[str, Any]:
-        """Name, number of classes, sizes of the splits, and a digest.
+        """Return name, number of classes, split sizes, and a digest.
 
-        The digest covers every pixel where images are kept in memory. Of files that are read anew
-        in every epoch it covers names and labels alone.
+        The digest covers every pixel of images in memory, but only names and labels of files that
+        are read in every epoch.
         """
-        splits = self.splits()
+        splits = self.loaded().splits
         arrays = {name: split for name, split in splits.items() if isinstance(split, Split)}
         files = {name: split for name, split in splits.items() if isinstance(split, ImageSplit)}
         return {
@@ -118,16 +130,14 @@ class ImageFolder:
         }
 
     def build_model(self) -> nn.Module:
-        """The model for the data's classes, with its starting weights."""
-        self.load_data()
+        """Return a new model for the classes of the data, with its starting weights."""
         return self.model.build(len(self.classes))
 
     def build_teacher(self) -> nn.Module | None:
-        """The teacher in evaluation mode; None where the float model teaches."""
-        self.load_data()
-        return self._teacher(len(self.classes))
+        """Return the teacher in evaluation mode, or None if the float model is the teacher."""
+        return self._build_teacher(len(self.classes))
 
-    def _teacher(self, classes: int) -> nn.Module | None:
+    def _build_teacher(self, classes: int) -> nn.Module | None:
         model = self.teacher.build(classes)
         if model is None or self.teacher.teacher is None:
             return None
@@ -135,16 +145,24 @@ class ImageFolder:
         return self.model.lay_out(Teacher(model, own, self.normalization)).eval()
 
     def example_inputs(self) -> tuple[Tensor]:
-        """One image of the training split, shape (1, 3, size, size)."""
+        """Return one training image, shape (1, 3, size, size)."""
         images, _ = next(iter(self._batches("train", 1, None)))
         return (images,)
 
     def loader(self, split: str, batch_size: int, seed: int | None = None) -> ImageBatches:
-        """One epoch; `seed` orders and augments the training split and is unused elsewhere."""
+        """Return one epoch of a split.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            batch_size: images per batch.
+            seed: seed of order and augmentation; only the training split uses it.
+
+        Returns:
+            Batches of images and labels.
+        """
         check_batch_size(batch_size)
-        return self._batches(
-            split, batch_size, seed if split == "train" else None, self.data.workers
-        )
+        used = seed if split == "train" else None
+        return self._batches(split, batch_size, used, self.data.workers)
 
     def _batches(
         self, split: str, batch_size: int, seed: int | None, workers: int = 0
@@ -153,7 +171,7 @@ class ImageFolder:
         cached = isinstance(images, Split)
         return ImageBatches(
             split=images,
-            # What is in memory has been cut out already.
+            # Images in memory are cropped already.
             crop=dataclasses.replace(self.crop, share=1.0) if cached else self.crop,
             normalization=self.normalization,
             batch_size=batch_size,
@@ -163,30 +181,39 @@ class ImageFolder:
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats, with smoothed labels where asked for."""
+        """Return the mean cross-entropy in nats, with label smoothing."""
         images, labels = batch
         return F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
 
     def distill_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy with the teacher's probabilities at temperature 1, in nats."""
+        """Return the mean cross-entropy with the teacher's probabilities as targets.
+
+        Args:
+            model: the model to train.
+            teacher: the model to imitate; its probabilities have temperature 1.
+            batch: images and labels; labels are ignored.
+
+        Returns:
+            A scalar in nats.
+        """
         images, _ = batch
         with torch.no_grad():
             probabilities = teacher(images).softmax(dim=1)
         return F.cross_entropy(model(images), probabilities)
 
     def num_samples(self, batch: Batch) -> int:
-        """Images in the batch."""
+        """Return the number of images in a batch."""
         return len(batch[1])
 
     def to_device(self, batch: Batch, device: torch.device | str) -> Batch:
-        """The batch on `device`, in the model's memory layout."""
+        """Return a batch on `device`, in the memory layout of the model."""
         images, labels = move(batch, device)
         if self.model.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """`accuracy`, `top5` where there are more than 5 classes, and mean `loss` in nats."""
+        """Return `accuracy`, `top5` with more than 5 classes, and the mean `loss` in nats."""
         from torchmetrics.classification import MulticlassAccuracy
 
         parameter = next(model.parameters(), None)

@@ -6,9 +6,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from nipq_search.errors import UserError
-from nipq_search.tasks.common.arguments import refuse, text
-from nipq_search.tasks.common.package_files import needed
+from nipq_search.tasks.common.arguments import argument_error, text
+from nipq_search.tasks.common.extras import requires_extra
 
 
 def import_timm() -> Any:
@@ -17,7 +16,7 @@ def import_timm() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    with needed("task image_folder", "vision"):
+    with requires_extra("task image_folder", "vision"):
         import timm
     return timm
 
@@ -28,7 +27,7 @@ def check_name(name: str, key: str) -> None:
     if not timm.is_model(text(key, name)):
         close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
-        raise UserError(f"task_args.{key}: timm has no model named '{name}'{hint}")
+        raise argument_error(key, f"timm has no model named '{name}'{hint}")
 
 
 def data_config(name: str) -> Mapping[str, Any]:
@@ -42,7 +41,9 @@ def check_size(name: str | None, size: int) -> None:
     config = {} if name is None else data_config(name)
     fixed = config.get("input_size", (3, size, size))[-1]
     if config.get("fixed_input_size") and fixed != size:
-        raise refuse("size", f"{name} accepts only images of {fixed} pixels; set size: {fixed}")
+        raise argument_error(
+            "size", f"{name} accepts only images of {fixed} pixels; set size: {fixed}"
+        )
 
 
 def classifier_names(name: str) -> tuple[str, ...]:

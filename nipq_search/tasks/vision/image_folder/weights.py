@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from nipq_search.errors import UserError, one_line
 from nipq_search.tasks.base import unreadable
-from nipq_search.tasks.common.arguments import refuse, text
-from nipq_search.tasks.common.package_files import anchored, needed, resolve_file
+from nipq_search.tasks.common.arguments import argument_error, text
+from nipq_search.tasks.common.extras import requires_extra
+from nipq_search.tasks.common.package_files import absolute_if_exists, resolve_file
 from nipq_search.tasks.vision.image_folder.timm_models import classifier_names
 
 PRETRAINED = "timm"
@@ -65,7 +66,7 @@ class Weights:
             return
         problem = f"{model}: {origin} has {found} classes and the data {classes}"
         if not self.new_classifier:
-            raise refuse(self.key, f"{problem}; a teacher needs the same")
+            raise argument_error(self.key, f"{problem}; a teacher needs the same")
         _log.info("%s: new classifier", problem)
 
     def load(self, model: nn.Module, name: str, classes: int) -> None:
@@ -85,10 +86,10 @@ class Weights:
         path = resolve_file(self.name, f"task_args.{self.key}")
         state, own = read_state(path), model.state_dict()
         if bad := next((k for k, v in state.items() if not is_finite(v)), None):
-            raise refuse(self.key, f"{path}: weights are not finite: {bad}")
+            raise argument_error(self.key, f"{path}: weights are not finite: {bad}")
         if self.in_order:
             if len(state) != len(own):
-                raise refuse(
+                raise argument_error(
                     self.key,
                     f"{path} has {len(state)} entries and {name} has {len(own)}; weights_order "
                     "needs equal numbers",
@@ -101,7 +102,7 @@ class Weights:
             self.check_classes(name, str(path), len(state[wrong[0]]), classes)
             state = {key: value for key, value in state.items() if key not in wrong}
         elif wrong:
-            raise refuse(
+            raise argument_error(
                 self.key,
                 f"{path} is not a checkpoint of {name}: {wrong[0]} has shape "
                 f"{tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}",
@@ -118,7 +119,7 @@ class Weights:
         problems = [f"lacks {_first(missing)}"] if missing else []
         problems += [f"has {_first(unexpected)}, unknown to the model"] if unexpected else []
         if problems:
-            raise refuse(
+            raise argument_error(
                 self.key, f"{path} is not a checkpoint of {name}: it {' and '.join(problems)}"
             )
 
@@ -127,7 +128,7 @@ def checked_weights(key: str, name: Any) -> str | None:
     """Return `name` as a value of `Weights.name`, with the path of a file made absolute."""
     if name is None or name == PRETRAINED:
         return name  # type: ignore[no-any-return]
-    return str(anchored(text(key, name)))
+    return str(absolute_if_exists(text(key, name)))
 
 
 def _first(keys: list[str]) -> str:
@@ -145,7 +146,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            with needed("task image_folder", "vision"):
+            with requires_extra("task image_folder", "vision"):
                 from safetensors.torch import load_file
             state: Any = load_file(path)
         else:

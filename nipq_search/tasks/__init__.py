@@ -1,7 +1,8 @@
 """Tasks: the model, the data, the loss and the metric of a sweep.
 
-A sweep file names a task by its key in `TASKS`, or a class of your own as
-`package.module:Class`; `task_args` are the class's keyword arguments.
+A sweep file names a task by its key in `TASKS`, or a user-defined class as
+`package.module:Class`; `task_args` are the keyword arguments of the class. Start reading in
+`base.py`, the protocol, and `vision/digits.py`, the smallest task. Imports only `quant` and `errors`.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ TASKS: dict[str, Callable[..., Task]] = {
     "masked_lm": MaskedLanguageModeling,
     "causal_lm": CausalLanguageModeling,
 }
-"""Tasks that a sweep file may name without a module."""
+"""Tasks that a sweep file can name without a module."""
 
 
 def register(name: str, factory: Callable[..., Task]) -> None:
-    """Add a task under `name`; `ValueError` if the name is taken."""
+    """Add a task under `name`, or raise `ValueError` if the name is in use."""
     if name in TASKS:
         raise ValueError(f"a task named '{name}' exists already")
     TASKS[name] = factory
@@ -50,13 +51,14 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
     """Build the task that a sweep file names.
 
     Args:
-        name: a key of `TASKS`, or `package.module:Class`; the module may lie in the current
+        name: a key of `TASKS`, or `package.module:Class`; the module can be in the current
             directory.
         args: keyword arguments of the class, `task_args` in the sweep file. The fields of a
             class's `argument_sections` are given flat; see `nipq_search.tasks.common.sections`.
 
     Raises:
-        UserError: unknown name, module or class, wrong arguments, or a class that is no task.
+        UserError: the name, module or class is unknown, an argument is invalid, or the class is
+            not a task.
     """
     if ":" in name:
         factory = _import_class(name)
@@ -65,7 +67,7 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
     else:
         raise UserError(
             f"task: no task named '{name}'{nearest(name, TASKS)}; "
-            "a class of your own is named package.module:Class"
+            "name a user-defined class as package.module:Class"
         )
     arguments = dict(args or {})
     _check_arguments(name, factory, arguments)
@@ -77,7 +79,7 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
         raise UserError(f"task_args: {unreadable(error)}") from error
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"task_args: {name} refuses {arguments} ({reason})") from error
+        raise UserError(f"task_args: {name} rejects {arguments} ({reason})") from error
     check_task(task)
     return task
 
@@ -85,7 +87,7 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
 def _check_arguments(
     name: str, factory: Callable[..., Task], arguments: Mapping[str, Any]
 ) -> None:
-    """Raise `UserError` for a key that the class does not take and for one that it misses."""
+    """Raise `UserError` for an argument that the class does not accept or that is missing."""
     parameters = flat_parameters(factory).values()
     keys = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -99,7 +101,7 @@ def _check_arguments(
 
 
 def _import_class(name: str) -> Callable[..., Task]:
-    """The class that `package.module:Class` names."""
+    """Return the class that `package.module:Class` names."""
     module_name, _, class_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
         raise UserError(f"task: '{name}' is not of the form package.module:Class")
@@ -115,7 +117,7 @@ def _import_class(name: str) -> Callable[..., Task]:
 
 
 def _import_module(name: str) -> ModuleType:
-    """Import a module, with the current directory as the last place to look in."""
+    """Import a module, with the current directory as the last entry of the search path."""
     directory = os.getcwd()
     added = directory not in sys.path
     if added:

@@ -1,4 +1,4 @@
-"""The task protocol: a model, its data, its loss and the figure that the search optimizes.
+"""The task protocol: a model, its data, its loss and the metric that the search optimizes.
 
 A task is any object with the members of `Task`; no base class is required. The functions in this
 module call these members, check what they return, and provide a default for each optional member:
@@ -78,7 +78,7 @@ class Task(Protocol):
         ...
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return figures of a whole split, including `metric`, and restore the model's modes."""
+        """Return metrics of a whole split, including `metric`, and restore the model's modes."""
         ...
 
 
@@ -227,7 +227,7 @@ def to_device(task: object, batch: Any, device: torch.device | str) -> Any:
 
 
 def evaluate(task: Task, model: nn.Module, split: str) -> dict[str, float]:
-    """Return the task's figures of a split, computed in evaluation mode without gradients.
+    """Return the task's metrics on a split, computed in evaluation mode without gradients.
 
     Args:
         task: the task.
@@ -235,7 +235,7 @@ def evaluate(task: Task, model: nn.Module, split: str) -> dict[str, float]:
         split: one of `SPLITS`.
 
     Returns:
-        Figures by name.
+        Metrics by name.
     """
     with evaluating(model):
         return {name: float(value) for name, value in task.evaluate(model, split).items()}

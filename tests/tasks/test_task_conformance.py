@@ -75,7 +75,7 @@ def first_batches(task, split, seed, count=2, batch_size=32):
 
 
 def equal(left, right):
-    """Whether two lists of batches, however nested, hold equal tensors in equal places."""
+    """Whether two lists of batches contain equal tensors in the same order."""
     one, other = list(tensors_in(left)), list(tensors_in(right))
     assert one and other, "no tensor in the batches"
     return len(one) == len(other) and all(map(torch.equal, one, other))

@@ -33,7 +33,7 @@ from nipq_search.tasks.text.tokens import (
 Batch = tuple[Tensor, ...]
 
 METRICS = ("accuracy", "f1", "matthews")
-"""Figures that can be maximized: accuracy, mean F1 of the classes, Matthews correlation."""
+"""Metrics that can be maximized: accuracy, mean F1 of the classes, Matthews correlation."""
 
 
 class EncoderClassifier(nn.Module):
@@ -114,7 +114,7 @@ class TextClassification:
         splits: how rows are divided into splits; the defaults if None.
         lengths: lengths of the tokenized texts; the defaults if None.
         hidden_weight: weight of the hidden states' error in the distillation loss.
-        metric: the figure to maximize, one of `METRICS`.
+        metric: the metric to maximize, one of `METRICS`.
     """
 
     name = "text_classification"
@@ -281,7 +281,7 @@ class TextClassification:
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Return `accuracy`, macro `f1`, `matthews` correlation and mean `loss` in nats."""
         with requires_extra(f"task {self.name}", "text"):
-            from torchmetrics.functional import classification as figures
+            from torchmetrics.functional import classification as metrics
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         arrays, loader = self.split(split), self.loader(split, self.evaluation_batch)
@@ -296,8 +296,8 @@ class TextClassification:
         logits, labels = torch.cat(outputs), torch.from_numpy(arrays.labels[order])
         classes, hits = logits.shape[1], logits.argmax(dim=1)
         return {
-            "accuracy": float(figures.multiclass_accuracy(hits, labels, classes, average="micro")),
-            "f1": float(figures.multiclass_f1_score(hits, labels, classes, average="macro")),
-            "matthews": float(figures.multiclass_matthews_corrcoef(hits, labels, classes)),
+            "accuracy": float(metrics.multiclass_accuracy(hits, labels, classes, average="micro")),
+            "f1": float(metrics.multiclass_f1_score(hits, labels, classes, average="macro")),
+            "matthews": float(metrics.multiclass_matthews_corrcoef(hits, labels, classes)),
             "loss": float(F.cross_entropy(logits, labels)),
         }

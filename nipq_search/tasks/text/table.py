@@ -104,25 +104,9 @@ def read_rows(table: TextTable, path: str | None = None, key: str = "path") -> l
         UserError: the file is missing or damaged, or lacks a column.
     """
     file = resolve_file(path or table.path, f"task_args.{key}")
-    kind = Path(file.stem).suffix if file.suffix in DECOMPRESSORS else file.suffix
     with requires_extra("reading tables", "text"):
-        import pyarrow
-        import pyarrow.csv
-        import pyarrow.parquet
-    try:
-        if kind == ".parquet":
-            data = pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(file)))
-        elif kind in SEPARATORS:
-            text = read_text(file, table.encoding)
-            if SEPARATORS[kind] == ",":
-                _check_quotes(text, file, key)
-            data = _read_separated(pyarrow, text, SEPARATORS[kind], table)
-        else:
-            known = ", ".join([*SEPARATORS, ".parquet"])
-            raise argument_error(key, f"{file} is not a table: its name ends in none of {known}")
-    except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise argument_error(key, f"{file} cannot be read as a table: {reason}") from error
+        import pyarrow  # noqa: F401
+    data = _read_file(file, key, table)
     values: dict[str, Sequence[str]] = {}
     for argument, column in table.used_columns().items():
         if (count := data.column_names.count(column)) > 1:
@@ -131,8 +115,7 @@ def read_rows(table: TextTable, path: str | None = None, key: str = "path") -> l
             hint = nearest(column, data.column_names)
             raise argument_error(argument, f"{file} has no column '{column}'{hint}")
         if argument != "group":
-            kind_of = data.column(column).type
-            _check_type(pyarrow, kind_of, argument, f"column '{column}' of {file}")
+            _check_type(data.column(column).type, argument, f"column '{column}' of {file}")
         values[argument] = _as_text(data.column(column).to_pylist())
     if not data.num_rows:
         raise argument_error(key, f"{file} has columns but no rows")
@@ -142,9 +125,33 @@ def read_rows(table: TextTable, path: str | None = None, key: str = "path") -> l
     ]
 
 
-def _read_separated(pyarrow: Any, text: str, separator: str, table: TextTable) -> Any:
-    """Return a CSV or TSV file as a pyarrow table with all used columns read as text."""
-    reader, data = pyarrow.csv, text.encode()
+def _read_file(file: Path, key: str, table: TextTable) -> Any:
+    """Return a file as a pyarrow table."""
+    import pyarrow
+    import pyarrow.parquet
+
+    kind = Path(file.stem).suffix if file.suffix in DECOMPRESSORS else file.suffix
+    try:
+        if kind == ".parquet":
+            return pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(file)))
+        if kind in SEPARATORS:
+            text = read_text(file, table.encoding)
+            if SEPARATORS[kind] == ",":
+                _check_quotes(text, file, key)
+            return _read_separated(text, SEPARATORS[kind], table)
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise argument_error(key, f"{file} cannot be read as a table: {reason}") from error
+    known = ", ".join([*SEPARATORS, ".parquet"])
+    raise argument_error(key, f"{file} is not a table: its name ends in none of {known}")
+
+
+def _read_separated(text: str, separator: str, table: TextTable) -> Any:
+    """Return the text of a CSV or TSV file as a pyarrow table with text in all used columns."""
+    import pyarrow
+    from pyarrow import csv as reader
+
+    data = text.encode()
     # With a single block, no row crosses a boundary and each column has one type.
     block = min(max(len(data), 1) + 1, 2**31 - 1)
     return reader.read_csv(
@@ -161,9 +168,10 @@ def _read_separated(pyarrow: Any, text: str, separator: str, table: TextTable) -
     )
 
 
-def _check_type(pyarrow: Any, kind: Any, argument: str, place: str) -> None:
+def _check_type(kind: Any, argument: str, place: str) -> None:
     """Raise `UserError` unless a column contains text, integers or Booleans."""
-    types = pyarrow.types
+    from pyarrow import types
+
     inner = kind.value_type if types.is_dictionary(kind) else kind
     names = ("string", "large_string", "string_view", "integer", "boolean", "null")
     if not any(getattr(types, f"is_{name}")(inner) for name in names):

@@ -65,9 +65,7 @@ def test_a_lone_quote_inside_a_value_is_a_character(tmp_path):
 def test_columns_of_other_kinds_are_named(tmp_path, name, values):
     content = pyarrow.table({"text": ["a", "b"], "label": [0, 1], name: values})
     pyarrow.parquet.write_table(content, tmp_path / "t.parquet")
-    with pytest.raises(
-        UserError, match=f"{name}: column .{name}. of .*, not text or in"
-    ):
+    with pytest.raises(UserError, match=f"{name}: column .{name}. of .*, not text or in"):
         read_rows(table(tmp_path / "t.parquet"))
 
 

@@ -49,11 +49,11 @@ class ImagePreprocessing:
         integer("size", self.size, MIN_SIZE, 10_000)
         one_of("augment", self.augment, AUGMENTATIONS)
         self.crop({})
-        figures = self.normalization({})
+        given = self.normalization({})
         if self.mean is not None:
-            store(self, mean=figures.mean)
+            store(self, mean=given.mean)
         if self.std is not None:
-            store(self, std=figures.std)
+            store(self, std=given.std)
 
     def crop(self, pretrained: Mapping[str, Any]) -> Crop:
         """Return the crop; `pretrained`, the model's configuration, supplies the defaults."""

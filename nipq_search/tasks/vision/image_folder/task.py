@@ -232,5 +232,5 @@ class ImageFolder:
                 loss += F.cross_entropy(outputs, labels, reduction="sum")
                 for metric in metrics.values():
                     metric.update(outputs, labels)
-        figures = {name: float(metric.compute()) for name, metric in metrics.items()}
-        return {**figures, "loss": float(loss) / len(self.split(split))}
+        values = {name: float(metric.compute()) for name, metric in metrics.items()}
+        return {**values, "loss": float(loss) / len(self.split(split))}

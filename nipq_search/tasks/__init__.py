@@ -2,7 +2,8 @@
 
 A sweep file names a task by its key in `TASKS`, or a user-defined class as
 `package.module:Class`; `task_args` are the keyword arguments of the class. Start reading in
-`base.py`, the protocol, and `vision/digits.py`, the smallest task. Imports only `quant` and `errors`.
+`base.py`, the protocol, and `vision/digits.py`, the smallest task. Imports only `quant` and
+`errors`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ module call these members, check what they return, and provide a default for eac
 - `input_bits`: 8 if the model's raw input is uint8 data, else None;
 - `dataset()`: name, sizes of the splits and a digest of the data, as plain JSON types;
 - `sample_keys(split)`: one hashable value per sample that identifies it, in any order; the
-  conformance tests use it if the first tensors of a batch do not distinguish samples.
+  conformance tests use it if the first tensors of a batch do not distinguish samples;
+- `argument_sections`: dataclasses that group the arguments of the constructor; `make_task` builds
+  them as `common/sections.py` describes.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def check_disjoint(key: str, files: Iterable[Any], others: Iterable[Any]) -> Non
 
 
 SplitSource = float | tuple[str, ...]
-"""Origin of a split: a share of the data, or files of its own."""
+"""Origin of a split: a share of the data, or separate files."""
 
 
 def split_sources(validation: Any, test: Any) -> tuple[SplitSource, SplitSource]:

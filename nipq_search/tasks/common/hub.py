@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 
 TIMEOUT_SECONDS = 5
-"""Time in which the hub must send any response."""
+"""Timeout of the reachability test."""
 
 
 @contextlib.contextmanager

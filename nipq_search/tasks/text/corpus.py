@@ -62,7 +62,7 @@ class Corpus:
         positive("block", self.block)
 
     def files(self, splits: TextSplits) -> dict[str, list[Path]]:
-        """Return the training files as `path`, and those of splits with files of their own.
+        """Return the training files as `path`, and those of splits with separate files.
 
         Raises:
             UserError: a path matches no file, no file is left to train, or splits share a file.
@@ -152,7 +152,7 @@ def split_blocks(
         blocks: blocks (N, L) of the main text, in order. They form at most 100 runs, and a share
             has at least one run.
         splits: how to divide them.
-        own: blocks of the splits that have files of their own.
+        own: blocks of the splits with separate files.
 
     Returns:
         Blocks of the train, validation and test splits, in this order.

@@ -52,12 +52,12 @@ class TextSplits:
         seed("split_seed", self.split_seed)
 
     def shares(self) -> dict[str, float]:
-        """Return the shares to hold out, by split; splits with files of their own are absent."""
+        """Return the shares to hold out, by split, except for splits with separate files."""
         values = {"test": self.test, "validation": self.validation}
         return {name: value for name, value in values.items() if isinstance(value, float)}
 
     def files(self) -> dict[str, tuple[str, ...]]:
-        """Return the paths of the splits that have files of their own."""
+        """Return the paths of the splits with separate files."""
         values = {"validation": self.validation, "test": self.test}
         return {
             name: tuple(value) for name, value in values.items() if not isinstance(value, float)

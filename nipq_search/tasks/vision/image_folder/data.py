@@ -33,7 +33,7 @@ class ImageData:
         image: Parquet column of the images: bytes, or a struct with `bytes`.
         label: Parquet column of the labels: integers or text.
         validation: name of the validation folder, or the share of the training images to hold
-            out. None uses the folder with a usual name, or holds out a tenth if none exists.
+            out. None searches for a folder with a usual name, or else holds out a tenth.
         test: the same for the test split.
         train_samples: maximum number of training images; None uses all.
         validation_samples: maximum number of validation images; None uses all.

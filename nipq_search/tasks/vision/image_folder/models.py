@@ -30,7 +30,7 @@ class ImageModel:
         model: timm's name of the model.
         weights: None for random weights, `timm` for timm's pretrained ones, a file, or
             `package://NAME/FILE`.
-        weights_order: match the file's entries to the model's by position, whatever their names.
+        weights_order: match the file's entries to the model's by position, regardless of names.
         drop_rate: dropout probability before the classifier.
         drop_path_rate: maximum drop probability of stochastic depth.
         norm_momentum: weight of the current batch in the running statistics of batch

@@ -92,7 +92,7 @@ def find_folders(path: Path, names: SplitNames) -> FoundImages:
     if reserved and (direct or len(reserved) == len(classes)):
         raise UserError(
             f"task_args.path: {places['train']}: '{reserved[0]}' is the name of a split, not of a "
-            "class, and there is no folder 'train'; rename the folder of training images to that"
+            "class, and there is no folder 'train'; create it for the training images"
         )
     splits = {}
     for split, tree in trees.items():
@@ -172,7 +172,7 @@ def read_idx_pair(folder: Path, prefix: str) -> LabeledImages:
     """Read the images and labels of one split.
 
     Raises:
-        UserError: a file is missing or invalid, or there are more labels or images.
+        UserError: a file is missing or invalid, or the numbers of images and labels differ.
     """
 
     def file(rest: str) -> Path:

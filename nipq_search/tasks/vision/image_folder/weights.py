@@ -35,7 +35,7 @@ class Weights:
     Attributes:
         name: None for random weights, `timm` for timm's pretrained ones, or a file.
         key: argument that names them, for messages.
-        in_order: match the file's entries to the model's by position, whatever their names.
+        in_order: match the file's entries to the model's by position, regardless of names.
         new_classifier: whether a classifier for another number of classes is reinitialized; False
             rejects such weights.
     """
@@ -66,7 +66,7 @@ class Weights:
             return
         problem = f"{model}: {origin} has {found} classes and the data {classes}"
         if not self.new_classifier:
-            raise argument_error(self.key, f"{problem}; a teacher needs the same")
+            raise argument_error(self.key, f"{problem}; a teacher needs the same number")
         _log.info("%s: new classifier", problem)
 
     def load(self, model: nn.Module, name: str, classes: int) -> None:

@@ -72,6 +72,14 @@ def attempts(folder: Path, trial: int) -> list[Path]:
     return sorted((folder / "out" / "trials" / str(trial)).glob("attempt-*"))
 
 
+def anonymize(out: Path) -> None:
+    """Remove logs, and what names the machine."""
+    for file in (*out.rglob("log*.txt"), *out.rglob("traceback.txt")):
+        file.unlink()
+    for file in out.rglob("started.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "host": "earlier-host"}))
+
+
 def main() -> None:
     target = Path(sys.argv[1])
     folder = Path(tempfile.mkdtemp(prefix="earlier-", dir="/tmp"))
@@ -96,8 +104,7 @@ def main() -> None:
         place = folder / "out" / name
         shutil.rmtree(place, ignore_errors=True)
         place.unlink(missing_ok=True)
-    for file in (folder / "out").rglob("log*.txt"):
-        file.unlink()
+    anonymize(folder / "out")
     shutil.move(folder / "out", target)
     shutil.rmtree(folder)
 

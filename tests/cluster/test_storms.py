@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 from storm import Storm
 
-SEED = 2
-"""Of the twenty the one that kills every kind of thing."""
+SEED = 9
+"""Of the twenty a short one that kills every kind of thing; odd: the URL is in the environment."""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

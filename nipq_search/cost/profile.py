@@ -46,7 +46,7 @@ def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
             if layer.weight is None or first_use[layer.weight] != layer.name
             else graph.tensors[layer.weight].numel * complete[layer.weight] / 8,
             "second_activation_bits": shown(layer.second),
-            "why": layer.why,
+            "why": layer.float_reason,
         }
         for layer in graph.layers
     ]

@@ -1,8 +1,9 @@
-"""NIPQ and other fake quantizers, and the conversion of any model to use them.
+"""Fake quantizers, NIPQ first among them, and the conversion of a float model to use them.
 
-Start reading in `insertion/prepare.py`. Folders, from the bottom to the top: `numerics` (the
-mathematics), `kernels` (the same, faster), `quantizers`, `tracing` (what a model computes),
-`insertion` (where quantizers go), `tools`. Imports no other layer, and needs torch alone.
+Start reading in `insertion/prepare.py`. Folders from bottom to top: `numerics` (pure functions),
+`kernels` (fast implementations of them), `quantizers` (modules), `tracing` (finding every
+multiplication of a model), `insertion` (placing quantizers in a model), `tools` (operations on a
+prepared model). This layer imports no other layer of the project and depends only on torch.
 """
 
 from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer, register

@@ -1,4 +1,4 @@
-"""What a traced call is: a layer with a weight, a product of activations, a residual sum."""
+"""Classification of traced calls: layers with a weight, products of activations, residual sums."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nipq_search.quant.tracing.trace import Call, Operand, Trace
+from nipq_search.quant.tracing.trace import Call, OperandRecord, Trace
 
-UNTRAINED = "the table is not trained"
+UNTRAINED = "the table is not trainable"
 IDLE = "did not run on the example inputs"
 
 FIRST, SECOND = "input", "second"
-"""Slots of the activations that a layer consumes; they end the names of tensors."""
+"""Slots of the activations that a layer consumes; also the suffixes of their tensor names."""
 
 
 @dataclass
 class Layer:
-    """A call that becomes a layer of the graph.
+    """A traced call that becomes a layer of the graph.
 
     Attributes:
-        call: what was traced.
+        call: the traced call.
         name: name of the layer.
-        kind: its kind.
-        weight: the operand that is a weight, or None.
-        slots: the operands that are activations.
-        why: why nothing of it is quantized; empty where it is.
-        asked: whether the configuration asked for that.
-        pin: bit-width, `float` or None.
+        kind: `conv2d`, `linear`, `scores` and so on.
+        weight: index of the operand that is a weight, or None.
+        slots: indices of the operands that are activations, by slot.
+        float_reason: reason why the layer stays in float; empty if it is quantized.
+        float_requested: whether the configuration requested that.
+        pin: bit-width in bits, `float` or None.
     """
 
     call: Call
@@ -37,27 +37,27 @@ class Layer:
     kind: str
     weight: int | None = None
     slots: dict[str, int] = field(default_factory=dict)
-    why: str = ""
-    asked: bool = False
+    float_reason: str = ""
+    float_requested: bool = False
     pin: int | str | None = None
 
     @property
     def in_float(self) -> bool:
-        """Whether no operand gets a quantizer."""
-        return bool(self.why)
+        """Whether no operand is quantized."""
+        return bool(self.float_reason)
 
-    def operands(self, index: int) -> list[Operand]:
-        """One operand of every time that the call was made."""
+    def operands(self, index: int) -> list[OperandRecord]:
+        """Return the operand at `index` of every execution of the call."""
         found = (pair[index] for pair in self.call.operands)
         return [operand for operand in found if operand is not None]
 
 
 def find_layers(found: Trace, products: bool) -> list[Layer]:
-    """The layers of a trace, named, in order of execution; sums are left out.
+    """Return the named layers of a trace in order of execution, without sums.
 
     Args:
         found: the trace.
-        products: whether products of two activations are to be quantized.
+        products: whether to quantize products of two activations.
     """
     layers: list[Layer] = []
     taken: set[str] = set()
@@ -74,21 +74,21 @@ def find_layers(found: Trace, products: bool) -> list[Layer]:
 
 
 def _assign(layer: Layer, products: bool) -> bool:
-    """Say which operand is what, or why the layer stays in float; False if it is none at all."""
+    """Set the roles of the operands, or the reason to stay in float; False if not a layer."""
     call = layer.call
     first, second = call.operands[0]
     if call.op is not None and call.op.is_lookup:
         layer.weight = 1
         if second is None or not second.is_weight:
             return False
-        layer.why = "" if second.trained else UNTRAINED
+        layer.float_reason = "" if second.trained else UNTRAINED
         return True
     if not call.macs and not call.label:
         return False
     if call.op is None:
-        layer.why = f"{call.function} has no quantized form"
+        layer.float_reason = f"{call.function} has no quantized form"
     elif first is None or second is None:
-        layer.why = "an operand is no tensor of floating-point numbers"
+        layer.float_reason = "an operand is not a floating-point tensor"
     elif second.is_weight and (not first.is_weight or _goes_through(call, first, second)):
         layer.weight, layer.slots = 1, {FIRST: 0}
     elif first.is_weight and not second.is_weight:
@@ -96,16 +96,17 @@ def _assign(layer: Layer, products: bool) -> bool:
     elif first.is_activation and second.is_activation:
         layer.slots = {FIRST: 0, SECOND: 1}
         if not products:
-            layer.why, layer.asked = "products of activations are left out by quant.products", True
+            layer.float_reason = "products of activations are disabled by quant.products"
+            layer.float_requested = True
     elif first.is_weight:
-        layer.why = "both operands are computed from parameters alone"
+        layer.float_reason = "both operands are computed from parameters only"
     else:
-        layer.why = "an operand is a constant"
+        layer.float_reason = "an operand is a constant"
     return True
 
 
-def _goes_through(call: Call, first: Operand, second: Operand) -> bool:
-    """Whether of two operands made of parameters the second is the weight of the first."""
+def _goes_through(call: Call, first: OperandRecord, second: OperandRecord) -> bool:
+    """Whether the second of two operands computed from parameters is the weight of a layer."""
     assert call.op is not None and call.op.first is not None
     is_layer = call.op.first.axis is None and call.op.second.axis is not None
     return second.parameter is not None and (is_layer or first.parameter is None)
@@ -126,7 +127,7 @@ def _name(layer: Layer, taken: set[str]) -> str:
 
 
 def find_sums(found: Trace) -> dict[str, Call]:
-    """The residual sums of a trace, by name."""
+    """Return the residual sums of a trace by name."""
     sums: dict[str, Call] = {}
     for call in found.calls:
         if call.op is not None and call.op.is_sum and _is_residual(call):
@@ -146,12 +147,12 @@ def _is_residual(call: Call) -> bool:
         and len(first.shape) > 1
         and first.is_activation
         and second.is_activation
-        and first.origins != second.origins  # else a part of an activation function, as in GELU
+        and first.origins != second.origins  # equal ones occur in activation functions, as in GELU
     )
 
 
 def weight_value(layer: Layer) -> Tensor:
-    """The weight of a layer that has one."""
+    """Return the weight of a layer that has one."""
     assert layer.weight is not None
     value = layer.operands(layer.weight)[0].value
     assert value is not None
@@ -159,7 +160,7 @@ def weight_value(layer: Layer) -> Tensor:
 
 
 def weight_axis(layer: Layer) -> int | None:
-    """Dimension of the output channels in a layer's weight."""
+    """Return the dimension of the output channels in a layer's weight, or None."""
     op = layer.call.op
     assert op is not None
     place = op.second if layer.weight == 1 else op.first
@@ -169,6 +170,6 @@ def weight_axis(layer: Layer) -> int | None:
 
 
 def stored_elements(value: Tensor) -> int:
-    """Elements of a weight as it is stored: an expanded one is not stored more than once."""
+    """Return the number of stored elements of a weight, counting expanded dimensions once."""
     sizes = zip(value.shape, value.stride(), strict=True)
     return math.prod(size for size, stride in sizes if stride != 0)

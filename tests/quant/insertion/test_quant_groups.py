@@ -60,7 +60,7 @@ def groups(model):
 
 
 def in_float(model):
-    return {layer.name for layer in quant_state(model).graph.layers if layer.why}
+    return {layer.name for layer in quant_state(model).graph.layers if layer.float_reason}
 
 
 def test_projections_that_one_attention_multiplies():
@@ -174,9 +174,9 @@ def test_selection_by_name_kind_and_place():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exclude": ("hed",)}, "quant.exclude.hed: no layer has such a name .*'head'"),
+        ({"exclude": ("hed",)}, "quant.exclude.hed: no layer has this name .*'head'"),
         ({"include": ("kind:conv2d",)}, "quant.include.kind:conv2d: no layer of this kind; there"),
-        ({"pin": {"order:middle": 4}}, "order:middle: unknown place; use order:first or"),
+        ({"pin": {"order:middle": 4}}, "order:middle: unknown order; use order:first or"),
         ({"groups": ("nothing*",)}, "quant.groups.nothing"),
     ],
 )

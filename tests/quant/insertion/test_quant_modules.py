@@ -43,7 +43,7 @@ def test_inference_first_and_training_later():
         prepared = prepare(model, normal(4, 8))
         made_there = nn.Linear(8, 3)
     prepared(X).sum().backward()
-    with pytest.raises(UserError, match="weight: made under torch.inference_mode"):
+    with pytest.raises(UserError, match="weight: created under torch.inference_mode"):
         prepare(made_there, X)
 
 

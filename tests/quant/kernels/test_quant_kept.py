@@ -23,7 +23,7 @@ X = normal(6, 10, 16)
 @pytest.fixture(autouse=True)
 def no_tensor_is_small(monkeypatch):
     """Small ones are kept as they are, and all of these are small."""
-    monkeypatch.setattr(function, "SMALL", 0)
+    monkeypatch.setattr(function, "SMALL_ELEMENTS", 0)
 
 
 class Attention(nn.Module):
@@ -66,7 +66,7 @@ def trained(model, x=X, context=None, steps=1):
 
 def everything_kept(monkeypatch):
     """From here on products keep their operands."""
-    monkeypatch.setattr(function, "remember", lambda y, x, again: None)
+    monkeypatch.setattr(function, "register_recipe", lambda y, x, compute: None)
 
 
 @pytest.mark.parametrize("phase", ["noise", "empirical", "tuning", "lsq"])
@@ -169,7 +169,7 @@ def test_an_activation_of_two_consumers_is_quantized_once(monkeypatch, made, pro
     assert made.count(tuple(X.shape)) == 3
     model(X)
     assert made.count(tuple(X.shape)) == 5  # with the noise of the next step
-    monkeypatch.setattr(function._Call, "done_before", lambda self, x: None)
+    monkeypatch.setattr(function._Quantization, "reused_output", lambda self, x: None)
     for a, b in zip(once, trained(again), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(marginal, quantizers(again)["one.input"].bits.marginal) and marginal != 0
@@ -347,7 +347,7 @@ def test_overwritten_raw_input_is_noticed():
 
 def test_nothing_lives_longer_than_its_graph():
     def packed():
-        return sum(type(each) is kept._Again for each in gc.get_objects())
+        return sum(type(each) is kept._Recomputed for each in gc.get_objects())
 
     model = prepare(encoder(), X).train()
     gc.collect()

@@ -243,7 +243,7 @@ def test_a_boundary_does_not_reach_zero():
         boundary = Boundary(raw, theta, Grid.SIGNED, torch.zeros(1), 0, start, draw)
         y = [K.pseudo_quantize(normal(9), b, 1) for b in (boundary, boundary.resolved())]
         torch.testing.assert_close(*y, equal_nan=True)
-        assert float(y[0].detach().abs().max()) <= F.LEAST_BOUNDARY or y[0].isnan().any()
+        assert float(y[0].detach().abs().max()) <= F.MIN_BOUNDARY or y[0].isnan().any()
 
 
 def test_a_width_is_sampled_alike_as_a_number_and_as_a_tensor():

@@ -20,7 +20,7 @@ from nipq_search.quant import kernels as K
 from nipq_search.quant.numerics.functional import Grid
 from nipq_search.quant.kernels import cpu, cuda
 from nipq_search.quant.kernels.function import quantize
-from nipq_search.quant.numerics.noise import placed
+from nipq_search.quant.numerics.noise import with_origin
 from test_quant_kernels import LAYOUTS, ONE, results
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +31,7 @@ small = [layout for layout in LAYOUTS if torch.Size(layout[0]).numel() < 6000]
 compared = 0
 for layout, grid, law in itertools.product(small, Grid, ("uniform", "empirical", "rounding")):
     for leaf, origin in itertools.product((True, False), (0, 70_003, 3 << 30)):
-        key = None if law == "rounding" else placed(0xDEADBEEFCAFE1234, origin)
+        key = None if law == "rounding" else with_origin(0xDEADBEEFCAFE1234, origin)
         fast, slow = (
             results(
                 lambda x, b, backend=backend: quantize(backend, x, b, key, law == "empirical"),

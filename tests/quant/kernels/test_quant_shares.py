@@ -11,7 +11,13 @@ from nipq_search.quant import QuantConfig, prepare
 from nipq_search.quant import kernels as K
 from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.quant.kernels import cpu
-from nipq_search.quant.numerics.noise import drawn_from, mix, placed, residuals_of, uniform_noise
+from nipq_search.quant.numerics.noise import (
+    drawn_from,
+    mix,
+    residuals_of,
+    uniform_noise,
+    with_origin,
+)
 
 SHARES = ((0, 3), (3, 1), (4, 4))
 """Samples before a share, and in it: 8 in all."""
@@ -26,7 +32,7 @@ def test_shares_make_up_the_whole(dtype, memory):
     key = mix(1, 2)
     whole = K.pseudo_quantize(x, boundary, key)
     parts = [
-        K.pseudo_quantize(x[before : before + count], boundary, placed(key, before * 105))
+        K.pseudo_quantize(x[before : before + count], boundary, with_origin(key, before * 105))
         for before, count in SHARES
     ]
     assert torch.equal(torch.cat(parts), whole)
@@ -38,7 +44,7 @@ def test_shares_make_up_the_whole(dtype, memory):
 def test_gradients_of_shares_add_up(empirical):
     x, g, key = normal(8, 40), normal(8, 40, seed=1), mix(3)
     found = [
-        K.gradients(g[a : a + n], x[a : a + n], ONE, placed(key, 40 * a), empirical)
+        K.gradients(g[a : a + n], x[a : a + n], ONE, with_origin(key, 40 * a), empirical)
         for a, n in SHARES
     ]
     whole = K.gradients(g, x, ONE, key, empirical)
@@ -54,18 +60,20 @@ def test_both_laws_follow_the_origin(origin):
     x, key = normal(200), mix(5)
     table = residuals_of(x, *ONE.range(1)[:3])
     for draw in (
-        lambda count, at: drawn_from(table, torch.Size([count]), placed(key, at)),
-        lambda count, at: uniform_noise(torch.Size([count]), placed(key, at), x.device, x.dtype),
+        lambda count, at: drawn_from(table, torch.Size([count]), with_origin(key, at)),
+        lambda count, at: uniform_noise(
+            torch.Size([count]), with_origin(key, at), x.device, x.dtype
+        ),
     ):
         assert torch.equal(draw(200, origin)[23:], draw(177, origin + 23))
     packed = cpu.packed_range(ONE)
     step = packed[0]
     for residuals in (None, table):
-        y = cpu.forward(torch.zeros(200), 0, packed, placed(key, origin), residuals)
+        y = cpu.forward(torch.zeros(200), 0, packed, with_origin(key, origin), residuals)
         torch_s = (
-            uniform_noise(torch.Size([200]), placed(key, origin), x.device, x.dtype)
+            uniform_noise(torch.Size([200]), with_origin(key, origin), x.device, x.dtype)
             if residuals is None
-            else drawn_from(table, torch.Size([200]), placed(key, origin))
+            else drawn_from(table, torch.Size([200]), with_origin(key, origin))
         )
         assert torch.equal(y, torch_s * step)
 
@@ -100,4 +108,4 @@ def test_looked_up_rows_are_a_samples_own():
         clock.step, clock.share = step, (before, count, 8)
         part = prepared(tokens[before : before + count])
         torch.testing.assert_close(part, whole[before : before + count], rtol=1e-4, atol=1e-5)
-    assert clock.whole() == 2.0
+    assert clock.batch_ratio() == 2.0

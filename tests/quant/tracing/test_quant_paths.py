@@ -346,7 +346,7 @@ def test_products_that_only_training_makes_draw_a_warning():
             return a @ b.t()
 
     prepared = prepare(Auxiliary(), X)
-    with pytest.warns(UserWarning, match=r"the model makes 2 products .* and 1 in the traced"):
+    with pytest.warns(UserWarning, match=r"the model computes 2 products .* but 1 in the traced"):
         prepared(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

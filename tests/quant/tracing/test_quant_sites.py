@@ -88,7 +88,7 @@ def test_written_out_multiplications(model, shape, name, kind, scales):
     x = normal(*shape)
     prepared = prepare(model, x)
     layer = layers(prepared)[name]
-    assert layer.kind == kind and layer.weight and layer.input and not layer.why
+    assert layer.kind == kind and layer.weight and layer.input and not layer.float_reason
     assert quant_state(prepared).graph.tensors[layer.weight].scales == scales
     off = with_quantizers_off(copy.deepcopy(prepared))
     torch.testing.assert_close(off(x), model(x))
@@ -296,7 +296,7 @@ def test_constants_and_scripts_stay_in_float_and_are_listed():
 
     with pytest.warns(UserWarning, match="stay in float"):
         prepared = prepare(Odd(), normal(3, 4))
-    why = {name: x.why for name, x in layers(prepared).items()}
+    why = {name: x.float_reason for name, x in layers(prepared).items()}
     assert why["linear"] == "" and "constant" in why["matmul"]
     assert "parameters alone" in why["matmul_1"]
     low_rank = [x for x in layers(prepared).values() if x.kind == "linear"][1]
@@ -395,7 +395,7 @@ class Experts(nn.Module):
 def test_work_that_torch_does_not_count_is_counted():
     prepared = prepare(Experts(), normal(5, 8))
     found = layers(prepared)
-    assert {(x.kind, x.macs, x.why) for x in found.values()} == {
+    assert {(x.kind, x.macs, x.float_reason) for x in found.values()} == {
         ("grouped_mm", 8 * 16, ""),
         ("matmul", 16, ""),
     }
@@ -436,5 +436,5 @@ def test_products_of_three_tensors_are_counted_in_float():
         prepared = prepare(Bilinear(), (normal(2, 4), normal(2, 5)))
     found = layers(prepared)
     assert found["b.bilinear"].macs == 4 * 5 * 3
-    assert "no quantized form" in found["b.bilinear"].why
-    assert "no quantized form" in found["einsum"].why and found["einsum"].macs > 0
+    assert "no quantized form" in found["b.bilinear"].float_reason
+    assert "no quantized form" in found["einsum"].float_reason and found["einsum"].macs > 0

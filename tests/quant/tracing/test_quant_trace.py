@@ -148,7 +148,7 @@ def test_products_of_activations_are_layers():
         warnings.simplefilter("error")  # nobody is warned of what he asked for
         model = prepare(Attention(), normal(2, 5, 8), QuantConfig(products=False))
     last = quant_state(model).graph.layers[-1]
-    assert (last.macs, last.weight) == (work, None) and "quant.products" in last.why
+    assert (last.macs, last.weight) == (work, None) and "quant.products" in last.float_reason
     assert quant_state(model).graph.tensors[last.input].fixed_bits == 32
 
 
@@ -251,7 +251,7 @@ def test_keyword_examples():
     [
         (nn.ReLU(), normal(2, 3), "nothing to quantize"),
         (nn.Linear(3, 2), normal(2, 4), "does not run on them"),
-        (nn.Linear(3, 2), (), "no tensor in it"),
+        (nn.Linear(3, 2), (), "contains no tensor"),
     ],
 )
 def test_bad_models_and_examples(model, example, message):
@@ -260,7 +260,7 @@ def test_bad_models_and_examples(model, example, message):
 
 
 def test_prepare_refuses_a_prepared_model():
-    with pytest.raises(UserError, match="prepared already"):
+    with pytest.raises(UserError, match="already prepared"):
         prepare(prepare(residual_net(), images()), images())
 
 

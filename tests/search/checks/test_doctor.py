@@ -30,7 +30,7 @@ def test_kernels_that_cannot_be_built(monkeypatch, tmp_path):
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
     found = kernels()
     assert found["ok"] and "no-such-compiler" in found["detail"]
-    assert "A C compiler (cc, gcc or clang) mends this" in found["detail"]
+    assert "Install a C compiler (cc, gcc or clang)" in found["detail"]
 
 
 def test_kernels_that_are_switched_off(monkeypatch):

@@ -1,4 +1,4 @@
-"""Small models, and a textbook quantizer, that the tests of the quantizers share."""
+"""Small models and a reference quantizer shared by the tests of the quantizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTHS = [(Grid.SIGNED, b) for b in range(2, 15)] + [
 
 
 class Residual(nn.Module):
-    """A strided stem, a residual block with a projection, a head."""
+    """A stem, a strided residual sum of two convolutions, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Residual(nn.Module):
 
 
 class OneLayer(nn.Module):
-    """An activation function before one linear layer."""
+    """A linear layer after an activation function."""
 
     def __init__(self, before: nn.Module, features: int = 64) -> None:
         super().__init__()
@@ -42,24 +42,24 @@ class OneLayer(nn.Module):
 
 
 def residual_net(seed: int = 0) -> Residual:
-    """A residual net with fixed weights; the global generator stays as it was."""
+    """Return a residual net with fixed weights, without changing the global generator."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Residual()
 
 
 def images(seed: int = 0, batch: int = 4) -> Tensor:
-    """Grey 8x8 images in [0, 1)."""
+    """Return random gray 8x8 images with values in [0, 1)."""
     return torch.rand(batch, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers, the same in every run."""
+    """Return standard normal numbers that are the same in every run."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def plain_quantize(x, alpha, bits, grid, minimum):
-    """The textbook quantizer, written apart from the library: steps, clip, scale."""
+    """Quantize with the textbook formula, independently of the library: scale, clip, rescale."""
     if grid is Grid.SIGNED:
         least, most = -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
         step = alpha / most
@@ -72,7 +72,7 @@ def plain_quantize(x, alpha, bits, grid, minimum):
 
 
 def distance(sample, cdf):
-    """Kolmogorov-Smirnov distance of a sample to a law."""
+    """Return the Kolmogorov-Smirnov distance between a sample and a distribution."""
     ordered = sample.double().sort().values
     exact, n = cdf(ordered), len(ordered)
     above = (torch.arange(1, n + 1) / n - exact).abs().max()
@@ -80,7 +80,10 @@ def distance(sample, cdf):
 
 
 def residual_cdf(range_):
-    """Exact law of (round(x / step) - x / step) inside the boundaries, for a standard normal x."""
+    """Return the exact CDF of `round(x / step) - x / step` inside the boundaries of `range_`.
+
+    The input x is standard normal.
+    """
     step, low, high = (float(v) for v in (range_.step, range_.low, range_.high))
 
     def cdf(t):

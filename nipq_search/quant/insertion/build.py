@@ -154,8 +154,9 @@ class Builder:
         pins = {use.pin for use in uses} - {None}
         if len(pins) > 1:
             raise UserError(
-                f"quant.pin: {', '.join(use.name for use in uses)} share an input or a weight, "
-                "but are pinned to different bit-widths; use the same pin for all of them"
+                f"quant.pin: {', '.join(use.name for use in uses)} consume the same tensor or "
+                "share a weight, but are pinned to different bit-widths; use the same pin for "
+                "all of them"
             )
         return (int(pins.pop() or 0),) if pins else searched
 

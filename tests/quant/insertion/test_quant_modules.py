@@ -1,4 +1,4 @@
-"""Modules that are more than a forward: state of their own, ties, embeddings, other precisions."""
+"""Modules with special properties: own state, ties, embeddings, other precisions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The Triton kernels compute what those in C do: on a GPU where there is one, and in Triton's
-interpreter elsewhere. That they compile for GPUs, and to what, is seen without one.
+"""Agreement of the Triton kernels with those in C, on a GPU or else in Triton's interpreter.
+
+Compilation for a GPU, and the resulting instructions, are tested without one.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ for kernel in (cuda._forward_kernel, cuda._tensor_backward_kernel, cuda._channel
 
 
 def run_apart(code, **environment):
-    """Run in a process of its own: when Triton is imported it is decided whether it interprets."""
+    """Run in a separate process, because Triton selects the interpreter at import time."""
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -121,7 +122,7 @@ def test_noise_of_triton_follows_its_law():
 
 
 def test_kernels_compile_for_a_gpu_and_round_as_a_cpu_does(tmp_path):
-    """Neither an inexact division nor a product and a sum that are rounded as one."""
+    """The compiled code contains neither approximate division nor fused multiply-add."""
     found = run_apart(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
     assert found == ["False"] * 15
 

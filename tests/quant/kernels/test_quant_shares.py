@@ -1,4 +1,4 @@
-"""A share of a batch gets the noise that its samples have in the whole."""
+"""Noise of a share of a batch, which equals the noise of its samples in the whole batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nipq_search.quant.numerics.noise import (
 )
 
 SHARES = ((0, 3), (3, 1), (4, 4))
-"""Samples before a share, and in it: 8 in all."""
+"""Number of samples before each share and in it, 8 in total."""
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
@@ -49,14 +49,14 @@ def test_gradients_of_shares_add_up(empirical):
     ]
     whole = K.gradients(g, x, ONE, key, empirical)
     assert torch.equal(torch.cat([f[0] for f in found]), whole[0])
-    if not empirical:  # each share has a table of its own
+    if not empirical:  # with empirical noise, each share builds its own table
         for index in (1, 2):
             torch.testing.assert_close(sum(f[index] for f in found), whole[index])
 
 
 @pytest.mark.parametrize("origin", [1, 15, 16, 700_001, 9 << 31])
 def test_both_laws_follow_the_origin(origin):
-    """From one table, in torch and in C: from an origin on it is the noise of what is there."""
+    """Noise with an origin equals the tail of the noise without one, in torch and in C."""
     x, key = normal(200), mix(5)
     table = residuals_of(x, *ONE.range(1)[:3])
     for draw in (
@@ -85,7 +85,7 @@ def test_a_model_on_shares_computes_what_it_does_on_the_whole(quantizer):
     model = prepare(residual_net(), batch[:2], config=config, calibration=[batch])
     for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         norm.eval().requires_grad_(False)
-        norm.train = lambda mode=True, self=norm: self  # statistics of shares are another matter
+        norm.train = lambda mode=True, self=norm: self  # batch statistics differ between shares
     clock = quant_state(model).clock
     model.train()
     step = clock.step
@@ -97,7 +97,7 @@ def test_a_model_on_shares_computes_what_it_does_on_the_whole(quantizer):
 
 
 def test_looked_up_rows_are_a_samples_own():
-    """The noise of a row in an embedding's output hangs on its place in the batch."""
+    """The noise of a row in an embedding's output depends on its position in the batch."""
     tokens = torch.arange(8 * 6).view(8, 6) % 11
     model = torch.nn.Sequential(torch.nn.Embedding(11, 4), torch.nn.Linear(4, 3))
     prepared = prepare(model, tokens[:2], calibration=[tokens]).train()

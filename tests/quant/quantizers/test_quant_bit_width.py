@@ -1,4 +1,4 @@
-"""The learned bit-width: sampling, freezing, the running mean of its gradient."""
+"""Learned bit-widths: sampling, freezing, and the running mean of the gradient."""
 
 from __future__ import annotations
 

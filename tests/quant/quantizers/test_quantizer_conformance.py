@@ -1,4 +1,4 @@
-"""What every quantizer holds; a new one in `QUANTIZERS` is tested without new code here."""
+"""Properties of every quantizer in `QUANTIZERS`; new quantizers need no additional test code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prepared(name, **options):
 
 
 def reference_operand(quantizer, x):
-    """The operand that a plain implementation gives for one tensor."""
+    """Return one operand as quantized by the reference implementation."""
     alpha = quantizer.alpha().detach()
     if quantizer.channels > 1:
         alpha = alpha.view(-1, *[1] * (x.dim() - 1))
@@ -42,7 +42,7 @@ def reference_operand(quantizer, x):
 
 
 def reference_forward(model, x):
-    """The residual net by hand, from plain quantized operands."""
+    """Compute the residual net from operands quantized by the reference implementation."""
 
     def conv(layer, x):
         x = reference_operand(layer.input_quantizer, x)
@@ -168,7 +168,7 @@ def test_state_dict_round_trip(name, frozen, target_frozen, tmp_path):
     assert source.state_dict().keys() == target.state_dict().keys()
     assert bit_config(source) == bit_config(target)
     source.zero_grad()
-    for _ in range(2):  # noise and phase continue alike
+    for _ in range(2):  # noise and phase continue identically
         outputs = [source(images()), target(images())]
         assert torch.equal(*outputs)
         for y in outputs:

@@ -1,4 +1,4 @@
-"""Multiplications that a model's own code writes out, quantized in place."""
+"""Quantization of multiplications in a model's own code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_quantizers_off(model):
 
 
 class Functional(nn.Module):
-    """`F.linear` on the weight of a layer that is never called."""
+    """Calls `F.linear` with the weight of a layer that is never called itself."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Functional(nn.Module):
 
 
 class Standardized(nn.Conv2d):
-    """Convolution whose weight is standardized in the forward."""
+    """A convolution whose weight is standardized in the forward."""
 
     def forward(self, x):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -51,7 +51,7 @@ class Standardized(nn.Conv2d):
 
 
 class Transposed(nn.Module):
-    """A linear layer with its weight stored input by output, as some language models do."""
+    """A linear layer with a weight of shape (inputs, outputs), as in some language models."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ def test_standardized_weights_are_quantized_after_standardization():
 
 
 class TinyLanguageModel(nn.Module):
-    """Embedding and output layer share their weight."""
+    """A model whose embedding and output layer share a weight."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +154,7 @@ def test_rows_of_an_embedding_have_boundaries_of_their_own():
 
 
 class Loop(nn.Module):
-    """Its forward may multiply more often than the traced one did."""
+    """A model whose forward may multiply more often than the traced forward."""
 
     def __init__(self):
         super().__init__()
@@ -176,7 +176,7 @@ def test_longer_loops_stay_quantized():
 
 
 class Block(nn.Module):
-    """A residual block that adds in place, with a float layer and a product inside."""
+    """A residual block with an in-place sum, a float layer and a product of activations."""
 
     def __init__(self):
         super().__init__()
@@ -381,7 +381,7 @@ def test_padded_input_is_still_raw(padding):
 
 
 class Experts(nn.Module):
-    """Rows meet the matrix of their group; and a product with a vector."""
+    """A grouped matrix product and a product with a vector."""
 
     def __init__(self):
         super().__init__()
@@ -416,7 +416,7 @@ def test_owners_run_under_the_compiler():
     prepared = prepare(model, normal(2, 5, 16))
     plain = copy.deepcopy(prepared)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
+        warnings.simplefilter("ignore")  # warnings raised inside the compiler
         compiled = torch.compile(prepared, backend="eager")
         for _ in range(3):
             torch.testing.assert_close(compiled(normal(2, 5, 16)), plain(normal(2, 5, 16)))

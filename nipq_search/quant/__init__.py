@@ -24,9 +24,10 @@ from nipq_search.quant.config import (  # noqa: E402
     Start,
     WeightConfig,
 )
-from nipq_search.quant.insertion.prepare import param_groups, prepare, quantizers, unwrap  # noqa: E402
+from nipq_search.quant.insertion.prepare import prepare, quantizers, unwrap  # noqa: E402
 from nipq_search.quant.tools.bit_config import apply_bit_config, bit_config  # noqa: E402
 from nipq_search.quant.tools.norm import reestimate_norm_stats  # noqa: E402
+from nipq_search.quant.tools.param_groups import param_groups  # noqa: E402
 
 __all__ = [
     "DiffQ",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from nipq_search.quant.config import FLOAT, Granularity, QuantConfig, Start
 from nipq_search.quant.graph import FLOAT_BITS, Graph, LayerInfo, TensorInfo
 from nipq_search.quant.insertion.groups import share_bits, tensor_groups
 from nipq_search.quant.insertion.layers import LAYERS, QuantLayer, convert
-from nipq_search.quant.insertion.pins import LayerName, pins_of
+from nipq_search.quant.insertion.pins import LayerName, Pin, pins_of
 from nipq_search.quant.numerics.noise import NoiseClock
 from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer, TensorRole
 from nipq_search.quant.quantizers.bit_width import BitWidth
@@ -32,7 +33,7 @@ from nipq_search.quant.tracing.roles import (
     weight_value,
 )
 from nipq_search.quant.tracing.sites import Site, guard, make_owner, site_key
-from nipq_search.quant.tracing.trace import Call, Trace, parameter_homes
+from nipq_search.quant.tracing.trace import Call, Trace, parameter_locations
 
 
 class Builder:
@@ -54,17 +55,15 @@ class Builder:
         self.idle: set[str] = set()
         self.keys = itertools.count()
         self.parameters = {name: p.numel() for name, p in model.named_parameters()}
-        self.layers = find_layers(found, config.products)
+        layers = find_layers(found, config.products)
         self.sums = find_sums(found)
-        names = [LayerName(x.name, x.kind, x.weight is not None) for x in self.layers]
+        names = [LayerName(x.name, x.kind, x.weight is not None) for x in layers]
         names += [LayerName(name, "add", False) for name in self.sums if config.residuals]
         pins = pins_of(names, config)
-        self.sum_pins = dict(zip(self.sums, pins[len(self.layers) :], strict=False))
-        for layer, pin in zip(self.layers, pins, strict=False):
-            layer.pin = pin.bits
-            if pin.bits == FLOAT:
-                layer.float_reason = layer.float_reason or pin.float_reason
-                layer.float_requested = True
+        self.sum_pins = dict(zip(self.sums, pins[len(layers) :], strict=False))
+        self.layers = _with_shared_tables(
+            [_pinned(layer, pin) for layer, pin in zip(layers, pins, strict=False)]
+        )
         self.consumers: dict[Any, list[tuple[Layer, str]]] = {}
         for layer in self.layers:
             for slot in layer.slots:
@@ -72,12 +71,7 @@ class Builder:
         self.weight_uses: dict[str, list[Layer]] = {}
         for layer in self.layers:
             if layer.weight is not None:
-                self.weight_uses.setdefault(self._weight_key(layer), []).append(layer)
-        for uses in self.weight_uses.values():
-            if any(not use.float_reason for use in uses):
-                for use in uses:  # an untrained table that another layer uses as its weight
-                    if use.float_reason == UNTRAINED:
-                        use.float_reason = ""
+                self.weight_uses.setdefault(_weight_key(layer), []).append(layer)
 
     def _key(self, layer: Layer, slot: str) -> Any:
         """Return a key that is equal for slots that consume the same tensor.
@@ -86,12 +80,6 @@ class Builder:
         """
         keys = {operand.key for operand in layer.operands(layer.slots[slot])}
         return keys.pop() if len(keys) == 1 else (layer.name, slot)
-
-    def _weight_key(self, layer: Layer) -> str:
-        """Return a key that is equal for layers that use the same parameter."""
-        assert layer.weight is not None
-        operand = layer.operands(layer.weight)[0]
-        return operand.parameter or f"of {layer.name}"
 
     def _quantizer(
         self, name: str, allowed: tuple[int, ...], role: TensorRole, channels: int = 1
@@ -108,7 +96,7 @@ class Builder:
 
         Layers that use the same parameter share them.
         """
-        config, uses = self.config.weights, self.weight_uses[self._weight_key(layer)]
+        config, uses = self.config.weights, self.weight_uses[_weight_key(layer)]
         quantized = [use for use in uses if not use.in_float]
         if quantized and any(use.pin == FLOAT for use in uses):
             raise UserError(
@@ -288,7 +276,7 @@ class Builder:
                 key = site_key(call.op.kind, call.label, call.ordinal)
                 if key not in active[call.owner]:
                     active[call.owner][key] = Site(None, None)
-        homes = {home[0]: home for home in parameter_homes(self.model)}
+        locations = {location.name: location for location in parameter_locations(self.model)}
         for name, module in modules.items():
             around = self.found.inside.get(name, set())
             within = any(o in around or not o or name.startswith(f"{o}.") for o in active)
@@ -296,8 +284,8 @@ class Builder:
                 guard(module)
         for owner, own in active.items():
             calls = [call for call in self.found.calls if call.owner == owner]
-            labels = sorted({call.label.partition("@")[0] for call in calls} & homes.keys())
-            make_owner(modules[owner], owner, own, tuple(homes[label] for label in labels))
+            labels = sorted({call.label.partition("@")[0] for call in calls} & locations.keys())
+            make_owner(modules[owner], owner, own, tuple(locations[label] for label in labels))
         return nn.ModuleDict({o.replace(".", "/") or "(root)": own for o, own in active.items()})
 
     def _layer(self, layer: Layer, modules: Mapping[str, nn.Module]) -> LayerInfo:
@@ -340,6 +328,32 @@ class Builder:
         """Return the number of parameters that no weight of the graph is computed from."""
         counted = self._covered() | self.idle
         return sum(numel for name, numel in self.parameters.items() if name not in counted)
+
+
+def _pinned(layer: Layer, pin: Pin) -> Layer:
+    """Return a layer with its pin applied."""
+    if pin.bits != FLOAT:
+        return dataclasses.replace(layer, pin=pin.bits)
+    reason = layer.float_reason or pin.float_reason
+    return dataclasses.replace(layer, pin=FLOAT, float_reason=reason, float_requested=True)
+
+
+def _with_shared_tables(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers, quantizing untrained tables that a quantized layer uses as its weight."""
+    quantized = {_weight_key(x) for x in layers if x.weight is not None and not x.in_float}
+    return [
+        dataclasses.replace(layer, float_reason="")
+        if layer.float_reason == UNTRAINED and _weight_key(layer) in quantized
+        else layer
+        for layer in layers
+    ]
+
+
+def _weight_key(layer: Layer) -> str:
+    """Return a key that is equal for layers that use the same parameter as their weight."""
+    assert layer.weight is not None
+    operand = layer.operands(layer.weight)[0]
+    return operand.parameter or f"of {layer.name}"
 
 
 def _tensor_name(use: tuple[Layer, str]) -> str:

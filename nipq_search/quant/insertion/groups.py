@@ -142,7 +142,7 @@ def share_bits(
         for name in group:
             # Each tensor keeps a separate `BitWidth` for its marginal loss; `tie` shares theta.
             bits = BitWidth(allowed, first.start, learned=first.learnable, key=first.key)
-            quantizers[name].use(bits)
+            quantizers[name].replace_bits(bits)
             tensors[name] = dataclasses.replace(tensors[name], allowed=allowed, group=group[0])
     tie(groups, quantizers)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,6 @@ from nipq_search.quant.insertion.layers import LAYERS, QuantLayer
 from nipq_search.quant.kernels.relu import make_lean
 from nipq_search.quant.numerics.noise import NoiseClock
 from nipq_search.quant.quantizers.base import FakeQuantizer
-from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.quant.quantizers.statistics import Observer
 from nipq_search.quant.tracing.flow import tensors_in
 from nipq_search.quant.tracing.roles import IDLE
@@ -310,6 +310,32 @@ def _some(texts: Sequence[str]) -> str:
     return ", ".join(texts[:3]) + more
 
 
+@contextmanager
+def observed(
+    model: nn.Module, observers: Mapping[str, Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Within the context, pass tensors to observers and run the model in float.
+
+    All quantizers are bypassed, so that the observed values describe the float model.
+
+    Args:
+        model: a prepared model.
+        observers: functions that receive a tensor, by tensor name; not every tensor needs one.
+    """
+    found = quantizers(model)
+    for name, quantizer in found.items():
+        quantizer.observer = observers.get(name, _ignore)
+    try:
+        yield
+    finally:
+        for quantizer in found.values():
+            quantizer.observer = None
+
+
+def _ignore(x: Tensor) -> None:
+    """Observe nothing; the quantizer passes its tensor through."""
+
+
 def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module], None]) -> None:
     """Set the grid and the boundary of every activation quantizer from calibration data.
 
@@ -319,20 +345,13 @@ def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module
     config = quant_state(model).config
     found = quantizers(model)
     observers = {n: Observer() for n, q in found.items() if not q.is_weight}
-    for name, quantizer in found.items():
-        # Weights stay in float during calibration: boundaries describe the float model.
-        quantizer.observer = observers.get(name, _ignore)
-    try:
-        with unchanged_mode(model):
-            if callable(calibration):
-                calibration(model)
-            else:
-                for batch in calibration:
-                    args, kwargs = quant_state(model).arguments(batch)
-                    model(*args, **kwargs)
-    finally:
-        for quantizer in found.values():
-            quantizer.observer = None
+    with observed(model, observers), unchanged_mode(model):
+        if callable(calibration):
+            calibration(model)
+        else:
+            for batch in calibration:
+                args, kwargs = quant_state(model).arguments(batch)
+                model(*args, **kwargs)
     if observers and not any(observer.samples for observer in observers.values()):
         raise UserError("calibration: no data went through the model; pass at least one batch")
     unseen = [name for name, observer in observers.items() if not observer.samples]
@@ -346,67 +365,6 @@ def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module
         signed = found[name].bits.allowed[0] >= 2
         mse = config.activations.start is ActivationStart.MSE
         found[name].initialize(observer.statistics(config.activations.percentile, signed, mse))
-
-
-def _ignore(x: Tensor) -> None:
-    """Observe nothing; the quantizer passes its tensor through."""
-
-
-def param_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    lr_boundaries: float | None = None,
-    lr_bits: float | None = None,
-) -> list[dict[str, Any]]:
-    """Return optimizer parameter groups: weights with and without decay, boundaries, bits.
-
-    Weight decay applies neither to 1-D parameters (biases, normalization) nor to quantizer
-    parameters.
-
-    Args:
-        model: a prepared model, possibly wrapped.
-        lr: learning rate of the weights, and of the other groups unless set below.
-        weight_decay: decay of parameters with two or more dimensions.
-        lr_boundaries: learning rate of the truncation boundaries.
-        lr_bits: learning rate of the bit-widths.
-
-    Returns:
-        Non-empty groups, each with a `name`. The `bits` group is absent once bit-widths are
-        frozen.
-
-    Example:
-        >>> import torch
-        >>> from nipq_search import param_groups, prepare
-        >>> model = prepare(torch.nn.Linear(8, 4), torch.rand(16, 8))
-        >>> groups = param_groups(model, lr=0.01, weight_decay=1e-4, lr_bits=0.1)
-        >>> [(group["name"], group["lr"]) for group in groups]
-        [('decayed', 0.01), ('plain', 0.01), ('boundaries', 0.01), ('bits', 0.1)]
-        >>> optimizer = torch.optim.SGD(groups)
-    """
-    own: dict[int, str] = {}
-    for module in unwrap(model).modules():
-        if isinstance(module, FakeQuantizer):
-            own.update((id(p), "boundaries") for p in module.parameters(recurse=False))
-        elif isinstance(module, BitWidth):
-            own.update((id(p), "bits") for p in module.parameters(recurse=False))
-    groups: dict[str, list[Tensor]] = {"decayed": [], "plain": [], "boundaries": [], "bits": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            default = "decayed" if parameter.dim() > 1 else "plain"
-            groups[own.get(id(parameter), default)].append(parameter)
-    rates = {"boundaries": lr_boundaries, "bits": lr_bits}
-    return [
-        {
-            "name": name,
-            "params": parameters,
-            "lr": lr if rates.get(name) is None else rates[name],
-            "weight_decay": weight_decay if name == "decayed" else 0.0,
-        }
-        for name, parameters in groups.items()
-        if parameters
-    ]
 
 
 def freeze_bits(model: M, bits: Mapping[str, int] | None = None) -> M:

@@ -137,14 +137,16 @@ def noisy_backward(
     boundary, draw = _boundary(
         alpha, minimum, theta, marginal, clock, width, allowed, grid, axis, bits_key
     )
-    grad_x, by_alpha, by_bits = kernels.gradients(grad, x, boundary, clock.key(key, 1), empirical)
-    by_bits, by_theta = by_bits.to(marginal.dtype), torch.zeros_like(marginal)
+    grad_x, grad_alpha, grad_bits = kernels.gradients(
+        grad, x, boundary, clock.key(key, 1), empirical
+    )
+    grad_bits, grad_theta = grad_bits.to(marginal.dtype), torch.zeros_like(marginal)
     if draw is not None and learns:
         if int(decayed) != clock.step:
             decayed.fill_(clock.step)
             marginal.mul_(widths.MARGINAL_DECAY)
-        by_theta = draw.gradient(by_bits).to(marginal.dtype)
-    return grad_x, by_alpha.to(alpha.dtype), by_theta
+        grad_theta = draw.gradient(grad_bits).to(marginal.dtype)
+    return grad_x, grad_alpha.to(alpha.dtype), grad_theta
 
 
 @noisy_backward.register_fake
@@ -178,7 +180,7 @@ class _Noisy(torch.autograd.Function):
         x, alpha, minimum, step, *saved = ctx.saved_tensors
         theta = saved[0] if saved else None
         learns = bool(saved) and ctx.needs_input_grad[2]
-        by_x, by_alpha, by_theta = noisy_backward(
+        grad_x, grad_alpha, grad_theta = noisy_backward(
             grads[0],
             x,
             alpha,
@@ -190,7 +192,7 @@ class _Noisy(torch.autograd.Function):
             step,
             *ctx.rest,
         )
-        return by_x, by_alpha, by_theta if learns else None, *(None,) * (4 + len(ctx.rest))
+        return grad_x, grad_alpha, grad_theta if learns else None, *(None,) * (4 + len(ctx.rest))
 
 
 def noisy_node(x: Tensor, alpha: Tensor, theta: Tensor | None, *rest: Any) -> Tensor:

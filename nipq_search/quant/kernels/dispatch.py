@@ -84,9 +84,9 @@ def gradients(
     if (backend := backend_for(dense, boundary)) is None:
         range_ = boundary.range(x.dim())
         drawn = _noise(value, range_, axis, key, empirical)
-        by_x, *sums = F.range_sums(grad, value, range_, drawn)
+        grad_x, *sums = F.range_sums(grad, value, range_, drawn)
         flat = F.Range(*(t.reshape(-1) for t in range_))
-        return by_x.to(x.dtype), *F.range_gradients(flat, grid, *sums)
+        return grad_x.to(x.dtype), *F.range_gradients(flat, grid, *sums)
     packed = backend.packed_range(boundary)
     residuals = backend.residuals_of(value, axis, packed) if empirical else None
     found = backend.backward(grad, value, Kept.INPUT, axis, packed, grid, key, residuals)

@@ -203,8 +203,8 @@ class _Quantize(torch.autograd.Function):
         grad_x, grad_alpha, grad_bits = ctx.backend.backward(
             grad, kept, ctx.kind, ctx.axis, range_, ctx.grid, ctx.key, residuals
         )
-        by_bits = grad_bits if ctx.draw is None else ctx.draw.gradient(grad_bits)
-        return grad_x.to(ctx.dtype), grad_alpha, by_bits, None
+        grad_bits = grad_bits if ctx.draw is None else ctx.draw.gradient(grad_bits)
+        return grad_x.to(ctx.dtype), grad_alpha, grad_bits, None
 
 
 def quantize(

@@ -180,10 +180,10 @@ def range_sums(
     Returns:
         Gradients with respect to `x` (its shape), and to step, low and high, shape (channels,).
     """
-    by_x, *rest = _range_gradients((True,) * 4, grad, x, *range_[:3], noise)
-    by_step, by_low, by_high = (t.reshape(-1) for t in rest if t is not None)
-    assert by_x is not None
-    return by_x, by_step, by_low, by_high
+    grad_x, *rest = _range_gradients((True,) * 4, grad, x, *range_[:3], noise)
+    grad_step, grad_low, grad_high = (t.reshape(-1) for t in rest if t is not None)
+    assert grad_x is not None
+    return grad_x, grad_step, grad_low, grad_high
 
 
 def _range_gradients(

@@ -145,10 +145,10 @@ class Draw(NamedTuple):
     slope: float | Tensor
     marginal: Tensor
 
-    def gradient(self, by_bits: Tensor) -> Tensor:
+    def gradient(self, grad_bits: Tensor) -> Tensor:
         """Return the gradient of theta, given that of the bit-width, and update `marginal`."""
-        self.marginal.add_(by_bits, alpha=1.0 - MARGINAL_DECAY)
-        return by_bits * self.slope
+        self.marginal.add_(grad_bits, alpha=1.0 - MARGINAL_DECAY)
+        return grad_bits * self.slope
 
 
 class _Drawn(torch.autograd.Function):

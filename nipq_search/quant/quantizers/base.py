@@ -120,13 +120,13 @@ class FakeQuantizer(nn.Module, abc.ABC):
         """Set the initial value of the boundary."""
 
     @abc.abstractmethod
-    def alpha(self, served: float = 1.0) -> Tensor:
+    def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
         """Return the truncation boundary, shape (channels,), with the gradient used in training.
 
         Its values are at least `functional.MIN_BOUNDARY`.
 
         Args:
-            served: number of elements per boundary; per sample for activations.
+            elements_per_boundary: number of elements per boundary; per sample for activations.
         """
 
     @abc.abstractmethod
@@ -151,8 +151,12 @@ class FakeQuantizer(nn.Module, abc.ABC):
             The boundary, in float32 or float64.
         """
         place = place or Placement()
-        served = self._served(x, place) if self.scales_gradient and self.training else 1.0
-        alpha = self.alpha(served)
+        elements_per_boundary = (
+            self._elements_per_boundary(x, place)
+            if self.scales_gradient and self.training
+            else 1.0
+        )
+        alpha = self.alpha(elements_per_boundary)
         if alpha.dtype in (torch.bfloat16, torch.float16):
             alpha = alpha.float()  # half precision cannot represent grids above 8 bits
         if self.channels > 1 and place.rows is not None:
@@ -161,7 +165,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
             bits = alpha.new_full((1,), self.bits.hard())
         return Boundary(alpha, bits.to(alpha.dtype), self.grid, self.minimum, place.axis)
 
-    def _served(self, x: Tensor, place: Placement) -> float:
+    def _elements_per_boundary(self, x: Tensor, place: Placement) -> float:
         if not self.is_weight:
             boundaries = len(x)
         elif place.rows is not None:
@@ -181,7 +185,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
         by_sample = not self.is_weight or place.rows is not None
         return with_origin(key, self.clock.origin(x)) if by_sample else key
 
-    def use(self, bits: BitWidth) -> None:
+    def replace_bits(self, bits: BitWidth) -> None:
         """Replace the bit-width before training, for example with that of a group."""
         self.bits = bits
 

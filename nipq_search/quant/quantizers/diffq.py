@@ -46,7 +46,7 @@ class DiffQ(FakeQuantizer):
         """Set the boundary to the calibrated one."""
         self.boundary.copy_(statistics.alpha.expand(self.channels))
 
-    def alpha(self, served: float = 1.0) -> Tensor:
+    def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
         """Return the truncation boundary, shape (channels,), which has no gradient."""
         return self.boundary.clamp(min=MIN_BOUNDARY)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,6 +42,8 @@ class LSQ(FakeQuantizer):
         """Create a quantizer with a step of 1; see `FakeQuantizer`."""
         super().__init__(name, bits, channels, clock, key, proxy, role)
         self.step = nn.Parameter(torch.ones(channels))
+        # NaN until `set_boundary`: no step equals it, so none counts as untrained.
+        self.register_buffer("initial", torch.full((channels,), math.nan), persistent=False)
 
     def _levels(self, bits: int) -> int:
         """Return the number of steps in a boundary: the largest integer of the grid.
@@ -56,7 +59,7 @@ class LSQ(FakeQuantizer):
         """
         affine = self.grid is Grid.AFFINE
         initial = statistics.alpha if affine else 2.0 * statistics.mean_abs
-        self.register_buffer("initial", initial.expand(self.channels).clone(), persistent=False)
+        self.initial = initial.expand(self.channels).clone()
         self.step.copy_(self._published())
 
     @torch.no_grad()
@@ -71,17 +74,17 @@ class LSQ(FakeQuantizer):
         levels = self._levels(self.bits.hard())
         return self.initial / (levels if self.grid is Grid.AFFINE else levels**0.5)
 
-    def alpha(self, served: float = 1.0) -> Tensor:
+    def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
         """Return the truncation boundary, shape (channels,), with the paper's gradient scale."""
         levels = self._levels(self.bits.hard())
-        alpha = scale_gradient(self.step.abs(), (served * levels) ** -0.5) * levels
+        alpha = scale_gradient(self.step.abs(), (elements_per_boundary * levels) ** -0.5) * levels
         return alpha.clamp(min=MIN_BOUNDARY)
 
     @contextmanager
     def _same_boundary(self) -> Iterator[None]:
         """Rescale the step when the bit-width changes, to preserve the boundary."""
         before = self._levels(self.bits.hard())
-        untrained = "initial" in self._buffers and torch.equal(self.step, self._published())
+        untrained = torch.equal(self.step, self._published())
         yield
         with torch.no_grad():
             if untrained:  # the paper's initial step depends on the bit-width
@@ -89,10 +92,10 @@ class LSQ(FakeQuantizer):
             else:
                 self.step.mul_(before / self._levels(self.bits.hard()))
 
-    def use(self, bits: BitWidth) -> None:
+    def replace_bits(self, bits: BitWidth) -> None:
         """Replace the bit-width; an untrained step is re-initialized for the new one."""
         with self._same_boundary():
-            super().use(bits)
+            super().replace_bits(bits)
 
     def freeze(self, bits: int | None = None) -> None:
         """Freeze the bit-width and preserve the boundary."""

@@ -53,7 +53,7 @@ class NIPQ(FakeQuantizer):
         if self.channels == 1:
             self.minimum.mul_(factor)
 
-    def alpha(self, served: float = 1.0) -> Tensor:
+    def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
         """Return the truncation boundary, shape (channels,)."""
         return F.positive(self.boundary, self.start)
 

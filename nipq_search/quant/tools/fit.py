@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from nipq_search.quant.insertion.prepare import quantizers
+from nipq_search.quant.insertion.prepare import observed, quantizers
 from nipq_search.quant.numerics.functional import Grid
 from nipq_search.quant.quantizers.base import FakeQuantizer
 from nipq_search.quant.quantizers.statistics import least_error_shares
@@ -25,10 +25,6 @@ def _rows(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
     x = x.detach().float()
     rows = x.reshape(quantizer.channels if quantizer.is_weight else 1, -1)
     return rows[:, :: (rows.shape[1] // _SAMPLE_ELEMENTS) | 1].clone()
-
-
-def _ignore(x: Tensor) -> None:
-    """Observe nothing; the quantizer passes its tensor through."""
 
 
 @torch.no_grad()
@@ -62,17 +58,9 @@ def fit_ranges(
 
         return observe
 
-    for name, quantizer in found.items():
-        if before is not None or quantizer.free_start:
-            quantizer.observer = observer(name)
-        else:
-            quantizer.observer = _ignore
-    try:
-        with unchanged_mode(model):
-            calibration(model)
-    finally:
-        for quantizer in found.values():
-            quantizer.observer = None
+    chosen = (n for n, q in found.items() if before is not None or q.free_start)
+    with observed(model, {name: observer(name) for name in chosen}), unchanged_mode(model):
+        calibration(model)
     for name, rows in seen.items():
         quantizer = found[name]
         now = float(quantizer.bits.soft().detach())

@@ -17,6 +17,7 @@ INPUT = "input"
 PARAMETER = "parameter:"
 LAYER = "layer:"
 SUM = "sum:"
+"""Origins of values: the model's inputs, and prefixes of parameter, layer and sum names."""
 
 Origins = frozenset[str]
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,7 +20,16 @@ FIRST, SECOND = "input", "second"
 """Slots of the activations that a layer consumes; also the suffixes of their tensor names."""
 
 
-@dataclass
+class Roles(NamedTuple):
+    """Roles of the operands of a call; see `Layer`."""
+
+    weight: int | None = None
+    slots: Mapping[str, int] = MappingProxyType({})
+    float_reason: str = ""
+    float_requested: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """A traced call that becomes a layer of the graph.
 
@@ -35,10 +47,10 @@ class Layer:
     call: Call
     name: str
     kind: str
-    weight: int | None = None
-    slots: dict[str, int] = field(default_factory=dict)
-    float_reason: str = ""
-    float_requested: bool = False
+    weight: int | None
+    slots: Mapping[str, int]
+    float_reason: str
+    float_requested: bool
     pin: int | str | None = None
 
     @property
@@ -64,45 +76,47 @@ def find_layers(found: Trace, products: bool) -> list[Layer]:
     for call in found.calls:
         if call.op is not None and call.op.is_sum:
             continue
-        layer = Layer(call, "", call.op.kind if call.op else call.function)
-        if not _assign(layer, products):
+        roles = roles_of(call, products)
+        if roles is None:
             continue
-        layer.name = _name(layer, taken)
-        taken.add(layer.name)
-        layers.append(layer)
+        kind = call.op.kind if call.op else call.function
+        name = _name(call, kind, roles.weight, taken)
+        taken.add(name)
+        layers.append(Layer(call=call, name=name, kind=kind, **roles._asdict()))
     return layers
 
 
-def _assign(layer: Layer, products: bool) -> bool:
-    """Set the roles of the operands, or the reason to stay in float; False if not a layer."""
-    call = layer.call
+def roles_of(call: Call, products: bool) -> Roles | None:
+    """Return the roles of the operands of a call, or None if it is not a layer.
+
+    Args:
+        call: a call that is not a sum.
+        products: whether to quantize products of two activations.
+    """
     first, second = call.operands[0]
     if call.op is not None and call.op.is_lookup:
-        layer.weight = 1
         if second is None or not second.is_weight:
-            return False
-        layer.float_reason = "" if second.trained else UNTRAINED
-        return True
+            return None
+        return Roles(weight=1, float_reason="" if second.trained else UNTRAINED)
     if not call.macs and not call.label:
-        return False
+        return None
     if call.op is None:
-        layer.float_reason = f"{call.function} has no quantized form"
-    elif first is None or second is None:
-        layer.float_reason = "an operand is not a floating-point tensor"
-    elif second.is_weight and (not first.is_weight or _goes_through(call, first, second)):
-        layer.weight, layer.slots = 1, {FIRST: 0}
-    elif first.is_weight and not second.is_weight:
-        layer.weight, layer.slots = 0, {FIRST: 1}
-    elif first.is_activation and second.is_activation:
-        layer.slots = {FIRST: 0, SECOND: 1}
-        if not products:
-            layer.float_reason = "products of activations are disabled by quant.products"
-            layer.float_requested = True
-    elif first.is_weight:
-        layer.float_reason = "both operands are computed from parameters only"
-    else:
-        layer.float_reason = "an operand is a constant"
-    return True
+        return Roles(float_reason=f"{call.function} has no quantized form")
+    if first is None or second is None:
+        return Roles(float_reason="an operand is not a floating-point tensor")
+    if second.is_weight and (not first.is_weight or _goes_through(call, first, second)):
+        return Roles(weight=1, slots={FIRST: 0})
+    if first.is_weight and not second.is_weight:
+        return Roles(weight=0, slots={FIRST: 1})
+    if first.is_activation and second.is_activation:
+        slots = {FIRST: 0, SECOND: 1}
+        if products:
+            return Roles(slots=slots)
+        reason = "products of activations are disabled by quant.products"
+        return Roles(slots=slots, float_reason=reason, float_requested=True)
+    if first.is_weight:
+        return Roles(float_reason="both operands are computed from parameters only")
+    return Roles(float_reason="an operand is a constant")
 
 
 def _goes_through(call: Call, first: OperandRecord, second: OperandRecord) -> bool:
@@ -112,16 +126,16 @@ def _goes_through(call: Call, first: OperandRecord, second: OperandRecord) -> bo
     return second.parameter is not None and (is_layer or first.parameter is None)
 
 
-def _name(layer: Layer, taken: set[str]) -> str:
-    call = layer.call
-    operand = None if layer.weight is None else call.operands[0][layer.weight]
+def _name(call: Call, kind: str, weight: int | None, taken: set[str]) -> str:
+    """Return a layer name that is not taken: that of the weight, the owner, or the call."""
+    operand = None if weight is None else call.operands[0][weight]
     if operand is not None and operand.parameter is not None:
         name = operand.parameter.removesuffix("weight").rstrip("._")
         if name not in taken and (name or not call.owner):
             return name
     if operand is not None and call.owner not in taken:
         return call.owner
-    base = ".".join(part for part in (call.owner, layer.kind) if part)
+    base = ".".join(part for part in (call.owner, kind) if part)
     names = itertools.chain([base], (f"{base}_{n}" for n in itertools.count(1)))
     return next(name for name in names if name not in taken)
 

@@ -16,7 +16,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +30,28 @@ from nipq_search.quant.tracing.ops import DECOMPOSED, DECOMPOSED_KINDS, IN_PLACE
 OTHER = "another parameter"
 """Label of a parameter that a `ParameterTable` does not contain."""
 
-Home = tuple[str, nn.Module, str]
-"""Location of a parameter: its name in the model, its module, and its name in the module."""
+
+class ParameterLocation(NamedTuple):
+    """Location of a parameter.
+
+    Attributes:
+        name: name of the parameter in the model.
+        module: the module that holds it.
+        key: name of the parameter in that module.
+    """
+
+    name: str
+    module: nn.Module
+    key: str
 
 
 class ParameterTable:
     """Identifies the parameter that a tensor is, or is a slice of, by its memory address."""
 
-    def __init__(self, homes: Iterable[Home]) -> None:
+    def __init__(self, locations: Iterable[ParameterLocation]) -> None:
         """Read the current addresses of the parameters, which may have moved since the trace."""
         self._places: dict[int, list[tuple[int, int, str]]] = {}
-        for name, module, key in homes:
+        for name, module, key in locations:
             parameter = getattr(module, key)
             if isinstance(parameter, Tensor) and parameter.layout is torch.strided:
                 place = (int(parameter.storage_offset()), parameter.numel(), name)
@@ -158,10 +169,13 @@ class _Frame:
     """A running forward of an owner, or of a guarded module, which has no sites."""
 
     def __init__(
-        self, name: str = "", sites: Mapping[str, Site] | None = None, homes: Iterable[Home] = ()
+        self,
+        name: str = "",
+        sites: Mapping[str, Site] | None = None,
+        locations: Iterable[ParameterLocation] = (),
     ) -> None:
         self.name, self.sites = name, sites or {}
-        self.parameters = ParameterTable(homes)
+        self.parameters = ParameterTable(locations)
         self.counts: dict[tuple[str, str], int] = {}
         self.kinds: frozenset[str] | None = None
         self.with_gradients = torch.is_grad_enabled()
@@ -299,12 +313,12 @@ class Owner(nn.Module):
 @not_compiled
 def _run(owner: Any, args: Any, kwargs: Any) -> Any:
     """Run the float forward with its sites quantized."""
-    name, sites, homes, own_forward = vars(owner)["_owned"]
+    name, sites, locations, own_forward = vars(owner)["_owned"]
     forward: Callable[..., Any] = own_forward or functools.partial(
         owner.float_class.forward, owner
     )
     frames = _running.frames
-    frame = _Frame(name, sites._modules, homes)
+    frame = _Frame(name, sites._modules, locations)
     frames.append(frame)
     depth = len(frames)
     try:
@@ -344,7 +358,7 @@ def _new_owner(kind: type[nn.Module]) -> nn.Module:
 
 
 def make_owner(
-    module: nn.Module, name: str, sites: nn.ModuleDict, homes: tuple[Home, ...]
+    module: nn.Module, name: str, sites: nn.ModuleDict, locations: tuple[ParameterLocation, ...]
 ) -> None:
     """Convert a module to the owner of `sites`, in place.
 
@@ -353,9 +367,9 @@ def make_owner(
         name: name of the module in the model.
         sites: sites by `site_key`. They are not registered as children of the module, because a
             container such as `nn.Sequential` would treat them as layers.
-        homes: parameters that the sites multiply by.
+        locations: parameters that the sites multiply by.
     """
     # A forward set on the instance, as by hooks of other libraries, would hide the class's.
     own_forward = vars(module).pop("forward", None)
     module.__class__ = _owner_class(type(module))
-    vars(module)["_owned"] = (name, sites, homes, own_forward)
+    vars(module)["_owned"] = (name, sites, locations, own_forward)

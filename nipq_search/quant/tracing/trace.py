@@ -24,7 +24,7 @@ from nipq_search.quant.tracing.flow import (
     tensors_in,
 )
 from nipq_search.quant.tracing.ops import DECOMPOSED, DECOMPOSED_KINDS, Op, op_of
-from nipq_search.quant.tracing.sites import Home, ParameterTable
+from nipq_search.quant.tracing.sites import ParameterLocation, ParameterTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.flow = flow
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.parameters = ParameterTable(parameter_homes(model))
+        self.parameters = ParameterTable(parameter_locations(model))
         self.trained = {PARAMETER + n for n, p in model.named_parameters() if p.requires_grad}
         self.calls: dict[tuple[str, str, str, int], Call] = {}
         self.stack: list[tuple[str, dict[tuple[str, str], int]]] = []
@@ -240,13 +240,13 @@ def plain_kernels() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(onednn)
 
 
-def parameter_homes(model: nn.Module) -> list[Home]:
+def parameter_locations(model: nn.Module) -> list[ParameterLocation]:
     """Return the location of every parameter of a model, without repetitions."""
-    homes: list[Home] = []
+    locations: list[ParameterLocation] = []
     for name, _ in model.named_parameters():
         owner, _, key = name.rpartition(".")
-        homes.append((name, model.get_submodule(owner), key))
-    return homes
+        locations.append(ParameterLocation(name, model.get_submodule(owner), key))
+    return locations
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

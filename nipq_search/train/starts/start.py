@@ -173,7 +173,7 @@ def stop_learning_bits(model: nn.Module) -> None:
         bits = quantizer.bits
         if bits.learned:
             fixed = BitWidth(bits.allowed, bits.start, learned=False, key=bits.key)
-            quantizer.use(fixed.to(bits.marginal))
+            quantizer.replace_bits(fixed.to(bits.marginal))
 
 
 def start_at_one_width(model: nn.Module, budget: Budget) -> None:

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import nipq_search as ns
 from nipq_search.cost import Budget, exact_costs, freeze, profile
 from nipq_search.errors import UserError
-from nipq_search.quant import QuantConfig, prepare, quantizers
-from nipq_search.quant.insertion.prepare import freeze_bits, param_groups, quant_state
+from nipq_search.quant import QuantConfig, param_groups, prepare, quantizers
+from nipq_search.quant.insertion.prepare import freeze_bits, quant_state
 
 
 def layers(model):

@@ -296,9 +296,9 @@ def test_constants_and_scripts_stay_in_float_and_are_listed():
 
     with pytest.warns(UserWarning, match="stay in float"):
         prepared = prepare(Odd(), normal(3, 4))
-    why = {name: x.float_reason for name, x in layers(prepared).items()}
-    assert why["linear"] == "" and "constant" in why["matmul"]
-    assert "parameters alone" in why["matmul_1"]
+    reasons = {name: x.float_reason for name, x in layers(prepared).items()}
+    assert reasons["linear"] == "" and "constant" in reasons["matmul"]
+    assert "parameters only" in reasons["matmul_1"]
     low_rank = [x for x in layers(prepared).values() if x.kind == "linear"][1]
     assert low_rank.weight is not None, "the product itself is a weight"
     table = profile(prepared)

@@ -80,6 +80,7 @@ class Trainer:
         budget: what the bit-widths must keep; needed for a prepared model that learns them.
         teacher: the float model or one of the task's own; None for no distillation.
         team: the processes that share every batch.
+        samples: training samples processed before the first step, by calibration.
     """
 
     def __init__(
@@ -94,13 +95,14 @@ class Trainer:
         budget: Budget | None = None,
         teacher: nn.Module | None = None,
         team: Team = ALONE,
+        samples: int = 0,
     ) -> None:
         """Build the optimizer; nothing is trained yet."""
         self.team = team
         self.task, self.model, self.config, self.schedule = task, model, config, schedule
         self.seed, self.device, self.budget, self.teacher = seed, device, budget, teacher
         self.step = 0
-        self.samples = 0
+        self.samples = samples
         self.loss_sum = torch.zeros((), device=device)
         self.loss_count = 0
         self.optimizer = make_optimizer(model, config, schedule.quantized)

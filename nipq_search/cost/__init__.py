@@ -1,8 +1,8 @@
 """Costs of quantized models, budgets, and the projection of bit-widths onto a budget.
 
-Start reading in `base.py`: a cost is one formula, counted exactly on integer bits (`exact_cost`)
-and estimated on learned ones (`cost_estimate`). The projection is solved in `projection.py` and
-`assignment.py`. Imports `quant`, and needs torch, numpy and scipy alone.
+Start reading in `base.py`: a cost is a single formula, evaluated exactly on integer bit-widths
+(`exact_cost`) and differentiably on learned ones (`cost_estimate`). `projection.py` and
+`assignment.py` solve the projection. Imports `quant`; requires only torch, numpy and scipy.
 """
 
 from nipq_search.cost import activations, average, bops, size

@@ -14,7 +14,14 @@ from nipq_search.cost import COSTS, Budget, exact_cost
 from nipq_search.cost.assignment import GAP, Assignment
 from nipq_search.cost.base import Cost, complete_bits, largest_term, register, sum_terms
 from nipq_search.cost.polynomial import Polynomial, polynomial, variable
-from nipq_search.cost.projection import FULL, error_scales, fullest, project, units_of, usage
+from nipq_search.cost.projection import (
+    MIN_USAGE,
+    error_scales,
+    max_usage_bits,
+    project,
+    units_of,
+    usage,
+)
 from nipq_search.quant.graph import Graph, LayerInfo, TensorInfo
 
 
@@ -29,7 +36,7 @@ def losses_of(graph, scales, units):
 
 def check(graph, budget, soft, marginal, units):
     losses = losses_of(graph, error_scales(soft, marginal), units)
-    found = Assignment(graph, budget, losses, units).best()
+    found = Assignment(graph, budget, losses, units).min_loss()
     if found is None:
         return False
     floor = {unit: min(of) for unit, of in losses.items()} | found
@@ -109,7 +116,9 @@ def test_a_square_of_one_width():
     graph = Graph(layers=(layer,), tensors=tensors)
     for target, width in ((40, 2), (159, 2), (160, 4), (639, 4), (640, 8)):
         losses = {"x": {2: 3.0, 4: 2.0, 8: 1.0}}
-        assert Assignment(graph, Budget(bops=target), losses, {"x": "x"}).best() == {"x": width}
+        assert Assignment(graph, Budget(bops=target), losses, {"x": "x"}).min_loss() == {
+            "x": width
+        }
 
 
 def test_it_beats_lowering_one_by_one():
@@ -147,7 +156,7 @@ def test_formulas_that_are_no_polynomials_are_left_to_the_other_way():
         combine = (lambda t: sum(t.values()) / len(t)) if name == "means" else sum_terms
         register(Cost(name=name, terms=terms, combine=combine, whole=False))
         try:
-            assert Assignment(graph, Budget(**{name: 1e9}), losses, units).best() is None
+            assert Assignment(graph, Budget(**{name: 1e9}), losses, units).min_loss() is None
         finally:
             del COSTS[name]
 
@@ -213,8 +222,8 @@ def test_what_is_reachable_is_used(problem):
         usage(graph, {name: chosen[unit] for name, unit in units.items()}, budget)
         for chosen in combinations(graph, units, budget)
     )
-    assert used <= 1 and used >= FULL * most
-    if (found := fullest(graph, budget)) is not None:
+    assert used <= 1 and used >= MIN_USAGE * most
+    if (found := max_usage_bits(graph, budget)) is not None:
         assert usage(graph, found, budget) >= (1 - 2 * GAP) * most
 
 
@@ -233,4 +242,4 @@ def test_room_that_takes_two_changes_at_once_is_used():
     # Alone the first gains most for its size; with the last one nothing else fits.
     marginal = {"a.weight": -3.0, "b.weight": -0.1, "c.weight": -0.1}
     bits = project(graph, budget, dict.fromkeys(tensors, 4.0), marginal)
-    assert exact_cost("weight_bytes", graph, bits) >= FULL * 1700
+    assert exact_cost("weight_bytes", graph, bits) >= MIN_USAGE * 1700

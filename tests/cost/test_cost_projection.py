@@ -170,7 +170,7 @@ def test_freezing_again_changes_nothing():
     before = {n: q.bits.hard() for n, q in quantizers(model).items()}
     freeze(model, Budget(bops=1e9))
     assert before == {n: q.bits.hard() for n, q in quantizers(model).items()}
-    with pytest.raises(UserError, match="frozen already, at a cost above"):
+    with pytest.raises(UserError, match="already frozen, at a cost above"):
         freeze(model, Budget(bops=3500))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from nipq_search.cost import CONVENTION, COSTS, Budget, exact_cost, layer_rows, project
 from nipq_search.cost.base import uniform_bits
-from nipq_search.cost.projection import fullest, units_of
+from nipq_search.cost.projection import max_usage_bits, units_of
 from nipq_search.quant import QUANTIZERS
 from nipq_search.quant.graph import Graph
 from nipq_search.quant.tools.norm import norm_layers
@@ -42,7 +42,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     budgets = []
     for budget in facts.budgets:
         targets = Budget(**budget.targets)
-        bits = fullest(graph, targets) or project(
+        bits = max_usage_bits(graph, targets) or project(
             graph, targets, bits_at_budget(graph, targets), flat
         )
         reachable = {name: exact_cost(name, graph, bits) for name in budget.targets}

@@ -9,7 +9,7 @@ from torch import nn
 
 from nipq_search.cost import Budget
 from nipq_search.cost.base import Bits, complete_bits, get_cost, uniform_bits
-from nipq_search.cost.projection import FULL, Losses, assign, project, units_of, usage
+from nipq_search.cost.projection import MIN_USAGE, Losses, assign, project, units_of, usage
 from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
 from nipq_search.quant.graph import Graph
@@ -112,7 +112,7 @@ def stay_at_parent(
         Whether they fit; the model is as it was where they do not.
     """
     fixed = {name: round(width) for name, width in bits.items()}
-    if not FULL <= usage(quant_state(model).graph, fixed, budget) <= 1:
+    if not MIN_USAGE <= usage(quant_state(model).graph, fixed, budget) <= 1:
         return False
     _begin(model, learning, bits, lambda: fixed)
     return True

@@ -49,7 +49,7 @@ from nipq_search.search.worker.worker import execute
 from nipq_search.tasks import TASKS
 from nipq_search.tasks.vision.fashion_mnist import VARIABLE
 from nipq_search.train import HYPERPARAMETERS
-from nipq_search.train.config import STARTS
+from nipq_search.train.config import BitStart
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -170,7 +170,7 @@ def test_every_name_that_a_sweep_file_can_use_is_documented():
     table = rows(page, "key")
     for key, names in (
         ("search.strategy", STRATEGIES),
-        ("train.start", STARTS),
+        ("train.start", BitStart),
         ("search.sampler", SAMPLERS),
         ("quant.quantizer", QUANTIZERS),
         ("quant.proxy", Proxy),

@@ -147,7 +147,7 @@ class Assignment:
         """
         if not all(math.isfinite(loss) for row in self._losses.values() for loss in row.values()):
             return None  # for example after training with a NaN loss
-        return self._solve(self._losses, at_least)
+        return self._solve(at_least)
 
     def max_usage(self) -> tuple[Limit, dict[str, int]] | None:
         """Maximize the ratio of any single cost to its target within the budget.
@@ -161,7 +161,7 @@ class Assignment:
         for bound, (cost, most) in sorted(bounded, key=lambda entry: -entry[0]):
             if best is not None and best[0] >= bound:
                 break
-            widths = self._solve(self._losses, at_least=None, maximize=cost)
+            widths = self._solve(maximize=cost)
             if widths is None:
                 return None
             value = _value(cost, widths)
@@ -181,15 +181,13 @@ class Assignment:
         return min(1.0, _value(cost, {unit: max(self._losses[unit]) for unit in units}) / most)
 
     def _solve(
-        self,
-        losses: Mapping[str, Mapping[int, float]],
-        at_least: Limit | None,
-        maximize: Polynomial | None = None,
+        self, at_least: Limit | None = None, maximize: Polynomial | None = None
     ) -> dict[str, int] | None:
+        """Solve with growing margins until the exact costs are within the budget."""
         if not self._solvable:
             return None
         for margin in _MARGINS:
-            widths = _solved(self._limits, losses, margin, at_least, maximize)
+            widths = _solved(self._limits, self._losses, margin, at_least, maximize)
             if widths is None:
                 return None
             if all(_value(p, widths) <= most + 1e-12 * abs(most) for p, most in self._limits):

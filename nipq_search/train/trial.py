@@ -25,6 +25,7 @@ from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import evaluate, num_samples, to_device
 from nipq_search.train.checkpoint import load_checkpoint, save_checkpoint, to_bytes
+from nipq_search.train.config import BitStart
 from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import Trainer, seed_for, steps_in
 from nipq_search.train.models import MODEL_FILE, load_float, prepare_for, teacher_of
@@ -130,7 +131,7 @@ class _Training:
             self.hooks.on_samples(samples)
         self.team.same_model(model)
         # A model with one width for all tensors is not projected: its width must not change.
-        projected = spec.budget if spec.train.start != "uniform" else None
+        projected = spec.budget if spec.train.start != BitStart.UNIFORM else None
         trainer = Trainer(
             task=self.task,
             model=model,

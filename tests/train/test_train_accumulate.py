@@ -99,5 +99,7 @@ def test_stops_and_checkpoints_come_between_steps_only(digits, float_model, tmp_
 
 @pytest.mark.parametrize("lengths", [(6, 6, 6, 5), (6, 6, 6, 7)])
 def test_epochs_must_be_equally_long_all_the_same(lengths, tmp_path):
-    with pytest.raises(RuntimeError, match=rf"gave {lengths[-1]} batches in epoch 1 and 6 before"):
+    with pytest.raises(
+        RuntimeError, match=rf"yielded {lengths[-1]} batches in epoch 1 but 6 before"
+    ):
         train(Regression(lengths=lengths), mlp_spec(accumulate=4), tmp_path, CPU)

@@ -207,13 +207,13 @@ def test_epochs_of_a_loader_without_a_length_are_counted():
 def test_epochs_must_be_equally_long(lengths, tmp_path):
     task = Regression(lengths=lengths)  # calibration and counting take two of them
     count = lengths[-1]
-    with pytest.raises(RuntimeError, match=rf"gave {count} batches in epoch 1 and 6 before"):
+    with pytest.raises(RuntimeError, match=rf"yielded {count} batches in epoch 1 but 6 before"):
         train(task, mlp_spec(), tmp_path, CPU)
 
 
 def test_an_empty_split_is_named(tmp_path):
     spec = dataclasses.replace(mlp_spec(), quant=None, budget=None)
-    with pytest.raises(UserError, match=r"loader\('train'\) gives no batches"):
+    with pytest.raises(UserError, match=r"loader\('train'\) yields no batches"):
         train(Regression(lengths=(0,)), spec, tmp_path, CPU)
 
 

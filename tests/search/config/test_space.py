@@ -13,7 +13,7 @@ from nipq_search.search.strategies.samplers import SAMPLERS
 from nipq_search.search.strategies.strategies import STRATEGIES, Finished, Seen, least_served
 from nipq_search.search.study.ledger import suggest
 from nipq_search.train import HYPERPARAMETERS
-from nipq_search.train.config import STARTS, TUNINGS
+from nipq_search.train.config import BitStart, TuningMode
 
 SPACE = {
     "lr": {"log": [0.01, 0.1]},
@@ -48,7 +48,8 @@ def test_wrong_forms_name_the_hyperparameter(form):
 
 
 def test_every_hyperparameter_can_be_searched():
-    words = {"proxy": ["uniform", "empirical"], "start": list(STARTS), "tuning": list(TUNINGS)}
+    words = {"proxy": ["uniform", "empirical"]}
+    words |= {"start": [*map(str, BitStart)], "tuning": [*map(str, TuningMode)]}
     for name in HYPERPARAMETERS:
         check_space({name: {"choice": words.get(name, [0.1, 0.2])}})
 

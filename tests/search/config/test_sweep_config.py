@@ -90,7 +90,7 @@ def test_a_key_like_no_other_lists_the_known_ones():
         ({"quant__pin": {"stem": "int8"}}, ["quant.pin.stem"]),
         ({"train__lambda": -1}, ["train.lambda: must not be negative"]),
         ({"train__lambda": "big"}, ["train.lambda: ", "'big'"]),
-        ({"train__noise_share": 2}, ["train.noise_share: must lie between 0 and 1"]),
+        ({"train__noise_share": 2}, ["train.noise_share: must be between 0 and 1"]),
         ({"train__proxy": "normal"}, ["train.proxy: unknown value 'normal'"]),
         ({"search__bits": True, "train__start": "uniform"}, ["search.bits", "train.start"]),
         ({"search__strategy": "independant"}, ["search.strategy", "'independent'"]),

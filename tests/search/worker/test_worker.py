@@ -208,7 +208,7 @@ def test_a_float_model_from_a_file(tmp_path, task):
 @pytest.mark.parametrize(
     ("write", "problem"),
     [
-        (lambda path, state: path.write_bytes(b"nothing"), "pt: not a file of torch.save'd weigh"),
+        (lambda path, state: path.write_bytes(b"nothing"), "pt: not saved by torch.save"),
         (lambda path, state: path.mkdir(), "float.pt is a folder; name a file in it"),
         (lambda path, state: None, "float.pt: no such file"),
         (lambda path, state: torch.save({}, path), "entries are missing, such as stem"),

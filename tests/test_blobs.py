@@ -78,8 +78,8 @@ def test_a_store_that_does_not_answer_is_told_apart(tmp_path, s3):
 @pytest.mark.parametrize(
     ("uri", "told"),
     [
-        ("somewhere", "is no URI"),
-        ("s3:bucket", "is no URI"),
+        ("somewhere", "is not a URI"),
+        ("s3:bucket", "is not a URI"),
         ("s3://key:word@bucket/x", "leave keys out"),
         ("s3://bucket/x?secret_key=word", "leave keys out"),
     ],

@@ -173,7 +173,7 @@ def test_urls_come_from_the_environment_or_from_files(name, tmp_path, monkeypatc
     for content, problem in (
         (None, "No such file"),
         (b" \n", "is empty"),
-        (b"\xff\xfe", "not a text"),
+        (b"\xff\xfe", "not a text file"),
     ):
         if content is not None:
             file.write_bytes(content)

@@ -14,8 +14,8 @@ class Average:
     """The moving average of a model's parameters and floating-point buffers.
 
     Update n, counted from 0, has the decay `min(decay, (1 + n) / (10 + n))`, so the influence of
-    the initial weights vanishes quickly. Integer and non-persistent buffers are not averaged: the model's
-    own values apply.
+    the initial weights vanishes quickly. Integer and non-persistent buffers are not averaged: the
+    model's own values apply.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

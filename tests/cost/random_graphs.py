@@ -1,4 +1,4 @@
-"""Hypothesis strategies: small graphs of layers and tensors, bit-widths and budgets for them."""
+"""Hypothesis strategies for small graphs of layers and tensors, bit-widths and budgets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ allowed_sets = st.sets(st.integers(2, 8), min_size=1, max_size=5).map(
 
 @st.composite
 def graphs(draw):
-    """A graph of up to five layers: shared inputs, raw and float tensors, sets with gaps."""
+    """Draw up to five layers with shared inputs, raw and float tensors, and gaps in the widths."""
     tensors, layers, inputs = {}, [], []
 
     def add(name, role, numel, **rest):
@@ -55,14 +55,14 @@ def graphs(draw):
 
 
 def ends(graph):
-    """The least and the most bits of every searched tensor."""
+    """Return the smallest and the largest width of every searched tensor."""
     searched = {name: t.allowed for name, t in graph.tensors.items() if t.allowed}
     return {n: a[0] for n, a in searched.items()}, {n: a[-1] for n, a in searched.items()}
 
 
 @st.composite
 def problems(draw):
-    """A graph, a reachable budget of one to three costs, soft bits and marginal losses."""
+    """Draw a graph, a reachable budget of one to three costs, soft bits and marginal losses."""
     graph = draw(graphs())
     least, most = ends(graph)
     targets = {}
@@ -78,7 +78,7 @@ def problems(draw):
 
 
 def combinations(graph, units, budget):
-    """All widths that keep a budget."""
+    """Yield all choices of widths by unit that meet the budget."""
     alone = list(dict.fromkeys(units.values()))
     for widths in itertools.product(*(graph.tensors[unit].allowed for unit in alone)):
         chosen = dict(zip(alone, widths, strict=True))

@@ -1,4 +1,4 @@
-"""What every cost holds; a new one in `COSTS` is tested without new code here."""
+"""Conformance tests for every cost in `COSTS`; new costs need no additional test code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def net(**options):
 
 @settings(max_examples=40, deadline=None)
 @given(graph=graphs())
-def test_costs_never_fall_with_more_bits(name, graph):
+def test_costs_never_decrease_with_more_bits(name, graph):
     least, most = ends(graph)
     assert exact_cost(name, graph, least) <= exact_cost(name, graph, most)
     for tensor in least:
@@ -40,13 +40,13 @@ def test_costs_never_fall_with_more_bits(name, graph):
 def test_exact_costs_are_plain_numbers(name, graph):
     value = exact_cost(name, graph, ends(graph)[0])
     assert type(value) is (int if COSTS[name].whole else float)
-    # Fractional widths, for budgets such as `uniform 2.5`, lie between the whole ones.
+    # The costs of fractional widths, as in `uniform 2.5`, lie between those of integer widths.
     middle = exact_cost(name, graph, {n: b + 0.5 for n, b in ends(graph)[0].items()})
     more = exact_cost(name, graph, {n: b + 1 for n, b in ends(graph)[0].items()})
     assert exact_cost(name, graph, ends(graph)[0]) - 1 <= middle <= more + 1e-9
 
 
-def test_estimate_equals_exact_at_whole_bits(name):
+def test_estimate_equals_exact_cost_at_integer_bits(name):
     model = net()
     for width in (3, 5, 7):
         for quantizer in quantizers(model).values():
@@ -84,7 +84,7 @@ def grads(value, inputs):
 
 
 class Shell(nn.Module):
-    """Lets `functional_call` compute an estimate."""
+    """A module whose forward pass computes an estimate, for `functional_call`."""
 
     def __init__(self, model, name):
         super().__init__()
@@ -94,7 +94,7 @@ class Shell(nn.Module):
         return cost_estimate(self.name, self.model)
 
 
-def test_nothing_searched_still_has_an_estimate(name):
+def test_models_without_searched_tensors_have_an_estimate(name):
     model = net(pin={"*": "float"})
     assert cost_estimate(name, model).shape == ()
     assert cost_penalty(model, Budget(**{name: 10.0})).isfinite()
@@ -117,6 +117,6 @@ def test_the_penalty_reaches_the_budget(name, start):
     assert (before > target) == (start == 8)
 
 
-def test_a_name_is_taken_once(name):
+def test_duplicate_names_are_rejected(name):
     with pytest.raises(KeyError, match="registered already"):
         register(COSTS[name])

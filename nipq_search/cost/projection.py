@@ -1,8 +1,8 @@
 """The projection of learned bit-widths onto the allowed widths and a budget.
 
 Guarantee: no cost exceeds its target, and at least 97 % of what the allowed widths can reach of
-the binding target is used. If the solver cannot determine that maximum, then at least raising any
-single tensor to its next allowed width would exceed the budget.
+the binding target is used. If the solver cannot determine that maximum, the guarantee is
+weaker: raising any single tensor to its next allowed width would exceed the budget.
 """
 
 from __future__ import annotations

@@ -112,9 +112,9 @@ class TrainConfig:
         distill: whether to distill from the task's own teacher or, without one, the float model.
         distill_weight: weight of distillation in the loss, in [0, 1].
         proxy: distribution of the noise, `uniform` or `empirical`; None uses `quant.proxy`.
-        start: where bit-widths start. `budget`: at the uniform width that costs the budget;
-            `parent`: at the widths of the trial's parent, shifted onto the budget (without a
-            parent, the same as `budget`); `sensitivity`: at the widths with the least measured
+        start: where bit-widths start. `budget`: at the uniform width whose cost equals the
+            budget; `parent`: at the widths of the trial's parent, shifted onto the budget (without
+            a parent, the same as `budget`); `sensitivity`: at the widths with the least measured
             loss within the budget; `config`: at `quant.start_bits`; `uniform`: at the largest
             single width within the budget, where they stay. Widths that are not learned, or have
             no noise phase, are projected onto the budget from there.

@@ -39,7 +39,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 def seed_for(*words: int) -> int:
-    """Derive a seed from `words`; it is below 2**31, as every generator accepts."""
+    """Derive a seed from `words`; it is below 2**31, which every generator accepts."""
     return mix(*words) & 0x7FFFFFFF
 
 
@@ -99,7 +99,7 @@ class Trainer:
         team: Team = ALONE,
         samples: int = 0,
     ) -> None:
-        """Create the optimizer."""
+        """Create the optimizer; training starts with `run`."""
         self.team = team
         self.task, self.model, self.config, self.schedule = task, model, config, schedule
         self.seed, self.device, self.budget, self.teacher = seed, device, budget, teacher
@@ -152,6 +152,7 @@ class Trainer:
         save: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
     ) -> bool:
+        """Train as `run` does, in its contexts."""
         saved_at = time.monotonic()
         while self.step < self.schedule.total:
             for group in self._rest_of_epoch():
@@ -382,7 +383,7 @@ class Trainer:
         if self.freezing is not None and "freezing" in state:
             self.freezing.load_state_dict(state["freezing"], self.device)
         self.model.load_state_dict(state["model"])
-        # In the tuning phase, bit-widths are no parameters: create the matching groups.
+        # A model in the tuning phase has no bit-width parameters: create the matching groups.
         self.optimizer = make_optimizer(self.model, self.config, self.schedule.quantized)
         self.optimizer.load_state_dict(state["optimizer"])
         if "average" in state:

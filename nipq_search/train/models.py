@@ -115,11 +115,15 @@ def prepare_for(
         model: the float model.
         spec: quantizers, starting values and seed.
         device: device of the model.
-        calibrated: whether to calibrate; without, the truncation boundaries are arbitrary and the
-            caller must load a state dict.
+        calibrated: whether to set starting values; otherwise they are arbitrary and the caller
+            must load a state dict.
 
     Returns:
         The prepared model and the training samples that calibration processed.
+
+    Raises:
+        UserError: the model cannot be prepared, the budget cannot be reached, or sensitivity
+            scores are missing.
     """
     assert spec.quant is not None
     quant = dataclasses.replace(
@@ -160,12 +164,12 @@ def _start_bits(model: nn.Module, spec: TrainSpec, bits: Mapping[str, float] | N
     start = spec.train.start
     if start != BitStart.PARENT:
         for quantizer in quantizers(model).values():
-            quantizer.bits.marginal.zero_()  # the parent measured it at its own widths
+            quantizer.bits.marginal.zero_()  # measured at the parent's widths
     assert spec.quant is not None
     if not spec.budget or start == BitStart.CONFIG:
         return
     budget = Budget(**spec.budget)
-    # Widths that are not learned are frozen before ranges are fitted to them.
+    # Without learning, widths are frozen here, since ranges are fitted to the final widths.
     learning = QUANTIZERS[spec.quant.quantizer].learns_bits and spec.train.noise_share > 0
     if spec.profile:
         start_at_profile(model, budget, spec.profile, learning)

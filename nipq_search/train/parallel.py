@@ -83,10 +83,10 @@ class Team:
         if self.size == 1:
             return
         parameters = [p for p in model.parameters() if p.requires_grad]
-        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-        dist.all_reduce(there, op=dist.ReduceOp.MAX)
+        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        dist.all_reduce(present, op=dist.ReduceOp.MAX)
         found = []
-        for parameter, exists in zip(parameters, there.tolist(), strict=True):
+        for parameter, exists in zip(parameters, present.tolist(), strict=True):
             if exists:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

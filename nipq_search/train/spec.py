@@ -14,15 +14,15 @@ from nipq_search.train.config import TrainConfig
 
 
 class Interrupted(Exception):
-    """A stop was requested; the state is saved."""
+    """Training stopped on request, with its state saved."""
 
 
 class Released(Exception):
-    """This process has done its share; the leader completes the training (see `parallel.py`)."""
+    """This process has done its share; the leader completes the training. See `parallel.py`."""
 
 
 class Paused(Exception):
-    """The training reached its pause; the state is saved.
+    """Training reached its pause, with its state saved.
 
     Args:
         metrics: validation metrics of a copy of the model, projected onto the budget.

@@ -23,7 +23,7 @@ _BISECTIONS = 40
 def bits_at_budget(
     graph: Graph, budget: Budget, base: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Return soft bit-widths that cost the budget: `base` plus a common shift, by bisection.
+    """Return soft bit-widths whose cost equals the budget: `base` plus a shift, by bisection.
 
     Without `base`, tensors that contribute to no budgeted cost, such as an embedding under BOPs,
     take their largest width.

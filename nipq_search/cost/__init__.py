@@ -5,7 +5,7 @@ Start reading in `base.py`: a cost is a single formula, evaluated exactly on int
 `assignment.py` solve the projection. Imports `quant`; requires only torch, numpy and scipy.
 """
 
-from nipq_search.cost import activations, average, bops, size
+from nipq_search.cost import activations, bops, mean_bits, size
 from nipq_search.cost.base import COSTS, cost_estimate, exact_cost, exact_costs, register
 
 for _cost in (
@@ -13,8 +13,8 @@ for _cost in (
     size.WEIGHT_BYTES,
     activations.SUM,
     activations.LARGEST,
-    average.MEAN_WEIGHT_BITS,
-    average.MEAN_ACTIVATION_BITS,
+    mean_bits.MEAN_WEIGHT_BITS,
+    mean_bits.MEAN_ACTIVATION_BITS,
 ):
     register(_cost)
 

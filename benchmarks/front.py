@@ -36,7 +36,7 @@ from nipq_search.search import jobs
 from nipq_search.search.backend.tune import quiet_environment
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, load_config
-from nipq_search.search.jobs import Job, job_folder
+from nipq_search.search.jobs import Job, OutcomeKind, job_folder
 from nipq_search.search.results.documents import test_metric
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.run import run_sweep
@@ -121,10 +121,12 @@ def done(job: Job, task: Task) -> dict[str, Any]:
     Raises:
         RuntimeError: the job failed, or the machine cannot run it.
     """
-    state = run_job(job, task, lambda report: None)
+    outcome = run_job(job, task, lambda report: None)
     record = jobs.committed(job.folder) or {}
-    if state != jobs.COMPLETE:
-        raise RuntimeError(f"{job.folder}: {record.get('reason') or state}")
+    if outcome.kind is not OutcomeKind.COMPLETE:
+        raise RuntimeError(
+            f"{job.folder}: {record.get('reason') or outcome.reason or outcome.kind.value}"
+        )
     return record
 
 

@@ -36,7 +36,7 @@ from nipq_search.search import jobs
 from nipq_search.search.backend.tune import TuneExecutor, quiet_environment
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
-from nipq_search.search.jobs import TEST_FILE, Job
+from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
 from nipq_search.search.results.outputs import Projections
 from nipq_search.search.run import run_sweep
 from nipq_search.search.study.ledger import Ledger
@@ -70,7 +70,9 @@ def config_of(trials: int, concurrent: int) -> SweepConfig:
     return parse_config(document)
 
 
-def stub(job: Job, task: Any, report: Callable[[dict[str, Any]], None], seconds: float = 0) -> str:
+def stub(
+    job: Job, task: Any, report: Callable[[dict[str, Any]], None], seconds: float = 0
+) -> JobOutcome:
     """Write attempt, curve, model and record as a worker does, without training."""
     attempt = jobs.open_attempt(job)
     time.sleep(seconds)
@@ -104,7 +106,7 @@ def stub(job: Job, task: Any, report: Callable[[dict[str, Any]], None], seconds:
             "model_sha256": storage.digest(model),
         },
     )
-    return jobs.COMPLETE
+    return JobOutcome(kind=OutcomeKind.COMPLETE)
 
 
 class Clock:
@@ -142,13 +144,13 @@ class Clock:
 
         return timed
 
-    def work(self, job: Job, task: Any, report: Any) -> str:
+    def work(self, job: Job, task: Any, report: Any) -> JobOutcome:
         """Run the stub and count its CPU time separately."""
         began = time.process_time()
-        state = stub(job, task, report)
+        outcome = stub(job, task, report)
         self.stubs += time.process_time() - began
         self.ends.append((time.process_time() - self.stubs, time.perf_counter()))
-        return state
+        return outcome
 
 
 def growth(folder: Path, trials: int, slots: int) -> list[dict[str, float]]:
@@ -237,7 +239,7 @@ def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, fl
     }
 
 
-def _sleeper(job: Job, task: Any, report: Any, seconds: float) -> str:
+def _sleeper(job: Job, task: Any, report: Any, seconds: float) -> JobOutcome:
     return stub(job, task, report, seconds if job.kind == "trial" else 0)
 
 

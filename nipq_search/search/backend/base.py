@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.jobs import Job
+from nipq_search.search.jobs import Job, JobOutcome
 from nipq_search.tasks import Task
 
 STARTS = 4
 """Times that a process may die before it begins an attempt."""
 
-Work = Callable[[Job, Task, Callable[[dict[str, Any]], None]], str]
+Work = Callable[[Job, Task, Callable[[dict[str, Any]], None]], JobOutcome]
 """What does a job: `nipq_search.search.worker.worker.execute`, or a stand-in for it."""
 
 

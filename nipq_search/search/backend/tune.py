@@ -204,8 +204,8 @@ def _trainable(config: dict[str, Any], task: Any = None, work: Any = None) -> No
 
     from nipq_search.search.worker.worker import execute
 
-    state = (work or execute)(Job(**config["job"]), task, tune.report)
-    tune.report({"state": state})
+    outcome = (work or execute)(Job(**config["job"]), task, tune.report)
+    tune.report(outcome.as_report())
 
 
 class TuneExecutor:

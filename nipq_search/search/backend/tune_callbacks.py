@@ -13,9 +13,8 @@ from ray.tune.search import Searcher
 from nipq_search.search import jobs
 from nipq_search.search.backend.base import STARTS
 from nipq_search.search.coordinator.coordinator import Coordinator, Verdict
-from nipq_search.search.jobs import Job
+from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind
 from nipq_search.search.worker import failures
-from nipq_search.search.worker.worker import HALT
 
 _PATIENCE_SECONDS = 90.0
 """Network file systems show what another node wrote with a delay, NFS after up to a minute."""
@@ -84,13 +83,13 @@ class JobSearcher(Searcher):
         if job is None:
             return
         assert self._coordinator is not None
-        state = str((result or {}).get("state", ""))
+        outcome = JobOutcome.from_report(result)
         if error:
             self._count(job)
         try:
-            if state.startswith(HALT):
-                self._coordinator.halt(state.removeprefix(HALT))
-            elif state in (jobs.COMPLETE, jobs.FAIL) and not _is_seen(job):
+            if outcome is not None and outcome.kind is OutcomeKind.HALT:
+                self._coordinator.halt(outcome.reason)
+            elif outcome is not None and outcome.has_record and not _is_seen(job):
                 self._coordinator.halt(
                     f"{job.name} has ended, but its record is not seen here: all nodes must share "
                     f"{job.out}; `nipq-search doctor --address ... --out ...` tells which do not"

@@ -9,14 +9,13 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 from nipq_search.search import jobs
 from nipq_search.search.backend.base import STARTS, Work
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.jobs import Job
+from nipq_search.search.jobs import Job, OutcomeKind
 from nipq_search.search.worker import failures
-from nipq_search.search.worker.worker import HALT, execute
+from nipq_search.search.worker.worker import execute
 from nipq_search.tasks import Task
 
 
@@ -62,7 +61,7 @@ class VirtualExecutor:
             self.now, _, job, barren = heapq.heappop(self._queue)
             before = len(jobs.attempts(job.folder))
             try:
-                state: Any = self.work(job, task, lambda report: None)
+                outcome = self.work(job, task, lambda report: None)
             except Died as error:
                 failures.judge(job.folder, job.run, error)
                 barren = 0 if len(jobs.attempts(job.folder)) > before else barren + 1
@@ -72,8 +71,8 @@ class VirtualExecutor:
                     continue
                 coordinator.finished(job, failures.NEVER_STARTED)
             else:
-                if state.startswith(HALT):
-                    coordinator.halt(state.removeprefix(HALT))
+                if outcome.kind is OutcomeKind.HALT:
+                    coordinator.halt(outcome.reason)
                 coordinator.finished(job)
             tick()
 

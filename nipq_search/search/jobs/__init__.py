@@ -40,6 +40,7 @@ from nipq_search.search.jobs.job import (
     SCORES,
     Job,
 )
+from nipq_search.search.jobs.outcome import JobOutcome, OutcomeKind
 from nipq_search.search.jobs.paths import (
     CURVE,
     CURVES_FILE,
@@ -75,11 +76,13 @@ __all__ = [
     "HANG",
     "HANGS_ALLOWED",
     "Job",
+    "JobOutcome",
     "LOCK_FILE",
     "LOG",
     "LOG_FILE",
     "LOST",
     "NODE",
+    "OutcomeKind",
     "PROGRESS",
     "REPORT_FILE",
     "RESULT",

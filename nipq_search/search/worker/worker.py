@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
+import logging
 import math
 import os
 import socket
@@ -11,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,7 +25,7 @@ from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.records import CurvePoint
 from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
-from nipq_search.search.jobs import TEST_FILE, Job
+from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
 from nipq_search.search.jobs.lease import stop_requested
 from nipq_search.search.worker import failures
 from nipq_search.search.worker.process_group import MemberKilled, leading
@@ -36,9 +38,24 @@ from nipq_search.train.checkpoint import remove_checkpoints
 from nipq_search.train.models import MODEL_FILE, load_trained
 from nipq_search.train.sensitivity import score
 
+_log = logging.getLogger("nipq_search")
 _POLL_SECONDS = 0.5
-HALT = "HALT "
-"""Begins the answer of a worker that found its machine unfit; the reason follows."""
+
+
+class ExitReason(enum.Enum):
+    """Why a worker process ends itself instead of taking another job."""
+
+    RANK_KILLED = "another process of its training was killed"
+    GPU_MEMORY = "its GPU ran out of memory"
+    GPU_LOST = "its GPU is no longer usable"
+
+
+class _EndProcess(Exception):
+    """The process must end: the job continues in another process."""
+
+    def __init__(self, reason: ExitReason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
 
 
 class _Reporter:
@@ -83,54 +100,67 @@ class _Reporter:
         return self.stopping
 
 
-class _NotHere(Exception):
-    """A file that a job needs is not on this node."""
+class _MissingHere(Exception):
+    """A file that a job needs does not exist on this node."""
 
 
-def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> str:
-    """Run an attempt of a job, or recognize that it is done already.
+def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> JobOutcome:
+    """Run one attempt of a job, unless the job has a committed record.
+
+    Ends the process, without returning, when its GPU cannot be used again or another process of
+    the training was killed; the executor then restarts the job.
 
     Args:
-        job: what to do.
-        task: the sweep's task, its data loaded.
-        report: gets small dictionaries as the job goes on.
+        job: the job to run.
+        task: the sweep's task, with its data loaded.
+        report: receives a small dictionary after every epoch.
 
     Returns:
-        `COMPLETE` or `FAIL`, with the record committed; `PAUSED` at a rung; `STOPPED`;
-        `SUPERSEDED` where the job was given to another process meanwhile; or `HALT` and why no
-        job can run on this machine, such as a full disk.
+        How the attempt ended.
+
+    Raises:
+        OSError: a file outside the sweep's folder failed before the attempt began.
     """
     try:
         return _attempt(job, task, report)
+    except _EndProcess as end:
+        _end_process(end.reason)
     except OSError as error:
         if not failures.is_the_machine(error, Path(job.out)):
             raise
-        # Not the job's fault: it stays open, and the sweep ends until that is mended.
         place = error.filename or job.out
-        return f"{HALT}{place}: {error.strerror}; mend that, the same command resumes"
-    except _NotHere as error:
-        return (
-            f"{HALT}node {socket.gethostname()}: {error}; copy or mount it there, or take "
+        return _halt(f"{place}: {error.strerror}; mend that, the same command resumes")
+    except _MissingHere as error:
+        return _halt(
+            f"node {socket.gethostname()}: {error}; copy or mount it there, or take "
             "the node out; the same command resumes"
         )
 
 
-def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> str:
-    """One attempt; see `execute`.
+def _halt(reason: str) -> JobOutcome:
+    """Return the outcome for a fault of the machine: the job stays open, the sweep ends."""
+    return JobOutcome(kind=OutcomeKind.HALT, reason=reason)
+
+
+def _end_process(reason: ExitReason) -> NoReturn:
+    """End this process at once, releasing all that it holds on a GPU."""
+    _log.error("the worker process ends: %s", reason.value)
+    os._exit(1)
+
+
+def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> JobOutcome:
+    """Run one attempt; see `execute`.
 
     Raises:
-        OSError: the machine is unfit; nothing is recorded of the job.
+        OSError: the machine is unfit; nothing is recorded for the job.
+        _MissingHere: a file that the job needs does not exist on this node.
+        _EndProcess: the process must end.
     """
     done = jobs.committed(job.folder) if job.kind != "test" else None
     if done is not None:
-        return str(done["state"])
+        return JobOutcome(kind=OutcomeKind(done["state"]))
     config = parse_config(dict(job.config))
-    limits = config.limits
-    failures.judge(job.folder, job.run)
-    gave_up = _give_up(job, limits.max_failures, limits.trial_minutes)
-    if gave_up:
-        failures.await_nodes(job.folder, job.run)
-        gave_up = _give_up(job, limits.max_failures, limits.trial_minutes)
+    gave_up = _reason_to_give_up(job, config)
     threads, workers = _arithmetic(job, config), config.resources.processes
     basis = {"threads": threads, "workers": workers, "parent": job.parent}
     try:
@@ -138,55 +168,91 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     except jobs.Committed:
         return _attempt(job, task, report)
     if gave_up:
-        return jobs.FAIL if jobs.commit(attempt, _failure(job, gave_up)) else "SUPERSEDED"
-    minutes = limits.trial_minutes if job.kind in ("trial", "baseline") else None
+        is_mine = jobs.commit(attempt, _failure(job, gave_up))
+        return JobOutcome(kind=OutcomeKind.FAIL if is_mine else OutcomeKind.SUPERSEDED)
+    minutes = config.limits.trial_minutes if job.kind in ("trial", "baseline") else None
     reporter = _Reporter(job, attempt, report)
     torch.set_num_threads(threads)
     with captured(attempt / jobs.LOG), watchdog(attempt / jobs.HANG, minutes):
         try:
-            if job.kind == "test":
-                record: dict[str, Any] = _run_test(job, config, task, reporter)
-            elif job.kind == jobs.SCORES:
-                record = _run_scores(job, config, task, reporter)
-            else:
-                record = _run_training(job, config, task, reporter)
+            record = _run(job, config, task, reporter)
         except Paused as paused:
-            metrics = {name: v for name, v in paused.metrics.items() if math.isfinite(v)}
-            reporter.write()
-            measured = {"metrics": metrics, "samples": paused.samples}
-            jobs.note_rung(job.folder, job.rung, measured)
-            storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
-            return "PAUSED"
+            return _pause(job, reporter, paused)
         except Interrupted:
             reporter.write()
             _clean_up(job)
-            storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
-            return "STOPPED"
-        except MemberKilled:
-            os._exit(1)  # it is the job's process that was killed, or a part of it
+            _mark_stopped(attempt)
+            return JobOutcome(kind=OutcomeKind.STOPPED)
+        except MemberKilled as error:
+            raise _EndProcess(ExitReason.RANK_KILLED) from error
         except Exception as error:
-            if failures.is_the_machine(error, Path(job.out)):
-                raise failures.os_error(error) or error from None
-            (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if failures.is_missing_here(error, Path(job.out)):
-                storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
-                raise _NotHere(reason) from error
-            if failures.is_gpu_memory(error):
-                reporter.write()
-                jobs.note_cause(attempt, failures.GPU_MEMORY, reason[:500])
-                os._exit(1)  # with all that it holds there; the job goes on in another process
-            record = _failure(job, f"{type(error).__name__}: {reason}"[:500])
+            record = _record_of_error(job, reporter, error)
+    return _commit(job, reporter, {**record, "threads": threads, "workers": workers})
+
+
+def _run(job: Job, config: SweepConfig, task: Task, reporter: _Reporter) -> dict[str, Any]:
+    """Do what a job of this kind does and return its record."""
+    if job.kind == "test":
+        return _run_test(job, config, task, reporter)
+    if job.kind == jobs.SCORES:
+        return _run_scores(job, config, task, reporter)
+    return _run_training(job, config, task, reporter)
+
+
+def _pause(job: Job, reporter: _Reporter, paused: Paused) -> JobOutcome:
+    """Record what a trial measured at its rung."""
+    metrics = {name: v for name, v in paused.metrics.items() if math.isfinite(v)}
+    reporter.write()
+    jobs.note_rung(job.folder, job.rung, {"metrics": metrics, "samples": paused.samples})
+    _mark_stopped(reporter.attempt)
+    return JobOutcome(kind=OutcomeKind.PAUSED)
+
+
+def _record_of_error(job: Job, reporter: _Reporter, error: Exception) -> dict[str, Any]:
+    """Return the record of a job that failed by its own fault.
+
+    Raises:
+        OSError: the machine is unfit.
+        _MissingHere: a file that the job needs does not exist on this node.
+        _EndProcess: the GPU has no memory left.
+    """
+    attempt, out = reporter.attempt, Path(job.out)
+    if failures.is_the_machine(error, out):
+        raise failures.os_error(error) or error from None
+    (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if failures.is_missing_here(error, out):
+        _mark_stopped(attempt)
+        raise _MissingHere(reason) from error
+    if failures.is_gpu_memory(error):
+        reporter.write()
+        jobs.note_cause(attempt, failures.GPU_MEMORY, reason[:500])
+        raise _EndProcess(ExitReason.GPU_MEMORY) from error
+    return _failure(job, f"{type(error).__name__}: {reason}"[:500])
+
+
+def _commit(job: Job, reporter: _Reporter, record: dict[str, Any]) -> JobOutcome:
+    """Commit the record of an attempt unless a later attempt took the job over.
+
+    Raises:
+        _EndProcess: the job failed and left its GPU unusable. Tune would reuse the process for
+            the next job; the record of this one is committed.
+    """
+    attempt = reporter.attempt
     reporter.write()
     record["seconds"] = jobs.seconds_spent(job.folder)
-    record["threads"], record["workers"] = threads, workers
     if not (is_mine := jobs.commit(attempt, record)):
         blobs.remove(attempt / MODEL_FILE)
-        storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
+        _mark_stopped(attempt)
     _clean_up(job)
     if record["state"] == jobs.FAIL and job.kind != "test" and failures.gpu_is_lost():
-        os._exit(1)  # Tune would give the process to the next job; the record is there already
-    return str(record["state"]) if is_mine else "SUPERSEDED"
+        raise _EndProcess(ExitReason.GPU_LOST)
+    return JobOutcome(kind=OutcomeKind(record["state"]) if is_mine else OutcomeKind.SUPERSEDED)
+
+
+def _mark_stopped(attempt: Path) -> None:
+    """Record that an attempt ended in an orderly way without a result."""
+    storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
 
 
 def _arithmetic(job: Job, config: SweepConfig) -> int:
@@ -210,6 +276,20 @@ def _clean_up(job: Job) -> None:
         remove_checkpoints(job.folder / "checkpoints")
         for spare in jobs.models(job.folder, spare=True):
             blobs.remove(spare)
+
+
+def _reason_to_give_up(job: Job, config: SweepConfig) -> str | None:
+    """Return why a job that failed before is not tried again, or None.
+
+    Waits, before a job is given up, until it is certain whether dead nodes ended its attempts.
+    """
+    limits = config.limits
+    failures.judge(job.folder, job.run)
+    reason = _give_up(job, limits.max_failures, limits.trial_minutes)
+    if reason:
+        failures.await_nodes(job.folder, job.run)
+        reason = _give_up(job, limits.max_failures, limits.trial_minutes)
+    return reason
 
 
 def _give_up(job: Job, max_failures: int, minutes: float | None) -> str | None:

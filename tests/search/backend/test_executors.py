@@ -19,9 +19,8 @@ from nipq_search.search.backend.tune import TuneExecutor, ray_cluster
 from nipq_search.search.backend.virtual import Died, VirtualExecutor
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.coordinator.coordinator import Verdict
-from nipq_search.search.jobs import Job
+from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind
 from nipq_search.search.worker import failures
-from nipq_search.search.worker.worker import HALT
 
 FINE, DIES_ONCE, NEVER_STARTS, UNFIT, UNSEEN = range(5)
 
@@ -33,9 +32,9 @@ def work(job, task, report, *, die):
         die()
     attempt = jobs.open_attempt(job)
     if mood == UNFIT:
-        return f"{HALT}no room"
+        return JobOutcome(kind=OutcomeKind.HALT, reason="no room")
     if mood == UNSEEN:  # its record lies in a folder of another node
-        return jobs.COMPLETE
+        return JobOutcome(kind=OutcomeKind.COMPLETE)
     if mood == DIES_ONCE and len(jobs.attempts(job.folder)) == 1:
         die()
     began = time.time()
@@ -43,7 +42,7 @@ def work(job, task, report, *, die):
     if not task.quick:
         time.sleep(0.5)
     jobs.commit(attempt, {"state": jobs.COMPLETE, "began": began, "ended": time.time()})
-    return jobs.COMPLETE
+    return JobOutcome(kind=OutcomeKind.COMPLETE)
 
 
 def die_for_real():

@@ -66,7 +66,7 @@ class Rungs(Bench):
             jobs.rung_file(job.folder, job.rung), {"metrics": metrics, "samples": 0}
         )
         storage.write_json(attempt / jobs.STOPPED, {"time": 0})
-        return "PAUSED"
+        return jobs.JobOutcome(kind=jobs.OutcomeKind.PAUSED)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from unit_helpers import Bench, digits, make_config
 
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
-from nipq_search.search.jobs import LOCK_FILE
+from nipq_search.search.jobs import LOCK_FILE, OutcomeKind
 from nipq_search.search.worker import failures
-from nipq_search.search.worker.worker import HALT, execute
+from nipq_search.search.worker.worker import execute
 from nipq_search.tasks.vision.digits import Digits
 
 
@@ -77,7 +77,7 @@ def test_a_gpu_without_room_ends_the_process_and_not_the_trial(task, job, left):
     assert jobs.crashes(job.folder, job.run) == [failures.GPU_MEMORY]
     assert "Tried to allocate" in (jobs.attempts(job.folder)[0] / jobs.TRACEBACK).read_text()
     task.error = None
-    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
 
 
 def test_a_trial_that_never_fits_on_a_gpu_is_given_up_with_the_fix(task, job, left):
@@ -85,7 +85,7 @@ def test_a_trial_that_never_fits_on_a_gpu_is_given_up_with_the_fix(task, job, le
     for _ in range(3):
         with pytest.raises(Left):
             execute(job, task, lambda report: None)
-    assert execute(job, task, lambda report: None) == jobs.FAIL
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
     reason = jobs.committed(job.folder)["reason"]
     assert reason.startswith("its process died 3 times (limits.max_failures): its GPU ran out")
     assert "resources.gpus" in reason and "train.batch_size" in reason
@@ -98,7 +98,7 @@ def test_a_lost_gpu_takes_no_further_trial_along(task, job, left, monkeypatch):
     with pytest.raises(Left):
         execute(job, task, lambda report: None)
     assert "device-side assert" in jobs.committed(job.folder)["reason"]
-    assert execute(job, task, lambda report: None) == jobs.FAIL, "from its record"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, "from its record"
 
 
 def test_without_a_gpu_none_is_lost():
@@ -136,12 +136,13 @@ def test_data_that_are_not_on_a_node_fail_no_trial(bench, task, job, monkeypatch
     sign(bench, "the-driver-s-host")
     there = ("the-driver-s-host", "/data/train/7.png")
     monkeypatch.setattr(failures, "is_on", lambda host, file: (host, file) == there)
-    state = execute(job, task, lambda report: None)
-    assert state.startswith(f"{HALT}node {os.uname().nodename}: ")
-    assert "/data/train/7.png" in state and "mount it there" in state
+    outcome = execute(job, task, lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT
+    assert outcome.reason.startswith(f"node {os.uname().nodename}: ")
+    assert "/data/train/7.png" in outcome.reason and "mount it there" in outcome.reason
     assert jobs.committed(job.folder) is None and jobs.crashes(job.folder, job.run) == []
     task.error = None
-    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
 
 
 @pytest.mark.parametrize("host", [os.uname().nodename, "another-host"])
@@ -150,14 +151,15 @@ def test_a_file_that_is_missing_on_the_driver_s_host_too_is_the_trial_s_fault(
 ):
     task.error = FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/7.png")
     sign(bench, host)
-    assert execute(job, task, lambda report: None) == jobs.FAIL
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
 
 
 @pytest.mark.parametrize("told", [raised_from, from_worker])
 def test_a_disk_that_fails_below_another_error_is_no_trial_s_fault(task, job, told):
     task.error = told(OSError(errno.EIO, "Input/output error", "/data/train/7.png"))
-    state = execute(job, task, lambda report: None)
-    assert state.startswith(f"{HALT}/data/train/7.png: Input/output error")
+    outcome = execute(job, task, lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT
+    assert outcome.reason.startswith("/data/train/7.png: Input/output error")
     assert jobs.committed(job.folder) is None
 
 
@@ -208,12 +210,13 @@ def test_a_gpu_that_is_lost_to_the_test_split_is_said_once(evaluation, left, mon
     task, job = evaluation
     task.error = RuntimeError("CUDA error: device-side assert triggered")
     monkeypatch.setattr(failures, "gpu_is_lost", lambda: True)
-    assert execute(job, task, lambda report: None) == jobs.FAIL
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
 
 
 def test_a_disk_that_fails_under_the_test_split_ends_the_sweep(evaluation):
     task, job = evaluation
     task.error = OSError(errno.EIO, "Input/output error", "/data/test/7.png")
-    assert execute(job, task, lambda report: None).startswith(f"{HALT}/data/test/7.png")
+    outcome = execute(job, task, lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT and outcome.reason.startswith("/data/test/7.png")
     task.error = None
-    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE

@@ -15,8 +15,8 @@ from nipq_search.search import jobs
 from nipq_search.search.commands.replay import replay
 from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.coordinator.resolved import gather
-from nipq_search.search.jobs import TEST_FILE, Job
-from nipq_search.search.worker.worker import HALT, execute
+from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
+from nipq_search.search.worker.worker import execute
 from nipq_search.tasks.vision.digits import Digits
 from nipq_search.train import trial as training
 from nipq_search.train.models import MODEL_FILE
@@ -55,11 +55,11 @@ def run(bench, task, until=None):
     """Run the sweep with real workers; each job's name with its reports and splits read."""
     seen: dict[str, list[str]] = {}
 
-    def worker(job: Job) -> str:
+    def worker(job: Job) -> JobOutcome:
         task.read.clear()
-        state = execute(job, task, lambda report: None)
+        outcome = execute(job, task, lambda report: None)
         seen[job.name] = list(task.read)
-        return state
+        return outcome
 
     return bench.sweep(worker), seen
 
@@ -99,7 +99,7 @@ def test_a_committed_job_is_not_trained_again(bench, task):
     coordinator = bench.open()
     job = coordinator.next_job()
     for _ in range(2):
-        assert execute(job, task, lambda report: None) == "COMPLETE"
+        assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
     assert len(jobs.attempts(job.folder)) == 1
 
 
@@ -159,12 +159,12 @@ def test_a_stop_request_saves_the_state_and_ends_the_attempt(bench, task):
     job = open_trial(bench, task)
     stop = bench.out / "stop.request"
     stop.touch()
-    assert execute(job, task, lambda report: None) == "STOPPED"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.STOPPED
     attempt = jobs.attempts(job.folder)[0]
     assert (attempt / jobs.STOPPED).exists() and jobs.committed(job.folder) is None
     assert (job.folder / "checkpoints").is_dir()
     stop.unlink()
-    assert execute(job, task, lambda report: None) == "COMPLETE"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
     record = jobs.committed(job.folder)
     assert record["attempts"] == 2 and len(jobs.crashes(job.folder, job.run)) == 0
     assert jobs.samples_processed(job.folder) == record["samples"], "no step was taken twice"
@@ -176,7 +176,7 @@ def test_a_job_that_hung_twice_is_given_up(minutes, bench, task):
     job = open_trial(bench, task)
     for _ in range(2):
         (jobs.open_attempt(job) / jobs.HANG).write_text("stack")
-    assert execute(job, task, lambda report: None) == "FAIL"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
     reason = jobs.committed(job.folder)["reason"]
     assert reason.startswith("hung: killed") and "limits.trial_minutes" in reason
     assert ("3 minutes" in reason) == (minutes is not None)
@@ -186,7 +186,7 @@ def test_a_job_whose_process_died_too_often_is_given_up(bench, task):
     job = open_trial(bench, task)
     for _ in range(3):
         jobs.open_attempt(job)
-    assert execute(job, task, lambda report: None) == "FAIL"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
     record = jobs.committed(job.folder)
     assert record["reason"] == "its process died 3 times (limits.max_failures)"
     assert record["attempts"] == 4
@@ -236,10 +236,10 @@ def test_a_float_file_that_does_not_fit_is_refused_at_once(tmp_path, task, write
 def test_a_full_disk_leaves_the_trial_open_and_ends_the_sweep(bench, task):
     job = open_trial(bench, task)
     task.error = OSError(errno.ENOSPC, "No space left on device")
-    state = execute(job, task, lambda report: None)
-    assert state.startswith(HALT) and "No space left on device" in state
+    outcome = execute(job, task, lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT and "No space left on device" in outcome.reason
     coordinator = bench.open()
-    coordinator.halt(state.removeprefix(HALT))
+    coordinator.halt(outcome.reason)
     assert not isinstance(coordinator.next_job(), Job)
     task.error = None
     run(bench, task)
@@ -293,7 +293,7 @@ def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch
         if here and not after:
             after.append({})
             with torch.enable_grad():  # in a process of its own
-                assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+                assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
             after[0] |= contents(job.folder / "attempt-2")
 
     def stopped_evaluate(model, split):
@@ -312,7 +312,7 @@ def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch
     monkeypatch.setattr(storage, "write_bytes", stopped_write)
     monkeypatch.setattr(storage, "write_once", stopped_write_once)
     monkeypatch.setattr(jobs, "superseded", lambda attempt: False)  # not noticed while it trains
-    assert execute(job, task, lambda report: None) == "SUPERSEDED"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.SUPERSEDED
     first, second = jobs.attempts(job.folder)
     assert after == [contents(second)] and {jobs.RESULT, MODEL_FILE} <= after[0].keys()
     assert (first / jobs.STOPPED).exists() and not (first / MODEL_FILE).exists()
@@ -320,7 +320,7 @@ def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch
     assert record == storage.read_sealed(second / jobs.RESULT) and record["attempts"] == 2
     model = jobs.model_file(job.folder)
     assert model.parent == second and storage.digest(model.read_bytes()) == record["model_sha256"]
-    assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+    assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
     assert jobs.attempts(job.folder) == [first, second]
 
 
@@ -336,12 +336,13 @@ def test_a_folder_that_may_not_be_written_is_no_trials_fault(bench, task, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "open_attempt", refused)
-        state = execute(job, task, lambda report: None)
-    assert state == (
-        f"{HALT}{job.folder}/attempt-1: Permission denied; mend that, the same command resumes"
+        outcome = execute(job, task, lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT
+    assert outcome.reason == (
+        f"{job.folder}/attempt-1: Permission denied; mend that, the same command resumes"
     )
     task.error = PermissionError(errno.EACCES, "Permission denied", "/somebody/elses")
-    assert execute(job, task, lambda report: None) == jobs.FAIL, "the task's own file"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, "the task's own file"
 
 
 class Killed(BaseException):
@@ -388,7 +389,7 @@ def test_a_trial_whose_parent_is_gone_begins_anew(bench, task):
     jobs.model_file(bench.out / "trials/0").unlink()
     job = bench.open().next_job()
     assert (job.number, job.parent) == (1, None)
-    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
     assert jobs.committed(job.folder)["parent"] is None
     assert replay(bench.view(), 1)["equal"]
 
@@ -413,11 +414,14 @@ def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
         if not late:
             late.append(folder)
             with torch.enable_grad():
-                assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+                assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
         save(folder, *arguments, **more)
 
     monkeypatch.setattr(training, "save_checkpoint", stopped)
-    assert execute(job, task, lambda report: None) in ("STOPPED", "SUPERSEDED")
+    assert execute(job, task, lambda report: None).kind in (
+        OutcomeKind.STOPPED,
+        OutcomeKind.SUPERSEDED,
+    )
     assert late and not late[0].exists()
 
 
@@ -433,5 +437,5 @@ def test_giving_up_a_job_that_another_process_took_over_says_so(bench, task, mon
         return commit(attempt, record)
 
     monkeypatch.setattr(jobs, "commit", late)
-    assert execute(job, task, lambda report: None) == "SUPERSEDED"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.SUPERSEDED
     assert jobs.committed(job.folder) is None

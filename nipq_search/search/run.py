@@ -106,8 +106,8 @@ def open_ledger(
         space=space,
         sampler=config.search.sampler,
         seed=config.seed,
+        guard=guard,
     )
-    ledger.guard = guard
     before = ledger.recall("config")
     if begun and before is None:
         raise UserError(f"--out {out}: holds trials of another study; give another folder")
@@ -236,6 +236,7 @@ def run_sweep(
                 enough=driver.enough,
                 on_finished=driver.job_finished,
             )
+            coordinator.reconcile()
             return _drive(driver, coordinator, task, address, executor)
 
 

@@ -109,7 +109,7 @@ class Bench:
         self.out.mkdir(exist_ok=True)
         self.runs += 1
         self.ledger, self.facts = open_ledger(self.config, digits(), self.out)
-        return Coordinator(
+        coordinator = Coordinator(
             config=self.config,
             facts=self.facts,
             ledger=self.ledger,
@@ -117,6 +117,8 @@ class Bench:
             run=f"run-{self.runs}",
             enough=self.enough,
         )
+        coordinator.reconcile()
+        return coordinator
 
     def sweep(self, execute: Callable[[Job], JobOutcome] | None = None) -> Coordinator:
         """Run to the end."""

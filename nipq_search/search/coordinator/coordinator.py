@@ -57,7 +57,7 @@ class Coordinator:
         enough: Callable[[], bool] = lambda: False,
         on_finished: Callable[[Job], None] = lambda job: None,
     ) -> None:
-        """Reconcile the ledger with what workers committed before a crash."""
+        """Bind to a study; nothing is read or written before `reconcile`."""
         self.config, self.facts, self.ledger = config, facts, ledger
         self.out, self.run, self.enough, self.on_finished = out, run, enough, on_finished
         self.document = config.as_json()
@@ -77,8 +77,15 @@ class Coordinator:
             make_job=self._job,
             enough=enough,
         )
-        self._check_float(committed(job_folder(out, "float", 0)))
-        self._check_scores(committed(job_folder(out, SCORES, 0)))
+
+    def reconcile(self) -> None:
+        """Bring the ledger up to date with what workers committed before this driver started.
+
+        Call it once, before the first job.
+        """
+        self.trials.reconcile()
+        self._check_float(committed(job_folder(self.out, "float", 0)))
+        self._check_scores(committed(job_folder(self.out, SCORES, 0)))
 
     def stop(self) -> None:
         """Start nothing more; running jobs save their state and stay open in the ledger."""

@@ -84,7 +84,7 @@ class Trials:
         make_job: Callable[..., Job],
         enough: Callable[[], bool],
     ) -> None:
-        """Tell the ledger what workers committed before a crash."""
+        """Bind to a study; nothing is read or written before `reconcile`."""
         self.config, self.facts, self.ledger, self.out = config, facts, ledger, out
         self.make_job, self.enough = make_job, enough
         self.strategy = STRATEGIES[config.search.strategy]()
@@ -97,9 +97,16 @@ class Trials:
         self._failures: dict[int, int] = {}
         self.started: set[int] = set()
         self.open: list[int] = []
-        for trial in ledger.trials(TrialState.PRUNED):
+
+    def reconcile(self) -> None:
+        """Tell the ledger what workers committed before this driver started.
+
+        Running trials without a record become the first ones to resume.
+        """
+        for trial in self.ledger.trials(TrialState.PRUNED):
             remove_checkpoints(self._folder(trial.number) / "checkpoints")  # if a crash left them
-        for trial in ledger.trials(TrialState.RUNNING):
+        self.open = []
+        for trial in self.ledger.trials(TrialState.RUNNING):
             if (record := committed(self._folder(trial.number))) is not None:
                 self.tell(trial.number, record)
             elif self._is_paused(trial):

@@ -67,12 +67,16 @@ class StorageLease:
     """
 
     def __init__(self, engine: Engine, study: str, token: str) -> None:
-        """Begin to move the counter."""
+        """Describe a lease whose row this driver has taken; see `start`."""
         self._engine, self._study, self._token = engine, study, token
         self._alive_at = _now()
         self._taken = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="nipq-lease", daemon=True)
+
+    def start(self) -> None:
+        """Begin to increment the counter."""
+        self._alive_at = _now()
         self._thread.start()
 
     def held(self) -> bool:
@@ -261,6 +265,7 @@ def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
                 "check scheme, host, user, password and that the server runs"
             ) from error
         lease = StorageLease(engine, study, token)
+        lease.start()
         try:
             yield lease.check
         finally:

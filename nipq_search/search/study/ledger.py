@@ -97,9 +97,9 @@ class Ledger:
         space: distribution of each hyperparameter.
         sampler: name of the sampler.
         seed: the sweep's seed.
-
-    Attributes:
-        guard: called before anything is written; raises where this process must not.
+        storage: the storage that was opened for the study, closed with the ledger.
+        journal: the study's journal file, repaired on close; None for a database.
+        guard: called before every write; raises once this process must not write any more.
     """
 
     def __init__(
@@ -110,15 +110,15 @@ class Ledger:
         sampler: str,
         seed: int,
         storage: BaseStorage | None = None,
+        journal: Path | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
-        """Wrap a study, and the storage that was opened for it."""
-        self._storage = storage
+        """Wrap a study; nothing is written."""
+        self._storage, self._journal, self.guard = storage, journal, guard
         self.study, self.space, self.sampler, self.seed = study, space, sampler, seed
         self._history = History(BUDGET, 1 if self.mode == "max" else -1)
-        self.guard: Callable[[], None] = lambda: None
         self._looked: list[FrozenTrial] | None = None
         self._looked_at = 0.0
-        self._journal: Path | None = None
 
     @classmethod
     def open(
@@ -130,6 +130,7 @@ class Ledger:
         space: Mapping[str, BaseDistribution],
         sampler: str,
         seed: int,
+        guard: Callable[[], None] = lambda: None,
     ) -> Ledger:
         """Create the study or load it.
 
@@ -140,6 +141,13 @@ class Ledger:
             space: distribution of each hyperparameter.
             sampler: name of the sampler.
             seed: the sweep's seed.
+            guard: called before every write; raises once this process must not write any more.
+
+        Returns:
+            The ledger, with a torn journal repaired.
+
+        Raises:
+            UserError: the study's storage does not answer, or its journal is damaged.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         if storage_url() is None:
@@ -152,9 +160,15 @@ class Ledger:
             directions=["maximize" if mode == "max" else "minimize", "minimize"],
             load_if_exists=True,
         )
-        ledger = cls(study, space=space, sampler=sampler, seed=seed, storage=storage)
-        ledger._journal = folder / JOURNAL if storage_url() is None else None
-        return ledger
+        return cls(
+            study,
+            space=space,
+            sampler=sampler,
+            seed=seed,
+            storage=storage,
+            journal=folder / JOURNAL if storage_url() is None else None,
+            guard=guard,
+        )
 
     def close(self) -> None:
         """End the connections of a study on a server; nothing can be read or written then.

@@ -125,6 +125,16 @@ class _Members:
         self.ended: dict[int, int] = {}
         self.over = threading.Event()
         self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start the processes and return once each has loaded its part.
+
+        Raises:
+            MemberFailed: one of them did not start.
+            MemberKilled: one of them was killed.
+            OSError: the shared memory is full.
+        """
+        part = self.part
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         _store(part)
         try:
@@ -273,6 +283,7 @@ def leading(
             log=log,
         )
         members = _Members(part)
+        members.start()
         try:
             with part.as_member(0) as team:
                 try:

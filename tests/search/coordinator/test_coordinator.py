@@ -12,9 +12,10 @@ from unit_helpers import Bench, Crash, digits, make_config
 
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
-from nipq_search.search.coordinator.coordinator import Verdict
+from nipq_search.search.coordinator.coordinator import Coordinator, Verdict
 from nipq_search.search.jobs import TEST_FILE, Job
 from nipq_search.search.results import documents
+from nipq_search.search.run import open_ledger
 from nipq_search.search.study.ledger import BUDGET, Ledger
 
 EVERYTHING = ["float", "lsq-4", "trial-000", "trial-001", "trial-002", "trial-003", "test"]
@@ -123,6 +124,19 @@ def test_a_committed_record_is_told_before_anything_runs(bench, monkeypatch):
         bench.sweep()
     bench.open()
     assert [t.state for t in bench.ledger.trials()] == [TrialState.COMPLETE]
+
+
+def test_a_coordinator_writes_nothing_before_it_reconciles(bench, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_after(patch, Bench, "execute", when=3)
+        bench.sweep()
+    ledger, resolved = open_ledger(bench.config, digits(), bench.out)
+    coordinator = Coordinator(
+        config=bench.config, facts=resolved, ledger=ledger, out=bench.out, run="later"
+    )
+    assert [t.state for t in ledger.trials()] == [TrialState.RUNNING]
+    coordinator.reconcile()
+    assert [t.state for t in ledger.trials()] == [TrialState.COMPLETE]
 
 
 def test_a_driver_that_dies_again_and_again(bench, whole, monkeypatch):

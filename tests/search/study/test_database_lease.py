@@ -102,6 +102,20 @@ def test_a_lease_that_nobody_moves_expires(table, caplog):
     assert row(table) is None
 
 
+def test_a_lease_writes_nothing_before_it_starts(tmp_path):
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/study.db")
+    database_lease._make_table(engine)
+    put(engine, token="mine")
+    lease = StorageLease(engine, STUDY, "mine")
+    time.sleep(5 * database_lease.BEAT_SECONDS)
+    assert row(engine).beat == 3
+    lease.start()
+    wait_for(lambda: row(engine).beat > 3)
+    lease.close()
+    assert row(engine) is None
+    engine.dispose()
+
+
 def test_the_lease_of_a_dead_process_of_this_host_is_free_at_once(table, monkeypatch):
     monkeypatch.setattr(database_lease, "EXPIRY_SECONDS", 1000.0)
     script = (

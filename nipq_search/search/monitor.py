@@ -196,7 +196,7 @@ class Driver:
             if done and done["state"] == jobs.FAIL:
                 self.problem = f"the test split: {done['reason']}"
             self.shown.forget()  # test figures have come
-        paused = job.kind == "trial" and len(jobs.rungs(job.folder)) > job.rung
+        paused = job.kind == "trial" and len(jobs.rung_records(job.folder)) > job.rung
         state = str(done["state"]) if done else ("paused at a rung" if paused else "stopped")
         text = f"{job.name} {state}"
         if done and done.get("metrics"):

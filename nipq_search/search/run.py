@@ -92,7 +92,7 @@ def open_ledger(
     space = {name: distribution(name, form) for name, form in config.search.space.items()}
     if config.search.bits:
         space |= bits_space(facts.graph)
-    begun = jobs.have_begun(out)
+    begun = jobs.any_attempt_exists(out)
     if begun:
         # Jobs are numbered by their study: those of another one would count as this one's.
         known = storage.read_json(out / FACTS_FILE)

@@ -64,8 +64,10 @@ def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
         more = ResourcesSection(cpus=2)  # no node that lacks the data would get such a trial
         nodes.check_data(lacking, 8, tmp_path, more, own_host=True)
         host, here = os.uname().nodename, str(tmp_path / "facts.json")
-        assert failures.is_on(host, here) and not failures.is_on(host, f"{here}-not")
-        assert not failures.is_on("no-such-host", here)
+        assert failures.file_exists_on(host, here) and not failures.file_exists_on(
+            host, f"{here}-not"
+        )
+        assert not failures.file_exists_on("no-such-host", here)
         victim = subprocess.Popen(["sleep", "600"])
         victim.send_signal(signal.SIGSTOP)
         failures.kill_on(added[0].node_id, victim.pid)

@@ -121,7 +121,7 @@ class JobSearcher(Searcher):
             return
         error = failures.error_of(trial)
         with contextlib.suppress(OSError):  # a full disk; the worker will say so
-            failures.judge(job.folder, job.run, error)
+            failures.record_causes(job.folder, job.run, error)
         self._count(job, failures.classify(error, node_is_dead=False))
         # The next end is the last, unless an attempt begins.
         barren = self._barren.get(job.name, (0, 0))[1]

@@ -63,7 +63,7 @@ class VirtualExecutor:
             try:
                 outcome = self.work(job, task, lambda report: None)
             except Died as error:
-                failures.judge(job.folder, job.run, error)
+                failures.record_causes(job.folder, job.run, error)
                 barren = 0 if len(jobs.attempts(job.folder)) > before else barren + 1
                 if barren <= STARTS:
                     self._start(job, barren)

@@ -20,7 +20,7 @@ from nipq_search.search.checks.preflight import load_task
 from nipq_search.search.config.sweep_config import parse_config
 from nipq_search.search.jobs import Job, committed, job_folder, model_file
 from nipq_search.search.results.sweep import Sweep
-from nipq_search.search.worker.process_group import leading
+from nipq_search.search.worker.process_group import launch_group
 from nipq_search.search.worker.train_spec import train_spec, training_device
 from nipq_search.train import Hooks, train
 
@@ -68,7 +68,9 @@ def replay(
     with tempfile.TemporaryDirectory(prefix="nipq-replay-") as folder:
         place = Path(folder)
         spec = dataclasses.replace(train_spec(config, job), home=None)
-        with leading(task, spec, place, **together, gpu=device.type == "cuda", log=place) as team:
+        with launch_group(
+            task, spec, place, **together, gpu=device.type == "cuda", log=place
+        ) as team:
             result = train(task, spec, place, device, hooks, team)
     # As the record has them: through JSON, figures that are no numbers left out.
     found = {name: getattr(result, name) for name in COMPARED}

@@ -21,7 +21,7 @@ from nipq_search.search import jobs
 from nipq_search.search.config.space import split
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.resolved import Facts
-from nipq_search.search.jobs import Job, committed, job_folder, model_file, rungs
+from nipq_search.search.jobs import Job, committed, job_folder, model_file, rung_records
 from nipq_search.search.strategies.expected_gain import Axes
 from nipq_search.search.strategies.halving import Standing, to_promote
 from nipq_search.search.strategies.pareto import default_reference, non_dominated
@@ -312,11 +312,13 @@ class Trials:
     def _is_paused(self, trial: FrozenTrial) -> bool:
         """Whether a running trial has reached its rung and waits for a decision."""
         rung = int(trial.user_attrs.get(RUNG, 0))
-        return len(rungs(self._folder(trial.number))) > rung < len(self.strategy.rungs)
+        return len(rung_records(self._folder(trial.number))) > rung < len(self.strategy.rungs)
 
     def _teach(self, number: int) -> None:
         """Note what a paused trial measured, for the sampler."""
-        metrics = [rung["metrics"].get(self.facts.metric) for rung in rungs(self._folder(number))]
+        metrics = [
+            rung["metrics"].get(self.facts.metric) for rung in rung_records(self._folder(number))
+        ]
         self.ledger.note(number, {RUNGS: metrics})
 
     def _standings(self) -> list[Standing]:
@@ -324,7 +326,7 @@ class Trials:
         found = []
         living = (TrialState.RUNNING, TrialState.PRUNED, TrialState.COMPLETE)
         for trial in self.ledger.trials(*living):
-            measured = rungs(self._folder(trial.number)) if self.strategy.rungs else []
+            measured = rung_records(self._folder(trial.number)) if self.strategy.rungs else []
             if measured and BUDGET in trial.params:
                 running = trial.state is TrialState.RUNNING
                 found.append(

@@ -284,7 +284,7 @@ def status_document(
         states[record.state] += 1
         progress: dict[str, Any] = {}
         if record.folder is not None:
-            progress = jobs.noted(out / record.folder / jobs.PROGRESS)
+            progress = jobs.read_document(out / record.folder / jobs.PROGRESS)
         rows.append(
             {
                 "trial": record.trial,

@@ -139,7 +139,7 @@ def _garbage(folder: Path, record: TrialRecord, kept: bool) -> list[Path]:
     if record.state in _OPEN:
         return []
     checkpoints = folder / "checkpoints"
-    models = jobs.models(folder, spare=kept)
+    models = jobs.model_files(folder, obsolete=kept)
     return [checkpoints, *models] if checkpoints.is_dir() else models
 
 
@@ -148,5 +148,5 @@ def _of_the_start(out: Path) -> list[Path]:
     folders = [out / "float", *sorted((out / "baselines").glob("*"))]
     done = [folder for folder in folders if jobs.committed(folder) is not None]
     checkpoints = [folder / "checkpoints" for folder in done]
-    spare = [model for folder in done for model in jobs.models(folder, spare=True)]
+    spare = [model for folder in done for model in jobs.model_files(folder, obsolete=True)]
     return [path for path in checkpoints if path.is_dir()] + spare

@@ -111,7 +111,7 @@ class Sweep:
         try:
             study, storage = load_study(self.folder, name, identity)
         except StudyGone:
-            if jobs.have_begun(self.folder):
+            if jobs.any_attempt_exists(self.folder):
                 raise
             return []
         try:

@@ -69,7 +69,9 @@ def test_a_record_counts_once_it_is_whole(tmp_path):
     assert jobs.commit(third, {"state": "COMPLETE", "metrics": {"accuracy": 0.5}})
     assert jobs.committed(job.folder)["metrics"] == {"accuracy": 0.5}
     assert jobs.model_file(job.folder) == third / MODEL_FILE
-    assert not jobs.commit(first, {"state": "FAIL"}) and not jobs.superseded(job.folder / "none")
+    assert not jobs.commit(first, {"state": "FAIL"}) and not jobs.is_superseded(
+        job.folder / "none"
+    )
     assert jobs.committed(job.folder)["metrics"] == {"accuracy": 0.5}
 
 
@@ -80,10 +82,10 @@ def test_an_attempt_ends_by_its_own_record_or_by_the_next_attempt(tmp_path, monk
     job = job_in(tmp_path)
     first = jobs.open_attempt(job)
     second = jobs.open_attempt(job)
-    assert jobs.superseded(first) and not jobs.superseded(second)
+    assert jobs.is_superseded(first) and not jobs.is_superseded(second)
     assert not jobs.commit(first, {"state": "COMPLETE"}) and jobs.committed(job.folder) is None
     assert jobs.commit(second, {"state": "COMPLETE"})
-    with pytest.raises(jobs.Committed):
+    with pytest.raises(jobs.AlreadyCommitted):
         jobs.open_attempt(job)
     assert jobs.attempts(job.folder) == [first, second]
     # What reads the test split is run again whenever the front has changed.
@@ -111,7 +113,7 @@ def test_of_a_commit_and_a_take_over_at_once_one_wins(tmp_path):
                 gate.wait()
                 try:
                     return bool(jobs.open_attempt(job))
-                except jobs.Committed:
+                except jobs.AlreadyCommitted:
                     return False
 
             done, taken = pool.submit(commit), pool.submit(take_over)
@@ -125,19 +127,19 @@ def test_models_beside_no_record_are_spare(tmp_path):
     opened = [jobs.open_attempt(job) for _ in range(3)]
     for attempt in opened:
         (attempt / MODEL_FILE).write_bytes(b"weights")
-    assert jobs.models(job.folder, spare=True) == [], "nobody knows yet which one counts"
+    assert jobs.model_files(job.folder, obsolete=True) == [], "nobody knows yet which one counts"
     jobs.commit(opened[-1], {"state": "COMPLETE"})
-    assert jobs.models(job.folder, spare=True) == [a / MODEL_FILE for a in opened[:2]]
-    assert len(jobs.models(job.folder)) == 3
+    assert jobs.model_files(job.folder, obsolete=True) == [a / MODEL_FILE for a in opened[:2]]
+    assert len(jobs.model_files(job.folder)) == 3
 
 
 def test_the_first_figures_of_a_rung_stay_unless_they_are_damaged(tmp_path):
-    jobs.note_rung(tmp_path, 0, {"samples": 1})
-    jobs.note_rung(tmp_path, 0, {"samples": 2})
-    assert jobs.rungs(tmp_path) == [{"samples": 1}]
+    jobs.record_rung(tmp_path, 0, {"samples": 1})
+    jobs.record_rung(tmp_path, 0, {"samples": 2})
+    assert jobs.rung_records(tmp_path) == [{"samples": 1}]
     jobs.rung_file(tmp_path, 0).write_text("{")
-    jobs.note_rung(tmp_path, 0, {"samples": 3})
-    assert jobs.rungs(tmp_path) == [{"samples": 3}]
+    jobs.record_rung(tmp_path, 0, {"samples": 3})
+    assert jobs.rung_records(tmp_path) == [{"samples": 3}]
 
 
 def test_an_altered_record_is_no_record(tmp_path):
@@ -156,17 +158,21 @@ def test_crashes_of_this_run_are_counted_apart_from_hangs_and_stops(tmp_path):
         if marker is not None:
             (attempt / marker).write_text("{}")
     jobs.open_attempt(job_in(tmp_path, run="two"))
-    assert len(jobs.crashes(job.folder, "one")) == 2
-    assert len(jobs.crashes(job.folder, "two")) == 1
-    assert jobs.hangs(job.folder) == 1
-    assert len(jobs.crashes(tmp_path / "none", "one")) == jobs.hangs(tmp_path / "none") == 0
+    assert len(jobs.crash_causes(job.folder, "one")) == 2
+    assert len(jobs.crash_causes(job.folder, "two")) == 1
+    assert jobs.count_hangs(job.folder) == 1
+    assert (
+        len(jobs.crash_causes(tmp_path / "none", "one"))
+        == jobs.count_hangs(tmp_path / "none")
+        == 0
+    )
 
 
 def test_an_empty_hang_marker_is_a_watchdog_that_did_not_bite(tmp_path):
     attempt = jobs.open_attempt(job_in(tmp_path))
     (attempt / jobs.HANG).touch()
-    assert jobs.hangs(attempt.parent) == 0
-    assert len(jobs.crashes(attempt.parent, "one")) == 1
+    assert jobs.count_hangs(attempt.parent) == 0
+    assert len(jobs.crash_causes(attempt.parent, "one")) == 1
 
 
 def test_the_live_attempt_is_the_last_one_of_this_run(tmp_path):

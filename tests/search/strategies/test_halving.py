@@ -81,7 +81,7 @@ def check(bench):
     assert {t.state for t in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
     for budget in (0, 1):
         own = [t for t in trials if t.params[BUDGET] == budget]
-        reached = {t.number: len(jobs.rungs(bench.out / f"trials/{t.number}")) for t in own}
+        reached = {t.number: len(jobs.rung_records(bench.out / f"trials/{t.number}")) for t in own}
         assert len(own) == 9
         assert sum(count == 2 for count in reached.values()) >= 3
         complete = [t for t in own if t.state is TrialState.COMPLETE]

@@ -46,13 +46,13 @@ def test_a_node_s_end_eats_no_retries_and_is_told_apart_later(tmp_path, monkeypa
     job = job_in(tmp_path)
     first, second = (jobs.open_attempt(job, node) for node in ("a", "b"))
     monkeypatch.setattr(failures, "dead_nodes", lambda: {"b"})
-    assert failures.judge(job.folder, "now", OutOfMemoryError("no room")) == "node"
+    assert failures.record_causes(job.folder, "now", OutOfMemoryError("no room")) == "node"
     assert (jobs.cause_of(first), jobs.cause_of(second)) == ("process", "node")
-    assert jobs.crashes(job.folder, "now") == ["process"]
+    assert jobs.crash_causes(job.folder, "now") == ["process"]
     # The news of the first one's node come late.
     monkeypatch.setattr(failures, "dead_nodes", lambda: {"a", "b"})
-    assert failures.judge(job.folder, "now") == "node"
-    assert jobs.crashes(job.folder, "now") == []
+    assert failures.record_causes(job.folder, "now") == "node"
+    assert jobs.crash_causes(job.folder, "now") == []
     assert _give_up(job, 1, None) is None
 
 
@@ -60,10 +60,10 @@ def test_crashes_add_up_and_memory_names_the_fix(tmp_path):
     job = job_in(tmp_path)
     for _ in range(2):
         jobs.open_attempt(job)
-        assert failures.judge(job.folder, "now") == "process"
+        assert failures.record_causes(job.folder, "now") == "process"
     assert _give_up(job, 3, None) is None
     jobs.open_attempt(job)
-    assert failures.judge(job.folder, "now", OutOfMemoryError("no room")) == "memory"
+    assert failures.record_causes(job.folder, "now", OutOfMemoryError("no room")) == "memory"
     reason = _give_up(job, 3, None)
     assert "died 3 times" in reason and "resources.memory_gb" in reason
     assert storage.read_json(jobs.attempts(job.folder)[2] / jobs.LOST)["detail"] == "no room"
@@ -74,7 +74,7 @@ def test_attempts_of_an_earlier_driver_and_ended_ones_are_not_judged(tmp_path):
     jobs.open_attempt(Job(**{**job.as_json(), "run": "before"}))
     stopped = jobs.open_attempt(job)
     storage.write_json(stopped / jobs.STOPPED, {"time": 0})
-    assert failures.judge(job.folder, "now") is None
+    assert failures.record_causes(job.folder, "now") is None
     assert not list(tmp_path.rglob(jobs.LOST))
 
 

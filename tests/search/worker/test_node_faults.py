@@ -73,8 +73,10 @@ def test_a_gpu_without_room_ends_the_process_and_not_the_trial(task, job, left):
     with pytest.raises(Left):
         execute(job, task, lambda report: None)
     assert jobs.committed(job.folder) is None
-    assert failures.judge(job.folder, job.run) == failures.GPU_MEMORY, "whatever Ray says of it"
-    assert jobs.crashes(job.folder, job.run) == [failures.GPU_MEMORY]
+    assert failures.record_causes(job.folder, job.run) == failures.GPU_MEMORY, (
+        "whatever Ray says of it"
+    )
+    assert jobs.crash_causes(job.folder, job.run) == [failures.GPU_MEMORY]
     assert "Tried to allocate" in (jobs.attempts(job.folder)[0] / jobs.TRACEBACK).read_text()
     task.error = None
     assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
@@ -135,12 +137,12 @@ def test_data_that_are_not_on_a_node_fail_no_trial(bench, task, job, monkeypatch
     task.error = told(OSError(number, os.strerror(number), "/data/train/7.png"))
     sign(bench, "the-driver-s-host")
     there = ("the-driver-s-host", "/data/train/7.png")
-    monkeypatch.setattr(failures, "is_on", lambda host, file: (host, file) == there)
+    monkeypatch.setattr(failures, "file_exists_on", lambda host, file: (host, file) == there)
     outcome = execute(job, task, lambda report: None)
     assert outcome.kind is OutcomeKind.HALT
     assert outcome.reason.startswith(f"node {os.uname().nodename}: ")
-    assert "/data/train/7.png" in outcome.reason and "mount it there" in outcome.reason
-    assert jobs.committed(job.folder) is None and jobs.crashes(job.folder, job.run) == []
+    assert "/data/train/7.png" in outcome.reason and "mount the file there" in outcome.reason
+    assert jobs.committed(job.folder) is None and jobs.crash_causes(job.folder, job.run) == []
     task.error = None
     assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
 

@@ -20,7 +20,7 @@ from nipq_search.search.backend.reaper import children_now
 from nipq_search.search.commands.replay import replay
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.worker import process_group
-from nipq_search.search.worker.process_group import MemberFailed, MemberKilled, leading
+from nipq_search.search.worker.process_group import RankFailed, RankKilled, launch_group
 from nipq_search.tasks.vision.digits import Digits
 from nipq_search.train import FloatConfig, Hooks, Interrupted, TrainSpec, train
 
@@ -55,7 +55,7 @@ def together(task, folder, hooks=None, size=2):
     config = FloatConfig(epochs=1, batch_size=64)
     spec = TrainSpec(train=config.as_training(), seed=1)
     folder.mkdir(exist_ok=True)
-    with leading(task, spec, folder, size=size, threads=1, gpu=False, log=folder) as team:
+    with launch_group(task, spec, folder, size=size, threads=1, gpu=False, log=folder) as team:
         return train(task, spec, folder, CPU, hooks or Hooks(), team)
 
 
@@ -81,13 +81,13 @@ def test_a_sweep_of_such_trials_replays_bit_by_bit(tmp_path):
 
 
 def test_an_exception_elsewhere_is_the_trainings(tmp_path):
-    with pytest.raises(MemberFailed, match="process 1: ValueError: half of a batch is too little"):
+    with pytest.raises(RankFailed, match="process 1: ValueError: half of a batch is too little"):
         together(Faulty(ValueError("half of a batch\nis too little")), tmp_path)
     assert "Traceback" in (tmp_path / "log-1.txt").read_text()
 
 
 def test_of_three_the_cause_is_named_and_not_its_echo(tmp_path):
-    with pytest.raises(MemberFailed, match="process [12]: ValueError: too little"):
+    with pytest.raises(RankFailed, match="process [12]: ValueError: too little"):
         together(Faulty(ValueError("too little")), tmp_path, size=3)
 
 
@@ -134,12 +134,12 @@ def test_a_killed_leader_leaves_nothing_in_memory(tmp_path):
 
 
 def test_a_killed_process_is_told_apart(tmp_path):
-    with pytest.raises(MemberKilled, match="process 1 was killed"):
+    with pytest.raises(RankKilled, match="process 1 was killed"):
         together(Faulty(None), tmp_path)
 
 
 def test_a_process_that_does_not_start_is_told(tmp_path):
-    with pytest.raises(MemberFailed, match="did not start.*cannot be unpickled"):
+    with pytest.raises(RankFailed, match="did not start.*cannot be unpickled"):
         together(Unreadable(width=4), tmp_path)
 
 

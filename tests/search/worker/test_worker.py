@@ -166,7 +166,7 @@ def test_a_stop_request_saves_the_state_and_ends_the_attempt(bench, task):
     stop.unlink()
     assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
     record = jobs.committed(job.folder)
-    assert record["attempts"] == 2 and len(jobs.crashes(job.folder, job.run)) == 0
+    assert record["attempts"] == 2 and len(jobs.crash_causes(job.folder, job.run)) == 0
     assert jobs.samples_processed(job.folder) == record["samples"], "no step was taken twice"
 
 
@@ -311,7 +311,9 @@ def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch
     monkeypatch.setattr(task, "evaluate", stopped_evaluate)
     monkeypatch.setattr(storage, "write_bytes", stopped_write)
     monkeypatch.setattr(storage, "write_once", stopped_write_once)
-    monkeypatch.setattr(jobs, "superseded", lambda attempt: False)  # not noticed while it trains
+    monkeypatch.setattr(
+        jobs, "is_superseded", lambda attempt: False
+    )  # not noticed while it trains
     assert execute(job, task, lambda report: None).kind is OutcomeKind.SUPERSEDED
     first, second = jobs.attempts(job.folder)
     assert after == [contents(second)] and {jobs.RESULT, MODEL_FILE} <= after[0].keys()
@@ -339,7 +341,7 @@ def test_a_folder_that_may_not_be_written_is_no_trials_fault(bench, task, monkey
         outcome = execute(job, task, lambda report: None)
     assert outcome.kind is OutcomeKind.HALT
     assert outcome.reason == (
-        f"{job.folder}/attempt-1: Permission denied; mend that, the same command resumes"
+        f"{job.folder}/attempt-1: Permission denied; fix this, the same command resumes"
     )
     task.error = PermissionError(errno.EACCES, "Permission denied", "/somebody/elses")
     assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, "the task's own file"

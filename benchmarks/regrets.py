@@ -22,7 +22,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial
 from pages import write_table
 
-from nipq_search.search.strategies.samplers import ByRegret, Lesson
+from nipq_search.search.strategies.samplers import Observation, RegretSampler
 from nipq_search.search.study.ledger import Ledger
 
 SPACE = {
@@ -37,15 +37,15 @@ COST = {1.0: 0.0, FIRST: 0.007, SHORT: 0.02}
 """Loss of metric by the share of the epochs of a training run."""
 
 Taught = list[tuple[float, FrozenTrial]]
-Variant = Callable[[Sequence[Lesson], Mapping[tuple[int, int], float]], Taught]
-plain: Variant = ByRegret.regrets
+Variant = Callable[[Sequence[Observation], Mapping[tuple[int, int], float]], Taught]
+plain: Variant = RegretSampler.regrets
 
 
 def _share(trial: FrozenTrial) -> float:
     return float(trial.user_attrs["share"])
 
 
-def less_mean(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) -> Taught:
+def less_mean(lessons: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Taught:
     """Subtract the mean regret of each training length."""
     by_length: dict[float, list[float]] = {}
     for regret, trial in plain(lessons, best):
@@ -54,7 +54,7 @@ def less_mean(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) 
     return [(r - mean[_share(t)], t) for r, t in plain(lessons, best)]
 
 
-def _fitted(lessons: Sequence[Lesson]) -> tuple[list[float], dict[float, float]]:
+def _fitted(lessons: Sequence[Observation]) -> tuple[list[float], dict[float, float]]:
     """Return the residuals of a linear model of budget and length, and the effects of lengths."""
     columns = sorted({("length", _share(x.trial)) for x in lessons})
     columns += sorted({("budget", float(x.budget)) for x in lessons})
@@ -71,13 +71,13 @@ def _fitted(lessons: Sequence[Lesson]) -> tuple[list[float], dict[float, float]]
     return [float(left) for left in metrics - rows @ fitted], effects
 
 
-def linear(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) -> Taught:
+def linear(lessons: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Taught:
     """Replace regrets by the residuals of a linear model of budget and length."""
     left = _fitted(lessons)[0] if lessons else []
     return [(r, x.trial) for r, x in zip(left, lessons, strict=True)]
 
 
-def less_fitted(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) -> Taught:
+def less_fitted(lessons: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Taught:
     """Subtract the effect of the length in that model; no change if all lengths are equal."""
     effects = _fitted(lessons)[1] if lessons else {}
     longest = effects[max(effects)] if effects else 0.0
@@ -136,7 +136,7 @@ def main() -> None:
     ]
     ours: dict[tuple[str, int], list[float]] = {}
     for name, variant in VARIANTS.items():
-        ByRegret.regrets = staticmethod(variant)  # type: ignore[method-assign, assignment]
+        RegretSampler.regrets = staticmethod(variant)  # type: ignore[method-assign, assignment]
         cells = []
         for place, trials in settings:
             found = [searched(s, PLACES[place], trials) for s in range(options.seeds)]

@@ -229,11 +229,11 @@ def run_sweep(
             )
             coordinator = Coordinator(
                 config=config,
-                facts=facts,
+                resolved=facts,
                 ledger=ledger,
                 out=out,
                 run=run,
-                enough=driver.enough,
+                limit_reached=driver.enough,
                 on_finished=driver.job_finished,
             )
             coordinator.reconcile()

@@ -111,11 +111,11 @@ class Bench:
         self.ledger, self.facts = open_ledger(self.config, digits(), self.out)
         coordinator = Coordinator(
             config=self.config,
-            facts=self.facts,
+            resolved=self.facts,
             ledger=self.ledger,
             out=self.out,
             run=f"run-{self.runs}",
-            enough=self.enough,
+            limit_reached=self.enough,
         )
         coordinator.reconcile()
         return coordinator

@@ -16,13 +16,13 @@ from nipq_search.search.coordinator.coordinator import Coordinator, Verdict
 from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind
 from nipq_search.search.worker import failures
 
-_PATIENCE_SECONDS = 90.0
+_RECORD_VISIBILITY_SECONDS = 90.0
 """Network file systems show what another node wrote with a delay, NFS after up to a minute."""
 
 
 def _is_seen(job: Job) -> bool:
     """Whether the record that a worker has committed can be read here."""
-    limit = time.monotonic() + _PATIENCE_SECONDS
+    limit = time.monotonic() + _RECORD_VISIBILITY_SECONDS
     while jobs.committed(job.folder) is None:
         if job.kind == "test" or time.monotonic() > limit:
             return job.kind == "test" and bool(jobs.attempts(job.folder))

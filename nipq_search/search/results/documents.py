@@ -19,7 +19,7 @@ from nipq_search.records import SCHEMA, Baseline, TrialRecord
 from nipq_search.search import jobs
 from nipq_search.search.jobs import TEST_FILE, committed, job_folder
 from nipq_search.search.strategies.pareto import default_reference, hypervolume, non_dominated
-from nipq_search.search.strategies.unseen_trials import News, is_foreign
+from nipq_search.search.strategies.unseen_trials import UnseenTrials, is_foreign
 from nipq_search.search.study.ledger import BUDGET
 from nipq_search.storage import read_sealed
 
@@ -51,7 +51,7 @@ class Records:
     def __init__(self, facts: Mapping[str, Any], out: Path) -> None:
         """No trial is known yet."""
         self._facts, self._out = facts, out
-        self._news = News()
+        self._unseen = UnseenTrials()
         self._records: list[TrialRecord] = []
         self._points: dict[int, tuple[float, float]] = {}
         self.states: dict[str, int] = {}
@@ -69,7 +69,7 @@ class Records:
             trials: the study's trials, by number.
             running: whether those that run are looked at anew.
         """
-        news = self._news.of(trials)
+        news = self._unseen.take(trials)
         # What was beaten stays beaten, so only the front and what is new can be on the front.
         points = dict(self._points)
         for trial in news:

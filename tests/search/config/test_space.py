@@ -10,8 +10,13 @@ from nipq_search.errors import UserError
 from nipq_search.search.config.space import check_space, distribution
 from nipq_search.search.strategies.expected_gain import Axes
 from nipq_search.search.strategies.samplers import SAMPLERS
-from nipq_search.search.strategies.strategies import STRATEGIES, Finished, Seen, least_served
-from nipq_search.search.study.ledger import suggest
+from nipq_search.search.strategies.strategies import (
+    STRATEGIES,
+    Finished,
+    SearchState,
+    least_served,
+)
+from nipq_search.search.study.proposals import suggest
 from nipq_search.train import HYPERPARAMETERS
 from nipq_search.train.config import BitStart, TuningMode
 
@@ -104,11 +109,11 @@ AXES = Axes(cost="bops", least=60.0, most=1600.0, reference=0.7, best=0.9)
 def test_strategies_serve_every_budget(name, budgets):
     strategy, assigned, finished, served = STRATEGIES[name](), [], [], []
     for number in range(3 * budgets):
-        seen = Seen(
+        seen = SearchState(
             budgets=BUDGETS[:budgets], assigned=list(assigned), finished=list(finished), axes=AXES
         )
-        target = strategy.target(seen)
-        assert target == STRATEGIES[name]().target(seen), "no hidden state"
+        target = strategy.assign(seen)
+        assert target == STRATEGIES[name]().assign(seen), "no hidden state"
         assert 0 <= target.budget < budgets
         targets = dict(target.targets or BUDGETS[target.budget])
         assert AXES.least <= targets["bops"] <= AXES.most
@@ -124,7 +129,7 @@ def test_strategies_serve_every_budget(name, budgets):
 
 def test_the_least_served_budget_is_next():
     def served(assigned, budgets):
-        return least_served(Seen(budgets=BUDGETS[:budgets], assigned=assigned))
+        return least_served(SearchState(budgets=BUDGETS[:budgets], assigned=assigned))
 
     assert served([], 3) == 0
     assert served([0, 0, 1, 2, 2], 3) == 1

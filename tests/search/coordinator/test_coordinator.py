@@ -132,7 +132,7 @@ def test_a_coordinator_writes_nothing_before_it_reconciles(bench, monkeypatch):
         bench.sweep()
     ledger, resolved = open_ledger(bench.config, digits(), bench.out)
     coordinator = Coordinator(
-        config=bench.config, facts=resolved, ledger=ledger, out=bench.out, run="later"
+        config=bench.config, resolved=resolved, ledger=ledger, out=bench.out, run="later"
     )
     assert [t.state for t in ledger.trials()] == [TrialState.RUNNING]
     coordinator.reconcile()

@@ -138,9 +138,9 @@ def test_a_crash_between_promotion_and_start(bench):
 
 
 def test_a_rung_without_a_number_is_the_worst_where_less_is_better(bench, monkeypatch):
-    trials = bench.open().trials
-    monkeypatch.setattr(trials, "_sign", -1)
-    ranked = [trials._ranked(metrics) for metrics in ({"accuracy": 0.3}, {"accuracy": 0.4}, {})]
+    history = bench.open().trials.history
+    monkeypatch.setattr(history, "_sign", -1)
+    ranked = [history.ranked(metrics) for metrics in ({"accuracy": 0.3}, {"accuracy": 0.4}, {})]
     assert ranked == sorted(ranked, reverse=True)
 
 

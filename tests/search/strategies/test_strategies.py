@@ -11,7 +11,7 @@ from nipq_search.cost.projection import freeze, usage
 from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.search.strategies.expected_gain import Axes
-from nipq_search.search.strategies.strategies import Fill, Finished, Ladder, Seen
+from nipq_search.search.strategies.strategies import Fill, Finished, Ladder, SearchState
 from nipq_search.train.starts.start import bits_at_budget, start_at_budget, warm_start
 
 
@@ -61,8 +61,8 @@ def test_fill_serves_budgets_that_leave_the_front_s_cost_free():
     budgets = [{"bops": 16.0}, {"bops": 8.0}, {"weight_bytes": 50.0}]
     assigned, trials = [], []
     for number in range(20):
-        target = Fill().target(
-            Seen(budgets=budgets, assigned=list(assigned), finished=list(trials), axes=axes)
+        target = Fill().assign(
+            SearchState(budgets=budgets, assigned=list(assigned), finished=list(trials), axes=axes)
         )
         asked = dict(target.targets or budgets[target.budget])
         assert 8.0 <= asked.get("bops", 8.0) <= 16.0
@@ -82,8 +82,8 @@ def test_fill_serves_budgets_that_share_the_front_s_cost():
     ]
     assigned, trials = [], []
     for number in range(24):
-        target = Fill().target(
-            Seen(budgets=budgets, assigned=list(assigned), finished=list(trials), axes=axes)
+        target = Fill().assign(
+            SearchState(budgets=budgets, assigned=list(assigned), finished=list(trials), axes=axes)
         )
         asked = dict(target.targets or budgets[target.budget])
         there = [t for t in trials if t.cost["bops"] == asked["bops"]]

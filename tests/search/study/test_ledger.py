@@ -16,11 +16,8 @@ from optuna.trial import TrialState
 from nipq_search.errors import UserError
 from nipq_search.search.config.space import distribution
 from nipq_search.search.study.journal import mend_journal
-from nipq_search.search.study.ledger import (
-    BUDGET,
-    Ledger,
-    Refused,
-)
+from nipq_search.search.study.ledger import BUDGET, Ledger
+from nipq_search.search.study.proposals import Refused
 from nipq_search.search.study.storage import JOURNAL, open_storage, storage_url
 
 SPACE = {

@@ -56,7 +56,7 @@ def test_an_outage_of_seconds_is_waited_for(ledger, postgres):
 def test_long_outages_raise_and_a_lost_lease_ends_the_retries(
     ledger, lease, postgres, monkeypatch
 ):
-    monkeypatch.setattr(retry, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(retry, "OUTAGE_SECONDS", 1.0)
     postgres.stop()
     try:
         with pytest.raises(StorageInternalError):

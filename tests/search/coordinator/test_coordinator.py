@@ -1,4 +1,4 @@
-"""What runs next, and that a driver which dies anywhere loses and doubles nothing."""
+"""The order of jobs, and drivers that crash at any point without losing or repeating work."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bench(tmp_path):
 
 
 def figures(bench):
-    """What the ledger says of every trial, times and attempts apart."""
+    """Return the ledger's entries of all trials, except times and attempts."""
     return [
         (t.number, t.state.name, t.params, t.values, t.user_attrs.get("budget"), t.constraints)
         for t in bench.ledger.trials()
@@ -42,7 +42,7 @@ def figures(bench):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The figures of a sweep that nothing disturbed."""
+    """The entries of an undisturbed sweep."""
     bench = Bench(tmp_path_factory.mktemp("whole"), make_config())
     bench.sweep()
     return figures(bench)
@@ -79,7 +79,7 @@ def test_the_test_split_is_read_for_what_is_shown_alone(bench):
 
 
 def crash_after(patch, owner, name, *, when, before=False):
-    """Let the driver die in the `when`-th call of a method, before or after its work."""
+    """Crash the driver in the `when`-th call of a method, before or after the call's work."""
     original, calls = getattr(owner, name), []
 
     def method(*args, **kwargs):
@@ -292,7 +292,7 @@ def test_more_trials_and_budgets_train_nothing_again(bench):
     before = figures(bench)
     bench.sweep()
     assert bench.executed == EVERYTHING, "the sweep was finished"
-    # The order of the file is free: the ledger's order counts, and new budgets come last.
+    # Budgets keep the ledger's order regardless of the file's, and new ones are appended.
     budgets = [{"weight_bytes": "uniform 4"}, *bench.config.budgets[::-1]]
     bench.config = make_config(search__trials=7, search__front_cost="bops", budgets=budgets)
     bench.executed.clear()
@@ -309,7 +309,7 @@ def test_trials_enqueued_with_optuna_are_run(bench):
     study.enqueue_trial({"lr": 0.08})
     bench.sweep()
     trials = bench.ledger.trials()
-    assert len(trials) == 4, "they count among search.trials"
+    assert len(trials) == 4, "they count toward search.trials"
     assert [t.params["lr"] for t in trials[:2]] == [0.09, 0.08]
     assert [t.params[BUDGET] for t in trials[:2]] == [1, 0]
     study.enqueue_trial({"lr": 0.07})
@@ -364,12 +364,12 @@ def test_the_ladder_starts_from_finished_trials_and_keeps_what_it_decided(tmp_pa
     coordinator = bench.open()
     bench.execute(first := coordinator.next_job())
     coordinator.finished(first)  # the float model
-    stopped = coordinator.next_job()  # asked while nothing is finished
+    stopped = coordinator.next_job()  # proposed before any trial has finished
     other = coordinator.next_job()
     assert stopped.parent is None and other.parent is None
     bench.execute(other)
     coordinator.finished(other)
-    coordinator.finished(stopped)  # it was stopped and has no record
+    coordinator.finished(stopped)  # stopped without a record
     parents = {}
     bench.sweep(lambda job: parents.update({job.name: job.parent}) or bench.execute(job))
     assert parents["trial-000"] is None, "decided before the stop"

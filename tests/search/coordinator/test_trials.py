@@ -1,4 +1,4 @@
-"""Which trial runs next: targets that survive a kill, failures, enqueued budgets."""
+"""The next trial: its targets after a crash, failing budgets, enqueued trials, scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nipq_search.search.study.ledger import BUDGET
 
 
 def test_a_trial_that_was_cut_off_before_its_target_was_noted_gets_it_again(tmp_path):
-    """`fill` between budgets: killed between `ask` and the note, which follows it."""
+    """Kill the driver between `ask` and the note with the targets that `fill` chose."""
     options = {"search__strategy": "fill", "search__trials": 6, "search__baselines": []}
     config = make_config(**options)
 
@@ -85,7 +85,7 @@ def test_without_scores_no_trial_starts_and_one_line_says_why(tmp_path):
         f"the sensitivity scores failed: no luck; fix this, then remove {folder} to begin anew"
     )
     assert not any(name.startswith("trial") for name in bench.executed)
-    assert bench.open().failure == coordinator.failure, "a later run says so too"
+    assert bench.open().failure == coordinator.failure, "a later run fails the same way"
 
 
 def test_only_sweeps_that_may_need_scores_measure_them(tmp_path):

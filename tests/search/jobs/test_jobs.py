@@ -1,4 +1,4 @@
-"""What jobs leave on disk, torn and doubled pieces included."""
+"""The files of jobs, including torn and duplicate ones."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_an_attempt_ends_by_its_own_record_or_by_the_next_attempt(tmp_path, monk
     with pytest.raises(jobs.AlreadyCommitted):
         jobs.open_attempt(job)
     assert jobs.attempts(job.folder) == [first, second]
-    # What reads the test split is run again whenever the front has changed.
+    # The `test` job runs again whenever the front has changed.
     again = job_in(tmp_path, "test", 0)
     assert jobs.commit(jobs.open_attempt(again), {"state": "COMPLETE"})
     assert jobs.open_attempt(again).name == "attempt-2"
@@ -99,7 +99,7 @@ def without_links(*args):
 
 
 def test_of_a_commit_and_a_take_over_at_once_one_wins(tmp_path):
-    """Whoever comes first: there is a record, or there is a next attempt, and never both."""
+    """The attempt commits its record or the next attempt takes over, but never both."""
     with ThreadPoolExecutor(2) as pool:
         for number in range(100):
             job = job_in(tmp_path, number=number)
@@ -127,7 +127,9 @@ def test_models_beside_no_record_are_spare(tmp_path):
     opened = [jobs.open_attempt(job) for _ in range(3)]
     for attempt in opened:
         (attempt / MODEL_FILE).write_bytes(b"weights")
-    assert jobs.model_files(job.folder, obsolete=True) == [], "nobody knows yet which one counts"
+    assert jobs.model_files(job.folder, obsolete=True) == [], (
+        "no record determines yet which one is current"
+    )
     jobs.commit(opened[-1], {"state": "COMPLETE"})
     assert jobs.model_files(job.folder, obsolete=True) == [a / MODEL_FILE for a in opened[:2]]
     assert len(jobs.model_files(job.folder)) == 3
@@ -194,7 +196,7 @@ def test_the_curve_has_each_epoch_once_and_no_torn_line(tmp_path):
     write_curve(second, [point(2, timestamp=9.0), point(3)], torn='{"epoch": 4}\n')
     found = jobs.curve(job.folder)
     assert [p.epoch for p in found] == [1, 2, 3]
-    assert found[1].timestamp == 0.0, "the first measurement stays"
+    assert found[1].timestamp == 0.0, "the first measurement counts"
 
 
 def test_samples_and_seconds_of_all_attempts_count(tmp_path):

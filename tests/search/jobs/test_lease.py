@@ -1,4 +1,4 @@
-"""One driver at a time, whatever becomes of it."""
+"""The folder's lock admits one driver at a time and is released however the driver ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ with driver_lease(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the sweep in `tmp_path`; it ends with its standard input."""
+    """A process that locks the sweep in `tmp_path` until its standard input is closed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -64,7 +64,7 @@ def test_stop_requests_reach_live_drivers_only(holder, tmp_path):
     holder.wait()
     assert request_stop(tmp_path) is None
     with driver_lease(tmp_path):
-        assert not stop_requested(tmp_path), "an old request does not stop a new driver"
+        assert not stop_requested(tmp_path), "an earlier request does not stop a new driver"
 
 
 def test_every_lease_has_a_token_of_its_own(tmp_path):

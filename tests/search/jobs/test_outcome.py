@@ -1,4 +1,4 @@
-"""Outcomes keep their meaning across a process boundary."""
+"""Job outcomes, and the reports that carry them across a process boundary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where one more trial is expected to add most to a front."""
+"""The cost at which the next trial is expected to improve a front most."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ AXES = Axes(cost="bops", least=64.0, most=1024.0, reference=0.7, best=0.9)
 
 
 def most_promising_cost(points, running, asked, axes, within=(64.0, 1024.0)):
-    """By default anywhere on the axis."""
+    """Call the library's function, by default with the whole axis in range."""
     return expected_gain.most_promising_cost(points, running, asked, axes, within)
 
 
 def often(points):
-    """Points at which a fifth trial would hardly gain."""
+    """Repeat each point four times, so that a further trial there has little expected gain."""
     return [point for point in points for _ in range(4)]
 
 
@@ -42,7 +42,7 @@ def test_where_no_gap_is_left_the_widest_share_of_the_front_is_trained_again():
     points = [(0.88, 64.0), (0.881, 66.0), (0.8815, 68.0), (0.882, 70.0)]
     flat = Axes(cost="bops", least=64.0, most=1024.0, reference=0.7, best=0.882)
     assert most_promising_cost(points, [], [], flat) == pytest.approx(70.0)
-    # Each repeat is expected to gain half of the last one's.
+    # Each repeat is expected to gain half as much as the one before.
     again = [*points, *[(0.8815, 70.0)] * 12]
     assert most_promising_cost(again, [], [], flat) < 70.0
 
@@ -57,7 +57,7 @@ def test_a_front_better_than_the_float_model_has_no_room_above():
 
 
 def test_a_place_that_was_asked_for_in_vain_is_left_alone():
-    """Out of reach, or every trial there fails: no trial ever ends up where it was asked."""
+    """No trial reaches the requested cost, because it is unreachable or every trial fails."""
     points = often([(0.80, 64.0), (0.89, 256.0), (0.895, 512.0), (0.9, 1024.0)])
     asked, places = [cost for _, cost in points], []
     for _ in range(6):
@@ -75,7 +75,7 @@ def test_several_workers_get_places_of_their_own(front):
 
 
 def test_a_repeat_asks_for_the_cost_itself():
-    """Not for two to the power of its logarithm, which may be less: out of reach by rounding."""
+    """The exact cost is returned: `2 ** log2(cost)` may round down to an unreachable cost."""
     for least in range(64, 90):
         axes = Axes(cost="bops", least=float(least), most=1024.0, reference=0.7, best=0.9)
         points = [(0.5, float(least)), (0.9, least + 1.0)]
@@ -101,7 +101,7 @@ def test_nothing_is_asked_for_beyond_what_was_named():
 
 
 def test_a_trial_that_collapsed_draws_no_more_than_one_at_the_reference():
-    """As a perplexity, which has no worst value."""
+    """Use a metric without a worst value, such as a perplexity."""
     axes = Axes(cost="bops", least=4.0, most=32.0, reference=-25.0, best=-20.0)
 
     def places(collapsed):

@@ -1,4 +1,4 @@
-"""Successive halving: who goes on, and sweeps that pause, promote and prune."""
+"""Successive halving: which trial is promoted, and sweeps that pause, promote and prune."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def test_at_the_end_every_budget_finishes_one():
     assert to_promote([standing(0, 0.5), standing(1, 0.7, paused=False)], last=True) is None
     assert to_promote([standing(0, 0.5), standing(1, 0.7, 0.8)], last=True) == 1
     failed_later = [standing(0, 0.5), standing(1, 0.4, paused=False, pruned=True)]
-    assert to_promote(failed_later, last=True) == 0, "the one that had gone on failed"
+    assert to_promote(failed_later, last=True) == 0, "the promoted one failed later"
 
 
 class Rungs(Bench):
-    """A sweep whose trials pause at rungs, with a learning rate that says how good they are."""
+    """A sweep whose trials pause at rungs and whose metric is a function of the learning rate."""
 
     def execute(self, job):
         rungs = STRATEGIES[self.config.search.strategy].rungs
@@ -76,7 +76,7 @@ def bench(tmp_path):
 
 
 def check(bench):
-    """Each budget: nine trials, three promoted once, one of them twice and finished."""
+    """Check that of nine trials per budget three are promoted and the best one finishes."""
     trials = bench.ledger.trials()
     assert {t.state for t in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
     for budget in (0, 1):
@@ -87,7 +87,7 @@ def check(bench):
         complete = [t for t in own if t.state is TrialState.COMPLETE]
         assert complete and all(reached[t.number] == 2 for t in complete)
         best = max(own, key=lambda t: t.params["lr"])
-        assert best.state is TrialState.COMPLETE, "a made-up metric that never lies"
+        assert best.state is TrialState.COMPLETE, "the synthetic metric has no noise"
         for trial in own:
             if trial.state is TrialState.PRUNED:
                 assert "was not among the best of its budget" in trial.user_attrs["reason"]
@@ -106,7 +106,7 @@ def test_a_sweep_of_rungs(bench):
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_rungs_are_rebuilt_after_a_crash(bench, every):
-    """A new driver every few jobs: what paused, went on or ended is what files and study say."""
+    """Start a new driver every few jobs; it restores paused, promoted and finished trials."""
     for _ in range(200):
         coordinator = bench.open()
         for _ in range(every):
@@ -122,7 +122,7 @@ def test_rungs_are_rebuilt_after_a_crash(bench, every):
 
 
 def test_a_crash_between_promotion_and_start(bench):
-    """The promotion is in the study: the trial goes on to the rung that it was promised."""
+    """The study stores the promotion, so the trial continues to the same rung."""
     coordinator = bench.open()
     while True:
         job = coordinator.next_job()

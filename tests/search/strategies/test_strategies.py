@@ -1,4 +1,4 @@
-"""The ladder: which finished trial a new one starts from, and what it takes along."""
+"""Strategies: the assignment of budgets and parents, and what a warm start copies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_ladder_asks_every_target_of_a_budget():
     ids=["another target binds", "coarse widths"],
 )
 def test_a_trial_is_parent_under_its_own_budget(strategy, targets, cost):
-    """Though it could not use it up."""
+    """A trial counts as being at its target even if it cannot use the target up."""
     trial = Finished(number=3, cost=cost, metric=0.9, targets=targets)
     assert strategy.parent(targets, [trial]) == 3
     assert strategy.parent({**targets, "bops": 110.0}, [trial]) is None
@@ -73,7 +73,7 @@ def test_fill_serves_budgets_that_leave_the_front_s_cost_free():
 
 
 def test_fill_serves_budgets_that_share_the_front_s_cost():
-    """Each has its turns, and a repeat keeps the other targets of the trial that it repeats."""
+    """Each budget is served, and a repeat keeps the other targets of the repeated trial."""
     axes = Axes(cost="bops", least=2.0, most=64.0, reference=0.7, best=0.9)
     budgets = [
         {"bops": 16.0, "weight_bytes": 50.0},

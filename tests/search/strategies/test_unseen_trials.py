@@ -1,4 +1,4 @@
-"""What a driver keeps of a growing study equals what it would find by looking at all of it."""
+"""Incremental reading of a growing study gives the same results as reading all of it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_finished_trials_are_told_once_and_others_each_time():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A sweep of a dozen trials, of which two failed, and its trials."""
+    """A finished sweep of twelve trials, two of which failed."""
     config = make_config(search__trials=12, search__strategy="fill")
     bench = Bench(tmp_path_factory.mktemp("sweep"), config)
     bench.fail = lambda job: "no luck" if job.name in ("trial-002", "trial-005") else None

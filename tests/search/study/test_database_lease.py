@@ -1,4 +1,4 @@
-"""One driver at a time on a study in PostgreSQL, whatever becomes of drivers and server."""
+"""The lease of a study in PostgreSQL, when drivers die and the server is unreachable."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ STUDY = "a-study"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A hundredth of a driver's patience."""
+    """Shorten the intervals of the lease."""
     for name, seconds in {"BEAT": 0.1, "SILENT": 0.8, "EXPIRY": 1.6}.items():
         monkeypatch.setattr(database_lease, f"{name}_SECONDS", seconds)
 
 
 @pytest.fixture
 def table(database):
-    """The table of leases, to look at and to change."""
+    """An engine through which tests read and change the table of leases."""
     engine = sa.create_engine(database)
     database_lease._make_table(engine)
     yield engine
@@ -58,7 +58,7 @@ def wait_for(condition, seconds=20):
 
 
 def test_of_simultaneous_starts_one_wins(database):
-    """Even the table is not there yet."""
+    """The table does not exist yet."""
     outcomes, together = [], threading.Barrier(5)
     done = threading.Event()
 
@@ -84,7 +84,7 @@ def test_of_simultaneous_starts_one_wins(database):
     assert len(lost) == 4
     assert all("a driver is running the sweep 'a-study' on host" in text for text in lost)
     engine = sa.create_engine(database)
-    assert row(engine) is None, "it was given back"
+    assert row(engine) is None, "the lease was released"
     with study_lease(STUDY, "later") as check:
         check()
         assert row(engine).token.endswith(".later")
@@ -131,7 +131,9 @@ def test_the_lease_of_a_dead_process_of_this_host_is_free_at_once(table, monkeyp
     monkeypatch.setattr(database_lease, "EXPIRY_SECONDS", 0.5)
     began = time.monotonic()
     with study_lease(STUDY, "mine"):
-        assert time.monotonic() - began > 0.5, "a machine of the same name is another"
+        assert time.monotonic() - began > 0.5, (
+            "a machine with the same host name is not the same machine"
+        )
 
 
 def test_a_driver_that_lost_it_must_not_write(table):
@@ -140,7 +142,7 @@ def test_a_driver_that_lost_it_must_not_write(table):
         put(table)
         wait_for(lambda: not_held(check))
         time.sleep(3 * database_lease.BEAT_SECONDS)
-    assert row(table).token == "theirs", "and does not give back what is another's"
+    assert row(table).token == "theirs", "it does not release another driver's lease"
 
 
 def not_held(check):
@@ -159,11 +161,11 @@ def test_without_its_server_a_driver_counts_the_lease_as_lost(database, postgres
             wait_for(lambda: not_held(check))
         finally:
             postgres.start()
-        wait_for(lambda: not not_held(check))  # nobody took it meanwhile
+        wait_for(lambda: not not_held(check))  # no other driver took it in the meantime
 
 
 def test_a_lease_is_not_taken_by_who_looked_away(table):
-    """The counter moved while the other one slept: the swap sees it."""
+    """The swap fails if the counter has moved since it was read."""
     put(table, beat=3)
     old = row(table)
     put(table, beat=4)
@@ -224,7 +226,7 @@ def test_a_sweep_on_postgres_goes_on_and_stops_when_its_lease_is_gone(
 
 
 def test_a_server_that_vanishes_does_not_hold_a_query_for_minutes(database):
-    """A cut cable cannot be tested here: that libpq is told to look for one can."""
+    """A cut cable cannot be simulated here, so check the timeouts that libpq receives."""
     engine = database_lease.make_engine(database)
     with engine.connect() as connection:
         told = connection.connection.driver_connection.info.get_parameters()

@@ -1,4 +1,4 @@
-"""The ledger: decisions survive crashes, are never doubled and never repeated."""
+"""The ledger: decisions survive crashes and are never duplicated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPACE = {
 
 @pytest.fixture(params=["journal", "sqlite"])
 def home(request, tmp_path, monkeypatch):
-    """A folder whose study is a journal file, or a database named by the environment."""
+    """A folder whose study is a journal file or a database given by the environment."""
     monkeypatch.delenv("NIPQ_STORAGE_URL", raising=False)
     monkeypatch.delenv("NIPQ_STORAGE_URL_FILE", raising=False)
     if request.param == "sqlite":
@@ -85,7 +85,7 @@ def test_finishing_twice_changes_nothing(home):
 
 
 def test_an_end_that_was_cut_short_is_taken_up(home, monkeypatch):
-    """A crash between the attributes and the tell."""
+    """Crash between the attributes and `tell`."""
     ledger = open_ledger(home)
     ledger.ask(0, 2)
 
@@ -130,7 +130,7 @@ def test_equal_seeds_propose_the_same_wherever_the_search_was_cut(tmp_path):
     whole = search(tmp_path / "whole", ())
     assert search(tmp_path / "cut", (3, 4, 12)) == whole
     rates = [(asked.budget, asked.params["lr"]) for asked in whole]
-    assert len(set(rates)) == len(rates), "nothing is repeated under a budget"
+    assert len(set(rates)) == len(rates), "no proposal is repeated for a budget"
 
 
 def test_other_seeds_propose_otherwise(tmp_path):
@@ -329,7 +329,7 @@ def test_a_look_is_taken_again_once_something_was_written(home):
 
 
 def test_only_the_torn_part_goes_where_somebody_wrote_behind_it(journal):
-    """As `optuna-dashboard` does, which knows nothing of a torn line."""
+    """`optuna-dashboard` appends to a torn line, for example."""
     whole = journal.read_bytes()
     entry = whole.splitlines(keepends=True)[-1]
     journal.write_bytes(whole + entry[: len(entry) // 2] + entry)
@@ -337,7 +337,9 @@ def test_only_the_torn_part_goes_where_somebody_wrote_behind_it(journal):
     assert journal.read_bytes() == whole + entry
     journal.write_bytes(whole + b"garbage\n")
     mend_journal(journal)
-    assert journal.read_bytes() == whole + b"garbage\n", "that is for a person to judge"
+    assert journal.read_bytes() == whole + b"garbage\n", (
+        "garbage in a complete line needs a manual repair"
+    )
 
 
 def test_a_line_that_a_full_disk_tore_goes_when_the_driver_ends(journal):

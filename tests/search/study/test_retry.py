@@ -1,4 +1,4 @@
-"""A study's server that is away for a moment."""
+"""Retries during an outage of the study's server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nipq_search.search.study.database_lease import LeaseLost
 
 
 class Lease:
-    """A lease that a test can take away."""
+    """A lease that a test can revoke."""
 
     def __init__(self):
         self.lost, self.checks = False, 0

@@ -1,4 +1,4 @@
-"""Whose fault it was that a process ended: judged from Ray's word and the state of its node."""
+"""Causes of lost attempts, from Ray's error and the state of the node."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def job_in(folder):
 
 
 class OutOfMemoryError(Exception):
-    """Named as Ray's."""
+    """Has the name of Ray's exception."""
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_node_s_end_eats_no_retries_and_is_told_apart_later(tmp_path, monkeypa
     assert failures.record_causes(job.folder, "now", OutOfMemoryError("no room")) == "node"
     assert (jobs.cause_of(first), jobs.cause_of(second)) == ("process", "node")
     assert jobs.crash_causes(job.folder, "now") == ["process"]
-    # The news of the first one's node come late.
+    # The death of the first node is reported late.
     monkeypatch.setattr(failures, "dead_nodes", lambda: {"a", "b"})
     assert failures.record_causes(job.folder, "now") == "node"
     assert jobs.crash_causes(job.folder, "now") == []
@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_no_reason_to_stop(tmp_path):
 
 
 def test_a_node_that_dies_before_its_job_began_is_not_the_job_s_fault(tmp_path):
-    """However often it happens; of a process that dies there, Tune is told when to give up."""
+    """Deaths of nodes are retried without limit, deaths of processes are not."""
     searcher = JobSearcher(SimpleNamespace(next_job=lambda: job_in(tmp_path)))
     searcher.suggest("a")
     trial = SimpleNamespace(trial_id="a", pickled_error_file=str(tmp_path / "error.pkl"))

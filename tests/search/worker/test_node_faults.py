@@ -1,4 +1,4 @@
-"""Faults of the place where a trial runs: its GPU has no room or is lost, its node has no data."""
+"""Faults of the environment: a full or lost GPU, data that a node lacks, a failing disk."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from nipq_search.tasks.vision.digits import Digits
 
 
 class Left(BaseException):
-    """The process ended itself."""
+    """The process would have ended."""
 
 
 class Failing(Digits):
-    """Digits that fails on demand when it is evaluated."""
+    """A digits task whose evaluation raises `error` if it is set."""
 
     def __init__(self) -> None:
         super().__init__(width=4)
@@ -50,7 +50,7 @@ def bench(tmp_path):
 
 @pytest.fixture
 def job(bench, task):
-    """The first trial, the float model being there."""
+    """The first trial of a sweep that has its float model."""
     coordinator = bench.open()
     while (found := coordinator.next_job()).kind != "trial":
         execute(found, task, lambda report: None)
@@ -60,7 +60,7 @@ def job(bench, task):
 
 @pytest.fixture
 def left(monkeypatch):
-    """Lets a test see that a process ended itself."""
+    """Raise `Left` instead of ending the process."""
 
     def leave(status):
         raise Left(status)
@@ -74,7 +74,7 @@ def test_a_gpu_without_room_ends_the_process_and_not_the_trial(task, job, left):
         execute(job, task, lambda report: None)
     assert jobs.committed(job.folder) is None
     assert failures.record_causes(job.folder, job.run) == failures.GPU_MEMORY, (
-        "whatever Ray says of it"
+        "regardless of Ray's error"
     )
     assert jobs.crash_causes(job.folder, job.run) == [failures.GPU_MEMORY]
     assert "Tried to allocate" in (jobs.attempts(job.folder)[0] / jobs.TRACEBACK).read_text()
@@ -94,13 +94,13 @@ def test_a_trial_that_never_fits_on_a_gpu_is_given_up_with_the_fix(task, job, le
 
 
 def test_a_lost_gpu_takes_no_further_trial_along(task, job, left, monkeypatch):
-    """Every later call on it would fail: the record stays, the process goes."""
+    """Every later call on the GPU would fail, so the process ends after the record is written."""
     task.error = RuntimeError("CUDA error: device-side assert triggered")
     monkeypatch.setattr(failures, "gpu_is_lost", lambda: True)
     with pytest.raises(Left):
         execute(job, task, lambda report: None)
     assert "device-side assert" in jobs.committed(job.folder)["reason"]
-    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, "from its record"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, "read from the record"
 
 
 def test_without_a_gpu_none_is_lost():
@@ -112,14 +112,14 @@ def sign(bench, host):
 
 
 def raised_from(error):
-    """As the project's own readers say it."""
+    """Wrap an error as the project's own readers do."""
     said = UserError("/data/train/7.png: cannot be read")
     said.__cause__ = error
     return said
 
 
 def from_worker(error):
-    """As torch's `DataLoader` raises what one of its workers raised."""
+    """Re-raise an error as `DataLoader` does for its workers."""
     try:
         raise error
     except OSError:
@@ -133,7 +133,7 @@ def from_worker(error):
 @pytest.mark.parametrize("told", [lambda error: error, raised_from, from_worker])
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EACCES])
 def test_data_that_are_not_on_a_node_fail_no_trial(bench, task, job, monkeypatch, number, told):
-    """The driver's host has them; the node that has not would else draw trial after trial."""
+    """Only this node lacks the data. Failing fast, it would otherwise consume all trials."""
     task.error = told(OSError(number, os.strerror(number), "/data/train/7.png"))
     sign(bench, "the-driver-s-host")
     there = ("the-driver-s-host", "/data/train/7.png")
@@ -187,7 +187,7 @@ def test_every_word_for_a_full_gpu_is_known(error, room):
 
 
 class Unfit(Failing):
-    """It fails on the test split alone."""
+    """A digits task that fails on the test split only."""
 
     def evaluate(self, model, split):
         if split == "test" and self.error is not None:
@@ -197,7 +197,7 @@ class Unfit(Failing):
 
 @pytest.fixture
 def evaluation(tmp_path):
-    """Task and job of the evaluation on the test split, every trial being there."""
+    """The task and `test` job of a sweep whose trials have finished."""
     task = Unfit()
     bench = Bench(tmp_path / "whole", make_config(search__trials=2))
     coordinator = bench.open()
@@ -208,7 +208,7 @@ def evaluation(tmp_path):
 
 
 def test_a_gpu_that_is_lost_to_the_test_split_is_said_once(evaluation, left, monkeypatch):
-    """The process would begin the same evaluation for ever."""
+    """Otherwise the evaluation would be restarted forever."""
     task, job = evaluation
     task.error = RuntimeError("CUDA error: device-side assert triggered")
     monkeypatch.setattr(failures, "gpu_is_lost", lambda: True)

@@ -1,4 +1,4 @@
-"""Real workers on digits, a few steps each: records, failures, and the test split."""
+"""Real workers that train for a few steps: records, failures and the test split."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACCURACY = "accuracy"
 
 
 class Spied(Digits):
-    """Digits that remembers which splits were read, and fails on demand."""
+    """A digits task that records the evaluated splits, and can return or raise on demand."""
 
     def __init__(self) -> None:
         super().__init__(width=4)
@@ -52,7 +52,7 @@ def bench(tmp_path):
 
 
 def run(bench, task, until=None):
-    """Run the sweep with real workers; each job's name with its reports and splits read."""
+    """Run the sweep with real workers; return the coordinator and the splits read by each job."""
     seen: dict[str, list[str]] = {}
 
     def worker(job: Job) -> JobOutcome:
@@ -121,7 +121,7 @@ def test_a_figure_that_is_no_number_fails_the_trial(value, bench, task):
 
 
 def _float_first(bench, job, task, answer=None, error=None):
-    """The float model trains well; every other job meets a task that answers like this."""
+    """Run a job; the task misbehaves in all jobs except the float model and the test split."""
     task.answer, task.error = (None, None) if job.kind in ("float", "test") else (answer, error)
     return execute(job, task, lambda report: None)
 
@@ -142,12 +142,12 @@ def test_a_task_that_raises_fails_the_trial_with_its_traceback(bench, task):
     assert {t.user_attrs["reason"] for t in trials} == {"RuntimeError: the data are gone"}
     texts = {path.name: path.read_text() for path in bench.view().log_files(0)}
     assert "the data\nare gone" in texts[jobs.TRACEBACK]
-    assert "are gone" not in texts.get(jobs.LOG, ""), "shown once"
-    assert trials[0].user_attrs["samples"] > 0, "what a failure processed counts"
+    assert "are gone" not in texts.get(jobs.LOG, ""), "the error appears in one file only"
+    assert trials[0].user_attrs["samples"] > 0, "samples of failed trials count"
 
 
 def open_trial(bench, task):
-    """The coordinator and its first trial, the float model being there."""
+    """Return the first trial of a sweep after training its float model."""
     coordinator: Coordinator = bench.open()
     while (job := coordinator.next_job()).kind != "trial":
         execute(job, task, lambda report: None)
@@ -167,7 +167,7 @@ def test_a_stop_request_saves_the_state_and_ends_the_attempt(bench, task):
     assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
     record = jobs.committed(job.folder)
     assert record["attempts"] == 2 and len(jobs.crash_causes(job.folder, job.run)) == 0
-    assert jobs.samples_processed(job.folder) == record["samples"], "no step was taken twice"
+    assert jobs.samples_processed(job.folder) == record["samples"], "no step was repeated"
 
 
 @pytest.mark.parametrize("minutes", [3, None])
@@ -283,7 +283,7 @@ def test_a_metric_that_evaluate_does_not_return_stops_at_the_float_model(bench, 
 
 @pytest.mark.parametrize("place", ["evaluation", "model", "record"])
 def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch, place):
-    """Its process was stopped somewhere near its end, and another one has finished meanwhile."""
+    """Its process was suspended near its end, and another attempt finished in the meantime."""
     coordinator = bench.open()
     job = coordinator.next_job()
     evaluate, write, write_once = task.evaluate, storage.write_bytes, storage.write_once
@@ -292,7 +292,7 @@ def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch
     def stopped(here):
         if here and not after:
             after.append({})
-            with torch.enable_grad():  # in a process of its own
+            with torch.enable_grad():  # as in a separate process
                 assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
             after[0] |= contents(job.folder / "attempt-2")
 
@@ -313,7 +313,7 @@ def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch
     monkeypatch.setattr(storage, "write_once", stopped_write_once)
     monkeypatch.setattr(
         jobs, "is_superseded", lambda attempt: False
-    )  # not noticed while it trains
+    )  # not noticed during the training
     assert execute(job, task, lambda report: None).kind is OutcomeKind.SUPERSEDED
     first, second = jobs.attempts(job.folder)
     assert after == [contents(second)] and {jobs.RESULT, MODEL_FILE} <= after[0].keys()
@@ -344,15 +344,17 @@ def test_a_folder_that_may_not_be_written_is_no_trials_fault(bench, task, monkey
         f"{job.folder}/attempt-1: Permission denied; fix this, the same command resumes"
     )
     task.error = PermissionError(errno.EACCES, "Permission denied", "/somebody/elses")
-    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, "the task's own file"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, (
+        "the file belongs to the task"
+    )
 
 
 class Killed(BaseException):
-    """The process ended here."""
+    """The process was killed."""
 
 
 def interrupted(bench, task, **changes):
-    """A trial that was killed after its first checkpoint; then the sweep resumes, changed."""
+    """Return a trial that was killed after its first checkpoint, and change the configuration."""
     bench.config = make_config(train__epochs=3, search__trials=2, **changes.pop("first", {}))
     job = open_trial(bench, task)
 
@@ -369,12 +371,12 @@ def interrupted(bench, task, **changes):
 
 @pytest.mark.parametrize("resources", [{"cpus": 2}, {"cpus": 1, "workers": 2}])
 def test_a_continued_trial_is_replayed_though_resources_changed(bench, task, resources):
-    """It goes on with the threads of its checkpoint; other workers make it begin anew."""
+    """It continues with the threads of its checkpoint; with other workers it starts over."""
     job = interrupted(bench, task, resources=resources)
     run(bench, task)
     record, several = jobs.committed(job.folder), resources.get("workers", 1)
     assert (record["threads"], record["workers"], record["attempts"]) == (1, several, 2)
-    epoch = 1_097  # of training samples
+    epoch = 1_097  # training samples in an epoch
     repeated = jobs.samples_processed(job.folder) - record["samples"]
     assert epoch * several <= repeated < epoch * several + 150
     assert replay(bench.view(), job.number)["equal"]
@@ -397,7 +399,7 @@ def test_a_trial_whose_parent_is_gone_begins_anew(bench, task):
 
 
 def run_until_second(bench, task):
-    """Float model and first trial, and the second one asked for."""
+    """Train the float model and the first trial, and propose the second one."""
     coordinator = bench.open()
     while True:
         job = coordinator.next_job()
@@ -408,7 +410,7 @@ def run_until_second(bench, task):
 
 
 def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
-    """It was stopped between the look whether it is superseded and its checkpoint."""
+    """The process was suspended after the check in `before_write`, before its checkpoint."""
     job = interrupted(bench, task)
     save, late = training.save_checkpoint, []
 
@@ -428,7 +430,7 @@ def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
 
 
 def test_giving_up_a_job_that_another_process_took_over_says_so(bench, task, monkeypatch):
-    """The driver would look for a record that is not there."""
+    """Otherwise the driver would expect a record that does not exist."""
     job = open_trial(bench, task)
     for _ in range(3):
         jobs.open_attempt(job)

@@ -190,7 +190,7 @@ class Coordinator:
         if record["state"] == jobs.FAIL:
             self.failure = (
                 f"the float model failed: {record['reason']}; fix this, then remove {folder} "
-                "to begin anew"
+                "to start over"
             )
             return
         file = jobs.model_file(folder)
@@ -207,7 +207,7 @@ class Coordinator:
             folder = job_folder(self.out, SCORES, 0)
             self.failure = (
                 f"the sensitivity scores failed: {record['reason']}; fix this, then remove "
-                f"{folder} to begin anew"
+                f"{folder} to start over"
             )
 
     def _before_trials(self) -> list[tuple[str, int]]:

@@ -102,7 +102,7 @@ def load_study(
     """
     gone = StudyGone(
         f"{folder}: the study '{name}' of its trials is gone; restore study.log, or set "
-        "NIPQ_STORAGE_URL as it was when the sweep began, or give another folder"
+        "NIPQ_STORAGE_URL as it was when the sweep began, or use another folder"
     )
     if storage_url() is None and not any((folder / file).exists() for file in (JOURNAL, DATABASE)):
         raise gone
@@ -112,7 +112,7 @@ def load_study(
         own = json.loads(study.user_attrs.get(IDENTITY, "null"))
         if identity is not None and own != identity:
             raise UserError(
-                f"{folder}: holds trials of another study; give another folder, or set "
+                f"{folder}: holds trials of another study; use another folder, or set "
                 "NIPQ_STORAGE_URL as it was when the sweep began (unset for a study in the folder)"
             )
     except KeyError as error:

@@ -39,6 +39,8 @@ from nipq_search.train.spec import Released
 _log = logging.getLogger("nipq_search")
 _GRACE_SECONDS = 20.0
 """Time that rank 0 has to leave a training in which another rank has ended."""
+_CAUSE_SECONDS = 10.0
+"""Time that rank 0 waits, after a connection error, for another rank's failure to explain it."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -314,7 +316,7 @@ def launch_group(
                 except Exception as error:
                     # Do this before leaving the group, which the others would see as a failure.
                     if _is_echo(error):
-                        others.wait_for_failure(3)
+                        others.wait_for_failure(_CAUSE_SECONDS)
                         others.raise_cause()
                     others.over.set()
                     others.kill()

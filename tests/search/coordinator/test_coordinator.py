@@ -227,7 +227,7 @@ def test_after_a_failed_float_model_the_configuration_may_change(bench):
     bench.fail = lambda job: "no such weights" if job.kind == "float" else None
     coordinator = bench.sweep()
     folder = bench.out / "float"
-    assert f"then remove {folder} to begin anew" in coordinator.failure
+    assert f"then remove {folder} to start over" in coordinator.failure
     budgets = [{"bops": "uniform 5"}]
     bench.config = make_config(budgets=budgets, search__space={"lr": {"log": [0.1, 0.2]}})
     with pytest.raises(UserError, match=f"budgets: .*; or remove {folder}, which"):

@@ -82,7 +82,7 @@ def test_without_scores_no_trial_starts_and_one_line_says_why(tmp_path):
     coordinator = bench.sweep()
     folder = bench.out / "sensitivity"
     assert coordinator.failure == (
-        f"the sensitivity scores failed: no luck; fix this, then remove {folder} to begin anew"
+        f"the sensitivity scores failed: no luck; fix this, then remove {folder} to start over"
     )
     assert not any(name.startswith("trial") for name in bench.executed)
     assert bench.open().failure == coordinator.failure, "a later run fails the same way"

@@ -107,7 +107,7 @@ class JobSearcher(Searcher):
         now = len(jobs.attempts(job.folder))
         if now > begun:
             self._barren[job.name] = (now, 0)
-        elif cause != failures.NODE:
+        elif cause != jobs.Cause.NODE:
             self._barren[job.name] = (now, barren + 1)
 
     def recovers(self, trial: Any) -> None:

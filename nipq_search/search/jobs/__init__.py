@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from nipq_search.search.jobs.attempts import (
     MAX_HANGS,
-    NODE,
     AlreadyCommitted,
+    Cause,
     any_attempt_exists,
     attempts,
     cause_of,
@@ -69,6 +69,7 @@ from nipq_search.search.jobs.paths import (
 __all__ = [
     "AlreadyCommitted",
     "COMPLETE",
+    "Cause",
     "CURVE",
     "CURVES_FILE",
     "FACTS_FILE",
@@ -82,7 +83,6 @@ __all__ = [
     "LOG_FILE",
     "LOST",
     "MAX_HANGS",
-    "NODE",
     "OutcomeKind",
     "PROGRESS",
     "REPORT_FILE",

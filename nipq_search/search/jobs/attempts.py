@@ -8,6 +8,7 @@ that resumes after it was superseded cannot change anything.
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import os
@@ -36,8 +37,22 @@ from nipq_search.train.models import MODEL_FILE
 MAX_HANGS = 2
 """A job is given up after this many attempts that exceeded their time limit."""
 
-NODE = "node"
-"""Cause of a lost attempt that never counts as a failure of the job; see `worker.failures`."""
+
+class Cause(enum.StrEnum):
+    """Why an attempt was lost, as `lost.json` stores it."""
+
+    NODE = "node"
+    """Its node died, which never counts as a failure of the job."""
+
+    MEMORY = "memory"
+    """Its machine ran out of memory."""
+
+    GPU_MEMORY = "gpu memory"
+    """Its GPU ran out of memory."""
+
+    PROCESS = "process"
+    """Its process died for another reason."""
+
 
 _TAKEN_OVER = {"state": "TAKEN_OVER"}
 
@@ -246,26 +261,27 @@ def lost_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def crash_causes(folder: Path, run: str) -> list[str]:
+def crash_causes(folder: Path, run: str) -> list[Cause]:
     """Return the causes of lost attempts that count against the job: all but dead nodes."""
-    found = [cause_of(attempt) or "process" for attempt, _ in lost_attempts(folder, run)]
-    return [cause for cause in found if cause != NODE]
+    found = [cause_of(attempt) or Cause.PROCESS for attempt, _ in lost_attempts(folder, run)]
+    return [cause for cause in found if cause is not Cause.NODE]
 
 
-def record_cause(attempt: Path, cause: str, detail: str) -> None:
+def record_cause(attempt: Path, cause: Cause, detail: str) -> None:
     """Record why an attempt was lost.
 
     Args:
         attempt: the attempt's folder.
-        cause: one of the causes of `nipq_search.search.worker.failures`.
+        cause: the cause, as `nipq_search.search.worker.failures` classifies it.
         detail: text of the error, if one is available.
     """
     storage.write_json(attempt / LOST, {"cause": cause, "detail": detail, "time": time.time()})
 
 
-def cause_of(attempt: Path) -> str | None:
+def cause_of(attempt: Path) -> Cause | None:
     """Return the cause that `record_cause` wrote, or None."""
-    return read_document(attempt / LOST).get("cause")
+    cause = read_document(attempt / LOST).get("cause")
+    return Cause(cause) if cause in list(Cause) else None
 
 
 def lost_time(attempt: Path) -> float:

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from nipq_search.search import jobs
+from nipq_search.search.jobs import Cause
 from nipq_search.search.jobs.lease import driver_host
-
-NODE, MEMORY, GPU_MEMORY, PROCESS = jobs.NODE, "memory", "gpu memory", "process"
-"""Causes of a lost attempt, as `lost.json` stores them."""
 
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 """Faults of the machine: no job can run on it until they are fixed."""
@@ -55,8 +53,9 @@ NODE_DEATH_SECONDS = 30.0
 """Time within which Ray detects a dead node; about 15 seconds by default."""
 
 FIXES = {
-    MEMORY: "its machine ran out of memory; raise resources.memory_gb or lower train.batch_size",
-    GPU_MEMORY: "its GPU ran out of memory; raise resources.gpus, or lower train.batch_size "
+    Cause.MEMORY: "its machine ran out of memory; raise resources.memory_gb, or lower "
+    "train.batch_size",
+    Cause.GPU_MEMORY: "its GPU ran out of memory; raise resources.gpus, or lower train.batch_size "
     "(raise train.accumulate to keep the effective batch size)",
 }
 """What to change in the sweep file when a job was given up, by cause."""
@@ -224,7 +223,7 @@ def _kill(pid: int) -> None:
 # Lost attempts
 
 
-def classify(error: BaseException | None, node_is_dead: bool) -> str:
+def classify(error: BaseException | None, node_is_dead: bool) -> Cause:
     """Return the cause behind the error that Ray raised for a lost process.
 
     Args:
@@ -232,17 +231,17 @@ def classify(error: BaseException | None, node_is_dead: bool) -> str:
         node_is_dead: whether the cluster reports the process's node as dead.
 
     Returns:
-        `NODE`, `MEMORY` or `PROCESS`.
+        `Cause.NODE`, `Cause.MEMORY` or `Cause.PROCESS`.
     """
     # Compare names: they are the same in all versions of Ray, and Ray need not be imported.
     kind = type(error).__name__
     preempted = bool(getattr(error, "preempted", False))
     if node_is_dead or preempted or kind == "NodeDiedError" or "node has died" in str(error):
-        return NODE
-    return MEMORY if kind == "OutOfMemoryError" else PROCESS
+        return Cause.NODE
+    return Cause.MEMORY if kind == "OutOfMemoryError" else Cause.PROCESS
 
 
-def record_causes(folder: Path, run: str, error: BaseException | None = None) -> str | None:
+def record_causes(folder: Path, run: str, error: BaseException | None = None) -> Cause | None:
     """Record the cause of each lost attempt of a job.
 
     An attempt that was recorded as a crash is reclassified once its node is reported dead, because
@@ -263,7 +262,7 @@ def record_causes(folder: Path, run: str, error: BaseException | None = None) ->
         is_last = attempt == jobs.attempts(folder)[-1]
         known = jobs.cause_of(attempt)
         found = classify(error if is_last else None, started.get("node") in dead)
-        cause = found if known is None or found == NODE else known
+        cause = found if known is None or found is Cause.NODE else known
         if cause != known:
             jobs.record_cause(attempt, cause, str(error or ""))
         cause = cause if is_last else None
@@ -285,7 +284,7 @@ def await_node_states(folder: Path, run: str) -> None:
             started
             for attempt, started in jobs.lost_attempts(folder, run)
             if started.get("node") not in (None, own)
-            and jobs.cause_of(attempt) != NODE
+            and jobs.cause_of(attempt) is not Cause.NODE
             and time.time() - jobs.lost_time(attempt) < NODE_DEATH_SECONDS
         ]
         if not recent:

@@ -127,8 +127,7 @@ class _OtherRanks:
 
     def __init__(self, group: GroupSpec) -> None:
         self.group = group
-        self.ended: dict[int, int] = {}
-        """Exit status of each rank that ended before the training did."""
+        self.ended: dict[int, int] = {}  # exit status, by rank, of processes that failed
         self.over = threading.Event()
         self.processes: list[subprocess.Popen[bytes]] = []
 

@@ -168,7 +168,7 @@ def _record_of_error(job: Job, reporter: Reporter, error: Exception) -> dict[str
         raise _MissingHere(reason) from error
     if failures.is_gpu_memory(error):
         reporter.write()
-        jobs.record_cause(attempt, failures.GPU_MEMORY, reason[:500])
+        jobs.record_cause(attempt, jobs.Cause.GPU_MEMORY, reason[:500])
         raise _EndProcess(ExitReason.GPU_MEMORY) from error
     return failure_record(job, f"{type(error).__name__}: {reason}"[:500])
 

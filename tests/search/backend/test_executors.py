@@ -210,8 +210,8 @@ def test_an_end_for_want_of_memory_keeps_its_name():
         manager._actor_task_failed(Task, ended)
         manager._actor_task_failed(Task, ActorDiedError())
     assert [failures.classify(error, False) for error in seen] == [
-        failures.MEMORY,
-        failures.PROCESS,
+        jobs.Cause.MEMORY,
+        jobs.Cause.PROCESS,
     ]
     assert "running low on memory" in str(pickle.loads(pickle.dumps(seen[0])))
     with pytest.raises(RuntimeError, match="unexpected"):

@@ -73,10 +73,10 @@ def test_a_gpu_without_room_ends_the_process_and_not_the_trial(task, job, left):
     with pytest.raises(Left):
         execute(job, task, lambda report: None)
     assert jobs.committed(job.folder) is None
-    assert failures.record_causes(job.folder, job.run) == failures.GPU_MEMORY, (
+    assert failures.record_causes(job.folder, job.run) == jobs.Cause.GPU_MEMORY, (
         "regardless of Ray's error"
     )
-    assert jobs.crash_causes(job.folder, job.run) == [failures.GPU_MEMORY]
+    assert jobs.crash_causes(job.folder, job.run) == [jobs.Cause.GPU_MEMORY]
     assert "Tried to allocate" in (jobs.attempts(job.folder)[0] / jobs.TRACEBACK).read_text()
     task.error = None
     assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE

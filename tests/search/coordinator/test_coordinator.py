@@ -72,7 +72,7 @@ def test_a_whole_sweep(bench):
     assert coordinator.front() == front and 0 < len(front) < 4
 
 
-def test_the_test_split_is_read_for_what_is_shown_alone(bench):
+def test_the_test_split_is_evaluated_for_shown_results_only(bench):
     coordinator = bench.sweep()
     front = {f"trials/{number}" for number in coordinator.front()}
     assert with_test_figures(bench) == {"float", "baselines/lsq-4", *front}
@@ -108,7 +108,7 @@ BOUNDARIES = {
 
 @pytest.mark.parametrize("when", [1, 3])
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_a_crash_loses_and_doubles_nothing(boundary, when, bench, whole, monkeypatch):
+def test_a_crash_neither_loses_nor_repeats_work(boundary, when, bench, whole, monkeypatch):
     owner, name, before = BOUNDARIES[boundary]
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash_after(patch, owner, name, when=when, before=before)
@@ -118,7 +118,7 @@ def test_a_crash_loses_and_doubles_nothing(boundary, when, bench, whole, monkeyp
     assert sorted(bench.executed) == sorted(EVERYTHING)
 
 
-def test_a_committed_record_is_told_before_anything_runs(bench, monkeypatch):
+def test_a_committed_record_is_told_before_any_job_runs(bench, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash_after(patch, Bench, "execute", when=3)
         bench.sweep()
@@ -139,7 +139,7 @@ def test_a_coordinator_writes_nothing_before_it_reconciles(bench, monkeypatch):
     assert [t.state for t in ledger.trials()] == [TrialState.COMPLETE]
 
 
-def test_a_driver_that_dies_again_and_again(bench, whole, monkeypatch):
+def test_repeated_crashes_of_the_driver(bench, whole, monkeypatch):
     for owner, name, before in BOUNDARIES.values():
         with monkeypatch.context() as patch, pytest.raises(Crash):
             crash_after(patch, owner, name, when=1, before=before)
@@ -149,7 +149,7 @@ def test_a_driver_that_dies_again_and_again(bench, whole, monkeypatch):
     assert sorted(bench.executed) == sorted(EVERYTHING)
 
 
-def test_running_jobs_that_a_stop_cut_short_keep_their_number(bench, whole):
+def test_stopped_jobs_keep_their_number(bench, whole):
     coordinator = bench.open()
     for _ in range(2):
         job = coordinator.next_job()
@@ -173,7 +173,7 @@ def test_running_jobs_that_a_stop_cut_short_keep_their_number(bench, whole):
     assert figures(bench) == whole
 
 
-def test_a_trial_whose_worker_was_stopped_alone_is_started_again(bench):
+def test_a_trial_whose_worker_alone_was_stopped_is_restarted(bench):
     coordinator = bench.open()
     for _ in range(2):
         job = coordinator.next_job()
@@ -184,7 +184,7 @@ def test_a_trial_whose_worker_was_stopped_alone_is_started_again(bench):
     assert coordinator.next_job().name == job.name
 
 
-def test_nothing_else_runs_beside_the_float_model(bench):
+def test_nothing_runs_concurrently_with_the_float_model(bench):
     coordinator = bench.open()
     job = coordinator.next_job()
     assert job.kind == "float" and coordinator.stage == "float model"
@@ -194,7 +194,7 @@ def test_nothing_else_runs_beside_the_float_model(bench):
     assert coordinator.next_job().kind == "baseline" and coordinator.stage == "baselines"
 
 
-def test_failing_trials_are_recorded_and_the_sweep_goes_on(bench):
+def test_failing_trials_are_recorded_and_the_sweep_continues(bench):
     bench.fail = lambda job: "loss became NaN" if job.name == "trial-001" else None
     bench.sweep()
     states = [t.state.name for t in bench.ledger.trials()]
@@ -250,7 +250,7 @@ def test_a_study_for_the_other_direction_is_refused(bench, monkeypatch):
         bench.open()
 
 
-def test_processes_that_die_before_they_leave_a_trace(bench):
+def test_processes_that_die_before_their_attempt_begins(bench):
     coordinator, started = bench.open(), []
     while isinstance(job := coordinator.next_job(), Job):
         started.append(job.name)
@@ -277,7 +277,7 @@ def test_a_record_without_the_metric_is_a_failure(metrics, reason, bench, monkey
     assert {t.user_attrs["reason"] for t in bench.ledger.trials()} == {reason}
 
 
-def test_no_trial_starts_once_the_samples_are_used_up(bench):
+def test_no_trial_starts_after_the_sample_limit(bench):
     bench.enough = lambda: documents.total_samples(bench.out) >= 400
     coordinator = bench.sweep()
     assert bench.executed == [*EVERYTHING[:4], "test"]
@@ -287,7 +287,7 @@ def test_no_trial_starts_once_the_samples_are_used_up(bench):
     assert [name for name in bench.executed if name != "test"] == EVERYTHING[:-1]
 
 
-def test_more_trials_and_budgets_train_nothing_again(bench):
+def test_adding_trials_and_budgets_repeats_no_training(bench):
     bench.sweep()
     before = figures(bench)
     bench.sweep()
@@ -338,7 +338,7 @@ def test_enqueued_trials_that_cannot_be_used_fail_with_a_reason(wanted, reason, 
     assert "trial-000" not in bench.executed
 
 
-def test_changed_data_stop_a_resume(bench, monkeypatch):
+def test_changed_data_prevents_a_resume(bench, monkeypatch):
     bench.sweep()
     monkeypatch.setattr(
         "nipq_search.search.run.dataset",
@@ -348,7 +348,7 @@ def test_changed_data_stop_a_resume(bench, monkeypatch):
         bench.sweep()
 
 
-def test_a_relative_float_checkpoint_is_absolute_in_jobs_alone(tmp_path, monkeypatch):
+def test_a_relative_float_checkpoint_is_absolute_only_in_jobs(tmp_path, monkeypatch):
     """Ray's workers have a working directory of their own."""
     monkeypatch.chdir(tmp_path)
     torch.save(digits().build_model().state_dict(), tmp_path / "float.pt")
@@ -358,7 +358,7 @@ def test_a_relative_float_checkpoint_is_absolute_in_jobs_alone(tmp_path, monkeyp
     assert bench.ledger.recall("config")["float"]["checkpoint"] == "float.pt"
 
 
-def test_the_ladder_starts_from_finished_trials_and_keeps_what_it_decided(tmp_path):
+def test_the_ladder_starts_from_finished_trials_and_keeps_its_decisions(tmp_path):
     search = {"trials": 4, "strategy": "ladder", "baselines": [], "sampler": "random"}
     bench = Bench(tmp_path / "sweep", make_config(search=search))
     coordinator = bench.open()

@@ -59,7 +59,7 @@ def test_a_lost_attempt_folder_is_not_taken_twice(tmp_path):
     assert jobs.open_attempt(job).name == "attempt-3"
 
 
-def test_a_record_counts_once_it_is_whole(tmp_path):
+def test_only_complete_records_count(tmp_path):
     job = job_in(tmp_path)
     first, second = jobs.open_attempt(job), jobs.open_attempt(job)
     assert jobs.committed(job.folder) is None
@@ -76,7 +76,7 @@ def test_a_record_counts_once_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_an_attempt_ends_by_its_own_record_or_by_the_next_attempt(tmp_path, monkeypatch, links):
+def test_an_attempt_ends_with_its_record_or_is_superseded(tmp_path, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", without_links)
     job = job_in(tmp_path)
@@ -98,7 +98,7 @@ def without_links(*args):
     raise OSError(errno.EPERM, "Operation not permitted")
 
 
-def test_of_a_commit_and_a_take_over_at_once_one_wins(tmp_path):
+def test_either_a_concurrent_commit_or_a_take_over_succeeds(tmp_path):
     """The attempt commits its record or the next attempt takes over, but never both."""
     with ThreadPoolExecutor(2) as pool:
         for number in range(100):
@@ -122,7 +122,7 @@ def test_of_a_commit_and_a_take_over_at_once_one_wins(tmp_path):
             assert len(jobs.attempts(job.folder)) == 1 + taken.result()
 
 
-def test_models_beside_no_record_are_spare(tmp_path):
+def test_models_without_the_committed_record_are_obsolete(tmp_path):
     job = job_in(tmp_path)
     opened = [jobs.open_attempt(job) for _ in range(3)]
     for attempt in opened:
@@ -135,7 +135,7 @@ def test_models_beside_no_record_are_spare(tmp_path):
     assert len(jobs.model_files(job.folder)) == 3
 
 
-def test_the_first_figures_of_a_rung_stay_unless_they_are_damaged(tmp_path):
+def test_the_first_record_of_a_rung_is_kept_unless_damaged(tmp_path):
     jobs.record_rung(tmp_path, 0, {"samples": 1})
     jobs.record_rung(tmp_path, 0, {"samples": 2})
     assert jobs.rung_records(tmp_path) == [{"samples": 1}]
@@ -144,7 +144,7 @@ def test_the_first_figures_of_a_rung_stay_unless_they_are_damaged(tmp_path):
     assert jobs.rung_records(tmp_path) == [{"samples": 3}]
 
 
-def test_an_altered_record_is_no_record(tmp_path):
+def test_an_altered_record_is_ignored(tmp_path):
     job = job_in(tmp_path)
     attempt = jobs.open_attempt(job)
     jobs.commit(attempt, {"state": "COMPLETE", "metrics": {"accuracy": 0.5}})
@@ -153,7 +153,7 @@ def test_an_altered_record_is_no_record(tmp_path):
     assert jobs.committed(job.folder) is None
 
 
-def test_crashes_of_this_run_are_counted_apart_from_hangs_and_stops(tmp_path):
+def test_crashes_hangs_and_stops_are_counted_separately(tmp_path):
     job = job_in(tmp_path)
     for marker in (None, None, jobs.STOPPED, jobs.HANG, jobs.RESULT):
         attempt = jobs.open_attempt(job)
@@ -170,7 +170,7 @@ def test_crashes_of_this_run_are_counted_apart_from_hangs_and_stops(tmp_path):
     )
 
 
-def test_an_empty_hang_marker_is_a_watchdog_that_did_not_bite(tmp_path):
+def test_an_empty_hang_marker_does_not_count_as_a_hang(tmp_path):
     attempt = jobs.open_attempt(job_in(tmp_path))
     (attempt / jobs.HANG).touch()
     assert jobs.count_hangs(attempt.parent) == 0
@@ -188,7 +188,7 @@ def test_the_live_attempt_is_the_last_one_of_this_run(tmp_path):
     assert jobs.live_attempt(job.folder, "one") is None
 
 
-def test_the_curve_has_each_epoch_once_and_no_torn_line(tmp_path):
+def test_the_curve_contains_each_epoch_once_and_skips_torn_lines(tmp_path):
     job = job_in(tmp_path)
     first, second = jobs.open_attempt(job), jobs.open_attempt(job)
     jobs.open_attempt(job)

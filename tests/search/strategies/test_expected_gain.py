@@ -33,12 +33,12 @@ def test_a_running_trial_is_not_repeated():
     assert abs(math.log2(second / 128.0)) > SAME
 
 
-def test_the_ends_are_gaps_too():
+def test_the_ends_of_the_front_count_as_gaps():
     assert 64.0 < most_promising_cost(often([(0.89, 512.0)]), [], [], AXES) < 512.0
     assert 128.0 < most_promising_cost(often([(0.72, 64.0), (0.75, 128.0)]), [], [], AXES) < 1024.0
 
 
-def test_where_no_gap_is_left_the_widest_share_of_the_front_is_trained_again():
+def test_without_gaps_the_widest_part_of_the_front_is_repeated():
     points = [(0.88, 64.0), (0.881, 66.0), (0.8815, 68.0), (0.882, 70.0)]
     flat = Axes(cost="bops", least=64.0, most=1024.0, reference=0.7, best=0.882)
     assert most_promising_cost(points, [], [], flat) == pytest.approx(70.0)
@@ -47,7 +47,7 @@ def test_where_no_gap_is_left_the_widest_share_of_the_front_is_trained_again():
     assert most_promising_cost(again, [], [], flat) < 70.0
 
 
-def test_dominated_points_do_not_count_as_front():
+def test_dominated_points_are_not_on_the_front():
     points = [(0.80, 64.0), (0.89, 256.0), (0.60, 128.0), (0.9, 1024.0)]
     assert 64.0 < most_promising_cost(often(points), [], [], AXES) < 256.0
 
@@ -56,7 +56,7 @@ def test_a_front_better_than_the_float_model_has_no_room_above():
     assert most_promising_cost([(0.95, 64.0)], [], [], AXES) == pytest.approx(64.0)
 
 
-def test_a_place_that_was_asked_for_in_vain_is_left_alone():
+def test_an_unreachable_place_is_not_requested_forever():
     """No trial reaches the requested cost, because it is unreachable or every trial fails."""
     points = often([(0.80, 64.0), (0.89, 256.0), (0.895, 512.0), (0.9, 1024.0)])
     asked, places = [cost for _, cost in points], []
@@ -66,7 +66,7 @@ def test_a_place_that_was_asked_for_in_vain_is_left_alone():
 
 
 @pytest.mark.parametrize("front", [[(0.89, 128.0)], [(0.72, 64.0), (0.89, 512.0)]])
-def test_several_workers_get_places_of_their_own(front):
+def test_concurrent_workers_get_different_places(front):
     running = []
     for _ in range(4):
         running.append(most_promising_cost(front, running, running, AXES))
@@ -74,7 +74,7 @@ def test_several_workers_get_places_of_their_own(front):
     assert min(distances) > SAME
 
 
-def test_a_repeat_asks_for_the_cost_itself():
+def test_a_repeat_returns_the_exact_cost():
     """The exact cost is returned: `2 ** log2(cost)` may round down to an unreachable cost."""
     for least in range(64, 90):
         axes = Axes(cost="bops", least=float(least), most=1024.0, reference=0.7, best=0.9)
@@ -82,14 +82,14 @@ def test_a_repeat_asks_for_the_cost_itself():
         assert most_promising_cost(points, [], [], axes, (float(least), 1024.0)) >= least
 
 
-def test_thousands_of_trials_at_one_place_are_no_number_too_large():
+def test_thousands_of_trials_at_one_place_do_not_overflow():
     points = [(0.88, 64.0), (0.89, 128.0)]
     costs = [math.sqrt(64.0 * 128.0)] * 3000 + [64.0] * 3000
     found = most_promising_cost(points * 2000, costs[:2000], costs, AXES)
     assert AXES.least <= found <= AXES.most
 
 
-def test_nothing_is_asked_for_beyond_what_was_named():
+def test_the_cost_stays_within_the_given_range():
     front = [(0.72, 100.0), (0.89, 512.0)]
     for within in [(100.0, 512.0), (100.0, 100.0), (512.0, 512.0), (200.0, 300.0)]:
         asked, running = [], []
@@ -100,7 +100,7 @@ def test_nothing_is_asked_for_beyond_what_was_named():
             running = asked[-(number % 3) :]
 
 
-def test_a_trial_that_collapsed_draws_no_more_than_one_at_the_reference():
+def test_a_collapsed_trial_attracts_no_more_trials_than_one_at_the_reference():
     """Use a metric without a worst value, such as a perplexity."""
     axes = Axes(cost="bops", least=4.0, most=32.0, reference=-25.0, best=-20.0)
 

@@ -20,7 +20,7 @@ def standing(number, *metrics, bracket=0, paused=True, pruned=False):
     return Standing(number=number, bracket=bracket, metrics=metrics, paused=paused, pruned=pruned)
 
 
-def test_one_of_three_goes_on():
+def test_one_of_three_trials_is_promoted():
     two = [standing(0, 0.5), standing(1, 0.7)]
     assert to_promote(two, last=False) is None
     assert to_promote([*two, standing(2, 0.6)], last=False) == 1
@@ -29,20 +29,20 @@ def test_one_of_three_goes_on():
     assert to_promote([*gone, *(standing(n, 0.1) for n in (3, 4, 5))], last=False) == 2
 
 
-def test_trials_compete_only_inside_their_budget():
+def test_trials_compete_only_within_their_budget():
     cheap = [standing(n, 0.1 * n, bracket=1) for n in range(3)]
     dear = [standing(n, 0.5 + 0.1 * n, bracket=0) for n in range(3, 5)]
     assert to_promote([*cheap, *dear], last=False) == 2
     assert to_promote(dear, last=False) is None
 
 
-def test_higher_rungs_go_first():
+def test_higher_rungs_are_promoted_first():
     low = [standing(n, 0.5) for n in range(3)]
     high = [standing(n, 0.6, 0.7 + n / 100) for n in range(3, 6)]
     assert to_promote([*low, *high], last=False) == 5
 
 
-def test_at_the_end_every_budget_finishes_one():
+def test_at_the_end_one_trial_per_budget_finishes():
     assert to_promote([standing(0, 0.5), standing(1, 0.7)], last=True) == 1
     assert to_promote([standing(0, 0.5), standing(1, 0.7, paused=False)], last=True) is None
     assert to_promote([standing(0, 0.5), standing(1, 0.7, 0.8)], last=True) == 1
@@ -105,7 +105,7 @@ def test_a_sweep_of_rungs(bench):
 
 
 @pytest.mark.parametrize("every", [1, 4])
-def test_rungs_are_rebuilt_after_a_crash(bench, every):
+def test_rungs_are_restored_after_a_crash(bench, every):
     """Start a new driver every few jobs; it restores paused, promoted and finished trials."""
     for _ in range(200):
         coordinator = bench.open()
@@ -137,14 +137,14 @@ def test_a_crash_between_promotion_and_start(bench):
     check(bench)
 
 
-def test_a_rung_without_a_number_is_the_worst_where_less_is_better(bench, monkeypatch):
+def test_a_missing_rung_metric_ranks_worst_if_the_metric_is_minimized(bench, monkeypatch):
     history = bench.open().trials.history
     monkeypatch.setattr(history, "_sign", -1)
     ranked = [history.ranked(metrics) for metrics in ({"accuracy": 0.3}, {"accuracy": 0.4}, {})]
     assert ranked == sorted(ranked, reverse=True)
 
 
-def test_more_trials_later_do_not_wake_pruned_ones(bench):
+def test_adding_trials_does_not_revive_pruned_ones(bench):
     bench.sweep()
     pruned = {t.number for t in bench.ledger.trials() if t.state is TrialState.PRUNED}
     section = bench.config.search.model_copy(update={"trials": 24})

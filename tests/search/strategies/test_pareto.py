@@ -20,7 +20,7 @@ def optuna_front(points, mode):
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 @pytest.mark.parametrize("seed", range(8))
-def test_front_equals_optunas_ties_included(mode, seed):
+def test_the_front_equals_optunas_including_ties(mode, seed):
     generator = random.Random(seed)
     # Few distinct values produce many ties and equal points.
     points = {
@@ -30,7 +30,7 @@ def test_front_equals_optunas_ties_included(mode, seed):
     assert non_dominated(points, mode) == optuna_front(points, mode)
 
 
-def test_fronts_of_nothing_and_of_equals():
+def test_fronts_of_no_points_and_of_equal_points():
     assert non_dominated({}, "max") == set()
     assert non_dominated({3: (1.0, 2.0), 4: (1.0, 2.0), 5: (1.0, 3.0)}, "max") == {3, 4}
 
@@ -65,7 +65,7 @@ def test_hypervolume_of_a_metric_that_is_minimized():
     assert volume([(3.0, 4.0)], **options) == 0.0
 
 
-def test_empty_rectangles_have_no_share():
+def test_an_empty_rectangle_has_no_hypervolume():
     assert volume([(0.9, 4.0)], axis=(4.0, 4.0)) is None
     assert volume([(0.9, 4.0)], reference=0.9) is None
     assert volume([(0.9, 4.0)], reference=0.1, mode="min") is None

@@ -20,7 +20,7 @@ def trial(number: int, state: TrialState) -> FrozenTrial:
     return found
 
 
-def test_finished_trials_are_told_once_and_others_each_time():
+def test_finished_trials_are_returned_once_and_others_every_time():
     unseen = UnseenTrials()
     states = [TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL, TrialState.WAITING]
     found = [trial(number, state) for number, state in enumerate(states)]
@@ -41,7 +41,7 @@ def finished(tmp_path_factory):
     return bench
 
 
-def test_records_that_were_kept_are_those_that_are_made_anew(finished):
+def test_incremental_records_equal_fresh_ones(finished):
     found = finished.ledger.trials()
     kept = documents.Records(finished.view().facts, finished.out)
     for end in (1, 2, 5, 9, len(found)):
@@ -52,7 +52,7 @@ def test_records_that_were_kept_are_those_that_are_made_anew(finished):
         assert (kept.states, kept.best) == (fresh.states, fresh.best)
 
 
-def test_a_front_that_grows_is_the_front_of_all():
+def test_an_incremental_front_equals_the_front_of_all_points():
     luck = random.Random(3)
     points = {n: (round(luck.random(), 1), round(luck.random(), 1)) for n in range(300)}
     front: set[int] = set()
@@ -62,7 +62,7 @@ def test_a_front_that_grows_is_the_front_of_all():
         assert front == non_dominated({n: points[n] for n in range(number + 1)}, "max")
 
 
-def test_a_strategy_is_shown_the_newest_and_the_front(finished, monkeypatch):
+def test_a_strategy_sees_the_newest_trials_and_the_front(finished, monkeypatch):
     own = finished.open().trials
     own.history.update(own.ledger.trials())
     whole = own.history.recent()
@@ -73,7 +73,7 @@ def test_a_strategy_is_shown_the_newest_and_the_front(finished, monkeypatch):
     assert shown == sorted({*shown[-3:], *front}) and shown[-3:] == [9, 10, 11]
 
 
-def test_a_resumed_trial_trains_as_long_however_old_its_parent_is(finished, monkeypatch):
+def test_the_epochs_of_a_resumed_trial_do_not_depend_on_its_parents_age(finished, monkeypatch):
     own = finished.open().trials
     own.history.update(own.ledger.trials())
     budget = finished.facts.budgets[0].targets
@@ -84,7 +84,7 @@ def test_a_resumed_trial_trains_as_long_however_old_its_parent_is(finished, monk
     assert own._epochs_share(budget, 0) == before
 
 
-def test_a_person_s_own_finished_trial_does_not_end_the_reading(finished):
+def test_records_include_a_finished_trial_added_by_a_user(finished):
     found = finished.ledger.trials()
     found = [*found, trial(len(found), TrialState.COMPLETE)]
     found[-1].values = [0.7, 1.0]

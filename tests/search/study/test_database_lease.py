@@ -57,7 +57,7 @@ def wait_for(condition, seconds=20):
         time.sleep(0.02)
 
 
-def test_of_simultaneous_starts_one_wins(database):
+def test_one_of_several_concurrent_starts_succeeds(database):
     """The table does not exist yet."""
     outcomes, together = [], threading.Barrier(5)
     done = threading.Event()
@@ -91,7 +91,7 @@ def test_of_simultaneous_starts_one_wins(database):
     engine.dispose()
 
 
-def test_a_lease_that_nobody_moves_expires(table, caplog):
+def test_a_lease_without_heartbeat_expires(table, caplog):
     put(table)
     began = time.monotonic()
     with caplog.at_level(logging.WARNING, "nipq_search"), study_lease(STUDY, "mine") as check:
@@ -116,7 +116,7 @@ def test_a_lease_writes_nothing_before_it_starts(tmp_path):
     engine.dispose()
 
 
-def test_the_lease_of_a_dead_process_of_this_host_is_free_at_once(table, monkeypatch):
+def test_the_lease_of_a_dead_local_process_is_available_immediately(table, monkeypatch):
     monkeypatch.setattr(database_lease, "EXPIRY_SECONDS", 1000.0)
     script = (
         "import os, sys\nfrom nipq_search.search.study.database_lease import study_lease\n"
@@ -136,7 +136,7 @@ def test_the_lease_of_a_dead_process_of_this_host_is_free_at_once(table, monkeyp
         )
 
 
-def test_a_driver_that_lost_it_must_not_write(table):
+def test_a_driver_that_lost_its_lease_must_not_write(table):
     with study_lease(STUDY, "mine") as check:
         check()
         put(table)
@@ -154,7 +154,7 @@ def not_held(check):
     return False
 
 
-def test_without_its_server_a_driver_counts_the_lease_as_lost(database, postgres):
+def test_a_driver_without_its_server_considers_the_lease_lost(database, postgres):
     with study_lease(STUDY, "mine") as check:
         postgres.stop()
         try:
@@ -164,7 +164,7 @@ def test_without_its_server_a_driver_counts_the_lease_as_lost(database, postgres
         wait_for(lambda: not not_held(check))  # no other driver took it in the meantime
 
 
-def test_a_lease_is_not_taken_by_who_looked_away(table):
+def test_a_lease_renewed_in_the_meantime_is_not_taken(table):
     """The swap fails if the counter has moved since it was read."""
     put(table, beat=3)
     old = row(table)
@@ -176,7 +176,7 @@ def test_a_lease_is_not_taken_by_who_looked_away(table):
 
 
 @pytest.mark.parametrize("change", ["password", "port", "database", "scheme", "text"])
-def test_storage_that_cannot_be_used_is_one_line_without_the_password(
+def test_unusable_storage_gives_a_one_line_error_without_the_password(
     change, database, postgres, monkeypatch, tmp_path, capsys
 ):
     bad = {
@@ -198,7 +198,7 @@ def test_storage_that_cannot_be_used_is_one_line_without_the_password(
     assert not out.exists()
 
 
-def test_a_sweep_on_postgres_goes_on_and_stops_when_its_lease_is_gone(
+def test_a_sweep_on_postgres_resumes_and_stops_without_its_lease(
     database, table, tmp_path, monkeypatch
 ):
     config = make_config(search__trials=2, search__baselines=[])
@@ -225,7 +225,7 @@ def test_a_sweep_on_postgres_goes_on_and_stops_when_its_lease_is_gone(
     assert run_here(more, out).complete == 4
 
 
-def test_a_server_that_vanishes_does_not_hold_a_query_for_minutes(database):
+def test_queries_time_out_if_the_connection_is_cut(database):
     """A cut cable cannot be simulated here, so check the timeouts that libpq receives."""
     engine = database_lease.make_engine(database)
     with engine.connect() as connection:

@@ -41,7 +41,7 @@ def ledger(database, tmp_path, lease):
         yield ledger
 
 
-def test_an_outage_of_seconds_is_waited_for(ledger, postgres):
+def test_a_short_outage_is_waited_out(ledger, postgres):
     postgres.stop()
     later = threading.Timer(1.5, postgres.start)
     later.start()

@@ -42,7 +42,7 @@ def test_causes(error, dead, cause):
     assert failures.classify(error, dead) == cause
 
 
-def test_a_node_s_end_eats_no_retries_and_is_told_apart_later(tmp_path, monkeypatch):
+def test_dead_nodes_use_up_no_retries_even_if_reported_late(tmp_path, monkeypatch):
     job = job_in(tmp_path)
     first, second = (jobs.open_attempt(job, node) for node in ("a", "b"))
     monkeypatch.setattr(failures, "dead_nodes", lambda: {"b"})
@@ -56,7 +56,7 @@ def test_a_node_s_end_eats_no_retries_and_is_told_apart_later(tmp_path, monkeypa
     assert _give_up(job, 1, None) is None
 
 
-def test_crashes_add_up_and_memory_names_the_fix(tmp_path):
+def test_crashes_add_up_and_out_of_memory_names_the_fix(tmp_path):
     job = job_in(tmp_path)
     for _ in range(2):
         jobs.open_attempt(job)
@@ -69,7 +69,7 @@ def test_crashes_add_up_and_memory_names_the_fix(tmp_path):
     assert storage.read_json(jobs.attempts(job.folder)[2] / jobs.LOST)["detail"] == "no room"
 
 
-def test_attempts_of_an_earlier_driver_and_ended_ones_are_not_judged(tmp_path):
+def test_attempts_of_an_earlier_driver_and_ended_ones_are_not_lost(tmp_path):
     job = job_in(tmp_path)
     jobs.open_attempt(Job(**{**job.as_json(), "run": "before"}))
     stopped = jobs.open_attempt(job)
@@ -78,13 +78,13 @@ def test_attempts_of_an_earlier_driver_and_ended_ones_are_not_judged(tmp_path):
     assert not list(tmp_path.rglob(jobs.LOST))
 
 
-def test_what_cannot_be_read_is_no_reason_to_stop(tmp_path):
+def test_an_unreadable_error_is_ignored(tmp_path):
     (tmp_path / "error.pkl").write_bytes(b"no pickle")
     for file in (tmp_path / "error.pkl", tmp_path / "absent.pkl", None):
         assert failures.error_of(SimpleNamespace(pickled_error_file=file)) is None
 
 
-def test_a_node_that_dies_before_its_job_began_is_not_the_job_s_fault(tmp_path):
+def test_nodes_that_die_before_their_job_begins_do_not_count_against_it(tmp_path):
     """Deaths of nodes are retried without limit, deaths of processes are not."""
     searcher = JobSearcher(SimpleNamespace(next_job=lambda: job_in(tmp_path)))
     searcher.suggest("a")

@@ -68,7 +68,7 @@ def left(monkeypatch):
     monkeypatch.setattr(os, "_exit", leave)
 
 
-def test_a_gpu_without_room_ends_the_process_and_not_the_trial(task, job, left):
+def test_gpu_out_of_memory_ends_the_process_but_not_the_trial(task, job, left):
     task.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(Left):
         execute(job, task, lambda report: None)
@@ -82,7 +82,7 @@ def test_a_gpu_without_room_ends_the_process_and_not_the_trial(task, job, left):
     assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
 
 
-def test_a_trial_that_never_fits_on_a_gpu_is_given_up_with_the_fix(task, job, left):
+def test_a_trial_too_large_for_a_gpu_is_given_up_with_the_fix(task, job, left):
     task.error = torch.OutOfMemoryError("CUDA out of memory")
     for _ in range(3):
         with pytest.raises(Left):
@@ -93,7 +93,7 @@ def test_a_trial_that_never_fits_on_a_gpu_is_given_up_with_the_fix(task, job, le
     assert "resources.gpus" in reason and "train.batch_size" in reason
 
 
-def test_a_lost_gpu_takes_no_further_trial_along(task, job, left, monkeypatch):
+def test_a_lost_gpu_affects_no_further_trial(task, job, left, monkeypatch):
     """Every later call on the GPU would fail, so the process ends after the record is written."""
     task.error = RuntimeError("CUDA error: device-side assert triggered")
     monkeypatch.setattr(failures, "gpu_is_lost", lambda: True)
@@ -103,7 +103,7 @@ def test_a_lost_gpu_takes_no_further_trial_along(task, job, left, monkeypatch):
     assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, "read from the record"
 
 
-def test_without_a_gpu_none_is_lost():
+def test_no_gpu_is_lost_without_a_gpu():
     assert not failures.gpu_is_lost() or torch.cuda.is_available()
 
 
@@ -132,7 +132,7 @@ def from_worker(error):
 
 @pytest.mark.parametrize("told", [lambda error: error, raised_from, from_worker])
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EACCES])
-def test_data_that_are_not_on_a_node_fail_no_trial(bench, task, job, monkeypatch, number, told):
+def test_data_missing_on_one_node_fails_no_trial(bench, task, job, monkeypatch, number, told):
     """Only this node lacks the data. Failing fast, it would otherwise consume all trials."""
     task.error = told(OSError(number, os.strerror(number), "/data/train/7.png"))
     sign(bench, "the-driver-s-host")
@@ -148,16 +148,14 @@ def test_data_that_are_not_on_a_node_fail_no_trial(bench, task, job, monkeypatch
 
 
 @pytest.mark.parametrize("host", [os.uname().nodename, "another-host"])
-def test_a_file_that_is_missing_on_the_driver_s_host_too_is_the_trial_s_fault(
-    bench, task, job, host
-):
+def test_a_file_missing_on_the_drivers_host_too_fails_the_trial(bench, task, job, host):
     task.error = FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/7.png")
     sign(bench, host)
     assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
 
 
 @pytest.mark.parametrize("told", [raised_from, from_worker])
-def test_a_disk_that_fails_below_another_error_is_no_trial_s_fault(task, job, told):
+def test_a_disk_error_behind_another_error_fails_no_trial(task, job, told):
     task.error = told(OSError(errno.EIO, "Input/output error", "/data/train/7.png"))
     outcome = execute(job, task, lambda report: None)
     assert outcome.kind is OutcomeKind.HALT
@@ -165,7 +163,7 @@ def test_a_disk_that_fails_below_another_error_is_no_trial_s_fault(task, job, to
     assert jobs.committed(job.folder) is None
 
 
-def test_what_a_worker_process_could_not_read_keeps_its_cause():
+def test_a_pickled_error_keeps_its_attributes():
     error = raised_from(FileNotFoundError(2, "No such file or directory", "/data/7.png"))
     error.below = error.__cause__
     there = pickle.loads(pickle.dumps(error))
@@ -182,7 +180,7 @@ def test_what_a_worker_process_could_not_read_keeps_its_cause():
         (ValueError("CUDA error: out of memory"), True),
     ],
 )
-def test_every_word_for_a_full_gpu_is_known(error, room):
+def test_all_gpu_memory_errors_are_recognized(error, room):
     assert failures.is_gpu_memory(error) is not room
 
 
@@ -207,7 +205,7 @@ def evaluation(tmp_path):
     return task, found
 
 
-def test_a_gpu_that_is_lost_to_the_test_split_is_said_once(evaluation, left, monkeypatch):
+def test_a_gpu_lost_on_the_test_split_fails_the_evaluation_once(evaluation, left, monkeypatch):
     """Otherwise the evaluation would be restarted forever."""
     task, job = evaluation
     task.error = RuntimeError("CUDA error: device-side assert triggered")
@@ -215,7 +213,7 @@ def test_a_gpu_that_is_lost_to_the_test_split_is_said_once(evaluation, left, mon
     assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
 
 
-def test_a_disk_that_fails_under_the_test_split_ends_the_sweep(evaluation):
+def test_a_disk_error_on_the_test_split_ends_the_sweep(evaluation):
     task, job = evaluation
     task.error = OSError(errno.EIO, "Input/output error", "/data/test/7.png")
     outcome = execute(job, task, lambda report: None)

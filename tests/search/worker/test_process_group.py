@@ -66,7 +66,7 @@ def _no_child_is_left():
     assert children_now() <= before
 
 
-def test_a_sweep_of_such_trials_replays_bit_by_bit(tmp_path):
+def test_a_sweep_in_two_processes_replays_bit_by_bit(tmp_path):
     """Float model, baseline and trials all train in two processes, as the replay does."""
     config = make_config(
         resources__workers=2, search__trials=2, search__baselines=[4], search__strategy="ladder"
@@ -80,19 +80,19 @@ def test_a_sweep_of_such_trials_replays_bit_by_bit(tmp_path):
     assert (attempt / "log-1.txt").exists()
 
 
-def test_an_exception_elsewhere_is_the_trainings(tmp_path):
+def test_an_exception_in_another_rank_is_raised(tmp_path):
     with pytest.raises(RankFailed, match="process 1: ValueError: half of a batch is too little"):
         together(Faulty(ValueError("half of a batch\nis too little")), tmp_path)
     assert "Traceback" in (tmp_path / "log-1.txt").read_text()
 
 
-def test_of_three_the_cause_is_named_and_not_its_echo(tmp_path):
+def test_the_root_cause_is_raised_with_three_ranks(tmp_path):
     with pytest.raises(RankFailed, match="process [12]: ValueError: too little"):
         together(Faulty(ValueError("too little")), tmp_path, size=3)
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_a_fault_of_the_machine_is_not_the_trainings(tmp_path, everywhere):
+def test_a_machine_fault_in_any_rank_is_raised_as_such(tmp_path, everywhere):
     """A full disk or an unreachable store is reported as such by every rank."""
     error = StoreAway(errno.EIO, "s3://b/x: no answer")
     with pytest.raises(OSError, match="s3://b/x: no answer") as raised:
@@ -100,7 +100,7 @@ def test_a_fault_of_the_machine_is_not_the_trainings(tmp_path, everywhere):
     assert raised.value.errno == errno.EIO
 
 
-def test_a_gpu_without_room_is_told_apart(tmp_path):
+def test_gpu_out_of_memory_in_another_rank_is_raised_as_such(tmp_path):
     with pytest.raises(torch.OutOfMemoryError, match="process 1: .*CUDA out of memory"):
         together(Faulty(torch.OutOfMemoryError("CUDA out of memory")), tmp_path)
 
@@ -111,7 +111,7 @@ def rendezvous_of(pid):
     return Path(Path(f"/proc/{child}/cmdline").read_text().split("\0")[-3])
 
 
-def test_a_killed_leader_leaves_nothing_in_memory(tmp_path):
+def test_killing_rank_0_leaves_no_shared_memory(tmp_path):
     """Otherwise the shared memory would fill up with every killed trial."""
     code = (
         "import sys, time, torch; from pathlib import Path; import test_process_group as t\n"
@@ -139,17 +139,17 @@ def test_a_killed_leader_leaves_nothing_in_memory(tmp_path):
         time.sleep(0.1)
 
 
-def test_a_killed_process_is_told_apart(tmp_path):
+def test_a_killed_rank_is_recognized(tmp_path):
     with pytest.raises(RankKilled, match="process 1 was killed"):
         together(Faulty(None), tmp_path)
 
 
-def test_a_process_that_does_not_start_is_told(tmp_path):
+def test_a_rank_that_does_not_start_is_reported(tmp_path):
     with pytest.raises(RankFailed, match="did not start.*cannot be unpickled"):
         together(Unreadable(width=4), tmp_path)
 
 
-def test_an_exception_of_the_leader_ends_the_others(tmp_path):
+def test_an_exception_in_rank_0_ends_the_others(tmp_path):
     def fails(point):
         raise OSError("the disk is full")
 
@@ -159,7 +159,7 @@ def test_an_exception_of_the_leader_ends_the_others(tmp_path):
         together(task, tmp_path, Hooks(on_epoch=fails))
 
 
-def test_the_leader_may_take_its_time_once_the_others_are_done(tmp_path, monkeypatch, caplog):
+def test_rank_0_may_continue_after_the_others_have_finished(tmp_path, monkeypatch, caplog):
     """The end of the other ranks is not mistaken for a failure."""
     monkeypatch.setattr(process_group, "_GRACE_SECONDS", 0.5)
 
@@ -175,7 +175,7 @@ def test_the_leader_may_take_its_time_once_the_others_are_done(tmp_path, monkeyp
     assert (tmp_path / "log-1.txt").read_text() == ""
 
 
-def test_a_stop_is_everybodys(tmp_path):
+def test_a_stop_ends_all_ranks(tmp_path):
     task = Digits(width=4)
     task.load_data()
     threads = threading.active_count()

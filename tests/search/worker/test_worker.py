@@ -113,7 +113,7 @@ def test_equal_sweeps_have_equal_models(tmp_path, task):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_figure_that_is_no_number_fails_the_trial(value, bench, task):
+def test_a_non_finite_metric_fails_the_trial(value, bench, task):
     bench.sweep(lambda job: _float_first(bench, job, task, answer={ACCURACY: value, "loss": 1.0}))
     reasons = {t.user_attrs["reason"] for t in bench.ledger.trials()}
     assert reasons == {f"ValueError: the validation accuracy is {value}"}
@@ -126,7 +126,7 @@ def _float_first(bench, job, task, answer=None, error=None):
     return execute(job, task, lambda report: None)
 
 
-def test_other_figures_that_are_no_numbers_are_left_out(bench, task):
+def test_other_non_finite_metrics_are_omitted(bench, task):
     answer = {ACCURACY: 0.5, "loss": float("nan")}
     bench.sweep(lambda job: _float_first(bench, job, task, answer=answer))
     trials = bench.ledger.trials()
@@ -223,7 +223,7 @@ def test_a_float_model_from_a_file(tmp_path, task):
     ],
     ids=["text", "folder", "nothing", "empty", "shapes", "nan"],
 )
-def test_a_float_file_that_does_not_fit_is_refused_at_once(tmp_path, task, write, problem):
+def test_an_unusable_float_checkpoint_is_refused_before_the_start(tmp_path, task, write, problem):
     write(tmp_path / "float.pt", task.build_model().state_dict())
     config = make_config(float={"checkpoint": str(tmp_path / "float.pt")})
     for start in (lambda: gather(config, task), Bench(tmp_path / "sweep", config).open):
@@ -260,7 +260,7 @@ def test_a_damaged_float_model_fails_no_trial(damage, bench, task):
     assert seen == {} and len(bench.ledger.trials()) == 3
 
 
-def test_one_damaged_model_does_not_keep_the_others_from_the_test_split(bench, task):
+def test_one_damaged_model_does_not_prevent_the_evaluation_of_others(bench, task):
     coordinator, _ = run(bench, task)
     for path in bench.out.rglob(TEST_FILE):
         path.unlink()
@@ -274,7 +274,7 @@ def test_one_damaged_model_does_not_keep_the_others_from_the_test_split(bench, t
     assert record["state"] == "FAIL" and f"trial-{broken:03d}" in record["reason"]
 
 
-def test_a_metric_that_evaluate_does_not_return_stops_at_the_float_model(bench, task):
+def test_a_missing_metric_ends_the_sweep_at_the_float_model(bench, task):
     task.answer = {"acuracy": 0.5}
     coordinator, seen = run(bench, task)
     assert "no 'accuracy' (did you mean 'acuracy'?)" in coordinator.failure
@@ -282,7 +282,7 @@ def test_a_metric_that_evaluate_does_not_return_stops_at_the_float_model(bench, 
 
 
 @pytest.mark.parametrize("place", ["evaluation", "model", "record"])
-def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch, place):
+def test_a_superseded_attempt_changes_nothing(bench, task, monkeypatch, place):
     """Its process was suspended near its end, and another attempt finished in the meantime."""
     coordinator = bench.open()
     job = coordinator.next_job()
@@ -330,7 +330,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_folder_that_may_not_be_written_is_no_trials_fault(bench, task, monkeypatch):
+def test_an_unwritable_folder_fails_no_trial(bench, task, monkeypatch):
     job = open_trial(bench, task)
 
     def refused(job, node=None, **more):
@@ -370,7 +370,7 @@ def interrupted(bench, task, **changes):
 
 
 @pytest.mark.parametrize("resources", [{"cpus": 2}, {"cpus": 1, "workers": 2}])
-def test_a_continued_trial_is_replayed_though_resources_changed(bench, task, resources):
+def test_a_resumed_trial_replays_even_if_resources_changed(bench, task, resources):
     """It continues with the threads of its checkpoint; with other workers it starts over."""
     job = interrupted(bench, task, resources=resources)
     run(bench, task)
@@ -383,7 +383,7 @@ def test_a_continued_trial_is_replayed_though_resources_changed(bench, task, res
     assert jobs.committed(bench.out / "trials/1")["threads"] == resources["cpus"]
 
 
-def test_a_trial_whose_parent_is_gone_begins_anew(bench, task):
+def test_a_trial_whose_parent_is_gone_starts_over(bench, task):
     bench.config = make_config(search__strategy="fill", search__baselines=[])
     run_until_second(bench, task)
     child = bench.open().next_job()
@@ -409,7 +409,7 @@ def run_until_second(bench, task):
         coordinator.finished(job)
 
 
-def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
+def test_a_superseded_process_removes_its_late_checkpoints(bench, task, monkeypatch):
     """The process was suspended after the check in `before_write`, before its checkpoint."""
     job = interrupted(bench, task)
     save, late = training.save_checkpoint, []
@@ -429,7 +429,7 @@ def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
     assert late and not late[0].exists()
 
 
-def test_giving_up_a_job_that_another_process_took_over_says_so(bench, task, monkeypatch):
+def test_giving_up_a_job_that_was_taken_over_returns_superseded(bench, task, monkeypatch):
     """Otherwise the driver would expect a record that does not exist."""
     job = open_trial(bench, task)
     for _ in range(3):

@@ -338,7 +338,7 @@ def test_a_budget_of_another_cost_may_come_first_if_the_front_s_cost_is_named():
     document = yaml.safe_load(text)
     old = parse_config(document).as_json()
     document["budgets"].insert(0, {"weight_bytes": "uniform 4"})
-    with pytest.raises(UserError, match="name search.front_cost"):
+    with pytest.raises(UserError, match="set search.front_cost"):
         check_resume(old, parse_config(document))
     document["search"]["front_cost"] = "bops"
     check_resume(old, parse_config(document))

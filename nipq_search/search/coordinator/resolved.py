@@ -18,7 +18,12 @@ from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, prepare
 from nipq_search.quant.graph import Graph
 from nipq_search.quant.insertion.prepare import quant_state
-from nipq_search.search.config.budgets import REFERENCE_BITS, ResolvedBudget, label_of, resolve
+from nipq_search.search.config.budgets import (
+    REFERENCE_BITS,
+    ResolvedBudget,
+    budget_label,
+    resolve_budget,
+)
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import example_inputs, input_bits, unreadable
@@ -131,13 +136,13 @@ def gather(config: SweepConfig, task: Task, order: list[Mapping[str, Any]] | Non
     graph = model_graph(config, task)
     entries: list[Mapping[str, Any]] = list(order or [])
     entries += [entry for entry in config.budgets if entry not in entries]
-    budgets = tuple(resolve(entry, graph) for entry in entries)
+    budgets = tuple(resolve_budget(entry, graph) for entry in entries)
     resolved: dict[tuple[tuple[str, float], ...], str] = {}
     for budget in budgets:
         key = tuple(sorted(budget.targets.items()))
         if key in resolved:
             raise UserError(f"budgets: {resolved[key]} and {budget.label} are equal; remove one")
-        resolved[key] = label_of(budget.entry)
+        resolved[key] = budget_label(budget.entry)
     least, most = extreme_bits(graph, most=False), extreme_bits(graph, most=True)
     uniform = uniform_bits(graph, REFERENCE_BITS)
     costs = {

@@ -246,7 +246,7 @@ def test_after_a_failed_float_model_the_configuration_may_change(bench):
 def test_a_study_for_the_other_direction_is_refused(bench, monkeypatch):
     bench.open()
     monkeypatch.setattr(digits(), "metric", ("loss", "min"))
-    with pytest.raises(UserError, match="was made for a metric with 'max', and loss has 'min'"):
+    with pytest.raises(UserError, match="was created with mode 'max', but loss has mode 'min'"):
         bench.open()
 
 

@@ -37,7 +37,7 @@ from nipq_search.search.backend.tune import TuneExecutor, quiet_environment
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
 from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
-from nipq_search.search.results.outputs import Projections
+from nipq_search.search.results.outputs import Outputs
 from nipq_search.search.run import run_sweep
 from nipq_search.search.study.ledger import Ledger
 from nipq_search.storage import write_json
@@ -123,7 +123,7 @@ class Clock:
         wanted = [
             (Ledger, "ask", "ask"),
             (Ledger, "complete", "tell"),
-            (Projections, "record", "record"),
+            (Outputs, "record", "record"),
         ]
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
         for (owner, name, call), (_, _, key) in zip(before, wanted, strict=True):

@@ -320,7 +320,7 @@ def test_the_readme_s_sweep_keeps_its_budgets(finished):
 
 def test_a_folder_belongs_to_one_sweep(finished):
     config = load_config(finished.parent / "my_sweep.yaml", ["name=another"])
-    with pytest.raises(UserError, match="holds the sweep 'two-moons', not 'another'"):
+    with pytest.raises(UserError, match="contains the sweep 'two-moons', not 'another'"):
         run_sweep(config, finished, executor=InProcess())
 
 

@@ -158,7 +158,7 @@ def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
 )
 def test_a_study_in_memory_is_refused(url, tmp_path, monkeypatch):
     monkeypatch.setenv("NIPQ_STORAGE_URL", url)
-    with pytest.raises(UserError, match="NIPQ_STORAGE_URL.*lives in memory"):
+    with pytest.raises(UserError, match="NIPQ_STORAGE_URL.*in-memory database"):
         check_databases(tmp_path)
 
 

@@ -47,7 +47,7 @@ from nipq_search.search.jobs import FACTS_FILE, FAIL, SWEEP_FILE, committed, job
 from nipq_search.search.jobs.lease import driver_lease
 from nipq_search.search.monitor import Monitor
 from nipq_search.search.results.outputs import RunStatus
-from nipq_search.search.results.progress import ProgressSink, Silent
+from nipq_search.search.results.progress import ProgressSink, SilentProgress
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.study.database_lease import study_lease
 from nipq_search.search.study.ledger import Ledger
@@ -228,7 +228,7 @@ def run_sweep(
         UserError: a check before the first job failed.
         RuntimeError: the float model failed, a disk is full, or an output could not be written.
     """
-    progress = progress or Silent()
+    progress = progress or SilentProgress()
     out = out.absolute()
     if trials is not None:
         if trials < 1:

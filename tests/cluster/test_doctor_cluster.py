@@ -22,4 +22,4 @@ def test_every_node_is_asked(tmp_path, cluster):
     assert "cluster" in command(*arguments).stdout
 
     done = command("doctor", "--address", cluster.address, "--out", "missing", code=1)
-    assert "missing: cannot be written" in done.stdout
+    assert "missing: not writable" in done.stdout

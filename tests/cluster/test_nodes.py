@@ -104,16 +104,16 @@ def _lost(trial: Path) -> bool:
 
 def test_a_type_of_node_that_is_too_small_is_refused(tmp_path, monkeypatch):
     """Which nodes a cluster can add stands in the file that `ray up` leaves on its head."""
-    monkeypatch.setattr(nodes, "living", lambda: [{"Resources": {"CPU": 2.0}}])
-    monkeypatch.setattr(nodes, "LAUNCHED", tmp_path / "bootstrap.yaml")
+    monkeypatch.setattr(nodes, "alive_nodes", lambda: [{"Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(nodes, "BOOTSTRAP_FILE", tmp_path / "bootstrap.yaml")
     more = {"autoscale": True, "concurrent": 2}
     wanted = ResourcesSection(cpus=4, **more)
     nodes.check_room(wanted, grows=True)  # nothing is known of what may come
     types = {"head": {"resources": {"CPU": 2}}, "worker": {"resources": {"CPU": 8, "GPU": 1}}}
-    nodes.LAUNCHED.write_text(yaml.safe_dump({"available_node_types": types}))
+    nodes.BOOTSTRAP_FILE.write_text(yaml.safe_dump({"available_node_types": types}))
     nodes.check_room(wanted, grows=True)
     nodes.check_room(ResourcesSection(cpus=4, gpus=1, memory_gb=99, **more), grows=True)
-    with pytest.raises(UserError, match="gpus: 4 asked .* the largest type of node has 1"):
+    with pytest.raises(UserError, match="gpus: one trial requests 4, the largest node type has 1"):
         nodes.check_room(ResourcesSection(cpus=1, gpus=4, **more), grows=True)
-    with pytest.raises(UserError, match="cpus: 4 asked for one trial, the largest node has 2"):
+    with pytest.raises(UserError, match="cpus: one trial requests 4, the largest node has 2"):
         nodes.check_room(wanted, grows=False)

@@ -1,4 +1,4 @@
-"""A trial run again from its record, and compared bit by bit."""
+"""`replay`: rerun a trial from its record and compare the results bit by bit."""
 
 from __future__ import annotations
 
@@ -25,38 +25,40 @@ from nipq_search.search.worker.train_spec import train_spec, training_device
 from nipq_search.train import Hooks, train
 
 COMPARED = ("model_sha256", "metrics", "cost", "bits", "steps")
-"""What a replay has in common with its trial, first of all the digest of the model."""
-
+"""Entries of a record that a replay must reproduce exactly."""
 
 _NO_PAUSE = 1 << 30
+"""A rung that no trial reaches, so that the replay trains without pausing."""
 
 
 def replay(
     sweep: Sweep, trial: int, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Run a finished trial again: params, budget, parent, seed and threads from its record.
+    """Rerun a finished trial with the params, budget, parent, seed and threads of its record.
 
-    Nothing in the sweep's folder changes.
+    The sweep's folder is not modified.
 
     Args:
         sweep: the sweep.
         trial: number of a COMPLETE trial.
-        report: gets a line after every epoch.
+        report: receives a line after every epoch.
 
     Returns:
-        What `replay --json` prints; `equal` says whether everything came out the same, and
-        `differences` holds name, what was recorded and what came out.
+        The document of `replay --json`: `equal` is true if all compared entries match;
+        `differences` lists the name, recorded and replayed value of each entry that differs.
 
     Raises:
-        UserError: the trial has no record, or what it started from is gone.
+        UserError: the trial has no record, or a model that it started from is missing.
     """
     state = sweep.record(trial).state
     record = committed(job_folder(sweep.folder, "trial", trial))
     if state == jobs.COMPLETE and record is None:
         place = job_folder(sweep.folder, "trial", trial)
-        raise UserError(f"trial {trial}: its record is gone from {place}; restore the folder")
+        raise UserError(f"trial {trial}: its record is missing from {place}; restore the folder")
     if record is None or record["state"] != jobs.COMPLETE:
-        raise UserError(f"trial {trial}: it is {state}; only COMPLETE trials can be replayed")
+        raise UserError(
+            f"trial {trial}: its state is {state}; only COMPLETE trials can be replayed"
+        )
     config = parse_config(dict(sweep.config))
     job = _job(sweep, trial, record)
     _check_start(job)
@@ -72,14 +74,14 @@ def replay(
             task, spec, place, **together, gpu=device.type == "cuda", log=place
         ) as team:
             result = train(task, spec, place, device, hooks, team)
-    # As the record has them: through JSON, figures that are no numbers left out.
+    # Normalize like a record: converted through JSON, without non-finite metrics.
     found = {name: getattr(result, name) for name in COMPARED}
     found["metrics"] = {k: v for k, v in result.metrics.items() if math.isfinite(v)}
-    came_out = json.loads(json.dumps(found))
+    replayed = json.loads(json.dumps(found))
     differences = [
-        {"name": name, "recorded": record[name], "replayed": came_out[name]}
+        {"name": name, "recorded": record[name], "replayed": replayed[name]}
         for name in COMPARED
-        if record[name] != came_out[name]
+        if record[name] != replayed[name]
     ]
     return {
         "schema": SCHEMA,
@@ -91,7 +93,7 @@ def replay(
 
 
 def _job(sweep: Sweep, trial: int, record: Mapping[str, Any]) -> Job:
-    """The job of a trial as its record tells it, without the pauses that it may have made."""
+    """Rebuild a trial's job from its record, without pauses at rungs."""
     return Job(
         kind="trial",
         number=trial,
@@ -108,9 +110,9 @@ def _job(sweep: Sweep, trial: int, record: Mapping[str, Any]) -> Job:
 
 
 def _check_start(job: Job) -> None:
-    """Raise `UserError` where the models that a trial starts from are not there."""
+    """Raise `UserError` if a model that the trial started from is missing."""
     wanted = [("float", 0)] + ([] if job.parent is None else [("trial", job.parent)])
     for kind, number in wanted:
         file = model_file(job_folder(Path(job.out), kind, number))
         if not blobs.can_be_read(file):
-            raise UserError(f"{file}: the trial started from it, and it is gone")
+            raise UserError(f"{file}: missing, but the trial started from this model; restore it")

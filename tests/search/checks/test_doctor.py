@@ -35,7 +35,7 @@ def test_kernels_that_cannot_be_built(monkeypatch, tmp_path):
 
 def test_kernels_that_are_switched_off(monkeypatch):
     monkeypatch.setenv("NIPQ_SEARCH_KERNELS", "eager")
-    assert kernels()["detail"] == "torch operations, as NIPQ_SEARCH_KERNELS says"
+    assert kernels()["detail"] == "torch operations, because NIPQ_SEARCH_KERNELS is set"
     monkeypatch.setenv("NIPQ_SEARCH_KERNELS", "on")
     found = kernels()
     assert not found["ok"] and "unknown value 'on'" in found["fix"]

@@ -60,7 +60,7 @@ def test_what_cannot_be_replayed_is_refused(sweep_copy, capsys):
     child = next(r for r in Sweep.open(sweep_copy).trials() if r.parent is not None)
     (sweep_copy / f"trials/{child.parent}/attempt-1/model.pt").unlink()
     assert main(["replay", str(sweep_copy), str(child.trial)]) == 2
-    assert "the trial started from it, and it is gone" in capsys.readouterr().err
+    assert "missing, but the trial started from this model" in capsys.readouterr().err
     change(sweep_copy, child.trial, state="FAIL")
     with pytest.raises(UserError, match="only COMPLETE trials can be replayed"):
         replay(Sweep.open(sweep_copy), child.trial)

@@ -1,4 +1,4 @@
-"""What a job is given, and what is refused before anything is sent."""
+"""The content of a submitted job, and the checks before submission."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nipq_search.search.commands import submit
 
 @pytest.fixture(autouse=True)
 def _no_token(monkeypatch, tmp_path):
-    """Ray makes one where it starts a cluster; its mode, read once, would stay in this process."""
+    """Hide the token that Ray creates when it starts a cluster, and reset its cached mode."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
@@ -59,10 +59,10 @@ def test_refused(address, out, fix, tmp_path):
 
 
 def test_without_ray_s_job_parts_the_fix_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(submit, "can_travel", lambda: False)
+    monkeypatch.setattr(submit, "can_ship_code", lambda: False)
     with pytest.raises(UserError, match="ray\\[default\\]"):
         submit.submit(tmp_path / "sweep.yaml", make_config(), "http://127.0.0.1:9")
-    assert code_shipping.can_travel()
+    assert code_shipping.can_ship_code()
 
 
 def test_a_head_that_has_just_started_is_given_time(monkeypatch):

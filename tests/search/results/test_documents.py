@@ -133,7 +133,7 @@ def test_show_document(sweep):
     assert sweep.show(2)["layers"] == [] and sweep.show(2)["reason"] == "no luck"
     for number in (-1, 5):
         with pytest.raises(
-            UserError, match=rf"trial {number}: no such trial \(there are 0 to 4\)"
+            UserError, match=rf"trial {number}: no such trial \(existing trials: 0 to 4\)"
         ):
             sweep.show(number)
 
@@ -148,9 +148,9 @@ def test_best_document(sweep):
     blocked = sweep.best({"bops": 0.9 * cheapest})
     assert blocked["point"] is None and blocked["nearest"]["cost"]["bops"] == cheapest
     (block,) = blocked["blocks"]
-    assert "add a budget at or below what was asked" in block
+    assert "add a budget at or below the limit" in block
     least = sweep.facts["costs"]["bops"]["least"]
-    assert f"{least:,.6g} is the least reachable (set by " in block
+    assert f"the least reachable cost is {least:,.6g} (set by " in block
     least = sweep.best({"bops": 1.0, "weight_bytes": 1e12})
     assert "below the least reachable cost" in least["blocks"][0] and len(least["blocks"]) == 1
     with pytest.raises(UserError, match=r"--max bop: no such cost \(did you mean 'bops'\?\)"):
@@ -175,7 +175,7 @@ def test_best_names_the_layers_that_make_up_most_of_the_nearest(sweep):
 
 def test_best_of_nothing(sweep):
     document = documents.best_document([], {"bops": 1e12}, sweep.facts)
-    assert document["point"] is None and document["blocks"] == ["no trial is complete yet"]
+    assert document["point"] is None and document["blocks"] == ["no trial has completed yet"]
 
 
 def test_best_of_a_metric_that_is_minimized(sweep):

@@ -16,7 +16,7 @@ from nipq_search.errors import UserError
 from nipq_search.records import TrialRecord
 from nipq_search.search.commands.replay import replay
 from nipq_search.search.jobs.lease import driver_lease
-from nipq_search.search.results.progress import Silent
+from nipq_search.search.results.progress import SilentProgress
 from nipq_search.search.results.retention import collect, needed
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.study.ledger import Ledger
@@ -117,7 +117,7 @@ def test_a_freed_model_says_so_and_is_no_parent(sweep_copy):
     sweep = Sweep.open(sweep_copy)
     for trial in sweep.trials():
         (sweep_copy / f"trials/{trial.trial}/attempt-1/model.pt").unlink()
-    with pytest.raises(UserError, match="no trained model .`nipq-search gc` freed it"):
+    with pytest.raises(UserError, match="no trained model .deleted by `nipq-search gc`"):
         sweep.load_model(0)
     run_here(make_config(search__strategy="fill", search__trials=6), sweep_copy)
     assert Sweep.open(sweep_copy).trials()[5].parent is None
@@ -137,8 +137,8 @@ def test_what_best_answers_with_stays():
     kept = needed(records, make_config(search__strategy="independent"), "max", both)
     assert kept == {
         0: "on the front",
-        1: "the best within a limit of weight_bytes",
-        3: "the best within a limit of bops",
+        1: "the best for a limit on weight_bytes",
+        3: "the best for a limit on bops",
         4: "the best within a budget",
     }
 
@@ -146,10 +146,10 @@ def test_what_best_answers_with_stays():
 def test_best_and_show_say_why_there_is_no_model(sweep_copy, caplog):
     (sweep_copy / "trials/0/attempt-1/model.pt").unlink()
     assert main(["show", str(sweep_copy), "0"]) == 0
-    assert "trial 0: it has no trained model (`nipq-search gc` freed it)" in caplog.text
+    assert "trial 0: no trained model (deleted by `nipq-search gc`)" in caplog.text
     shutil.rmtree(sweep_copy / "trials")
     assert main(["best", str(sweep_copy), "--max", "bops=1e9"]) == 0
-    assert "it has no trained model (its record is gone; restore" in caplog.text
+    assert "no trained model (its record is missing; restore" in caplog.text
 
 
 def test_a_live_sweep_is_left_alone(sweep_copy):
@@ -198,13 +198,13 @@ def test_trials_that_somebody_added_have_no_model_and_disturb_nothing(added_to, 
     assert sorted(point["trial"] for point in done["points"]) == [0, 1, 2, 3, 4, 11, 12]
     assert done["test_hypervolume"] is not None
     assert main(["replay", str(out), "5"]) == 2
-    assert "its record is gone" in capsys.readouterr().err
+    assert "its record is missing" in capsys.readouterr().err
 
 
 def test_a_record_that_is_gone_is_told(sweep_copy):
     said = []
 
-    class Listening(Silent):
+    class Listening(SilentProgress):
         def message(self, text):
             said.append(text)
 

@@ -11,7 +11,7 @@ from unit_helpers import make_config
 
 from nipq_search import storage
 from nipq_search.search import jobs
-from nipq_search.search.backend.base import STARTS
+from nipq_search.search.backend.base import MAX_FAILED_STARTS
 from nipq_search.search.backend.tune_callbacks import JobSearcher
 from nipq_search.search.jobs import Job
 from nipq_search.search.worker import failures
@@ -92,8 +92,10 @@ def test_nodes_that_die_before_their_job_begins_do_not_count_against_it(tmp_path
 
     def dies(text):
         Path(trial.pickled_error_file).write_bytes(pickle.dumps(RuntimeError(text)))
-        searcher.recovers(trial)
+        searcher.on_process_restart(trial)
         return trial.max_failures
 
-    assert {dies("its node has died") for _ in range(2 * STARTS)} == {-1}
-    assert [dies("exit code 1") for _ in range(STARTS)] == [-1] * (STARTS - 1) + [0]
+    assert {dies("its node has died") for _ in range(2 * MAX_FAILED_STARTS)} == {-1}
+    assert [dies("exit code 1") for _ in range(MAX_FAILED_STARTS)] == [-1] * (
+        MAX_FAILED_STARTS - 1
+    ) + [0]

@@ -1,4 +1,4 @@
-"""Arguments as people type them, turned into values or into one clear error."""
+"""Parsing of command-line values, with a one-line error for invalid ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from nipq_search.errors import UserError, nearest
 
-# The names that the cost registry has; it needs torch, which a reading command should not load.
-COSTS = (
+# Names of the registered costs. The registry itself imports torch, which is slow to load.
+COST_NAMES = (
     "bops",
     "weight_bytes",
     "activation_sum_bytes",
@@ -22,23 +22,23 @@ _HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):(\d{1,5})")
 
 
 def parse_limits(texts: Sequence[str]) -> dict[str, float]:
-    """Limits of `best`, such as `bops=5.3e9` or `weight_bytes=24_000`, by cost name.
+    """Parse the limits of `best`, such as `bops=5.3e9` or `weight_bytes=24_000`, by cost name.
 
     Raises:
-        UserError: not NAME=NUMBER, an unknown cost, a cost given twice or no positive number.
+        UserError: a limit is not NAME=NUMBER or not positive, or a cost is unknown or duplicate.
     """
     limits: dict[str, float] = {}
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
             raise UserError(f"--max {text}: write COST=NUMBER, for example --max bops=5.3e9")
-        if name not in COSTS:
+        if name not in COST_NAMES:
             raise UserError(
-                f"--max {text}: unknown cost '{name}'{nearest(name, COSTS)}; "
-                f"the costs are {', '.join(COSTS)}"
+                f"--max {text}: unknown cost '{name}'{nearest(name, COST_NAMES)}; "
+                f"the costs are {', '.join(COST_NAMES)}"
             )
         if name in limits:
-            raise UserError(f"--max {text}: {name} is given twice; keep one of the two")
+            raise UserError(f"--max {text}: {name} is given twice; remove one limit")
         limits[name] = _positive(text, value)
     return limits
 
@@ -56,17 +56,18 @@ def _positive(text: str, value: str) -> float:
 
 
 def check_address(address: str | None) -> str | None:
-    """The address of a Ray cluster: `auto`, HOST:PORT, or None for a cluster of one's own.
+    """Check the address of a Ray cluster: `auto`, HOST:PORT, or None for a local cluster.
 
     Raises:
-        UserError: anything else, `ray://` above all, where the search would leave this process.
+        UserError: the address has another form. `ray://` is rejected because Ray Client would
+            run the driver in another process.
     """
     if address is None or address == "auto":
         return address
     if address.startswith("ray://"):
         raise UserError(
-            f"--address {address}: Ray Client addresses are not supported; "
-            "use the cluster's own address (HOST:6379) from a machine of the cluster"
+            f"--address {address}: Ray Client addresses are not supported; use the address of "
+            "the cluster's head (HOST:6379) from a machine of the cluster"
         )
     match = _HOST_AND_PORT.fullmatch(address)
     if match is None or not 0 < int(match[2]) < 65536:

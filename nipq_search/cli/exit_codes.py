@@ -1,4 +1,4 @@
-"""Exit codes of the command line, as docs/commands.md promises them."""
+"""Exit codes of the command line, as documented in docs/commands.md."""
 
 from __future__ import annotations
 

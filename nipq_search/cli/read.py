@@ -1,4 +1,4 @@
-"""Commands that read: each asks the search layer for one document and prints it."""
+"""The reading commands: each prints one document of the search layer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,16 @@ def _print(
 
 
 def plan(config: Path, overrides: Sequence[str], as_json: bool) -> int:
-    """What a sweep file would search and spend; nothing is trained."""
+    """Print the search space and the expected effort of a sweep file.
+
+    Args:
+        config: the sweep file.
+        overrides: values of `--set`.
+        as_json: print JSON instead of tables.
+
+    Returns:
+        The exit code.
+    """
     with chatter_on_stderr():
         from nipq_search.search.commands.plan import plan as make_plan
         from nipq_search.search.config.sweep_config import load_config
@@ -48,7 +57,7 @@ def plan(config: Path, overrides: Sequence[str], as_json: bool) -> int:
 
 
 def status(folder: Path, as_json: bool) -> int:
-    """States of a sweep's trials."""
+    """Print the states of a sweep's trials."""
     with chatter_on_stderr():
         document = _sweep(folder).status()
     _print(document, as_json, tables.status)
@@ -56,7 +65,7 @@ def status(folder: Path, as_json: bool) -> int:
 
 
 def front(folder: Path, as_json: bool) -> int:
-    """The Pareto front so far."""
+    """Print the current Pareto front."""
     with chatter_on_stderr():
         document = _sweep(folder).front_document()
     _print(document, as_json, tables.front)
@@ -64,7 +73,16 @@ def front(folder: Path, as_json: bool) -> int:
 
 
 def show(folder: Path, trial: int, as_json: bool) -> int:
-    """One trial and its bits by layer."""
+    """Print one trial and its bits by layer.
+
+    Args:
+        folder: the sweep's folder.
+        trial: number of the trial.
+        as_json: print JSON instead of tables.
+
+    Returns:
+        The exit code.
+    """
     with chatter_on_stderr():
         document = _sweep(folder).show(trial)
     _print(document, as_json, tables.show)
@@ -72,7 +90,16 @@ def show(folder: Path, trial: int, as_json: bool) -> int:
 
 
 def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
-    """The best trained point inside limits; outside reach, the nearest one, and exit 1."""
+    """Print the best trained point within limits, or the nearest point if there is none.
+
+    Args:
+        folder: the sweep's folder.
+        limit_texts: limits as COST=NUMBER.
+        as_json: print JSON instead of tables.
+
+    Returns:
+        The exit code; 1 if no point satisfies the limits.
+    """
     limits = parse_limits(limit_texts)
     with chatter_on_stderr():
         document = _sweep(folder).best(limits)
@@ -80,12 +107,21 @@ def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
     if document.get("point") is not None:
         return FINE
     if document.get("nearest") is not None:
-        say(f"error: no trained point stays within {numbers.costs(limits)}")
+        say(f"error: no trained point is within {numbers.costs(limits)}")
     return FAILURE
 
 
 def logs(folder: Path, trial: int, as_json: bool) -> int:
-    """Output and traceback of one trial, attempt by attempt."""
+    """Print the output and tracebacks of one trial, by attempt.
+
+    Args:
+        folder: the sweep's folder.
+        trial: number of the trial.
+        as_json: print JSON instead of text.
+
+    Returns:
+        The exit code.
+    """
     with chatter_on_stderr():
         files = _sweep(folder).log_files(trial)
     if as_json:
@@ -98,12 +134,21 @@ def logs(folder: Path, trial: int, as_json: bool) -> int:
             while chunk := stream.read(_READ_BYTES):
                 emit_text(chunk)
     if not files:
-        say(f"trial {trial} wrote nothing")
+        say(f"trial {trial} has no output")
     return FINE
 
 
 def replay(folder: Path, trial: int, as_json: bool) -> int:
-    """One trial run again from its record; 4 if something came out otherwise."""
+    """Rerun one trial from its record and print whether the results match.
+
+    Args:
+        folder: the sweep's folder.
+        trial: number of the trial.
+        as_json: print JSON instead of tables.
+
+    Returns:
+        The exit code; 4 if the replay does not match the record.
+    """
     with chatter_on_stderr():
         from nipq_search.search.commands.replay import replay as run_again
 
@@ -113,10 +158,23 @@ def replay(folder: Path, trial: int, as_json: bool) -> int:
 
 
 def doctor(config: Path | None, address: str | None, out: Path | None, as_json: bool) -> int:
-    """Checks of installation, sweep file and cluster; 1 if one fails."""
+    """Check the installation, and optionally a sweep file and a cluster.
+
+    Args:
+        config: a sweep file whose data and storage to check, or None.
+        address: address of a Ray cluster whose nodes to check, or None.
+        out: the folder that these nodes must share; default the current folder.
+        as_json: print JSON instead of a table.
+
+    Returns:
+        The exit code; 1 if a check failed.
+
+    Raises:
+        UserError: `out` is given without `address`, or an argument is invalid.
+    """
     address = check_address(address)
     if out is not None and address is None:
-        raise UserError("--out: is the folder that the nodes of --address must share; give both")
+        raise UserError("--out: the folder that the nodes of --address must share; give both")
     with chatter_on_stderr():
         from nipq_search.search.checks.doctor import doctor as run_checks
 

@@ -1,4 +1,4 @@
-"""`run`, `submit`, `stop`, `sync`, `gc`, `report`: the commands that change a sweep's folder."""
+"""The commands that modify a sweep: `run`, `submit`, `stop`, `sync`, `gc` and `report`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,18 @@ def run(
     trials: int | None,
     address: str | None,
 ) -> int:
-    """Start or resume a sweep, then print its front and where to look next."""
+    """Start or resume a sweep, then print its front and the next commands.
+
+    Args:
+        config: the sweep file.
+        out: the sweep's folder; default `runs/<name>`.
+        overrides: values of `--set`.
+        trials: total number of trials, or None.
+        address: address of a Ray cluster; None starts a local one.
+
+    Returns:
+        The exit code.
+    """
     address = check_address(address)
     with chatter_on_stderr():
         from nipq_search.search.config.sweep_config import load_config
@@ -37,7 +48,7 @@ def run(
             )
     code = exit_code(outcome)
     if code == INTERRUPTED:
-        say(outcome.message or "stopped; the same command resumes")
+        say(outcome.message or "stopped; the same command resumes the sweep")
         return code
     document = _front_document(folder) if outcome.complete else None
     if document is not None:
@@ -54,7 +65,18 @@ def run(
 def submit(
     config: Path, address: str, out: str | None, overrides: Sequence[str], trials: int | None
 ) -> int:
-    """Hand a sweep to a cluster as a job, and say how to follow it."""
+    """Submit a sweep to a cluster as a job, and print the commands to follow and stop it.
+
+    Args:
+        config: the sweep file.
+        address: URL of the head's dashboard.
+        out: the sweep's folder on the head; default `~/runs/<name>`.
+        overrides: values of `--set`.
+        trials: total number of trials, or None.
+
+    Returns:
+        The exit code.
+    """
     with chatter_on_stderr():
         from nipq_search.search.commands.submit import submit as send
         from nipq_search.search.config.sweep_config import load_config
@@ -64,7 +86,7 @@ def submit(
     emit_text(f"{job}\n")
     shown = shlex.quote(address)
     for line in (
-        "look next:",
+        "next steps:",
         f"  ray job logs --follow {job} --address {shown}",
         f"  ray job stop {job} --address {shown}",
     ):
@@ -73,7 +95,7 @@ def submit(
 
 
 def exit_code(outcome: Outcome) -> int:
-    """What an outcome means to a shell: 0, 1 (every trial failed), 3 (some did) or 130."""
+    """Map an outcome to an exit code: 0, 1 (all trials failed), 3 (some failed) or 130."""
     if outcome.state == "interrupted":
         return INTERRUPTED
     if outcome.failed:
@@ -89,17 +111,26 @@ def _front_document(folder: Path) -> dict[str, Any]:
 
 
 def next_steps(folder: Path, failed: int, front: Mapping[str, Any] | None) -> list[str]:
-    """Where to look after a run: at failed trials, and at the front if there is one."""
+    """List the next commands after a run.
+
+    Args:
+        folder: the sweep's folder.
+        failed: number of failed trials.
+        front: the front document; None without a COMPLETE trial.
+
+    Returns:
+        Lines for stderr.
+    """
     lines = []
     shown = shlex.quote(str(folder))
     if failed:
         lines.append(
-            f"{failed} failed: nipq-search status {shown} says why, "
+            f"{failed} failed: nipq-search status {shown} shows the reasons, "
             f"nipq-search logs {shown} TRIAL shows a trial's output"
         )
     if front is not None:
         lines += [
-            "look next:",
+            "next steps:",
             f"  {shlex.quote(str(folder / 'report.html'))}",
             f"  nipq-search ui {shown}",
             f"  nipq-search best {shown} --max {_example_limit(front)}",
@@ -108,42 +139,51 @@ def next_steps(folder: Path, failed: int, front: Mapping[str, Any] | None) -> li
 
 
 def _example_limit(front: Mapping[str, Any]) -> str:
-    """A limit that the middle of the front keeps."""
+    """Return a limit that the middle point of the front satisfies."""
     name = front.get("front_cost") or "bops"
     costs = sorted(
         point["cost"][name] for point in front.get("points") or [] if point.get("on_front")
     )
-    # 1 % more, for three digits may round down.
+    # 1 % more, because formatting with three digits may round down.
     return f"{name}={1.01 * costs[len(costs) // 2]:.3g}" if costs else f"{name}=NUMBER"
 
 
 def stop(folder: Path) -> int:
-    """Ask the sweep's driver to stop; it checkpoints, and the same `run` resumes."""
+    """Ask the sweep's driver to stop after saving checkpoints; the same `run` command resumes."""
     with chatter_on_stderr():
         from nipq_search.search.jobs.lease import request_stop
         from nipq_search.search.results.sweep import Sweep
 
-        # A driver that has just begun holds the folder before there is a sweep in it.
+        # A new driver holds the folder's lease before it writes the sweep's files.
         driver = request_stop(folder) or request_stop(Sweep.open(folder).folder)
     if driver is None:
         say(f"nothing to stop: no driver is running on {folder}")
     else:
-        say(f"asked the driver ({driver}) to stop; the same run command resumes the sweep")
+        say(f"requested the driver ({driver}) to stop; the same run command resumes the sweep")
     return FINE
 
 
 def sync(folder: Path) -> int:
-    """Bring tables, report and tracking server up to date; 1 where the server is away."""
+    """Bring tables, report and tracking server up to date."""
     with chatter_on_stderr():
         from nipq_search.search.results.outputs import sync as bring_up_to_date
 
         done = bring_up_to_date(folder)
-    say(f"{done['server']} has all of the sweep: {done['trials']} trials")
+    say(f"{done['server']} is up to date: {done['trials']} trials")
     return FINE
 
 
 def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
-    """Delete models and checkpoints that nothing needs."""
+    """Delete models and checkpoints that are no longer needed.
+
+    Args:
+        folder: the sweep's folder.
+        dry_run: only list what would be deleted.
+        as_json: print JSON instead of a table.
+
+    Returns:
+        The exit code.
+    """
     with chatter_on_stderr():
         from nipq_search.search.results.retention import collect
 
@@ -158,7 +198,7 @@ def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
 
 
 def report(folder: Path, open_it: bool) -> int:
-    """Write the sweep's report and print where it is."""
+    """Write the sweep's report and print its path."""
     with chatter_on_stderr():
         from nipq_search.search.results.sweep import Sweep
 
@@ -168,5 +208,5 @@ def report(folder: Path, open_it: bool) -> int:
         import webbrowser
 
         if not webbrowser.open(path.resolve().as_uri()):
-            say("no browser was found; open the file yourself")
+            say("no browser found; open the file manually")
     return FINE

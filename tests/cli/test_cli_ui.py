@@ -113,7 +113,7 @@ def test_a_dashboard_that_ends_says_its_last_words(tmp_path, capsys, monkeypatch
     server = module.Server(name="Broken", command=[sys.executable, "-c", program], port=1)
     monkeypatch.setattr(module, "plan_servers", lambda *arguments: [server])
     assert main(["ui", str(tmp_path)]) == 1
-    assert "error: Broken has ended: no such study" in capsys.readouterr().err
+    assert "error: Broken has exited: no such study" in capsys.readouterr().err
     assert processes_in(tmp_path) == set()
 
 

@@ -10,7 +10,7 @@ import pytest
 from unit_helpers import make_config
 
 import nipq_search
-from nipq_search.cli.arguments import COSTS as COSTS_OF_THE_COMMAND_LINE
+from nipq_search.cli.arguments import COST_NAMES
 from nipq_search.cost import COSTS
 
 PUBLIC = [
@@ -75,4 +75,4 @@ def test_unknown_names_are_no_attributes():
 
 
 def test_the_command_line_knows_every_cost():
-    assert set(COSTS_OF_THE_COMMAND_LINE) == set(COSTS)
+    assert set(COST_NAMES) == set(COSTS)

@@ -19,7 +19,7 @@ from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.config.sweep_config import SweepConfig
 
 SAME_VERSION = ("torch", "ray", "numpy", "scipy")
-"""Packages whose versions must be equal, because results and Ray's serialization depend on them."""
+"""Packages whose versions must be equal: results and Ray's serialization depend on them."""
 
 _NODE_TIMEOUT_SECONDS = 120.0
 

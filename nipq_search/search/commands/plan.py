@@ -73,7 +73,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
 
 
 def _data(task: Any) -> dict[str, Any]:
-    """Return the name, the number of classes (None without classes) and the sizes of the splits."""
+    """Return the name, the number of classes (None without classes) and the split sizes."""
     known = dataset(task)
     classes = known.get("classes")
     count = classes if classes is None or isinstance(classes, int) else len(classes)

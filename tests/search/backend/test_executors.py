@@ -26,7 +26,7 @@ FINE, DIES_ONCE, NEVER_STARTS, UNFIT, UNSEEN = range(5)
 
 
 def work(job, task, report, *, die):
-    """Simulate a job whose behavior `params["mood"]` selects, with attempts and records on disk."""
+    """Simulate a job that behaves as `params["mood"]` selects; write its attempt and record."""
     mood = job.params["mood"]
     if mood == NEVER_STARTS:
         die()

@@ -46,7 +46,7 @@ def test_what_differs_is_named_and_exits_4(sweep_copy, capsys):
     document = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in document["differences"]] == ["model_sha256", "steps"]
     assert main(["replay", str(sweep_copy), "1"]) == 4
-    assert "came out otherwise" in capsys.readouterr().out
+    assert "the replay did not match the recorded trial" in capsys.readouterr().out
 
 
 def test_the_seed_and_the_threads_are_the_records(sweep_copy):

@@ -16,7 +16,7 @@ from nipq_search.search.commands import submit
 
 @pytest.fixture(autouse=True)
 def _no_token(monkeypatch, tmp_path):
-    """Hide the token that Ray creates when it starts a cluster, and reset its cached mode."""
+    """Hide any Ray token of this machine; Ray reads its authentication mode once per process."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 

@@ -27,7 +27,7 @@ def runs(uri):
 def test_a_server_that_was_away_gets_everything_once(sweep_copy, server, capsys):
     for _ in range(2):
         assert main(["sync", str(sweep_copy)]) == 0
-        assert "has all of the sweep: 5 trials" in capsys.readouterr().err
+        assert "is up to date: 5 trials" in capsys.readouterr().err
     client, found = runs(server)
     (parent,) = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
     children = {r.data.tags["nipq.trial"]: r for r in found if r is not parent}

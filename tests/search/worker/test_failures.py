@@ -96,6 +96,5 @@ def test_nodes_that_die_before_their_job_begins_do_not_count_against_it(tmp_path
         return trial.max_failures
 
     assert {dies("its node has died") for _ in range(2 * MAX_FAILED_STARTS)} == {-1}
-    assert [dies("exit code 1") for _ in range(MAX_FAILED_STARTS)] == [-1] * (
-        MAX_FAILED_STARTS - 1
-    ) + [0]
+    deaths = [dies("exit code 1") for _ in range(MAX_FAILED_STARTS)]
+    assert deaths == [-1] * (MAX_FAILED_STARTS - 1) + [0]

@@ -46,13 +46,24 @@ class _Search(ModuleType):
             UserError: the sweep cannot start; the message names the key and the fix.
 
         Example:
-            The configuration is validated before anything is started or written:
+            A minimal sweep in this process. By default, the trials run on Ray.
 
+            >>> import tempfile
             >>> import nipq_search
-            >>> nipq_search.search({"name": "demo", "task": "digits", "budgets": []})
-            Traceback (most recent call last):
-            ...
-            nipq_search.errors.UserError: sweep: budgets: ...
+            >>> from nipq_search.search.backend.virtual import VirtualExecutor
+            >>> config = {
+            ...     "name": "demo",
+            ...     "task": "digits",
+            ...     "budgets": [{"bops": "uniform 4"}],
+            ...     "float": {"epochs": 1},
+            ...     "train": {"epochs": 1},
+            ...     "search": {"trials": 1, "baselines": []},
+            ... }
+            >>> with tempfile.TemporaryDirectory() as out:
+            ...     sweep = nipq_search.search(config, out, executor=VirtualExecutor())
+            ...     front = sweep.front()
+            >>> front["budget"].tolist()
+            ['bops: uniform 4']
         """
         from nipq_search.search.run import search
 

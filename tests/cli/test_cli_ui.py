@@ -86,7 +86,7 @@ def test_both_dashboards_answer_and_ctrl_c_ends_them(folder):
 
 def test_a_folder_without_records_is_refused(tmp_path, capsys):
     assert main(["ui", str(tmp_path)]) == 2
-    assert "is not a sweep's folder" in capsys.readouterr().err
+    assert "no local databases of a sweep" in capsys.readouterr().err
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):

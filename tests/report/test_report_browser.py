@@ -106,7 +106,7 @@ def test_a_click_on_a_point_shows_its_bits(
     page.select_option("#bits-trial", "2")
     assert page.evaluate(HEIGHTS) == expected[2]
     page.click("#trials tr[data-trial='6']")
-    assert page.text_content("#bits-caption") == "Trial 6: no bits are known."
+    assert page.text_content("#bits-caption") == "Trial 6: no bits available."
     assert page.evaluate("window.hacked") is None
     assert "window.hacked = 1" in (page.text_content("#failures") or "")
     assert faults == []

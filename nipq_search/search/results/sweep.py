@@ -53,6 +53,30 @@ class Sweep:
         folder: the sweep's folder.
         config: the resolved configuration.
         facts: the resolved facts of the last run, `Facts.as_json()`.
+
+    Example:
+        Open the folder of a sweep, here a minimal one that runs without Ray.
+
+        >>> import tempfile
+        >>> from nipq_search import Sweep, search
+        >>> from nipq_search.search.backend.virtual import VirtualExecutor
+        >>> config = {
+        ...     "name": "demo",
+        ...     "task": "digits",
+        ...     "budgets": [{"bops": "uniform 4"}],
+        ...     "float": {"epochs": 1},
+        ...     "train": {"epochs": 1},
+        ...     "search": {"trials": 1, "baselines": []},
+        ... }
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = search(config, folder, executor=VirtualExecutor())
+        ...     sweep = Sweep.open(folder)
+        ...     record = sweep.record(0)
+        ...     model = sweep.load_model(0)
+        >>> record.state, record.budget_label
+        ('COMPLETE', 'bops: uniform 4')
+        >>> model.training
+        False
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ OWN = {
         ({"versions": {**OWN["versions"], "ray": "2.59.0"}}, "ray 2.59.0, here 2.60.0"),
         ({"versions": {}}, "torch None, here 2.14.1"),
         ({"read": False}, "/shared is not the same folder as on this machine: mount it there"),
-        ({"read": False, "error": "No such file"}, "machine does (No such file): mount"),
+        ({"read": False, "error": "No such file"}, "this machine (No such file): mount"),
         ({"data": "xyz"}, "its data differ from the data here"),
         ({"data": None, "data_error": "no digits there"}, "the data: no digits there"),
     ],

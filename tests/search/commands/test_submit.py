@@ -49,7 +49,7 @@ def test_what_travels(tmp_path, monkeypatch):
         ("HEAD:8265", None, "http://HEAD:8265"),
         ("ray://HEAD:10001", None, "http://HEAD:8265"),
         ("http://127.0.0.1:9", "runs/x", "absolute folder"),
-        ("http://127.0.0.1:9", None, "no Ray dashboard takes jobs"),
+        ("http://127.0.0.1:9", None, "no Ray dashboard accepts jobs"),
     ],
 )
 def test_refused(address, out, fix, tmp_path):

@@ -97,7 +97,7 @@ def test_a_key_like_no_other_lists_the_known_ones():
         ({"search__sampler": "tpee"}, ["search.sampler", "did you mean 'tpe'"]),
         ({"search__trials": 0}, ["search.trials: ", "got 0"]),
         ({"search__trials": 1.5}, ["search.trials: ", "1.5"]),
-        ({"search__baselines": [1]}, ["search.baselines: 1 is no bit-width"]),
+        ({"search__baselines": [1]}, ["search.baselines: 1 is not a valid baseline bit-width"]),
         ({"search__baselines": [4, 4]}, ["search.baselines: duplicate bit-width"]),
         ({"search__front_cost": "flops"}, ["search.front_cost: unknown cost 'flops'"]),
         ({"search__space": {"lrr": {"log": [1, 2]}}}, ["search.space.lrr", "did you mean 'lr'"]),

@@ -32,7 +32,7 @@ def console(stream: TextIO) -> Console:
     )
 
 
-def say(text: str) -> None:
+def print_message(text: str) -> None:
     """Print a message for the user on stderr."""
     print(text, file=sys.stderr, flush=True)
 
@@ -69,7 +69,7 @@ def emit_text(text: str) -> None:
 
 
 @contextlib.contextmanager
-def chatter_on_stderr() -> Iterator[None]:
+def library_output_on_stderr() -> Iterator[None]:
     """Redirect the output of libraries to stderr, so that stdout contains only data."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 from nipq_search.cli import numbers, tables
 from nipq_search.cli.arguments import check_address, parse_limits
 from nipq_search.cli.exit_codes import FAILURE, FINE, MISMATCH
-from nipq_search.cli.output import chatter_on_stderr, emit_json, emit_table, emit_text, say
+from nipq_search.cli.output import (
+    emit_json,
+    emit_table,
+    emit_text,
+    library_output_on_stderr,
+    print_message,
+)
 from nipq_search.errors import UserError
 from nipq_search.records import SCHEMA
 
@@ -47,7 +53,7 @@ def plan(config: Path, overrides: Sequence[str], as_json: bool) -> int:
     Returns:
         The exit code.
     """
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.commands.plan import plan as make_plan
         from nipq_search.search.config.sweep_config import load_config
 
@@ -58,7 +64,7 @@ def plan(config: Path, overrides: Sequence[str], as_json: bool) -> int:
 
 def status(folder: Path, as_json: bool) -> int:
     """Print the states of a sweep's trials."""
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         document = _sweep(folder).status()
     _print(document, as_json, tables.status)
     return FINE
@@ -66,7 +72,7 @@ def status(folder: Path, as_json: bool) -> int:
 
 def front(folder: Path, as_json: bool) -> int:
     """Print the current Pareto front."""
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         document = _sweep(folder).front_document()
     _print(document, as_json, tables.front)
     return FINE
@@ -83,7 +89,7 @@ def show(folder: Path, trial: int, as_json: bool) -> int:
     Returns:
         The exit code.
     """
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         document = _sweep(folder).show(trial)
     _print(document, as_json, tables.show)
     return FINE
@@ -101,13 +107,13 @@ def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
         The exit code; 1 if no point satisfies the limits.
     """
     limits = parse_limits(limit_texts)
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         document = _sweep(folder).best(limits)
     _print(document, as_json, tables.best)
     if document.get("point") is not None:
         return FINE
     if document.get("nearest") is not None:
-        say(f"error: no trained point is within {numbers.costs(limits)}")
+        print_message(f"error: no trained point is within {numbers.costs(limits)}")
     return FAILURE
 
 
@@ -122,7 +128,7 @@ def logs(folder: Path, trial: int, as_json: bool) -> int:
     Returns:
         The exit code.
     """
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         files = _sweep(folder).log_files(trial)
     if as_json:
         entries = [{"file": str(file), "text": file.read_text(errors="replace")} for file in files]
@@ -134,7 +140,7 @@ def logs(folder: Path, trial: int, as_json: bool) -> int:
             while chunk := stream.read(_READ_BYTES):
                 emit_text(chunk)
     if not files:
-        say(f"trial {trial} has no output")
+        print_message(f"trial {trial} has no output")
     return FINE
 
 
@@ -149,10 +155,10 @@ def replay(folder: Path, trial: int, as_json: bool) -> int:
     Returns:
         The exit code; 4 if the replay does not match the record.
     """
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.commands.replay import replay as run_again
 
-        document = run_again(_sweep(folder), trial, say)
+        document = run_again(_sweep(folder), trial, print_message)
     _print(document, as_json, tables.replay)
     return FINE if document["equal"] else MISMATCH
 
@@ -175,7 +181,7 @@ def doctor(config: Path | None, address: str | None, out: Path | None, as_json: 
     address = check_address(address)
     if out is not None and address is None:
         raise UserError("--out: the folder that the nodes of --address must share; give both")
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.checks.doctor import doctor as run_checks
 
         loaded = None

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from nipq_search.cli.arguments import check_address
 from nipq_search.cli.exit_codes import FAILURE, FINE, INTERRUPTED, SOME_FAILED
-from nipq_search.cli.output import chatter_on_stderr, emit_json, emit_table, emit_text, say
+from nipq_search.cli.output import (
+    emit_json,
+    emit_table,
+    emit_text,
+    library_output_on_stderr,
+    print_message,
+)
 from nipq_search.cli.progress import progress_sink
 
 if TYPE_CHECKING:
@@ -36,7 +42,7 @@ def run(
         The exit code.
     """
     address = check_address(address)
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.config.sweep_config import load_config
         from nipq_search.search.run import run_sweep
 
@@ -48,7 +54,7 @@ def run(
             )
     code = exit_code(outcome)
     if code == INTERRUPTED:
-        say(outcome.message or "stopped; the same command resumes the sweep")
+        print_message(outcome.message or "stopped; the same command resumes the sweep")
         return code
     document = _front_document(folder) if outcome.complete else None
     if document is not None:
@@ -56,9 +62,9 @@ def run(
 
         emit_table(tables.front(document))
     if outcome.message:
-        say(f"error: {outcome.message}" if code == FAILURE else outcome.message)
+        print_message(f"error: {outcome.message}" if code == FAILURE else outcome.message)
     for line in next_steps(folder, outcome.failed, document):
-        say(line)
+        print_message(line)
     return code
 
 
@@ -77,7 +83,7 @@ def submit(
     Returns:
         The exit code.
     """
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.commands.submit import submit as send
         from nipq_search.search.config.sweep_config import load_config
 
@@ -90,7 +96,7 @@ def submit(
         f"  ray job logs --follow {job} --address {shown}",
         f"  ray job stop {job} --address {shown}",
     ):
-        say(line)
+        print_message(line)
     return FINE
 
 
@@ -104,7 +110,7 @@ def exit_code(outcome: Outcome) -> int:
 
 
 def _front_document(folder: Path) -> dict[str, Any]:
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.results.sweep import Sweep
 
         return Sweep.open(folder).front_document()
@@ -150,26 +156,28 @@ def _example_limit(front: Mapping[str, Any]) -> str:
 
 def stop(folder: Path) -> int:
     """Ask the sweep's driver to stop after saving checkpoints; the same `run` command resumes."""
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.jobs.lease import request_stop
         from nipq_search.search.results.sweep import Sweep
 
         # A new driver holds the folder's lease before it writes the sweep's files.
         driver = request_stop(folder) or request_stop(Sweep.open(folder).folder)
     if driver is None:
-        say(f"nothing to stop: no driver is running on {folder}")
+        print_message(f"nothing to stop: no driver is running on {folder}")
     else:
-        say(f"requested the driver ({driver}) to stop; the same run command resumes the sweep")
+        print_message(
+            f"requested the driver ({driver}) to stop; the same run command resumes the sweep"
+        )
     return FINE
 
 
 def sync(folder: Path) -> int:
     """Bring tables, report and tracking server up to date."""
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.results.outputs import sync as bring_up_to_date
 
         done = bring_up_to_date(folder)
-    say(f"{done['server']} is up to date: {done['trials']} trials")
+    print_message(f"{done['server']} is up to date: {done['trials']} trials")
     return FINE
 
 
@@ -184,7 +192,7 @@ def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
     Returns:
         The exit code.
     """
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.results.retention import collect
 
         document = collect(folder, dry_run)
@@ -199,7 +207,7 @@ def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
 
 def report(folder: Path, open_it: bool) -> int:
     """Write the sweep's report and print its path."""
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.results.sweep import Sweep
 
         path = Sweep.open(folder).write_report()
@@ -208,5 +216,5 @@ def report(folder: Path, open_it: bool) -> int:
         import webbrowser
 
         if not webbrowser.open(path.resolve().as_uri()):
-            say("no browser found; open the file manually")
+            print_message("no browser found; open the file manually")
     return FINE

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import IO
 
 from nipq_search.cli.exit_codes import FINE
-from nipq_search.cli.output import emit_text, say
+from nipq_search.cli.output import emit_text, print_message
 from nipq_search.errors import UserError
 
 HOST = "127.0.0.1"
@@ -102,7 +102,7 @@ def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
             _wait_until_it_answers(dashboard)
             emit_text(f"{dashboard.server.name}: {dashboard.server.url}\n")
         with contextlib.suppress(KeyboardInterrupt):  # the expected way to exit, with code 0
-            say("press Ctrl-C to exit")
+            print_message("press Ctrl-C to exit")
             while True:
                 for dashboard in running:
                     dashboard.check()
@@ -136,12 +136,14 @@ def plan_servers(folder: Path, mlflow_port: int | None, optuna_port: int | None)
         port = _port(mlflow_port, MLFLOW_PORT, "--mlflow-port")
         servers.append(_mlflow(port))
     else:
-        say(f"{folder} has no mlflow.db: the runs are on the server at MLFLOW_TRACKING_URI")
+        print_message(
+            f"{folder} has no mlflow.db: the runs are on the server at MLFLOW_TRACKING_URI"
+        )
     if studies:
         port = _port(optuna_port, OPTUNA_PORT, "--optuna-port")
         servers.append(_optuna_dashboard(studies[0], port))
     else:
-        say(f"{folder} has no study.log or study.db: the study is at NIPQ_STORAGE_URL")
+        print_message(f"{folder} has no study.log or study.db: the study is at NIPQ_STORAGE_URL")
     return servers
 
 

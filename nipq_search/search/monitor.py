@@ -98,11 +98,11 @@ class Monitor:
     def _warn_about_missing_records(self) -> None:
         """Report finished trials whose records have been deleted from the sweep's folder."""
         done = [r.trial for r in self.outputs.records if r.state == jobs.COMPLETE and r.cost]
-        gone = [n for n in done if not jobs.committed(jobs.job_folder(self.out, "trial", n))]
-        if gone:
-            names = ", ".join(map(str, gone[:5])) + (", ..." if len(gone) > 5 else "")
+        lost = [n for n in done if not jobs.committed(jobs.job_folder(self.out, "trial", n))]
+        if lost:
+            names = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
             self.progress.message(
-                f"records of finished trials ({names}; {len(gone)} in total) are missing from "
+                f"records of finished trials ({names}; {len(lost)} in total) are missing from "
                 f"{self.out / 'trials'}; restore them: a trial without a record has no model"
             )
 
@@ -122,17 +122,17 @@ class Monitor:
         stopping = self.coordinator.stopping
         if not self._trials_began and self.coordinator.stage == "trials":
             self._trials_began = time.monotonic()
-        asked = self.stop.is_set() or (not stopping and stop_requested(self.out))
-        if asked and not self.interrupted:
+        requested = self.stop.is_set() or (not stopping and stop_requested(self.out))
+        if requested and not self.interrupted:
             self.interrupted = True
-            self._ask_workers_to_stop()
+            self._stop_workers()
         if time.monotonic() - self._checked > _CHECK_INTERVAL_SECONDS:
             self._checked = time.monotonic()
             for job in [*self.coordinator.running.values(), *self._uncommitted.values()]:
                 self._count_samples(job)
             hours = self.config.limits.hours
             if self.enough() and hours is not None and "hours" in self.limit:
-                self._ask_workers_to_stop()
+                self._stop_workers()
             self._kill_hung()
             self._record_running()
         self.outputs.write_tables()
@@ -152,7 +152,7 @@ class Monitor:
             self._total_samples += now - self._samples.get(job.folder, 0)
             self._samples[job.folder] = now
 
-    def _ask_workers_to_stop(self) -> None:
+    def _stop_workers(self) -> None:
         self.coordinator.stop()
         if not stop_requested(self.out):
             storage.write_bytes(self.out / STOP_FILE, b"stop\n")
@@ -178,7 +178,7 @@ class Monitor:
                 try:
                     os.kill(attempt["pid"], signal.SIGKILL)
                 except ProcessLookupError:
-                    _log.warning("%s: its process is gone", job.name)
+                    _log.warning("%s: its process has already exited", job.name)
             elif attempt.get("node"):
                 failures.kill_on(attempt["node"], attempt["pid"])
 

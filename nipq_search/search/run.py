@@ -140,6 +140,19 @@ def open_ledger(
     elif before is not None:
         # No job has been started, so the earlier configuration need not match.
         _check_mode(ledger, task)
+    _store_sweep(ledger, config, facts, data, out, guard)
+    return ledger, facts
+
+
+def _store_sweep(
+    ledger: Ledger,
+    config: SweepConfig,
+    facts: Facts,
+    data: Mapping[str, Any],
+    out: Path,
+    guard: Callable[[], None],
+) -> None:
+    """Store configuration, budgets and data set in the study and in the sweep's folder."""
     ledger.name_metrics(facts.metric, facts.front_cost)
     ledger.remember("budgets", [dict(b.entry) for b in facts.budgets])
     ledger.remember("dataset", data)
@@ -150,7 +163,6 @@ def open_ledger(
     storage.write_json(out / FACTS_FILE, {**facts.as_json(), "dataset": data, "study": identity})
     text = yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True)
     storage.write_bytes(out / SWEEP_FILE, text.encode())
-    return ledger, facts
 
 
 def _check_same(ledger: Ledger, config: SweepConfig, data: Mapping[str, Any], out: Path) -> None:

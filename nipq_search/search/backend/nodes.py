@@ -51,9 +51,9 @@ def check_room(resources: ResourcesSection, grows: bool) -> None:
     elif (types := _node_types()) is not None:
         _check_largest(resources, [*nodes, *types], "node type")
     elif not any(_holds(node, resources.ray_resources()) for node in nodes):
-        asked = ", ".join(f"{a:g} {n}" for n, a in resources.ray_resources().items())
+        request = ", ".join(f"{a:g} {n}" for n, a in resources.ray_resources().items())
         _log.warning(
-            "no node is large enough for a trial (%s): waiting for the cluster to add one", asked
+            "no node is large enough for a trial (%s): waiting for the cluster to add one", request
         )
 
 
@@ -88,8 +88,8 @@ def _check_largest(
                 f"{most / unit:.4g}"
             )
     if not any(_holds(node, wanted) for node in nodes):
-        asked = ", ".join(f"{a:g} {n}" for n, a in wanted.items())
-        raise UserError(f"resources: no {word} has all of {asked}, which one trial requests")
+        request = ", ".join(f"{a:g} {n}" for n, a in wanted.items())
+        raise UserError(f"resources: no {word} has all of {request}, which one trial requests")
 
 
 def slots(resources: ResourcesSection) -> int:
@@ -137,19 +137,21 @@ def check_data(
     ]
     if not nodes:
         return
-    there, known = ray.put(task), storage.digest((out / FACTS_FILE).read_bytes())
+    shared_task = ray.put(task)
+    facts_digest = storage.digest((out / FACTS_FILE).read_bytes())
     remote: Any = ray.remote(_problem)
-    asked = {}
+    answers = {}
     for node in nodes:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": place, "max_retries": 0}
-        asked[remote.options(**options).remote(there, batch_size, str(out), known)] = node
-    left, limit = list(asked), time.monotonic() + _NODE_TIMEOUT_SECONDS
+        answer = remote.options(**options).remote(shared_task, batch_size, str(out), facts_digest)
+        answers[answer] = node
+    left, limit = list(answers), time.monotonic() + _NODE_TIMEOUT_SECONDS
     while left and time.monotonic() < limit:
         if stopping():
             return
         left = ray.wait(left, num_returns=len(left), timeout=1)[1]
-    for answer, node in asked.items():
+    for answer, node in answers.items():
         try:
             problem = ray.get(answer, timeout=0)
         except ray.exceptions.GetTimeoutError:
@@ -164,13 +166,13 @@ def check_data(
             )
 
 
-def _problem(task: Task, batch_size: int, out: str, known: str) -> str | None:
+def _problem(task: Task, batch_size: int, out: str, facts_digest: str) -> str | None:
     """Return why trials cannot run on a node, or None; executed on that node."""
     try:
-        seen = storage.digest((Path(out) / FACTS_FILE).read_bytes())
+        found = storage.digest((Path(out) / FACTS_FILE).read_bytes())
     except OSError as error:
         return f"the sweep's folder {out} is not visible there ({error.strerror})"
-    if seen != known:
+    if found != facts_digest:
         return f"the sweep's folder {out} is a different folder there"
     try:
         what = "data"

@@ -17,13 +17,13 @@ from nipq_search.search.coordinator.coordinator import Coordinator, Verdict
 from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind
 from nipq_search.search.worker import failures
 
-_VISIBILITY_TIMEOUT_SECONDS = 90.0
+_RECORD_VISIBILITY_SECONDS = 90.0
 """Time until another node's write must be visible; NFS delays it by up to a minute."""
 
 
 def _is_visible(job: Job) -> bool:
     """Whether the record that a worker has committed can be read on this machine."""
-    limit = time.monotonic() + _VISIBILITY_TIMEOUT_SECONDS
+    limit = time.monotonic() + _RECORD_VISIBILITY_SECONDS
     while jobs.committed(job.folder) is None:
         if job.kind == "test" or time.monotonic() > limit:
             return job.kind == "test" and bool(jobs.attempts(job.folder))

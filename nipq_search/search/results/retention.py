@@ -56,28 +56,27 @@ def needed(
         if r.state == jobs.COMPLETE and r.cost
     ]
     strategy = STRATEGIES[config.search.strategy]()
-    asked = [dict(r.budget) for r in records] + [dict(budget) for budget in budgets]
-    places = [dict(trial.cost) for trial in finished] + asked
-    names = {name for budget in asked for name in budget}
-    for number, why in _answers(finished, asked, names).items():
+    targets = [dict(r.budget) for r in records] + [dict(budget) for budget in budgets]
+    names = {name for target in targets for name in target}
+    for number, why in _best_trials(finished, targets, names).items():
         found.setdefault(number, why)
-    for place in places:
-        target = {name: value for name, value in place.items() if name in names}
-        for one in [target, *({name: value} for name, value in target.items())]:
-            if one and (parent := strategy.parent(one, finished)) is not None:
-                found.setdefault(parent, "what a further trial would start from")
+    for costs in [*(dict(trial.cost) for trial in finished), *targets]:
+        limited = {name: value for name, value in costs.items() if name in names}
+        for target in [limited, *({name: value} for name, value in limited.items())]:
+            if target and (parent := strategy.parent(target, finished)) is not None:
+                found.setdefault(parent, "the start of a further trial")
     return found
 
 
-def _answers(
-    finished: Sequence[Finished], asked: Sequence[Mapping[str, float]], names: Collection[str]
+def _best_trials(
+    finished: Sequence[Finished], targets: Sequence[Mapping[str, float]], names: Collection[str]
 ) -> dict[int, str]:
     """Find the trials that `best` returns for limits on one cost or on a budget's costs."""
     found: dict[int, str] = {}
     for name in sorted(names):
         points = {t.number: (t.metric, t.cost[name]) for t in finished if name in t.cost}
         found |= dict.fromkeys(non_dominated(points, "max"), f"the best for a limit on {name}")
-    for limits in asked:
+    for limits in targets:
         inside = [t for t in finished if all(t.cost.get(n, 0) <= v for n, v in limits.items())]
         if limits and inside:
             best = max(inside, key=lambda t: (t.metric, -t.number))

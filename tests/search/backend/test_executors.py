@@ -181,7 +181,7 @@ def test_what_the_end_of_a_job_raises_ends_the_run(executor, tmp_path, monkeypat
 @pytest.mark.cluster
 def test_a_node_that_does_not_share_the_folder_ends_the_run(tune, tmp_path, monkeypatch):
     runner, task = tune
-    monkeypatch.setattr(tune_callbacks, "_VISIBILITY_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(tune_callbacks, "_RECORD_VISIBILITY_SECONDS", 1.0)
     script = Script(tmp_path, [UNSEEN, FINE])
     runner.run(script, task, lambda: None)
     assert "all nodes must share" in script.reason and script.waiting

@@ -1,4 +1,4 @@
-"""The doctor says by which path quantizers run; a missing compiler is no fault."""
+"""`doctor` reports how quantizers are executed; a missing compiler is not an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a node of a cluster, each with its fix."""
+"""Problems of a cluster's nodes, each reported with its fix."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_differences(change, fix):
     assert fix is None or fix in found[0]
 
 
-def test_a_node_s_look(tmp_path):
+def test_inspection_of_a_node(tmp_path):
     (tmp_path / "token").write_text("token")
     found = inspect_node(str(tmp_path), "token", "digits", {"width": 4})
     assert found["read"] and found["data"] and "data_error" not in found

@@ -1,4 +1,4 @@
-"""Budgets as people write them, and their absolute targets."""
+"""Parsing of budgets, and their absolute targets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def graph():
 
 @pytest.mark.parametrize("cost", sorted(COSTS))
 @pytest.mark.parametrize("bits", [4, 2.5])
-def test_uniform_is_the_formula_at_that_width(graph, cost, bits):
+def test_uniform_is_the_cost_at_that_width(graph, cost, bits):
     expected = exact_cost(cost, graph, uniform_bits(graph, bits))
     resolved = resolve_budget({cost: f"uniform {bits}"}, graph)
     assert resolved.targets == {cost: expected}
@@ -56,7 +56,7 @@ def test_pinned_layers_keep_their_bits_in_uniform_budgets(graph):
     assert high > low
 
 
-def test_several_costs_in_one_entry_hold_together(graph):
+def test_an_entry_may_limit_several_costs(graph):
     entry = {"bops": "uniform 4", "weight_bytes": "60 %"}
     resolved = resolve_budget(entry, graph)
     assert list(resolved.targets) == ["bops", "weight_bytes"]
@@ -79,12 +79,12 @@ def test_an_unreachable_budget_names_the_least_cost_and_its_layers(graph):
 @pytest.mark.parametrize(
     "figure", [0, -1, True, float("inf"), "0", "nan", "uniform 0", "uniform 17"]
 )
-def test_figures_that_are_no_budget(figure):
+def test_invalid_targets(figure):
     with pytest.raises(UserError, match=r"^budgets\.bops: "):
         check_budget({"bops": figure})
 
 
-def test_budgets_that_come_to_the_same_are_refused():
+def test_budgets_with_equal_targets_are_rejected():
     config = make_config(budgets=[{"bops": "uniform 8"}, {"bops": "100 %"}])
     with pytest.raises(UserError, match="bops: uniform 8 and bops: 100 % are the same"):
         gather(config, digits())

@@ -1,4 +1,4 @@
-"""Spaces, samplers and strategies; a new entry of a registry is tested by being there."""
+"""Search spaces, samplers and strategies; tests iterate over the registries."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def study_of(sampler):
 
 
 def propose(name, seed, history):
-    """The proposal after a history of results."""
+    """Return a proposal after a history of results."""
     study = study_of(SAMPLERS["random"](0))
     for index in range(history):
         trial = study.ask()
@@ -77,7 +77,7 @@ def propose(name, seed, history):
 
 @pytest.mark.parametrize("history", [0, 12])
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_samplers_propose_within_the_space_as_their_seed_says(name, history):
+def test_samplers_propose_reproducibly_within_the_space(name, history):
     proposals = [propose(name, seed, history) for seed in (3, 3, 4)]
     assert proposals[0] == proposals[1] != proposals[2]
     for proposal in proposals:
@@ -87,7 +87,7 @@ def test_samplers_propose_within_the_space_as_their_seed_says(name, history):
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_samplers_go_through_a_search_with_failures(name):
+def test_samplers_handle_failed_trials(name):
     study = study_of(None)
     for number in range(14):
         study.sampler = SAMPLERS[name](number)

@@ -1,4 +1,4 @@
-"""Sweep files: what is read, and one clear line for whatever is wrong."""
+"""Sweep files: parsing, and one-line errors for invalid entries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PIPELINES = sorted((Path(__file__).parents[3] / "pipelines").glob("*.yaml"))
 
 
 def refused(given, *fragments):
-    """The message with which a document is refused: one line that holds all fragments."""
+    """Check that a document is rejected with a one-line message that contains all fragments."""
     with pytest.raises(UserError) as caught:
         parse_config(given, "sweep.yaml")
     message = str(caught.value)
@@ -53,7 +53,7 @@ def refused(given, *fragments):
         ("limits", "hour", "hours"),
     ],
 )
-def test_misspelt_keys_suggest_the_nearest(key, misspelt, known):
+def test_misspelled_keys_suggest_the_nearest(key, misspelt, known):
     given = document()
     place = given
     for part in key.split(".") if key else []:
@@ -63,7 +63,7 @@ def test_misspelt_keys_suggest_the_nearest(key, misspelt, known):
     refused(given, f" {full}: unknown key", f"did you mean '{known}'")
 
 
-def test_a_key_like_no_other_lists_the_known_ones():
+def test_an_unknown_key_without_a_near_match_lists_the_valid_ones():
     refused(document(limits__zzzzz=1), "limits.zzzzz: unknown key", "hours", "trial_minutes")
 
 
@@ -289,7 +289,7 @@ def test_a_resume_may_change_the_extent(changes):
         ),
     ],
 )
-def test_a_resume_may_change_nothing_else(changes, fragment):
+def test_a_resume_rejects_other_changes(changes, fragment):
     with pytest.raises(UserError) as caught:
         check_resume(make_config().as_json(), make_config(**changes))
     assert fragment in str(caught.value) and "another name" in str(caught.value)
@@ -325,15 +325,15 @@ def test_values_that_yaml_cannot_build_are_one_line(line, tmp_path):
         ({"search__space": {"noise_share": {"uniform": [0.0, 0.25]}}}, 45),
     ],
 )
-def test_a_plan_says_how_long_a_noise_phase_is(changes, steps):
-    """None where `fill` leaves it out, and with a quantizer that learns no bits."""
+def test_a_plan_reports_the_length_of_the_noise_phase(changes, steps):
+    """0 if `fill` skips the phase, and for quantizers that do not learn bits."""
     long = {"train__epochs": 20, "train__noise_share": 0.5}
     assert plan(make_config(**long | changes))["noise_steps"] == steps
 
 
 @pytest.mark.parametrize("start", ["budget", "sensitivity"])
-def test_a_plan_says_how_many_samples_are_processed(start, tmp_path):
-    """Calibration, scores, fitted ranges and normalization among them."""
+def test_a_plan_reports_the_number_of_samples(start, tmp_path):
+    """Including calibration, scores, fitted ranges and normalization statistics."""
     config = make_config(
         float__epochs=1,
         train__epochs=1,

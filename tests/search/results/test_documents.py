@@ -1,4 +1,4 @@
-"""Documents of the reading commands, as the contract has them."""
+"""The documents of the reading commands follow the contract."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ POINT = {
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """A finished sweep of five trials, of which one failed."""
+    """A finished sweep of five trials, one of which failed."""
     bench = Bench(tmp_path_factory.mktemp("sweep"), make_config(search__trials=5))
     bench.fail = lambda job: "no luck" if job.name == "trial-002" else None
     bench.sweep()
@@ -89,7 +89,7 @@ def test_hypervolumes_of_the_front_document(bench, sweep):
     assert document["reference"]["metric"] == pytest.approx(0.72)
 
 
-def test_a_reference_of_ones_own(bench):
+def test_a_configured_reference(bench):
     facts, records = bench.view().facts, bench.view().trials()
     config = make_config(search__reference=0.5).as_json()
     document = documents.front_document(records, facts, config, bench.out)
@@ -173,7 +173,7 @@ def test_best_names_the_layers_that_make_up_most_of_the_nearest(sweep):
     assert " (most of it b: 60 %, c: 25 %, a: 10 %), " in block
 
 
-def test_best_of_nothing(sweep):
+def test_best_without_a_complete_trial(sweep):
     document = documents.best_document([], {"bops": 1e12}, sweep.facts)
     assert document["point"] is None and document["blocks"] == ["no trial has completed yet"]
 
@@ -230,7 +230,7 @@ def test_summary_for_the_report(sweep):
 
 
 @pytest.mark.parametrize("state", ["missing", "empty", "no facts", "damaged", "no mapping"])
-def test_folders_that_are_no_sweep(state, bench, tmp_path):
+def test_folders_without_a_sweep(state, bench, tmp_path):
     folder = tmp_path / "sweep"
     if state != "missing":
         folder.mkdir()

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nipq_search.cli.exit_codes import FAILURE, FINE, INTERRUPTED, USAGE
+from nipq_search.cli.exit_codes import FAILURE, INTERRUPTED, SUCCESS, USAGE
 from nipq_search.errors import UserError
 
 DEBUG = "NIPQ_DEBUG"
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # With standalone mode off, typer returns the command's exit code and raises errors
         # instead of printing them over several lines.
-        return int(app(args=arguments, prog_name="nipq-search", standalone_mode=False) or FINE)
+        return int(app(args=arguments, prog_name="nipq-search", standalone_mode=False) or SUCCESS)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-FINE = 0
+SUCCESS = 0
 FAILURE = 1
 USAGE = 2
 SOME_FAILED = 3

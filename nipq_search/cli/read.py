@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nipq_search.cli import numbers, tables
 from nipq_search.cli.arguments import check_address, parse_limits
-from nipq_search.cli.exit_codes import FAILURE, FINE, MISMATCH
+from nipq_search.cli.exit_codes import FAILURE, MISMATCH, SUCCESS
 from nipq_search.cli.output import (
     emit_json,
     emit_table,
@@ -59,7 +59,7 @@ def plan(config: Path, overrides: Sequence[str], as_json: bool) -> int:
 
         document = make_plan(load_config(config, overrides))
     _print(document, as_json, tables.plan)
-    return FINE
+    return SUCCESS
 
 
 def status(folder: Path, as_json: bool) -> int:
@@ -67,7 +67,7 @@ def status(folder: Path, as_json: bool) -> int:
     with library_output_on_stderr():
         document = _sweep(folder).status()
     _print(document, as_json, tables.status)
-    return FINE
+    return SUCCESS
 
 
 def front(folder: Path, as_json: bool) -> int:
@@ -75,7 +75,7 @@ def front(folder: Path, as_json: bool) -> int:
     with library_output_on_stderr():
         document = _sweep(folder).front_document()
     _print(document, as_json, tables.front)
-    return FINE
+    return SUCCESS
 
 
 def show(folder: Path, trial: int, as_json: bool) -> int:
@@ -92,7 +92,7 @@ def show(folder: Path, trial: int, as_json: bool) -> int:
     with library_output_on_stderr():
         document = _sweep(folder).show(trial)
     _print(document, as_json, tables.show)
-    return FINE
+    return SUCCESS
 
 
 def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
@@ -111,7 +111,7 @@ def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
         document = _sweep(folder).best(limits)
     _print(document, as_json, tables.best)
     if document.get("point") is not None:
-        return FINE
+        return SUCCESS
     if document.get("nearest") is not None:
         print_message(f"error: no trained point is within {numbers.costs(limits)}")
     return FAILURE
@@ -133,7 +133,7 @@ def logs(folder: Path, trial: int, as_json: bool) -> int:
     if as_json:
         entries = [{"file": str(file), "text": file.read_text(errors="replace")} for file in files]
         emit_json({"schema": SCHEMA, "trial": trial, "logs": entries})
-        return FINE
+        return SUCCESS
     for file in files:
         emit_text(f"==> {file} <==\n")
         with file.open(encoding="utf-8", errors="replace") as stream:
@@ -141,7 +141,7 @@ def logs(folder: Path, trial: int, as_json: bool) -> int:
                 emit_text(chunk)
     if not files:
         print_message(f"trial {trial} has no output")
-    return FINE
+    return SUCCESS
 
 
 def replay(folder: Path, trial: int, as_json: bool) -> int:
@@ -160,7 +160,7 @@ def replay(folder: Path, trial: int, as_json: bool) -> int:
 
         document = run_again(_sweep(folder), trial, print_message)
     _print(document, as_json, tables.replay)
-    return FINE if document["equal"] else MISMATCH
+    return SUCCESS if document["equal"] else MISMATCH
 
 
 def doctor(config: Path | None, address: str | None, out: Path | None, as_json: bool) -> int:
@@ -193,4 +193,4 @@ def doctor(config: Path | None, address: str | None, out: Path | None, as_json: 
     healthy = all(check.get("ok") for check in checks)
     document = {"schema": SCHEMA, "ok": healthy, "checks": checks}
     _print(document, as_json, lambda found: tables.doctor(found["checks"]))
-    return FINE if healthy else FAILURE
+    return SUCCESS if healthy else FAILURE

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nipq_search.cli.arguments import check_address
-from nipq_search.cli.exit_codes import FAILURE, FINE, INTERRUPTED, SOME_FAILED
+from nipq_search.cli.exit_codes import FAILURE, INTERRUPTED, SOME_FAILED, SUCCESS
 from nipq_search.cli.output import (
     emit_json,
     emit_table,
@@ -97,7 +97,7 @@ def submit(
         f"  ray job stop {job} --address {shown}",
     ):
         print_message(line)
-    return FINE
+    return SUCCESS
 
 
 def exit_code(outcome: Outcome) -> int:
@@ -106,7 +106,7 @@ def exit_code(outcome: Outcome) -> int:
         return INTERRUPTED
     if outcome.failed:
         return SOME_FAILED if outcome.complete else FAILURE
-    return FINE
+    return SUCCESS
 
 
 def _front_document(folder: Path) -> dict[str, Any]:
@@ -166,9 +166,9 @@ def stop(folder: Path) -> int:
         print_message(f"nothing to stop: no driver is running on {folder}")
     else:
         print_message(
-            f"requested the driver ({driver}) to stop; the same run command resumes the sweep"
+            f"sent a stop request to the driver ({driver}); the same run command resumes the sweep"
         )
-    return FINE
+    return SUCCESS
 
 
 def sync(folder: Path) -> int:
@@ -178,7 +178,7 @@ def sync(folder: Path) -> int:
 
         done = bring_up_to_date(folder)
     print_message(f"{done['server']} is up to date: {done['trials']} trials")
-    return FINE
+    return SUCCESS
 
 
 def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
@@ -202,7 +202,7 @@ def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
         from nipq_search.cli import tables
 
         emit_table(tables.gc(document))
-    return FINE
+    return SUCCESS
 
 
 def report(folder: Path, open_it: bool) -> int:
@@ -217,4 +217,4 @@ def report(folder: Path, open_it: bool) -> int:
 
         if not webbrowser.open(path.resolve().as_uri()):
             print_message("no browser found; open the file manually")
-    return FINE
+    return SUCCESS

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from nipq_search.cli.exit_codes import FINE
+from nipq_search.cli.exit_codes import SUCCESS
 from nipq_search.cli.output import emit_text, print_message
 from nipq_search.errors import UserError
 
@@ -107,7 +107,7 @@ def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
                 for dashboard in running:
                     dashboard.check()
                 time.sleep(POLL_SECONDS)
-    return FINE
+    return SUCCESS
 
 
 def plan_servers(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> list[Server]:
@@ -225,7 +225,9 @@ def _wait_until_it_answers(dashboard: Running) -> None:
     while not _answers(dashboard.server.port):
         dashboard.check()
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{dashboard.server.name} did not start in {START_SECONDS:.0f} s")
+            raise RuntimeError(
+                f"{dashboard.server.name} did not start within {START_SECONDS:.0f} s"
+            )
         time.sleep(POLL_SECONDS)
 
 

@@ -115,7 +115,7 @@ def check_place(address: str | None, resources: ResourcesSection) -> None:
 def _no_cluster(address: str, reason: str) -> UserError:
     return UserError(
         f"--address {address}: no Ray cluster answers there ({reason}); start one with "
-        "`ray start --head`, or leave --address out"
+        "`ray start --head`, or omit --address"
     )
 
 

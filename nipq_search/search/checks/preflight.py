@@ -63,7 +63,7 @@ def check_databases(out: Path) -> None:
     for variable, uri, name in wanted:
         if re.fullmatch(r"sqlite(\+\w+)?:(//|///|///:memory:)(\?.*)?", uri):
             raise UserError(
-                f"{variable}: {uri} is an in-memory database; name a file, as sqlite:////a/b.db"
+                f"{variable}: {uri} is an in-memory database; name a file, such as sqlite:////a/b.db"
             )
         dialect, _, place = uri.partition(":///")
         sqlite = dialect.partition("+")[0] == "sqlite"

@@ -364,6 +364,6 @@ def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
         found.append(f"front cost: {old_cost!r} -> {new.front_cost!r}; set search.front_cost")
     if found:
         raise UserError(
-            f"the sweep '{new.name}' began with another configuration: {'; '.join(found)} "
+            f"the sweep '{new.name}' began with a different configuration: {'; '.join(found)} "
             "(change it back, or give the sweep another name and --out)"
         )

@@ -104,7 +104,7 @@ class Sweep:
             )
         if missing:
             raise UserError(
-                f"{folder}: not a sweep (it has no {SWEEP_FILE}); give the --out folder"
+                f"{folder}: not a sweep ({SWEEP_FILE} is missing); give the --out folder"
             )
         try:
             config = yaml.safe_load((folder / SWEEP_FILE).read_text())
@@ -114,7 +114,7 @@ class Sweep:
         facts = storage.read_json(folder / FACTS_FILE)
         needed = {"metric", "mode", "costs", "axis", "front_cost", "budgets"}
         if not isinstance(facts, dict) or not needed <= facts.keys():
-            raise UserError(f"{folder / FACTS_FILE}: damaged; run it again")
+            raise UserError(f"{folder / FACTS_FILE}: damaged; run it again to rewrite the file")
         try:
             if not isinstance(config, dict):
                 raise UserError("not a mapping")

@@ -26,7 +26,7 @@ import torch
 import yaml
 from pages import write_table
 
-from nipq_search.search.config.budgets import resolve
+from nipq_search.search.config.budgets import resolve_budget
 from nipq_search.search.config.sweep_config import SweepConfig, load_config
 from nipq_search.search.coordinator.resolved import model_graph
 from nipq_search.tasks import make_task
@@ -66,7 +66,7 @@ def execute(run: Run) -> dict[str, Any]:
     if run.name == "float":
         spec = TrainSpec(train=config.float_model.as_training(), seed=run.seed)
     else:
-        budget = resolve({"bops": run.plan["budget"]}, model_graph(config, task)).targets
+        budget = resolve_budget({"bops": run.plan["budget"]}, model_graph(config, task)).targets
         spec = TrainSpec(
             train=config.train,
             seed=run.seed,

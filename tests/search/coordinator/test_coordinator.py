@@ -230,7 +230,7 @@ def test_after_a_failed_float_model_the_configuration_may_change(bench):
     assert f"then remove {folder} to start over" in coordinator.failure
     budgets = [{"bops": "uniform 5"}]
     bench.config = make_config(budgets=budgets, search__space={"lr": {"log": [0.1, 0.2]}})
-    with pytest.raises(UserError, match=f"budgets: .*; or remove {folder}, which"):
+    with pytest.raises(UserError, match=f"budgets: .*; or remove the failed {folder}"):
         bench.open()
     shutil.rmtree(folder)
     bench.fail = lambda job: None

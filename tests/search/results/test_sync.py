@@ -47,7 +47,7 @@ def test_an_unavailable_server_is_a_one_line_error(sweep_copy, monkeypatch, caps
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
     assert main(["sync", str(sweep_copy)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the tracking server http://127.0.0.1:9 does not answer")
+    assert error.startswith("error: the tracking server http://127.0.0.1:9 did not respond")
     assert "secret" not in error
 
 

@@ -30,6 +30,7 @@ from nipq_search.search.jobs import (
 )
 from nipq_search.search.jobs.lease import live_driver
 from nipq_search.search.results import documents
+from nipq_search.search.results.best import best_document
 from nipq_search.search.study.storage import StudyGone, close_storage, load_study
 from nipq_search.tasks import make_task
 from nipq_search.train import TrainSpec
@@ -272,9 +273,7 @@ class Sweep:
         for name in limits:
             if name not in COSTS:
                 raise UserError(f"--max {name}: no such cost{nearest(name, COSTS)}")
-        document = documents.best_document(
-            self.front_document()["points"], limits, self.facts, self.layers
-        )
+        document = best_document(self.front_document()["points"], limits, self.facts, self.layers)
         point = document["point"]
         return {**document, "model": point and self._shown_file(point["trial"])}
 

@@ -13,6 +13,7 @@ from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.jobs.lease import driver_lease
 from nipq_search.search.results import documents
+from nipq_search.search.results.best import best_document
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.strategies.pareto import hypervolume
 
@@ -159,7 +160,7 @@ def test_best_document(sweep):
 
 def test_best_names_the_layers_that_set_the_least_cost(sweep):
     facts = {**sweep.facts, "least_set_by": {"bops": "stem: 80 %, head: 20 %"}}
-    (block,) = documents.best_document([], {"bops": 1.0}, facts)["blocks"][:1]
+    (block,) = best_document([], {"bops": 1.0}, facts)["blocks"][:1]
     assert block.endswith("with the allowed bit-widths (set by stem: 80 %, head: 20 %)")
 
 
@@ -169,12 +170,12 @@ def test_best_names_the_layers_that_make_up_most_of_the_nearest(sweep):
         {"name": name, "bops": cost} for name, cost in zip("abcd", (10, 60, 25, 5), strict=True)
     ]
     limit = {"bops": 0.9 * min(point["cost"]["bops"] for point in points)}
-    (block,) = documents.best_document(points, limit, sweep.facts, lambda trial: rows)["blocks"]
+    (block,) = best_document(points, limit, sweep.facts, lambda trial: rows)["blocks"]
     assert " (most of it b: 60 %, c: 25 %, a: 10 %), " in block
 
 
 def test_best_without_a_complete_trial(sweep):
-    document = documents.best_document([], {"bops": 1e12}, sweep.facts)
+    document = best_document([], {"bops": 1e12}, sweep.facts)
     assert document["point"] is None and document["blocks"] == ["no trial has completed yet"]
 
 
@@ -184,7 +185,7 @@ def test_best_of_a_metric_that_is_minimized(sweep):
         {"trial": 1, "validation": 1.0, "cost": {"bops": 2.0}},
     ]
     facts = {**sweep.facts, "mode": "min"}
-    assert documents.best_document(points, {"bops": 5.0}, facts)["point"]["trial"] == 1
+    assert best_document(points, {"bops": 5.0}, facts)["point"]["trial"] == 1
 
 
 def test_records_of_every_state(bench, sweep):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
-        ("errors", "records", "storage", "blobs"),
+        ("errors", "records", "registry", "storage", "blobs"),
         ("quant",),
         ("cost",),
         ("tasks",),

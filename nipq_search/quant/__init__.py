@@ -5,14 +5,14 @@ mathematics), `kernels` (the same, faster), `quantizers`, `tracing` (what a mode
 `insertion` (where quantizers go), `tools`. Imports no other layer, and needs torch alone.
 """
 
-from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer, register
+from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer
 from nipq_search.quant.quantizers.diffq import DiffQ
 from nipq_search.quant.quantizers.lsq import LSQ
 from nipq_search.quant.quantizers.nipq import NIPQ
 
-register("nipq", NIPQ)
-register("lsq", LSQ)
-register("diffq", DiffQ)
+QUANTIZERS.register("nipq", NIPQ)
+QUANTIZERS.register("lsq", LSQ)
+QUANTIZERS.register("diffq", DiffQ)
 
 from nipq_search.quant.config import (  # noqa: E402
     ActivationConfig,
@@ -45,7 +45,6 @@ __all__ = [
     "param_groups",
     "prepare",
     "quantizers",
-    "register",
     "reestimate_norm_stats",
     "unwrap",
 ]

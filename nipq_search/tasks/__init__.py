@@ -1,6 +1,6 @@
 """Tasks: the model, the data, the loss and the metric of a sweep.
 
-A sweep file names a task by its key in `TASKS`, or a class of your own as
+A sweep file names a task by its key in `TASKS`, which plug-ins extend, or a class of your own as
 `package.module:Class`; `task_args` are the class's keyword arguments.
 """
 
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.registry import Registry
 from nipq_search.tasks.base import Task, check_task, unreadable
 from nipq_search.tasks.text.classification import TextClassification
 from nipq_search.tasks.text.language_modeling import (
@@ -25,24 +26,27 @@ from nipq_search.tasks.vision.digits import Digits
 from nipq_search.tasks.vision.fashion_mnist import FashionMnist
 from nipq_search.tasks.vision.image_folder.task import ImageFolder
 
-__all__ = ["TASKS", "Task", "check_task", "make_task", "register"]
+__all__ = ["TASKS", "Task", "check_task", "make_task"]
 
-TASKS: dict[str, Callable[..., Task]] = {
-    "digits": Digits,
-    "fashion_mnist": FashionMnist,
-    "image_folder": ImageFolder,
-    "text_classification": TextClassification,
-    "masked_lm": MaskedLanguageModeling,
-    "causal_lm": CausalLanguageModeling,
-}
+
+def _problem(name: str, value: Any) -> str | None:
+    return None if callable(value) else "not a class or function that builds a task"
+
+
+TASKS: Registry[Callable[..., Task]] = Registry(
+    "task",
+    group="nipq_search.tasks",
+    check=_problem,
+    hint="; a class of your own is named package.module:Class",
+)
 """Tasks that a sweep file may name without a module."""
 
-
-def register(name: str, factory: Callable[..., Task]) -> None:
-    """Add a task under `name`; `ValueError` if the name is taken."""
-    if name in TASKS:
-        raise ValueError(f"a task named '{name}' exists already")
-    TASKS[name] = factory
+TASKS.register("digits", Digits)
+TASKS.register("fashion_mnist", FashionMnist)
+TASKS.register("image_folder", ImageFolder)
+TASKS.register("text_classification", TextClassification)
+TASKS.register("masked_lm", MaskedLanguageModeling)
+TASKS.register("causal_lm", CausalLanguageModeling)
 
 
 def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
@@ -56,15 +60,7 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
     Raises:
         UserError: unknown name, module or class, wrong arguments, or a class that is no task.
     """
-    if ":" in name:
-        factory = _import_class(name)
-    elif name in TASKS:
-        factory = TASKS[name]
-    else:
-        raise UserError(
-            f"task: no task named '{name}'{nearest(name, TASKS)}; "
-            "a class of your own is named package.module:Class"
-        )
+    factory = _import_class(name) if ":" in name else TASKS.lookup(name, "task")
     arguments = dict(args or {})
     _check_arguments(name, factory, arguments)
     try:

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from random_graphs import ends, graphs
 from torch import nn
 
-from nipq_search.cost import COSTS, Budget, cost_estimate, cost_penalty, exact_cost, register
+from nipq_search.cost import COSTS, Budget, cost_estimate, cost_penalty, exact_cost
 from nipq_search.cost.base import complete_bits
 from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant.insertion.prepare import quant_state
+from nipq_search.registry import RegistrationError
 
 pytestmark = pytest.mark.parametrize("name", list(COSTS))
 
@@ -118,5 +119,5 @@ def test_the_penalty_reaches_the_budget(name, start):
 
 
 def test_a_name_is_taken_once(name):
-    with pytest.raises(KeyError, match="registered already"):
-        register(COSTS[name])
+    with pytest.raises(RegistrationError, match="registered already"):
+        COSTS.register(name, COSTS[name])

@@ -2,8 +2,8 @@
 
 Life cycle of a quantizer: built by `prepare`; activations observe calibration batches; it is
 initialized from what was seen; it trains; `freeze` fixes its bit-width; hard training and
-evaluation follow. To add a quantizer write one file like `nipq.py` and one line in `QUANTIZERS`
-(`nipq_search/quant/__init__.py` imports the files).
+evaluation follow. To add a quantizer write one file like `nipq.py` and one line that registers it
+in `nipq_search/quant/__init__.py`; another package offers an entry point instead.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from nipq_search.quant.numerics.functional import Boundary, Grid
 from nipq_search.quant.numerics.noise import NoiseClock, placed
 from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.quant.quantizers.statistics import TensorStatistics
+from nipq_search.registry import Registry
 
 _GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
 
@@ -181,16 +182,12 @@ class FakeQuantizer(nn.Module, abc.ABC):
         return f"{self.name}, {self.grid.value}, channels={self.channels}"
 
 
-QUANTIZERS: dict[str, type[FakeQuantizer]] = {}
-"""Quantizers by the name that configurations use."""
+def _problem(name: str, value: Any) -> str | None:
+    fits = isinstance(value, type) and issubclass(value, FakeQuantizer)
+    return None if fits else "not a subclass of nipq_search.quant.FakeQuantizer"
 
 
-def register(name: str, quantizer: type[FakeQuantizer]) -> None:
-    """Add a quantizer under `name`.
-
-    Raises:
-        KeyError: the name is taken.
-    """
-    if name in QUANTIZERS:
-        raise KeyError(f"quantizer {name!r} is registered already")
-    QUANTIZERS[name] = quantizer
+QUANTIZERS: Registry[type[FakeQuantizer]] = Registry(
+    "quantizer", group="nipq_search.quantizers", check=_problem
+)
+"""Quantizers by the names that configurations use."""

@@ -20,6 +20,7 @@ from pydantic import (
 from nipq_search.blobs import check_home
 from nipq_search.errors import UserError, nearest
 from nipq_search.quant import QuantConfig
+from nipq_search.registry import Registry
 from nipq_search.search.config.budgets import check_budget
 from nipq_search.search.config.resources import LimitsSection, ResourcesSection, Section
 from nipq_search.search.config.space import check_space
@@ -59,9 +60,8 @@ class SearchSection(Section):
     @field_validator("strategy", "sampler")
     @classmethod
     def _registered(cls, value: str, info: ValidationInfo) -> str:
-        known = STRATEGIES if info.field_name == "strategy" else SAMPLERS
-        if value not in known:
-            raise ValueError(f"unknown {info.field_name} {value!r}{nearest(value, known)}")
+        known: Registry[Any] = STRATEGIES if info.field_name == "strategy" else SAMPLERS
+        known[value]
         return value
 
     @field_validator("baselines")

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from nipq_search import blobs, storage
-from nipq_search.cost import CONVENTION, COSTS
+from nipq_search.cost import CONVENTION
 from nipq_search.errors import UserError, nearest
 from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
 from nipq_search.report.movement import never_moved
@@ -244,8 +244,11 @@ class Sweep:
             UserError: a limit names no cost.
         """
         for name in limits:
-            if name not in COSTS:
-                raise UserError(f"--max {name}: no such cost{nearest(name, COSTS)}")
+            if name not in self.facts["costs"]:
+                raise UserError(
+                    f"--max {name}: unknown cost{nearest(name, self.facts['costs'])}; the costs "
+                    f"of this sweep are {', '.join(self.facts['costs'])}"
+                )
         document = documents.best_document(
             self.front_document()["points"], limits, self.facts, self.layers
         )

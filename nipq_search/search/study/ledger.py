@@ -28,7 +28,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.errors import UserError
-from nipq_search.search.strategies.samplers import LEARN_BY_REGRET, SAMPLERS, ByRegret, History
+from nipq_search.search.strategies.samplers import SAMPLERS, ByRegret, History
 from nipq_search.search.study.journal import free_journal, mend_journal
 from nipq_search.search.study.retry import patient
 from nipq_search.search.study.storage import (
@@ -264,8 +264,9 @@ class Ledger:
     def _use_sampler(
         self, budget: int, number: int, budgets: int, trials: Sequence[FrozenTrial]
     ) -> None:
-        base = SAMPLERS[self.sampler](seed_for(self.seed, number, 1))
-        if self.sampler in LEARN_BY_REGRET:
+        factory = SAMPLERS[self.sampler]
+        base = factory(seed_for(self.seed, number, 1))
+        if factory.learns_by_regret:
             self.study.sampler = ByRegret(
                 base,
                 history=self._history,

@@ -21,10 +21,10 @@ from nipq_search.quant import (
     param_groups,
     prepare,
     quantizers,
-    register,
 )
 from nipq_search.quant.insertion.prepare import freeze_bits
 from nipq_search.quant.numerics.functional import Grid
+from nipq_search.registry import RegistrationError
 
 pytestmark = pytest.mark.parametrize("name", list(QUANTIZERS))
 
@@ -217,8 +217,8 @@ def test_zeros_and_empty_tensors(name):
 
 
 def test_a_name_is_taken_once(name):
-    with pytest.raises(KeyError, match="registered already"):
-        register(name, QUANTIZERS[name])
+    with pytest.raises(RegistrationError, match="registered already"):
+        QUANTIZERS.register(name, QUANTIZERS[name])
 
 
 def test_a_boundary_that_collapsed_gives_numbers(name):

@@ -17,7 +17,7 @@ from optuna.samplers import RandomSampler, TPESampler
 
 from nipq_search.search.config.sweep_config import SearchSection
 from nipq_search.search.strategies.halving import Standing, to_promote
-from nipq_search.search.strategies.samplers import RUNGS, SAMPLERS, tpe
+from nipq_search.search.strategies.samplers import RUNGS, SAMPLERS, SamplerFactory, tpe
 from nipq_search.search.study.ledger import BUDGET, Ledger
 
 BUDGETS, TRIALS, SEEDS = 5, 60, 24
@@ -71,9 +71,9 @@ def default():
     ],
     ids=["random", "univariate TPE"],
 )
-def test_the_default_sampler_beats_its_rivals(default, rival, monkeypatch):
-    monkeypatch.setitem(SAMPLERS, "rival", rival)
-    theirs = [searched("rival", seed) for seed in range(SEEDS)]
+def test_the_default_sampler_beats_its_rivals(default, rival):
+    with SAMPLERS.temporarily("rival", SamplerFactory(rival)):
+        theirs = [searched("rival", seed) for seed in range(SEEDS)]
     leads = [a - b for a, b in zip(default, theirs, strict=True)]
     error = statistics.stdev(leads) / SEEDS**0.5
     assert statistics.fmean(leads) > 2 * error
@@ -168,7 +168,7 @@ def test_rungs_teach_the_sampler(default):
     assert statistics.fmean(leads) > 2 * statistics.stdev(leads) / len(leads) ** 0.5
 
 
-def test_a_rung_without_a_number_is_the_worst(monkeypatch):
+def test_a_rung_without_a_number_is_the_worst():
     """Also where no trial under the budget has one."""
     shown = []
 
@@ -177,12 +177,13 @@ def test_a_rung_without_a_number_is_the_worst(monkeypatch):
             shown.extend(t.value for t in study.trials if t.state.is_finished())
             return super().sample_relative(study, trial, search_space)
 
-    monkeypatch.setitem(SAMPLERS, "tpe", lambda seed: Spy(seed=seed))
-    study = optuna.create_study(directions=["minimize", "minimize"])
-    ledger = Ledger(study, space=SPACE, sampler="tpe", seed=0)
-    for rungs in ([None], [None, 0.5], [0.3]):
-        ledger.note(ledger.ask(0, 2).number, {RUNGS: rungs})
-    ledger.note(ledger.ask(1, 2).number, {RUNGS: [None]})
-    shown.clear()
-    ledger.ask(0, 2)
+    spy = SamplerFactory(lambda seed: Spy(seed=seed), learns_by_regret=True)
+    with SAMPLERS.temporarily("tpe", spy):
+        study = optuna.create_study(directions=["minimize", "minimize"])
+        ledger = Ledger(study, space=SPACE, sampler="tpe", seed=0)
+        for rungs in ([None], [None, 0.5], [0.3]):
+            ledger.note(ledger.ask(0, 2).number, {RUNGS: rungs})
+        ledger.note(ledger.ask(1, 2).number, {RUNGS: [None]})
+        shown.clear()
+        ledger.ask(0, 2)
     assert shown == [float("-inf"), 0.0, 0.0, float("-inf")]

@@ -281,7 +281,8 @@ def replay(document: Document) -> RenderableType:
     """Whether a trial came out the same, or what differs."""
     trial, sha = document["trial"], str(document["model_sha256"])[:12]
     if document["equal"]:
-        return _line(f"trial {trial}: the same bit by bit (model {sha})")
+        agreement = "the same bit by bit" if document["exact"] else _within(document)
+        return _line(f"trial {trial}: {agreement} (model {sha})")
     rows = [
         [entry["name"], _word(entry["recorded"]), _word(entry["replayed"])]
         for entry in document["differences"]
@@ -290,6 +291,14 @@ def replay(document: Document) -> RenderableType:
         _line(f"trial {trial}: came out otherwise"),
         _table(["what", "recorded", "replayed"], rows),
     )
+
+
+def _within(document: Document) -> str:
+    """How a replay agreed with its record where bits may differ."""
+    weights, metrics = document["tolerance"]["weights"], document["tolerance"]["metrics"]
+    if not document["weights_compared"]:
+        return f"the same metrics within {numbers.share(metrics)}; its model is gone, not compared"
+    return f"weights within {numbers.share(weights)}, metrics within {numbers.share(metrics)}"
 
 
 def gc(document: Document) -> RenderableType:

@@ -15,6 +15,7 @@ import yaml
 
 from nipq_search import storage
 from nipq_search.errors import UserError
+from nipq_search.search.config.plugins import plugin_mismatches
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.jobs import FACTS_FILE
 from nipq_search.tasks import Task
@@ -123,24 +124,68 @@ def check_data(
         UserError: a node does not; names it and the fix.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    if nodes := _candidates(resources, own_host):
+        known = storage.digest((out / FACTS_FILE).read_bytes())
+        fix = "mount the same folders there, or take the node out"
+        _check_each(nodes, _problem, (ray.put(task), batch_size, str(out), known), fix, stopping)
+
+
+def check_plugins(
+    plugins: Mapping[str, str],
+    resources: ResourcesSection,
+    own_host: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
+) -> None:
+    """Check that every node that may get a trial has the sweep's plug-ins in the same versions.
+
+    Args:
+        plugins: `package version` by entry, as in `SweepConfig.plugins`.
+        resources: resources of one trial.
+        own_host: whether nodes on this host are checked as well.
+        stopping: whether to stop waiting for answers, as after Ctrl-C.
+
+    Raises:
+        UserError: a node lacks a plug-in or has another version; names the node and the fix.
+    """
+    if plugins and (nodes := _candidates(resources, own_host)):
+        fix = "install it there, or take the node out"
+        _check_each(nodes, _plugin_problem, (dict(plugins),), fix, stopping)
+
+
+def _plugin_problem(plugins: Mapping[str, str]) -> str | None:
+    """Return what differs on a node from the driver's plug-ins; runs there."""
+    return "; ".join(plugin_mismatches(plugins)) or None
+
+
+def _candidates(resources: ResourcesSection, own_host: bool) -> list[dict[str, Any]]:
+    """Return the nodes that may get a trial."""
     wanted = resources.in_ray_s_words()
-    nodes = [
+    return [
         node
         for node in living()
         if _holds(node["Resources"], wanted)
         and (own_host or node["NodeManagerHostname"] != socket.gethostname())
     ]
-    if not nodes:
-        return
-    there, known = ray.put(task), storage.digest((out / FACTS_FILE).read_bytes())
-    remote: Any = ray.remote(_problem)
+
+
+def _check_each(
+    nodes: Sequence[Mapping[str, Any]],
+    problem_on: Callable[..., str | None],
+    arguments: tuple[Any, ...],
+    fix: str,
+    stopping: Callable[[], bool],
+) -> None:
+    """Run a check on every node and raise `UserError` for the first problem that one returns."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    remote: Any = ray.remote(problem_on)
     asked = {}
     for node in nodes:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": place, "max_retries": 0}
-        asked[remote.options(**options).remote(there, batch_size, str(out), known)] = node
+        asked[remote.options(**options).remote(*arguments)] = node
     left, limit = list(asked), time.monotonic() + _PATIENCE_SECONDS
     while left and time.monotonic() < limit:
         if stopping():
@@ -156,8 +201,7 @@ def check_data(
         if problem is not None:
             raise UserError(
                 f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {problem}; "
-                "mount the same folders there, or take the node out; `nipq-search doctor` asks "
-                "them all"
+                f"{fix}; `nipq-search doctor` asks them all"
             )
 
 

@@ -8,12 +8,14 @@ import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nipq_search import blobs
 from nipq_search.errors import UserError
 from nipq_search.search.backend.code_shipping import sources
 from nipq_search.search.backend.tune import ray_cluster
+from nipq_search.search.config.plugins import plugin_mismatches
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.config.sweep_config import SweepConfig
 
@@ -29,6 +31,7 @@ def look(
     task: str | None,
     arguments: Mapping[str, Any],
     home: str | None = None,
+    plugins: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What a node sees; runs there.
 
@@ -38,6 +41,7 @@ def look(
         task: of the sweep whose data are looked at, or None.
         arguments: `task_args`.
         home: URI for models and checkpoints, or None.
+        plugins: `package version` of the sweep's plug-ins, by entry.
     """
     import torch
 
@@ -47,6 +51,7 @@ def look(
         "versions": {name: _version(name) for name in SAME},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "data": None,
+        "plugins": plugin_mismatches(plugins),
     }
     try:
         found["read"] = (Path(folder) / token).read_text() == token
@@ -93,6 +98,7 @@ def differences(node: Mapping[str, Any], own: Mapping[str, Any], folder: str) ->
         there, here = node["versions"].get(name), own["versions"].get(name)
         if there != here:
             wrong.append(f"{name} {there}, here {here}: install the same")
+    wrong += node["plugins"]
     if not node["read"]:
         reason = f" ({node['error']})" if node.get("error") else ""
         wrong.append(f"does not see {folder} as this machine does{reason}: mount it there")
@@ -119,6 +125,7 @@ def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[
     task = None if config is None else config.task
     arguments = {} if config is None else dict(config.task_args)
     home = None if config is None else config.checkpoints
+    plugins = {} if config is None else config.with_plugins().plugins
     code = sources(task or "")
     token = f".doctor-{uuid.uuid4().hex}"
     try:
@@ -128,7 +135,7 @@ def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[
     try:
         own = look(str(folder), token, task, arguments)
         with ray_cluster(address, ResourcesSection(cpus=1), code, check=False):
-            asked = (str(folder), token, task, arguments, home)
+            asked = (str(folder), token, task, arguments, home, plugins)
             return [_check(node, folder, own, asked) for node in _living()]
     finally:
         for file in folder.glob(f"{token}*"):

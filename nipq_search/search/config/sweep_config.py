@@ -22,6 +22,7 @@ from nipq_search.errors import UserError, nearest
 from nipq_search.quant import QuantConfig
 from nipq_search.registry import Registry
 from nipq_search.search.config.budgets import check_budget
+from nipq_search.search.config.plugins import check_installed, plugin_versions
 from nipq_search.search.config.resources import LimitsSection, ResourcesSection, Section
 from nipq_search.search.config.space import check_space
 from nipq_search.search.config.yaml_loader import parse_yaml
@@ -99,6 +100,8 @@ class SweepConfig(Section):
         limits: when to stop.
         checkpoints: URI of a file system for models and checkpoints, such as `s3://BUCKET/FOLDER`;
             None keeps them in the sweep's folder.
+        plugins: `package version` of every plug-in in use, by `<family>.<name>`. Written by `run`
+            and no part of the sweep's identity.
     """
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][\w.\- ]*$")
@@ -113,6 +116,7 @@ class SweepConfig(Section):
     resources: ResourcesSection = Field(default_factory=ResourcesSection)
     limits: LimitsSection = Field(default_factory=LimitsSection)
     checkpoints: str | None = None
+    plugins: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("checkpoints")
     @classmethod
@@ -129,6 +133,15 @@ class SweepConfig(Section):
         if len({json.dumps(entry, sort_keys=True) for entry in value}) != len(value):
             raise ValueError("a budget stands twice; remove one")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plugins(cls, document: Any) -> Any:
+        """Name the package of a missing plug-in before its name is reported as unknown."""
+        wanted = document.get("plugins") if isinstance(document, dict) else None
+        if isinstance(wanted, dict):
+            check_installed({str(entry): str(package) for entry, package in wanted.items()})
+        return document
 
     @model_validator(mode="before")
     @classmethod
@@ -161,10 +174,34 @@ class SweepConfig(Section):
         """Name of the cost of the front."""
         return self.search.front_cost or next(iter(self.budgets[0]))
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Registry entries that the sweep uses, as `<family>.<name>`."""
+        costs = dict.fromkeys(
+            [self.front_cost, *(cost for entry in self.budgets for cost in entry)]
+        )
+        return (
+            f"quantizer.{self.quant.quantizer}",
+            *(f"cost.{name}" for name in costs),
+            *([] if ":" in self.task else [f"task.{self.task}"]),
+            f"strategy.{self.search.strategy}",
+            f"sampler.{self.search.sampler}",
+        )
+
+    def with_plugins(self) -> SweepConfig:
+        """Return the configuration with the packages and versions that are installed here.
+
+        Raises:
+            UserError: an entry is unknown, or several packages offer it.
+        """
+        return self.model_copy(update={"plugins": plugin_versions(self.entries)})
+
     def as_json(self) -> dict[str, Any]:
         """The resolved configuration as plain JSON types, spelled as in a sweep file."""
         document: dict[str, Any] = json.loads(self.model_dump_json(by_alias=True))
         document["train"]["lambda"] = document["train"].pop("lambda_")
+        if not self.plugins:
+            del document["plugins"]
         return document
 
 
@@ -316,7 +353,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
     """Check that a configuration may continue a sweep that began with another.
 
-    More budgets are fine, and any number of trials, resources and limits.
+    More budgets are fine, and any number of trials, resources, limits and versions of plug-ins.
 
     Raises:
         UserError: anything else differs; names it.
@@ -332,7 +369,8 @@ def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
         )
 
     def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in config.items() if k not in ("budgets", "resources", "limits")}
+        changeable = ("budgets", "resources", "limits", "plugins")
+        kept = {k: v for k, v in config.items() if k not in changeable}
         free = ("trials", "front_cost")  # the front's cost counts, however it is named: see below
         kept["search"] = {k: v for k, v in config["search"].items() if k not in free}
         return kept

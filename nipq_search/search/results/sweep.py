@@ -18,6 +18,7 @@ from nipq_search.errors import UserError, nearest
 from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
 from nipq_search.report.movement import never_moved
 from nipq_search.search import jobs
+from nipq_search.search.config.plugins import check_installed
 from nipq_search.search.config.space import split
 from nipq_search.search.config.sweep_config import parse_config
 from nipq_search.search.jobs import (
@@ -89,6 +90,9 @@ class Sweep:
         needed = {"metric", "mode", "costs", "axis", "front_cost", "budgets"}
         if not isinstance(facts, dict) or not needed <= facts.keys():
             raise UserError(f"{folder / FACTS_FILE}: damaged; run it again")
+        plugins = config.get("plugins") if isinstance(config, dict) else None
+        if isinstance(plugins, dict):
+            check_installed(plugins)
         try:
             if not isinstance(config, dict):
                 raise UserError("no mapping")

@@ -27,6 +27,7 @@ from nipq_search.search.jobs import TEST_FILE, Job
 from nipq_search.search.jobs.lease import stop_requested
 from nipq_search.search.worker import failures
 from nipq_search.search.worker.process_group import MemberKilled, leading
+from nipq_search.search.worker.provenance import provenance
 from nipq_search.search.worker.train_spec import train_spec, training_device
 from nipq_search.search.worker.watchdog import captured, watchdog
 from nipq_search.tasks import Task
@@ -138,7 +139,8 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     except jobs.Committed:
         return _attempt(job, task, report)
     if gave_up:
-        return jobs.FAIL if jobs.commit(attempt, _failure(job, gave_up)) else "SUPERSEDED"
+        failure = {**_failure(job, gave_up), "provenance": provenance(config)}
+        return jobs.FAIL if jobs.commit(attempt, failure) else "SUPERSEDED"
     minutes = limits.trial_minutes if job.kind in ("trial", "baseline") else None
     reporter = _Reporter(job, attempt, report)
     torch.set_num_threads(threads)
@@ -180,6 +182,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     reporter.write()
     record["seconds"] = jobs.seconds_spent(job.folder)
     record["threads"], record["workers"] = threads, workers
+    record["provenance"] = provenance(config)
     if not (is_mine := jobs.commit(attempt, record)):
         blobs.remove(attempt / MODEL_FILE)
         storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})

@@ -165,7 +165,7 @@ class TaskConformance:
 
     def test_unknown_split_is_named(self, instance: Any) -> None:
         """An unknown split raises `UserError` with its name."""
-        with pytest.raises(UserError, match="no split named 'nope'"):
+        with pytest.raises(UserError, match="'nope'"):
             list(instance.loader("nope", 32, 0))
 
     def test_loss_is_finite_and_reaches_every_parameter(self, instance: Any) -> None:

@@ -37,17 +37,15 @@ def plugin_versions(entries: Iterable[str]) -> dict[str, str]:
 
 
 def plugin_mismatches(wanted: Mapping[str, str]) -> list[str]:
-    """Return one line, with its fix, per plug-in that is missing here or has another version.
+    """Return one line, with its fix, per package that is missing here or has another version.
 
     Args:
         wanted: `package version` by entry, as `plugin_versions` returns it.
     """
-    found = []
-    for entry, package in wanted.items():
-        here = _installed(entry)
-        if here != package:
-            found.append(f"{_label(entry)} needs {package}, found {here}: {_install(package)}")
-    return found
+    return [
+        f"{labels} needs {package}, found {here}: {_install(package)}"
+        for package, here, labels in _changed(wanted, {e: _installed(e) for e in wanted})
+    ]
 
 
 def check_installed(wanted: Mapping[str, str]) -> None:
@@ -66,12 +64,11 @@ def check_installed(wanted: Mapping[str, str]) -> None:
 
 
 def plugin_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return one line per entry whose package or version differs between two runs of a sweep."""
-    return [
-        f"{_label(entry)}: {package} before, {now[entry]} now"
-        for entry, package in before.items()
-        if now.get(entry, package) != package
-    ]
+    """Return one line per package whose version differs between two runs of a sweep.
+
+    Entries that only one of the runs used are left out.
+    """
+    return [f"{old} -> {new} ({labels})" for old, new, labels in _changed(before, now)]
 
 
 def installed_plugins() -> Iterator[tuple[str, Plugin]]:
@@ -79,6 +76,16 @@ def installed_plugins() -> Iterator[tuple[str, Plugin]]:
     for family, registry in FAMILIES.items():
         for plugin in registry.plugins():
             yield f"{family}.{plugin.name}", plugin
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yield each pair of unequal packages with the entries that they provide."""
+    entries: dict[tuple[str, str], list[str]] = {}
+    for entry in before.keys() & now.keys():
+        if before[entry] != now[entry]:
+            entries.setdefault((before[entry], now[entry]), []).append(_label(entry))
+    for (old, new), labels in sorted(entries.items()):
+        yield old, new, ", ".join(sorted(labels))
 
 
 def _installed(entry: str) -> str:

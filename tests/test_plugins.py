@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,14 @@ assert loaded == ["nipq_example", "nipq_example.quantizer"], loaded
 """
 
 
+def test_snippets_of_the_guide_are_those_of_the_example():
+    page = (ROOT / "docs" / "extending.md").read_text()
+    sources = [file.read_text() for file in EXAMPLE.rglob("*") if file.suffix in (".py", ".toml")]
+    snippets = re.findall(r"^```(?:python|toml)\n(.*?)^```$", page, re.M | re.S)
+    assert len(snippets) == 10
+    assert [s for s in snippets if not any(s in source for source in sources)] == []
+
+
 def test_an_installed_package_is_found_and_imported_when_it_is_looked_up(site):
     done = python(LISTED, site)
     assert done.returncode == 0, done.stderr
@@ -122,6 +131,7 @@ def test_an_installed_package_is_found_and_imported_when_it_is_looked_up(site):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_one_subclass_runs_a_family_s_whole_suite(site, tmp_path):
     shutil.copy(EXAMPLE / "conformance.py", tmp_path)
     arguments = ["-q", "-W", "error", "-p", "no:cacheprovider", "conformance.py"]

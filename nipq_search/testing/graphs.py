@@ -34,15 +34,16 @@ def graphs(draw: st.DrawFn) -> Graph:
             scales=draw(st.integers(1, 8)),
             allowed=draw(allowed_sets),
         )
-        if inputs and draw(st.booleans()):
-            source = draw(st.sampled_from(inputs))
+        if len(inputs) > 0 and draw(st.booleans()):
+            source: str = draw(st.sampled_from(inputs))
         else:
             kind = draw(st.sampled_from(["searched", "searched", "raw", "float"]))
-            rest: dict[str, Any] = {
+            kinds: dict[str, dict[str, Any]] = {
                 "searched": {"allowed": draw(allowed_sets), "scales": 1},
                 "raw": {"fixed_bits": 8},
                 "float": {"fixed_bits": 32},
-            }[kind]
+            }
+            rest = kinds[kind]
             source = add(f"{name}.input", "activation", draw(st.integers(1, 500)), **rest)
             inputs.append(source)
         macs = draw(st.integers(1, 10_000))

@@ -82,4 +82,5 @@ def plain_quantize(x: Tensor, alpha: Tensor, bits: int, grid: Grid, minimum: Ten
         zero = round(float(-minimum / step)) if grid is Grid.AFFINE else 0
         zero = min(max(zero, 0), 2**bits - 1)
         least, most = -zero, 2**bits - 1 - zero
-    return (x / step).round().clamp(least, most) * step
+    quantized: Tensor = (x / step).round().clamp(least, most) * step
+    return quantized

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from nipq_search.errors import UserError
-from nipq_search.quant.tracing.trace import as_arguments, tensors_in
+from nipq_search.quant.tracing.flow import tensors_in
+from nipq_search.quant.tracing.trace import as_arguments
 from nipq_search.tasks import TASKS, Task, base, check_task, make_task
 from nipq_search.train.forward import SharedForward
 
@@ -205,7 +206,8 @@ class TaskConformance:
         model, teacher = instance.build_model(), instance.build_model().eval()
         calls: list[None] = []
         model.register_forward_hook(lambda *given: calls.append(None))
-        shared, batch = SharedForward(model), first_batch(instance)
+        shared: Any = SharedForward(model)
+        batch = first_batch(instance)
         instance.loss(shared, batch)
         base.distill_loss(instance, shared, teacher, batch)
         assert len(calls) == 1

@@ -245,7 +245,7 @@ def test_every_node_needs_the_same_versions(site, path, tmp_path):
 def test_changes_and_missing_packages_are_one_line_each():
     before = {"cost.x": "a 1", "cost.y": "b 1", "cost.z": "c 1"}
     assert plugin_changes(before, {"cost.x": "a 2", "cost.y": "b 1"}) == ["a 1 -> a 2 (cost 'x')"]
-    check_installed({"cost.bops": "a 1", "format.unknown": "b 1"})
+    check_installed({"cost.bops": "a 1", "format.unknown": "b 1", 3: None})
     with pytest.raises(UserError, match="plugins: cost 'x' comes from a 1, which is not inst"):
         check_installed(before)
 

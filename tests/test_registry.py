@@ -148,9 +148,10 @@ def test_a_registry_without_a_group_has_no_plugins(site):
 )
 def test_every_family_refuses_a_taken_name_alike(registry):
     assert len(registry) == len(dict(registry)) >= 3
-    name, value = next(iter(registry.items()))
-    with pytest.raises(RegistrationError, match=f"{registry.kind} '{name}' is registered already"):
-        registry.register(name, value)
+    for name, value in registry.items():
+        taken = f"{registry.kind} '{name}' is registered already"
+        with pytest.raises(RegistrationError, match=taken):
+            registry.register(name, value)
     with pytest.raises(UserError, match=f"^unknown {registry.kind} 'no_such_name'"):
         registry["no_such_name"]
 

@@ -180,7 +180,13 @@ class QuantizerConformance:
     def test_state_dict_round_trip(
         self, frozen: bool, target_frozen: bool, tmp_path: Path
     ) -> None:
-        """A state dict restores values, noise and phase in a model that differs in all of them."""
+        """A state dict restores values, noise and phase in a model that differs in all of them.
+
+        Args:
+            frozen: whether the saved model is frozen.
+            target_frozen: whether the model that loads it is frozen.
+            tmp_path: folder for the file.
+        """
         source = trained()
         if frozen:
             freeze_bits(source)

@@ -109,7 +109,13 @@ class TaskConformance:
     def test_relative_paths_are_the_same_in_other_processes(
         self, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Workers, which unpickle the task in another working directory, read the same files."""
+        """Workers, which unpickle the task in another working directory, read the same files.
+
+        Args:
+            arguments: `task_args` with absolute paths.
+            tmp_path: the other working directory.
+            monkeypatch: changes the working directory.
+        """
 
         def relative(value: Any) -> Any:
             if isinstance(value, dict):

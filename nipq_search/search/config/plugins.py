@@ -48,18 +48,21 @@ def plugin_mismatches(wanted: Mapping[str, str]) -> list[str]:
     ]
 
 
-def check_installed(wanted: Mapping[str, str]) -> None:
+def check_installed(wanted: Mapping[Any, Any]) -> None:
     """Check that the plug-ins that a sweep was recorded with are installed, in any version.
+
+    Args:
+        wanted: the section `plugins` of a sweep file; its types need not be checked yet.
 
     Raises:
         UserError: one is missing; names the package and how to install it.
     """
     for entry, package in wanted.items():
-        family, _, name = entry.partition(".")
+        family, _, name = str(entry).partition(".")
         if family in FAMILIES and name not in FAMILIES[family]:
             raise UserError(
-                f"plugins: {_label(entry)} comes from {package}, which is not installed; run "
-                f"{_install(package)}"
+                f"plugins: {_label(str(entry))} comes from {package}, which is not installed; run "
+                f"{_install(str(package))}"
             )
 
 

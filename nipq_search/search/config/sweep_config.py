@@ -140,7 +140,7 @@ class SweepConfig(Section):
         """Name the package of a missing plug-in before its name is reported as unknown."""
         wanted = document.get("plugins") if isinstance(document, dict) else None
         if isinstance(wanted, dict):
-            check_installed({str(entry): str(package) for entry, package in wanted.items()})
+            check_installed(wanted)
         return document
 
     @model_validator(mode="before")

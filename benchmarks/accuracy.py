@@ -1,13 +1,13 @@
-"""Accuracy at one budget, of variants of a sweep file, over several seeds, paired.
+"""Accuracy of variants of a sweep file at one budget, paired over several seeds.
 
     python benchmarks/accuracy.py benchmarks/minilm.yaml --json minilm.json --workers 2
 
-The file names a pipeline, a budget, seeds, and variants: overrides of the pipeline as `--set`
-takes them. Each seed trains its own float model; every variant of a seed starts from it. Columns:
-the mean metric on validation and test, and its difference on test from the float model and from
-the first variant, as paired means with a 95 % interval (Student's t over seeds). Whoever chooses
-by these figures should choose by validation. Finished trainings are kept in the JSON file and not
-run again.
+The plan specifies a pipeline, a budget, seeds, and variants as overrides of the pipeline in the
+form of `--set`. Each seed trains its own float model, from which every variant of the seed starts.
+The columns contain the mean metric on validation and test, and the difference on test from the
+float model and from the first variant, as paired means with a 95 % interval (Student's t over
+seeds). Use the validation metric for selection. Finished training runs are kept in the JSON file
+and not repeated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 import yaml
 from pages import write_table
 
-from nipq_search.search.config.budgets import resolve
+from nipq_search.search.config.budgets import resolve_budget
 from nipq_search.search.config.sweep_config import SweepConfig, load_config
 from nipq_search.search.coordinator.resolved import model_graph
 from nipq_search.tasks import make_task
@@ -35,7 +35,7 @@ from nipq_search.train import TrainSpec, train
 from nipq_search.train.models import MODEL_FILE, load_trained
 
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t, two-sided 95 %, by degrees of freedom."""
+"""Two-sided 95 % quantiles of Student's t by degrees of freedom."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Run:
     folder: Path
 
     def config(self) -> SweepConfig:
-        """The pipeline with the plan's overrides and the variant's."""
+        """Return the pipeline with the overrides of the plan and the variant."""
         own = {} if self.name == "float" else self.plan["variants"][self.name]
         overrides = {**self.plan.get("set", {}), **(own or {})}
         texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
@@ -56,7 +56,7 @@ class Run:
 
 
 def execute(run: Run) -> dict[str, Any]:
-    """Train, evaluate on validation and test."""
+    """Train, and evaluate on validation and test."""
     torch.set_num_threads(1)
     started = time.perf_counter()
     config = run.config()
@@ -66,7 +66,7 @@ def execute(run: Run) -> dict[str, Any]:
     if run.name == "float":
         spec = TrainSpec(train=config.float_model.as_training(), seed=run.seed)
     else:
-        budget = resolve({"bops": run.plan["budget"]}, model_graph(config, task)).targets
+        budget = resolve_budget({"bops": run.plan["budget"]}, model_graph(config, task)).targets
         spec = TrainSpec(
             train=config.train,
             seed=run.seed,
@@ -89,7 +89,7 @@ def execute(run: Run) -> dict[str, Any]:
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval."""
+    """Return the mean and half the width of the 95 % interval."""
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return mean, float("nan")
@@ -98,7 +98,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """A row per variant."""
+    """Format one row per variant."""
     by_name: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
         by_name.setdefault(result["name"], {})[result["seed"]] = result
@@ -133,7 +133,13 @@ def markdown(results: list[dict[str, Any]]) -> str:
 def pending(
     plan: dict[str, Any], done: Iterable[tuple[str, int]], folder: Path
 ) -> list[list[Run]]:
-    """Runs that are left: the float models, then variant by variant, as the plan orders them."""
+    """Return the remaining runs: float models first, then variants in the order of the plan.
+
+    Args:
+        plan: the plan.
+        done: name and seed of each finished run.
+        folder: folder of the models.
+    """
     known = set(done)
 
     def runs(names: Iterable[str]) -> list[Run]:
@@ -150,11 +156,15 @@ def pending(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("plan", type=Path, help="YAML: pipeline, budget, seeds, variants")
-    parser.add_argument("--json", type=Path, required=True, help="results; kept and added to")
-    parser.add_argument("--folder", type=Path, help="models; default: beside the results")
-    parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
-    parser.add_argument("--table", type=Path, help="page whose table of this plan is written anew")
-    parser.add_argument("--only", nargs="*", help="these variants")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file of results, which is extended"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the models; default: next to the results"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="concurrent training runs")
+    parser.add_argument("--table", type=Path, help="page whose table of this plan is updated")
+    parser.add_argument("--only", nargs="*", help="run only these variants")
     options = parser.parse_args()
     plan = yaml.safe_load(options.plan.read_text())
     if options.only:

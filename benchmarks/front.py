@@ -1,15 +1,15 @@
-"""Fronts for equal training samples: the hypervolume that each method reaches, paired by seed.
+"""Hypervolumes of different methods at equal numbers of training samples, paired by seed.
 
     python benchmarks/front.py benchmarks/front.yaml --json benchmarks/results/front.json
 
-The plan names a pipeline, seeds, an allowance of training samples, and methods: overrides of the
-pipeline as `--set` takes them. A method with a seed is a whole sweep, run one job after another in
-a Ray task, so its result does not hang on the machine's pace; methods of a seed start from one
-float model. Everything counts: the float model's training, scores, calibration, failed trials. A
-point counts if its training ended within the allowance. Whatever has finished is kept, in the JSON
-file and in the sweeps' folders, and not run again; a sweep that was cut off is begun anew, for
-what it did twice would count against its method. What the tables say is also in a file beside the
-JSON, `front.summary.json`.
+The plan specifies a pipeline, seeds, an allowance of training samples, and methods as overrides of
+the pipeline in the form of `--set`. Each method and seed is a complete sweep whose jobs run
+sequentially in a Ray task, so its result does not depend on the speed of the machine. All methods
+of a seed start from the same float model. The allowance covers the training of the float model,
+sensitivity scores, calibration and failed trials. A point counts if its training ended within the
+allowance. Finished sweeps are kept, in the JSON file and in their folders, and not repeated. An
+interrupted sweep starts over, since repeated work would count against its method. The numbers in
+the tables are also written to `front.summary.json` next to the JSON file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nipq_search.search import jobs
 from nipq_search.search.backend.tune import quiet_environment
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, load_config
-from nipq_search.search.jobs import Job, job_folder
+from nipq_search.search.jobs import Job, OutcomeKind, job_folder
 from nipq_search.search.results.documents import test_metric
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.run import run_sweep
@@ -47,13 +47,13 @@ from nipq_search.tasks import Task, make_task
 from nipq_search.tasks.base import load_data
 
 FLOAT = "float"
-"""Name of what is not a method: the float model that the methods of a seed start from."""
+"""Name of the float model from which all methods of a seed start, in place of a method."""
 
 ELSEWHERE = {"resources", "checkpoints"}
-"""Keys that say where a sweep runs and where its files lie, and change no result."""
+"""Keys without effect on results: where a sweep runs and where its files are stored."""
 
 MANY = 100_000
-"""Trials that no allowance holds: the samples end a sweep."""
+"""Number of trials beyond any allowance, so that the samples end a sweep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Unit:
     folder: Path
 
     def config(self, **more: Any) -> SweepConfig:
-        """The pipeline with the plan's overrides, the method's, and more."""
+        """Return the pipeline with the overrides of the plan and the method, and further ones."""
         own = self.plan["methods"].get(self.method) or {}
         name = re.sub(r"[^\w.-]+", "-", f"front-{self.method}-{self.seed}")
         fixed = {"name": name, "seed": self.seed}
@@ -75,7 +75,7 @@ class Unit:
         return load_config(Path(self.plan["pipeline"]), texts)
 
     def fingerprint(self) -> str:
-        """What the result follows from: results of another one are not this unit's."""
+        """Return a digest of everything that determines the result."""
         config = self.config().as_json()
         config = {key: value for key, value in config.items() if key not in ELSEWHERE}
         if self.method == FLOAT:
@@ -85,19 +85,27 @@ class Unit:
 
 
 def float_model(base: Path) -> Path:
-    """File of a seed's float model."""
+    """Return the file of a seed's float model."""
     return jobs.model_file(job_folder(base / FLOAT, "float", 0))
 
 
 def task_of(config: SweepConfig) -> Task:
-    """The task with its data in memory."""
+    """Return the task of a sweep with its data loaded."""
     task = make_task(config.task, config.task_args)
     load_data(task)
     return task
 
 
 def job_of(unit: Unit, config: SweepConfig, kind: str, number: int = 0, **more: Any) -> Job:
-    """A job of a sweep in the unit's folder."""
+    """Return a job of the sweep in the unit's folder.
+
+    Args:
+        unit: method and seed.
+        config: configuration of the sweep.
+        kind: kind of the job.
+        number: number of the job.
+        more: further fields of `Job`.
+    """
     return Job(
         kind=kind,
         number=number,
@@ -108,20 +116,22 @@ def job_of(unit: Unit, config: SweepConfig, kind: str, number: int = 0, **more: 
 
 
 def done(job: Job, task: Task) -> dict[str, Any]:
-    """Run a job to its end, or go on with it, and give its record.
+    """Run or resume a job and return its record.
 
     Raises:
-        RuntimeError: it failed, or the machine is unfit.
+        RuntimeError: the job failed, or the machine cannot run it.
     """
-    state = run_job(job, task, lambda report: None)
+    outcome = run_job(job, task, lambda report: None)
     record = jobs.committed(job.folder) or {}
-    if state != jobs.COMPLETE:
-        raise RuntimeError(f"{job.folder}: {record.get('reason') or state}")
+    if outcome.kind is not OutcomeKind.COMPLETE:
+        raise RuntimeError(
+            f"{job.folder}: {record.get('reason') or outcome.reason or outcome.kind.value}"
+        )
     return record
 
 
 def train_float(unit: Unit) -> dict[str, Any]:
-    """Train the float model of a seed, as the sweep in the unit's folder would."""
+    """Train the float model of a seed as a sweep does, and evaluate it on the test split."""
     torch.set_num_threads(1)
     config = unit.config(**{"resources.cpus": 1})
     task = task_of(config)
@@ -138,11 +148,16 @@ def train_float(unit: Unit) -> dict[str, Any]:
 
 
 def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a method's sweep to the end of its allowance and say what came out.
+    """Run a method's sweep until its allowance is used up and return the results.
+
+    Args:
+        unit: method and seed.
+        trained: result of `train_float` for the seed.
 
     Returns:
-        `points` holds every finished trial in the order in which they ended; `ended_at` is what
-        had been processed by then, and `test` is there for all that ever were on the front.
+        The result. `points` contains every finished trial in the order of completion, with the
+        samples processed until then in `ended_at`; `test` exists for trials that were ever on the
+        front.
 
     Raises:
         RuntimeError: the sweep ended before its allowance was used up.
@@ -153,7 +168,7 @@ def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
     config = unit.config(
         **{
             "float.checkpoint": str(float_model(unit.folder.parent)),
-            "limits": {"samples": left},  # not the pipeline's: a slow machine changes nothing
+            "limits": {"samples": left},  # instead of the pipeline's limits, which depend on time
             "search.trials": MANY,
             "search.baselines": [],
             "resources.cpus": 1,
@@ -207,7 +222,7 @@ def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ever_on_front(points: list[dict[str, Any]], mode: str) -> Iterator[int]:
-    """Trials that were on the validation front at some moment."""
+    """Yield the trials that were on the validation front at any time."""
     values: dict[int, tuple[float, float]] = {}
     for point in points:
         if point["state"] == "COMPLETE":
@@ -217,7 +232,7 @@ def ever_on_front(points: list[dict[str, Any]], mode: str) -> Iterator[int]:
 
 
 def read_test(unit: Unit, config: SweepConfig, trials: list[int]) -> None:
-    """Evaluate trials on the test split, as the end of a sweep does for its front."""
+    """Evaluate trials on the test split, as a sweep does for its front."""
     wanted = []
     for number in trials:
         record = jobs.committed(job_folder(unit.folder, "trial", number)) or {}
@@ -227,7 +242,13 @@ def read_test(unit: Unit, config: SweepConfig, trials: list[int]) -> None:
 
 
 def read_plan(file: Path, quick: bool, parts: bool = False) -> dict[str, Any]:
-    """A plan, in its quick size if wanted, and with the methods of its `parts` if wanted."""
+    """Read a plan.
+
+    Args:
+        file: the YAML file.
+        quick: whether to use the quick size.
+        parts: whether to add the methods in `parts`.
+    """
     plan = yaml.safe_load(file.read_text())
     short, more = plan.pop("quick", {}), plan.pop("parts", {})
     if parts:
@@ -238,7 +259,7 @@ def read_plan(file: Path, quick: bool, parts: bool = False) -> dict[str, Any]:
 
 
 def units_of(plan: Mapping[str, Any], folder: Path) -> list[Unit]:
-    """The float model and every method, seed by seed."""
+    """Return the float model and every method of each seed, by seed."""
     return [
         Unit(plan, method, seed, folder / f"seed-{seed}" / re.sub(r"[^\w.-]+", "-", method))
         for seed in plan["seeds"]
@@ -247,18 +268,18 @@ def units_of(plan: Mapping[str, Any], folder: Path) -> list[Unit]:
 
 
 def check(plan: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
-    """Check that results, those that will only be tabulated among them, are those of a plan.
+    """Check that results belong to a plan, including those that are only tabulated.
 
     Raises:
-        UserError: the plan is wrong, or results are those of another one.
+        UserError: the plan is invalid, or results belong to another plan.
     """
     known = {(r["method"], r["seed"]): r.get("fingerprint") for r in results}
     for unit in units_of(plan, Path()):
         wanted = unit.fingerprint()
         if known.get((unit.method, unit.seed), wanted) != wanted:
             raise UserError(
-                f"the results of '{unit.method}', seed {unit.seed}, are those of another plan or "
-                "of an earlier pipeline; give another --json and --folder"
+                f"the results of '{unit.method}', seed {unit.seed}, are of another plan or "
+                "pipeline; choose another --json and --folder"
             )
 
 
@@ -269,10 +290,17 @@ def run_all(
     workers: int,
     save: Callable[[], None],
 ) -> None:
-    """Run what `results` lacks, on Ray, seed by seed, and add to it.
+    """Run all missing methods on Ray, by seed, and add their results.
+
+    Args:
+        plan: the plan.
+        results: known results, extended in place.
+        folder: folder of the sweeps.
+        workers: concurrent sweeps.
+        save: called after each result.
 
     Raises:
-        UserError: the plan is wrong, or results are those of another one; before anything runs.
+        UserError: the plan is invalid, or results belong to another plan; nothing was run.
     """
     check(plan, results)
     units = units_of(plan, folder)
@@ -320,14 +348,18 @@ def run_all(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("plan", type=Path, help="YAML: pipeline, seeds, allowance, methods")
-    parser.add_argument("--json", type=Path, required=True, help="results; kept and added to")
-    parser.add_argument("--folder", type=Path, help="sweeps; default: beside the results")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="sweeps at a time")
-    parser.add_argument("--quick", action="store_true", help="the plan's quick size")
-    parser.add_argument("--parts", action="store_true", help="its parts too, beside the rivals")
-    parser.add_argument("--only", nargs="*", help="these methods")
-    parser.add_argument("--page", type=Path, help="page whose tables are written anew")
-    parser.add_argument("--plot", type=Path, help="SVG of hypervolume over samples")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file of results, which is extended"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the sweeps; default: next to the results"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="concurrent sweeps")
+    parser.add_argument("--quick", action="store_true", help="use the quick size of the plan")
+    parser.add_argument("--parts", action="store_true", help="also run the ablations in `parts`")
+    parser.add_argument("--only", nargs="*", help="run only these methods")
+    parser.add_argument("--page", type=Path, help="page whose tables are updated")
+    parser.add_argument("--plot", type=Path, help="SVG file of hypervolume over samples")
     options = parser.parse_args()
     try:
         plan = read_plan(options.plan, options.quick, options.parts)
@@ -335,10 +367,10 @@ def main() -> None:
         if options.only is not None:
             if unknown := set(options.only) - plan["methods"].keys():
                 name = min(unknown)
-                raise UserError(f"--only {name}: no such method{nearest(name, plan['methods'])}")
+                raise UserError(f"--only {name}: unknown method{nearest(name, plan['methods'])}")
             plan["methods"] = {name: plan["methods"][name] for name in options.only}
         if options.quick and options.page == Path("docs/front-quality.md"):
-            raise UserError("--page: the quick size is for tests, not for the documentation")
+            raise UserError("--page: the quick size is for tests; leave out --quick or --page")
         results = json.loads(options.json.read_text()) if options.json.exists() else []
         folder = (options.folder or options.json.with_suffix("")).absolute()
         check(whole, results)

@@ -1,4 +1,4 @@
-"""What `front.py` says of its runs: hypervolumes, intervals, tables and the plot."""
+"""Hypervolumes, intervals, tables and the plot of `front.py`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ from typing import Any
 from nipq_search.search.strategies.pareto import default_reference, hypervolume, non_dominated
 
 Run = Mapping[str, Any]
-"""Of one method and one seed; see `front.execute`."""
+"""Result of one method and one seed; see `front.execute`."""
 
 RESAMPLES = 10_000
 
 
 def kept(run: Run, samples: float) -> list[Mapping[str, Any]]:
-    """Points whose training ended within so many samples."""
+    """Return the points whose training ended within `samples`."""
     return [p for p in run["points"] if p["state"] == "COMPLETE" and p["ended_at"] <= samples]
 
 
 def front(run: Run, samples: float) -> list[Mapping[str, Any]]:
-    """The front on validation of what was finished within so many samples."""
+    """Return the validation front of the points finished within `samples`."""
     points = kept(run, samples)
     values = {i: (p["validation"], p["cost"]) for i, p in enumerate(points)}
     return [points[i] for i in sorted(non_dominated(values, run["mode"]))]
 
 
 def volume(run: Run, samples: float, split: str = "test") -> float:
-    """Hypervolume of that front on a split; axes and reference as `nipq-search front` has them."""
+    """Return the hypervolume of that front, with the axes and reference of `nipq-search front`.
+
+    Args:
+        run: the result of a method and seed.
+        samples: allowance.
+        split: `validation` or `test`.
+    """
     best, given = run["float"][split], run.get("reference")
     found = hypervolume(
         [(p[split], p["cost"]) for p in front(run, samples)],
@@ -42,25 +48,37 @@ def volume(run: Run, samples: float, split: str = "test") -> float:
 
 
 def curve(run: Run, allowance: float) -> list[tuple[float, float]]:
-    """(samples, hypervolume on test) after every finished trial."""
+    """Return pairs of samples and test hypervolume, one after every finished trial."""
     ends = [p["ended_at"] for p in kept(run, allowance)]
     return [(end, volume(run, end)) for end in ends]
 
 
 def samples_to(run: Run, wanted: float, allowance: float) -> float | None:
-    """Samples after which the hypervolume on test is at least `wanted`; None if it never is."""
+    """Return the samples needed for a test hypervolume, or None if it is never reached.
+
+    Args:
+        run: the result of a method and seed.
+        wanted: the hypervolume.
+        allowance: samples after which points are ignored.
+    """
     return next((s for s, v in curve(run, allowance) if v >= wanted), None)
 
 
 def accuracy_at(run: Run, budget: float, allowance: float) -> float | None:
-    """Test metric of the point that is best on validation within a budget."""
+    """Return the test metric of the point with the best validation metric within a budget.
+
+    Args:
+        run: the result of a method and seed.
+        budget: maximum front cost.
+        allowance: samples after which points are ignored.
+    """
     sign = 1 if run["mode"] == "max" else -1
     fitting = [p for p in kept(run, allowance) if p["cost"] <= budget]
     return max(fitting, key=lambda p: sign * p["validation"])["test"] if fitting else None
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the 95 % percentile interval of the mean over resampled seeds."""
+    """Return the mean, and its 95 % percentile interval over resampled seeds."""
     generator = random.Random(0)
     means = sorted(
         statistics.fmean(generator.choices(differences, k=len(differences)))
@@ -71,7 +89,7 @@ def bootstrap(differences: Sequence[float]) -> tuple[float, float, float]:
 
 
 def by_method(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dict[int, Run]]:
-    """Runs by method, in the order of `names`, and seed."""
+    """Group runs by method, in the order of `names`, and by seed."""
     ordered = sorted(runs, key=lambda run: run["seed"])
     found = {name: {r["seed"]: r for r in ordered if r["method"] == name} for name in names}
     return {name: seeds for name, seeds in found.items() if seeds}
@@ -87,7 +105,7 @@ def _differences(
 def _shares(
     ours: Mapping[int, Run], goal: Mapping[int, Run], allowance: float
 ) -> list[float | None]:
-    """The share of the allowance after which each seed reaches the goal's hypervolume, if ever."""
+    """Return the share of the allowance at which each seed reaches the goal's hypervolume."""
     shared = sorted(ours.keys() & goal.keys())
     found = [samples_to(ours[s], volume(goal[s], allowance), allowance) for s in shared]
     return [None if f is None else f / allowance for f in found]
@@ -102,9 +120,9 @@ def _difference(ours: Mapping[int, Run], theirs: Mapping[int, Run], allowance: f
 
 
 def _reach(ours: Mapping[int, Run], goal: Mapping[int, Run], allowance: float) -> str:
-    """Median share of the allowance after which a method reaches the goal's hypervolume.
+    """Format the median share of the allowance at which a method reaches the goal's hypervolume.
 
-    Of an even number of seeds the later of the middle two: one that never does has no figure.
+    For an even number of seeds, use the upper median, since a seed may never reach the goal.
     """
     found = _shares(ours, goal, allowance)
     reached = [f for f in found if f is not None]
@@ -118,18 +136,18 @@ def _reach(ours: Mapping[int, Run], goal: Mapping[int, Run], allowance: float) -
 
 
 def table(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
-    """A row per method: hypervolume, the default's lead, what it costs to reach `independent`."""
+    """Format one row per method: hypervolume, lead of the default, samples to reach the goal."""
     allowance, default, goal = plan["allowance"], plan["default"], plan["goal"]
     methods = by_method(runs, list(plan["methods"]))
     lines = [
         f"| method | seeds | hypervolume, test | lead of `{default}` (95 %) | samples to reach "
-        f"`{goal}` | trials | samples a trial | seconds a trial |",
+        f"`{goal}` | trials | samples per trial | seconds per trial |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, seeds in methods.items():
         volumes = [volume(run, allowance) for run in seeds.values()]
         points = [p for run in seeds.values() for p in kept(run, allowance)]
-        if not points:  # all it was allowed went into scores, say
+        if not points:  # for example if scores used up the allowance
             lines.append(f"| {name} | {len(seeds)} | no trial | | | 0 | | |")
             continue
         lead = ""
@@ -146,7 +164,7 @@ def table(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
 
 
 def accuracies(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
-    """Test metric, in percent, of the best point on validation within each budget."""
+    """Format the test metric, in percent, of the best validation point within each budget."""
     methods = by_method(runs, list(plan["methods"]))
     budgets = {label: cost for run in runs for label, cost in run["budgets"].items()}
     ordered = sorted(budgets, key=lambda label: -budgets[label])
@@ -165,7 +183,7 @@ def accuracies(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
 
 
 def summary(runs: Sequence[Run], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What the tables say, as numbers: by method, and within it by seed or by budget."""
+    """Return the numbers in the tables by method, and within it by seed or budget."""
     allowance, default, goal = plan["allowance"], plan["default"], plan["goal"]
     methods, found = by_method(runs, list(plan["methods"])), {}
     for name, seeds in methods.items():
@@ -190,7 +208,13 @@ def summary(runs: Sequence[Run], plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plot(runs: Sequence[Run], plan: Mapping[str, Any], file: Path) -> None:
-    """Mean hypervolume on test over the samples that had been processed, a line per method."""
+    """Plot the mean test hypervolume over processed samples, with one line per method.
+
+    Args:
+        runs: results of all methods and seeds.
+        plan: the plan.
+        file: the SVG file.
+    """
     import matplotlib
 
     matplotlib.use("svg")

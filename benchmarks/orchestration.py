@@ -1,17 +1,18 @@
-"""What the driver costs: CPU and latency a trial as a sweep grows, memory, and idle slots.
+"""Overhead of the driver: CPU time and latency per trial, memory, and idle slots.
 
     python benchmarks/orchestration.py --json benchmarks/results/orchestration.json
 
-Trials are stubs that write records as workers do. The searcher, strategy, sampler, ledger, tables
-and MLflow are the real ones. Four parts, each a key of the JSON, finished ones are not run again:
+Trials are stubs that write records as workers do; the searcher, strategy, sampler, ledger, tables
+and MLflow are real. The benchmark has four parts, each a key of the JSON. Finished parts are not
+repeated:
 
-    growth      trials in virtual time, some at once: driver CPU and latencies around trial 100,
-                1,000 and 10,000
-    concurrent  1,000 trials at once in virtual time: the driver's peak memory
-    idle        Ray Tune, four slots, trials of a minute: the share of time in which a slot waits
-    many        Ray Tune, fifty slots: how many trials really ran at once
+    growth      trials in virtual time: driver CPU and latencies around trials 100, 1,000 and
+                10,000
+    concurrent  1,000 concurrent trials in virtual time: peak memory of the driver
+    idle        Ray Tune, four slots, trials of a minute: share of time in which a slot is idle
+    many        Ray Tune, fifty slots: number of trials that ran concurrently
 
-The first two are about the driver's CPU: with TMPDIR=/dev/shm they do not wait for a disk.
+The first two measure the driver's CPU; set TMPDIR=/dev/shm to exclude the disk.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from nipq_search.search import jobs
 from nipq_search.search.backend.tune import TuneExecutor, quiet_environment
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
-from nipq_search.search.jobs import TEST_FILE, Job
-from nipq_search.search.results.outputs import Projections
+from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
+from nipq_search.search.results.outputs import Outputs
 from nipq_search.search.run import run_sweep
 from nipq_search.search.study.ledger import Ledger
 from nipq_search.storage import write_json
@@ -62,15 +63,17 @@ SWEEP = {
 
 
 def config_of(trials: int, concurrent: int) -> SweepConfig:
-    """The sweep at a size."""
+    """Return the sweep with a number of trials and of slots."""
     document = json.loads(json.dumps(SWEEP))
     document["search"]["trials"] = trials
     document["resources"] = {"concurrent": concurrent}
     return parse_config(document)
 
 
-def stub(job: Job, task: Any, report: Callable[[dict[str, Any]], None], seconds: float = 0) -> str:
-    """A job without training: attempt, curve, model and record, as a worker leaves them."""
+def stub(
+    job: Job, task: Any, report: Callable[[dict[str, Any]], None], seconds: float = 0
+) -> JobOutcome:
+    """Write attempt, curve, model and record as a worker does, without training."""
     attempt = jobs.open_attempt(job)
     time.sleep(seconds)
     point = {"epoch": 1, "step": 9, "phase": "tuning", "timestamp": time.time()}
@@ -103,11 +106,11 @@ def stub(job: Job, task: Any, report: Callable[[dict[str, Any]], None], seconds:
             "model_sha256": storage.digest(model),
         },
     )
-    return jobs.COMPLETE
+    return JobOutcome(kind=OutcomeKind.COMPLETE)
 
 
 class Clock:
-    """CPU seconds of this process apart from the stubs', and wall time of some calls."""
+    """Measures the CPU time of this process without the stubs, and the wall time of calls."""
 
     def __init__(self) -> None:
         self.calls: dict[str, list[float]] = {"ask": [], "tell": [], "record": []}
@@ -116,11 +119,11 @@ class Clock:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Measure the driver's calls within."""
+        """Time the driver's calls inside the context."""
         wanted = [
             (Ledger, "ask", "ask"),
             (Ledger, "complete", "tell"),
-            (Projections, "record", "record"),
+            (Outputs, "record", "record"),
         ]
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
         for (owner, name, call), (_, _, key) in zip(before, wanted, strict=True):
@@ -141,17 +144,17 @@ class Clock:
 
         return timed
 
-    def work(self, job: Job, task: Any, report: Any) -> str:
-        """The stub, its CPU counted apart."""
+    def work(self, job: Job, task: Any, report: Any) -> JobOutcome:
+        """Run the stub and count its CPU time separately."""
         began = time.process_time()
-        state = stub(job, task, report)
+        outcome = stub(job, task, report)
         self.stubs += time.process_time() - began
         self.ends.append((time.process_time() - self.stubs, time.perf_counter()))
-        return state
+        return outcome
 
 
 def growth(folder: Path, trials: int, slots: int) -> list[dict[str, float]]:
-    """Driver CPU and latencies in windows that end at 100, 1,000 and 10,000 trials."""
+    """Return the driver's CPU time and latencies in windows up to 100, 1,000 and 10,000 trials."""
     clock = Clock()
     executor = VirtualExecutor(slots, clock.work, lambda job: 60 + 20 * seed_for(job.seed) / 2**31)
     with clock.timed():
@@ -177,7 +180,7 @@ def growth(folder: Path, trials: int, slots: int) -> list[dict[str, float]]:
 
 
 def concurrent(folder: Path, slots: int) -> dict[str, float]:
-    """Peak memory of a driver with so many trials at once."""
+    """Return the peak memory of a driver with `slots` concurrent trials, in GB."""
     executor = VirtualExecutor(slots, stub, lambda job: 60 + 20 * seed_for(job.seed) / 2**31)
     run_sweep(config_of(2 * slots, slots), folder / "concurrent", executor=executor)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -185,11 +188,17 @@ def concurrent(folder: Path, slots: int) -> dict[str, float]:
 
 
 def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, float]:
-    """Trials that sleep, through Ray Tune.
+    """Run sleeping trials through Ray Tune.
+
+    Args:
+        folder: where the sweep is written.
+        slots: concurrent trials.
+        waves: trials per slot.
+        seconds: duration of a trial.
 
     Returns:
-        `idle` is the share of slot time that no attempt uses, between the first trial and the last
-        wave, and `at_once` the most that ran at a time.
+        The settings; `idle`, the share of slot time without an attempt between the first trial
+        and the last wave; and `at_once`, the peak number of concurrent trials.
     """
     import functools
 
@@ -217,7 +226,7 @@ def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, fl
         ended = (storage.read_sealed(attempt / jobs.RESULT) or {})["ended"]
         spans.append((began, ended))
     spans.sort()
-    first, last = spans[0][0], spans[-slots][0]  # the last wave is left out
+    first, last = spans[0][0], spans[-slots][0]  # without the last wave
     busy = sum(min(ended, last) - began for began, ended in spans if began < last)
     share = 1 - busy / (slots * (last - first))
     at_once = max(sum(a <= began < b for a, b in spans) for began, _ in spans)
@@ -230,53 +239,58 @@ def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, fl
     }
 
 
-def _sleeper(job: Job, task: Any, report: Any, seconds: float) -> str:
+def _sleeper(job: Job, task: Any, report: Any, seconds: float) -> JobOutcome:
     return stub(job, task, report, seconds if job.kind == "trial" else 0)
 
 
 def tables(found: dict[str, Any]) -> str:
-    """The JSON as tables."""
+    """Format the results as Markdown."""
     lines = []
     if rows := found.get("growth"):
-        lines += ["| trials | CPU a trial | ask | tell | record |", "|---|---|---|---|---|"]
+        lines += ["| trials | CPU per trial | ask | tell | record |", "|---|---|---|---|---|"]
         lines += [
             f"| {r['trials']:,} | {r['cpu_ms']:.0f} ms | {r['ask_ms']:.0f} ms | "
             f"{r['tell_ms']:.1f} ms | {r['record_ms']:.0f} ms |"
             for r in rows
         ]
     if row := found.get("concurrent"):
-        lines += ["", f"{row['slots']:,} trials at once: {row['peak_gb']:.2f} GB."]
+        memory = f"{row['peak_gb']:.2f} GB."
+        lines += ["", f"Peak memory with {row['slots']:,} concurrent trials: {memory}"]
     if row := found.get("idle"):
         lines += [
             "",
-            f"Idle share on Ray, {row['slots']} slots, {row['trials']} trials of "
+            f"Idle share on Ray with {row['slots']} slots and {row['trials']} trials of "
             f"{row['seconds']:.0f} s: {100 * row['idle']:.1f} %.",
         ]
     if row := found.get("many"):
         lines += [
             "",
-            f"{row['trials']} trials of {row['seconds']:.0f} s on {row['slots']} slots of one "
-            f"machine, through Ray Tune: {row['at_once']} ran at once.",
+            f"Peak concurrency of {row['trials']} trials of {row['seconds']:.0f} s on "
+            f"{row['slots']} slots of one machine, through Ray Tune: {row['at_once']}.",
         ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="results; kept and added to")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file of results, which is extended"
+    )
     parser.add_argument("--trials", type=int, default=10_000)
-    parser.add_argument("--slots", type=int, default=1_000, help="at once in virtual time")
-    parser.add_argument("--waves", type=int, default=5, help="of trials on Ray")
-    parser.add_argument("--seconds", type=float, default=60, help="of a trial on Ray")
+    parser.add_argument(
+        "--slots", type=int, default=1_000, help="concurrent trials in virtual time"
+    )
+    parser.add_argument("--waves", type=int, default=5, help="trials per slot on Ray")
+    parser.add_argument("--seconds", type=float, default=60, help="duration of a trial on Ray")
     parser.add_argument("--only", nargs="*", default=["growth", "concurrent", "idle", "many"])
-    parser.add_argument("--page", type=Path, help="page whose table is written anew")
+    parser.add_argument("--page", type=Path, help="page whose table is updated")
     options = parser.parse_args()
     found = json.loads(options.json.read_text()) if options.json.exists() else {}
     parts = {
         "growth": lambda folder: growth(folder, options.trials, 8),
         "concurrent": lambda folder: concurrent(folder, options.slots),
         "idle": lambda folder: on_ray(folder, 4, options.waves, options.seconds),
-        # Fifty processes take half a minute to start on two cores.
+        # Starting fifty processes takes half a minute on two cores.
         "many": lambda folder: on_ray(folder, 50, 2, 60),
     }
     for name in options.only:

@@ -1,10 +1,10 @@
-"""Forward and backward of one quantizer, beside its rivals, as ratios in one run.
+"""Time of a forward and backward pass of quantizers, relative to `clone`.
 
     python benchmarks/quantizer.py --json quantizer.json [--table docs/performance.md]
 
-Every kind runs in turn, again and again; the figures are medians. `clone` is the yardstick: it
-reads a tensor and writes it, forward, and passes a gradient on, backward. Memory is what a
-forward keeps and takes beyond its input and output, at its highest until the backward ends.
+All kinds run alternately, and the results are medians. The baseline, `clone`, reads and writes a
+tensor in the forward pass and passes on the gradient in the backward pass. Memory is the peak
+beyond input and output until the end of the backward pass.
 """
 
 from __future__ import annotations
@@ -38,13 +38,19 @@ _HISTOGRAM_BINS = 256
 
 
 def grid_of(alpha: Tensor) -> Boundary:
-    """A signed grid at BITS bits."""
+    """Return a signed grid with `BITS` bits."""
     bits = torch.full((1,), BITS, device=alpha.device)
     return Boundary(alpha, bits, Grid.SIGNED, torch.zeros(1, device=alpha.device))
 
 
 def reference(x: Tensor, boundary: Boundary, step: int) -> Tensor:
-    """Noise as a histogram of the residuals and a draw of `multinomial` for every element."""
+    """Draw noise from a histogram of the residuals with `multinomial`.
+
+    Args:
+        x: the tensor.
+        boundary: its truncation boundary.
+        step: ignored.
+    """
     range_ = boundary.range(x.dim())
     with torch.no_grad():
         inside = (x > range_.low) & (x < range_.high)
@@ -57,13 +63,19 @@ def reference(x: Tensor, boundary: Boundary, step: int) -> Tensor:
 
 
 def diffq(x: Tensor, boundary: Boundary, step: int) -> Tensor:
-    """Uniform noise over the tensor's own span, nothing truncated (Defossez et al., 2021)."""
+    """Add uniform noise scaled to the tensor's range, without truncation (Defossez et al., 2021).
+
+    Args:
+        x: the tensor.
+        boundary: ignored.
+        step: ignored.
+    """
     span = x.max() - x.min()
     return x + span / (2**BITS - 1) * (torch.rand_like(x) - 0.5)
 
 
 def eager(empirical: bool) -> Callable[[Tensor, Boundary, int], Tensor]:
-    """NIPQ by torch operations."""
+    """Return NIPQ in torch operations."""
 
     def quantize(x: Tensor, boundary: Boundary, step: int) -> Tensor:
         range_ = boundary.range(x.dim())
@@ -77,7 +89,7 @@ def eager(empirical: bool) -> Callable[[Tensor, Boundary, int], Tensor]:
 
 
 def fused_fake_quantize(device: str) -> Callable[[Tensor, Boundary, int], Tensor]:
-    """torch.ao's module with a moving average, as its QAT uses it; it learns nothing."""
+    """Return torch.ao's fused module with a moving average, which has no learned parameters."""
     observer = torch.ao.quantization.MovingAverageMinMaxObserver
     module = torch.ao.quantization.FusedMovingAvgObsFakeQuantize(
         observer=observer, quant_min=0, quant_max=15
@@ -86,7 +98,7 @@ def fused_fake_quantize(device: str) -> Callable[[Tensor, Boundary, int], Tensor
 
 
 def kinds(device: str) -> dict[str, Callable[[Tensor, Boundary, int], Tensor]]:
-    """What is compared; the first is the yardstick."""
+    """Return the quantizers by name; the first one is the baseline."""
     return {
         "clone": lambda x, boundary, step: x.clone(),
         "NIPQ, uniform": lambda x, b, step: kernels.pseudo_quantize(x, b, mix(step)),
@@ -113,12 +125,12 @@ class Case:
 
     def run(self, kind: Callable[[Tensor, Boundary, int], Tensor], step: int) -> None:
         self.x.grad = self.alpha.grad = None
-        # An activation is a result: what is kept of it for the backward is not there already.
+        # An activation is a non-leaf tensor, so saving it for the backward takes memory.
         x = self.x if self.is_weight else self.x.view_as(self.x)
         kind(x, grid_of(self.alpha), step).backward(self.grad)
 
     def seconds(self, kind: Callable[[Tensor, Boundary, int], Tensor], step: int) -> float:
-        """Of one forward and backward."""
+        """Return the time of one forward and backward pass."""
         self._wait()
         started = time.perf_counter()
         self.run(kind, step)
@@ -130,7 +142,7 @@ class Case:
             torch.cuda.synchronize()
 
     def extra_memory(self, kind: Callable[[Tensor, Boundary, int], Tensor]) -> float:
-        """The most that is held beyond input, gradient and results, over the tensor's size."""
+        """Return peak memory beyond input, gradients and output, in multiples of the tensor."""
         self.run(kind, 0)
         size = self.x.numel() * 4
         if self.device == "cuda":
@@ -139,11 +151,13 @@ class Case:
             self.run(kind, 1)
             return (torch.cuda.max_memory_allocated() - before) / size - 1
         self.x.grad = self.alpha.grad = None
-        return peak_bytes(lambda: self.run(kind, 1)) / size - 2  # its output and x's gradient
+        return (
+            peak_bytes(lambda: self.run(kind, 1)) / size - 2
+        )  # without the output and x's gradient
 
 
 def peak_bytes(function: Callable[[], None]) -> int:
-    """The most memory that torch's CPU allocator held at a time during a call."""
+    """Return the peak memory of torch's CPU allocator during a call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     held = peak = 0
@@ -155,7 +169,13 @@ def peak_bytes(function: Callable[[], None]) -> int:
 
 
 def measure(shape: tuple[int, ...], device: str, repeats: int) -> list[dict[str, Any]]:
-    """Rows of one shape."""
+    """Measure all kinds for one shape.
+
+    Args:
+        shape: shape of the tensor.
+        device: `cpu` or `cuda`.
+        repeats: number of timed runs.
+    """
     case, found = Case(shape, device), kinds(device)
     slow = {"NIPQ, histogram and multinomial"}
     times: dict[str, list[float]] = {name: [] for name in found}
@@ -164,7 +184,7 @@ def measure(shape: tuple[int, ...], device: str, repeats: int) -> list[dict[str,
             if name in slow and repeat > max(3, repeats // 5):
                 continue
             taken = case.seconds(kind, repeat)
-            if repeat:  # the first one warms up
+            if repeat:  # the first run is a warmup
                 times[name].append(taken)
     yardstick = statistics.median(times["clone"])
     return [
@@ -181,9 +201,9 @@ def measure(shape: tuple[int, ...], device: str, repeats: int) -> list[dict[str,
 
 
 def keep_memory() -> None:
-    """Let glibc keep what is freed, as a training in its steady state finds its memory.
+    """Make glibc keep freed memory, as in the steady state of a training run.
 
-    Otherwise the first touch of fresh pages, some milliseconds a tensor, drowns the arithmetic.
+    Otherwise page faults, some milliseconds per tensor, dominate the measurement.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     library = ctypes.CDLL(None)
@@ -193,7 +213,7 @@ def keep_memory() -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures hang on."""
+    """Return the hardware and software on which the results depend."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -208,7 +228,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table: kinds down, shapes across, `milliseconds (times the clone)`."""
+    """Format kinds as rows and shapes as columns, with `milliseconds (ratio to clone)`."""
     shapes = [tuple(shape) for shape in dict.fromkeys(tuple(row["shape"]) for row in rows)]
     by_place = {(row["kind"], tuple(row["shape"])): row for row in rows}
     head = "| | " + " | ".join(str(shape) for shape in shapes) + " | extra memory |"
@@ -226,8 +246,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write machine and rows here")
-    parser.add_argument("--table", type=Path, help="page whose table is written anew")
+    parser.add_argument("--json", type=Path, help="file for machine and results")
+    parser.add_argument("--table", type=Path, help="page whose table is updated")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

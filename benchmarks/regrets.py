@@ -1,10 +1,10 @@
-"""Whether regrets should be corrected for the length of trainings, on a surrogate.
+"""Corrections of regrets for the length of training runs, compared on a surrogate.
 
     python benchmarks/regrets.py --page docs/front-quality.md
 
-Under `fill` some trainings are short, and score less for that alone. Each variant shows the
-sampler other regrets; the seeds are paired. What counts is the true metric of the best whole
-training of each budget.
+With `fill`, some training runs are short and score lower for that reason alone. Each variant
+passes different regrets to the sampler; seeds are paired. The criterion is the true metric of the
+best full training run of each budget.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial
 from pages import write_table
 
-from nipq_search.search.strategies.samplers import ByRegret, Lesson
+from nipq_search.search.strategies.samplers import Observation, RegretSampler
 from nipq_search.search.study.ledger import Ledger
 
 SPACE = {
@@ -31,22 +31,22 @@ SPACE = {
     "noise_share": FloatDistribution(0.0, 0.3),
 }
 PLACES = {"middle": 0.05, "off it": 0.12, "edge": 0.3}
-"""Best learning rates, by where they lie in its range."""
+"""Best learning rates by their position in the range."""
 BUDGETS, SHORT, FIRST, NOISE = 5, 0.3, 0.75, 0.002
 COST = {1.0: 0.0, FIRST: 0.007, SHORT: 0.02}
-"""What a training of this share of the epochs scores less."""
+"""Loss of metric by the share of the epochs of a training run."""
 
 Taught = list[tuple[float, FrozenTrial]]
-Variant = Callable[[Sequence[Lesson], Mapping[tuple[int, int], float]], Taught]
-plain: Variant = ByRegret.regrets
+Variant = Callable[[Sequence[Observation], Mapping[tuple[int, int], float]], Taught]
+plain: Variant = RegretSampler.regrets
 
 
 def _share(trial: FrozenTrial) -> float:
     return float(trial.user_attrs["share"])
 
 
-def less_mean(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) -> Taught:
-    """Regrets less the mean regret of their length."""
+def less_mean(lessons: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Taught:
+    """Subtract the mean regret of each training length."""
     by_length: dict[float, list[float]] = {}
     for regret, trial in plain(lessons, best):
         by_length.setdefault(_share(trial), []).append(regret)
@@ -54,8 +54,8 @@ def less_mean(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) 
     return [(r - mean[_share(t)], t) for r, t in plain(lessons, best)]
 
 
-def _fitted(lessons: Sequence[Lesson]) -> tuple[list[float], dict[float, float]]:
-    """What a linear model of budget and length leaves of each metric; what it gives lengths."""
+def _fitted(lessons: Sequence[Observation]) -> tuple[list[float], dict[float, float]]:
+    """Return the residuals of a linear model of budget and length, and the effects of lengths."""
     columns = sorted({("length", _share(x.trial)) for x in lessons})
     columns += sorted({("budget", float(x.budget)) for x in lessons})
     rows = np.zeros((len(lessons), len(columns)))
@@ -71,14 +71,14 @@ def _fitted(lessons: Sequence[Lesson]) -> tuple[list[float], dict[float, float]]
     return [float(left) for left in metrics - rows @ fitted], effects
 
 
-def linear(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) -> Taught:
-    """What a linear model of budget and length leaves of the metric."""
+def linear(lessons: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Taught:
+    """Replace regrets by the residuals of a linear model of budget and length."""
     left = _fitted(lessons)[0] if lessons else []
     return [(r, x.trial) for r, x in zip(left, lessons, strict=True)]
 
 
-def less_fitted(lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]) -> Taught:
-    """Regrets less what that model gives the length: the same as they are where all are equal."""
+def less_fitted(lessons: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Taught:
+    """Subtract the effect of the length in that model; no change if all lengths are equal."""
     effects = _fitted(lessons)[1] if lessons else {}
     longest = effects[max(effects)] if effects else 0.0
     return [(r - effects[_share(t)] + longest, t) for r, t in plain(lessons, best)]
@@ -93,7 +93,13 @@ VARIANTS: dict[str, Variant] = {
 
 
 def searched(seed: int, rate: float, trials: int) -> float:
-    """Mean over the budgets of the true metric of the whole training that looked best."""
+    """Return the mean over budgets of the true metric of the best-scoring full training run.
+
+    Args:
+        seed: seed of the study and of the noise.
+        rate: the best learning rate.
+        trials: number of trials.
+    """
     generator = random.Random(seed)
     study = optuna.create_study(directions=["maximize", "minimize"])
     ledger = Ledger(study, space=SPACE, sampler="tpe", seed=seed)
@@ -120,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=32)
     parser.add_argument("--trials", type=int, nargs="+", default=[30])
-    parser.add_argument("--page", type=Path, help="page whose table is written anew")
+    parser.add_argument("--page", type=Path, help="page whose table is updated")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     settings = [(place, trials) for trials in options.trials for place in PLACES]
@@ -130,7 +136,7 @@ def main() -> None:
     ]
     ours: dict[tuple[str, int], list[float]] = {}
     for name, variant in VARIANTS.items():
-        ByRegret.regrets = staticmethod(variant)  # type: ignore[method-assign, assignment]
+        RegretSampler.regrets = staticmethod(variant)  # type: ignore[method-assign, assignment]
         cells = []
         for place, trials in settings:
             found = [searched(s, PLACES[place], trials) for s in range(options.seeds)]

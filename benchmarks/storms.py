@@ -1,8 +1,8 @@
-"""Sweeps through seeded storms: processes, nodes, drivers and servers die; nothing is lost.
+"""Sweeps under seeded failures of processes, nodes, drivers and servers.
 
     python benchmarks/storms.py --json benchmarks/results/storms.json --page docs/cluster.md
 
-Each storm is what `tests/cluster/test_storms.py` runs three of. Finished seeds are kept.
+`tests/cluster/test_storms.py` runs the same storms. Finished seeds are not repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nipq_search.storage import write_json  # noqa: E402
 
 
 def one(seed: int, postgres: Postgres) -> dict[str, Any]:
-    """One storm on a cluster of its own."""
+    """Run one storm on its own cluster and return its result."""
     quiet_environment()
     from ray.cluster_utils import Cluster
 
@@ -44,7 +44,7 @@ def one(seed: int, postgres: Postgres) -> dict[str, Any]:
         storm.check()
     except (AssertionError, OSError, RuntimeError) as error:
         text = str(error).strip() or type(error).__name__
-        (folder / "problem.txt").write_text(text)  # kept with everything else
+        (folder / "problem.txt").write_text(text)  # kept with the other files
         problem = f"{folder}: " + " ".join(text.split())[-300:]
     finally:
         if storm is not None:
@@ -58,8 +58,8 @@ def one(seed: int, postgres: Postgres) -> dict[str, Any]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """A row a storm."""
-    lines = ["| seed | what died | seconds | outcome |", "|---|---|---|---|"]
+    """Format the results as a Markdown table with one row per storm."""
+    lines = ["| seed | killed | seconds | outcome |", "|---|---|---|---|"]
     lines += [
         f"| {r['seed']} | {', '.join(r['actions'])} | {r['seconds']} | {r['problem'] or 'fine'} |"
         for r in sorted(found, key=lambda r: r["seed"])
@@ -69,9 +69,11 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="results; kept and added to")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file of results, which is extended"
+    )
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--page", type=Path, help="page whose table is written anew")
+    parser.add_argument("--page", type=Path, help="page whose table is updated")
     options = parser.parse_args()
     found = json.loads(options.json.read_text()) if options.json.exists() else []
     postgres = Postgres()

@@ -1,10 +1,11 @@
-"""A whole training step, NIPQ and LSQ over the float model's, as ratios in one run.
+"""Time and memory of a training step with NIPQ and LSQ, relative to the float model.
 
     python benchmarks/train_step.py --json train_step.json [--table docs/performance.md]
 
-Forward, cross-entropy, backward and an SGD step, every kind in turn, again and again; the figures
-are medians. All kinds of a model have the memory format that a training gives it here. `torch
-FakeQuantize` is torch.ao's fused module on every weight and input: it learns nothing.
+A step consists of forward, cross-entropy, backward and SGD. All variants run alternately, and the
+results are medians. All variants of a model use the memory format chosen by the training loop.
+`torch FakeQuantize` is torch.ao's fused module on every weight and input, without learned
+parameters.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ class Encoder(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What is trained, on inputs of which shape."""
+    """A model and the shape of its inputs."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
 
 
 def models(batch: int) -> dict[str, Model]:
-    """The models of the table; batches of the two large ones are smaller."""
+    """Return the models of the table; the small ResNet uses larger batches."""
     return {
         "resnet18, 224 px": Model(
             lambda: timm.create_model("resnet18", num_classes=CLASSES), (batch, 3, 224, 224)
@@ -93,7 +94,7 @@ class FakeQuantized(nn.Module):
 
 
 def with_fake_quantize(model: nn.Module) -> nn.Module:
-    """Every convolution and linear layer wrapped, in place. Attention's projections are not."""
+    """Wrap every convolution and linear layer in place, except projections of attention."""
     for module in list(model.modules()):
         if isinstance(module, nn.MultiheadAttention | FakeQuantized):
             continue
@@ -104,7 +105,7 @@ def with_fake_quantize(model: nn.Module) -> nn.Module:
 
 
 def variants(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
-    """The float model and what it is compared with."""
+    """Return the float model and its quantized variants."""
 
     def prepared(quantizer: str, frozen: bool = False) -> nn.Module:
         config = QuantConfig(quantizer=quantizer)
@@ -142,7 +143,7 @@ class Training:
         self.optimizer.step()
 
     def seconds(self) -> float:
-        """Of one step."""
+        """Return the time of one step."""
         wait = torch.cuda.synchronize if self.x.is_cuda else lambda: None
         wait()
         started = time.perf_counter()
@@ -151,7 +152,7 @@ class Training:
         return time.perf_counter() - started
 
     def memory(self) -> int:
-        """The most bytes that a step holds beyond parameters, in the forward above all."""
+        """Return the peak memory of a step beyond parameters, in bytes."""
         if self.x.is_cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -163,7 +164,15 @@ class Training:
 def measure(
     name: str, model: Model, device: str, precision: str, repeats: int
 ) -> list[dict[str, Any]]:
-    """Rows of one model."""
+    """Measure all variants of one model.
+
+    Args:
+        name: name of the model.
+        model: the model and its input shape.
+        device: `cpu` or `cuda`.
+        precision: `float32` or `bfloat16`.
+        repeats: number of timed steps.
+    """
     torch.manual_seed(0)
     x = torch.rand(*model.shape, device=device)
     layout = use_channels_last(model.build().to(device), (x[:2],))
@@ -192,7 +201,7 @@ def measure(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Models down, kinds across: time over float, and memory over float in brackets."""
+    """Format models as rows and variants as columns, with ratios of time and memory to float."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))[1:]
     lines = [
         "| model | precision | float step | " + " | ".join(kinds) + " |",
@@ -211,11 +220,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write machine and rows here")
-    parser.add_argument("--table", type=Path, help="page whose table is written anew")
+    parser.add_argument("--json", type=Path, help="file for machine and results")
+    parser.add_argument("--table", type=Path, help="page whose table is updated")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--only", nargs="*", help="models whose names begin so")
+    parser.add_argument("--only", nargs="*", help="prefixes of model names")
     parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

@@ -1,14 +1,14 @@
-"""Can every model be prepared, trained a step, frozen and profiled?
+"""Test that models can be prepared, trained for a step, frozen and profiled.
 
-    python benchmarks/zoo.py                    every family of timm, transformers' architectures
-    python benchmarks/zoo.py --only vit swin    families whose names hold one of the words
-    python benchmarks/zoo.py --json FILE        results, written after every model and resumed
-    python benchmarks/zoo.py --table docs/models.md    writes the table between its markers
+    python benchmarks/zoo.py                    all timm families and transformers architectures
+    python benchmarks/zoo.py --only vit swin    families whose names contain one of the words
+    python benchmarks/zoo.py --json FILE        write results after every model, and resume
+    python benchmarks/zoo.py --table docs/models.md    write the table between its markers
 
-A model passes if it trains one step in which every parameter that has a gradient in the float
-model, and every quantizer parameter, gets one; if its multiply-accumulates by `profile` equal half
-of torch's own FLOP count, before and after the freeze; and if the frozen model runs within its
-budget. Weights are random: nothing is downloaded.
+A model passes if one training step produces a gradient for every parameter that has one in the
+float model and for every quantizer parameter, if its multiply-accumulates in `profile` equal half
+of torch's FLOP count before and after freezing, and if the frozen model runs within its budget.
+Weights are random, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from zoo_models import timm_models, transformers_models
 
 
 def tensors_with_gradient(value: Any) -> Iterator[Tensor]:
-    """Every tensor of an output that a loss can use."""
+    """Yield every differentiable tensor of an output."""
     if isinstance(value, Tensor):
         if value.requires_grad and value.is_floating_point():
             yield value
@@ -53,19 +53,19 @@ def tensors_with_gradient(value: Any) -> Iterator[Tensor]:
 
 
 def any_loss(output: Any) -> Tensor:
-    """A loss that hangs on every output."""
+    """Return a loss that depends on every output."""
     return sum((x.float().square().mean() for x in tensors_with_gradient(output)), torch.zeros(()))
 
 
 def twice(inputs: Any) -> Any:
-    """The inputs as a batch of two."""
+    """Return the inputs as a batch of two."""
     if isinstance(inputs, Tensor):
         return torch.cat([inputs, inputs + 0.1 if inputs.is_floating_point() else inputs])
     return {key: twice(value) for key, value in inputs.items()}
 
 
 def count_macs(model: nn.Module, inputs: Any) -> int:
-    """Half of torch's FLOP count, fused kernels taken apart."""
+    """Return half of torch's FLOP count, with fused kernels decomposed."""
     args, kwargs = as_arguments(inputs)
     counter = FlopCounterMode(display=False)
     with plain_kernels(), counter:
@@ -73,10 +73,21 @@ def count_macs(model: nn.Module, inputs: Any) -> int:
     return counter.get_total_flops() // 2
 
 
-def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
-    """Largest difference of outputs from the float model's, with every quantizer passing through.
+def scale(output: Tensor) -> Tensor:
+    """Return the standard deviation of an output, or the magnitude of a single value."""
+    return output.std(correction=0) if output.numel() > 1 else output.abs().max()
 
-    In units of the outputs' standard deviation.
+
+def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
+    """Return the largest deviation from the float model's outputs with disabled quantizers.
+
+    Args:
+        model: the float model.
+        prepared: the prepared model.
+        inputs: arguments of a forward pass.
+
+    Returns:
+        The deviation relative to the `scale` of the output.
     """
     args, kwargs = as_arguments(inputs)
     found = quantizers(prepared).values()
@@ -84,17 +95,17 @@ def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
         quantizer.observer = lambda x: None
     outputs = []
     for candidate in (model.eval(), prepared.eval()):
-        torch.manual_seed(0)  # some models draw masks in evaluation too
+        torch.manual_seed(0)  # some models draw masks even in evaluation mode
         outputs.append(list(tensors_with_gradient(candidate(*args, **kwargs))))
     for quantizer in found:
         quantizer.observer = None
-    scales = [max(float(a.detach().std(correction=0)), 1e-3) for a in outputs[0]]
+    scales = [max(float(scale(a.detach())), 1e-3) for a in outputs[0]]
     pairs = zip(*outputs, scales, strict=True)
     return max(float((a - b).detach().abs().max()) / scale for a, b, scale in pairs)
 
 
 def try_model(model: nn.Module, inputs: Any) -> dict[str, Any]:
-    """What became of one model; raises what fails."""
+    """Test one model and return its statistics and failures; errors propagate."""
     args, kwargs = as_arguments(inputs)
     macs = count_macs(model.eval(), inputs)
     with warnings.catch_warnings():
@@ -106,7 +117,7 @@ def try_model(model: nn.Module, inputs: Any) -> dict[str, Any]:
     budget = ns.Budget(bops=exact_cost("bops", graph, uniform_bits(graph, 4)))
     optimizer = torch.optim.SGD(ns.param_groups(prepared, lr=1e-4), lr=1e-4)
     prepared.train()
-    args, kwargs = as_arguments(twice(inputs))  # normalization wants more than one value
+    args, kwargs = as_arguments(twice(inputs))  # normalization needs more than one value
     loss = any_loss(prepared(*args, **kwargs)) + ns.cost_penalty(prepared, budget)
     loss.backward()
     any_loss(model.train()(*args, **kwargs)).backward()
@@ -124,7 +135,7 @@ def try_model(model: nn.Module, inputs: Any) -> dict[str, Any]:
     counted = (int(table["macs"].sum()), count_macs(prepared, inputs))
     failures = []
     if not difference < 1e-3:
-        failures.append(f"with quantizers off it computes something else ({difference:.1g})")
+        failures.append(f"outputs differ with quantizers disabled ({difference:.1g})")
     if not torch.isfinite(loss):
         failures.append("the loss is not finite")
     if lost:
@@ -161,12 +172,12 @@ def run(name: str, make: Any) -> dict[str, Any]:
 
 
 def short(number: int) -> str:
-    """A number in thousands or millions."""
+    """Format a number in thousands or millions."""
     return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number / 1e3:.0f} k"
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """The table of a page, and the share that passes."""
+    """Format the table of each source, with the share of passing models."""
     lines = []
     for source in dict.fromkeys(result["source"] for result in results):
         mine = [r for r in results if r["source"] == source]
@@ -193,10 +204,10 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[], help="parts of names")
-    parser.add_argument("--source", choices=["timm", "transformers"], help="one of the two")
-    parser.add_argument("--json", type=Path, help="results; what is in it already is kept")
-    parser.add_argument("--table", type=Path, help="page whose table is written anew")
+    parser.add_argument("--only", nargs="*", default=[], help="substrings of family names")
+    parser.add_argument("--source", choices=["timm", "transformers"], help="test only this source")
+    parser.add_argument("--json", type=Path, help="file of results, which is extended")
+    parser.add_argument("--table", type=Path, help="page whose table is updated")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
     if options.json and options.json.exists():

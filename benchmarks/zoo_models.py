@@ -1,4 +1,4 @@
-"""The models of the zoo: the smallest of each family of timm, small transformers of many kinds."""
+"""Models of the zoo: the smallest of each timm family, and small transformers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import nn
 
 Made = tuple[str, nn.Module, Any]
 CACHE = Path(__file__).parent / "timm_smallest.json"
-"""Smallest model of each family, for the version of timm that stands in it; made on demand."""
+"""Cache of the smallest model of each family, for one version of timm."""
 
 
 def _smallest() -> dict[str, str]:
-    """The model with the fewest parameters in each of timm's modules."""
+    """Return the model with the fewest parameters of each timm module."""
     import timm
 
     if CACHE.exists():
@@ -33,7 +33,7 @@ def _smallest() -> dict[str, str]:
                 with torch.device("meta"), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-            except Exception:  # some cannot be built without memory: they are no candidates
+            except Exception:  # some cannot be built on the meta device
                 continue
         if sizes:
             models[family] = min(sizes, key=lambda name: (sizes[name], name))
@@ -44,7 +44,7 @@ def _smallest() -> dict[str, str]:
 
 
 def make_timm(name: str) -> Made:
-    """A model of timm with random weights, its name and an input."""
+    """Return the name, a randomly initialized timm model and an input."""
     import timm
 
     model = timm.create_model(name, pretrained=False)
@@ -52,13 +52,13 @@ def make_timm(name: str) -> Made:
     size = config.get("min_input_size") or config["input_size"]
     if config.get("fixed_input_size"):
         size = config["input_size"]
-    elif min(size[1:]) > 320:  # half a minute of one core for nothing
+    elif min(size[1:]) > 320:  # large inputs would take half a minute
         size = (size[0], 224, 224)
     return name, model, torch.randn(1, *size)
 
 
 def timm_models() -> Iterator[tuple[str, Callable[[], Made]]]:
-    """Family and how to make its smallest model."""
+    """Yield each family and a function that builds its smallest model."""
     for family, name in _smallest().items():
         yield family, functools.partial(make_timm, name)
 
@@ -256,7 +256,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "mel",
     ),  # fmt: skip
 }
-"""Configuration class, model class, configuration and kind of input, by architecture."""
+"""Configuration class, model class, configuration and kind of input by architecture."""
 
 
 def _inputs(kind: str) -> dict[str, torch.Tensor]:
@@ -279,7 +279,7 @@ def _inputs(kind: str) -> dict[str, torch.Tensor]:
 
 
 def make_transformer(name: str) -> Made:
-    """A small model of transformers, its class and its inputs."""
+    """Return the class name, a small transformers model and its inputs."""
     import transformers
 
     config_class, model_class, values, kind = TRANSFORMERS[name]
@@ -290,6 +290,6 @@ def make_transformer(name: str) -> Made:
 
 
 def transformers_models() -> Iterator[tuple[str, Callable[[], Made]]]:
-    """Architecture and how to make it."""
+    """Yield each architecture and a function that builds it."""
     for name in TRANSFORMERS:
         yield name, functools.partial(make_transformer, name)

@@ -1,10 +1,10 @@
-"""Pictures of a sweep in its dashboards, for `dashboards/README.md` and the project's README.
+"""Screenshots of the dashboards for `dashboards/README.md` and the project's README.
 
     python dashboards/screenshots.py runs/digits --out dashboards/images
 
-Starts `mlflow ui` and `optuna-dashboard` on the sweep's folder, takes the pictures with Debian's
-Chromium, and ends both. Ray's dashboard exists only while a sweep runs, so its address is given
-with `--ray-url`. Nothing but the given servers is ever asked: all other addresses are refused.
+Starts `mlflow ui` and `optuna-dashboard` in the sweep's folder, takes screenshots with Debian's
+Chromium, and terminates both. Ray's dashboard exists only while a sweep runs, so `--ray-url` gives
+its address. Requests to any other address are blocked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from playwright.sync_api import TimeoutError as PageTimeout
 from servers import free_port, mlflow_command, optuna_command, serve
 
 CHROMIUM = "/usr/bin/chromium"
-# `tests/report/test_report_browser.py` starts Chromium with these too.
+# `tests/report/test_report_browser.py` uses the same arguments.
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -47,11 +47,11 @@ COLUMNS = [
     "tags.`on_front`",
     "params.`lambda`",
 ]
-"""Columns of MLflow's table that tell most about a sweep; the README names the same ones."""
+"""Columns shown in MLflow's table, the same as in the README."""
 
 
 def main() -> int:
-    """Take all pictures that the sweep allows and print their names."""
+    """Take all screenshots available for the sweep and print their paths."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of a sweep")
     parser.add_argument("--out", type=Path, default=Path("dashboards/images"))
@@ -73,7 +73,7 @@ def main() -> int:
 
 @contextmanager
 def browser() -> Iterator[BrowserContext]:
-    """Chromium that reaches files and this machine's servers, nothing else."""
+    """Start Chromium with access to files and servers on this machine only."""
     with sync_playwright() as playwright:
         program = shutil.which("chromium") or CHROMIUM
         chromium = playwright.chromium.launch(executable_path=program, args=ARGUMENTS)
@@ -86,10 +86,10 @@ def browser() -> Iterator[BrowserContext]:
 
 
 def take_report(context: BrowserContext, folder: Path, out: Path) -> None:
-    """The top of the report, and its Pareto figure alone."""
+    """Take the top of the report, and its Pareto figure alone."""
     path = folder / "report.html"
     if not path.is_file():
-        print(f"no {path}: `nipq-search report {folder}` writes it", file=sys.stderr)
+        print(f"{path} is missing; run `nipq-search report {folder}`", file=sys.stderr)
         return
     page = context.new_page()
     page.goto(path.as_uri())
@@ -101,7 +101,7 @@ def take_report(context: BrowserContext, folder: Path, out: Path) -> None:
 
 
 def take_mlflow(context: BrowserContext, folder: Path, out: Path) -> None:
-    """The table of runs, its charts, and the comparison of the trials that finished."""
+    """Take the table of runs, its charts, and the comparison of finished trials."""
     port = free_port()
     with serve(mlflow_command(port), port, folder) as address:
         found = _mlflow(address, "experiments/search", {"max_results": 100})["experiments"]
@@ -130,10 +130,10 @@ def take_mlflow(context: BrowserContext, folder: Path, out: Path) -> None:
 
 
 def take_optuna(context: BrowserContext, folder: Path, out: Path) -> None:
-    """The study with its Pareto front, and what the hyperparameters did."""
+    """Take the study with its Pareto front, and the analysis of the hyperparameters."""
     study = next((name for name in ("study.log", "study.db") if (folder / name).is_file()), None)
     if study is None:
-        print(f"no study.log or study.db in {folder}: no picture of Optuna", file=sys.stderr)
+        print(f"no study.log or study.db in {folder}; skipping Optuna", file=sys.stderr)
         return
     port = free_port()
     with serve(optuna_command(study, port), port, folder) as address:
@@ -145,7 +145,7 @@ def take_optuna(context: BrowserContext, folder: Path, out: Path) -> None:
 
 
 def take_ray(context: BrowserContext, address: str, out: Path) -> None:
-    """Ray's own dashboard: the cluster, and the jobs and actors on it."""
+    """Take Ray's dashboard: the cluster and its actors."""
     for name in ("cluster", "actors"):
         take(context, f"{address.rstrip('/')}/#/{name}", out / f"ray-{name}.png")
 
@@ -156,24 +156,31 @@ def take(
     path: Path,
     arrange: Callable[[Page], None] | None = None,
 ) -> None:
-    """Open `url` in a fresh page, `arrange` it, and save a picture of it."""
+    """Open a page, arrange it, and save a screenshot.
+
+    Args:
+        context: the browser.
+        url: address of the page.
+        path: file of the screenshot.
+        arrange: called with the page before the screenshot.
+    """
     page = context.new_page()
     page.goto(url)
-    with contextlib.suppress(PageTimeout):  # pages that refresh themselves are never idle
+    with contextlib.suppress(PageTimeout):  # self-refreshing pages are never idle
         page.wait_for_load_state("networkidle", timeout=5_000)
-    page.wait_for_timeout(2_500)  # charts are drawn after the data has come
+    page.wait_for_timeout(2_500)  # charts are drawn after the data arrive
     if arrange is not None:
         try:
             arrange(page)
         except PageTimeout:
-            print(f"{path}: this page looks different now, taken as it opens", file=sys.stderr)
+            print(f"{path}: unexpected page layout, not arranged", file=sys.stderr)
         page.wait_for_timeout(1_000)
     save(page, path)
     page.close()
 
 
 def _compare_validation(page: Page) -> None:
-    """Show the metric and the cost in the parallel coordinates, in place of the first pick."""
+    """Replace the default metric of the parallel coordinates by cost and validation metric."""
     page.set_default_timeout(5_000)
     box = page.get_by_role("combobox").nth(1)
     box.click()
@@ -185,7 +192,7 @@ def _compare_validation(page: Page) -> None:
 
 
 def save(page: Page, path: Path, shoot: Callable[..., bytes] | None = None) -> None:
-    """Save a picture of `page`, or of a part of it, and say how large it is."""
+    """Save a screenshot of a page, or of a part of it, and print its size."""
     size = len((shoot or page.screenshot)(path=path, animations="disabled"))
     note = "" if size <= LARGEST_BYTES else f" (more than {LARGEST_BYTES // 1000} kB)"
     print(f"{path}: {size // 1000} kB{note}")
@@ -197,10 +204,9 @@ def _local(url: str) -> bool:
 
 
 def _mlflow_view(experiment: str, parents: list[str]) -> str:
-    """Script that opens MLflow's table as a person would arrange it.
+    """Return a script that expands the parents, selects `COLUMNS` and hides the assistant.
 
-    Parents unfolded, our columns, no assistant. An MLflow that keeps its view elsewhere shows
-    its default instead.
+    A version of MLflow that stores its view elsewhere shows its default view instead.
     """
     view = {"selectedColumns": COLUMNS, "runsExpanded": dict.fromkeys(parents, True)}
     key = f'MLflowLocalStorage-1.1-ExperimentPage-["{experiment}"]-ReactComponentState'

@@ -1,4 +1,4 @@
-"""Web servers for the screenshots: started on a free port, ended with everything they started."""
+"""Web servers for the screenshots, started on free ports and terminated with their children."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ STOP_SECONDS = 20.0
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Return an unused port of this machine."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         return int(unused.getsockname()[1])
 
 
 def answers(url: str) -> bool:
-    """Whether something at `url` answers at all."""
+    """Return whether `url` answers with any HTTP status."""
     try:
         with urllib.request.urlopen(url, timeout=5):
             return True
@@ -39,10 +39,18 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
-    """Run `command` in `folder` until it answers on `port`; yield its address, then end it.
+    """Run a server, wait until it answers, yield its address, and terminate it on exit.
+
+    Args:
+        command: the command line of the server.
+        port: the port on which it listens.
+        folder: its working directory.
+
+    Yields:
+        The address of the server.
 
     Raises:
-        RuntimeError: the server stopped or did not answer in time; says what it printed.
+        RuntimeError: the server stopped or did not answer in time; includes its output.
     """
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
     address = f"http://127.0.0.1:{port}"
@@ -53,7 +61,7 @@ def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
             env=environment,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # its workers form a group with it, so that all of them end
+            start_new_session=True,  # one process group, to terminate its workers as well
         )
         try:
             deadline = time.monotonic() + START_SECONDS
@@ -69,7 +77,7 @@ def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a server and its group, politely first."""
+    """Terminate the process group of a server, with SIGTERM before SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -83,12 +91,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def mlflow_command(port: int) -> list[str]:
-    """`mlflow ui` as a person types it in a sweep's folder."""
+    """Return the `mlflow ui` command for a sweep's folder."""
     return [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
 
 
 def optuna_command(study: str, port: int) -> list[str]:
-    """`optuna-dashboard` on a study file in a sweep's folder."""
+    """Return the `optuna-dashboard` command for a study file in a sweep's folder."""
     program = Path(sys.executable).with_name("optuna-dashboard")
     storage = f"sqlite:///{study}" if study.endswith(".db") else study
     return [str(program), storage, "--host", "127.0.0.1", "--port", str(port)]

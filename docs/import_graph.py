@@ -1,7 +1,7 @@
-"""The layers of the library, and its imports as they are read from the source.
+"""Layers of the library, and its actual imports, read from the source.
 
-`LAYERS` is the rule and `imports` the fact: `tests/test_layers.py` compares them, and
-`docs/draw_architecture.py` draws them. Imports inside functions count as well.
+`tests/test_layers.py` compares the imports with `LAYERS`, and `docs/draw_architecture.py` draws
+both. Imports inside functions count as well.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("run",),
     ),
 }
-"""What is in a folder, from the bottom to the top; "*" is everything that is not named.
+"""The parts of each folder from bottom to top; "*" stands for all parts not listed.
 
-A part imports from parts before it. Parts that stand together import nothing from each other,
-except single files at the root and below "*".
+A part imports only from parts in earlier layers. Parts of the same layer do not import each other,
+except single files at the root and in "*".
 """
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
-    """Every module of the package by its dotted name below the package; `` is the package."""
+    """Return the file of every module by its dotted name; the package itself has an empty name."""
     found = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -62,7 +62,7 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 
 def imports(path: Path, root: Path = ROOT) -> Iterator[str]:
-    """Dotted names that a file imports; `from a import b` gives `a.b` where b is a module."""
+    """Yield the dotted names that a file imports; `from a import b` gives `a.b` for a module b."""
     package = [PACKAGE, *path.relative_to(root).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
@@ -78,7 +78,7 @@ def imports(path: Path, root: Path = ROOT) -> Iterator[str]:
 
 
 def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
-    """Which modules of the package each one imports, facades (`__init__` files) apart."""
+    """Return the modules that each module imports, without facades (`__init__` files)."""
     known = modules(root)
     graph = {}
     for name, path in known.items():
@@ -90,7 +90,7 @@ def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
 
 
 def folder_graph(graph: Mapping[str, Iterable[str]], root: Path = ROOT) -> dict[str, set[str]]:
-    """The same between folders; a folder and those inside it are one another's own."""
+    """Return the folders that each folder imports, except those that contain each other."""
     known = modules(root)
 
     def folder(name: str) -> str:
@@ -106,7 +106,7 @@ def folder_graph(graph: Mapping[str, Iterable[str]], root: Path = ROOT) -> dict[
 
 
 def cycles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """Groups of nodes that reach each other: Tarjan's strongly connected components."""
+    """Return the strongly connected components with several nodes (Tarjan's algorithm)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -134,22 +134,26 @@ def cycles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
 
 
 def rank(folder: str, part: str) -> int | None:
-    """The height of a part of a folder in `LAYERS`; None where the folder has no order."""
+    """Return the layer of a part of a folder, or None if the folder has no layers.
+
+    Raises:
+        KeyError: the part is missing in `LAYERS`.
+    """
     layers = LAYERS.get(folder)
     if layers is None:
         return None
     for height, parts in enumerate(layers):
         if part in parts or "*" in parts:
             return height
-    raise KeyError(f"{PACKAGE}/{folder}: {part} stands in no layer of docs/import_graph.py")
+    raise KeyError(f"{PACKAGE}/{folder}: add {part} to LAYERS in docs/import_graph.py")
 
 
 def wrong_way(name: str, target: str) -> str | None:
-    """Why a module must not import another one of the package; None if it may.
+    """Return why a module must not import another one of the package, or None if it may.
 
     Args:
-        name: the importing module, below the package.
-        target: the imported module or package, below the package.
+        name: dotted name of the importing module, without the package.
+        target: dotted name of the imported module or package, without the package.
     """
     here, there = name.split("."), target.split(".")
     for depth, (own, other) in enumerate(zip(here, there, strict=False)):

@@ -1,7 +1,7 @@
-"""nipq_search: trained mixed-precision quantization fronts, from one call.
+"""Mixed-precision quantization search: a Pareto front of trained models from one call.
 
-The quantizer, the costs and the training loop need torch alone; ray, optuna, mlflow and the rest
-are loaded only when something that needs them is asked for.
+The quantizers, costs and training loop require only torch. Ray, Optuna, MLflow and the other
+dependencies are imported on first use of a name that needs them.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
-    if name == "search":  # function and package in one, whichever is imported first
+    """Import a public name on first access."""
+    if name == "search":  # a callable package, so that import order does not matter
         return importlib.import_module(f"{__name__}.search")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -78,5 +78,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """Return the public names."""
     return __all__

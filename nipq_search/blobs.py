@@ -1,9 +1,9 @@
-"""Large files, models and checkpoints: in a sweep's folder, or in an object store.
+"""Large files (models and checkpoints) in a sweep's folder or in an object store.
 
-In an object store (or any file system that pyarrow knows by a URI: `s3://`, `gs://`, `file://`) an
-object is never written over: each has a name of its own. Beside where the file would be lies a
-pointer, sealed and written last, with the object's URI and digest. So a reader sees the old file
-or the new one, and a damaged object is noticed.
+An object store is any file system that pyarrow supports by URI: `s3://`, `gs://`, `file://`.
+Objects have unique names and are never overwritten. A sealed pointer file, written last, replaces
+the local file and stores the object's URI and digest. Thus readers see either the old or the new
+content, and damaged objects are detected.
 """
 
 from __future__ import annotations
@@ -21,34 +21,36 @@ from nipq_search import storage
 from nipq_search.errors import UserError
 
 _POINTER = ".at"
+"""Suffix of pointer files."""
+
 _SECRETS = ("secret", "key", "sig", "token", "password")
-"""Parts of the names of query parameters that hold secrets."""
+"""Substrings in the names of query parameters that contain secrets."""
 
 
 class StoreAway(OSError):
-    """An object store does not answer, or refuses."""
+    """An object store cannot be reached or denies access."""
 
 
 def check_home(uri: str) -> None:
-    """Check the form of a URI.
+    """Check the syntax of an object store's URI.
 
     Raises:
-        UserError: it is no URI, or holds a secret.
+        UserError: `uri` is not a URI or contains a secret.
     """
     parts = urlsplit(uri)
     if not parts.scheme or "://" not in uri or not (parts.netloc or parts.path.strip("/")):
-        raise UserError(f"{uri!r} is no URI; write s3://BUCKET/FOLDER, gs://... or file:///...")
+        raise UserError(f"{uri!r} is not a URI; write s3://BUCKET/FOLDER, gs://... or file:///...")
     names = {name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
     keys = parts.password or (parts.username and parts.scheme in ("s3", "gs", "gcs"))
     if keys or any(word in name for name in names for word in _SECRETS):
         raise UserError(
-            "leave keys out of the URI, which is written to files; S3 takes AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or the machine's own role"
+            "leave keys out of the URI, which is written to files; for S3, set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY, or use the machine's role"
         )
 
 
 def within(home: str | None, *names: str) -> str | None:
-    """The URI of something inside a home; None for none."""
+    """Return the URI of an object inside `home`; None if `home` is None."""
     if home is None:
         return None
     base, mark, query = home.partition("?")
@@ -57,11 +59,15 @@ def within(home: str | None, *names: str) -> str | None:
 
 @contextmanager
 def _store(uri: str) -> Iterator[tuple[Any, str]]:
-    """File system and path of a URI.
+    """Open the file system of a URI and translate errors that the caller's operations raise.
+
+    Yields:
+        The pyarrow file system and the path in it.
 
     Raises:
-        FileNotFoundError: there is no such object.
-        StoreAway: anything else.
+        FileNotFoundError: the object does not exist.
+        StoreAway: any other operation failed.
+        UserError: pyarrow is not installed.
     """
     try:
         from pyarrow.fs import FileSystem
@@ -77,10 +83,15 @@ def _store(uri: str) -> Iterator[tuple[Any, str]]:
 
 
 def write(path: Path, data: bytes, home: str | None) -> None:
-    """Write `data` as the file `path`, or as an object inside `home`, if that is given.
+    """Write `data` to the file `path`, or to an object inside `home` with a pointer at `path`.
+
+    Args:
+        path: local path of the file.
+        data: content.
+        home: URI of a folder in an object store; None writes a local file.
 
     Raises:
-        OSError: it cannot be written; what was there before still is.
+        OSError: writing failed; the previous content is intact.
     """
     old = storage.read_sealed(_pointer(path))
     if home is None:
@@ -96,7 +107,7 @@ def write(path: Path, data: bytes, home: str | None) -> None:
 
 
 def _put(home: str, name: str, data: bytes) -> str:
-    """Write a new object; its URI."""
+    """Write a new object and return its URI."""
     uri = within(home, name)
     assert uri is not None
     with _store(uri) as (files, place):
@@ -108,11 +119,11 @@ def _put(home: str, name: str, data: bytes) -> str:
 
 
 def read(path: Path) -> bytes:
-    """What `write` wrote.
+    """Return the content that `write` stored at `path`.
 
     Raises:
-        StoreAway: the object store does not answer.
-        OSError: it is not there, cannot be read, or is damaged.
+        StoreAway: the object store cannot be reached.
+        OSError: the file or object is missing, unreadable or damaged.
     """
     pointer = storage.read_sealed(_pointer(path))
     if pointer is None:
@@ -125,15 +136,15 @@ def read(path: Path) -> bytes:
 
 
 def exists(path: Path) -> bool:
-    """Whether the file, or a pointer in its place, is there."""
+    """Whether the file, or a pointer in its place, exists."""
     return path.is_file() or storage.read_sealed(_pointer(path)) is not None
 
 
 def can_be_read(path: Path) -> bool:
-    """Whether the file is there, or the object is where the pointer says.
+    """Whether the file, or the object that its pointer names, exists.
 
     Raises:
-        StoreAway: the object store does not answer.
+        StoreAway: the object store cannot be reached.
     """
     pointer = storage.read_sealed(_pointer(path))
     if pointer is None:
@@ -143,7 +154,7 @@ def can_be_read(path: Path) -> bool:
 
 
 def digest_of(path: Path) -> str | None:
-    """Digest of the content; None where there is none. An object is not read for it."""
+    """Return the digest of the content, or None if it does not exist; objects are not read."""
     pointer = storage.read_sealed(_pointer(path))
     if pointer is not None:
         return str(pointer["digest"])
@@ -151,7 +162,7 @@ def digest_of(path: Path) -> str | None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file or of everything in a folder, objects elsewhere included."""
+    """Return the size in bytes of a file or folder, including the objects of its pointers."""
     if not path.is_dir():
         pointer = storage.read_sealed(_pointer(path))
         return int(pointer["bytes"]) if pointer is not None else path.stat().st_size
@@ -162,10 +173,10 @@ def size_of(path: Path) -> int:
 
 
 def remove(path: Path) -> bool:
-    """Delete a file, or a folder and everything in it, with the objects that they stand for.
+    """Delete a file, or a folder with all its content, and the objects of its pointers.
 
     Returns:
-        False where something of a folder, or an object, could not be deleted; its pointer stays.
+        Whether everything was deleted. Pointers to objects that could not be deleted are kept.
     """
     done = True
     pointers = sorted(path.rglob(f"*{_POINTER}")) if path.is_dir() else [_pointer(path)]
@@ -184,10 +195,10 @@ def remove(path: Path) -> bool:
 
 
 def probe(home: str) -> None:
-    """Write an object and read it back.
+    """Check an object store by writing an object, reading it back and deleting it.
 
     Raises:
-        OSError: that fails.
+        OSError: an operation failed, or the content differs.
     """
     word = uuid.uuid4().hex
     with _store(_put(home, f".probe-{word}", word.encode())) as (files, place):
@@ -195,15 +206,16 @@ def probe(home: str) -> None:
             same = stream.read() == word.encode()
         files.delete_file(place)
     if not same:
-        raise OSError(errno.EIO, f"{home.partition('?')[0]}: reads back something else")
+        raise OSError(errno.EIO, f"{home.partition('?')[0]}: read back other content")
 
 
 def _pointer(path: Path) -> Path:
+    """Return the path of the pointer that replaces `path`."""
     return path.with_name(path.name + _POINTER)
 
 
 def _forget(uri: str) -> bool:
-    """Delete an object; whether it is gone. One that stays costs space and nothing else."""
+    """Delete an object and return whether it is gone; a remaining one only wastes space."""
     try:
         with _store(uri) as (files, place):
             files.delete_file(place)

@@ -1,4 +1,4 @@
-"""Errors that people meet: one line each, naming the key or the file and the fix."""
+"""User-facing errors: one line that names the key or file and the fix."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Wrong usage or configuration. The command line prints it as one line and exits 2.
+    """An error in usage or configuration; the command line prints it in one line and exits 2.
 
     Attributes:
-        below: its cause, if it is to cross processes as a value.
+        below: the cause, if it must survive pickling, which drops `__cause__`.
+
+    Example:
+        >>> import nipq_search as ns
+        >>> try:
+        ...     ns.Budget(bobs=1e9)
+        ... except ns.UserError as error:
+        ...     print(error)
+        unknown cost 'bobs' (did you mean 'bops'?)
     """
 
     below: BaseException | None = None
 
 
 def one_line(error: BaseException, most: int = 240) -> str:
-    """What an error says, in one line that is cut between words."""
+    """Return an error's message in one line, truncated between words to `most` characters."""
     return textwrap.shorten(str(error), most, placeholder=" ...")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the known word nearest to `word`, or the list of known words."""
+    """Return ` (did you mean 'x'?)` with the closest known word, or list all known words."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if close:

@@ -1,7 +1,7 @@
-"""Record types that cross layers: what a trial was asked to do and what it did.
+"""Record types shared by several layers: the inputs and results of trials and sweeps.
 
-Plain frozen dataclasses without dependencies. The search writes them, the tracking and report
-layers read them, and every one of them survives a round trip through JSON.
+They are plain frozen dataclasses without dependencies. The search writes them; the tracking and
+report layers read them. All of them survive a round trip through JSON.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from typing import Any
 
 SCHEMA = 1
-"""Version of every JSON document that the commands print."""
+"""Schema version of all JSON documents that the commands print."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """One epoch of one job: its number, its phase and what was measured.
+    """Metrics of one epoch of a job.
 
     Attributes:
-        epoch: epochs finished when this was measured, counted from 1.
+        epoch: finished epochs, counted from 1.
         step: optimizer steps taken so far.
         phase: `noise`, `tuning` or `float`.
-        timestamp: Unix time in seconds at which the worker wrote the point.
+        timestamp: Unix time of the measurement, in seconds.
         metrics: scalars such as `train_loss`, `validation_accuracy`, `bops_estimate`.
     """
 
@@ -35,30 +35,30 @@ class CurvePoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One trial as people see it: a row of `results.parquet`, a run in MLflow.
+    """A trial: a row of `results.parquet` and a run in MLflow.
 
     Attributes:
-        trial: the Optuna trial number, the trial's only identity everywhere.
+        trial: Optuna trial number, which identifies the trial everywhere.
         state: `COMPLETE`, `PRUNED`, `FAIL`, `RUNNING` or `WAITING`.
-        reason: one line that says why a trial failed, else None.
-        budget_label: the budget as the user wrote it, for example `bops: uniform 4`.
+        reason: one-line reason of a failure, or None.
+        budget_label: the budget as written in the sweep file, for example `bops: uniform 4`.
         budget: absolute targets by cost name, for example `{"bops": 5.3e9}`.
         params: hyperparameters of the trial.
         validation: the task's metric on the validation split.
-        test: the same on the test split; only trials on the front ever have it.
-        metrics: every validation figure that the task returned.
+        test: the task's metric on the test split; only set for trials on the front.
+        metrics: all validation metrics that the task returned.
         cost: exact costs by name (`bops`, `weight_bytes`, ...).
         on_front: whether no other COMPLETE trial is at least as good and as cheap.
-        samples: training samples that the trial processed itself.
+        samples: training samples that the trial itself processed.
         seconds: wall time of training, summed over the attempts that led to the result.
         parent: trial whose model this one started from, or None for the float model.
-        attempts: how often the trial was started.
-        seed: seed of the trial, derived from (sweep seed, trial number).
-        threads: torch threads that the trial used.
-        started: Unix time of the first attempt, or None while it waits.
-        ended: Unix time of the result, or None.
+        attempts: number of times the trial was started.
+        seed: seed of the trial, derived from the sweep's seed and the trial number.
+        threads: number of torch threads.
+        started: Unix time of the first attempt, in seconds; None before it.
+        ended: Unix time of the result, in seconds, or None.
         strategy: name of the strategy that assigned the budget.
-        folder: folder of the last attempt below the sweep's folder.
+        folder: folder of the last attempt, relative to the sweep's folder.
     """
 
     trial: int
@@ -86,7 +86,16 @@ class TrialRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """A uniform LSQ model trained beside the search, drawn into the report for comparison."""
+    """A uniform LSQ model, trained for comparison with the search.
+
+    Attributes:
+        bits: bit-width of all searched tensors.
+        validation: the task's metric on the validation split.
+        test: the task's metric on the test split.
+        cost: exact costs by name.
+        samples: training samples processed.
+        seconds: wall time of training.
+    """
 
     bits: int
     validation: float | None
@@ -98,15 +107,17 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepRecord:
-    """What is known of a whole sweep apart from its trials.
+    """A sweep's properties, excluding its trials.
 
     Attributes:
         name: the sweep's name.
         config: the resolved configuration, as plain JSON types.
-        task: the task's name as the configuration spells it.
-        dataset: name, sizes of the splits and a digest of the data, as plain JSON types.
-        metric: name of the task's metric, and `mode` (`max` or `min`).
+        task: the task's name in the configuration.
+        dataset: name, sizes of the splits and digest of the data, as plain JSON types.
+        metric: name of the task's metric.
+        mode: `max` or `min`, the direction in which the metric improves.
         front: the document that `front --json` prints.
+        baselines: uniform models for comparison.
     """
 
     name: str

@@ -78,7 +78,7 @@ class Registry(Mapping[str, T], Generic[T]):
             RegistrationError: the name is taken, or the value is of another kind.
         """
         if name in self._own:
-            raise RegistrationError(f"{self.kind} '{name}' is registered already")
+            raise RegistrationError(f"{self.kind} '{name}' is already registered")
         if problem := self._check(name, value):
             raise RegistrationError(f"{self.kind} '{name}': {problem}")
         self._own[name] = value

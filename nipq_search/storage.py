@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes and digests."""
+"""Atomic writes, digests and sealed JSON files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from typing import Any
 from nipq_search.errors import UserError
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-"""How file systems without hard links refuse to make one."""
+"""Errors that file systems without hard links raise."""
 
 
 @contextmanager
 def _flushed(path: Path, data: bytes) -> Iterator[str]:
-    """A file beside `path` that holds `data`, to be given its name; the folder is flushed then.
+    """Write `data` to a temporary file next to `path`, which the caller then renames or links.
 
-    The data reach the disk before the name does.
+    The data are flushed to disk before the new name is created, and the folder afterwards.
+
+    Yields:
+        The path of the temporary file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -35,7 +38,7 @@ def _flushed(path: Path, data: bytes) -> Iterator[str]:
         yield temporary
     except OSError as error:
         if error.filename in (None, temporary):
-            error.filename = str(path)  # a full disk does not say where
+            error.filename = str(path)  # the error of a full disk names no file
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -47,31 +50,31 @@ def _flushed(path: Path, data: bytes) -> Iterator[str]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one.
+    """Write `data` to `path` atomically: readers see the old or the new file, even after a crash.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the old file is intact.
+        OSError: the disk is full or the folder is not writable; the old file is intact.
     """
     with _flushed(path, data) as temporary:
         os.replace(temporary, path)
 
 
 def write_once(path: Path, data: bytes) -> bool:
-    """Write `data` to `path` unless there is such a file: of several writers the first one wins.
+    """Write `data` to `path` unless the file exists; the first of several writers wins.
 
-    Where the file system has no hard links, looking and writing are two steps.
+    On file systems without hard links, checking and writing are separate steps.
 
     Returns:
-        Whether `path` holds `data` now.
+        Whether `path` now contains `data`.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OSError: the disk is full or the folder is not writable.
     """
     with _flushed(path, data) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            # Over NFS a link that was made may be answered so, when the first answer got lost.
+            # NFS also reports this error for a link that succeeded if its reply was lost.
             return path.read_bytes() == data
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -83,17 +86,17 @@ def write_once(path: Path, data: bytes) -> bool:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write `document` as JSON, atomically. NaN is refused (`ValueError`)."""
+    """Write `document` as JSON, atomically; raise `ValueError` for NaN."""
     write_bytes(path, as_json(document))
 
 
 def as_json(document: Any) -> bytes:
-    """`document` as a JSON file's bytes. NaN is refused (`ValueError`)."""
+    """Serialize `document` as JSON; raise `ValueError` for NaN."""
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any | None:
-    """Return the JSON document in `path`, or None where the file is missing or torn."""
+    """Return the JSON document in `path`, or None if the file is missing or incomplete."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -101,31 +104,32 @@ def read_json(path: Path) -> Any | None:
 
 
 def digest(data: bytes) -> str:
-    """SHA-256 of `data` in hexadecimal."""
+    """Return the SHA-256 digest of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def canonical(document: Any) -> bytes:
-    """`document` as JSON bytes that do not depend on key order or spacing."""
+    """Serialize `document` as JSON independently of the order of its keys."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def write_sealed(path: Path, document: dict[str, Any]) -> None:
-    """Write `document` with a digest of itself, to be read by `read_sealed`."""
+    """Write `document` with its own digest, for `read_sealed`."""
     write_bytes(path, as_json(_sealed(document)))
 
 
 def seal_once(path: Path, document: dict[str, Any]) -> bool:
-    """Like `write_sealed`, but the first writer wins; see `write_once`."""
+    """Write a sealed document unless the file exists; see `write_once`."""
     return write_once(path, as_json(_sealed(document)))
 
 
 def _sealed(document: dict[str, Any]) -> dict[str, Any]:
+    """Return `document` with its digest."""
     return {**document, "sha256": digest(canonical(document))}
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """Return a document written by `write_sealed`; None if missing, torn or altered."""
+    """Return a document written by `write_sealed`; None if missing, incomplete or altered."""
     document = read_json(path)
     if not isinstance(document, dict):
         return None
@@ -140,9 +144,10 @@ _MOUNTS = Path("/proc/self/mounts")
 
 
 def network_file_system(path: Path) -> str | None:
-    """The kind of network file system that `path` is, or will be, on; None for a local one.
+    """Return the type of the network file system that contains `path`; None for a local one.
 
-    SQLite's locks do not work over a network. Where there is no `/proc`, nothing is known: None.
+    SQLite's locks do not work on network file systems. `path` need not exist. The result is also
+    None on systems without `/proc`.
     """
     try:
         lines = _MOUNTS.read_text().splitlines()
@@ -151,7 +156,7 @@ def network_file_system(path: Path) -> str | None:
     path, kind, deepest = path.resolve(), None, -1
     for line in lines:
         fields = line.split(" ")
-        # Spaces in a mount point are written as octal escapes.
+        # Mount points encode spaces as octal escapes.
         point = Path(fields[1].encode().decode("unicode_escape"))
         if path.is_relative_to(point) and len(point.parts) >= deepest:
             deepest, kind = len(point.parts), fields[2]
@@ -159,10 +164,10 @@ def network_file_system(path: Path) -> str | None:
 
 
 def setting(name: str) -> str | None:
-    """An environment variable, or what is in the file that the variable `<name>_FILE` names.
+    """Return an environment variable, or the content of the file named by `<name>_FILE`.
 
     Raises:
-        UserError: the file cannot be read, or is empty.
+        UserError: the file is unreadable or empty.
     """
     if value := os.environ.get(name):
         return value
@@ -174,5 +179,5 @@ def setting(name: str) -> str | None:
     except OSError as error:
         raise UserError(f"{name}_FILE: {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}_FILE: {file}: not a text") from error
+        raise UserError(f"{name}_FILE: {file}: not a text file") from error
     raise UserError(f"{name}_FILE: {file} is empty; write the URL into it")

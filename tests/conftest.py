@@ -11,26 +11,45 @@ import torch
 from postgres_server import Postgres
 from s3_server import S3
 
-CLUSTER = "tests/cluster/"
+pytest_plugins = ["durations"]
+
+SERVERS = {"postgres", "s3"}
+"""Fixtures that start a server."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Processes that share the tests: one takes all of `tests/cluster`, a file goes to one."""
-    from xdist.scheduler import LoadScopeScheduling
+    """Share the tests file by file: one process begins with Ray, the other with everything else.
 
-    class Scheduler(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            return CLUSTER if file.startswith(CLUSTER) else file
+    Tests of Ray mostly wait for processes to start, so a core is free for the others. Each process
+    continues with the other's files when it runs out of its own.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _assign_work_unit(self, node: Any) -> None:
+            if node.gateway.id != "gw0":
+                self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+            super()._assign_work_unit(node)
 
     return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`tests/cluster` first, other files that start Ray last, so that seldom two run at once."""
+    """Mark what starts a server, and sort: Ray's files, longest first; others, longest last."""
+    from durations import recorded  # once the plugin is loaded
+
     ray = {item.path for item in items if item.get_closest_marker("cluster")}
-    items.sort(key=lambda item: not item.nodeid.startswith(CLUSTER) and 1 + (item.path in ray))
+    files = recorded()["files"]
+
+    def place(item: pytest.Item) -> tuple[bool, float]:
+        seconds = files.get(item.nodeid.partition("::")[0], 0.0)
+        return (item.path not in ray, -seconds if item.path in ray else seconds)
+
+    for item in items:
+        if SERVERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.server)
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Large files in object stores: whole, the old one, or told to be damaged."""
+"""Large files in object stores: atomic replacement and detection of damage."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nipq_search.errors import UserError
 
 @pytest.fixture(params=["folder", "file", "s3"])
 def home(request, tmp_path):
-    """Nothing, a URI of files, a URI of S3."""
+    """None, a file URI and an S3 URI."""
     if request.param == "s3":
         return request.getfixturevalue("s3").home
     return None if request.param == "folder" else (tmp_path / "else where").as_uri()
 
 
-def test_what_is_written_is_read(tmp_path, home):
+def test_written_content_is_read_back(tmp_path, home):
     path = tmp_path / "sweep/model.pt"
     assert not blobs.exists(path) and blobs.digest_of(path) is None
     for data in (b"first", b"second" * 1000):
@@ -32,18 +32,18 @@ def test_what_is_written_is_read(tmp_path, home):
         blobs.read(path)
 
 
-def test_objects_go_with_what_points_to_them(tmp_path, s3):
+def test_objects_are_removed_with_their_pointers(tmp_path, s3):
     path = tmp_path / "checkpoints/000000001/state.pt"
     for data in (b"one", b"two"):
         blobs.write(path, data, s3.home)
     (key,) = s3.objects()
-    assert key.startswith("some sweeps/state.pt-"), "the first object is gone"
+    assert key.startswith("some sweeps/state.pt-"), "the first object is deleted"
     assert blobs.size_of(path.parent.parent) > len(b"two")
     blobs.remove(path.parent.parent)
     assert s3.objects() == [] and not path.parent.parent.exists()
 
 
-def test_it_may_move_from_here_to_there_and_back(tmp_path, s3):
+def test_a_file_may_move_to_an_object_store_and_back(tmp_path, s3):
     path = tmp_path / "model.pt"
     for home, objects in ((None, 0), (s3.home, 1), (None, 0)):
         blobs.write(path, b"data", home)
@@ -51,7 +51,7 @@ def test_it_may_move_from_here_to_there_and_back(tmp_path, s3):
         assert len(s3.objects()) == objects
 
 
-def test_a_damaged_object_is_told(tmp_path, s3):
+def test_a_damaged_object_is_reported(tmp_path, s3):
     path = tmp_path / "model.pt"
     blobs.write(path, b"data", s3.home)
     s3.put(s3.objects()[0], b"dat")
@@ -63,7 +63,7 @@ def test_a_damaged_object_is_told(tmp_path, s3):
         blobs.read(path)
 
 
-def test_a_store_that_does_not_answer_is_told_apart(tmp_path, s3):
+def test_an_unreachable_store_is_distinguished(tmp_path, s3):
     path = tmp_path / "model.pt"
     blobs.write(path, b"data", s3.home)
     blobs.probe(s3.home)
@@ -78,18 +78,18 @@ def test_a_store_that_does_not_answer_is_told_apart(tmp_path, s3):
 @pytest.mark.parametrize(
     ("uri", "told"),
     [
-        ("somewhere", "is no URI"),
-        ("s3:bucket", "is no URI"),
+        ("somewhere", "is not a URI"),
+        ("s3:bucket", "is not a URI"),
         ("s3://key:word@bucket/x", "leave keys out"),
         ("s3://bucket/x?secret_key=word", "leave keys out"),
     ],
 )
-def test_homes_that_are_none(uri, told):
+def test_invalid_homes_are_rejected(uri, told):
     with pytest.raises(UserError, match=told) as raised:
         blobs.check_home(uri)
     assert "word" not in str(raised.value)
 
 
-def test_names_stand_before_the_query():
+def test_names_precede_the_query():
     assert blobs.within("s3://b/x/?region=r", "a b", "3") == "s3://b/x/a%20b/3?region=r"
     assert blobs.within(None, "a") is None

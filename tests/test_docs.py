@@ -1,6 +1,6 @@
-"""The documentation against the code: settings, commands, documents, files, links, snippets.
+"""Comparison of the documentation with the code: settings, commands, JSON, files, links, snippets.
 
-A sweep is run once, in this process, from the README's own task and sweep file.
+One sweep with the task and the sweep file of the README runs in this process.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from nipq_search.quant import QUANTIZERS
 from nipq_search.quant.config import ActivationStart, Granularity, Proxy, Start
 from nipq_search.records import TrialRecord
 from nipq_search.search import jobs
+from nipq_search.search.config.resume import check_resume
 from nipq_search.search.config.space import FORMS, distribution
 from nipq_search.search.config.sweep_config import (
     SweepConfig,
-    check_resume,
     load_config,
     parse_config,
 )
@@ -49,15 +49,18 @@ from nipq_search.search.worker.worker import execute
 from nipq_search.tasks import TASKS
 from nipq_search.tasks.vision.fashion_mnist import VARIABLE
 from nipq_search.train import HYPERPARAMETERS
-from nipq_search.train.config import STARTS
+from nipq_search.train.config import BitStart
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 
+sys.path.insert(0, str(DOCS))
+import draw_architecture  # noqa: E402
+
 
 def markdown_files() -> list[Path]:
-    """Every page of the project, environments and sweeps apart."""
+    """Return every page of the project, outside environments and sweeps."""
     folders = [
         path
         for path in ROOT.iterdir()
@@ -71,12 +74,12 @@ def markdown_files() -> list[Path]:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Fenced blocks of a language."""
+    """Return the fenced code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
 
 
 def sections(page: Path) -> dict[str, str]:
-    """Text below each heading, without the backticks of the heading."""
+    """Return the text below each heading, keyed by the heading without backticks."""
     parts = re.split(r"^#+ (.+)$", page.read_text(), flags=re.M)
     return {
         title.replace("`", ""): text for title, text in zip(parts[1::2], parts[2::2], strict=True)
@@ -84,7 +87,7 @@ def sections(page: Path) -> dict[str, str]:
 
 
 def rows(text: str, first: str) -> dict[str, list[str]]:
-    """Rows of the tables whose first column is called `first`, by the name in that column."""
+    """Return the rows of tables whose first column is named `first`, keyed by that column."""
     found: dict[str, list[str]] = {}
     wanted = False
     for line in text.splitlines():
@@ -94,7 +97,7 @@ def rows(text: str, first: str) -> dict[str, list[str]]:
         cells = [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         if wanted and not set(cells[0]) <= set("-:"):
             name = cells[0].strip("`")
-            assert name not in found, f"{name} stands twice"
+            assert name not in found, f"{name} is listed twice"
             found[name] = cells[1:]
         wanted = wanted or cells[0] == first
     return found
@@ -104,7 +107,7 @@ def rows(text: str, first: str) -> dict[str, list[str]]:
 
 
 def settings(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key to default of every setting below a configuration; `...` marks a section."""
+    """Return the default of every setting by dotted key; `...` marks a section."""
     if isinstance(section, pydantic.BaseModel):
         fields = {
             (f.alias or n): getattr(section, n) for n, f in type(section).model_fields.items()
@@ -141,7 +144,7 @@ def test_every_setting_is_documented_with_its_default():
 
 
 def yaml_value(text: str) -> Any:
-    """What a sweep file would read from `text`; YAML by itself takes `1e-4` for a word."""
+    """Parse a value as a sweep file does; plain YAML reads `1e-4` as a string."""
     value = yaml.safe_load(text)
     try:
         return float(value) if isinstance(value, str) else value
@@ -167,7 +170,7 @@ def test_every_name_that_a_sweep_file_can_use_is_documented():
     table = rows(page, "key")
     for key, names in (
         ("search.strategy", STRATEGIES),
-        ("train.start", STARTS),
+        ("train.start", BitStart),
         ("search.sampler", SAMPLERS),
         ("quant.quantizer", QUANTIZERS),
         ("quant.proxy", Proxy),
@@ -209,7 +212,7 @@ def test_every_command_and_option_is_documented():
 
 
 def slug(heading: str) -> str:
-    """The anchor of a heading."""
+    """Return the anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -224,6 +227,29 @@ def test_relative_links_lead_somewhere(page):
         assert target.exists(), f"{link}: no such file"
         if anchor:
             assert anchor in {slug(heading) for heading in sections(target)}, f"{link}: no anchor"
+
+
+PATHS = [page for page in markdown_files() if page.name != "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", PATHS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_source_files_named_in_the_documentation_exist(page):
+    for name in re.findall(r"`([\w/-]+/[\w-]+\.py)`", page.read_text()):
+        places = (ROOT, ROOT / "nipq_search", page.parent)
+        assert any((place / name).is_file() for place in places), f"{name}: no such file"
+
+
+def test_the_picture_of_the_architecture_is_current():
+    assert draw_architecture.main(["--check"]) == 0, "run python docs/draw_architecture.py"
+
+
+def test_an_outdated_picture_is_found(tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "architecture.svg"
+    picture.write_text(draw_architecture.draw().replace("cost/", "costs/"))
+    monkeypatch.setattr(draw_architecture, "PICTURE", picture)
+    assert draw_architecture.main(["--check"]) == 1
+    assert "draw_architecture.py" in capsys.readouterr().err
+    assert draw_architecture.main([]) == draw_architecture.main(["--check"]) == 0
 
 
 PYTHON = [block for block in blocks(README, "python") if "class TwoMoons" not in block]
@@ -252,7 +278,7 @@ def test_sweep_files_are_accepted(page, text, tmp_path):
 
 
 class InProcess:
-    """Runs a sweep's jobs one by one, here."""
+    """Executor that runs jobs sequentially in this process."""
 
     def run(self, coordinator: Any, task: Any, tick: Any) -> None:
         while not isinstance(job := coordinator.next_job(), Verdict):
@@ -263,7 +289,7 @@ class InProcess:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a finished sweep of the README's task and sweep file."""
+    """Yield the folder of a finished sweep with the task and sweep file of the README."""
     place = tmp_path_factory.mktemp("readme")
     (task,) = [block for block in blocks(README, "python") if "class TwoMoons" in block]
     (text,) = blocks(README, "yaml")
@@ -274,7 +300,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.delenv(variable, raising=False)
         patch.syspath_prepend(place)
         patch.setattr("nipq_search.search.run.ray_cluster", lambda *args: contextlib.nullcontext())
-        # MLflow takes seconds to start and has tests of its own.
+        # MLflow takes seconds to start and has its own tests.
         patch.setattr("nipq_search.search.results.outputs.MlflowRecorder", Mock())
         shorter = ["search.trials=2", "train.epochs=2", "float.epochs=3"]
         config = load_config(place / "my_sweep.yaml", shorter)
@@ -294,7 +320,7 @@ def test_the_readme_s_sweep_keeps_its_budgets(finished):
 
 def test_a_folder_belongs_to_one_sweep(finished):
     config = load_config(finished.parent / "my_sweep.yaml", ["name=another"])
-    with pytest.raises(UserError, match="holds the sweep 'two-moons', not 'another'"):
+    with pytest.raises(UserError, match="contains the sweep 'two-moons', not 'another'"):
         run_sweep(config, finished, executor=InProcess())
 
 
@@ -312,18 +338,18 @@ def test_a_budget_of_another_cost_may_come_first_if_the_front_s_cost_is_named():
     document = yaml.safe_load(text)
     old = parse_config(document).as_json()
     document["budgets"].insert(0, {"weight_bytes": "uniform 4"})
-    with pytest.raises(UserError, match="name search.front_cost"):
+    with pytest.raises(UserError, match="set search.front_cost"):
         check_resume(old, parse_config(document))
     document["search"]["front_cost"] = "bops"
     check_resume(old, parse_config(document))
 
 
 OPEN = {"budget", "limits", "params", "reachable", "targets", "metric"}
-"""Mappings whose keys differ from sweep to sweep (and `metric`, a mapping or a figure)."""
+"""Mappings with sweep-dependent keys, and `metric`, which is a mapping or a number."""
 
 
 def shape(value: Any) -> Any:
-    """The keys of a document; of a list those of its first entry."""
+    """Return the nested keys of a document; for a list, those of its first entry."""
     if isinstance(value, dict):
         return {key: None if key in OPEN else shape(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -337,7 +363,7 @@ def shape(value: Any) -> Any:
 def test_json_documents_are_as_documented(command, finished, capsys):
     (text,) = re.findall(r"```json\n(.*?)```", sections(DOCS / "commands.md")[command], re.S)
     (finished / "trials/0/attempt-1/log.txt").write_text("something\n")
-    left = finished / "trials/0/checkpoints"  # as a kill leaves it
+    left = finished / "trials/0/checkpoints"  # the state after a kill
     left.mkdir()
     arguments = {
         "plan": [str(ROOT / "pipelines" / "digits.yaml")],

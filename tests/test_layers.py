@@ -1,4 +1,4 @@
-"""Imports point down the layers only, and each outside library has its one place.
+"""Directions of imports between layers, and the only importers of third-party libraries.
 
 Imports are read from the source, so those inside functions count as well.
 """
@@ -21,7 +21,7 @@ import import_graph as graph  # noqa: E402
 ROOT = graph.ROOT
 FILES = sorted(ROOT.rglob("*.py"))
 MOST_FILES = 15
-"""Python files of one folder, beside its `__init__`."""
+"""Maximum number of Python files in a folder, without its `__init__`."""
 
 ONLY_IN = {
     "ray": {"search"},
@@ -35,10 +35,10 @@ ONLY_IN = {
     "hypothesis": {"testing"},
     "rich": {"cli"},
 }
-"""Folders that may import these libraries; any other may not."""
+"""The only folders that may import these libraries."""
 
 TORCH_ALONE = ("quant", "cost", "tasks", "train")
-"""Folders that work where nothing but the core dependencies is installed."""
+"""Folders that require only the core dependencies."""
 
 CORE = {"torch", "numpy"}
 OPTIONAL = {
@@ -53,25 +53,25 @@ OPTIONAL = {
         "transformers",
     },
     "cost": {"pandas", "scipy"},
-    "quant": {"triton"},  # comes with torch where there are GPUs
+    "quant": {"triton"},  # installed with torch builds for GPUs
 }
-"""What a folder may import beyond the core, inside the function that needs it."""
+"""Libraries beyond the core that a folder may import inside functions."""
 
 
 def folder_of(path: Path, root: Path = ROOT) -> str:
-    """First folder below the package, or an empty string for a file beside the folders."""
+    """Return the first folder below the package, or an empty string for a file at its root."""
     parts = path.relative_to(root).parts
     return parts[0] if len(parts) > 1 else ""
 
 
 def problems(path: Path, root: Path = ROOT) -> Iterator[str]:
-    """What is wrong with the imports of one file."""
+    """Yield the forbidden imports of a file, each with the reason."""
     here = folder_of(path, root)
     name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
     for target in graph.imports(path, root):
         library, _, below = target.partition(".")
         if target == graph.PACKAGE:
-            yield f"{target}: import the module itself, the package's names are for users"
+            yield f"{target}: import the module itself; the names of the package are for users"
         elif library == graph.PACKAGE:
             if reason := graph.wrong_way(name, below):
                 yield f"{target}: {reason}"
@@ -79,7 +79,7 @@ def problems(path: Path, root: Path = ROOT) -> Iterator[str]:
             yield f"{target}: only {', '.join(sorted(ONLY_IN[library]))} may import {library}"
         elif here in TORCH_ALONE and library not in sys.stdlib_module_names:
             if library not in CORE | OPTIONAL.get(here, set()):
-                yield f"{target}: {here} works with torch alone"
+                yield f"{target}: {here} requires only torch and numpy"
 
 
 def test_every_part_of_a_layered_folder_has_its_layer():
@@ -97,20 +97,22 @@ def test_no_folder_is_too_full():
     assert {str(folder): n for folder, n in counts.items() if n > MOST_FILES} == {}
 
 
-def test_every_package_says_what_lives_there():
+def test_every_package_describes_its_content():
     for path in ROOT.rglob("__init__.py"):
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
-        assert len(text.splitlines()) >= 2, f"{path}: what lives here, and where to start reading"
+        assert len(text.splitlines()) >= 2, (
+            f"{path}: describe the content, and the file to read first"
+        )
 
 
-def test_no_import_goes_in_a_circle():
-    """Neither between files nor between packages; facades gather names and are left out."""
+def test_there_are_no_import_cycles():
+    """Check cycles between files and between packages, without facades, which gather names."""
     files = graph.import_graph()
     assert graph.cycles(files) == []
     assert graph.cycles(graph.folder_graph(files)) == []
 
 
-# The root's __init__ gathers the public names of every layer, lazily; another test holds it.
+# The root's __init__ imports the public names of all layers lazily; another test checks it.
 LAYERED = [path for path in FILES if path != ROOT / "__init__.py"]
 
 
@@ -120,7 +122,7 @@ def test_imports_point_down(path):
 
 
 def test_a_wrong_import_is_found(tmp_path):
-    """The reader itself is checked, for a test that never fails proves nothing."""
+    """Check that the test can fail."""
     for folder in (part for layer in graph.LAYERS[""] for part in layer):
         (tmp_path / folder).mkdir()
     (tmp_path / "errors.py").touch()
@@ -169,13 +171,13 @@ def test_a_reversed_import_is_found_in_a_copy(tmp_path, file, target):
     assert problem.startswith(f"{target}: ")
 
 
-def test_a_planted_circle_is_found_in_a_copy(tmp_path):
+def test_a_planted_cycle_is_found_in_a_copy(tmp_path):
     copy = tmp_path / "nipq_search"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
     path = copy / "search" / "study" / "journal.py"
     path.write_text(f"{path.read_text()}\nfrom nipq_search.search.study import ledger\n")
-    (circle,) = graph.cycles(graph.import_graph(copy))
-    assert "search.study.journal" in circle and "search.study.ledger" in circle
+    (cycle,) = graph.cycles(graph.import_graph(copy))
+    assert "search.study.journal" in cycle and "search.study.ledger" in cycle
 
 
 WITHOUT = """

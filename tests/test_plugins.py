@@ -8,18 +8,19 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from fake_packages import install
 
-from nipq_search import storage
+from nipq_search import storage, testing
 from nipq_search.errors import UserError
 from nipq_search.search.backend.nodes import _plugin_problem
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.checks.doctor import doctor
-from nipq_search.search.checks.doctor_nodes import differences, look
+from nipq_search.search.checks.doctor_nodes import differences, inspect_node
 from nipq_search.search.commands.replay import replay
 from nipq_search.search.config.plugins import (
     FAMILIES,
@@ -114,12 +115,17 @@ assert loaded == ["nipq_example", "nipq_example.quantizer"], loaded
 """
 
 
-def test_snippets_of_the_guide_are_those_of_the_example():
+def test_the_guide_names_every_family_and_suite():
     page = (ROOT / "docs" / "extending.md").read_text()
-    sources = [file.read_text() for file in EXAMPLE.rglob("*") if file.suffix in (".py", ".toml")]
-    snippets = re.findall(r"^```(?:python|toml)\n(.*?)^```$", page, re.M | re.S)
-    assert len(snippets) == 10
-    assert [s for s in snippets if not any(s in source for source in sources)] == []
+    groups = set(re.findall(r"^\| `(nipq_search\.\w+)` \|", page, re.M))
+    assert groups == {registry.group for registry in FAMILIES.values()}
+    shown = set(re.findall(r"^\| `(\w+Conformance)` \| `(\w+)` \|", page, re.M))
+    assert {name for name, _ in shown} == set(testing.__all__) - {"suites"}
+    assert {attribute for _, attribute in shown} == set(FAMILIES)
+    (toml,) = re.findall(r"^```toml\n(.*?)^```$", page, re.M | re.S)
+    example = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]["entry-points"]
+    for group, entries in tomllib.loads(toml)["project"]["entry-points"].items():
+        assert entries.keys() == example[group].keys()
 
 
 def test_an_installed_package_is_found_and_imported_when_it_is_looked_up(site):
@@ -232,7 +238,7 @@ def test_every_node_needs_the_same_versions(site, path, tmp_path):
     )
     assert plugin_mismatches(wanted) == [lacking] and _plugin_problem(wanted) == lacking
     (tmp_path / "token").write_text("token")
-    node = look(str(tmp_path), "token", None, {}, None, wanted)
+    node = inspect_node(str(tmp_path), "token", None, {}, None, wanted)
     assert differences(node, {**node, "plugins": []}, str(tmp_path)) == [lacking]
     path(site)
     assert plugin_mismatches(wanted) == [] and _plugin_problem(wanted) is None

@@ -56,7 +56,7 @@ def test_it_is_a_mapping(registry):
 
 
 def test_a_name_is_taken_once_and_values_are_checked(registry):
-    with pytest.raises(RegistrationError, match="^word 'own' is registered already$"):
+    with pytest.raises(RegistrationError, match="^word 'own' is already registered$"):
         registry.register("own", "own word")
     with pytest.raises(RegistrationError, match="^word 'seven': not a word$"):
         registry.register("seven", 7)
@@ -149,7 +149,7 @@ def test_a_registry_without_a_group_has_no_plugins(site):
 def test_every_family_refuses_a_taken_name_alike(registry):
     assert len(registry) == len(dict(registry)) >= 3
     for name, value in registry.items():
-        taken = f"{registry.kind} '{name}' is registered already"
+        taken = f"{registry.kind} '{name}' is already registered"
         with pytest.raises(RegistrationError, match=taken):
             registry.register(name, value)
     with pytest.raises(UserError, match=f"^unknown {registry.kind} 'no_such_name'"):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Atomic writes, sealed files, network file systems and settings from files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_written_file_is_whole_and_readable_by_others(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
-def test_a_write_that_fails_leaves_the_old_file_and_no_litter(step, tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_no_other(step, tmp_path, monkeypatch):
     path = tmp_path / "file"
     storage.write_bytes(path, b"old")
 
@@ -40,7 +40,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(step, tmp_path, mo
 
 
 @pytest.mark.parametrize("refusal", [None, errno.EPERM, errno.EOPNOTSUPP])
-def test_of_several_writers_the_first_one_wins(refusal, tmp_path, monkeypatch):
+def test_the_first_of_several_writers_wins(refusal, tmp_path, monkeypatch):
     def no_links(*args):
         raise OSError(refusal, os.strerror(refusal))
 
@@ -53,8 +53,8 @@ def test_of_several_writers_the_first_one_wins(refusal, tmp_path, monkeypatch):
     assert os.listdir(path.parent) == ["file"]
 
 
-def test_a_link_whose_answer_got_lost_was_made(tmp_path, monkeypatch):
-    """An NFS client repeats what was not answered, and is told then that the name is taken."""
+def test_a_link_whose_reply_was_lost_counts_as_created(tmp_path, monkeypatch):
+    """If a reply is lost, an NFS client repeats the request and is told that the name exists."""
     link = os.link
 
     def twice(source, target):
@@ -65,7 +65,7 @@ def test_a_link_whose_answer_got_lost_was_made(tmp_path, monkeypatch):
     assert storage.write_once(tmp_path / "file", b"one")
 
 
-def test_a_full_disk_is_no_lost_race(tmp_path, monkeypatch):
+def test_a_full_disk_is_not_a_lost_race(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -83,7 +83,7 @@ def test_nan_is_refused_before_anything_is_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_missing_and_torn_json_is_nothing(tmp_path):
+def test_missing_and_incomplete_json_is_none(tmp_path):
     assert storage.read_json(tmp_path / "none") is None
     (tmp_path / "torn").write_bytes(b'{"a": \xff')
     assert storage.read_json(tmp_path / "torn") is None
@@ -117,7 +117,7 @@ me@host:/x /home/me/far fuse.sshfs rw 0 0
 """
 
 
-def test_network_file_systems_are_known_by_their_mounts(tmp_path, monkeypatch):
+def test_network_file_systems_are_detected_from_mounts(tmp_path, monkeypatch):
     (tmp_path / "mounts").write_text(MOUNTS)
     monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "mounts")
     kinds = {
@@ -158,7 +158,7 @@ def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
 )
 def test_a_study_in_memory_is_refused(url, tmp_path, monkeypatch):
     monkeypatch.setenv("NIPQ_STORAGE_URL", url)
-    with pytest.raises(UserError, match="NIPQ_STORAGE_URL.*lives in memory"):
+    with pytest.raises(UserError, match="NIPQ_STORAGE_URL.*in-memory database"):
         check_databases(tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_urls_come_from_the_environment_or_from_files(name, tmp_path, monkeypatc
     for content, problem in (
         (None, "No such file"),
         (b" \n", "is empty"),
-        (b"\xff\xfe", "not a text"),
+        (b"\xff\xfe", "not a text file"),
     ):
         if content is not None:
             file.write_bytes(content)
@@ -185,8 +185,8 @@ def test_urls_come_from_the_environment_or_from_files(name, tmp_path, monkeypatc
     assert read() == "http://first"
 
 
-def test_a_folder_in_which_a_first_file_was_cut_off_is_no_foreign_one(tmp_path):
-    """With the study on a server there is nothing else in it yet."""
+def test_a_folder_with_interrupted_first_writes_is_accepted(tmp_path):
+    """With the study on a server, the folder contains nothing else yet."""
     (tmp_path / "driver.lock").touch()
     for name in (".facts.json.x8_1", ".sweep.yaml.ab"):
         (tmp_path / name).write_text("{")
@@ -196,8 +196,8 @@ def test_a_folder_in_which_a_first_file_was_cut_off_is_no_foreign_one(tmp_path):
         check_folder(tmp_path, "tiny")
 
 
-def test_a_port_that_is_no_number_is_refused_without_its_text():
-    """It may be a part of a password with a character that a URL must not have."""
+def test_an_invalid_port_is_refused_without_quoting_it():
+    """The text may be part of a password with a character that is invalid in a URL."""
     url = "postgresql+psycopg://somebody:open@secret:word/db"
     with pytest.raises(UserError, match="NIPQ_STORAGE_URL: not the URL") as refused:
         make_engine(url)

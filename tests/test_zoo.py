@@ -1,4 +1,4 @@
-"""A sample of the zoo (`benchmarks/zoo.py`): models of others, prepared as they are."""
+"""A sample of the zoo (`benchmarks/zoo.py`): third-party models, prepared unmodified."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMM = [
     "test_nfnet",  # standardizes its weights
     "test_resnet",
     "test_vit",
-    "tf_mobilenetv3_small_minimal_100",  # pads inside of its convolutions
+    "tf_mobilenetv3_small_minimal_100",  # pads inside its convolutions
     "efficientvit_m0",
     "swinv2_cr_tiny_ns_224",
 ]

@@ -1,7 +1,7 @@
-"""The command line `nipq-search`: parse, call, print.
+"""The command line `nipq-search`, which parses arguments, calls the library and prints results.
 
-Start reading in `app.py`, which declares the commands. `main` turns every outcome into one of the
-codes in `exit_codes.py`, and every error into one line on stderr. Imports any other layer.
+Start reading in `app.py`, which declares the commands. `main` maps every outcome to an exit code
+of `exit_codes.py` and every error to one line on stderr. May import every other layer.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nipq_search.cli.exit_codes import FAILURE, FINE, INTERRUPTED, USAGE
+from nipq_search.cli.exit_codes import FAILURE, INTERRUPTED, SUCCESS, USAGE
 from nipq_search.errors import UserError
 
 DEBUG = "NIPQ_DEBUG"
-"""Environment variable; `1` shows the traceback of every error."""
+"""Environment variable that shows the traceback of every error if it is `1`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; without arguments, print the help.
 
     Args:
-        argv: arguments without the program's name, by default those of the process.
+        argv: arguments without the program's name; default those of the process.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
+        if getattr(sys, name) is None:  # the parent process closed the stream
             setattr(sys, name, open(os.devnull, "w"))
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         from nipq_search.cli.app import app
 
-        # Outside typer's standalone mode a command's return value is the exit code, and errors
-        # arrive here instead of being drawn over several lines.
-        return int(app(args=arguments, prog_name="nipq-search", standalone_mode=False) or FINE)
+        # With standalone mode off, typer returns the command's exit code and raises errors
+        # instead of printing them over several lines.
+        return int(app(args=arguments, prog_name="nipq-search", standalone_mode=False) or SUCCESS)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -43,19 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Print `error` as one line on stderr and return the exit code that it means."""
-    if type(error).__name__ == "Abort":  # what some versions of typer make of Ctrl-C
+    """Print `error` as one line on stderr and return its exit code."""
+    if type(error).__name__ == "Abort":  # raised by some versions of typer on Ctrl-C
         return INTERRUPTED
     if isinstance(error, UserError):
         return _fail(str(error), USAGE)
-    if hasattr(error, "format_message"):  # typer's own usage errors
+    if hasattr(error, "format_message"):  # a usage error of typer
         return _fail(f"{error.format_message()} (see nipq-search --help)", USAGE)
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.partition(".")[0]
         if module != "nipq_search":
             fix = "install it with: python -m pip install 'nipq-search[all]'"
             return _fail(f"the package {module} is not installed; {fix}", FAILURE)
-    # A RuntimeError is how the search says that it cannot go on; its text is made for people.
+    # The search raises RuntimeError with a message for users if it cannot continue.
     kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
     return _fail(f"{kind}{error} ({DEBUG}=1 shows the traceback)", FAILURE)
 

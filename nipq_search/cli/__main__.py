@@ -1,4 +1,4 @@
-"""`python -m nipq_search.cli` is `nipq-search`, also where no script was installed."""
+"""Entry point of `python -m nipq_search.cli`, equivalent to the script `nipq-search`."""
 
 from nipq_search.cli import main
 

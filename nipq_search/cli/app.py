@@ -1,4 +1,4 @@
-"""The commands of `nipq-search` and their options. Nothing heavy is imported before it is used."""
+"""The commands of `nipq-search` and their options; heavy modules are imported on first use."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Mixed-precision models for several budgets from one command.",
-    epilog="Exit codes: 0 fine, 1 failure, 2 usage or configuration, "
-    "3 finished but some trials failed, 4 a mismatch, 130 interrupted.",
+    help="Search mixed-precision models for several budgets.",
+    epilog="Exit codes: 0 success, 1 failure, 2 usage or configuration error, "
+    "3 finished but some trials failed, 4 mismatch, 130 interrupted.",
 )
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The sweep file (YAML).")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The sweep's folder.")]
-Trial = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="The trial's number.")]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Sweep file (YAML).")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the sweep.")]
+Trial = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="Number of the trial.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Change one value of the sweep file."),
+    typer.Option("--set", metavar="A.B=C", help="Override one value of the sweep file."),
 ]
 
 
@@ -30,18 +30,18 @@ Overrides = Annotated[
 def run(
     config: Config,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The sweep's folder; else runs/<name>.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the sweep; default runs/<name>.")
     ] = None,
     overrides: Overrides = None,
     trials: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Trials in total, over all runs.")
+        int | None, typer.Option(metavar="N", min=1, help="Total number of trials over all runs.")
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(metavar="auto|HOST:PORT", help="A running Ray cluster to work on."),
+        typer.Option(metavar="auto|HOST:PORT", help="Address of a running Ray cluster."),
     ] = None,
 ) -> int:
-    """Start a sweep, or resume it."""
+    """Start or resume a sweep."""
     from nipq_search.cli import run as command
 
     return command.run(config, out, overrides or [], trials, address)
@@ -51,18 +51,21 @@ def run(
 def submit(
     config: Config,
     address: Annotated[
-        str, typer.Option(metavar="URL", help="The head's dashboard, such as http://HEAD:8265.")
+        str,
+        typer.Option(metavar="URL", help="Dashboard of the head, such as http://HEAD:8265."),
     ],
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="The sweep's folder on the head; else ~/runs/<name>."),
+        typer.Option(
+            metavar="DIR", help="Folder of the sweep on the head; default ~/runs/<name>."
+        ),
     ] = None,
     overrides: Overrides = None,
     trials: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Trials in total, over all runs.")
+        int | None, typer.Option(metavar="N", min=1, help="Total number of trials over all runs.")
     ] = None,
 ) -> int:
-    """Start or resume a sweep as a Ray job: its driver runs on the cluster's head."""
+    """Start or resume a sweep as a Ray job, whose driver runs on the cluster's head."""
     from nipq_search.cli import run as command
 
     return command.submit(config, address, out, overrides or [], trials)
@@ -70,7 +73,7 @@ def submit(
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> int:
-    """Show layers, reachable costs, budgets and work ahead, without training."""
+    """Show layers, reachable costs, budgets and expected effort, without training."""
     from nipq_search.cli import read
 
     return read.plan(config, overrides or [], as_json)
@@ -102,7 +105,7 @@ def show(folder: Folder, trial: Trial, as_json: Json = False) -> int:
 
 @app.command()
 def logs(folder: Folder, trial: Trial, as_json: Json = False) -> int:
-    """Print a trial's output and traceback."""
+    """Print the output and traceback of a trial."""
     from nipq_search.cli import read
 
     return read.logs(folder, trial, as_json)
@@ -113,11 +116,11 @@ def best(
     folder: Folder,
     limits: Annotated[
         list[str] | None,
-        typer.Option("--max", metavar="COST=NUMBER", help="A limit, such as bops=5.3e9."),
+        typer.Option("--max", metavar="COST=NUMBER", help="Upper limit, such as bops=5.3e9."),
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Find the best trained point inside limits."""
+    """Find the best trained point within the limits."""
     from nipq_search.cli import read
 
     return read.best(folder, limits or [], as_json)
@@ -125,7 +128,7 @@ def best(
 
 @app.command()
 def stop(folder: Folder) -> int:
-    """Ask the sweep's driver to stop; the same run resumes."""
+    """Ask the driver of the sweep to stop; the same run command resumes the sweep."""
     from nipq_search.cli import run as command
 
     return command.stop(folder)
@@ -133,7 +136,7 @@ def stop(folder: Folder) -> int:
 
 @app.command()
 def replay(folder: Folder, trial: Trial, as_json: Json = False) -> int:
-    """Run one trial again from its record and compare it bit by bit."""
+    """Rerun one trial from its record and compare the results bit by bit."""
     from nipq_search.cli import read
 
     return read.replay(folder, trial, as_json)
@@ -141,7 +144,7 @@ def replay(folder: Folder, trial: Trial, as_json: Json = False) -> int:
 
 @app.command()
 def sync(folder: Folder) -> int:
-    """Send the tracking server what it lacks of the sweep."""
+    """Bring the tracking server up to date with the sweep."""
     from nipq_search.cli import run as command
 
     return command.sync(folder)
@@ -150,10 +153,12 @@ def sync(folder: Folder) -> int:
 @app.command()
 def gc(
     folder: Folder,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show it, delete nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be deleted, delete nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
-    """Free the space of what no front member, parent or open trial needs."""
+    """Delete models and checkpoints that are no longer needed."""
     from nipq_search.cli import run as command
 
     return command.gc(folder, dry_run, as_json)
@@ -162,7 +167,7 @@ def gc(
 @app.command()
 def report(
     folder: Folder,
-    open_it: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+    open_it: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> int:
     """Write the self-contained HTML report."""
     from nipq_search.cli import run as command
@@ -174,14 +179,17 @@ def report(
 def ui(
     folder: Folder,
     mlflow_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of MLflow; else a free one.")
+        int | None,
+        typer.Option(min=1, max=65535, help="Port of MLflow; default 5000 or a free port."),
     ] = None,
     optuna_port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Port of optuna-dashboard; else a free one."),
+        typer.Option(
+            min=1, max=65535, help="Port of optuna-dashboard; default 8080 or a free port."
+        ),
     ] = None,
 ) -> int:
-    """Open MLflow and optuna-dashboard on the sweep, on this machine only."""
+    """Serve MLflow and optuna-dashboard for the sweep, on this machine only."""
     from nipq_search.cli import ui as command
 
     return command.ui(folder, mlflow_port, optuna_port)
@@ -190,14 +198,16 @@ def ui(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="A sweep file to check as well.")
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Sweep file to check as well.")
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(metavar="auto|HOST:PORT", help="A Ray cluster whose nodes to check."),
+        typer.Option(
+            metavar="auto|HOST:PORT", help="Address of a Ray cluster whose nodes to check."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The folder that its nodes must share.")
+        Path | None, typer.Option(metavar="DIR", help="Folder that these nodes must share.")
     ] = None,
     as_json: Json = False,
 ) -> int:

@@ -1,4 +1,4 @@
-"""Arguments as people type them, turned into values or into one clear error."""
+"""Parsing of command-line values, with a one-line error for invalid ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):(\d{1,5})")
 
 
 def parse_limits(texts: Sequence[str]) -> dict[str, float]:
-    """Limits of `best`, such as `bops=5.3e9` or `weight_bytes=24_000`, by cost name.
+    """Parse the limits of `best`, such as `bops=5.3e9` or `weight_bytes=24_000`, by cost name.
 
     `Sweep.best` checks the names against the costs of its sweep.
 
     Raises:
-        UserError: not NAME=NUMBER, a cost given twice or no positive number.
+        UserError: a limit is not NAME=NUMBER or not positive, or a cost is given twice.
     """
     limits: dict[str, float] = {}
     for text in texts:
@@ -25,7 +25,7 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float]:
         if not equals:
             raise UserError(f"--max {text}: write COST=NUMBER, for example --max bops=5.3e9")
         if name in limits:
-            raise UserError(f"--max {text}: {name} is given twice; keep one of the two")
+            raise UserError(f"--max {text}: {name} is given twice; remove one limit")
         limits[name] = _positive(text, value)
     return limits
 
@@ -43,17 +43,18 @@ def _positive(text: str, value: str) -> float:
 
 
 def check_address(address: str | None) -> str | None:
-    """The address of a Ray cluster: `auto`, HOST:PORT, or None for a cluster of one's own.
+    """Check the address of a Ray cluster: `auto`, HOST:PORT, or None for a local cluster.
 
     Raises:
-        UserError: anything else, `ray://` above all, where the search would leave this process.
+        UserError: the address has another form. `ray://` is rejected because Ray Client would
+            run the driver in another process.
     """
     if address is None or address == "auto":
         return address
     if address.startswith("ray://"):
         raise UserError(
-            f"--address {address}: Ray Client addresses are not supported; "
-            "use the cluster's own address (HOST:6379) from a machine of the cluster"
+            f"--address {address}: Ray Client addresses are not supported; use the address of "
+            "the cluster's head (HOST:6379) from a machine of the cluster"
         )
     match = _HOST_AND_PORT.fullmatch(address)
     if match is None or not 0 < int(match[2]) < 65536:

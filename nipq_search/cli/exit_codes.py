@@ -1,8 +1,8 @@
-"""Exit codes of the command line, as docs/commands.md promises them."""
+"""Exit codes of the command line, as documented in docs/commands.md."""
 
 from __future__ import annotations
 
-FINE = 0
+SUCCESS = 0
 FAILURE = 1
 USAGE = 2
 SOME_FAILED = 3

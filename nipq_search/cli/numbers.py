@@ -1,4 +1,4 @@
-"""Figures as people read them. Pure functions; None and NaN always read `-`."""
+"""Formatting of numbers for display. All functions format None and NaN as `-`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _STEPS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def known(value: float | None) -> TypeGuard[float]:
-    """Whether there is a figure to show."""
+    """Whether a value is finite."""
     return value is not None and math.isfinite(value)
 
 
 def bops(value: float | None) -> str:
-    """Bit operations with a decimal suffix: `5.30 GBOPs`."""
+    """Format bit operations with a decimal prefix: `5.30 GBOPs`."""
     if not known(value):
         return NOTHING
     for step, letter in _STEPS:
@@ -27,41 +27,41 @@ def bops(value: float | None) -> str:
 
 
 def kilobytes(value: float | None) -> str:
-    """Bytes in units of 1000, small ones exactly: `24.0 kB`, `4,608 B`."""
+    """Format bytes in units of 1000, small values exactly: `24.0 kB`, `4,608 B`."""
     if not known(value):
         return NOTHING
     return f"{value:,.0f} B" if value < 10_000 else f"{value / 1000:,.1f} kB"
 
 
 def megabytes(value: float | None) -> str:
-    """Bytes in units of a million: `1,200 MB`."""
+    """Format bytes in units of a million, rounded up: `1,200 MB`."""
     return f"{math.ceil(value / 1e6):,} MB" if known(value) else NOTHING
 
 
 def metric(value: float | None) -> str:
-    """A task's metric with four digits after the point."""
+    """Format a task's metric with four decimals."""
     return f"{value:.4f}" if known(value) else NOTHING
 
 
 def bits(value: float | None) -> str:
-    """A mean bit-width: `3.42`; a layer's own width stays whole: `4`."""
+    """Format a mean bit-width as `3.42`, and the integer width of a layer as `4`."""
     if not known(value):
         return NOTHING
     return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def count(value: float | None) -> str:
-    """A count with separators: `1,200,000`."""
+    """Format a count with separators: `1,200,000`."""
     return f"{value:,.0f}" if known(value) else NOTHING
 
 
 def share(value: float | None) -> str:
-    """A share in percent: `98.2 %`."""
+    """Format a fraction in percent: `98.2 %`."""
     return f"{100 * value:.1f} %" if known(value) else NOTHING
 
 
 def mean_bits(value: float | None) -> str:
-    """A mean bit-width with its unit: `3.42 bits`."""
+    """Format a mean bit-width with its unit: `3.42 bits`."""
     return f"{value:.2f} bits" if known(value) else NOTHING
 
 
@@ -84,12 +84,12 @@ def cost(name: str, value: float | None) -> str:
 
 
 def costs(values: Mapping[str, float] | None) -> str:
-    """Several costs on one line: `bops 5.30 GBOPs, weight_bytes 24.0 kB`."""
+    """Format several costs on one line: `bops 5.30 GBOPs, weight_bytes 24.0 kB`."""
     return ", ".join(f"{name} {cost(name, value)}" for name, value in (values or {}).items())
 
 
 def duration(seconds: float | None) -> str:
-    """A time as its two largest units: `45 s`, `12 min`, `2 h 5 min`."""
+    """Format a duration in hours and minutes, or in seconds: `2 h 5 min`, `45 s`."""
     if not known(seconds):
         return NOTHING
     if seconds < 60:
@@ -99,11 +99,11 @@ def duration(seconds: float | None) -> str:
 
 
 def setting(value: object) -> str:
-    """A hyperparameter: floats with four significant digits, anything else as it is."""
+    """Format a hyperparameter: floats with four significant digits, other values unchanged."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def one_line(text: str | None) -> str:
-    """`text` on one line and without control characters, which could drive the terminal."""
+    """Join `text` into one line and replace control characters, which a terminal would execute."""
     words = " ".join((text or NOTHING).split())
     return "".join(letter if letter.isprintable() else "?" for letter in words)

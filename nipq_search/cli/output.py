@@ -1,4 +1,4 @@
-"""Where text goes: data to stdout, messages to stderr, colours to terminals only."""
+"""Output streams: data on stdout, messages on stderr, colors only on terminals."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 PIPE_COLUMNS = 1000
-"""Width of output that no terminal shows: nothing is folded or cut on its way to `grep`."""
+"""Width of output to pipes and files, large enough that no line is wrapped or truncated."""
 
 
 def console(stream: TextIO) -> Console:
-    """A rich console on `stream` that prints text as it is: no markup, no emoji, no guesses."""
+    """Create a rich console that prints text verbatim, without markup, emoji or highlighting."""
     from rich.console import Console
 
     terminal = stream.isatty()
@@ -32,13 +32,13 @@ def console(stream: TextIO) -> Console:
     )
 
 
-def say(text: str) -> None:
-    """Print a message for people on stderr."""
+def print_message(text: str) -> None:
+    """Print a message for the user on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def emit_json(document: Any) -> None:
-    """Print one JSON document on stdout; figures that are not finite become null."""
+    """Print one JSON document on stdout; non-finite numbers become null."""
     emit_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
 
 
@@ -48,29 +48,29 @@ def emit_table(*renderables: RenderableType) -> None:
     with screen.capture() as capture:
         for renderable in renderables:
             screen.print(renderable)
-    # Rich pads its lines; blanks at their ends help nobody.
+    # Strip the padding that rich adds to every line.
     emit_text("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
 def emit_text(text: str) -> None:
-    """Print `text` on stdout as it is.
+    """Print `text` on stdout verbatim.
 
-    A reader that left early (`| head`) is no failure: the rest goes nowhere and the command's
-    own result decides the exit code.
+    If the reader of a pipe has exited (`| head`), the rest is discarded; the exit code does not
+    change.
     """
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more when it ends, so the descriptor itself has to change.
+        # Python flushes stdout again on exit, so redirect the file descriptor itself.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
 
 
 @contextlib.contextmanager
-def chatter_on_stderr() -> Iterator[None]:
-    """Send what libraries print meanwhile to stderr, so that stdout holds the data alone."""
+def library_output_on_stderr() -> Iterator[None]:
+    """Redirect the output of libraries to stderr, so that stdout contains only data."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

@@ -1,4 +1,4 @@
-"""Progress of a running sweep: one live line on a terminal, plain log lines elsewhere."""
+"""Progress display of a running sweep: a live line on terminals, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def progress_line(progress: Progress) -> str:
-    """`progress` on one line; what matters most comes first, for a terminal may cut the end."""
+    """Format `progress` on one line, most important parts first in case the line is truncated."""
     done = f"{progress.done}/{progress.total} trials"
     if progress.stage != "trials":
         done = f"{progress.stage}, {done}"
@@ -35,18 +35,18 @@ def progress_line(progress: Progress) -> str:
 
 
 class ProgressLine:
-    """A `ProgressSink` that owns the last line of a terminal while it is open."""
+    """A `ProgressSink` that redraws the last line of a terminal while it is open."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Prepare for `stream`, which must be a terminal."""
+        """Prepare the display for `stream`, which must be a terminal."""
         from rich.live import Live
 
         self._console = console(stream)
-        # Drawn on update only: no thread, and a lost driver leaves no spinning line behind.
+        # Redrawing only on update needs no thread and freezes if the driver hangs.
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> ProgressLine:
-        """Start to draw."""
+        """Start drawing."""
         self._live.start()
         return self
 
@@ -56,7 +56,7 @@ class ProgressLine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Take the live line away; the messages stay."""
+        """Remove the live line; messages remain."""
         self._live.stop()
 
     def update(self, progress: Progress) -> None:
@@ -67,22 +67,22 @@ class ProgressLine:
         self._live.update(line, refresh=True)
 
     def message(self, text: str) -> None:
-        """Print a line that stays, above the live one."""
+        """Print a permanent line above the live one."""
         self._console.print(numbers.one_line(text))
 
 
 class ProgressLog:
-    """A `ProgressSink` for files and pipes: every message, and progress now and then."""
+    """A `ProgressSink` for files and pipes that writes all messages and occasional progress."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        """Write to `stream`; `clock` gives seconds."""
+        """Write to `stream`; `clock` returns seconds."""
         self._stream = stream
         self._clock = clock
         self._last_line = ""
         self._last_time = float("-inf")
 
     def __enter__(self) -> ProgressLog:
-        """Nothing to start."""
+        """Return this object."""
         return self
 
     def __exit__(
@@ -91,10 +91,10 @@ class ProgressLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
     def update(self, progress: Progress) -> None:
-        """Write a line if the last is old enough and says something else."""
+        """Write a line if it has changed and the interval since the last one has passed."""
         line = progress_line(progress)
         now = self._clock()
         if line == self._last_line or now - self._last_time < SECONDS_BETWEEN_LINES:
@@ -103,7 +103,7 @@ class ProgressLog:
         self._write(line)
 
     def message(self, text: str) -> None:
-        """Write `text` at once."""
+        """Write `text` immediately."""
         self._write(numbers.one_line(text))
 
     def _write(self, text: str) -> None:
@@ -111,7 +111,7 @@ class ProgressLog:
 
 
 def progress_sink(stream: TextIO | None = None) -> ProgressLine | ProgressLog:
-    """The sink that suits `stream`, by default stderr; a context manager."""
+    """Return the progress display for `stream` (default stderr), as a context manager."""
     stream = stream or sys.stderr
     screen = console(stream)
     live = screen.is_terminal and not screen.is_dumb_terminal

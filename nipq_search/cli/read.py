@@ -1,4 +1,4 @@
-"""Commands that read: each asks the search layer for one document and prints it."""
+"""The reading commands: each prints one document of the search layer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from nipq_search.cli import numbers, tables
 from nipq_search.cli.arguments import check_address, parse_limits
-from nipq_search.cli.exit_codes import FAILURE, FINE, MISMATCH
-from nipq_search.cli.output import chatter_on_stderr, emit_json, emit_table, emit_text, say
+from nipq_search.cli.exit_codes import FAILURE, MISMATCH, SUCCESS
+from nipq_search.cli.output import (
+    emit_json,
+    emit_table,
+    emit_text,
+    library_output_on_stderr,
+    print_message,
+)
 from nipq_search.errors import UserError
 from nipq_search.records import SCHEMA
 
@@ -37,87 +43,145 @@ def _print(
 
 
 def plan(config: Path, overrides: Sequence[str], as_json: bool) -> int:
-    """What a sweep file would search and spend; nothing is trained."""
-    with chatter_on_stderr():
+    """Print the search space and the expected effort of a sweep file.
+
+    Args:
+        config: the sweep file.
+        overrides: values of `--set`.
+        as_json: print JSON instead of tables.
+
+    Returns:
+        The exit code.
+    """
+    with library_output_on_stderr():
         from nipq_search.search.commands.plan import plan as make_plan
         from nipq_search.search.config.sweep_config import load_config
 
         document = make_plan(load_config(config, overrides))
     _print(document, as_json, tables.plan)
-    return FINE
+    return SUCCESS
 
 
 def status(folder: Path, as_json: bool) -> int:
-    """States of a sweep's trials."""
-    with chatter_on_stderr():
+    """Print the states of a sweep's trials."""
+    with library_output_on_stderr():
         document = _sweep(folder).status()
     _print(document, as_json, tables.status)
-    return FINE
+    return SUCCESS
 
 
 def front(folder: Path, as_json: bool) -> int:
-    """The Pareto front so far."""
-    with chatter_on_stderr():
+    """Print the current Pareto front."""
+    with library_output_on_stderr():
         document = _sweep(folder).front_document()
     _print(document, as_json, tables.front)
-    return FINE
+    return SUCCESS
 
 
 def show(folder: Path, trial: int, as_json: bool) -> int:
-    """One trial and its bits by layer."""
-    with chatter_on_stderr():
+    """Print one trial and its bits by layer.
+
+    Args:
+        folder: the sweep's folder.
+        trial: number of the trial.
+        as_json: print JSON instead of tables.
+
+    Returns:
+        The exit code.
+    """
+    with library_output_on_stderr():
         document = _sweep(folder).show(trial)
     _print(document, as_json, tables.show)
-    return FINE
+    return SUCCESS
 
 
 def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
-    """The best trained point inside limits; outside reach, the nearest one, and exit 1."""
+    """Print the best trained point within limits, or the nearest point if there is none.
+
+    Args:
+        folder: the sweep's folder.
+        limit_texts: limits as COST=NUMBER.
+        as_json: print JSON instead of tables.
+
+    Returns:
+        The exit code; 1 if no point satisfies the limits.
+    """
     limits = parse_limits(limit_texts)
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         document = _sweep(folder).best(limits)
     _print(document, as_json, tables.best)
     if document.get("point") is not None:
-        return FINE
+        return SUCCESS
     if document.get("nearest") is not None:
-        say(f"error: no trained point stays within {numbers.costs(limits)}")
+        print_message(f"error: no trained point is within {numbers.costs(limits)}")
     return FAILURE
 
 
 def logs(folder: Path, trial: int, as_json: bool) -> int:
-    """Output and traceback of one trial, attempt by attempt."""
-    with chatter_on_stderr():
+    """Print the output and tracebacks of one trial, by attempt.
+
+    Args:
+        folder: the sweep's folder.
+        trial: number of the trial.
+        as_json: print JSON instead of text.
+
+    Returns:
+        The exit code.
+    """
+    with library_output_on_stderr():
         files = _sweep(folder).log_files(trial)
     if as_json:
         entries = [{"file": str(file), "text": file.read_text(errors="replace")} for file in files]
         emit_json({"schema": SCHEMA, "trial": trial, "logs": entries})
-        return FINE
+        return SUCCESS
     for file in files:
         emit_text(f"==> {file} <==\n")
         with file.open(encoding="utf-8", errors="replace") as stream:
             while chunk := stream.read(_READ_BYTES):
                 emit_text(chunk)
     if not files:
-        say(f"trial {trial} wrote nothing")
-    return FINE
+        print_message(f"trial {trial} has no output")
+    return SUCCESS
 
 
 def replay(folder: Path, trial: int, as_json: bool) -> int:
-    """One trial run again from its record; 4 if something came out otherwise."""
-    with chatter_on_stderr():
+    """Rerun one trial from its record and print whether the results match.
+
+    Args:
+        folder: the sweep's folder.
+        trial: number of the trial.
+        as_json: print JSON instead of tables.
+
+    Returns:
+        The exit code; 4 if the replay does not match the record.
+    """
+    with library_output_on_stderr():
         from nipq_search.search.commands.replay import replay as run_again
 
-        document = run_again(_sweep(folder), trial, say)
+        document = run_again(_sweep(folder), trial, print_message)
     _print(document, as_json, tables.replay)
-    return FINE if document["equal"] else MISMATCH
+    return SUCCESS if document["equal"] else MISMATCH
 
 
 def doctor(config: Path | None, address: str | None, out: Path | None, as_json: bool) -> int:
-    """Checks of installation, sweep file and cluster; 1 if one fails."""
+    """Check the installation, and optionally a sweep file and a cluster.
+
+    Args:
+        config: a sweep file whose data and storage to check, or None.
+        address: address of a Ray cluster whose nodes to check, or None.
+        out: the folder that these nodes must share; default the current folder.
+        as_json: print JSON instead of a table.
+
+    Returns:
+        The exit code; 1 if a check failed.
+
+    Raises:
+        UserError: `out` is given without `address`, or an argument is invalid.
+    """
     address = check_address(address)
     if out is not None and address is None:
-        raise UserError("--out: is the folder that the nodes of --address must share; give both")
-    with chatter_on_stderr():
+        raise UserError("--out: the folder that the nodes of --address must share; give both")
+    with library_output_on_stderr():
         from nipq_search.search.checks.doctor import doctor as run_checks
 
         loaded = None
@@ -129,4 +193,4 @@ def doctor(config: Path | None, address: str | None, out: Path | None, as_json: 
     healthy = all(check.get("ok") for check in checks)
     document = {"schema": SCHEMA, "ok": healthy, "checks": checks}
     _print(document, as_json, lambda found: tables.doctor(found["checks"]))
-    return FINE if healthy else FAILURE
+    return SUCCESS if healthy else FAILURE

@@ -1,4 +1,4 @@
-"""`run`, `submit`, `stop`, `sync`, `gc`, `report`: the commands that change a sweep's folder."""
+"""The commands that modify a sweep: `run`, `submit`, `stop`, `sync`, `gc` and `report`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nipq_search.cli.arguments import check_address
-from nipq_search.cli.exit_codes import FAILURE, FINE, INTERRUPTED, SOME_FAILED
-from nipq_search.cli.output import chatter_on_stderr, emit_json, emit_table, emit_text, say
+from nipq_search.cli.exit_codes import FAILURE, INTERRUPTED, SOME_FAILED, SUCCESS
+from nipq_search.cli.output import (
+    emit_json,
+    emit_table,
+    emit_text,
+    library_output_on_stderr,
+    print_message,
+)
 from nipq_search.cli.progress import progress_sink
 
 if TYPE_CHECKING:
@@ -23,9 +29,20 @@ def run(
     trials: int | None,
     address: str | None,
 ) -> int:
-    """Start or resume a sweep, then print its front and where to look next."""
+    """Start or resume a sweep, then print its front and the next commands.
+
+    Args:
+        config: the sweep file.
+        out: the sweep's folder; default `runs/<name>`.
+        overrides: values of `--set`.
+        trials: total number of trials, or None.
+        address: address of a Ray cluster; None starts a local one.
+
+    Returns:
+        The exit code.
+    """
     address = check_address(address)
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.config.sweep_config import load_config
         from nipq_search.search.run import run_sweep
 
@@ -37,7 +54,7 @@ def run(
             )
     code = exit_code(outcome)
     if code == INTERRUPTED:
-        say(outcome.message or "stopped; the same command resumes")
+        print_message(outcome.message or "stopped; the same command resumes the sweep")
         return code
     document = _front_document(folder) if outcome.complete else None
     if document is not None:
@@ -45,17 +62,28 @@ def run(
 
         emit_table(tables.front(document))
     if outcome.message:
-        say(f"error: {outcome.message}" if code == FAILURE else outcome.message)
+        print_message(f"error: {outcome.message}" if code == FAILURE else outcome.message)
     for line in next_steps(folder, outcome.failed, document):
-        say(line)
+        print_message(line)
     return code
 
 
 def submit(
     config: Path, address: str, out: str | None, overrides: Sequence[str], trials: int | None
 ) -> int:
-    """Hand a sweep to a cluster as a job, and say how to follow it."""
-    with chatter_on_stderr():
+    """Submit a sweep to a cluster as a job, and print the commands to follow and stop it.
+
+    Args:
+        config: the sweep file.
+        address: URL of the head's dashboard.
+        out: the sweep's folder on the head; default `~/runs/<name>`.
+        overrides: values of `--set`.
+        trials: total number of trials, or None.
+
+    Returns:
+        The exit code.
+    """
+    with library_output_on_stderr():
         from nipq_search.search.commands.submit import submit as send
         from nipq_search.search.config.sweep_config import load_config
 
@@ -64,42 +92,51 @@ def submit(
     emit_text(f"{job}\n")
     shown = shlex.quote(address)
     for line in (
-        "look next:",
+        "next steps:",
         f"  ray job logs --follow {job} --address {shown}",
         f"  ray job stop {job} --address {shown}",
     ):
-        say(line)
-    return FINE
+        print_message(line)
+    return SUCCESS
 
 
 def exit_code(outcome: Outcome) -> int:
-    """What an outcome means to a shell: 0, 1 (every trial failed), 3 (some did) or 130."""
+    """Map an outcome to an exit code: 0, 1 (all trials failed), 3 (some failed) or 130."""
     if outcome.state == "interrupted":
         return INTERRUPTED
     if outcome.failed:
         return SOME_FAILED if outcome.complete else FAILURE
-    return FINE
+    return SUCCESS
 
 
 def _front_document(folder: Path) -> dict[str, Any]:
-    with chatter_on_stderr():
+    with library_output_on_stderr():
         from nipq_search.search.results.sweep import Sweep
 
         return Sweep.open(folder).front_document()
 
 
 def next_steps(folder: Path, failed: int, front: Mapping[str, Any] | None) -> list[str]:
-    """Where to look after a run: at failed trials, and at the front if there is one."""
+    """List the next commands after a run.
+
+    Args:
+        folder: the sweep's folder.
+        failed: number of failed trials.
+        front: the front document; None without a COMPLETE trial.
+
+    Returns:
+        Lines for stderr.
+    """
     lines = []
     shown = shlex.quote(str(folder))
     if failed:
         lines.append(
-            f"{failed} failed: nipq-search status {shown} says why, "
+            f"{failed} failed: nipq-search status {shown} shows the reasons, "
             f"nipq-search logs {shown} TRIAL shows a trial's output"
         )
     if front is not None:
         lines += [
-            "look next:",
+            "next steps:",
             f"  {shlex.quote(str(folder / 'report.html'))}",
             f"  nipq-search ui {shown}",
             f"  nipq-search best {shown} --max {_example_limit(front)}",
@@ -108,43 +145,54 @@ def next_steps(folder: Path, failed: int, front: Mapping[str, Any] | None) -> li
 
 
 def _example_limit(front: Mapping[str, Any]) -> str:
-    """A limit that the middle of the front keeps."""
+    """Return a limit that the middle point of the front satisfies."""
     name = front.get("front_cost") or "bops"
     costs = sorted(
         point["cost"][name] for point in front.get("points") or [] if point.get("on_front")
     )
-    # 1 % more, for three digits may round down.
+    # 1 % more, because formatting with three digits may round down.
     return f"{name}={1.01 * costs[len(costs) // 2]:.3g}" if costs else f"{name}=NUMBER"
 
 
 def stop(folder: Path) -> int:
-    """Ask the sweep's driver to stop; it checkpoints, and the same `run` resumes."""
-    with chatter_on_stderr():
+    """Ask the sweep's driver to stop after saving checkpoints; the same `run` command resumes."""
+    with library_output_on_stderr():
         from nipq_search.search.jobs.lease import request_stop
         from nipq_search.search.results.sweep import Sweep
 
-        # A driver that has just begun holds the folder before there is a sweep in it.
+        # A new driver holds the folder's lease before it writes the sweep's files.
         driver = request_stop(folder) or request_stop(Sweep.open(folder).folder)
     if driver is None:
-        say(f"nothing to stop: no driver is running on {folder}")
+        print_message(f"nothing to stop: no driver is running on {folder}")
     else:
-        say(f"asked the driver ({driver}) to stop; the same run command resumes the sweep")
-    return FINE
+        print_message(
+            f"sent a stop request to the driver ({driver}); the same run command resumes the sweep"
+        )
+    return SUCCESS
 
 
 def sync(folder: Path) -> int:
-    """Bring tables, report and tracking server up to date; 1 where the server is away."""
-    with chatter_on_stderr():
+    """Bring tables, report and tracking server up to date."""
+    with library_output_on_stderr():
         from nipq_search.search.results.outputs import sync as bring_up_to_date
 
         done = bring_up_to_date(folder)
-    say(f"{done['server']} has all of the sweep: {done['trials']} trials")
-    return FINE
+    print_message(f"{done['server']} is up to date: {done['trials']} trials")
+    return SUCCESS
 
 
 def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
-    """Delete models and checkpoints that nothing needs."""
-    with chatter_on_stderr():
+    """Delete models and checkpoints that are no longer needed.
+
+    Args:
+        folder: the sweep's folder.
+        dry_run: only list what would be deleted.
+        as_json: print JSON instead of a table.
+
+    Returns:
+        The exit code.
+    """
+    with library_output_on_stderr():
         from nipq_search.search.results.retention import collect
 
         document = collect(folder, dry_run)
@@ -154,12 +202,12 @@ def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
         from nipq_search.cli import tables
 
         emit_table(tables.gc(document))
-    return FINE
+    return SUCCESS
 
 
 def report(folder: Path, open_it: bool) -> int:
-    """Write the sweep's report and print where it is."""
-    with chatter_on_stderr():
+    """Write the sweep's report and print its path."""
+    with library_output_on_stderr():
         from nipq_search.search.results.sweep import Sweep
 
         path = Sweep.open(folder).write_report()
@@ -168,5 +216,5 @@ def report(folder: Path, open_it: bool) -> int:
         import webbrowser
 
         if not webbrowser.open(path.resolve().as_uri()):
-            say("no browser was found; open the file yourself")
-    return FINE
+            print_message("no browser found; open the file manually")
+    return SUCCESS

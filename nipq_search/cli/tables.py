@@ -1,7 +1,7 @@
-"""Documents as tables and lines for people: pure functions of what `--json` prints.
+"""Tables and text lines for the documents that `--json` prints, one function per command.
 
-Any figure may be missing (None, or no key at all) and reads `-`: a sweep can be looked at from
-its first second on.
+Any value may be missing (None, or no key) and is displayed as `-`, because the commands also work
+on sweeps that have just started.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HEADINGS = {
     "activation_sum_bytes": "activations",
     "activation_largest_bytes": "largest act.",
 }
-"""Short column headings of costs, whose cells carry the unit."""
+"""Short column headings of costs; the cells contain the unit."""
 
 _LEFT = {"budget", "state", "reason", "layer", "kind", "check", "result", "detail", "cost name"}
 
@@ -32,10 +32,10 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in columns:
         left = column in _LEFT
-        # Rather cut a long label than break every row of a narrow terminal in two.
+        # Truncate long labels instead of wrapping every row on narrow terminals.
         table.add_column(column, justify="left" if left else "right", no_wrap=column == "budget")
     for row in rows:
-        # Text, not str: a layer may be called `[bold]`.
+        # Text instead of str, because a layer name such as `[bold]` would be parsed as markup.
         table.add_row(*(Text(numbers.one_line(cell)) for cell in row))
     return table
 
@@ -45,12 +45,12 @@ def _line(text: str) -> Text:
 
 
 def _word(value: object) -> str:
-    """A name or number as it is; `-` where there is none."""
+    """Convert a value to text; `-` if it is missing."""
     return numbers.NOTHING if value is None or value == "" else str(value)
 
 
 def front(document: Document) -> RenderableType:
-    """The Pareto front, the float model and the uniform baselines, and the hypervolume."""
+    """Render the Pareto front, the float model, the uniform baselines and the hypervolumes."""
     front_cost = str(document.get("front_cost") or "bops")
     metric = _word((document.get("metric") or {}).get("name"))
     points = document.get("points") or []
@@ -99,7 +99,7 @@ def _front_row(trial: str, label: str, names: Sequence[str], point: Document) ->
 
 
 def best(document: Document) -> RenderableType:
-    """The point that was found, or the nearest one, against each limit."""
+    """Render the best point, or the nearest one, next to the limits."""
     point = document.get("point") or document.get("nearest")
     model = f"model: {document['model']} in the sweep's folder" if document.get("model") else ""
     if point is None:
@@ -124,12 +124,12 @@ def best(document: Document) -> RenderableType:
 
 
 def status(document: Document) -> RenderableType:
-    """How many trials are in which state, who drives the sweep, and every trial."""
+    """Render the driver, the number of trials by state, and a row per trial."""
     states = document.get("states") or {}
     driver = document.get("driver")
-    by = f"driven by {driver['host']} pid {driver['pid']}" if driver else "no driver is running"
+    by = f"driver on {driver['host']}, pid {driver['pid']}" if driver else "no driver is running"
     if driver is None and states.get("RUNNING"):
-        by += "; RUNNING trials are interrupted, the same `nipq-search run` resumes them"
+        by += "; RUNNING trials were interrupted, the same `nipq-search run` resumes them"
     counts = ", ".join(f"{number} {state}" for state, number in states.items() if number)
     rows = [
         [
@@ -145,14 +145,14 @@ def status(document: Document) -> RenderableType:
     return Group(
         _line(f"{_word(document.get('sweep'))}: {by}"),
         _line(f"{counts or 'no trial yet'} of {_word(document.get('total'))} trials"),
-        *([_line(f"now: {document['stage']}")] if document.get("stage") else []),
+        *([_line(f"stage: {document['stage']}")] if document.get("stage") else []),
         _table(["trial", "state", "budget", "epoch", "time", "reason"], rows),
         _line(f"training samples: {numbers.count(document.get('total_samples'))}"),
     )
 
 
 def show(document: Document) -> RenderableType:
-    """One trial: what it was asked, what it reached, and its bits by layer."""
+    """Render one trial: its budget and parameters, its results, and its bits by layer."""
     params = ", ".join(
         f"{name} {numbers.setting(value)}"
         for name, value in (document.get("params") or {}).items()
@@ -175,7 +175,7 @@ def show(document: Document) -> RenderableType:
 
 
 def layers(rows: Sequence[Document]) -> RenderableType:
-    """Bits and costs by layer; `float` where a layer is not quantized."""
+    """Render bits and costs by layer; `float` for layers that are not quantized."""
     searched = any("searched" in row for row in rows)
     reasons = any(row.get("why") for row in rows)
     columns = ["layer", "kind", "MACs", "W bits", "A bits", "BOPs", "weight"]
@@ -199,14 +199,14 @@ def layers(rows: Sequence[Document]) -> RenderableType:
 
 
 def _weight_width(row: Document) -> str:
-    """Bits of the weight; none in a product of two activations."""
+    """Format the bits of the weight; `-` for a product of two activations."""
     if row.get("weight_bits") is None and row.get("second_activation_bits") is not None:
         return "-"
     return _width(row, "weight_bits")
 
 
 def _activation_width(row: Document) -> str:
-    """Bits of what the layer consumes, of both operands in a product of two activations."""
+    """Format the bits of the input, or of both operands in a product of two activations."""
     if row.get("kind") == "embedding":
         return "-"
     bits = _width(row, "activation_bits")
@@ -221,7 +221,7 @@ def _width(row: Document, key: str) -> str:
 
 
 def plan(document: Document) -> RenderableType:
-    """What a sweep would search and spend: layers, reachable costs, budgets, samples, disk."""
+    """Render a plan: layers, reachable costs, budgets, training samples and disk space."""
     reachable = [
         [name, numbers.cost(name, ends.get("least")), numbers.cost(name, ends.get("greatest"))]
         for name, ends in (document.get("reachable") or {}).items()
@@ -257,17 +257,17 @@ def plan(document: Document) -> RenderableType:
 
 
 def _noise(document: Document) -> list[RenderableType]:
-    """What the noise phase of a trial comes to."""
+    """Describe the length of the noise phase."""
     steps = document.get("noise_steps")
     if steps is None:
         return []
     if steps:
-        return [_line(f"noise phase of {numbers.count(steps)} steps at most")]
-    return [_line("no noise phase: bit-widths are projected, none is learned")]
+        return [_line(f"noise phase of at most {numbers.count(steps)} steps")]
+    return [_line("no noise phase: bit-widths are projected, not learned")]
 
 
 def doctor(checks: Sequence[Document]) -> RenderableType:
-    """What was checked, what was found, and how to mend it."""
+    """Render the result of every check, with the fix if it failed."""
     rows = []
     for check in checks:
         detail = str(check.get("detail") or "")
@@ -278,31 +278,31 @@ def doctor(checks: Sequence[Document]) -> RenderableType:
 
 
 def replay(document: Document) -> RenderableType:
-    """Whether a trial came out the same, or what differs."""
+    """Render whether a replay matches its trial, and the differences."""
     trial, sha = document["trial"], str(document["model_sha256"])[:12]
     if document["equal"]:
-        agreement = "the same bit by bit" if document["exact"] else _within(document)
+        agreement = "identical bit by bit" if document["exact"] else _within(document)
         return _line(f"trial {trial}: {agreement} (model {sha})")
     rows = [
         [entry["name"], _word(entry["recorded"]), _word(entry["replayed"])]
         for entry in document["differences"]
     ]
     return Group(
-        _line(f"trial {trial}: came out otherwise"),
-        _table(["what", "recorded", "replayed"], rows),
+        _line(f"trial {trial}: the replay did not match the recorded trial"),
+        _table(["name", "recorded", "replayed"], rows),
     )
 
 
 def _within(document: Document) -> str:
-    """How a replay agreed with its record where bits may differ."""
+    """Describe how closely a replay matches its trial if bits may differ."""
     weights, metrics = document["tolerance"]["weights"], document["tolerance"]["metrics"]
     if not document["weights_compared"]:
-        return f"the same metrics within {numbers.share(metrics)}; its model is gone, not compared"
+        return f"metrics within {numbers.share(metrics)}; the recorded model was deleted"
     return f"weights within {numbers.share(weights)}, metrics within {numbers.share(metrics)}"
 
 
 def gc(document: Document) -> RenderableType:
-    """What was deleted, or would be."""
+    """Render the paths that were, or would be, deleted."""
     rows = [
         ["-" if e["trial"] is None else str(e["trial"]), e["path"], numbers.count(e["bytes"])]
         for e in document["freed"]

@@ -1,4 +1,4 @@
-"""`ui`: MLflow and optuna-dashboard on one sweep, on the loopback interface only."""
+"""`ui`: serves MLflow and optuna-dashboard for one sweep, on the loopback interface only."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from nipq_search.cli.exit_codes import FINE
-from nipq_search.cli.output import emit_text, say
+from nipq_search.cli.exit_codes import SUCCESS
+from nipq_search.cli.output import emit_text, print_message
 from nipq_search.errors import UserError
 
 HOST = "127.0.0.1"
@@ -30,10 +30,10 @@ STOP_SECONDS = 10.0
 POLL_SECONDS = 0.2
 
 _MLFLOW_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # the sweep is nobody else's business
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else it starts processes of its own
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # no information about the sweep leaves the machine
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # would start additional processes
 }
-# The command `optuna-dashboard`, wherever its script was installed.
+# Runs `optuna-dashboard` without relying on the location of its script.
 _OPTUNA_PROGRAM = (
     "import sys; from importlib.metadata import entry_points; "
     "(program,) = entry_points(group='console_scripts', name='optuna-dashboard'); "
@@ -43,7 +43,14 @@ _OPTUNA_PROGRAM = (
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A dashboard to start: its name, command, address, and environment on top of ours."""
+    """A dashboard to start.
+
+    Attributes:
+        name: displayed name.
+        command: program and arguments.
+        port: port on the loopback interface.
+        environment: variables added to those of this process.
+    """
 
     name: str
     command: Sequence[str]
@@ -52,33 +59,41 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where a browser finds it."""
+        """URL of the dashboard."""
         return f"http://{HOST}:{self.port}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """A started dashboard and the file that holds what it printed."""
+    """A started dashboard and the file with its output."""
 
     server: Server
     process: subprocess.Popen[bytes]
     output: IO[bytes]
 
     def check(self) -> None:
-        """Raise RuntimeError with the dashboard's last words if it has ended."""
+        """Raise RuntimeError with the last line of the output if the dashboard has exited."""
         if self.process.poll() is None:
             return
         self.output.seek(0)
-        words = self.output.read().decode(errors="replace").strip().splitlines()
-        raise RuntimeError(f"{self.server.name} has ended: {words[-1] if words else 'no output'}")
+        lines = self.output.read().decode(errors="replace").strip().splitlines()
+        raise RuntimeError(f"{self.server.name} has exited: {lines[-1] if lines else 'no output'}")
 
 
 def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
-    """Serve both dashboards until Ctrl-C (or SIGTERM, SIGHUP), then end them.
+    """Serve both dashboards until Ctrl-C, SIGTERM or SIGHUP, then terminate them.
+
+    Args:
+        folder: the sweep's folder.
+        mlflow_port: port of MLflow; None selects 5000 or a free port.
+        optuna_port: port of optuna-dashboard; None selects 8080 or a free port.
+
+    Returns:
+        The exit code.
 
     Raises:
-        UserError: the folder holds neither a study nor an MLflow store, or a port is in use.
-        RuntimeError: a dashboard did not start, or ended by itself.
+        UserError: the folder contains neither a study nor an MLflow database, or a port is in use.
+        RuntimeError: a dashboard did not start, or exited unexpectedly.
     """
     servers = plan_servers(folder, mlflow_port, optuna_port)
     with _signals_interrupt(), contextlib.ExitStack() as stack:
@@ -86,44 +101,54 @@ def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
         for dashboard in running:
             _wait_until_it_answers(dashboard)
             emit_text(f"{dashboard.server.name}: {dashboard.server.url}\n")
-        with contextlib.suppress(KeyboardInterrupt):  # the intended end, hence exit 0
-            say("Ctrl-C ends this")
+        with contextlib.suppress(KeyboardInterrupt):  # the expected way to exit, with code 0
+            print_message("press Ctrl-C to exit")
             while True:
                 for dashboard in running:
                     dashboard.check()
                 time.sleep(POLL_SECONDS)
-    return FINE
+    return SUCCESS
 
 
 def plan_servers(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> list[Server]:
-    """The dashboards for which `folder` holds data; a missing one is told on stderr.
+    """Return the dashboards for which `folder` contains data; report missing ones on stderr.
+
+    Args:
+        folder: the sweep's folder.
+        mlflow_port: port of MLflow, or None.
+        optuna_port: port of optuna-dashboard, or None.
+
+    Returns:
+        The dashboards to start.
 
     Raises:
-        UserError: the folder holds data for neither, or a port that was asked for is in use.
+        UserError: the folder contains data for neither, or a requested port is in use.
     """
     store = folder / "mlflow.db"
     studies = [path for path in (folder / "study.log", folder / "study.db") if path.exists()]
     if not store.exists() and not studies:
         raise UserError(
-            f"{folder} is not a sweep's folder with records of its own: it has no mlflow.db, "
-            "study.log or study.db; give the folder that run wrote to"
+            f"{folder}: no local databases of a sweep (mlflow.db, study.log or study.db); give "
+            "the folder that `run` wrote to"
         )
     servers = []
     if store.exists():
         port = _port(mlflow_port, MLFLOW_PORT, "--mlflow-port")
         servers.append(_mlflow(port))
     else:
-        say(f"{folder} has no mlflow.db: the runs are on the server of MLFLOW_TRACKING_URI")
+        print_message(
+            f"{folder} has no mlflow.db: the runs are on the server at MLFLOW_TRACKING_URI"
+        )
     if studies:
         port = _port(optuna_port, OPTUNA_PORT, "--optuna-port")
         servers.append(_optuna_dashboard(studies[0], port))
     else:
-        say(f"{folder} has no study.log or study.db: the study is at NIPQ_STORAGE_URL")
+        print_message(f"{folder} has no study.log or study.db: the study is at NIPQ_STORAGE_URL")
     return servers
 
 
 def _mlflow(port: int) -> Server:
-    # Relative names, resolved in the sweep's folder, so that a moved folder opens too.
+    # Paths relative to the sweep's folder, because absolute ones break if the folder is moved.
     options = {
         "--backend-store-uri": "sqlite:///mlflow.db",
         "--artifacts-destination": "./mlartifacts",
@@ -138,7 +163,7 @@ def _mlflow(port: int) -> Server:
 
 
 def _optuna_dashboard(study: Path, port: int) -> Server:
-    # Absolute: under a relative name a journal's stale lock is never freed.
+    # An absolute path: Optuna never releases a journal's stale lock under a relative path.
     place = str(study.resolve()) if study.suffix == ".log" else f"sqlite:///{study.resolve()}"
     command = [*_python("optuna_dashboard"), "-c", _OPTUNA_PROGRAM, place]
     command += ["--host", HOST, "--port", str(port)]
@@ -146,22 +171,22 @@ def _optuna_dashboard(study: Path, port: int) -> Server:
 
 
 def _python(module: str) -> list[str]:
-    """The interpreter that runs `module`, if it is installed."""
+    """Return the command of the interpreter; raise ModuleNotFoundError if `module` is missing."""
     if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(f"No module named '{module}'", name=module)
-    return [sys.executable, "-P"]  # nothing is imported from the sweep's folder
+    return [sys.executable, "-P"]  # import nothing from the sweep's folder
 
 
 def _port(wanted: int | None, usual: int, option: str) -> int:
-    """The port that was asked for, else the usual one, else any free one."""
+    """Return the requested port; without a request, the usual port or any free one."""
     for port in [wanted] if wanted else [usual, 0]:
         with socket.socket() as probe:
-            # As the servers do: a port that was in use a minute ago is free.
+            # Like the servers, treat a port in the TIME_WAIT state as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
                 probe.bind((HOST, port))
                 return int(probe.getsockname()[1])
-    raise UserError(f"{option} {wanted}: the port is in use; give another, or none")
+    raise UserError(f"{option} {wanted}: the port is in use; give another one, or omit the option")
 
 
 @contextlib.contextmanager
@@ -174,7 +199,7 @@ def _started(server: Server, folder: Path) -> Iterator[Running]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own, to end with all it starts
+            start_new_session=True,  # a separate process group, so that children can be killed
         )
         try:
             yield Running(server=server, process=process, output=output)
@@ -183,7 +208,7 @@ def _started(server: Server, folder: Path) -> Iterator[Running]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process politely, and then whatever is left of its group."""
+    """Terminate a process gracefully, then kill the rest of its process group."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -200,12 +225,14 @@ def _wait_until_it_answers(dashboard: Running) -> None:
     while not _answers(dashboard.server.port):
         dashboard.check()
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{dashboard.server.name} did not start in {START_SECONDS:.0f} s")
+            raise RuntimeError(
+                f"{dashboard.server.name} did not start within {START_SECONDS:.0f} s"
+            )
         time.sleep(POLL_SECONDS)
 
 
 def _answers(port: int) -> bool:
-    # http.client, for it knows of no proxies.
+    # http.client ignores the proxy settings of the environment.
     connection = http.client.HTTPConnection(HOST, port, timeout=STOP_SECONDS)
     try:
         connection.request("GET", "/")
@@ -218,7 +245,7 @@ def _answers(port: int) -> bool:
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end the dashboards as Ctrl-C does."""
+    """Treat SIGTERM and SIGHUP (a closed terminal) like Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

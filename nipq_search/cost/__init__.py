@@ -1,11 +1,11 @@
 """Costs of quantized models, budgets, and the projection of bit-widths onto a budget.
 
-Start reading in `base.py`: a cost is one formula, counted exactly on integer bits (`exact_cost`)
-and estimated on learned ones (`cost_estimate`). The projection is solved in `projection.py` and
-`assignment.py`. Imports `quant`, and needs torch, numpy and scipy alone.
+Start reading in `base.py`: a cost is a single formula, evaluated exactly on integer bit-widths
+(`exact_cost`) and differentiably on learned ones (`cost_estimate`). `projection.py` and
+`assignment.py` solve the projection. Imports `quant`; requires only torch, numpy and scipy.
 """
 
-from nipq_search.cost import activations, average, bops, size
+from nipq_search.cost import activations, bops, mean_bits, size
 from nipq_search.cost.base import COSTS, Cost, cost_estimate, exact_cost, exact_costs
 
 for _cost in (
@@ -13,8 +13,8 @@ for _cost in (
     size.WEIGHT_BYTES,
     activations.SUM,
     activations.LARGEST,
-    average.MEAN_WEIGHT_BITS,
-    average.MEAN_ACTIVATION_BITS,
+    mean_bits.MEAN_WEIGHT_BITS,
+    mean_bits.MEAN_ACTIVATION_BITS,
 ):
     COSTS.register(_cost.name, _cost)
 

@@ -1,4 +1,4 @@
-"""Activation memory, per sample."""
+"""Activation memory per sample, in bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nipq_search.quant.graph import Graph
 
 
 def activation_terms(graph: Graph, bits: Bits) -> dict[str, Any]:
-    """Bytes of each tensor that a layer consumes, and of each residual sum, left in float."""
+    """Return the bytes of each layer input, and of each residual sum, which stays in float."""
     return {
         name: tensor.numel * bits[name] / 8
         for name, tensor in graph.tensors.items()

@@ -1,8 +1,9 @@
-"""The bit-widths of least predicted loss under budgets, by a mixed-integer program.
+"""Bit-widths with the least predicted loss within a budget, from a mixed-integer program.
 
-Each tensor, or group of tensors, chooses one of its allowed widths: a binary variable for each.
-The product of two widths, as BOPs have it, is a variable for each pair of widths whose sums over
-either are the choices of the other, so that every cost is linear. HiGHS solves it, through scipy.
+Each tensor, or group of tensors, takes one of its allowed widths, with a binary variable per
+width. A product of two widths, as in BOPs, is linearized: each pair of widths has a variable, and
+the sum of these variables over either width is the binary variable of the other width. HiGHS
+solves the program, through scipy.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ from nipq_search.cost.polynomial import Polynomial, polynomial, variable
 from nipq_search.quant.graph import Graph
 
 NODES = 2000
-"""Branches that the solver looks at: a limit in time would give other bits on another machine."""
+"""Limit on the solver's branches; a time limit would make the result depend on the machine."""
 
 GAP = 1e-4
-"""Share of the least predicted loss that is as good as it."""
+"""Relative optimality gap at which the solver stops."""
 
 _MARGINS = (0.0, 2e-6)
-"""The solver keeps a budget up to rounding: where that breaks it, it is to stay below by more."""
+"""Relative safety margins, tried in order: the solver meets a budget only up to rounding."""
+
+
+Limit = tuple[Polynomial, float]
+"""A cost, or one term of a cost that is a maximum, and its upper bound."""
 
 
 class _Program:
-    """Columns and rows of the mixed-integer program."""
+    """A mixed-integer program, built column by column and row by row."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -39,25 +44,31 @@ class _Program:
         self.rows: list[tuple[dict[int, float], float, float]] = []
 
     def column(self, cost: float = 0.0, binary: bool = False) -> int:
-        """A variable from 0 to 1."""
+        """Add a variable in [0, 1] and return its index."""
         self.costs.append(cost)
         self.binary.append(int(binary))
         self.count += 1
         return self.count - 1
 
     def row(self, entries: Mapping[int, float], least: float, most: float) -> None:
-        """Bound a sum of variables with coefficients."""
+        """Bound a linear combination of variables.
+
+        Args:
+            entries: coefficient by variable index.
+            least: lower bound.
+            most: upper bound.
+        """
         self.rows.append((dict(entries), least, most))
 
     def solve(self) -> np.ndarray | None:
-        """The variables at the least cost; None where that was not proven within `NODES`."""
+        """Return the optimal variables, or None if optimality was not proven within `NODES`."""
         try:
-            from scipy.optimize import Bounds, LinearConstraint, milp  # takes a while to load
+            from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
             from scipy.sparse import coo_array
         except ImportError:
             warnings.warn(
-                "scipy is missing: bit-widths are brought below the budget by a search, which "
-                "may leave better ones unfound. pip install scipy",
+                "scipy is missing: bit-widths are projected by a greedy search, which may miss "
+                "better ones; pip install scipy",
                 stacklevel=2,
             )
             return None
@@ -77,8 +88,8 @@ class _Program:
         return np.asarray(found.x) if found.status == 0 else None
 
 
-def _limits(graph: Graph, budget: Budget) -> list[tuple[Polynomial, float]] | None:
-    """Polynomials and what they may reach; None where a cost is none."""
+def _limits(graph: Graph, budget: Budget) -> list[Limit] | None:
+    """Return each cost as a polynomial with its upper bound; None if one is not a polynomial."""
     widths = {name: variable(name) for name, tensor in graph.tensors.items() if tensor.allowed}
     found = []
     for name, target in budget.targets.items():
@@ -87,7 +98,7 @@ def _limits(graph: Graph, budget: Budget) -> list[tuple[Polynomial, float]] | No
         try:
             values = cost.terms(graph, complete_bits(graph, widths)).values()
             terms = [polynomial(value) for value in values]
-        except Exception:  # whatever somebody's formula does with what is no number
+        except Exception:  # a custom formula may raise anything when called with non-numbers
             return None
         if cost.combine is sum_terms:
             found.append((sum(terms, Polynomial({})), most))
@@ -98,18 +109,14 @@ def _limits(graph: Graph, budget: Budget) -> list[tuple[Polynomial, float]] | No
     return found
 
 
-Limit = tuple[Polynomial, float]
-"""A cost, or one of the terms of which a cost is the largest, and what it may reach."""
-
-
 class Assignment:
-    """The widths of a graph under a budget, as programs.
+    """The choice of bit-widths for a graph under a budget, as mixed-integer programs.
 
     Args:
         graph: the model's layers and tensors.
-        budget: what must hold; reachable.
-        losses: predicted loss by unit and allowed width. A unit is what moves as one.
-        units: the unit of every tensor that has a quantizer.
+        budget: the targets, which must be reachable.
+        losses: predicted loss by unit and allowed width; the tensors of a unit share one width.
+        units: unit of every tensor that has a quantizer.
     """
 
     def __init__(
@@ -119,47 +126,51 @@ class Assignment:
         losses: Mapping[str, Mapping[int, float]],
         units: Mapping[str, str],
     ) -> None:
-        """Write the budget's costs as polynomials of the units' widths."""
+        """Express the budget's costs as polynomials in the widths of the units."""
         limits = _limits(graph, budget) or []
         self._limits: list[Limit] = [(p.renamed(units), most) for p, most in limits]
         counted = {name for p, _ in self._limits for monomial in p.terms for name in monomial}
         self._losses = {unit: losses[unit] for unit in sorted(counted)}
-        self._can = bool(counted) and all(len(m) <= 2 for p, _ in self._limits for m in p.terms)
+        self._solvable = bool(counted) and all(
+            len(m) <= 2 for p, _ in self._limits for m in p.terms
+        )
 
-    def best(self, full: Limit | None = None) -> dict[str, int] | None:
-        """Widths of least loss that keep the budget.
+    def min_loss(self, at_least: Limit | None = None) -> dict[str, int] | None:
+        """Return the widths with the least loss within the budget.
 
         Args:
-            full: a cost, and how much of it is to be used at least.
+            at_least: a cost and the least amount of it that must be used.
 
         Returns:
-            Widths of those units that the budget counts. None where a cost is no polynomial of
-            degree two or less, or the solver could not prove its widths to be the best.
+            Widths of the units that contribute to the budget. None if a cost is not a polynomial
+            of degree two or less, or if the solver could not prove optimality.
         """
-        if not all(math.isfinite(loss) for of in self._losses.values() for loss in of.values()):
-            return None  # as after a training whose loss became no number
-        return self._found(self._losses, full)
+        if not all(math.isfinite(loss) for row in self._losses.values() for loss in row.values()):
+            return None  # for example after training with a NaN loss
+        return self._solve(at_least)
 
-    def fullest(self) -> tuple[Limit, dict[str, int]] | None:
-        """The cost that can come nearest to its target, how far, and widths that bring it there.
+    def max_usage(self) -> tuple[Limit, dict[str, int]] | None:
+        """Maximize the ratio of any single cost to its target within the budget.
 
-        None where that cannot be told; see `best`.
+        Returns:
+            The cost with its largest reachable value, and widths that reach it; None where
+            `min_loss` would return None.
         """
-        found: tuple[float, Limit, dict[str, int]] | None = None
+        best: tuple[float, Limit, dict[str, int]] | None = None
         bounded = [(self._bound(*limit), limit) for limit in self._limits if limit[1] > 0]
         for bound, (cost, most) in sorted(bounded, key=lambda entry: -entry[0]):
-            if found is not None and found[0] >= bound:
+            if best is not None and best[0] >= bound:
                 break
-            widths = self._found(self._losses, full=None, of=cost)
+            widths = self._solve(maximize=cost)
             if widths is None:
                 return None
             value = _value(cost, widths)
-            if found is None or value / most > found[0]:
-                found = value / most, (cost, value), widths
-        return None if found is None else found[1:]
+            if best is None or value / most > best[0]:
+                best = value / most, (cost, value), widths
+        return None if best is None else best[1:]
 
     def _bound(self, cost: Polynomial, most: float) -> float:
-        """A ratio of a cost to its target that it cannot exceed."""
+        """Return an upper bound on the ratio of a cost to its target."""
         units = {name for monomial in cost.terms for name in monomial}
         if len(units) == 1:
             (unit,) = units
@@ -169,16 +180,14 @@ class Assignment:
             return 1.0
         return min(1.0, _value(cost, {unit: max(self._losses[unit]) for unit in units}) / most)
 
-    def _found(
-        self,
-        losses: Mapping[str, Mapping[int, float]],
-        full: Limit | None,
-        of: Polynomial | None = None,
+    def _solve(
+        self, at_least: Limit | None = None, maximize: Polynomial | None = None
     ) -> dict[str, int] | None:
-        if not self._can:
+        """Solve with growing margins until the exact costs are within the budget."""
+        if not self._solvable:
             return None
         for margin in _MARGINS:
-            widths = _solved(self._limits, losses, margin, full, of)
+            widths = _solved(self._limits, self._losses, margin, at_least, maximize)
             if widths is None:
                 return None
             if all(_value(p, widths) <= most + 1e-12 * abs(most) for p, most in self._limits):
@@ -186,23 +195,23 @@ class Assignment:
         return None
 
 
-def _value(of: Polynomial, widths: Mapping[str, int]) -> float:
-    return sum(c * math.prod(widths[name] for name in m) for m, c in of.terms.items())
+def _value(cost: Polynomial, widths: Mapping[str, int]) -> float:
+    return sum(c * math.prod(widths[name] for name in m) for m, c in cost.terms.items())
 
 
 def _solved(
     limits: Sequence[Limit],
     losses: Mapping[str, Mapping[int, float]],
     margin: float,
-    full: Limit | None,
-    of: Polynomial | None,
+    at_least: Limit | None,
+    maximize: Polynomial | None,
 ) -> dict[str, int] | None:
-    """The widths that the solver finds, or None: of least loss, or the most of the cost `of`."""
+    """Return the widths that minimize the loss, or maximize a cost; None if unproven."""
     program = _Program()
-    span = max(max(of.values()) - min(of.values()) for of in losses.values()) or 1.0
+    span = max(max(row.values()) - min(row.values()) for row in losses.values()) or 1.0
     chosen = {
         unit: {
-            w: program.column(loss / span if of is None else 0.0, binary=True)
+            w: program.column(loss / span if maximize is None else 0.0, binary=True)
             for w, loss in own.items()
         }
         for unit, own in losses.items()
@@ -223,11 +232,11 @@ def _solved(
             scale = max(most, 1e-12)
             limit = (most * (1 - margin) - limited.terms.get((), 0.0)) / scale
             program.row({c: v / scale for c, v in entries.items()}, -np.inf, limit)
-            if of is limited:
+            if limited is maximize:
                 for column, value in entries.items():
                     program.costs[column] -= value / scale
-    if full is not None:
-        cost, least = full
+    if at_least is not None:
+        cost, least = at_least
         scale = max(least, 1e-12)
         rest = (least - cost.terms.get((), 0.0)) / scale
         program.row({c: v / scale for c, v in linear(cost).items()}, rest, np.inf)
@@ -246,7 +255,7 @@ def _linear(
     products: dict[tuple[str, ...], dict[tuple[int, int], int]],
     monomial: tuple[str, ...],
 ) -> dict[int, float]:
-    """A monomial as a sum over columns; products of two units get columns of their own."""
+    """Return a monomial as coefficients by column, adding columns for products of two units."""
     if not monomial:
         return {}
     first, second = chosen[monomial[0]], chosen[monomial[-1]]

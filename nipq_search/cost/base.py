@@ -1,7 +1,7 @@
-"""What a cost is: one formula over bit-widths, used soft by the loss and exact by the report.
+"""Costs: formulas over bit-widths, estimated for the loss and counted exactly for reports.
 
-To add a cost write one file with a `Cost` and one line that registers it in
-`cost/__init__.py`; another package offers an entry point instead.
+To add a cost, write a file that defines a `Cost` and register it in `cost/__init__.py`. Other
+packages offer an entry point instead.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Cost:
     """A cost of a quantized model.
 
     Attributes:
-        name: what budgets and tables call it, with its unit.
-        terms: the contributions by layer or tensor, given bit-widths of *every* tensor. They
-            do not fall when a bit-width rises.
-        combine: the cost from its terms; `sum_terms` or `largest_term`.
+        name: name in budgets and tables, including the unit.
+        terms: computes the contributions by layer or tensor from the bit-widths of *every*
+            tensor. No contribution may decrease when a bit-width increases.
+        combine: reduces the terms to the cost; `sum_terms` or `largest_term`.
         whole: whether the exact count is rounded up to an integer.
     """
 
@@ -41,12 +41,12 @@ class Cost:
 
 
 def sum_terms(terms: dict[str, Any]) -> Any:
-    """The sum of the contributions."""
+    """Return the sum of the terms."""
     return sum(terms.values())
 
 
 def largest_term(terms: dict[str, Any]) -> Any:
-    """The largest contribution; differentiable in it."""
+    """Return the largest term; gradients flow to that term alone."""
     return max(terms.values(), key=lambda t: float(t.detach() if isinstance(t, Tensor) else t))
 
 
@@ -61,16 +61,16 @@ COSTS: Registry[Cost] = Registry("cost", group="nipq_search.costs", check=_probl
 
 
 def get_cost(name: str) -> Cost:
-    """Return the cost called `name`.
+    """Return the cost registered as `name`.
 
     Raises:
-        UserError: no such cost exists, or its plug-in cannot be used.
+        UserError: no cost has this name, or its plug-in cannot be used.
     """
     return COSTS[name]
 
 
 def complete_bits(graph: Graph, bits: Bits) -> dict[str, Any]:
-    """`bits` with those of the tensors that have no quantizer added."""
+    """Return `bits`, extended by the fixed widths of the tensors without a quantizer."""
     fixed = {
         name: FLOAT_BITS if tensor.fixed_bits is None else tensor.fixed_bits
         for name, tensor in graph.tensors.items()
@@ -80,42 +80,53 @@ def complete_bits(graph: Graph, bits: Bits) -> dict[str, Any]:
 
 
 def exact_cost(name: str, graph: Graph, bits: Bits) -> float:
-    """The exact cost of integer bit-widths: what is reported and what budgets are held against.
+    """Return the exact cost, which is reported and compared with budgets.
 
-    Also evaluates the formula at fractional widths, for budgets such as `uniform 2.5`; only
-    integer widths are rounded up to whole units.
+    Fractional widths are accepted for budgets such as `uniform 2.5`; only the cost of integer
+    widths is rounded up to whole units.
+
+    Args:
+        name: a registered cost.
+        graph: the model's layers and tensors.
+        bits: bit-widths of the tensors that have a quantizer.
+
+    Returns:
+        The cost in its own unit.
+
+    Raises:
+        UserError: the cost is not registered.
     """
     cost = get_cost(name)
     value = float(cost.combine(cost.terms(graph, complete_bits(graph, bits))))
     if cost.whole and all(float(b).is_integer() for b in bits.values()):
         return math.ceil(value)
-    return value if cost.whole else float(f"{value:.12g}")  # a mean of twos is 2
+    return value if cost.whole else float(f"{value:.12g}")  # the mean of equal widths is exact
 
 
 def exact_costs(model: nn.Module) -> dict[str, float]:
-    """Every exact cost of a prepared model at its hard bit-widths."""
+    """Return every registered cost of a prepared model at its hard bit-widths."""
     graph, bits = quant_state(model).graph, hard_bits(model)
     return {name: exact_cost(name, graph, bits) for name in COSTS}
 
 
 def cost_estimate(name: str, model: nn.Module) -> Tensor:
-    """The cost at the soft bit-widths, a scalar, differentiable: what the loss uses."""
+    """Return the differentiable cost at the soft bit-widths, a scalar, for use in the loss."""
     cost = get_cost(name)
     soft = {tensor: quantizer.bits.soft() for tensor, quantizer in quantizers(model).items()}
     graph = quant_state(model).graph
     value = cost.combine(cost.terms(graph, complete_bits(graph, soft)))
-    if not isinstance(value, Tensor):  # no quantized tensor takes part in it
+    if not isinstance(value, Tensor):  # the cost depends on no quantized tensor
         value = torch.tensor(float(value), device=next(model.parameters()).device)
     return value.reshape(())
 
 
 def hard_bits(model: nn.Module) -> dict[str, int]:
-    """Integer bit-widths of a prepared model by tensor name."""
+    """Return a prepared model's integer bit-widths by tensor name."""
     return {name: quantizer.bits.hard() for name, quantizer in quantizers(model).items()}
 
 
 def uniform_bits(graph: Graph, bits: float) -> dict[str, float]:
-    """`bits` for every searched tensor; pinned ones keep their own."""
+    """Return `bits` for every searched tensor and the fixed width of each pinned one."""
     return {
         name: bits if len(tensor.allowed) > 1 else tensor.allowed[0]
         for name, tensor in graph.tensors.items()
@@ -124,6 +135,6 @@ def uniform_bits(graph: Graph, bits: float) -> dict[str, float]:
 
 
 def extreme_bits(graph: Graph, most: bool) -> dict[str, int]:
-    """The least, or the most, allowed bits of every tensor that has a quantizer."""
+    """Return the smallest or, with `most`, the largest allowed width of every quantized tensor."""
     end = -1 if most else 0
     return {name: t.allowed[end] for name, t in graph.tensors.items() if t.allowed}

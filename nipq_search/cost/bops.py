@@ -1,4 +1,4 @@
-"""Bit operations, convention 1 (see `CONVENTION`)."""
+"""Bit operations (BOPs), counted by convention 1; see `CONVENTION`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from nipq_search.cost.base import Bits, Cost, sum_terms
 from nipq_search.quant.graph import FLOAT_BITS, Graph
 
 CONVENTION = 1
-"""Version of the counting rules, printed beside every figure.
+"""Version of the counting rules, printed with every BOPs figure.
 
-A layer costs `MACs * weight bits * bits of the tensor consumed`, per sample; a product of two
-activations `MACs * bits * bits`. Raw uint8 input counts 8 bits and an operand in floating point
-32. Biases, normalization and element-wise operations are not counted. 1 GBOPs is 1e9.
+Per sample, a layer costs `MACs * weight bits * input bits`, and a product of two activations
+`MACs * bits * bits`. Raw uint8 input counts as 8 bits, a floating-point operand as 32. Biases,
+normalization and element-wise operations are not counted. 1 GBOPs is 1e9.
 """
 
 
 def bops_terms(graph: Graph, bits: Bits) -> dict[str, Any]:
-    """Bit operations of each layer, per sample."""
+    """Return the bit operations of each layer, per sample."""
 
     def width(tensor: str | None) -> Any:
         return FLOAT_BITS if tensor is None else bits[tensor]

@@ -1,4 +1,4 @@
-"""Budgets: absolute targets by cost name, the penalty that pulls towards them."""
+"""Budgets, which are absolute targets by cost name, and the penalty that enforces them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,27 @@ from nipq_search.errors import UserError
 
 
 class Budget:
-    """Absolute targets; several hold together.
+    """One or more absolute cost targets, all of which must hold.
 
     Args:
-        targets: cost name to target, for example `Budget(bops=5.3e9, weight_bytes=2e6)`.
+        targets: target by cost name, in the unit of the cost.
 
     Raises:
-        UserError: no target, an unknown cost, or a target that is not positive.
+        UserError: no target is given, a cost is unknown, or a target is not positive.
+
+    Example:
+        >>> import nipq_search as ns
+        >>> budget = ns.Budget(bops=5.3e9, weight_bytes=2e6)
+        >>> budget
+        Budget(bops=5.3e+09, weight_bytes=2e+06)
+        >>> budget.targets["bops"]
+        5300000000.0
     """
 
     targets: Mapping[str, float]
 
     def __init__(self, **targets: float) -> None:
-        """Check the targets."""
+        """Validate the targets."""
         if not targets:
             raise UserError("Budget: give at least one target, such as bops=5.3e9")
         for name, target in targets.items():
@@ -37,19 +45,19 @@ class Budget:
         object.__setattr__(self, "targets", MappingProxyType(dict(targets)))
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Budgets do not change."""
-        raise AttributeError("a Budget does not change; make a new one")
+        """Reject changes: budgets are immutable."""
+        raise AttributeError("a Budget is immutable; create a new one")
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the costs."""
+        """Iterate over the names of the costs."""
         return iter(self.targets)
 
     def __eq__(self, other: object) -> bool:
-        """Equal targets."""
+        """Compare by targets."""
         return isinstance(other, Budget) and self.targets == other.targets
 
     def __hash__(self) -> int:
-        """Agrees with equality."""
+        """Hash the targets, consistently with equality."""
         return hash(frozenset(self.targets.items()))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -57,7 +65,7 @@ class Budget:
         return _rebuild, (dict(self.targets),)
 
     def __repr__(self) -> str:
-        """As it is written."""
+        """Return the call that creates this budget."""
         return f"Budget({', '.join(f'{n}={v:g}' for n, v in self.targets.items())})"
 
 
@@ -66,17 +74,30 @@ def _rebuild(targets: dict[str, float]) -> Budget:
 
 
 BETA = 1 / 5.3
-"""Width of the quadratic part of the penalty, on the ratio: the paper's 1 GBOPs at its target."""
+"""Ratio at which the penalty turns linear: the paper's 1 GBOPs over its target of 5.3 GBOPs."""
 
 
 def cost_penalty(model: nn.Module, budget: Budget, beta: float = BETA) -> Tensor:
-    """Two-sided smooth L1 of cost / target at the soft bit-widths (NIPQ, section 5, on a ratio).
+    """Return the two-sided smooth L1 penalty on cost / target at the soft bit-widths.
 
-    Several targets count by the one that binds, the largest ratio. Two-sided, since a one-sided
-    penalty leaves part of the budget unused.
+    Follows NIPQ, section 5, with costs replaced by ratios. With several targets, only the largest
+    ratio counts. The penalty is two-sided because a one-sided one leaves part of the budget
+    unused.
+
+    Args:
+        model: a prepared model.
+        budget: the targets.
+        beta: distance from ratio 1 up to which the penalty is quadratic.
 
     Returns:
-        A scalar, differentiable in the bit-widths; multiply it by the regularization strength.
+        A scalar, differentiable in the bit-widths, to be scaled by the regularization strength.
+
+    Example:
+        >>> import nipq_search as ns
+        >>> import torch
+        >>> model = ns.prepare(torch.nn.Linear(4, 2), torch.randn(1, 4))
+        >>> penalty = ns.cost_penalty(model, ns.Budget(bops=128))
+        >>> (0.1 * penalty).backward()
     """
     ratios = [cost_estimate(name, model) / target for name, target in budget.targets.items()]
     ratio = torch.stack([r.reshape(()) for r in ratios]).amax()

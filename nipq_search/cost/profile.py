@@ -1,4 +1,4 @@
-"""Cost by layer, of a prepared model or of a graph with given bit-widths."""
+"""Costs by layer, for a prepared model or for a graph with given bit-widths."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
-    """A row per layer: name, kind, macs, weight_bits, activation_bits, bops, weight_bytes, ...
+    """Return a row per layer: name, kind, macs, weight_bits, activation_bits, bops, weight_bytes.
 
-    `second_activation_bits` is of the other operand in a product of two activations, and `why`
-    says why the layer stays in floating point. Bits are null for an operand that does not exist or
-    is in floating point; raw uint8 input shows its 8 bits. A weight that several layers use has
-    its bytes at the first one.
+    Each row also contains `second_activation_bits`, for the other operand of a product of two
+    activations, and `why`, the reason why the layer stays in floating point. Bit-widths are None
+    for missing and floating-point operands; raw uint8 input counts as 8 bits. The bytes of a
+    weight that several layers share are listed with the first of them.
     """
     complete: Mapping[str, Any] = complete_bits(graph, bits)
     bops = bops_terms(graph, complete)
@@ -46,25 +46,33 @@ def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
             if layer.weight is None or first_use[layer.weight] != layer.name
             else graph.tensors[layer.weight].numel * complete[layer.weight] / 8,
             "second_activation_bits": shown(layer.second),
-            "why": layer.why,
+            "why": layer.float_reason,
         }
         for layer in graph.layers
     ]
 
 
 def profile(model: nn.Module) -> pandas.DataFrame:
-    """Table of a prepared model's layers at their hard bit-widths; see `layer_rows`.
+    """Return a table of a prepared model's layers at their hard bit-widths; see `layer_rows`.
 
-    MACs and BOPs are per sample (convention 1), bytes those of the packed weight alone. Rows with
-    a text in `why` are multiplications that stay in floating point; `(unconverted)` is what no
-    Python function showed.
+    MACs and BOPs are per sample (convention 1); bytes cover the packed weight alone. A row with
+    text in `why` is a multiplication that stays in floating point; the row `(unconverted)` covers
+    those that tracing could not attribute to a Python function.
 
     Raises:
         UserError: pandas is not installed.
+
+    Example:
+        >>> import nipq_search as ns
+        >>> import torch
+        >>> model = ns.prepare(torch.nn.Linear(4, 2), torch.randn(1, 4))
+        >>> ns.profile(model)[["kind", "macs", "weight_bits", "activation_bits", "bops"]]
+             kind  macs  weight_bits  activation_bits  bops
+        0  linear     8            8                8   512
     """
     try:
         import pandas
     except ImportError as error:
-        raise UserError("profile makes a pandas table: python -m pip install pandas") from error
+        raise UserError("profile needs pandas: python -m pip install pandas") from error
 
     return pandas.DataFrame(layer_rows(quant_state(model).graph, hard_bits(model)))

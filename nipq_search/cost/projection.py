@@ -1,8 +1,8 @@
-"""From learned bit-widths to allowed ones that keep a budget and use it up.
+"""The projection of learned bit-widths onto the allowed widths and a budget.
 
-The promise: no cost above its target, and afterwards at least 97 % is used of what allowed widths
-can use of the target that binds. Where the solver cannot tell how much that is, no single tensor
-can be given its next allowed width.
+Guarantee: no cost exceeds its target, and at least 97 % of what the allowed widths can reach of
+the binding target is used. If the solver cannot determine that maximum, the guarantee is
+weaker: raising any single tensor to its next allowed width would exceed the budget.
 """
 
 from __future__ import annotations
@@ -26,17 +26,26 @@ from nipq_search.quant.graph import Graph
 from nipq_search.quant.insertion.prepare import M, freeze_bits, quant_state, quantizers
 from nipq_search.quant.numerics.widths import nearest_bits
 
-FULL = 0.97
-"""Share of a target, or of what can be used of it, from which on it counts as used up."""
+MIN_USAGE = 0.97
+"""Least share of the binding target, or of its reachable part, that a projection must use."""
 
 
 def usage(graph: Graph, bits: Bits, budget: Budget) -> float:
-    """The largest ratio of a cost to its target: above 1 the budget is broken."""
+    """Return the largest ratio of a cost to its target; above 1, the budget is exceeded.
+
+    Args:
+        graph: the model's layers and tensors.
+        bits: bit-widths of the tensors that have a quantizer.
+        budget: the targets.
+
+    Returns:
+        The ratio of the binding target.
+    """
     return max(exact_cost(name, graph, bits) / target for name, target in budget.targets.items())
 
 
 def largest_terms(name: str, graph: Graph) -> str:
-    """The layers or tensors that set a cost at its least, in words: `a: 50 %, b: 20 %`."""
+    """Describe the layers or tensors that dominate the least cost, as in `a: 50 %, b: 20 %`."""
     terms = get_cost(name).terms(graph, complete_bits(graph, extreme_bits(graph, most=False)))
     total = sum(float(term) for term in terms.values()) or 1.0
     largest = sorted(terms.items(), key=lambda item: -float(item[1]))[:3]
@@ -44,10 +53,11 @@ def largest_terms(name: str, graph: Graph) -> str:
 
 
 def check_reachable(graph: Graph, budget: Budget) -> None:
-    """Check that some allowed bit-widths keep the budget.
+    """Check that some choice of allowed bit-widths meets the budget.
 
     Raises:
-        UserError: a target is below the least reachable cost; names the layers that set it.
+        UserError: a target is below the least reachable cost; the message names the layers that
+            dominate it.
     """
     bits = extreme_bits(graph, most=False)
     for name, target in budget.targets.items():
@@ -61,11 +71,12 @@ def check_reachable(graph: Graph, budget: Budget) -> None:
 
 
 def error_scales(soft: Mapping[str, float], marginal: Mapping[str, float]) -> dict[str, float]:
-    """The factor c of each tensor's predicted loss `c * 4**-bits`.
+    """Return the factor c of each tensor's predicted loss `c * 4**-bits`.
 
-    Rounding error falls by four with every bit (its variance is step**2 / 12), so a marginal
-    loss dL/db at b bits gives `c = -dL/db * 4**b / (2 ln 2)`. Where noise made the estimate
-    negative, a small positive value stands in; where nothing was measured all tensors gain alike.
+    The variance of the rounding error, step**2 / 12, falls by a factor of four per bit, so a
+    marginal loss dL/db at b bits gives `c = -dL/db * 4**b / (2 ln 2)`. Estimates that noise made
+    negative are replaced by a small positive value. Without any positive estimate, all tensors
+    gain equally from a bit.
     """
     raw = {n: -marginal.get(n, 0.0) * 4.0**b / (2 * math.log(2)) for n, b in soft.items()}
     positive = sorted(value for value in raw.values() if value > 0)
@@ -76,9 +87,10 @@ def error_scales(soft: Mapping[str, float], marginal: Mapping[str, float]) -> di
 
 
 def units_of(graph: Graph) -> dict[str, list[str]]:
-    """What moves as one: the members of each group, and every other tensor by itself.
+    """Return the units: sets of tensors that share one bit-width.
 
-    Keys are the first members; tensors without a choice are units too.
+    A unit is a group of tensors, or a single tensor without a group; tensors with only one
+    allowed width are included. Keys are the first members.
     """
     groups: dict[str, list[str]] = {}
     for name, tensor in graph.tensors.items():
@@ -92,7 +104,7 @@ Losses = Mapping[str, Mapping[int, float]]
 
 
 class _Projection:
-    """The solver's bit-widths, or greedy descent and ascent; then raises until nothing fits."""
+    """Bit-widths from the solver, or else from greedy descent, completed by greedy ascent."""
 
     def __init__(self, graph: Graph, budget: Budget, losses: Losses) -> None:
         self.graph, self.budget, self.losses = graph, budget, losses
@@ -107,26 +119,26 @@ class _Projection:
             for name in units:
                 self.partners[name] |= units
 
-    def moved(self, bits: dict[str, int], name: str, width: int) -> dict[str, int]:
-        """`bits` with a tensor, and the rest of its group, at another width."""
+    def with_width(self, bits: dict[str, int], name: str, width: int) -> dict[str, int]:
+        """Return `bits` with one unit set to another width."""
         return {**bits, **dict.fromkeys(self.members[name], width)}
 
-    def neighbour(self, bits: dict[str, int], name: str, up: bool) -> int | None:
-        """The next allowed width of a tensor, or None at the end of its set."""
+    def neighbor(self, bits: dict[str, int], name: str, up: bool) -> int | None:
+        """Return the next allowed width of a unit, or None if there is none."""
         allowed = self.allowed[name]
         index = allowed.index(bits[name]) + (1 if up else -1)
         return allowed[index] if 0 <= index < len(allowed) else None
 
     def ratios(self, bits: dict[str, int]) -> dict[str, float]:
-        """Every budgeted cost over its target."""
+        """Return the ratio of each budgeted cost to its target."""
         targets = self.budget.targets.items()
         return {name: exact_cost(name, self.graph, bits) / target for name, target in targets}
 
     def excess(self, bits: dict[str, int]) -> float:
-        """By how much the budget is broken, in shares of the targets; 0 if it holds.
+        """Return the sum of the excesses over the targets, relative to them; 0 within the budget.
 
-        Terms that exceed a target by themselves add to it, so that a cost which is the largest
-        of several terms gets nearer with each of them.
+        Individual terms above a target add to the sum. Thus lowering any of them counts as
+        progress even for a cost that is the maximum of its terms.
         """
         total = 0.0
         complete = complete_bits(self.graph, bits)
@@ -139,50 +151,54 @@ class _Projection:
         return total
 
     def loss_change(self, name: str, before: int, after: int) -> float:
-        """Predicted change of the loss."""
+        """Return the predicted change of the loss when a unit changes its width."""
         return self.losses[name][after] - self.losses[name][before]
 
-    def found(self, start: Mapping[str, int]) -> dict[str, int]:
-        """The best widths that keep the promise; `start` where no budgeted cost counts a tensor.
+    def solve(self, start: Mapping[str, int]) -> dict[str, int]:
+        """Return the best widths that satisfy the guarantee of this module.
 
-        Where the solver proves nothing, they are searched from `start`.
+        Tensors that contribute to no budgeted cost keep their width in `start`. If the solver
+        proves nothing, the widths are searched greedily from `start`.
         """
         program = Assignment(self.graph, self.budget, self.losses, self.unit)
-        bits = self.mended(start, program.best())
-        if (used := usage(self.graph, bits, self.budget)) >= FULL:
+        bits = self.complete(start, program.min_loss())
+        if (used := usage(self.graph, bits, self.budget)) >= MIN_USAGE:
             return bits
-        # What is best by predicted loss may leave room that coarse widths could use.
-        if (found := program.fullest()) is None:
+        # The least predicted loss may leave room in the budget that other widths would use.
+        if (found := program.max_usage()) is None:
             return bits
         (cost, most), widths = found
         fullest = {name: widths.get(unit, start[name]) for name, unit in self.unit.items()}
-        wanted = FULL * (1 + 2 * GAP)  # `most` is proven up to the solver's gap
+        wanted = MIN_USAGE * (1 + 2 * GAP)  # `most` is proven up to the solver's gap
         if used >= wanted * usage(self.graph, fullest, self.budget):
             return bits
-        return self.mended(start, program.best((cost, wanted * most)) or widths)
+        return self.complete(start, program.min_loss((cost, wanted * most)) or widths)
 
-    def mended(self, start: Mapping[str, int], solved: Mapping[str, int] | None) -> dict[str, int]:
-        """`start` with what was solved, brought within the budget and raised while anything fits.
+    def complete(
+        self, start: Mapping[str, int], solved: Mapping[str, int] | None
+    ) -> dict[str, int]:
+        """Bring the solution within the budget, then raise widths as long as any raise fits.
 
-        Of what was solved `descend` corrects no more than the solver's rounding.
+        Units without a solution take their width in `start`. For solved units, `descend` corrects
+        only the solver's rounding.
         """
         solved = solved or {}
         bits = {name: solved.get(unit, start[name]) for name, unit in self.unit.items()}
         self.descend(bits)
         self.ascend(bits, free=False)
-        if usage(self.graph, bits, self.budget) < FULL:
+        if usage(self.graph, bits, self.budget) < MIN_USAGE:
             self.ascend(bits, free=True)
         return bits
 
-    def touched(self, name: str) -> set[str]:
-        """Tensors whose effect on a cost changes when the bit-width of `name` does.
+    def coupled(self, name: str) -> set[str]:
+        """Return the units whose effect on a cost depends on the bit-width of `name`.
 
-        Additive costs multiply only the operands of a layer; any other cost couples everything.
+        Additive costs couple only the operands of a layer; other costs couple all units.
         """
         return self.partners[name] if self.additive else set(self.allowed)
 
     def descend(self, bits: dict[str, int]) -> None:
-        """Lower the tensor that loses least per unit of excess cost, until the budget holds."""
+        """Lower the unit with the least loss per saved excess until the budget holds."""
         rates: dict[str, tuple[float, int]] = {}
         stale = set(self.allowed)
         broken: set[str] = set()
@@ -191,28 +207,31 @@ class _Projection:
                 broken, stale = still, set(self.allowed)
             for name in stale:
                 rates.pop(name, None)
-                after = self.neighbour(bits, name, up=False)
+                after = self.neighbor(bits, name, up=False)
                 if after is None:
                     continue
-                saved = now - self.excess(self.moved(bits, name, after))
+                saved = now - self.excess(self.with_width(bits, name, after))
                 if saved > 0:
                     rates[name] = (self.loss_change(name, bits[name], after) / saved, after)
             if rates:
                 name = min(rates, key=lambda n: (rates[n][0], n))
                 after = rates[name][1]
             else:
-                # Rounding up to whole units hides the saving of tiny tensors: lower the widest.
-                lower = {n: self.neighbour(bits, n, up=False) or 0 for n in self.allowed}
+                # Rounding costs up hides the savings of tiny tensors: lower the widest unit.
+                lower = {n: self.neighbor(bits, n, up=False) or 0 for n in self.allowed}
                 name = max(lower, key=lambda n: (lower[n], n))
                 after = lower[name]
-            bits.update(self.moved({}, name, after))
-            stale = self.touched(name)
+            bits.update(self.with_width({}, name, after))
+            stale = self.coupled(name)
 
     def ascend(self, bits: dict[str, int], free: bool) -> None:
-        """Raise the tensor that gains most per unit of cost, while one fits.
+        """Raise the unit with the largest gain per cost as long as any raise fits.
 
-        With `free` unset, tensors that no budgeted cost counts stay where they were learned. A
-        raise that does not fit never fits later, for costs only grow here.
+        A raise that does not fit never fits later, since costs only grow here.
+
+        Args:
+            bits: widths by tensor; changed in place.
+            free: whether to raise units that contribute to no budgeted cost as well.
         """
         rates: dict[str, tuple[float, int]] = {}
         stale = set(self.allowed)
@@ -220,10 +239,10 @@ class _Projection:
             now = self.ratios(bits)
             for name in stale:
                 rates.pop(name, None)
-                after = self.neighbour(bits, name, up=True)
+                after = self.neighbor(bits, name, up=True)
                 if after is None:
                     continue
-                then = self.ratios(self.moved(bits, name, after))
+                then = self.ratios(self.with_width(bits, name, after))
                 paid = max(then[cost] - now[cost] for cost in now)
                 if max(then.values()) <= 1 and (paid > 0 or free):
                     gain = -self.loss_change(name, bits[name], after)
@@ -231,24 +250,28 @@ class _Projection:
             while rates:
                 name = max(rates, key=lambda n: (rates[n][0], n))
                 after = rates.pop(name)[1]
-                if usage(self.graph, self.moved(bits, name, after), self.budget) <= 1:
+                if usage(self.graph, self.with_width(bits, name, after), self.budget) <= 1:
                     break
             else:
                 return
-            bits.update(self.moved({}, name, after))
-            stale = self.touched(name)
+            bits.update(self.with_width({}, name, after))
+            stale = self.coupled(name)
 
 
 def project(
     graph: Graph, budget: Budget, soft: Mapping[str, float], marginal: Mapping[str, float]
 ) -> dict[str, int]:
-    """Allowed bit-widths near the learned ones that keep the promise of this module.
+    """Project learned bit-widths onto the allowed widths and the budget.
 
     Args:
         graph: the model's layers and tensors.
-        budget: what must hold.
+        budget: the targets.
         soft: learned bit-width of every tensor that has a quantizer.
-        marginal: running mean of the task loss's derivative by bit-width, same keys.
+        marginal: running mean of the task loss's derivative with respect to each bit-width, in
+            loss per bit.
+
+    Returns:
+        Allowed bit-widths by tensor that satisfy the guarantee of this module.
 
     Raises:
         UserError: the budget cannot be reached.
@@ -260,43 +283,58 @@ def project(
         for unit, members in units_of(graph).items()
     }
     work = _Projection(graph, budget, losses)
-    return work.found(
+    return work.solve(
         {name: nearest_bits(soft[u], work.allowed[u]) for name, u in work.unit.items()}
     )
 
 
 def assign(graph: Graph, budget: Budget, losses: Losses) -> dict[str, int]:
-    """Allowed bit-widths of least measured loss that keep the promise of this module.
+    """Return the allowed bit-widths with the least measured loss within the budget.
 
     Args:
         graph: the model's layers and tensors.
-        budget: what must hold.
-        losses: by unit (see `units_of`) and allowed width.
+        budget: the targets.
+        losses: measured loss by unit (see `units_of`) and allowed width.
+
+    Returns:
+        Allowed bit-widths by tensor that satisfy the guarantee of this module.
 
     Raises:
         UserError: the budget cannot be reached.
     """
     check_reachable(graph, budget)
-    return _Projection(graph, budget, losses).found(extreme_bits(graph, most=True))
+    return _Projection(graph, budget, losses).solve(extreme_bits(graph, most=True))
 
 
 def freeze(model: M, budget: Budget | None = None) -> M:
-    """Project bit-widths onto the allowed sets and the budget and fix them, in place.
+    """Project bit-widths onto the allowed widths and the budget and freeze them, in place.
 
-    Afterwards bit-widths are integer buffers and the model computes hard quantization.
+    Afterwards, bit-widths are integer buffers and the model applies hard quantization.
 
     Args:
         model: a prepared model.
-        budget: what must hold; None takes the nearest allowed width of every tensor.
+        budget: the targets; with None, each tensor takes its nearest allowed width.
+
+    Returns:
+        The same model.
 
     Raises:
-        UserError: the budget cannot be reached, or the model is frozen and breaks it.
+        UserError: the budget cannot be reached, or the model is already frozen and exceeds it.
+
+    Example:
+        >>> import nipq_search as ns
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> model = ns.prepare(model, torch.randn(1, 4))
+        >>> model = ns.freeze(model, ns.Budget(bops=128))
+        >>> ns.bit_config(model)
+        {'weights': {'0': 4}, 'activations': {'0': 4}}
     """
     found = quantizers(model)
     graph = quant_state(model).graph
     if found and all(quantizer.bits.is_frozen for quantizer in found.values()):
         if budget is not None and usage(graph, hard_bits(model), budget) > 1:
-            raise UserError("the model is frozen already, at a cost above this budget")
+            raise UserError("the model is already frozen, at a cost above this budget")
         return model
     if budget is None:
         return freeze_bits(model)
@@ -305,18 +343,21 @@ def freeze(model: M, budget: Budget | None = None) -> M:
     return freeze_bits(model, project(graph, budget, soft, marginal))
 
 
-def fullest(graph: Graph, budget: Budget) -> dict[str, int] | None:
-    """Allowed bit-widths that use up as much as can be of the target that binds.
+def max_usage_bits(graph: Graph, budget: Budget) -> dict[str, int] | None:
+    """Return the allowed bit-widths that use as much of the budget as possible.
 
-    None where the solver cannot tell. Tensors that the budget does not count get their most.
+    Tensors that contribute to no budgeted cost take their largest width.
 
     Args:
         graph: the model's layers and tensors.
-        budget: what must hold; reachable.
+        budget: the targets, which must be reachable.
+
+    Returns:
+        Bit-widths by tensor; None if the solver cannot prove the maximum.
     """
     even = {unit: dict.fromkeys(graph.tensors[unit].allowed, 0.0) for unit in units_of(graph)}
     work = _Projection(graph, budget, even)
-    found = Assignment(graph, budget, even, work.unit).fullest()
+    found = Assignment(graph, budget, even, work.unit).max_usage()
     if found is None:
         return None
     most = extreme_bits(graph, most=True)
@@ -324,17 +365,26 @@ def fullest(graph: Graph, budget: Budget) -> dict[str, int] | None:
 
 
 def is_tight(graph: Graph, bits: dict[str, int], budget: Budget) -> bool:
-    """Whether bit-widths keep the promise: within the budget, and used up as far as possible."""
+    """Whether bit-widths satisfy the guarantee of this module.
+
+    Args:
+        graph: the model's layers and tensors.
+        bits: allowed bit-widths by tensor.
+        budget: the targets.
+
+    Returns:
+        True if the bit-widths are within the budget and use it up.
+    """
     if (used := usage(graph, bits, budget)) > 1:
         return False
-    if used >= FULL:
+    if used >= MIN_USAGE:
         return True
-    if (best := fullest(graph, budget)) is not None:
-        return used >= FULL * usage(graph, best, budget)
+    if (best := max_usage_bits(graph, budget)) is not None:
+        return used >= MIN_USAGE * usage(graph, best, budget)
     work = _Projection(graph, budget, {})
     for name, allowed in work.allowed.items():
         for width in allowed:
-            raised = work.moved(bits, name, width)
+            raised = work.with_width(bits, name, width)
             if width > bits[name] and usage(graph, raised, budget) <= 1:
                 return False
     return True

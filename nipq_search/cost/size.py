@@ -1,4 +1,4 @@
-"""Size of the stored model."""
+"""Size of the stored model, in bytes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from nipq_search.quant.graph import Graph
 
 
 def weight_bytes_terms(graph: Graph, bits: Bits) -> dict[str, Any]:
-    """Bytes of each weight, packed densely, and of what stays in float.
+    """Return the bytes of each densely packed weight, of all scales and of the float parameters.
 
     Scales (of weights and activations) and float parameters count 32 bits each. Zero-points and
-    running statistics, which fold into biases, are not counted.
+    running statistics are not counted, since they fold into biases.
     """
     terms: dict[str, Any] = {
         name: tensor.numel * bits[name] / 8

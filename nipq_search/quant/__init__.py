@@ -1,8 +1,9 @@
-"""NIPQ and other fake quantizers, and the conversion of any model to use them.
+"""Fake quantizers, NIPQ first among them, and the conversion of a float model to use them.
 
-Start reading in `insertion/prepare.py`. Folders, from the bottom to the top: `numerics` (the
-mathematics), `kernels` (the same, faster), `quantizers`, `tracing` (what a model computes),
-`insertion` (where quantizers go), `tools`. Imports no other layer, and needs torch alone.
+Start reading in `insertion/prepare.py`. Folders from bottom to top: `numerics` (pure functions),
+`kernels` (fast implementations of them), `quantizers` (modules), `tracing` (finding every
+multiplication of a model), `insertion` (placing quantizers in a model), `tools` (operations on a
+prepared model). This layer imports no other layer of the project and depends only on torch.
 """
 
 from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer
@@ -23,9 +24,10 @@ from nipq_search.quant.config import (  # noqa: E402
     Start,
     WeightConfig,
 )
-from nipq_search.quant.insertion.prepare import param_groups, prepare, quantizers, unwrap  # noqa: E402
+from nipq_search.quant.insertion.prepare import prepare, quantizers, unwrap  # noqa: E402
 from nipq_search.quant.tools.bit_config import apply_bit_config, bit_config  # noqa: E402
 from nipq_search.quant.tools.norm import reestimate_norm_stats  # noqa: E402
+from nipq_search.quant.tools.param_groups import param_groups  # noqa: E402
 
 __all__ = [
     "DiffQ",

@@ -1,4 +1,4 @@
-"""How a model is quantized: frozen, checked, and plain enough to stand in a sweep file."""
+"""Quantization settings: frozen, validated dataclasses that map directly to a sweep file."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from nipq_search.quant.quantizers.base import QUANTIZERS
 from nipq_search.quant.quantizers.bit_width import check_bits
 
 FLOAT = "float"
-"""The pin that leaves a layer in floating point."""
+"""Pin value that keeps a layer in floating point."""
 
 
 class Granularity(enum.StrEnum):
-    """How many truncation boundaries a weight tensor has."""
+    """Number of truncation boundaries of a weight tensor: one, or one per output channel."""
 
     PER_TENSOR = "per_tensor"
     PER_CHANNEL = "per_channel"
 
 
 class ActivationStart(enum.StrEnum):
-    """Starting value of an activation's truncation boundary."""
+    """How calibration chooses the initial truncation boundary of an activation."""
 
     PERCENTILE = "percentile"
     MSE = "mse"
 
 
 class Start(enum.StrEnum):
-    """Starting value of a weight's truncation boundary."""
+    """How the initial truncation boundary of a weight is chosen."""
 
     ABSMAX = "absmax"
     MSE = "mse"
 
 
 class Proxy(enum.StrEnum):
-    """Law of the pseudo-quantization noise."""
+    """Distribution of the pseudo-quantization noise."""
 
     UNIFORM = "uniform"
     EMPIRICAL = "empirical"
@@ -52,13 +52,18 @@ def _choice(kind: type[enum.StrEnum], value: str, key: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightConfig:
-    """How weights are quantized.
+    """Settings for weight quantization.
 
     Attributes:
-        bits: allowed bit-widths, each 2..16; gaps are fine.
-        granularity: one boundary per output channel, or one per tensor.
-        start: boundaries start at the absolute maximum, or where the mean squared error of
-            4-bit rounding is least.
+        bits: allowed bit-widths in bits, each from 2 to 16; gaps are permitted.
+        granularity: one truncation boundary per output channel, or one per tensor.
+        start: initial boundary: the absolute maximum, or the boundary that minimizes the mean
+            squared error of 4-bit rounding.
+
+    Example:
+        >>> from nipq_search import WeightConfig
+        >>> WeightConfig(bits=(8, 2, 4)).bits
+        (2, 4, 8)
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -68,7 +73,11 @@ class WeightConfig:
     start: Start = Start.ABSMAX
 
     def __post_init__(self) -> None:
-        """Check every field; raise `UserError`."""
+        """Validate and normalize every field.
+
+        Raises:
+            UserError: a bit-width, `granularity` or `start` is invalid.
+        """
         object.__setattr__(self, "bits", check_bits(self.bits, "quant.weights.bits"))
         if self.bits[0] < 2:
             raise UserError("quant.weights.bits: weights are signed and need at least 2 bits")
@@ -81,14 +90,20 @@ class WeightConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationConfig:
-    """How activations are quantized; each tensor has one boundary.
+    """Settings for activation quantization; each tensor has one truncation boundary.
 
     Attributes:
-        bits: allowed bit-widths, each 1..16. Where 1 is allowed, a tensor with both signs gets
-            an affine grid, since a signed grid needs two bits.
-        percentile: share of the calibrated values that lies inside the starting boundary.
-        start: boundaries start at that percentile, or inside of it where the mean squared error
-            of 4-bit rounding is least.
+        bits: allowed bit-widths in bits, each from 1 to 16. If 1 is allowed, tensors with values
+            of both signs use an affine grid, because a signed grid needs at least two bits.
+        percentile: fraction of the calibration values inside the initial boundary, above 0.5 and
+            at most 1.
+        start: initial boundary: that percentile, or the smaller boundary that minimizes the mean
+            squared error of 4-bit rounding.
+
+    Example:
+        >>> from nipq_search import ActivationConfig
+        >>> ActivationConfig(bits=(4, 8), percentile=0.9999).start.value
+        'percentile'
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -98,7 +113,11 @@ class ActivationConfig:
     start: ActivationStart = ActivationStart.PERCENTILE
 
     def __post_init__(self) -> None:
-        """Check every field; raise `UserError`."""
+        """Validate and normalize every field.
+
+        Raises:
+            UserError: a bit-width, `percentile` or `start` is invalid.
+        """
         object.__setattr__(self, "bits", check_bits(self.bits, "quant.activations.bits"))
         if not 0.5 < self.percentile <= 1.0:
             raise UserError("quant.activations.percentile: must be above 0.5 and at most 1")
@@ -109,28 +128,34 @@ class ActivationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How a model is quantized.
+    """Settings for the quantization of a whole model.
 
     Attributes:
-        quantizer: `nipq` or `lsq`.
-        weights: how weights are quantized.
-        activations: how the inputs of layers are quantized.
-        pin: pattern of layers to a fixed bit-width, or to `float`. It holds for the layer's
-            weight and for what it consumes; the first pattern that matches counts. A pattern is
-            one of names (as in `fnmatch`), `kind:` and one of kinds, `order:first` or
+        quantizer: name of a registered quantizer, such as `nipq`, `lsq` or `diffq`.
+        weights: settings for weights.
+        activations: settings for the inputs of layers.
+        pin: maps layer patterns to a fixed bit-width or to `float`. A pin applies to the layer's
+            weight and to its inputs; the first matching pattern wins. A pattern is a layer name
+            with `fnmatch` wildcards, `kind:` followed by a layer kind, `order:first` or
             `order:last`.
         exclude: patterns of layers that stay in float.
-        include: patterns of the only layers that are quantized; empty for all.
-        products: whether products of two activations, as in attention, are quantized.
-        residuals: whether residual sums are quantized: both terms with one quantizer.
-        groups: tensors that share one bit-width: `qkv` (projections that one attention
-            multiplies and that consume one tensor), `residual` (sums along one residual
-            stream), a pattern of layers, or a list of such patterns.
-        proxy: law of the noise that NIPQ trains with.
-        start_bits: bit-width at the start, clipped to [5 %, 95 %] of the allowed span.
-        input_bits: 8 where the model's raw input is uint8 data, which then stays as it is and
-            counts 8 bits; None quantizes it like any other tensor.
-        seed: seed of the noise.
+        include: if not empty, only layers that match one of these patterns are quantized.
+        products: whether to quantize products of two activations, as in attention.
+        residuals: whether to quantize residual sums; one quantizer serves both terms.
+        groups: tensors that share one bit-width. Each entry is `qkv` (projections of the same
+            tensor within one attention), `residual` (sums along one residual stream), a layer
+            pattern, or a list of layer patterns.
+        proxy: distribution of the pseudo-quantization noise that NIPQ trains with.
+        start_bits: initial bit-width in bits, clipped to [5 %, 95 %] of the allowed span.
+        input_bits: set to 8 if the model's raw input is uint8 data: the input is then passed
+            through unchanged and counted at 8 bits. None quantizes it like any other tensor.
+        seed: seed of the pseudo-quantization noise.
+
+    Example:
+        >>> from nipq_search import QuantConfig, WeightConfig
+        >>> config = QuantConfig(weights=WeightConfig(bits=(2, 4, 8)), pin={"order:first": 8})
+        >>> config.quantizer
+        'nipq'
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -150,7 +175,11 @@ class QuantConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check every field; raise `UserError`."""
+        """Validate and normalize every field.
+
+        Raises:
+            UserError: a field is invalid or contradicts another; the message names its key.
+        """
         QUANTIZERS.lookup(self.quantizer, "quant.quantizer")
         object.__setattr__(self, "proxy", _choice(Proxy, self.proxy, "quant.proxy"))
         if not 1.0 <= self.start_bits <= 16.0:

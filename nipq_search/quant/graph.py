@@ -1,30 +1,35 @@
-"""What `prepare` found in a model: its layers and tensors, as plain data for the costs."""
+"""Layers and tensors of a prepared model as plain data, from which the costs are computed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from nipq_search.quant.quantizers.base import TensorRole
+
 FLOAT_BITS = 32
-"""Bit-width of an operand that is left in floating point."""
+"""Bit-width, in bits, of an operand that stays in floating point."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """A tensor that has a bit-width.
+    """A tensor with a bit-width.
 
     Attributes:
-        name: `<layer>.weight`, or `<first layer that consumes it>.input`, or `.second` for the
-            second operand of a product of two activations.
-        role: `weight`, `activation` or `addition` (a residual sum).
-        numel: elements; of an activation those of one sample.
-        scales: float scales that it needs.
-        allowed: allowed bit-widths; one where it is pinned.
-        group: name of the group whose tensors all have one bit-width, or None.
-        fixed_bits: its width where it has no quantizer: 32 in float, 8 for raw uint8 input.
+        name: `<layer>.weight` for a weight, `<first consuming layer>.input` for an activation,
+            and `<first consuming layer>.second` for the second operand of a product of two
+            activations.
+        role: weight, activation or addition (a residual sum).
+        numel: number of elements; per sample for activations.
+        scales: number of float scales to store with the tensor.
+        allowed: allowed bit-widths in bits, ascending; a single one if the tensor is pinned.
+        group: name of the group whose tensors share one bit-width, or None.
+        fixed_bits: bit-width of a tensor without a quantizer: 32 in float, 8 for raw uint8
+            input. None for a quantized tensor.
     """
 
     name: str
-    role: str
+    role: TensorRole
     numel: int
     scales: int = 0
     allowed: tuple[int, ...] = ()
@@ -34,17 +39,18 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerInfo:
-    """A layer that multiplies, or looks up rows of a weight.
+    """A layer that multiplies two tensors or looks up rows of a weight.
 
     Attributes:
-        name: qualified name of the module, or of the site in it.
-        kind: `conv2d`, `linear`, `scores`, ...
+        name: qualified name of the module, or of the site within it.
+        kind: `conv2d`, `linear`, `scores` and so on.
         macs: multiply-accumulates per sample.
-        weight: name of its weight tensor, or None.
-        input: name of the tensor that it consumes, or None.
-        second: name of the other activation, in a product of two activations.
-        why: why it, or an operand, stays in floating point; empty where it does not.
-        asked: whether the configuration asked for that.
+        weight: name of the weight tensor, or None.
+        input: name of the input tensor, or None.
+        second: name of the second activation in a product of two activations, or None.
+        float_reason: reason why the layer or one of its operands stays in floating point; empty
+            if everything is quantized.
+        float_requested: whether the configuration requested that.
     """
 
     name: str
@@ -53,8 +59,8 @@ class LayerInfo:
     weight: str | None
     input: str | None
     second: str | None = None
-    why: str = ""
-    asked: bool = False
+    float_reason: str = ""
+    float_requested: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +68,11 @@ class Graph:
     """Layers and tensors of a prepared model.
 
     Attributes:
-        layers: every layer, in order of execution.
-        tensors: every tensor, by name.
-        float_parameters: parameters that stay in float, scales excluded.
+        layers: all layers, in order of execution.
+        tensors: all tensors by name.
+        float_parameters: number of parameters that stay in float, excluding quantizer scales.
     """
 
     layers: tuple[LayerInfo, ...]
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     float_parameters: int = 0

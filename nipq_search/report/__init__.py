@@ -1,9 +1,11 @@
-"""The report: figures and tables as pure functions of a sweep's results, in one HTML page.
+"""The HTML report: figures and tables as pure functions of a sweep's results.
 
-data      what every figure gets, and the helpers that figures share
-html      `render`: the page, self-contained, without a network
-figures   `FIGURES`: the registry of figures, in the order of the page
-pareto, bits, curves, tables   one figure each
+Start reading in `html.py`. Imports only `records`.
+
+    html      `render`: the self-contained page
+    figures   `FIGURES`: the registry of figures, in page order
+    data      `ReportData`: the input of every figure, and shared helpers
+    pareto, bits, movement, curves, tables   the figures
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bits by layer of the selected trial."""
+"""The figure with the bits of each layer of the selected trial."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRIPT = """
   nipq.onSelect(trial => {
     const found = known.trials[trial];
     select.value = found ? String(trial) : "";
-    caption.textContent = found ? found.caption : "Trial " + trial + ": no bits are known.";
+    caption.textContent = found ? found.caption : "Trial " + trial + ": no bits available.";
     const layers = found ? found.layers : [];
     Plotly.react(box, [
       bars(layers, "weight_bits", "weight bits", "#0072b2"),
@@ -38,7 +38,7 @@ SCRIPT = """
 
 
 def section(data: ReportData) -> str:
-    """The bars, a list of trials to choose from, and their data, as a section of the page."""
+    """Return the bar chart and the list of trials as a section of the page."""
     known = document(data)
     options = "".join(
         f"<option value='{escape(trial)}'>{escape(entry['caption'])}</option>"
@@ -54,7 +54,7 @@ def section(data: ReportData) -> str:
 
 
 def document(data: ReportData) -> dict[str, Any]:
-    """What the page's script needs: a caption and the layers by trial, and the layout."""
+    """Build the data of the page's script: the layout, and captions and layers by trial."""
     points = {point["trial"]: point for point in data.points()}
     trials: dict[int, dict[str, Any]] = {}
     for trial in sorted(data.layers):
@@ -90,7 +90,7 @@ def document(data: ReportData) -> dict[str, Any]:
         "margin": {"l": 60, "r": 20, "t": 20, "b": 40},
         "legend": {"orientation": "h", "y": 1.12},
         "xaxis": AXIS | {"type": "category", "automargin": True},
-        # One scale for all trials, so that a click shows a difference and not a new axis.
+        # A fixed scale for all trials, so that bars remain comparable between selections.
         "yaxis": AXIS | {"title": {"text": "bits"}, "range": [0, 1.15 * max([1, *widths])]},
     }
     return {"trials": trials, "layout": layout}

@@ -1,4 +1,4 @@
-"""Learning curves: one measured value by epoch, a line per trial, the selected one in front."""
+"""The figure with learning curves: a measured value by epoch, one line per trial."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCRIPT = """
 
 
 def section(data: ReportData) -> str:
-    """The lines and a choice of what they show; `""` without a single epoch."""
+    """Return the figure and the list of values as a section of the page; `""` without data."""
     metrics = lines(data)
     if not metrics:
         return ""
@@ -63,8 +63,8 @@ def section(data: ReportData) -> str:
 
 
 def lines(data: ReportData) -> dict[str, list[dict[str, Any]]]:
-    """By measured value, a line per trial in the colour of its budget."""
-    colours = data.colours()
+    """Return one line per trial, in the color of its budget, for each measured value."""
+    colors = data.colors()
     labels = zip(data.results["trial"], data.results["budget_label"], strict=True)
     budgets = {int(trial): text(budget) for trial, budget in labels}
     metrics: dict[str, list[dict[str, Any]]] = {}
@@ -76,15 +76,15 @@ def lines(data: ReportData) -> dict[str, list[dict[str, Any]]]:
             pairs = zip(rows["epoch"].tolist(), rows[column].tolist(), strict=True)
             measured = [(x, y) for x, y in pairs if number(y) is not None]
             if measured:
-                colour = colours.get(budgets.get(int(str(trial)), ""), "#5f6b7a")
+                color = colors.get(budgets.get(int(str(trial)), ""), "#5f6b7a")
                 line = {"x": [x for x, _ in measured], "y": [y for _, y in measured]}
-                found.append({"trial": int(str(trial)), "color": colour, **line})
+                found.append({"trial": int(str(trial)), "color": color, **line})
         if found:
             metrics[column.removeprefix(PREFIX)] = found
     return metrics
 
 
 def _first(data: ReportData, names: list[str]) -> str:
-    """The value that is shown first: the task's metric where it was measured every epoch."""
+    """Return the initially selected value: the task's metric if it was measured every epoch."""
     wanted = (f"validation_{data.metric}", data.metric)
     return next((name for name in wanted if name in names), names[0])

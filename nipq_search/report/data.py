@@ -1,4 +1,4 @@
-"""What figures are made of, and the helpers that they share. All text given is untrusted."""
+"""The input of the figures, and shared helpers. All text in the input is untrusted."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7b61c4", "#b08600", "#56b4e9", "#5f6b7a")
-"""Colours of the budgets, told apart by colour-blind readers too; repeated when they run out."""
+"""Colors of the budgets, distinguishable with color blindness; reused for further budgets."""
 
-COST_NAMES = {
+COST_LABELS = {
     "bops": "BOPs per sample",
     "weight_bytes": "weights in bytes",
     "activation_sum_bytes": "activations in bytes, summed",
@@ -27,19 +27,20 @@ COST_NAMES = {
 }
 
 UNITS = ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
-"""From which size on a number is written in which unit."""
+"""Smallest absolute value, divisor and prefix of each unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Everything that a figure may use.
+    """The input of all figures.
 
     Attributes:
-        sweep: the sweep; `sweep.front` is the document that `front --json` prints.
-        results: a row per trial, as `tracking.results_table` makes it.
-        curves: a row per trial and epoch, as `tracking.curves_table` makes it.
-        layers: by trial, a mapping per layer as `show --json` has them.
-        histories: by trial, bit-widths over its noise phase, as `TrainResult.history` has them.
+        sweep: the sweep; `sweep.front` is the document of `front --json`.
+        results: one row per trial, in the format of `tracking.results_table`.
+        curves: one row per trial and epoch, in the format of `tracking.curves_table`.
+        layers: by trial, one mapping per layer in the format of `show --json`.
+        histories: by trial, bit-widths over the noise phase in the format of
+            `TrainResult.history`.
     """
 
     sweep: SweepRecord
@@ -59,7 +60,7 @@ class ReportData:
         return self.sweep.metric
 
     def points(self) -> list[Mapping[str, Any]]:
-        """Points of the front document that have both a metric and a front cost, by cost."""
+        """Return the points with a metric and a positive front cost, sorted by cost."""
         found = [
             point
             for point in self.sweep.front.get("points") or []
@@ -69,15 +70,15 @@ class ReportData:
         return sorted(found, key=lambda point: float(cost(point, self.front_cost) or 0))
 
     def best(self) -> int | None:
-        """The trial that is shown first: the best of the front, else any with known layers."""
+        """Return the initially selected trial: the best on the front, else one with layers."""
         sign = 1 if self.sweep.mode == "max" else -1
         front = [point for point in self.points() if point.get("on_front")]
         if front:
             return int(max(front, key=lambda point: sign * float(point["validation"]))["trial"])
         return min(self.layers, default=None)
 
-    def colours(self) -> dict[str, str]:
-        """A colour by budget label, in the order in which the budgets first occur."""
+    def colors(self) -> dict[str, str]:
+        """Return a color for each budget label, assigned in order of first appearance."""
         labels = [text(label) for label in self.results["budget_label"]]
         labels += [text(point.get("budget_label")) for point in self.points()]
         unique = dict.fromkeys(label for label in labels if label)
@@ -85,38 +86,38 @@ class ReportData:
 
 
 def cost(holder: Mapping[str, Any], name: str) -> Any:
-    """One cost of a point, a baseline or the float model; None where it is not known."""
+    """Return one cost of a point, a baseline or the float model; None if it is unknown."""
     return (holder.get("cost") or {}).get(name)
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite number, or None for anything else (missing, NaN, infinite)."""
+    """Convert `value` to a finite number; None for missing, non-finite and other values."""
     try:
         result = float(value)
-    except (TypeError, ValueError):  # None, text, and pandas' own missing value
+    except (TypeError, ValueError):  # None, text, and the missing value of pandas
         return None
     return result if math.isfinite(result) else None
 
 
 def text(value: Any) -> str:
-    """`value` as text; `""` where it is missing."""
+    """Convert `value` to text; `""` if it is missing."""
     if value is None or type(value).__name__ in ("NAType", "NaTType") or value != value:
         return ""
     return str(value)
 
 
 def escape(value: Any) -> str:
-    """`value` as text that is safe in HTML, inside quoted attributes too."""
+    """Escape `value` for HTML, including quoted attributes."""
     return html.escape(text(value))
 
 
 def label(value: Any) -> str:
-    """`value` as text that is safe in a Plotly text, which knows some HTML and few entities."""
+    """Escape `value` for Plotly text, which supports some HTML tags but only few entities."""
     return html.escape(text(value), quote=False)
 
 
 def embed(name: str, document: Any) -> str:
-    """`document` as a JSON script element with the id `name`; no text can end the element."""
+    """Embed `document` as a JSON script element; escaping prevents text from closing it."""
     dumped = json.dumps(_finite(document), allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         dumped = dumped.replace(character, f"\\u{ord(character):04x}")
@@ -124,7 +125,7 @@ def embed(name: str, document: Any) -> str:
 
 
 def human(value: Any) -> str:
-    """A number for people: `5.3 G`, `24 k`, `0.912`; `–` where there is none."""
+    """Format a number with four significant digits: `5.3 G`, `24 k`, `0.912`, or `–` for None."""
     figure = number(value)
     if figure is None:
         return "–"
@@ -135,7 +136,7 @@ def human(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """`value` in plain JSON types, with null for numbers that JSON does not have."""
+    """Convert `value` to JSON types, with null for non-finite numbers."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

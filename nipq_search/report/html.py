@@ -1,7 +1,7 @@
-"""The page: all figures in one HTML file that needs neither network nor server.
+"""The report page: all figures in one HTML file that works without a network or a server.
 
-Plotly's script is part of the page. Figures know nothing of each other: what they share is the
-selected trial, through the small object `nipq` of the page.
+The page embeds Plotly's script. Figures are independent of each other and share only the selected
+trial, through the page's JavaScript object `nipq`.
 """
 
 from __future__ import annotations
@@ -66,14 +66,18 @@ def render(
     layers: Mapping[int, Sequence[Mapping[str, Any]]],
     histories: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
 ) -> str:
-    """Return the report of a sweep, finished or under way, as the text of an HTML file.
+    """Render the report of a finished or running sweep.
 
     Args:
         sweep: the sweep with its front document.
-        results: a row per trial (`tracking.results_table`).
-        curves: a row per trial and epoch (`tracking.curves_table`).
-        layers: by trial, a mapping per layer as `show --json` has them; trials may be missing.
-        histories: by trial, bit-widths over its noise phase; trials may be missing.
+        results: one row per trial (`tracking.results_table`).
+        curves: one row per trial and epoch (`tracking.curves_table`).
+        layers: by trial, one mapping per layer in the format of `show --json`; trials may be
+            missing.
+        histories: by trial, bit-widths over the noise phase; trials may be missing.
+
+    Returns:
+        The content of an HTML file.
     """
     from plotly.offline import get_plotlyjs
 
@@ -100,12 +104,12 @@ def _subtitle(sweep: SweepRecord) -> str:
     better = "higher" if sweep.mode == "max" else "lower"
     parts.append(f"{sweep.metric}, {better} is better")
     version = sweep.front.get("bops_convention")
-    parts.append(f"BOPs by convention {version}" if version is not None else "")
+    parts.append(f"BOPs convention {version}" if version is not None else "")
     return escape(" · ".join(part for part in parts if part))
 
 
 def _cards(data: ReportData) -> str:
-    """The figures that sum the sweep up."""
+    """Return the summary figures of the sweep."""
     front = data.sweep.front
     states = data.results["state"].value_counts()
     trials = ", ".join(f"{count} {str(state).lower()}" for state, count in states.items())
@@ -130,7 +134,7 @@ def _cards(data: ReportData) -> str:
 
 
 def _config(sweep: SweepRecord) -> str:
-    """The resolved configuration, folded."""
+    """Return the resolved configuration in a collapsed section."""
     config = json.dumps(sweep.config, indent=2, default=str, ensure_ascii=False)
     return (
         "<section><details><summary>Configuration</summary>"

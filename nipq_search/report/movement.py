@@ -1,4 +1,4 @@
-"""How the bit-widths of the selected trial moved in its noise phase, and which did not."""
+"""The figure with the bit-widths of the selected trial over its noise phase."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from nipq_search.report.data import ReportData, embed, label
 from nipq_search.report.pareto import AXIS, LAYOUT
 
-STILL = 0.02
-"""A bit-width that stays within so many bits of its start has not moved."""
+MOVEMENT_TOLERANCE = 0.02
+"""Largest deviation from its start, in bits, of a bit-width that counts as unmoved."""
 
 SCRIPT = """
 (() => {
@@ -34,23 +34,26 @@ SCRIPT = """
 """
 
 History = Sequence[Mapping[str, Any]]
-"""Notes with `step`, `bits` and `gradient`, the last two by tensor."""
+"""Entries with `step`, `bits` by tensor and `gradient` by tensor."""
 
 
 def never_moved(history: History) -> list[str]:
-    """Tensors whose learned bit-width stayed where it started; empty without two notes."""
+    """Return the tensors whose learned bit-width never left its start.
+
+    Histories with fewer than two entries give an empty list.
+    """
     if len(history) < 2:
         return []
     start = history[0]["bits"]
     return [
         name
         for name, bits in start.items()
-        if all(abs(note["bits"].get(name, bits) - bits) < STILL for note in history)
+        if all(abs(e["bits"].get(name, bits) - bits) < MOVEMENT_TOLERANCE for e in history)
     ]
 
 
 def section(data: ReportData) -> str:
-    """The lines and a choice of what they show; `""` where no trial had a noise phase."""
+    """Return the figure as a section of the page; `""` if no trial has a noise phase."""
     trials = {
         trial: _document(history)
         for trial, history in sorted(data.histories.items())
@@ -68,7 +71,7 @@ def section(data: ReportData) -> str:
     return (
         "<section><h2>Bits over time</h2><p><label>Value <select id='movement-value'>"
         "<option value='bits'>bit-width</option>"
-        "<option value='gradient'>derivative of the loss by it</option></select></label></p>"
+        "<option value='gradient'>gradient of the loss</option></select></label></p>"
         "<p id='movement-hint' class='hint'></p><div id='movement' class='plot'></div>"
         f"{embed('movement-data', {'trials': trials, 'layout': layout})}"
         f"<script>{SCRIPT}</script></section>"
@@ -76,22 +79,22 @@ def section(data: ReportData) -> str:
 
 
 def _document(history: History) -> dict[str, Any]:
-    """One trial's lines, and what to say of those that are flat."""
+    """Build the lines of one trial, and a hint about bit-widths that never moved."""
     names = list(history[0]["bits"])
-    still = never_moved(history)
+    unmoved = never_moved(history)
     hint = "Every bit-width moved."
-    if still:
-        more = f" and {len(still) - 5} more" if len(still) > 5 else ""
+    if unmoved:
+        more = f" and {len(unmoved) - 5} more" if len(unmoved) > 5 else ""
         hint = (
-            f"{len(still)} of {len(names)} bit-widths never moved: "
-            f"{', '.join(still[:5])}{more}. A longer noise phase, a greater "
-            "lr_bits or lambda, or a start elsewhere may move them."
+            f"{len(unmoved)} of {len(names)} bit-widths never moved: "
+            f"{', '.join(unmoved[:5])}{more}. A longer noise phase, a larger "
+            "lr_bits or lambda, or a different start may move them."
         )
     return {
-        "steps": [note["step"] for note in history],
+        "steps": [entry["step"] for entry in history],
         "hint": hint,
         **{
-            key: {label(name): [note[key].get(name) for note in history] for name in names}
+            key: {label(name): [entry[key].get(name) for entry in history] for name in names}
             for key in ("bits", "gradient")
         },
     }

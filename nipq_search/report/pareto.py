@@ -1,4 +1,4 @@
-"""The Pareto front: metric against cost, with budgets, the float model and the baselines."""
+"""The Pareto scatter plot: metric against cost, with budgets, float model and baselines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nipq_search.report.data import COST_NAMES, ReportData, cost, embed, human, label, number, text
+from nipq_search.report.data import (
+    COST_LABELS,
+    ReportData,
+    cost,
+    embed,
+    human,
+    label,
+    number,
+    text,
+)
 
 AXIS = {"gridcolor": "#e8ebf0", "linecolor": "#9aa3af", "zeroline": False, "ticks": "outside"}
 LAYOUT: dict[str, Any] = {
@@ -17,7 +26,7 @@ LAYOUT: dict[str, Any] = {
     "plot_bgcolor": "white",
     "hoverlabel": {"align": "left"},
 }
-"""Layout that all figures share."""
+"""Plotly layout shared by all figures."""
 
 SCRIPT = """
 (() => {
@@ -42,7 +51,7 @@ SCRIPT = """
 
 
 def section(data: ReportData) -> str:
-    """The figure as a section of the page; a click on a point selects its trial."""
+    """Return the figure as a section of the page; clicking a point selects its trial."""
     note = "" if data.points() else "<p class='empty'>No trial has finished yet.</p>"
     return (
         "<section><h2>Pareto front</h2>"
@@ -54,24 +63,24 @@ def section(data: ReportData) -> str:
 
 
 def figure(data: ReportData) -> dict[str, Any]:
-    """The scatter as a Plotly figure (`data` and `layout`); its last trace marks the selection."""
-    points, colours = data.points(), data.colours()
-    budgets, rivals = budget_targets(data), baselines(data)
+    """Build the Plotly figure (`data` and `layout`); the last trace marks the selection."""
+    points, colors = data.points(), data.colors()
+    budgets, uniform = budget_targets(data), baselines(data)
     traces = [_front_line(data, points)]
-    for name, colour in {**colours, "": "#5f6b7a"}.items():
+    for name, color in {**colors, "": "#5f6b7a"}.items():
         own = [point for point in points if text(point.get("budget_label")) == name]
         if own:
-            traces.append(_budget_points(data, name or "no budget", colour, own))
-    traces += [_baseline_points(data, rivals)] if rivals else []
+            traces.append(_budget_points(data, name or "no budget", color, own))
+    traces += [_baseline_points(data, uniform)] if uniform else []
     ring = {"symbol": "circle-open", "size": 22, "color": "#28303d", "line": {"width": 2}}
     traces.append(_trace(x=[], y=[], marker=ring, showlegend=False, hoverinfo="skip"))
 
-    xs = [float(cost(item, data.front_cost)) for item in [*points, *rivals]]
+    xs = [float(cost(item, data.front_cost)) for item in [*points, *uniform]]
     xs += list(budgets.values())
-    ys = [float(item["validation"]) for item in [*points, *rivals]]
-    shapes = [_line(x0=x, x1=x, y0=0, y1=1, yref="paper", dash="dot", colour=colours.get(name))
+    ys = [float(item["validation"]) for item in [*points, *uniform]]
+    shapes = [_line(x0=x, x1=x, y0=0, y1=1, yref="paper", dash="dot", color=colors.get(name))
               for name, x in budgets.items()]  # fmt: skip
-    notes = [_budget_note(name, x, colours.get(name)) for name, x in budgets.items()]
+    notes = [_budget_note(name, x, colors.get(name)) for name, x in budgets.items()]
     reference = number((data.sweep.front.get("float") or {}).get("validation"))
     if reference is not None:
         ys.append(reference)
@@ -91,7 +100,7 @@ def figure(data: ReportData) -> dict[str, Any]:
 
 
 def budget_targets(data: ReportData) -> dict[str, float]:
-    """Absolute front cost by budget label, for the budgets that limit the front cost."""
+    """Return the absolute target by budget label, for budgets that limit the front cost."""
     targets: dict[str, float] = {}
     column = f"budget_{data.front_cost}"
     if column in data.results:
@@ -104,7 +113,7 @@ def budget_targets(data: ReportData) -> dict[str, float]:
 
 
 def baselines(data: ReportData) -> list[dict[str, Any]]:
-    """Uniform LSQ models that have a metric and a front cost, by cost."""
+    """Return the uniform LSQ models with a metric and a positive front cost, sorted by cost."""
     known = data.sweep.front.get("baselines")
     if known is None:
         known = [asdict(baseline) for baseline in data.sweep.baselines]
@@ -118,9 +127,9 @@ def baselines(data: ReportData) -> list[dict[str, Any]]:
 
 
 def log2_axis(values: Sequence[float]) -> dict[str, Any]:
-    """Axis settings for `values` on a log scale whose ticks double: 0.5 G, 1 G, 2 G.
+    """Return settings of a logarithmic axis whose ticks double: 0.5 G, 1 G, 2 G.
 
-    Empty `values` give an axis from 1 to 2.
+    Without `values`, the axis spans 1 to 2.
     """
     low, high = (min(values), max(values)) if values else (1.0, 2.0)
     low, high = low / 1.15, high * 1.15
@@ -137,11 +146,11 @@ def log2_axis(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _axis_name(data: ReportData) -> str:
-    return label(COST_NAMES.get(data.front_cost, data.front_cost))
+    return label(COST_LABELS.get(data.front_cost, data.front_cost))
 
 
 def _range(values: Sequence[float]) -> dict[str, Any]:
-    """A linear range with a margin on both ends."""
+    """Return settings of a linear axis with a margin at both ends."""
     if not values:
         return {"range": [0, 1]}
     low, high = min(values), max(values)
@@ -154,7 +163,7 @@ def _trace(**settings: Any) -> dict[str, Any]:
 
 
 def _front_line(data: ReportData, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The front as steps: at a cost, the best metric that this cost buys."""
+    """Draw the front as steps: the best metric up to each cost."""
     front = [point for point in points if point.get("on_front")]
     return _trace(
         name="front",
@@ -167,7 +176,7 @@ def _front_line(data: ReportData, points: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def _budget_points(
-    data: ReportData, name: str, colour: str, points: Sequence[Mapping[str, Any]]
+    data: ReportData, name: str, color: str, points: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     front = [bool(point.get("on_front")) for point in points]
     return _trace(
@@ -178,21 +187,21 @@ def _budget_points(
         text=[_hover(data, point) for point in points],
         hovertemplate="%{text}<extra></extra>",
         marker={
-            "color": [colour if on else "rgba(255,255,255,0.85)" for on in front],
+            "color": [color if on else "rgba(255,255,255,0.85)" for on in front],
             "size": [13 if on else 10 for on in front],
             "opacity": 1,
-            "line": {"color": colour, "width": 2},
+            "line": {"color": color, "width": 2},
         },
     )
 
 
-def _baseline_points(data: ReportData, rivals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    names = [f" {rival.get('bits', '?')} bits" for rival in rivals]
+def _baseline_points(data: ReportData, uniform: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = [f" {baseline.get('bits', '?')} bits" for baseline in uniform]
     return _trace(
         name="uniform LSQ",
         mode="markers+text",
-        x=[cost(rival, data.front_cost) for rival in rivals],
-        y=[rival["validation"] for rival in rivals],
+        x=[cost(baseline, data.front_cost) for baseline in uniform],
+        y=[baseline["validation"] for baseline in uniform],
         text=[label(name) for name in names],
         textposition="middle right",
         hovertemplate=f"uniform LSQ, %{{text}}<br>{label(data.metric)} %{{y:.4g}}<br>"
@@ -209,20 +218,20 @@ def _hover(data: ReportData, point: Mapping[str, Any]) -> str:
     if number(point.get("test")) is not None:
         lines.append(f"test {label(data.metric)} {human(point['test'])}")
     costs = (point.get("cost") or {}).items()
-    lines += [f"{label(COST_NAMES.get(name, name))} {human(value)}" for name, value in costs]
+    lines += [f"{label(COST_LABELS.get(name, name))} {human(value)}" for name, value in costs]
     return "<br>".join(lines)
 
 
-def _line(*, dash: str, colour: str | None = None, **ends: Any) -> dict[str, Any]:
+def _line(*, dash: str, color: str | None = None, **ends: Any) -> dict[str, Any]:
     return {
         "type": "line",
         "layer": "below",
-        "line": {"dash": dash, "width": 1.5, "color": colour or "#6b7480"},
+        "line": {"dash": dash, "width": 1.5, "color": color or "#6b7480"},
         **ends,
     }
 
 
-def _budget_note(name: str, target: float, colour: str | None) -> dict[str, Any]:
+def _budget_note(name: str, target: float, color: str | None) -> dict[str, Any]:
     return {
         "x": math.log10(target),
         "y": 0.02,
@@ -230,14 +239,14 @@ def _budget_note(name: str, target: float, colour: str | None) -> dict[str, Any]
         "text": label(name),
         "textangle": -90,
         "showarrow": False,
-        "xanchor": "left",  # trials end just below their budget, to the left of its line
+        "xanchor": "left",  # the trials of a budget are just left of its line
         "yanchor": "bottom",
-        "font": {"size": 11, "color": colour or "#6b7480"},
+        "font": {"size": 11, "color": color or "#6b7480"},
     }
 
 
 def _float_note(reference: float, left: bool) -> dict[str, Any]:
-    # Cheap points are far from the float model; dear ones, the 8-bit model first, beside it.
+    # Place the label on the side of cheap points, whose metric differs most from the float model.
     return {
         "x": 0.01 if left else 0.99,
         "xref": "paper",

@@ -1,4 +1,4 @@
-"""Tables of the page: every trial, and why some failed."""
+"""The tables of all trials and of failed trials."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ SCRIPT = """
 
 
 def trials(data: ReportData) -> str:
-    """Every trial with its result, costs and hyperparameters; sorted by a click on a heading."""
+    """Return the table of all trials; clicking a heading sorts it, clicking a row selects."""
     results = data.results
     if not len(results):
         return ""
     costs = [name for name in results.columns if name.startswith("cost_")]
-    # The cost of the front first, because the page is about it.
+    # The front cost comes first.
     costs.sort(key=lambda name: name != f"cost_{data.front_cost}")
     params = [name for name in results.columns if name.startswith("params_")]
     columns = ["trial", "state", "on_front", "budget_label", "validation", "test"]
@@ -51,20 +51,20 @@ def trials(data: ReportData) -> str:
         for row in results.to_dict("records")
     )
     return (
-        "<section><h2>Trials</h2><p class='hint'>A click on a heading sorts, a click on a row "
-        f"selects.</p><div class='wide'><table id='trials'><thead><tr>{head}</tr></thead>"
+        "<section><h2>Trials</h2><p class='hint'>Click a heading to sort, click a row to select "
+        f"a trial.</p><div class='wide'><table id='trials'><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div><script>{SCRIPT}</script></section>"
     )
 
 
 def failures(data: ReportData) -> str:
-    """Trials that failed, with their reasons; `""` where none did."""
+    """Return the table of failed trials with their reasons; `""` if no trial failed."""
     rows = [row for row in data.results.to_dict("records") if row["state"] == "FAIL"]
     if not rows:
         return ""
     items = "".join(
         f"<tr><td>{int(row['trial'])}</td><td>{escape(row['budget_label'])}</td>"
-        f"<td class='reason'>{escape(row['reason']) or 'no reason is known'}</td>"
+        f"<td class='reason'>{escape(row['reason']) or 'unknown reason'}</td>"
         f"<td>{escape(row['folder'])}</td></tr>"
         for row in rows
     )
@@ -76,14 +76,14 @@ def failures(data: ReportData) -> str:
 
 
 def _title(column: str) -> str:
-    """A column's name without the prefix that only the table on disk needs."""
+    """Return a column's name without the prefix that it has in the results table."""
     for prefix in ("cost_", "params_"):
         column = column.removeprefix(prefix)
     return column.replace("_", " ")
 
 
 def _cell(column: str, value: Any) -> str:
-    """One cell; `data-value` is what sorting compares."""
+    """Return one cell; sorting compares its `data-value`."""
     if column == "on_front":
         return f"<td data-value='{int(bool(value))}'>{'★' if value else ''}</td>"
     shown = value

@@ -1,9 +1,9 @@
-"""The search: which trials to train under which budgets, on which machines.
+"""The search: selects the trials to train under each budget and runs them.
 
-Start reading in `run.py`, the driver of a sweep. Folders, from the bottom to the top: `jobs`
-(jobs on disk) and `strategies` (what to try), `config` and `study`, then `worker`, `coordinator`
-and `results`, then `backend` (Ray), `checks`, `commands`. The only place that imports ray, optuna
-and pydantic.
+Start reading in `run.py`, the driver of a sweep. Subpackages from bottom to top: `jobs` (jobs on
+disk) and `strategies` (trial selection); `config` and `study`; `worker`, `coordinator` and
+`results`; `backend` (Ray); `checks`; `commands`. Only this package imports ray, optuna and
+pydantic.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class _Search(ModuleType):
-    """This package, which can be called.
+    """Callable module type for this package.
 
-    `nipq_search.search` is both a package and a public function. Python binds the package to the
-    name on import, so a function of that name would come and go with the order of imports.
+    `nipq_search.search` is both a package and a public function. Importing the package binds it
+    to that name, so a separate function of the same name would depend on import order.
     """
 
     def __call__(
@@ -32,7 +32,39 @@ class _Search(ModuleType):
         out: Path | str | None = None,
         **options: Any,
     ) -> Sweep:
-        """Run a sweep; see `nipq_search.search.run.search`."""
+        """Run a sweep; see `nipq_search.search.run.search` for the options.
+
+        Args:
+            config: a sweep configuration, an equivalent mapping, or the path of a sweep file.
+            out: folder of the sweep; default `runs/<name>`.
+            options: keyword arguments of `run_sweep`, such as `trials`.
+
+        Returns:
+            The sweep.
+
+        Raises:
+            UserError: the sweep cannot start; the message names the key and the fix.
+
+        Example:
+            A minimal sweep in this process. By default, the trials run on Ray.
+
+            >>> import tempfile
+            >>> import nipq_search
+            >>> from nipq_search.search.backend.virtual import VirtualExecutor
+            >>> config = {
+            ...     "name": "demo",
+            ...     "task": "digits",
+            ...     "budgets": [{"bops": "uniform 4"}],
+            ...     "float": {"epochs": 1},
+            ...     "train": {"epochs": 1},
+            ...     "search": {"trials": 1, "baselines": []},
+            ... }
+            >>> with tempfile.TemporaryDirectory() as out:
+            ...     sweep = nipq_search.search(config, out, executor=VirtualExecutor())
+            ...     front = sweep.front()
+            >>> front["budget"].tolist()
+            ['bops: uniform 4']
+        """
         from nipq_search.search.run import search
 
         return search(config, out, **options)

@@ -1,4 +1,7 @@
-"""The driver of a sweep: check everything, then run to the end, a limit, or a request to stop."""
+"""The driver of a sweep: checks everything, then runs until completion, a limit or a stop request.
+
+Start reading at `run_sweep`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,10 +35,10 @@ from nipq_search.search.checks.preflight import (
     load_task,
 )
 from nipq_search.search.config.plugins import plugin_changes
+from nipq_search.search.config.resume import check_resume
 from nipq_search.search.config.space import bits_space, distribution
 from nipq_search.search.config.sweep_config import (
     SweepConfig,
-    check_resume,
     load_config,
     parse_config,
 )
@@ -42,8 +46,9 @@ from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.coordinator.resolved import Facts, gather
 from nipq_search.search.jobs import FACTS_FILE, FAIL, SWEEP_FILE, committed, job_folder
 from nipq_search.search.jobs.lease import driver_lease
-from nipq_search.search.monitor import Driver
-from nipq_search.search.results.progress import ProgressSink, Silent
+from nipq_search.search.monitor import Monitor
+from nipq_search.search.results.outputs import RunStatus
+from nipq_search.search.results.progress import ProgressSink, SilentProgress
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.study.database_lease import study_lease
 from nipq_search.search.study.ledger import Ledger
@@ -54,19 +59,33 @@ from nipq_search.tasks.base import dataset
 _log = logging.getLogger("nipq_search")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a run ended.
+class RunEnd(StrEnum):
+    """Why a run ended.
 
     Attributes:
-        state: `finished`, `limit` (hours or samples used up) or `interrupted`.
-        message: what to tell a person, or empty.
-        complete: COMPLETE trials of the whole sweep.
-        failed: failed trials of the whole sweep.
-        pruned: pruned trials of the whole sweep.
+        FINISHED: no work is left.
+        LIMIT: `limits.hours` or `limits.samples` is exhausted.
+        INTERRUPTED: a signal or `stop` ended it.
     """
 
-    state: str
+    FINISHED = "finished"
+    LIMIT = "limit"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Result of a run.
+
+    Attributes:
+        state: why the run ended.
+        message: text for the user, or empty.
+        complete: number of COMPLETE trials in the whole sweep.
+        failed: number of failed trials in the whole sweep.
+        pruned: number of pruned trials in the whole sweep.
+    """
+
+    state: RunEnd
     message: str
     complete: int
     failed: int
@@ -76,26 +95,29 @@ class Outcome:
 def open_ledger(
     config: SweepConfig, task: Task, out: Path, guard: Callable[[], None] = lambda: None
 ) -> tuple[Ledger, Facts]:
-    """The ledger, checked against an earlier run's configuration, and the sweep's facts.
+    """Open the ledger, check it against an earlier run, and write the sweep's files.
 
     Args:
-        config: the sweep.
-        task: its task, the data loaded.
-        out: its folder.
-        guard: raises once this driver must write nothing more.
+        config: the sweep configuration.
+        task: the task, with its data loaded.
+        out: the sweep's folder.
+        guard: called before each write; raises once this driver has lost its lease.
+
+    Returns:
+        The ledger, and the graph, budgets and costs resolved for this task.
 
     Raises:
-        UserError: a budget cannot be reached; or the configuration or the data differ from those
-            of a sweep of which anything was started.
+        UserError: a budget is unreachable; or jobs of this sweep exist and its configuration or
+            data have changed since.
     """
-    # Budgets are checked before the study exists, so that nothing is left of a bad start.
+    # Budgets are checked before the study is created, so a rejected start leaves no study behind.
     facts, data = gather(config, task), dataset(task)
     space = {name: distribution(name, form) for name, form in config.search.space.items()}
     if config.search.bits:
         space |= bits_space(facts.graph)
-    begun = jobs.have_begun(out)
+    begun = jobs.any_attempt_exists(out)
     if begun:
-        # Jobs are numbered by their study: those of another one would count as this one's.
+        # Job numbers come from the study, so jobs of another study would be taken for this one's.
         known = storage.read_json(out / FACTS_FILE)
         identity = known.get("study") if isinstance(known, dict) else None
         Ledger.load(out, config.name, identity).close()
@@ -107,8 +129,8 @@ def open_ledger(
         space=space,
         sampler=config.search.sampler,
         seed=config.seed,
+        guard=guard,
     )
-    ledger.guard = guard
     before = ledger.recall("config")
     if begun and before is None:
         raise UserError(f"--out {out}: holds trials of another study; give another folder")
@@ -119,8 +141,21 @@ def open_ledger(
                 _log.warning("plug-ins changed since the sweep began: %s", change)
         facts = gather(config, task, ledger.recall("budgets"))
     elif before is not None:
-        # Nothing has been started yet: this is a new beginning, whatever was wanted before.
+        # No job has been started, so the earlier configuration need not match.
         _check_mode(ledger, task)
+    _store_sweep(ledger, config, facts, data, out, guard)
+    return ledger, facts
+
+
+def _store_sweep(
+    ledger: Ledger,
+    config: SweepConfig,
+    facts: Facts,
+    data: Mapping[str, Any],
+    out: Path,
+    guard: Callable[[], None],
+) -> None:
+    """Store configuration, budgets and data set in the study and in the sweep's folder."""
     ledger.name_metrics(facts.metric, facts.front_cost)
     ledger.remember("budgets", [dict(b.entry) for b in facts.budgets])
     ledger.remember("dataset", data)
@@ -131,39 +166,38 @@ def open_ledger(
     storage.write_json(out / FACTS_FILE, {**facts.as_json(), "dataset": data, "study": identity})
     text = yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True)
     storage.write_bytes(out / SWEEP_FILE, text.encode())
-    return ledger, facts
 
 
 def _check_same(ledger: Ledger, config: SweepConfig, data: Mapping[str, Any], out: Path) -> None:
-    """Raise `UserError` where configuration or data are not those that the sweep began with."""
+    """Raise `UserError` if the configuration or the data changed since the sweep began."""
     try:
         check_resume(ledger.recall("config"), config)
         known = ledger.recall("dataset")
         if known is not None and known["digest"] != data["digest"]:
             raise UserError(
                 f"the data of sweep '{config.name}' changed since it began (digest "
-                f"{str(known['digest'])[:12]} -> {str(data['digest'])[:12]}); restore them, or "
-                "give the sweep another name"
+                f"{str(known['digest'])[:12]} -> {str(data['digest'])[:12]}); restore the data, "
+                "or give the sweep another name"
             )
     except UserError as error:
         folder = job_folder(out, "float", 0)
         if ledger.trials() or (committed(folder) or {}).get("state") != FAIL:
             raise
-        raise UserError(f"{error}; or remove {folder}, which failed, to begin anew") from error
+        raise UserError(f"{error}; or remove the failed {folder} to start over") from error
 
 
 def _check_mode(ledger: Ledger, task: Task) -> None:
-    """Raise `UserError` where a study made earlier wants the metric's other direction."""
+    """Raise `UserError` if an existing study optimizes the metric in the other direction."""
     if ledger.mode != task.metric[1]:
         raise UserError(
-            f"the study of this sweep was made for a metric with '{ledger.mode}', and "
-            f"{task.metric[0]} has '{task.metric[1]}'; give the sweep another name and --out"
+            f"the study of this sweep was created with mode '{ledger.mode}', but "
+            f"{task.metric[0]} has mode '{task.metric[1]}'; give the sweep another name and --out"
         )
 
 
 @contextlib.contextmanager
 def signals_to(stop: threading.Event, progress: ProgressSink) -> Iterator[None]:
-    """Let SIGINT and SIGTERM set `stop`; a second one ends the process at once."""
+    """Set `stop` on SIGINT or SIGTERM; a second signal terminates the process immediately."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -173,7 +207,7 @@ def signals_to(stop: threading.Event, progress: ProgressSink) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.set()
-        progress.message("stopping: running trials save their state (once more to end at once)")
+        progress.message("stopping: running trials save their state (repeat to quit immediately)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -195,18 +229,21 @@ def run_sweep(
     """Start a sweep, or resume it.
 
     Args:
-        config: the sweep.
-        out: its folder; created if missing.
-        trials: trials in all, instead of the configuration's.
-        address: of a Ray cluster; None starts one on this machine.
-        progress: shows how far it is.
+        config: the sweep configuration.
+        out: the sweep's folder; created if missing.
+        trials: total number of trials; overrides `search.trials`.
+        address: address of a Ray cluster; None starts a cluster on this machine.
+        progress: receives progress updates and messages.
         executor: runs the jobs; default Ray Tune.
 
+    Returns:
+        Why the run ended, and the number of trials by state.
+
     Raises:
-        UserError: anything that is wrong before the first job starts.
-        RuntimeError: the float model failed, a disk is full, or the results could not be shown.
+        UserError: a check before the first job failed.
+        RuntimeError: the float model failed, a disk is full, or an output could not be written.
     """
-    progress = progress or Silent()
+    progress = progress or SilentProgress()
     out = out.absolute()
     if trials is not None:
         if trials < 1:
@@ -228,78 +265,87 @@ def run_sweep(
         task = load_task(config)
         ledger, facts = open_ledger(config, task, out, guard)
         with contextlib.closing(ledger):
-            driver = Driver(
-                out=out, config=config, facts=facts, progress=progress, stop=stop, guard=guard
-            )
+            # The monitor reads the coordinator, which calls the monitor once jobs run.
             coordinator = Coordinator(
                 config=config,
-                facts=facts,
+                resolved=facts,
                 ledger=ledger,
                 out=out,
                 run=run,
-                enough=driver.enough,
-                on_finished=driver.job_finished,
+                limit_reached=lambda: monitor.enough(),
+                on_finished=lambda job: monitor.job_finished(job),
             )
-            return _drive(driver, coordinator, task, address, executor)
+            monitor = Monitor(
+                out=out,
+                config=config,
+                facts=facts,
+                coordinator=coordinator,
+                progress=progress,
+                stop=stop,
+                guard=guard,
+            )
+            coordinator.reconcile()
+            return _drive(monitor, coordinator, task, address, executor)
 
 
 def _drive(
-    driver: Driver,
+    monitor: Monitor,
     coordinator: Coordinator,
     task: Task,
     address: str | None,
     executor: Executor | None,
 ) -> Outcome:
-    """Run what there is to run; see `run_sweep`."""
-    resources = driver.config.resources
-    driver.begin(coordinator)
+    """Run all remaining jobs; see `run_sweep`."""
+    resources = monitor.config.resources
+    monitor.begin()
     idle = not coordinator.has_work()
-    ended = "KILLED"
+    status = RunStatus.KILLED
     try:
         if not idle:
-            # Ray installs handlers of its own when it starts: ours go on top of them.
-            code = sources(driver.config.task)
+            code = sources(monitor.config.task)
             cluster = ray_cluster(address, resources, code)
             with (
                 cluster if executor is None else contextlib.nullcontext(),
-                driver_log(driver.out),
-                signals_to(driver.stop, driver.progress),
+                driver_log(monitor.out),
+                # Ray replaces the signal handlers when it starts, so install ours again.
+                signals_to(monitor.stop, monitor.progress),
             ):
                 if executor is None and address is not None:
-                    size = driver.config.train.batch_size
-                    stopping = driver.stop.is_set
-                    check_plugins(driver.config.plugins, resources, stopping=stopping)
-                    check_data(task, size, driver.out, resources, stopping=stopping)
+                    size = monitor.config.train.batch_size
+                    stopping = monitor.stop.is_set
+                    check_plugins(monitor.config.plugins, resources, stopping=stopping)
+                    check_data(task, size, monitor.out, resources, stopping=stopping)
                 runner = executor or TuneExecutor(resources)
-                runner.run(coordinator, task, driver.tick)
-        ended = "KILLED" if driver.interrupted else "FINISHED"
+                runner.run(coordinator, task, monitor.tick)
+        status = RunStatus.KILLED if monitor.interrupted else RunStatus.FINISHED
         if coordinator.failure:
-            ended = "FAILED"
+            status = RunStatus.FAILED
     finally:
-        driver.finish(ended)
-    if problem := coordinator.failure or driver.problem:
+        monitor.finish(status)
+    if problem := coordinator.failure or monitor.problem:
         raise RuntimeError(problem)
-    return _outcome(coordinator.ledger, coordinator, driver, idle)
+    return _outcome(coordinator, monitor, idle)
 
 
-def _outcome(ledger: Ledger, coordinator: Coordinator, driver: Driver, idle: bool) -> Outcome:
-    trials = ledger.trials()
+def _outcome(coordinator: Coordinator, monitor: Monitor, idle: bool) -> Outcome:
+    """Summarize the run; `idle` if there was nothing to run."""
+    trials = coordinator.ledger.trials()
     counts = {state: sum(t.state is state for t in trials) for state in TrialState}
     complete, failed = counts[TrialState.COMPLETE], counts[TrialState.FAIL]
-    state, message = "finished", ""
-    if driver.interrupted:
-        state, message = "interrupted", "stopped; the same command resumes"
-    elif driver.limit and coordinator.open_trials():
-        state = "limit"
-        message = f"{driver.limit} reached with {coordinator.open_trials()} trials to go; "
-        message += "the same command continues"
-        if "hours" in driver.limit:
-            message += ", and the test split is read at its end"
+    state, message = RunEnd.FINISHED, ""
+    if monitor.interrupted:
+        state, message = RunEnd.INTERRUPTED, "stopped; the same command resumes the sweep"
+    elif monitor.limit and coordinator.open_trials():
+        state = RunEnd.LIMIT
+        message = f"{monitor.limit} reached with {coordinator.open_trials()} trials remaining; "
+        message += "the same command continues the sweep"
+        if "hours" in monitor.limit:
+            message += " (the test split is evaluated once it completes)"
     elif idle:
         message = f"nothing left to run: all {len(trials)} trials have ended (see --trials)"
-    if failed and not complete and state != "interrupted":
+    if failed and not complete and state is not RunEnd.INTERRUPTED:
         reasons = [t.user_attrs.get("reason") for t in trials if t.state is TrialState.FAIL]
-        message = f"every trial failed; the first one: {reasons[0]}"
+        message = f"every trial failed; first reason: {reasons[0]}"
     return Outcome(
         state=state,
         message=message,
@@ -314,18 +360,18 @@ def search(
     out: Path | str | None = None,
     **options: Any,
 ) -> Sweep:
-    """Run a sweep from Python: what `nipq-search run` does.
+    """Run a sweep from Python, as `nipq-search run` does.
 
     Args:
-        config: the sweep: a configuration, the same as a mapping, or a sweep file.
-        out: its folder; default `runs/<name>`.
-        options: as in `run_sweep`, for example `trials` or `progress`.
+        config: a sweep configuration, an equivalent mapping, or the path of a sweep file.
+        out: the sweep's folder; default `runs/<name>`.
+        options: keyword arguments of `run_sweep`, such as `trials` or `progress`.
 
     Returns:
-        The sweep; `front()` is a pandas table.
+        The sweep; its `front()` returns a pandas table.
 
     Raises:
-        UserError: anything that is wrong before the first job starts.
+        UserError: a check before the first job failed.
     """
     if isinstance(config, (str, Path)):
         config = load_config(Path(config))

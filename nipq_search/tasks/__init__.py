@@ -1,7 +1,9 @@
 """Tasks: the model, the data, the loss and the metric of a sweep.
 
-A sweep file names a task by its key in `TASKS`, which plug-ins extend, or a class of your own as
-`package.module:Class`; `task_args` are the class's keyword arguments.
+A sweep file names a task by its key in `TASKS`, which other packages extend by entry points, or a
+user-defined class as `package.module:Class`; `task_args` are the keyword arguments of the class.
+Start reading in `base.py`, the protocol, and `vision/digits.py`, the smallest task. Imports only
+`quant`, `registry` and `errors`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 from nipq_search.errors import UserError, nearest
 from nipq_search.registry import Registry
 from nipq_search.tasks.base import Task, check_task, unreadable
+from nipq_search.tasks.common.sections import flat_parameters, group_arguments
 from nipq_search.tasks.text.classification import TextClassification
 from nipq_search.tasks.text.language_modeling import (
     CausalLanguageModeling,
@@ -37,9 +40,9 @@ TASKS: Registry[Callable[..., Task]] = Registry(
     "task",
     group="nipq_search.tasks",
     check=_problem,
-    hint="; a class of your own is named package.module:Class",
+    hint="; name a user-defined class as package.module:Class",
 )
-"""Tasks that a sweep file may name without a module."""
+"""Tasks that a sweep file can name without a module."""
 
 TASKS.register("digits", Digits)
 TASKS.register("fashion_mnist", FashionMnist)
@@ -53,25 +56,27 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
     """Build the task that a sweep file names.
 
     Args:
-        name: a key of `TASKS`, or `package.module:Class`; the module may lie in the current
+        name: a key of `TASKS`, or `package.module:Class`; the module can be in the current
             directory.
-        args: keyword arguments of the class, `task_args` in the sweep file.
+        args: keyword arguments of the class, `task_args` in the sweep file. The fields of a
+            class's `argument_sections` are given flat; see `nipq_search.tasks.common.sections`.
 
     Raises:
-        UserError: unknown name, module or class, wrong arguments, or a class that is no task.
+        UserError: the name, module or class is unknown, an argument is invalid, or the class is
+            not a task.
     """
     factory = _import_class(name) if ":" in name else TASKS.lookup(name, "task")
     arguments = dict(args or {})
     _check_arguments(name, factory, arguments)
     try:
-        task = factory(**arguments)
+        task = factory(**group_arguments(factory, arguments))
     except UserError:
         raise
     except PermissionError as error:
         raise UserError(f"task_args: {unreadable(error)}") from error
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"task_args: {name} refuses {arguments} ({reason})") from error
+        raise UserError(f"task_args: {name} rejects {arguments} ({reason})") from error
     check_task(task)
     return task
 
@@ -79,8 +84,8 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
 def _check_arguments(
     name: str, factory: Callable[..., Task], arguments: Mapping[str, Any]
 ) -> None:
-    """Raise `UserError` for a key that the class does not take and for one that it misses."""
-    parameters = inspect.signature(factory).parameters.values()
+    """Raise `UserError` for an argument that the class does not accept or that is missing."""
+    parameters = flat_parameters(factory).values()
     keys = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key in arguments:
@@ -93,7 +98,7 @@ def _check_arguments(
 
 
 def _import_class(name: str) -> Callable[..., Task]:
-    """The class that `package.module:Class` names."""
+    """Return the class that `package.module:Class` names."""
     module_name, _, class_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
         raise UserError(f"task: '{name}' is not of the form package.module:Class")
@@ -109,7 +114,7 @@ def _import_class(name: str) -> Callable[..., Task]:
 
 
 def _import_module(name: str) -> ModuleType:
-    """Import a module, with the current directory as the last place to look in."""
+    """Import a module, with the current directory as the last entry of the search path."""
     directory = os.getcwd()
     added = directory not in sys.path
     if added:

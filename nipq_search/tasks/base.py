@@ -1,18 +1,20 @@
-"""What a task is: a model, its data, its loss and the figure that the search maximizes.
+"""The task protocol: a model, its data, its loss and the metric that the search optimizes.
 
-A task is any object with the members of `Task`; it need not inherit from anything. The functions
-here supply the optional members where a task has none, so that the callers never ask twice:
+A task is any object with the members of `Task`; no base class is required. The functions in this
+module call these members, check what they return, and provide a default for each optional member:
 
 - `distill_loss(model, teacher, batch)`: scalar term that pulls `model` towards `teacher`;
-- `build_teacher()`: a trained module that teaches in the float model's place, or None;
-- `num_samples(batch)`: training samples in a batch;
+- `build_teacher()`: trained module that replaces the float model as teacher, or None;
+- `num_samples(batch)`: number of training samples in a batch;
 - `to_device(batch, device)`: the batch on a device;
-- `take(batch, part)`: some samples of a batch, a slice of them;
-- `load_data()`: reads the data into the task, called once before it is shipped to the nodes;
-- `input_bits`: 8 where the model's raw input is uint8 data, else None;
+- `take(batch, part)`: the samples of a batch that a slice selects;
+- `load_data()`: reads the data into the task; called once, before the task is sent to the nodes;
+- `input_bits`: 8 if the model's raw input is uint8 data, else None;
 - `dataset()`: name, sizes of the splits and a digest of the data, as plain JSON types;
-- `sample_keys(split)`: one hashable value per sample that tells it from all others, in any order;
-  the tests ask for it where the first tensors of a batch do not tell samples apart.
+- `sample_keys(split)`: one hashable value per sample that identifies it, in any order; the
+  conformance tests use it if the first tensors of a batch do not distinguish samples;
+- `argument_sections`: dataclasses that group the arguments of the constructor; `make_task` builds
+  them as `common/sections.py` describes.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from torch.nn.parameter import is_lazy
 
 from nipq_search.errors import UserError, nearest
 
-Part = TypeVar("Part")
-"""What a task keeps of a split."""
+SplitT = TypeVar("SplitT")
+"""Type in which a task stores a split."""
 
 SPLITS = ("train", "validation", "test")
-"""Names of the splits: training, selection, and the one that is read at the very end."""
+"""Names of the splits: for training, for selection, and for the final evaluation."""
 
 REQUIRED = ("build_model", "example_inputs", "loader", "loss", "evaluate")
 """Methods that every task has."""
@@ -40,7 +42,7 @@ REQUIRED = ("build_model", "example_inputs", "loader", "loss", "evaluate")
 
 @runtime_checkable
 class Task(Protocol):
-    """The members that every task has. A batch is whatever `loader` yields.
+    """The members that every task has. A batch is any object that `loader` yields.
 
     Attributes:
         metric: name of an entry of `evaluate`'s result, and `max` or `min`.
@@ -49,30 +51,36 @@ class Task(Protocol):
     metric: tuple[str, str]
 
     def build_model(self) -> nn.Module:
-        """Return a new, untrained model; its starting weights come from torch's default RNG."""
+        """Return a new, untrained model, initialized from torch's default RNG."""
         ...
 
     def example_inputs(self) -> tuple[Tensor, ...] | dict[str, Tensor]:
-        """Return the arguments of one forward call, with a batch of one.
+        """Return the arguments of one forward call with a batch size of one.
 
-        They are a tuple, or a dict of keywords. Their shapes are those that costs count.
+        They are a tuple, or a dict of keyword arguments. Costs are counted for their shapes.
         """
         ...
 
     def loader(self, split: str, batch_size: int, seed: int | None) -> Iterable[Any]:
-        """Yield one epoch of a split.
+        """Return an iterable over one epoch of a split.
 
-        The `train` split is shuffled and augmented as `seed` says, so that equal seeds give
-        equal batches; without a seed, and on the other splits, it comes in a fixed order.
+        Args:
+            split: one of `SPLITS`.
+            batch_size: samples per batch.
+            seed: seed of the order and augmentation of the `train` split; equal seeds give equal
+                batches. The order is fixed if the seed is None, and for the other splits.
+
+        Returns:
+            The batches.
         """
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the mean task loss of a batch, a scalar; calibration calls it too."""
+        """Return the mean task loss of a batch, a scalar; calibration calls it as well."""
         ...
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return figures of a whole split, `metric` among them; the model's modes survive."""
+        """Return metrics of a whole split, including `metric`, and restore the model's modes."""
         ...
 
 
@@ -95,12 +103,25 @@ def check_task(task: object) -> None:
 
 
 def has_distillation(task: object) -> bool:
-    """Whether the task can pull a model towards a teacher."""
+    """Whether the task defines a distillation loss."""
     return callable(getattr(task, "distill_loss", None))
 
 
 def distill_loss(task: object, model: nn.Module, teacher: nn.Module, batch: Any) -> Tensor:
-    """The task's distillation term; `UserError` where it has none."""
+    """Return the task's distillation loss.
+
+    Args:
+        task: the task.
+        model: the model to train.
+        teacher: the trained model to imitate.
+        batch: a batch of the task's loader.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        UserError: the task defines no distillation loss.
+    """
     own = getattr(task, "distill_loss", None)
     if own is None:
         raise UserError(
@@ -111,8 +132,8 @@ def distill_loss(task: object, model: nn.Module, teacher: nn.Module, batch: Any)
 
 
 @contextlib.contextmanager
-def _told_as(call: str) -> Iterator[None]:
-    """Say in one line which of the task's own calls failed."""
+def _report_failure(call: str) -> Iterator[None]:
+    """Turn any exception into a `UserError` of one line that names the task's method."""
     try:
         yield
     except UserError:
@@ -122,15 +143,15 @@ def _told_as(call: str) -> Iterator[None]:
         raise UserError(f"task: {call} failed with {reason}") from error
 
 
-def _in_memory(model: object, call: str, wanted: str = "a module") -> nn.Module:
-    """The module that a call gave, with a value in every parameter and buffer."""
+def _initialized(model: object, call: str, expected: str = "a module") -> nn.Module:
+    """Return `model`, which a call returned, if all its parameters and buffers have values."""
     if not isinstance(model, nn.Module):
-        raise UserError(f"task: {call} returned {type(model).__name__}, not {wanted}")
+        raise UserError(f"task: {call} returned {type(model).__name__}, not {expected}")
     for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(value):
             raise UserError(
-                f"task: {call} left {name} uninitialized, in a lazy module; "
-                "run the model on a batch there, once"
+                f"task: {call} left {name} uninitialized in a lazy module; "
+                "run the model on a batch before returning it"
             )
         if value.is_meta:
             raise UserError(f"task: {call} left {name} on the meta device; load its weights")
@@ -138,77 +159,95 @@ def _in_memory(model: object, call: str, wanted: str = "a module") -> nn.Module:
 
 
 def build_model(task: Task) -> nn.Module:
-    """The task's new model.
+    """Return a new model of the task.
 
     Raises:
-        UserError: it cannot be built, is no module, or has parameters without values.
+        UserError: the call fails, does not return a module, or leaves parameters without values.
     """
-    with _told_as("build_model()"):
+    with _report_failure("build_model()"):
         model = task.build_model()
-    return _in_memory(model, "build_model()")
+    return _initialized(model, "build_model()")
 
 
 def example_inputs(task: Task, device: torch.device | None = None) -> Any:
-    """The task's arguments of one forward call, on a device if given.
+    """Return the task's example inputs, on a device if one is given.
 
     Raises:
-        UserError: the task fails to make them.
+        UserError: the call fails.
     """
-    with _told_as("example_inputs()"):
+    with _report_failure("example_inputs()"):
         inputs = task.example_inputs()
     return inputs if device is None else move(inputs, device)
 
 
 def build_teacher(task: object) -> nn.Module | None:
-    """The task's own teacher, in evaluation mode and without gradients.
+    """Return the task's own teacher, in evaluation mode and without gradients.
 
     Returns:
-        None where the float model is to teach.
+        The teacher, or None if the float model is the teacher.
 
     Raises:
-        UserError: it cannot be built, or is no module.
+        UserError: the call fails, does not return a module, or leaves parameters without values.
     """
     own = getattr(task, "build_teacher", None)
     if own is None:
         return None
-    with _told_as("build_teacher()"):
+    with _report_failure("build_teacher()"):
         teacher = own()
     if teacher is None:
         return None
-    module = _in_memory(teacher, "build_teacher()", "a module or None")
+    module = _initialized(teacher, "build_teacher()", "a module or None")
     return module.eval().requires_grad_(False)
 
 
 def num_samples(task: object, batch: Any) -> int:
-    """Training samples in a batch: the task's own count, else its first tensor's length."""
+    """Return the task's count of samples in a batch, by default the first tensor's length."""
     own = getattr(task, "num_samples", None)
     if own is not None:
         return int(own(batch))
     first = next(_tensors(batch), None)
     if first is None or first.ndim == 0:
         raise UserError(
-            f"task {type(task).__name__} needs num_samples(batch): its batches hold no tensor"
+            f"task {type(task).__name__} needs num_samples(batch): its batches contain no tensor"
         )
     return int(first.shape[0])
 
 
 def to_device(task: object, batch: Any, device: torch.device | str) -> Any:
-    """The batch on `device`: by the task's own method, else every tensor in nested containers."""
+    """Return a batch on a device.
+
+    Args:
+        task: the task. Its own method is used if it has one.
+        batch: a batch of the task's loader.
+        device: the target.
+
+    Returns:
+        The batch; by default a copy of nested containers with all tensors moved.
+    """
     own = getattr(task, "to_device", None)
     return own(batch, device) if own is not None else move(batch, device)
 
 
 def evaluate(task: Task, model: nn.Module, split: str) -> dict[str, float]:
-    """The task's figures of a split; evaluation mode is set here, whatever the task does."""
+    """Return the task's metrics on a split, computed in evaluation mode without gradients.
+
+    Args:
+        task: the task.
+        model: the model; its modes are restored afterwards.
+        split: one of `SPLITS`.
+
+    Returns:
+        Metrics by name.
+    """
     with evaluating(model):
         return {name: float(value) for name, value in task.evaluate(model, split).items()}
 
 
 def load_data(task: object) -> None:
-    """Let the task read its data now, where it knows how to.
+    """Call the task's `load_data` if it has one.
 
     Raises:
-        UserError: something wrong that the task names, or a file that may not be read.
+        UserError: the task rejects its data, or a file cannot be read.
     """
     own = getattr(task, "load_data", None)
     if own is not None:
@@ -219,46 +258,54 @@ def load_data(task: object) -> None:
 
 
 def unreadable(error: PermissionError) -> str:
-    """What is to be said of a file or folder that this user may not read."""
+    """Return the message about a file or folder without read permission."""
     return f"{error.filename or error}: cannot be read: permission denied"
 
 
 def input_bits(task: object) -> int | None:
-    """Bit-width of the model's raw input, or None where it is quantized like any activation."""
+    """Return the bit-width of the raw input, or None if it is quantized like any activation."""
     bits: int | None = getattr(task, "input_bits", None)
     return bits
 
 
 def dataset(task: object) -> dict[str, Any]:
-    """Name, sizes of the splits and digest of the data; what the task does not tell is empty."""
+    """Return name, split sizes and digest of the data, with defaults for missing entries."""
     own = getattr(task, "dataset", None)
     known: Mapping[str, Any] = own() if own is not None else {}
     return {"name": type(task).__name__, "splits": {}, "digest": None, **known}
 
 
-def named_split(splits: Mapping[str, Part], name: str) -> Part:
-    """One of a task's splits; `UserError` for an unknown name."""
+def named_split(splits: Mapping[str, SplitT], name: str) -> SplitT:
+    """Return one of a task's splits, or raise `UserError` if the name is unknown."""
     if name not in splits:
         raise UserError(f"no split named '{name}'{nearest(name, splits)}")
     return splits[name]
 
 
 def check_batch_size(size: int) -> None:
-    """Raise `UserError` for a batch without samples."""
+    """Raise `UserError` unless a batch size is positive."""
     if size < 1:
         raise UserError(f"batch_size {size} is not positive")
 
 
 def move(batch: Any, device: torch.device | str) -> Any:
-    """Copy of nested tuples, lists and mappings whose tensors lie on `device`."""
+    """Return a copy of nested tuples, lists and mappings with every tensor on `device`."""
     return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def take(task: object, batch: Any, part: slice) -> Any:
-    """Some samples of a batch: by the task's own method, else those rows of its tensors.
+    """Return the samples of a batch that a slice selects.
+
+    Args:
+        task: the task. Its own method is used if it has one.
+        batch: a batch of the task's loader.
+        part: samples to select.
+
+    Returns:
+        A smaller batch; by default with these rows of every tensor as long as the first one.
 
     Raises:
-        UserError: the task has no method, and its batches are no tensors with a row a sample.
+        UserError: the task has no method, and its first tensor does not have one row per sample.
     """
     own = getattr(task, "take", None)
     if own is not None:
@@ -266,15 +313,15 @@ def take(task: object, batch: Any, part: slice) -> Any:
     first = next(_tensors(batch), None)
     if first is None or first.ndim == 0 or len(first) != num_samples(task, batch):
         raise UserError(
-            f"task {type(task).__name__}: its batches are no tensors with a row for each sample, "
-            "so several processes cannot share them; give it take(batch, part), or each trial one "
-            "process (resources.workers, resources.gpus)"
+            f"task {type(task).__name__}: its batches are not tensors with one row per sample, "
+            "so processes cannot share them; define take(batch, part), or give each trial a "
+            "single process (resources.workers, resources.gpus)"
         )
     return _mapped(batch, lambda t: t[part] if t.ndim and len(t) == len(first) else t)
 
 
 def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Copy of nested tuples, lists and mappings with other tensors."""
+    """Return a copy of nested containers with a function applied to every tensor."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -287,7 +334,7 @@ def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and mappings, first to last."""
+    """Yield the tensors in nested tuples, lists and mappings, in order."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
@@ -300,7 +347,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has its former mode again."""
+    """Run a block in evaluation mode without gradients, then restore the mode of every module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

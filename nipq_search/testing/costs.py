@@ -58,7 +58,7 @@ class CostConformance:
 
     @_SETTINGS
     @given(graph=graphs())
-    def test_costs_never_fall_with_more_bits(self, graph: Graph) -> None:
+    def test_costs_never_decrease_with_more_bits(self, graph: Graph) -> None:
         """Raising one bit-width, or all of them, never lowers the cost."""
         name, (least, most) = self.cost.name, ends(graph)
         assert exact_cost(name, graph, least) <= exact_cost(name, graph, most)
@@ -80,7 +80,7 @@ class CostConformance:
         more = exact_cost(name, graph, {n: b + 1 for n, b in least.items()})
         assert exact_cost(name, graph, least) - 1 <= middle <= more + 1e-9
 
-    def test_estimate_equals_exact_at_whole_bits(self) -> None:
+    def test_estimate_equals_exact_cost_at_integer_bits(self) -> None:
         """The estimate equals the exact cost at integer bit-widths, learned and frozen."""
         name, model = self.cost.name, net()
         graph = quant_state(model).graph
@@ -116,7 +116,7 @@ class CostConformance:
         assert any(g is not None and g.abs() > 0 for g in gradients)
         assert estimate(*thetas).shape == ()
 
-    def test_nothing_searched_still_has_an_estimate(self) -> None:
+    def test_models_without_searched_tensors_have_an_estimate(self) -> None:
         """The estimate and the penalty exist for a model without quantized tensors."""
         model = net(pin={"*": "float"})
         assert cost_estimate(self.cost.name, model).shape == ()

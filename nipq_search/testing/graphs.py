@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from nipq_search.quant.graph import Graph, LayerInfo, TensorInfo
+from nipq_search.quant.quantizers.base import TensorRole
 
 allowed_sets = st.sets(st.integers(2, 8), min_size=1, max_size=5).map(
     lambda widths: tuple(sorted(widths))
@@ -21,7 +22,7 @@ def graphs(draw: st.DrawFn) -> Graph:
     layers: list[LayerInfo] = []
     inputs: list[str] = []
 
-    def add(name: str, role: str, numel: int, **rest: Any) -> str:
+    def add(name: str, role: TensorRole, numel: int, **rest: Any) -> str:
         tensors[name] = TensorInfo(name=name, role=role, numel=numel, **rest)
         return name
 
@@ -29,7 +30,7 @@ def graphs(draw: st.DrawFn) -> Graph:
         name = f"layer{index}"
         weight = add(
             f"{name}.weight",
-            "weight",
+            TensorRole.WEIGHT,
             draw(st.integers(1, 500)),
             scales=draw(st.integers(1, 8)),
             allowed=draw(allowed_sets),
@@ -44,12 +45,12 @@ def graphs(draw: st.DrawFn) -> Graph:
                 "float": {"fixed_bits": 32},
             }
             rest = kinds[kind]
-            source = add(f"{name}.input", "activation", draw(st.integers(1, 500)), **rest)
+            source = add(f"{name}.input", TensorRole.ACTIVATION, draw(st.integers(1, 500)), **rest)
             inputs.append(source)
         macs = draw(st.integers(1, 10_000))
         layers.append(LayerInfo(name=name, kind="linear", macs=macs, weight=weight, input=source))
     if draw(st.booleans()):
-        add("(addition 0)", "addition", draw(st.integers(1, 50)), fixed_bits=32)
+        add("(addition 0)", TensorRole.ADDITION, draw(st.integers(1, 50)), fixed_bits=32)
         layers.append(
             LayerInfo(name="(unconverted)", kind="functional", macs=7, weight=None, input=None)
         )

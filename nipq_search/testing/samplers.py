@@ -9,7 +9,7 @@ import pytest
 
 from nipq_search.search.config.space import distribution
 from nipq_search.search.strategies.samplers import SamplerFactory, random
-from nipq_search.search.study.ledger import suggest
+from nipq_search.search.study.proposals import suggest
 
 SPACE: dict[str, dict[str, list[Any]]] = {
     "lr": {"log": [0.01, 0.1]},
@@ -50,7 +50,7 @@ class SamplerConformance:
         return ask(study)[1]
 
     @pytest.mark.parametrize("history", [0, 12])
-    def test_samplers_propose_within_the_space_as_their_seed_says(self, history: int) -> None:
+    def test_samplers_propose_reproducibly_within_the_space(self, history: int) -> None:
         """Proposals are in the space, equal for equal seeds and different for others."""
         proposals = [self.propose(seed, history) for seed in (3, 3, 4)]
         assert proposals[0] == proposals[1] != proposals[2]
@@ -59,7 +59,7 @@ class SamplerConformance:
                 allowed = distribution(key, form)
                 assert allowed._contains(allowed.to_internal_repr(proposal[key]))
 
-    def test_samplers_go_through_a_search_with_failures(self) -> None:
+    def test_samplers_handle_failed_trials(self) -> None:
         """A search with failed trials never proposes the same learning rate twice."""
         study = study_of(None)
         for number in range(14):

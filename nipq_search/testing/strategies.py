@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from nipq_search.search.strategies.expected_gain import Axes
-from nipq_search.search.strategies.strategies import Finished, Seen, Strategy
+from nipq_search.search.strategies.strategies import Finished, SearchState, Strategy
 
 BUDGETS = ({"bops": 400.0}, {"bops": 200.0}, {"bops": 100.0}, {"bops": 80.0}, {"bops": 70.0})
 AXES = Axes(cost="bops", least=60.0, most=1600.0, reference=0.7, best=0.9)
@@ -30,14 +30,14 @@ class StrategyConformance:
         finished: list[Finished] = []
         served = []
         for number in range(3 * budgets):
-            seen = Seen(
+            state = SearchState(
                 budgets=BUDGETS[:budgets],
                 assigned=list(assigned),
                 finished=list(finished),
                 axes=AXES,
             )
-            target = strategy.target(seen)
-            assert target == self.strategy().target(seen), "no hidden state"
+            target = strategy.assign(state)
+            assert target == self.strategy().assign(state), "no hidden state"
             assert 0 <= target.budget < budgets
             targets = dict(target.targets or BUDGETS[target.budget])
             assert AXES.least <= targets["bops"] <= AXES.most

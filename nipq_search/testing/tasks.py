@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import math
@@ -18,6 +17,7 @@ from nipq_search.errors import UserError
 from nipq_search.quant.tracing.flow import tensors_in
 from nipq_search.quant.tracing.trace import as_arguments
 from nipq_search.tasks import TASKS, Task, base, check_task, make_task
+from nipq_search.tasks.common.sections import flat_parameters
 from nipq_search.train.forward import SharedForward
 
 NAME = "task under test"
@@ -256,7 +256,7 @@ class TaskConformance:
             assert len(one & other) < 0.01 * min(len(one), len(other))
         digest = base.dataset(instance)["digest"]
         assert base.dataset(self.make(arguments))["digest"] == digest
-        if "split_seed" in inspect.signature(type(self).task).parameters:
+        if "split_seed" in flat_parameters(type(self).task):
             assert base.dataset(self.make({**arguments, "split_seed": 1}))["digest"] != digest
 
 

@@ -1,12 +1,13 @@
-"""What a sweep leaves for people: tables on disk and runs in MLflow. The only importer of mlflow.
+"""Views of a sweep: parquet tables and MLflow runs. Only this package imports mlflow.
 
-Both are projections of the sweep's own records. They can be deleted and built again, so nothing
-in the search ever reads them back to decide something.
+Both are derived from the sweep's records and can be deleted and rebuilt, so the search never reads
+them. Start reading in `recorder.py`. Imports `records`, `storage` and `errors`.
 
-    tables      results.parquet and curves.parquet as pure functions of the records
-    projection  what one trial looks like as an MLflow run, as pure functions
-    server      the MLflow connection: where it is, its experiment, its artifacts
-    recorder    brings a server up to date with the sweep, again and again
+    tables    results and curves tables as pure functions of the records
+    run_view  params, tags and metrics of a trial's MLflow run as pure functions
+    runs      incremental updates of one MLflow run
+    server    the MLflow connection: address, experiment and artifacts
+    recorder  keeps a server up to date with the sweep
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["MlflowRecorder", "curves_table", "read_table", "results_table", "wri
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: pandas and mlflow are slow to load."""
+    """Import a public name on first access, because pandas and mlflow are slow to load."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -1,15 +1,14 @@
-"""The sweep in MLflow: a projection that can be repeated at any time and doubles nothing.
+"""Recording of a sweep in MLflow; idempotent, so it can be repeated without duplicate runs.
 
-All sweeps of a server share one experiment, `nipq_search`, because MLflow's table and its charts
-compare runs within an experiment: so two sweeps stand side by side without a detour. A sweep is a
-parent run with the sweep's name; its trials are child runs, folded below it, named after the
-trial's number and budget.
+All sweeps of a server share the experiment `nipq_search`, because MLflow's table and charts
+compare runs within one experiment. A sweep is a parent run with the sweep's name. Its trials are
+nested child runs, named after the trial's number and budget.
 
-Runs are found again by their tags, never by a local file of run ids:
+Runs are identified by their tags instead of a local file of run ids:
 
     nipq.sweep_id   on the parent: the sweep's identity, see `MlflowRecorder`
-    nipq.trial      on a child: the trial's number, unique below one parent
-    nipq.digest     on a child: digest of the record that it shows, sent last of all
+    nipq.trial      on a child: the trial's number, unique among the children of a parent
+    nipq.digest     on a child: digest of the recorded trial, sent last
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nipq_search.records import CurvePoint, TrialRecord
-from nipq_search.tracking import projection, server
+from nipq_search.tracking import run_view, server
 from nipq_search.tracking.runs import RunMemory, find_runs
 
 if TYPE_CHECKING:
@@ -33,30 +32,35 @@ if TYPE_CHECKING:
 log = logging.getLogger("nipq_search")
 
 REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-"""MLflow's error codes for values that it will refuse however often they are sent."""
-LONGEST_PAUSE_SECONDS = 300.0
+"""MLflow error codes for values that it rejects on every attempt."""
+MAX_RETRY_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
-    """What a child run ought to show."""
+    """The intended content of a child run."""
 
     trial: TrialRecord
     curve: tuple[CurvePoint, ...]
     layers: tuple[Mapping[str, Any], ...] | None
 
     def digest(self) -> str:
-        """Digest of everything but `on_front` (other trials change it) and the layers."""
+        """Return the digest of the record without `on_front`, which other trials change."""
         record = asdict(self.trial)
         del record["on_front"]
-        return projection.fingerprint(record, [asdict(point) for point in self.curve])
+        return run_view.fingerprint(record, [asdict(point) for point in self.curve])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Server:
-    """A live connection, and the sweep's runs as they were found there.
+    """An open connection, and the sweep's runs on the server.
 
-    `front` holds the trials whose runs are tagged as on the front.
+    Attributes:
+        client: the MLflow client.
+        experiment: id of the experiment.
+        parent: the sweep's run.
+        children: the trials' runs by trial number.
+        front: trials whose runs are tagged `on_front`.
     """
 
     client: MlflowClient
@@ -67,11 +71,11 @@ class _Server:
 
 
 class MlflowRecorder:
-    """Brings MLflow up to date with a sweep. No method ever raises into the search.
+    """Keeps MLflow up to date with a sweep. No method raises an exception.
 
-    Where the server is away there is one warning; what could not be sent is kept and sent with a
-    later call, at the latest with `finish`, or by the recorder of a later run of the sweep.
-    Meant for one thread of one process, the sweep's driver.
+    If the server is unavailable, one warning is logged. Unsent data are kept and sent by a later
+    call, at the latest by `finish`, or by the recorder of a later run of the sweep. Not
+    thread-safe; only the sweep's driver may use it.
     """
 
     def __init__(
@@ -83,15 +87,16 @@ class MlflowRecorder:
         identity: str | None = None,
         retry_seconds: float = 30.0,
     ) -> None:
-        """Remember where to write; nothing is opened before `begin`.
+        """Store the arguments; the connection is opened by `begin`.
 
         Args:
             out: the sweep's folder.
             sweep: the sweep's name.
-            uri: the server; None for `MLFLOW_TRACKING_URI`, or else SQLite in `out`.
-            identity: what tells this sweep from another of the same name on the same server; a
-                database in `out` needs none.
-            retry_seconds: pause after a failure, doubled with each further one up to 5 minutes.
+            uri: URI of the server; None selects `MLFLOW_TRACKING_URI`, or SQLite in `out`.
+            identity: distinguishes this sweep from others of the same name on the same server;
+                not needed for a database in `out`.
+            retry_seconds: initial pause after a failure, doubled with each further failure up to
+                5 minutes.
         """
         self._out = out.absolute()
         self._sweep = sweep
@@ -99,23 +104,23 @@ class MlflowRecorder:
         self._identity = identity
         self._first_pause = self._pause = retry_seconds
         self._retry_at = 0.0
-        self._away = False
+        self._unavailable = False
         self._begun: tuple[Mapping[str, Any], Mapping[str, str], Mapping[str, Any]] | None = None
         self._ended: str | None = None
         self._server: _Server | None = None
         self._wanted: dict[int, _Wanted] = {}
-        self._behind: set[int] = set()
+        self._unsent: set[int] = set()
         self._front: set[int] | None = None
 
     @property
     def address(self) -> str:
-        """Where it writes, without user and password."""
+        """URI of the server without credentials."""
         return re.sub(r"//[^/@]*@", "//", self._uri)
 
     @property
     def behind(self) -> bool:
-        """Whether something given to this recorder has not reached the server yet."""
-        return self._away or bool(self._behind)
+        """Whether any data passed to this recorder have not reached the server yet."""
+        return self._unavailable or bool(self._unsent)
 
     def begin(
         self, config: Mapping[str, Any], tags: Mapping[str, str], dataset: Mapping[str, Any]
@@ -123,10 +128,10 @@ class MlflowRecorder:
         """Find or create the sweep's run, set it to RUNNING, and read the trials' runs.
 
         Args:
-            config: the resolved configuration, logged as flat params. A param cannot change, so
-                a value that a resume changed stands in the tag `now.<key>`.
-            tags: further tags, before which the recorder's own give way.
-            dataset: `name`, `digest` and anything else that describes the data.
+            config: the resolved configuration, logged as flat params. Params are immutable in
+                MLflow, so values that a resume changed are stored in the tag `now.<key>`.
+            tags: additional tags, which override the default context tags.
+            dataset: `name`, `digest` and other properties of the data.
         """
         self._begun = (config, tags, dataset)
         self._ended = None
@@ -139,20 +144,25 @@ class MlflowRecorder:
         curve: Sequence[CurvePoint],
         layers: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Show `trial` as it is now, with all of its epochs so far.
+        """Record the current state of a trial.
 
-        Cheap to repeat: only what the server lacks is sent. An epoch that is already there stays
-        as it is. `layers` (one mapping per layer, as `show --json` has them) become the artifact
-        `bits.json`.
+        Only differences are sent, so repeated calls are cheap. Epochs that the server already
+        stores do not change.
+
+        Args:
+            trial: the trial's record.
+            curve: all its epochs so far.
+            layers: one mapping per layer, in the format of `show --json`; stored as the artifact
+                `bits.json`. None keeps the layers of an earlier call.
         """
         known = self._wanted.get(trial.trial)
         kept = tuple(layers) if layers is not None else (known.layers if known else None)
         self._wanted[trial.trial] = _Wanted(trial=trial, curve=tuple(curve), layers=kept)
-        self._behind.add(trial.trial)
+        self._unsent.add(trial.trial)
         self._attempt()
 
     def update_front(self, numbers: Collection[int]) -> None:
-        """Set the tag `on_front` of every trial; from then on it rules over the records' own."""
+        """Set the tag `on_front` of every trial; it overrides the records' `on_front`."""
         self._front = set(numbers)
         self._attempt()
 
@@ -162,12 +172,12 @@ class MlflowRecorder:
         artifacts: Sequence[Path] = (),
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """End the sweep's run, with its files and summary figures; no trial is left RUNNING.
+        """End the sweep's run and all trials' runs; store files and summary metrics.
 
         Args:
-            status: `FINISHED`, `FAILED` or `KILLED`.
-            artifacts: files to store with the sweep's run under their own names.
-            metrics: figures of the sweep as a whole, such as `hypervolume`.
+            status: MLflow status: `FINISHED`, `FAILED` or `KILLED`.
+            artifacts: files to store in the sweep's run under their own names.
+            metrics: metrics of the whole sweep, such as `hypervolume`.
         """
         self._ended = status
         self._attempt(force=True)
@@ -175,16 +185,16 @@ class MlflowRecorder:
             self._guard(lambda found: self._close(found, status, artifacts, metrics or {}))
 
     def _attempt(self, force: bool = False) -> None:
-        """Bring the server up to date, unless it failed a moment ago."""
+        """Bring the server up to date, unless the pause after a failure has not passed yet."""
         if self._begun is None or (not force and time.monotonic() < self._retry_at):
             return
-        self._guard(self._project_all)
+        self._guard(self._send_all)
 
     def _guard(self, action: Any) -> None:
-        """Call `action` with the connection; a failure is a warning and forgets the connection.
+        """Call `action` with the connection; on failure, log a warning and drop the connection.
 
-        Forgetting is what keeps a half-done call from being doubled: the next one reads anew
-        what the server holds.
+        The next call reconnects and reads the server's state again, so data of an incomplete call
+        are not duplicated.
         """
         try:
             if self._server is None:
@@ -193,38 +203,38 @@ class MlflowRecorder:
         except Exception as error:
             self._server = None
             self._retry_at = time.monotonic() + self._pause
-            self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
-            if not self._away:
+            self._pause = min(2 * self._pause, MAX_RETRY_SECONDS)
+            if not self._unavailable:
                 fix = ""
                 if self._uri == server.own_uri(self._out):
-                    fix = "; if it stays so, remove mlflow.db and the same command writes it again"
+                    fix = "; if this persists, remove mlflow.db: the same command writes it again"
                 log.warning("MLflow is not up to date, nothing is lost: %s%s", _line(error), fix)
-            self._away = True
+            self._unavailable = True
         else:
-            if self._away:
+            if self._unavailable:
                 log.info("MLflow is up to date again")
-            self._away, self._retry_at, self._pause = False, 0.0, self._first_pause
+            self._unavailable, self._retry_at, self._pause = False, 0.0, self._first_pause
 
     def _connect(self) -> _Server:
-        """Open the server and find, or create, the sweep's run; read the trials' runs."""
+        """Connect to the server, find or create the sweep's run, and read the trials' runs."""
         assert self._begun is not None
         config, tags, dataset = self._begun
         client = server.open_client(self._uri)
         experiment = server.experiment_id(client, self._uri, self._out)
-        # Text without quotes, for the server's filters.
-        identity = projection.fingerprint(self._sweep, self._identity)
+        # A digest contains no quotes, which the server's filters cannot escape.
+        identity = run_view.fingerprint(self._sweep, self._identity)
         tags = {**server.context_tags(), **{k: str(v) for k, v in tags.items()}}
         tags |= {"nipq.sweep": self._sweep, "nipq.sweep_id": identity}
-        tags = {key: value[: projection.TAG_LIMIT] for key, value in tags.items()}
+        tags = {key: value[: run_view.TAG_LIMIT] for key, value in tags.items()}
         found = find_runs(client, experiment, "nipq.sweep_id", identity)
         if found:
             parent = found[0]
         else:
             run = client.create_run(experiment, tags=tags, run_name=self._sweep)
             parent = RunMemory(client, run)
-        params = projection.flatten(config)
+        params = run_view.flatten(config)
         changed = {k: v for k, v in params.items() if parent.params.get(k, v) != v}
-        # A value that a resume changed and a later one changed back must not stay wrong.
+        # Also update values that one resume changed and a later one reverted.
         changed |= {k: v for k, v in params.items() if f"now.{k}" in parent.tags}
         parent.send(params=params, tags=tags | {f"now.{k}": v for k, v in changed.items()})
         inputs = parent.run.inputs
@@ -240,34 +250,34 @@ class MlflowRecorder:
             client=client, experiment=experiment, parent=parent, children=children, front=front
         )
 
-    def _project_all(self, found: _Server) -> None:
-        """Send every trial that is behind, and the tags of the front."""
-        for number in sorted(self._behind):
+    def _send_all(self, found: _Server) -> None:
+        """Send every unsent trial, and the tags of the front."""
+        for number in sorted(self._unsent):
             try:
-                self._project(found, self._wanted[number])
+                self._send_trial(found, self._wanted[number])
             except Exception as error:
                 if getattr(error, "error_code", None) not in REJECTED:
                     raise
-                log.warning("MLflow refuses a value of trial %d: %s", number, _line(error))
-            self._behind.discard(number)
-        # Only where it differs: with thousands of trials, each new one would cost ever more.
+                log.warning("MLflow rejects a value of trial %d: %s", number, _line(error))
+            self._unsent.discard(number)
+        # Update only tags that differ: updating all would take longer with every trial.
         wanted = found.front if self._front is None else self._front
         for number in sorted((wanted ^ found.front) & found.children.keys()):
             found.children[number].send(tags={"on_front": str(number in wanted).lower()})
             found.front.symmetric_difference_update({number})
 
-    def _project(self, found: _Server, wanted: _Wanted) -> None:
-        """Bring one trial's run up to date."""
+    def _send_trial(self, found: _Server, wanted: _Wanted) -> None:
+        """Bring the run of one trial up to date."""
         trial = wanted.trial
         child = found.children.get(trial.trial)
-        if trial.state not in projection.STATUS:  # it waits: nothing has happened yet
+        if trial.state not in run_view.STATUS:  # a waiting trial has no run
             return
-        status, digest = projection.STATUS[trial.state], ""
+        status, digest = run_view.STATUS[trial.state], ""
         if status == "RUNNING":
             status = "RUNNING" if self._ended is None else "KILLED"
         else:
             digest = wanted.digest()
-        tags = self._fixed_tags() | projection.trial_tags(trial)
+        tags = self._fixed_tags() | run_view.trial_tags(trial)
         on_front = self._is_on_front(trial)
         tags["on_front"] = str(on_front).lower()
         if child is None:
@@ -279,7 +289,7 @@ class MlflowRecorder:
                     tags=server.context_tags()
                     | tags
                     | {"mlflow.parentRunId": found.parent.run_id},
-                    run_name=projection.run_name(trial),
+                    run_name=run_view.run_name(trial),
                 ),
             )
             found.children[trial.trial] = child
@@ -289,23 +299,23 @@ class MlflowRecorder:
         if digest and child.tags.get("nipq.digest") == digest:
             child.send(tags=tags)
         else:
-            rows = projection.trial_rows(trial, wanted.curve)
+            rows = run_view.trial_rows(trial, wanted.curve)
             if digest:
                 tags["nipq.digest"] = digest
-            child.send(params=projection.trial_params(trial), tags=tags, rows=rows)
+            child.send(params=run_view.trial_params(trial), tags=tags, rows=rows)
         (found.front.add if on_front else found.front.discard)(trial.trial)
 
     def _fixed_tags(self) -> dict[str, str]:
-        """Tags that the sweep's configuration gives where a trial searched nothing else."""
+        """Return the tags that follow from the configuration unless a trial searches the value."""
         train = self._begun[0].get("train") if self._begun else None
         strength = train.get("lambda") if isinstance(train, Mapping) else None
-        return {} if strength is None else {"lambda": projection.value_text(strength)}
+        return {} if strength is None else {"lambda": run_view.value_text(strength)}
 
     def _store_layers(
         self, found: _Server, child: RunMemory, layers: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Store the bits by layer as `bits.json`, unless the run holds just these."""
-        digest = projection.fingerprint(layers)
+        """Store the bits by layer as `bits.json`, unless the run already contains them."""
+        digest = run_view.fingerprint(layers)
         if child.tags.get("nipq.bits") != digest:
             data = (json.dumps(layers, indent=1, default=str) + "\n").encode()
             server.store_artifact(found.client, self._uri, child.run, "bits.json", data)
@@ -318,7 +328,7 @@ class MlflowRecorder:
         artifacts: Sequence[Path],
         metrics: Mapping[str, float],
     ) -> None:
-        """End all runs: first what still runs, then the files, the sweep's own run last."""
+        """End the runs of the trials, store the files, and end the sweep's run last."""
         now = _milliseconds(None)
         for child in found.children.values():
             if child.status == "RUNNING":
@@ -327,12 +337,12 @@ class MlflowRecorder:
             if path.is_file():
                 data = path.read_bytes()
                 server.store_artifact(found.client, self._uri, found.parent.run, path.name, data)
-        # Each end of the sweep is a step of its own, unless nothing has changed since the last.
-        keys = {projection.clean_key(key): float(value) for key, value in metrics.items()}
+        # Each run of the sweep appends a step, unless no metric has changed.
+        keys = {run_view.clean_key(key): float(value) for key, value in metrics.items()}
         if any(found.parent.metrics.get(key) != value for key, value in keys.items()):
             step = int(found.parent.tags.get("nipq.ends", "0"))
             rows = [
-                projection.Row(key=key, step=step, timestamp=now, value=value)
+                run_view.Row(key=key, step=step, timestamp=now, value=value)
                 for key, value in keys.items()
             ]
             found.parent.send(rows=rows, tags={"nipq.ends": str(step + 1)})
@@ -340,16 +350,16 @@ class MlflowRecorder:
         found.parent.set_status(status, now)
 
     def _is_on_front(self, trial: TrialRecord) -> bool:
-        """Whether a trial is on the front: the given one, else as its record says."""
+        """Whether a trial is on the front, according to `update_front` or else its record."""
         return trial.on_front if self._front is None else trial.trial in self._front
 
 
 def _milliseconds(seconds: float | None) -> int:
-    """Unix time in milliseconds; now, where it is not known."""
-    return projection.milliseconds(time.time() if seconds is None else seconds)
+    """Convert Unix time to milliseconds; None gives the current time."""
+    return run_view.milliseconds(time.time() if seconds is None else seconds)
 
 
 def _line(error: BaseException) -> str:
-    """An error as one line without the password that a server's address may contain."""
+    """Format an error on one line, without the credentials that an address may contain."""
     text = str(error).strip() or type(error).__name__
     return re.sub(r"//[^/@\s]*@", "//***@", text.splitlines()[0])[:300]

@@ -1,4 +1,4 @@
-"""One MLflow run and what it is known to hold, so that only differences are sent."""
+"""Incremental updates of MLflow runs: only differences from a local copy of a run are sent."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from nipq_search.tracking.projection import Row, chunks
+from nipq_search.tracking.run_view import Row, chunks
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 METRICS_PER_BATCH = 800
-"""MLflow takes 1,000 entries a batch, 100 of them params and 100 of them tags."""
+"""MLflow accepts 1,000 entries per batch, at most 100 of them params and 100 tags."""
 TEXTS_PER_BATCH = 100
 
 
 class RunMemory:
-    """A run on the server together with a memory of its params, tags, status and metric rows.
+    """A run on the server, with a local copy of its params, tags, status and metric rows.
+
+    Args:
+        client: the MLflow client.
+        run: the run, just found or created.
 
     Attributes:
-        run: the MLflow run as it was found or created.
-        status: its status as last seen or set.
-        tags: its tags as last seen or set.
-        metrics: its latest value by metric key, as it was found.
+        run: the run as found or created.
+        status: its last known status.
+        params: its last known params.
+        tags: its last known tags.
+        metrics: its latest value by metric key.
     """
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
-        """Remember what `run`, fresh from a search or just created, holds."""
+        """Copy the state of `run`."""
         self._client = client
         self.run = run
         self.run_id: str = run.info.run_id
@@ -40,10 +45,10 @@ class RunMemory:
         self._unread = set(self.metrics)
 
     def missing(self, rows: Iterable[Row]) -> list[Row]:
-        """Those of `rows` whose (key, step) the run does not hold yet.
+        """Return those of `rows` whose (key, step) the run does not contain yet.
 
-        A search tells only the latest value of a key, so the history of a key that a run was
-        found with is read once, and only when there is something to write under that key.
+        A search returns only the latest value of each key. The full history of an existing key is
+        therefore read once, before the first write to that key.
         """
         rows = list(rows)
         for key in self._unread & {row.key for row in rows}:
@@ -59,9 +64,14 @@ class RunMemory:
         tags: Mapping[str, str] | None = None,
         rows: Iterable[Row] = (),
     ) -> None:
-        """Send what the run lacks of `params`, `tags` and `rows`, tags last; maybe nothing.
+        """Send the entries that the run does not contain yet, tags last.
 
-        Params cannot be changed in MLflow: those that are there already are left alone.
+        Params are immutable in MLflow, so existing ones are skipped.
+
+        Args:
+            params: params by key.
+            tags: tags by key.
+            rows: metric values.
         """
         from mlflow.entities import Metric, Param, RunTag
 
@@ -72,7 +82,7 @@ class RunMemory:
         param_parts = list(chunks(list(new_params.items()), TEXTS_PER_BATCH))
         tag_parts = list(chunks(list(new_tags.items()), TEXTS_PER_BATCH))
         count = max(len(metric_parts), len(param_parts), len(tag_parts))
-        # Aligned at the end, so that the batch with the last tags is the last of all.
+        # Align the parts at the end, so that the last batch contains the last tags.
         for number in range(-count, 0):
             batch_rows = metric_parts[number] if -number <= len(metric_parts) else ()
             batch_params = param_parts[number] if -number <= len(param_parts) else ()
@@ -88,7 +98,7 @@ class RunMemory:
             self.tags |= dict(batch_tags)
 
     def set_status(self, status: str, ended: int | None = None) -> None:
-        """Set the status unless it is set; `ended` in milliseconds, for any but RUNNING."""
+        """Set the status if it differs; `ended` is the end time in milliseconds."""
         if status == self.status:
             return
         if status == "RUNNING":
@@ -99,9 +109,16 @@ class RunMemory:
 
 
 def find_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> list[RunMemory]:
-    """Every active run of `experiment` whose `tag` equals `value`, oldest first.
+    """Return the active runs with a given tag, oldest first.
 
-    `value` must not contain quotes: MLflow's filter language cannot escape them.
+    Args:
+        client: the MLflow client.
+        experiment: id of the experiment.
+        tag: key of the tag.
+        value: value of the tag, without quotes, which MLflow's filter language cannot escape.
+
+    Returns:
+        The matching runs.
     """
     found: list[RunMemory] = []
     token: str | None = None

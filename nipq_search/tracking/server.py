@@ -1,10 +1,10 @@
-"""The connection to MLflow: where the server is, its experiment, and where artifacts go.
+"""The connection to MLflow: address, experiment and location of artifacts.
 
-Without `MLFLOW_TRACKING_URI`, runs go to the SQLite file `mlflow.db` in the sweep's folder.
-Their artifacts are recorded under `mlflow-artifacts:`, MLflow's scheme for files that its server
-hands out, and are written where that server looks for them: in `mlartifacts/` beside the
-database. No absolute path is stored, so `cd DIR && mlflow ui` shows everything even after DIR
-has been moved or copied. A real server stores artifacts itself.
+Without `MLFLOW_TRACKING_URI`, runs are stored in the SQLite file `mlflow.db` in the sweep's
+folder. Their artifacts are recorded under `mlflow-artifacts:`, MLflow's scheme for files served by
+its server, and written to the folder that this server reads by default, `mlartifacts/` next to the
+database. No absolute path is stored, so `cd DIR && mlflow ui` also works after DIR has been moved
+or copied. A remote server stores artifacts itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "nipq_search"
-"""The one experiment that all sweeps of a server share; see `recorder` for the reason."""
+"""The experiment that all sweeps of a server share; see `recorder` for the reason."""
 
 PROXY = "mlflow-artifacts:/"
 
@@ -39,12 +39,12 @@ DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-"""Environment that is set unless the user did: a server that is away must not hold the search, and
-MLflow would send again what may have arrived, such as the request for a new run."""
+"""Default environment variables. An unavailable server must not block the search, and a retry by
+MLflow could duplicate a request that has arrived, such as the creation of a run."""
 
 
 def tracking_uri(out: Path, uri: str | None = None) -> str:
-    """The server to write to: `uri`, else that of the environment, else SQLite in `out`.
+    """Return the server's URI: `uri`, else that of the environment, else SQLite in `out`.
 
     Raises:
         UserError: `MLFLOW_TRACKING_URI_FILE` cannot be read.
@@ -53,9 +53,10 @@ def tracking_uri(out: Path, uri: str | None = None) -> str:
 
 
 def given_uri() -> str | None:
-    """`MLFLOW_TRACKING_URI`, or what is in the file that `MLFLOW_TRACKING_URI_FILE` names.
+    """Return `MLFLOW_TRACKING_URI`, or the content of the file `MLFLOW_TRACKING_URI_FILE`.
 
-    A database's URL holds a password, and Ray's dashboard shows the environment of jobs.
+    The file exists because a database URL contains a password, and Ray's dashboard displays the
+    environment of jobs.
 
     Raises:
         UserError: the file cannot be read.
@@ -64,23 +65,23 @@ def given_uri() -> str | None:
 
 
 def own_uri(out: Path) -> str:
-    """URI of the SQLite file in the sweep's own folder."""
+    """Return the URI of the SQLite file in the sweep's folder."""
     return f"sqlite:///{out.absolute()}/mlflow.db"
 
 
 def open_client(uri: str) -> MlflowClient:
-    """Connect to `uri`; a SQLite database is created where there is none.
+    """Connect to `uri`; a missing SQLite database is created.
 
     Raises:
-        Exception: whatever MLflow raises for a database that it cannot open.
+        Exception: MLflow cannot open the database.
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    # A new database reports each of its migrations at INFO.
+    # Creating a database logs each migration at INFO level.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # MLflow's own use of its dependencies is no concern of ours, or of ours to fix.
+        # Warnings caused by MLflow's use of its own dependencies cannot be fixed here.
         warnings.simplefilter("ignore")
         from mlflow.tracking import MlflowClient
 
@@ -91,20 +92,28 @@ def open_client(uri: str) -> MlflowClient:
 
 
 def experiment_id(client: MlflowClient, uri: str, out: Path) -> str:
-    """Find or create the experiment and return its id.
+    """Find or create the experiment.
 
-    A database that is written without a server in between has nobody who stores artifacts:
-    beside SQLite they lie in `mlartifacts/`, for any other database in the folder `out`.
+    If a database is accessed without a server, artifacts are stored in `mlartifacts/` next to a
+    SQLite file, or in `out` for other databases.
+
+    Args:
+        client: the MLflow client.
+        uri: URI of the server.
+        out: the sweep's folder.
+
+    Returns:
+        The experiment's id.
 
     Raises:
-        RuntimeError: somebody deleted the experiment; MLflow keeps the name until it is
-            restored or removed for good.
+        RuntimeError: the experiment has been deleted; MLflow reserves its name until it is
+            restored or permanently removed.
     """
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         if found.lifecycle_stage == "deleted":
             raise RuntimeError(
-                f"the MLflow experiment {EXPERIMENT!r} has been deleted; bring it back with "
+                f"the MLflow experiment {EXPERIMENT!r} has been deleted; restore it with "
                 f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
             )
         return str(found.experiment_id)
@@ -117,11 +126,18 @@ def experiment_id(client: MlflowClient, uri: str, out: Path) -> str:
 
 
 def store_artifact(client: MlflowClient, uri: str, run: Run, name: str, data: bytes) -> None:
-    """Store `data` as artifact `name` of `run`, in place of an older one.
+    """Store an artifact, replacing an existing one of the same name.
+
+    Args:
+        client: the MLflow client.
+        uri: URI of the server.
+        run: the run that the artifact belongs to.
+        name: file name of the artifact.
+        data: content of the artifact.
 
     Raises:
         OSError: the disk is full or not writable.
-        Exception: whatever MLflow raises when a server cannot be reached.
+        Exception: MLflow cannot reach the server.
     """
     folder = _database_folder(uri)
     location = str(run.info.artifact_uri)
@@ -135,14 +151,14 @@ def store_artifact(client: MlflowClient, uri: str, run: Run, name: str, data: by
 
 
 def context_tags() -> dict[str, str]:
-    """MLflow's own tags for who ran what from which commit, as far as they can be told."""
+    """Return MLflow's standard tags for the user, program and commit, where available."""
     tags = {
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": Path(sys.argv[0]).name or "python",
     }
     try:
         tags["mlflow.user"] = getpass.getuser()
-    except (OSError, KeyError):  # a container may run under a user without a name
+    except (OSError, KeyError):  # the user of a container may have no name
         tags["mlflow.user"] = "unknown"
     commit = git_commit()
     if commit is not None:
@@ -151,7 +167,7 @@ def context_tags() -> dict[str, str]:
 
 
 def git_commit(folder: Path | None = None) -> str | None:
-    """Hash of the commit that `folder` (the working directory) is on, or None."""
+    """Return the hash of the commit checked out in `folder` (default: the working directory)."""
     command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5)
@@ -161,7 +177,7 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 
 def dataset_input(dataset: Mapping[str, Any]) -> Any:
-    """`dataset` (name, digest, sizes) as MLflow's DatasetInput in the context `training`."""
+    """Convert `dataset` (name, digest, sizes) to an MLflow DatasetInput for `training`."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     name = str(dataset.get("name") or "data")[:500]
@@ -179,7 +195,7 @@ def dataset_input(dataset: Mapping[str, Any]) -> Any:
 
 
 def _database_folder(uri: str) -> Path | None:
-    """Folder of a SQLite database, or None for any other kind of server."""
+    """Return the folder of a SQLite database, or None for other servers."""
     if not uri.startswith("sqlite:///"):
         return None
     return Path(uri.removeprefix("sqlite:///").split("?")[0]).absolute().parent

@@ -1,8 +1,8 @@
-"""Results tables: records in, data frames out, parquet on disk.
+"""Results and curves tables: conversion of records to data frames, stored as parquet.
 
-The tables are flat, so that any tool that reads parquet can use them: a mapping of a record
-becomes one column per key, with the mapping's name as prefix. A column has one type in every
-row; a table without rows has the same fixed columns, of the same types, as a full one.
+The tables are flat, so that any parquet reader can use them: each mapping in a record becomes one
+column per key, prefixed with the mapping's name. Every column has a single type. An empty table
+has the same fixed columns and types as a full one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 INTEGER, REAL, TRUTH, TEXT, TIME = "Int64", "float64", "bool", "string", "datetime64[us, UTC]"
-"""Column types. `INTEGER` may be missing; `TIME` is written as Unix seconds in the records."""
+"""Column types. `INTEGER` is nullable; the records store `TIME` as Unix seconds."""
 
 RESULTS = {
     "trial": "int64",
@@ -52,9 +52,10 @@ CURVES = {"trial": "int64", "epoch": "int64", "step": "int64", "phase": TEXT, "t
 def results_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
     """Return one row per trial, sorted by trial number.
 
-    Beside the fixed columns (`RESULTS`) there are `budget_<cost>`, `params_<name>`,
-    `metrics_<name>` and `cost_<name>`; a trial that lacks one of them has a missing value there.
-    Parameters keep their type where all trials agree on it, else they are JSON text.
+    In addition to the fixed columns (`RESULTS`), the table has columns `budget_<cost>`,
+    `params_<name>`, `metrics_<name>` and `cost_<name>`, with missing values for trials without
+    the entry. Parameters keep their type if it is the same in all trials; otherwise they are
+    JSON text.
     """
     records = sorted(records, key=lambda record: record.trial)
     fixed = {name: [getattr(record, name) for record in records] for name in RESULTS}
@@ -71,8 +72,8 @@ def results_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
 def curves_table(curves: Mapping[int, Sequence[CurvePoint]]) -> pd.DataFrame:
     """Return one row per trial and epoch, sorted by both, with `metrics_<name>` columns.
 
-    An epoch that was run again after a crash stands once, as it was first measured: training
-    resumes bit by bit, so both rows say the same.
+    An epoch that was repeated after a crash appears once, with its first measurement. Training
+    resumes bit-exactly, so both measurements are equal.
     """
     rows: dict[tuple[int, int], CurvePoint] = {}
     for trial in sorted(curves):
@@ -86,10 +87,10 @@ def curves_table(curves: Mapping[int, Sequence[CurvePoint]]) -> pd.DataFrame:
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write `frame` as parquet, atomically; `read_table`, or pandas on an open file, reads it.
+    """Write `frame` as parquet atomically; read it with `read_table`.
 
     Raises:
-        OSError: the folder cannot be written; an older file is intact.
+        OSError: the folder is not writable; an existing file is unchanged.
     """
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
@@ -97,20 +98,20 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Return the table in `path`.
+    """Read a table.
 
     Raises:
-        UserError: the file is missing or is not parquet.
+        UserError: the file is missing or not parquet.
     """
     import pandas as pd
     import pyarrow
 
     try:
-        # By path pandas opens it twice, and a driver may put a new table there in between.
+        # Given a path, pandas opens the file twice; a driver may replace it in between.
         with path.open("rb") as file:
             return pd.read_parquet(file)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is its folder a sweep's?") from None
+        raise UserError(f"{path}: no such file; is the folder a sweep?") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{path}: not a parquet table ({error}); delete it and run the sweep's command again"
@@ -135,12 +136,12 @@ def _frame(
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every key that occurs, in order of first appearance."""
+    """List all keys in order of first appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 def _type(values: Iterable[Any]) -> str:
-    """The narrowest column type that holds all values; `object` asks for JSON text."""
+    """Return the narrowest column type for all values; `object` selects JSON text."""
     present = [value for value in values if value is not None]
     if all(isinstance(value, bool) for value in present):
         return "boolean" if present else TEXT
@@ -150,7 +151,7 @@ def _type(values: Iterable[Any]) -> str:
 
 
 def _column(values: list[Any], kind: str) -> pd.Series:
-    """One typed column; missing values stay missing."""
+    """Convert values to a typed column; missing values remain missing."""
     import pandas as pd
 
     if kind == TIME:

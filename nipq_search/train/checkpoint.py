@@ -1,4 +1,4 @@
-"""Checkpoints of a training: hashed, written whole, two kept."""
+"""Checkpoints of a training: hashed, written atomically; the newest two are kept."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ import torch
 from nipq_search import blobs, storage
 
 KEEP = 2
+"""Number of checkpoints that are kept."""
+
 _log = logging.getLogger("nipq_search")
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
-    """A state of tensors and plain types as bytes."""
+    """Serialize a state of tensors and plain types."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
 
 
 def from_bytes(data: bytes) -> dict[str, Any]:
-    """The state in `data`; nothing but tensors and plain types is ever unpickled."""
+    """Deserialize a state; only tensors and plain types are unpickled."""
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
 
@@ -36,19 +38,19 @@ def save_checkpoint(
     home: str | None = None,
     fence: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write `<folder>/<step>/state.pt`, then the manifest that makes it count.
+    """Write `<folder>/<step>/state.pt`, then the manifest that makes it valid.
 
     Args:
-        folder: of the training's checkpoints.
-        step: that the state is of.
+        folder: folder of the training's checkpoints.
+        step: optimizer step of the state.
         state: see `to_bytes`.
-        home: URI of the training's home in an object store, where the state is to lie instead.
-        fence: raises if the training is another process's by now. The write may have hung for
-            long: it is asked again before others' checkpoints are removed.
+        home: URI of the training's home in an object store, which then holds the state instead.
+        fence: raises if another process has taken over the training. It is called after the
+            write, which may have hung for a long time, and before old checkpoints are removed.
 
     Raises:
         OSError: the disk is full; earlier checkpoints are intact.
-        Exception: what `fence` raises; earlier and later checkpoints are intact.
+        Exception: `fence` raised it; earlier and later checkpoints are intact.
     """
     data = to_bytes(state)
     target = folder / f"{step:09d}"
@@ -61,8 +63,8 @@ def save_checkpoint(
         blobs.remove(target)
         raise
     fence()
-    # What lies ahead is damaged, or the training would have gone on from there; without a manifest
-    # it was cut off. Neither may take the place of a good one.
+    # Checkpoints of later steps are damaged, or training would have resumed from them; those
+    # without a manifest are incomplete. Neither may displace a valid one.
     whole = []
     for other in _checkpoints(folder):
         ahead = int(other.name) > step
@@ -75,32 +77,34 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest whole checkpoint in `folder`, or None. A damaged one is reported and passed.
+    """Return the newest valid checkpoint in `folder`, or None.
+
+    Damaged checkpoints are logged and skipped.
 
     Raises:
-        blobs.StoreAway: the object store that holds it does not answer.
+        blobs.StoreAway: the object store cannot be reached.
     """
     for candidate in _checkpoints(folder):
         manifest = storage.read_sealed(candidate / "manifest.json")
         try:
             data = blobs.read(candidate / "state.pt")
         except blobs.StoreAway:
-            raise  # not damaged: to begin anew would lose work
+            raise  # not damaged: starting over would lose work
         except OSError:
             data = b""
         if manifest is not None and storage.digest(data) == manifest["state"]:
             return from_bytes(data)
-        _log.warning("checkpoint %s is damaged: using the one before it", candidate)
+        _log.warning("checkpoint %s is damaged; using the previous one", candidate)
     return None
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Delete every checkpoint of a training that has ended."""
+    """Delete all checkpoints of a finished training."""
     blobs.remove(folder)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+    """Return the checkpoint folders, newest first."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.name.isdigit()), reverse=True)

@@ -1,14 +1,16 @@
-"""How a trial and the float model are trained: frozen and checked."""
+"""Configurations of training, for trials and for the float model: frozen and validated."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.quant import Proxy
 
 HYPERPARAMETERS = {
     "lr": "lr",
@@ -28,28 +30,38 @@ HYPERPARAMETERS = {
     "tuning": "tuning",
     "start": "start",
 }
-"""Names that a search space may use, and the field of `TrainConfig` that each one sets."""
-
+"""Hyperparameters of a search space, each with the field of `TrainConfig` that it sets."""
 
 OPTIMIZERS = ("sgd", "adamw")
-"""Optimizers that a training can have; `make_optimizer` builds them."""
-
-STARTS = ("budget", "parent", "sensitivity", "config", "uniform")
-"""Where bit-widths start; see `TrainConfig.start`."""
-
-TUNINGS = ("hard", "noise")
-"""What quantizers compute in the tuning phase; see `TrainConfig.tuning`."""
+"""Names of the optimizers; see `make_optimizer`."""
 
 PRECISIONS = ("float32", "bfloat16")
-"""Arithmetic that a training can have; see `arithmetic`."""
+"""Names of the arithmetic precisions; see `arithmetic`."""
+
+
+class BitStart(enum.StrEnum):
+    """Where bit-widths start; see `TrainConfig.start`."""
+
+    BUDGET = "budget"
+    PARENT = "parent"
+    SENSITIVITY = "sensitivity"
+    CONFIG = "config"
+    UNIFORM = "uniform"
+
+
+class TuningMode(enum.StrEnum):
+    """What quantizers compute in the tuning phase; see `TrainConfig.tuning`."""
+
+    HARD = "hard"
+    NOISE = "noise"
 
 
 def _check_finite(config: TrainConfig | FloatConfig, section: str) -> None:
-    """Raise `UserError` for a figure that is infinite or NaN."""
+    """Raise `UserError` if a number is infinite or NaN."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{section}.{field.name.rstrip('_')}: {value} is no finite number")
+            raise UserError(f"{section}.{field.name.rstrip('_')}: {value} is not a finite number")
 
 
 def _check(condition: bool, key: str, fix: str) -> None:
@@ -57,14 +69,15 @@ def _check(condition: bool, key: str, fix: str) -> None:
         raise UserError(f"{key}: {fix}")
 
 
-def _check_choice(value: str | None, allowed: tuple[str, ...], key: str) -> None:
-    _check(value in allowed, key, f"unknown value {value!r}; use {' or '.join(allowed)}")
+def _check_choice(value: str | None, allowed: Iterable[str], key: str) -> None:
+    names = list(allowed)
+    _check(value in names, key, f"unknown value {value!r}; use {' or '.join(names)}")
 
 
 def _check_common(config: TrainConfig | FloatConfig, section: str) -> None:
-    """Check the fields that both trainings have; raise `UserError`."""
+    """Validate the fields that both configurations have; raise `UserError`."""
     _check_finite(config, section)
-    _check(0 < config.epochs <= 1e6, f"{section}.epochs", "must be above 0 and at most a million")
+    _check(0 < config.epochs <= 1e6, f"{section}.epochs", "must be above 0 and at most 1,000,000")
     for name in ("batch_size", "accumulate"):
         _check(getattr(config, name) >= 1, f"{section}.{name}", "must be at least 1")
     _check(config.lr > 0, f"{section}.lr", "must be above 0")
@@ -74,56 +87,57 @@ def _check_common(config: TrainConfig | FloatConfig, section: str) -> None:
         _check(
             0 <= getattr(config, name) < 1, f"{section}.{name}", "must be at least 0 and below 1"
         )
-    _check(0 <= config.warmup <= 1, f"{section}.warmup", "must lie between 0 and 1")
+    _check(0 <= config.warmup <= 1, f"{section}.warmup", "must be between 0 and 1")
     _check_choice(config.optimizer, OPTIMIZERS, f"{section}.optimizer")
     _check_choice(config.precision, PRECISIONS, f"{section}.precision")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a trial is trained. SGD or AdamW, warm-up and a cosine over both phases.
+    """Training of a trial: SGD or AdamW, with warm-up and a cosine schedule over both phases.
 
     Attributes:
-        epochs: passes over the training split, both phases together; fractions are fine.
-        batch_size: samples in a batch.
-        accumulate: batches to a step; its loss is their mean.
+        epochs: passes over the training split, for both phases together; may be fractional.
+        batch_size: samples per batch.
+        accumulate: batches per optimizer step; the loss of a step is their mean.
         lr: learning rate of the weights.
-        lr_bits: rate of the bit-widths as a multiple of `lr`.
-        lr_boundaries: rate of the truncation boundaries as a multiple of `lr`.
+        lr_bits: learning rate of the bit-widths, as a multiple of `lr`.
+        lr_boundaries: learning rate of the truncation boundaries, as a multiple of `lr`.
         optimizer: `sgd`, or `adamw` with betas 0.9 and 0.999 and an epsilon of 1e-8.
-        momentum: Nesterov momentum of `sgd`; `adamw` makes nothing of it.
+        momentum: Nesterov momentum of `sgd`; ignored by `adamw`.
         weight_decay: decay of weights with two or more dimensions.
-        lambda_: regularization strength on the smooth-L1 of cost / target (`lambda` in files).
-        noise_share: share of the steps that belong to the noise phase.
-        warmup: share of the steps in which the rate rises from a tenth.
-        distill: whether a teacher helps: the task's own, else the float model.
-        distill_weight: share of the loss that distillation gets, 0..1.
-        proxy: law of the noise, `uniform` or `empirical`; None takes `quant.proxy`.
-        start: where bit-widths start: at the uniform width that costs the `budget`; at the widths
-            of the trial's `parent`, shifted onto the budget (like `budget` where there is none);
-            at those that keep the budget with the least measured loss (`sensitivity`); at
-            `quant.start_bits` (`config`); or at the largest single width that keeps the budget,
-            where they stay (`uniform`). Widths that do not learn, or have no noise phase, are
-            projected onto the budget from there.
-        fit_ranges: whether truncation boundaries start where the squared error of rounding at the
-            starting bit-width is least; for NIPQ, since LSQ has a start of its own. Boundaries
-            that a parent learned at another width are scaled by what that changes in any case.
-        score_batches: batches on which `sensitivity` measures, once in a sweep.
-        calibration_batches: batches that give activations their starting boundaries.
-        norm_batches: batches from which normalization statistics are estimated at the end.
+        lambda_: strength of the smooth-L1 penalty on cost / target (`lambda` in files).
+        noise_share: fraction of the steps in the noise phase, in [0, 1].
+        warmup: fraction of the steps in which the learning rate rises from a tenth of its peak.
+        distill: whether to distill from the task's own teacher or, without one, the float model.
+        distill_weight: weight of distillation in the loss, in [0, 1].
+        proxy: distribution of the noise, `uniform` or `empirical`; None uses `quant.proxy`.
+        start: where bit-widths start. `budget`: at the uniform width whose cost equals the
+            budget; `parent`: at the widths of the trial's parent, shifted onto the budget (without
+            a parent, the same as `budget`); `sensitivity`: at the widths with the least measured
+            loss within the budget; `config`: at `quant.start_bits`; `uniform`: at the largest
+            single width within the budget, where they stay. Widths that are not learned, or have
+            no noise phase, are projected onto the budget from there.
+        fit_ranges: whether truncation boundaries start where the squared rounding error at the
+            starting bit-width is least; meant for NIPQ, since LSQ has its own starting values.
+            Boundaries that a parent learned at another width are always rescaled.
+        score_batches: batches for the scores of `sensitivity`, measured once per sweep.
+        calibration_batches: batches that determine the starting boundaries of activations.
+        norm_batches: batches for the final estimate of the normalization statistics.
         dampening: strength of the pull of weights towards their grid points in the tuning phase,
-            against oscillation; 0 for none.
-        freezing: how often a weight may turn back in the tuning phase, in turns a step, before it
-            is fixed at a grid point; 0 fixes none.
-        tuning: what quantizers compute in the tuning phase: `hard` rounding with the
-            straight-through estimator, or `noise` of one step at the widths that were frozen
-            (NIPQ and DiffQ). Evaluation rounds in either case.
-        grad_clip: largest norm of the gradient, or 0 for none.
-        precision: of forwards and losses, in training and validation: `float32`, or `bfloat16`
-            by autocast. Parameters and quantizers keep float32.
-        ema: decay of the moving average of the weights that is taken in the tuning phase, and is
-            what is validated and stored; 0 for none. Its warm-up: see `Average`.
-        checkpoint_minutes: at most so long between two checkpoints; every epoch has one anyway.
+            which reduces oscillation; 0 disables it.
+        freezing: frequency of reversals per step above which the tuning phase freezes a weight at
+            a grid point; 0 disables it.
+        tuning: forward pass of the quantizers in the tuning phase: `hard` rounds with the
+            straight-through estimator; `noise` (NIPQ and DiffQ) adds noise of one step at the
+            frozen widths. Evaluation always rounds.
+        grad_clip: largest norm of the gradient; 0 disables clipping.
+        precision: precision of forward passes and losses, in training and validation: `float32`,
+            or `bfloat16` by autocast. Parameters and quantizers stay in float32.
+        ema: decay of the moving average of the weights over the tuning phase, which is then
+            validated and stored; 0 disables it. See `Average` for its warm-up.
+        checkpoint_minutes: longest time between two checkpoints, in minutes; every epoch ends
+            with a checkpoint in any case.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -157,28 +171,28 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        """Check every field; raise `UserError`."""
+        """Validate every field; raise `UserError`."""
         _check_common(self, "train")
         for name in ("lr_bits", "lr_boundaries", "checkpoint_minutes"):
             _check(getattr(self, name) > 0, f"train.{name}", "must be above 0")
         _check(self.lambda_ >= 0, "train.lambda", "must not be negative")
         for name in ("dampening", "freezing"):
             _check(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
-        _check_choice(self.tuning, TUNINGS, "train.tuning")
+        _check_choice(self.tuning, TuningMode, "train.tuning")
         for name in ("noise_share", "distill_weight"):
-            _check(0 <= getattr(self, name) <= 1, f"train.{name}", "must lie between 0 and 1")
+            _check(0 <= getattr(self, name) <= 1, f"train.{name}", "must be between 0 and 1")
         if self.proxy is not None:
-            _check_choice(self.proxy, ("uniform", "empirical"), "train.proxy")
-        _check_choice(self.start, STARTS, "train.start")
+            _check_choice(self.proxy, Proxy, "train.proxy")
+        _check_choice(self.start, BitStart, "train.start")
         _check(self.score_batches >= 1, "train.score_batches", "must be at least 1")
         _check(self.calibration_batches >= 1, "train.calibration_batches", "must be at least 1")
         _check(self.norm_batches >= 0, "train.norm_batches", "must not be negative")
 
     def with_hyperparameters(self, params: Mapping[str, Any]) -> TrainConfig:
-        """This configuration with a trial's hyperparameters.
+        """Return a copy with a trial's hyperparameters.
 
         Raises:
-            UserError: a name or a value is unknown.
+            UserError: a name is unknown, or a value is invalid.
         """
         fields = {}
         for name, value in params.items():
@@ -190,23 +204,23 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FloatConfig:
-    """Where the float model comes from: trained here, once per sweep, or a file.
+    """The float model: trained once per sweep, or loaded from a file.
 
     Attributes:
-        epochs: passes over the training split.
-        batch_size: samples in a batch.
-        accumulate: batches to a step; its loss is their mean.
+        epochs: passes over the training split; may be fractional.
+        batch_size: samples per batch.
+        accumulate: batches per optimizer step; the loss of a step is their mean.
         lr: peak learning rate.
         weight_decay: decay of weights with two or more dimensions.
         optimizer: `sgd`, or `adamw` with betas 0.9 and 0.999 and an epsilon of 1e-8.
-        momentum: Nesterov momentum of `sgd`; `adamw` makes nothing of it.
-        warmup: share of the steps in which the rate rises from a tenth.
-        grad_clip: largest norm of the gradient, or 0 for none.
-        precision: of forwards and losses, in training and validation: `float32`, or `bfloat16`
-            by autocast. Parameters and quantizers keep float32.
-        ema: decay of the moving average of the weights, which is what is validated and stored; 0
-            for none. Its warm-up: see `Average`.
-        checkpoint: file with a state dict, instead of training.
+        momentum: Nesterov momentum of `sgd`; ignored by `adamw`.
+        warmup: fraction of the steps in which the learning rate rises from a tenth of its peak.
+        grad_clip: largest norm of the gradient; 0 disables clipping.
+        precision: precision of forward passes and losses, in training and validation: `float32`,
+            or `bfloat16` by autocast. Parameters stay in float32.
+        ema: decay of the moving average of the weights, which is then validated and stored; 0
+            disables it. See `Average` for its warm-up.
+        checkpoint: file with a state dict; replaces training.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -225,11 +239,11 @@ class FloatConfig:
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        """Check every field; raise `UserError`."""
+        """Validate every field; raise `UserError`."""
         _check_common(self, "float")
 
     def as_training(self) -> TrainConfig:
-        """The configuration of the training loop for the float model."""
+        """Return the configuration of the training loop for the float model."""
         return TrainConfig(
             epochs=self.epochs,
             batch_size=self.batch_size,

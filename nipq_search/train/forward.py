@@ -1,4 +1,4 @@
-"""How a model's forward runs: once per batch, in the precision of its training."""
+"""Forward passes in training: once per batch, at the configured precision."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 
 def arithmetic(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context in which forwards and losses run.
+    """Return the context for forward passes and losses.
 
-    Parameters keep float32, and quantizers compute in it, whatever the precision.
+    Parameters and quantizers use float32 at either precision.
 
     Args:
-        precision: `float32` or `bfloat16`, as `TrainConfig` checks it.
-        device: where the model is.
+        precision: `float32` or `bfloat16`; see `TrainConfig.precision`.
+        device: device of the model.
     """
     if precision == "float32":
         return contextlib.nullcontext()
@@ -24,21 +24,21 @@ def arithmetic(precision: str, device: torch.device) -> contextlib.AbstractConte
 
 
 class SharedForward:
-    """Stands in for a model within one step and remembers its last output.
+    """A wrapper that caches the model's last output within one step.
 
-    A task's `loss` and `distill_loss` both call the model on the same inputs. Without this the
-    model would run twice, with two draws of noise. Every other attribute is the model's own.
+    A task's `loss` and `distill_loss` both call the model on the same inputs. Without the cache,
+    the model would run twice, with different noise. Other attributes are those of the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Wrap `model`; make a new one for every step."""
+        """Wrap `model`; create a new wrapper for every batch."""
         self._model = model
         self._inputs: tuple[Any, ...] | None = None
         self._keywords: dict[str, Any] = {}
         self._output: Any = None
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
-        """The model's output; run anew only on other inputs (compared by identity)."""
+        """Return the model's output, from the cache if the inputs are the same objects."""
         same = (
             self._inputs is not None
             and len(inputs) == len(self._inputs)
@@ -52,5 +52,5 @@ class SharedForward:
         return self._output
 
     def __getattr__(self, name: str) -> Any:
-        """The model's attribute."""
+        """Return an attribute of the model."""
         return getattr(self._model, name)

@@ -1,4 +1,4 @@
-"""The one training loop: of the float model, of trials, of baselines."""
+"""The training loop, shared by the float model, trials and baselines."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from nipq_search.quant.numerics.noise import mix
 from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import distill_loss, evaluate, num_samples, to_device
-from nipq_search.train.config import TrainConfig
+from nipq_search.train.config import TrainConfig, TuningMode
 from nipq_search.train.forward import SharedForward, arithmetic
 from nipq_search.train.optimizer import drop_group, make_optimizer
 from nipq_search.train.parallel import ALONE, Team
-from nipq_search.train.schedule import NOISE, TUNING, Schedule
+from nipq_search.train.schedule import Phase, Schedule
 from nipq_search.train.stability.average import Average
 from nipq_search.train.stability.freezing import Freezing
 from nipq_search.train.stability.oscillation import Oscillation, dampening
 
 _FINITE_EVERY = 10
-_NOTES = 12
-"""Times that bit-widths are noted in a noise phase, beside its end."""
+"""Steps between two checks for a finite loss, which synchronize with the device."""
+
+_RECORDINGS = 12
+"""Recordings of the bit-widths in a noise phase, not counting the one at its end."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -37,29 +39,29 @@ class NonFiniteLoss(RuntimeError):
 
 
 def seed_for(*words: int) -> int:
-    """A seed below 2**31, a function of the words; every generator takes such a one."""
+    """Derive a seed from `words`; it is below 2**31, which every generator accepts."""
     return mix(*words) & 0x7FFFFFFF
 
 
 def steps_in(loader: Iterable[Any]) -> int:
-    """Batches in an epoch: the loader's length, else counted by going through it once.
+    """Return the batches per epoch: the loader's length, or a count from one pass over it.
 
     Raises:
-        UserError: there are none.
+        UserError: the loader is empty.
     """
     length = getattr(loader, "__len__", None)
     steps = int(length()) if length is not None else sum(1 for _ in loader)
     if steps < 1:
-        raise UserError("loader('train') gives no batches: the split is empty")
+        raise UserError("loader('train') yields no batches: the split is empty")
     return steps
 
 
 @contextmanager
-def _tuned_by(model: nn.Module, tuning: str) -> Iterator[None]:
-    """Within the context, what quantizers compute in training once their widths are frozen."""
+def _tuning_mode(model: nn.Module, tuning: str) -> Iterator[None]:
+    """Set what frozen quantizers compute in training; restore rounding on exit."""
     found = list(quantizers(model).values())
     for quantizer in found:
-        quantizer.rounds_once_frozen = tuning == "hard"
+        quantizer.rounds_once_frozen = tuning == TuningMode.HARD
     try:
         yield
     finally:
@@ -68,18 +70,19 @@ def _tuned_by(model: nn.Module, tuning: str) -> Iterator[None]:
 
 
 class Trainer:
-    """Trains one model; its whole state can be saved and restored, to continue bit by bit.
+    """Trains one model. Its state can be saved and restored for a bit-identical continuation.
 
     Args:
-        task: gives batches and losses.
-        model: float or prepared; trained in place.
-        config: rates, phases, distillation.
+        task: provides batches and losses.
+        model: a float or prepared model, trained in place.
+        config: learning rates, phases and distillation.
         schedule: steps of the phases.
-        seed: of the order of the data; the noise's seed is in the model.
-        device: where the model is.
-        budget: what the bit-widths must keep; needed for a prepared model that learns them.
-        teacher: the float model or one of the task's own; None for no distillation.
-        team: the processes that share every batch.
+        seed: seed of the data order; the model stores the seed of its noise.
+        device: device of the model.
+        budget: targets of the bit-widths; required for a prepared model that learns them.
+        teacher: the task's teacher or the float model; None disables distillation.
+        team: the processes that share each batch.
+        samples: training samples that calibration has processed.
     """
 
     def __init__(
@@ -94,13 +97,14 @@ class Trainer:
         budget: Budget | None = None,
         teacher: nn.Module | None = None,
         team: Team = ALONE,
+        samples: int = 0,
     ) -> None:
-        """Build the optimizer; nothing is trained yet."""
+        """Create the optimizer; training starts with `run`."""
         self.team = team
         self.task, self.model, self.config, self.schedule = task, model, config, schedule
         self.seed, self.device, self.budget, self.teacher = seed, device, budget, teacher
         self.step = 0
-        self.samples = 0
+        self.samples = samples
         self.loss_sum = torch.zeros((), device=device)
         self.loss_count = 0
         self.optimizer = make_optimizer(model, config, schedule.quantized)
@@ -110,8 +114,8 @@ class Trainer:
         self.freezing = Freezing(config.freezing) if config.freezing else None
 
     @property
-    def phase(self) -> str:
-        """The phase of the step that comes next."""
+    def phase(self) -> Phase:
+        """The phase of the next step."""
         return self.schedule.phase(self.step)
 
     def run(
@@ -121,23 +125,24 @@ class Trainer:
         save: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
     ) -> bool:
-        """Train to the end.
+        """Train to the end, or until a stop is requested.
+
+        In a team, only the leader's callbacks matter.
 
         Args:
-            on_epoch: gets a point of the learning curve after every epoch.
-            save: gets the whole state after every epoch, every few minutes, and on a stop.
-            should_stop: asked after every step.
-
-        Of several processes the leader's hooks are called, and its answers hold for all.
+            on_epoch: called with a point of the learning curve after every epoch.
+            save: called with the complete state after every epoch, every
+                `config.checkpoint_minutes` and before a stop.
+            should_stop: called after every step; True stops the training.
 
         Returns:
-            True at the end, False where `should_stop` ended it; the state is saved then.
+            Whether training ran to the end. Otherwise, its state is saved.
 
         Raises:
             NonFiniteLoss: the loss became NaN or infinite.
         """
         quantized = self.schedule.quantized
-        tuned = _tuned_by(self.model, self.config.tuning) if quantized else nullcontext()
+        tuned = _tuning_mode(self.model, self.config.tuning) if quantized else nullcontext()
         with tuned, self.team.shared_statistics(self.model):
             return self._run(on_epoch, save, should_stop)
 
@@ -147,6 +152,7 @@ class Trainer:
         save: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
     ) -> bool:
+        """Train as `run` does, in its contexts."""
         saved_at = time.monotonic()
         while self.step < self.schedule.total:
             for group in self._rest_of_epoch():
@@ -154,7 +160,7 @@ class Trainer:
                 if self.step >= self.schedule.total:
                     break
                 if self.step % self.schedule.steps_per_epoch == 0:
-                    continue  # the epoch is to be reported before anything is saved
+                    continue  # report the epoch before saving
                 due = time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes
                 stop, due = self.team.agreed(should_stop(), due)
                 if stop or due:
@@ -177,24 +183,25 @@ class Trainer:
         return True
 
     def _save(self, save: Callable[[dict[str, Any]], None]) -> None:
+        """Pass the state to `save`, in the leader only."""
         self.team.mean([self.loss_sum])
         if self.team.leads:
             save(self.state_dict())
 
     def use_average(self) -> None:
-        """Give the model the averaged weights for good, where there are any; ends the training."""
+        """Replace the model's weights by their moving average, if there is one, after training."""
         if self.average is not None:
             self.average.copy_to(self.model)
 
     def _rest_of_epoch(self) -> Iterator[list[Any]]:
-        """The batches of the present epoch that are still to come, step by step."""
+        """Yield the remaining batches of the current epoch, grouped by step."""
         schedule = self.schedule
         epoch, steps = divmod(self.step, schedule.steps_per_epoch)
         done = steps * schedule.accumulate
         loader = self.task.loader("train", self.config.batch_size, seed_for(self.seed, epoch))
         count = 0
-        # A DataLoader draws from the global generator when an epoch begins; on a resume within
-        # one that draw is in the restored state already.
+        # A DataLoader draws from the global generator when an epoch begins. After a resume within
+        # an epoch, the restored state already includes that draw.
         rng = torch.get_rng_state() if done else None
         group: list[Any] = []
         for index, batch in enumerate(loader):
@@ -208,22 +215,22 @@ class Trainer:
                     group = []
         if count != schedule.batches_per_epoch and self.step < schedule.total:
             raise RuntimeError(
-                f"loader('train') gave {count} batches in epoch {epoch} and "
-                f"{schedule.batches_per_epoch} before: epochs must be equally long"
+                f"loader('train') yielded {count} batches in epoch {epoch} but "
+                f"{schedule.batches_per_epoch} before: all epochs must have the same length"
             )
 
     def _enter_tuning(self) -> None:
-        """Freeze the bit-widths onto the budget and take them from the optimizer."""
+        """Project the bit-widths onto the budget, freeze them and drop them from the optimizer."""
         if not self.schedule.quantized:
             return
         if any(not q.bits.is_frozen for q in quantizers(self.model).values()):
-            self._note_bits()
+            self._record_bits()
             freeze(self.model, self.budget)
             self.optimizer.zero_grad(set_to_none=True)
             drop_group(self.optimizer, "bits")
 
-    def _note_bits(self) -> None:
-        """Note where learned bit-widths are, and the loss's derivative by them."""
+    def _record_bits(self) -> None:
+        """Append the learned bit-widths and the loss's derivatives to the history."""
         learned = {
             n: q.bits for n, q in quantizers(self.model).items() if q.bits.theta is not None
         }
@@ -237,50 +244,66 @@ class Trainer:
             )
 
     def _train_step(self, group: Sequence[Any]) -> None:
-        if self.phase == TUNING:
-            self._enter_tuning()
-        elif self.phase == NOISE and self.step % max(1, self.schedule.noise // _NOTES) == 0:
-            self._note_bits()
-        if self.phase != NOISE and self.config.ema and self.average is None:
-            self.average = Average(self.model, self.config.ema)
+        """Take one optimizer step on the mean loss of a group of batches."""
+        self._prepare_step()
         for part in self.optimizer.param_groups:
             part["lr"] = part["base_lr"] * self.schedule.rate(self.step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
+        self._backward(group)
+        if self.config.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        if self.phase is Phase.TUNING and self.freezing is not None:
+            self.freezing.update(self.model)
+        if self.average is not None:
+            self.average.update(self.model)
+        if self.phase is Phase.TUNING:
+            self.oscillation.update(self.model)
+        self.step += 1
+        if self.step % _FINITE_EVERY == 0:
+            self._check_finite()
+
+    def _prepare_step(self) -> None:
+        """Enter the tuning phase, record bit-widths or start averaging, if due at this step."""
+        if self.phase is Phase.TUNING:
+            self._enter_tuning()
+        elif self.phase is Phase.NOISE:
+            if self.step % max(1, self.schedule.noise // _RECORDINGS) == 0:
+                self._record_bits()
+        if self.phase is not Phase.NOISE and self.config.ema and self.average is None:
+            self.average = Average(self.model, self.config.ema)
+
+    def _backward(self, group: Sequence[Any]) -> None:
+        """Compute the gradients of the mean loss of a group of batches."""
         for index, batch in enumerate(group, start=1):
             own, weight = self.team.take_share(self.task, self.model, batch)
             moved = to_device(self.task, own, self.device)
             draws = self.team.own_random_state(seed_for(self.seed, self.step, index))
             with arithmetic(self.config.precision, self.device), draws:
                 loss = self._loss(moved, weight)
-            if index == len(group) and self.phase == NOISE and self.budget is not None:
-                penalty = self.config.lambda_ * cost_penalty(self.model, self.budget)
-                loss = loss + len(group) * penalty  # the mean over the group has it once
-            if index == len(group) and self.phase == TUNING and self.config.dampening:
-                loss = loss + len(group) * self.config.dampening * dampening(self.model)
+            if index == len(group):
+                loss = self._regularized(loss, len(group))
             loss.backward()  # type: ignore[no-untyped-call]
             self.samples += num_samples(self.task, batch)
         self.team.mean_gradients(self.model)
         if len(group) > 1:
-            # Not the losses: a bit-width's `marginal` is a derivative of the loss of a batch.
+            # Scale gradients, not losses: a bit-width's `marginal` must stay in loss per batch.
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(len(group))
-        if self.config.grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
-        if self.phase == TUNING and self.freezing is not None:
-            self.freezing.update(self.model)
-        if self.average is not None:
-            self.average.update(self.model)
-        if self.phase == TUNING:
-            self.oscillation.update(self.model)
-        self.step += 1
-        if self.step % _FINITE_EVERY == 0:
-            self._check_finite()
+
+    def _regularized(self, loss: Tensor, batches: int) -> Tensor:
+        """Add the budget penalty or dampening, scaled to be averaged over `batches` gradients."""
+        if self.phase is Phase.NOISE and self.budget is not None:
+            penalty = self.config.lambda_ * cost_penalty(self.model, self.budget)
+            loss = loss + batches * penalty
+        if self.phase is Phase.TUNING and self.config.dampening:
+            loss = loss + batches * self.config.dampening * dampening(self.model)
+        return loss
 
     def _loss(self, batch: Any, weight: float) -> Tensor:
-        """The task's loss of a batch, distillation included, by its weight in the mean."""
+        """Return a batch's loss with distillation, scaled by the batch's weight in the team."""
         model: Any = SharedForward(self.model)
         share = self.config.distill_weight if self.teacher is not None else 0.0
         loss = torch.zeros((), device=self.device)
@@ -295,14 +318,16 @@ class Trainer:
         return loss
 
     def _check_finite(self) -> None:
+        """Raise `NonFiniteLoss` if a loss of this epoch was NaN or infinite."""
         self.team.mean([self.loss_sum])
         if not math.isfinite(float(self.loss_sum)):
             raise NonFiniteLoss(
-                f"the loss became {float(self.loss_sum)} within step {self.step} "
-                f"({self.schedule.phase(max(0, self.step - 1))} phase): a lower lr may help"
+                f"the loss became {float(self.loss_sum)} by step {self.step} "
+                f"({self.schedule.phase(max(0, self.step - 1))} phase); a lower lr may help"
             )
 
     def _curve_point(self) -> CurvePoint:
+        """Validate the model and return the epoch's point of the learning curve."""
         metrics = {"train_loss": float(self.loss_sum) / max(1, self.loss_count)}
         average = self.average
         averaged = nullcontext() if average is None else average.applied(self.model)
@@ -321,13 +346,13 @@ class Trainer:
         return CurvePoint(
             epoch=math.ceil(self.step / self.schedule.steps_per_epoch),
             step=self.step,
-            phase=self.schedule.phase(max(0, self.step - 1)),
+            phase=self.schedule.phase(max(0, self.step - 1)).value,
             timestamp=time.time(),
             metrics=metrics,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the training depends on."""
+        """Return everything that the rest of the training depends on."""
         state = {
             "step": self.step,
             "samples": self.samples,
@@ -348,7 +373,7 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
+        """Restore a saved state."""
         self.step, self.samples = state["step"], state["samples"]
         self.loss_sum = state["loss_sum"].to(self.device)
         self.loss_count = state["loss_count"]
@@ -358,7 +383,7 @@ class Trainer:
         if self.freezing is not None and "freezing" in state:
             self.freezing.load_state_dict(state["freezing"], self.device)
         self.model.load_state_dict(state["model"])
-        # A checkpoint of the tuning phase has no group of bits: build the groups to match.
+        # A model in the tuning phase has no bit-width parameters: create the matching groups.
         self.optimizer = make_optimizer(self.model, self.config, self.schedule.quantized)
         self.optimizer.load_state_dict(state["optimizer"])
         if "average" in state:

@@ -1,4 +1,4 @@
-"""Convolutions run faster on a CPU when channels lie side by side in memory."""
+"""The channels-last memory format, which speeds up convolutions on CPUs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from nipq_search.quant.tracing.trace import as_arguments
 
 
 def use_channels_last(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """Lay 2-D convolutions out channels last, in place, where the model's code allows it.
+    """Convert 2-D convolutions to channels last, in place, if the model's code allows it.
 
-    On 2 CPU cores a float step takes 0.6 of the time for EfficientNet-Lite0 and MobileNetV2, and
-    0.9 for ResNet-18 (docs/performance.md). A model that calls `view` on what a convolution
-    returns cannot run so and stays as it is, as does one whose output would change; so does a
-    model on a GPU.
+    On 2 CPU cores, a float training step takes 0.6 times as long for EfficientNet-Lite0 and
+    MobileNetV2, and 0.9 times as long for ResNet-18 (docs/performance.md). The model is left
+    unchanged if it is on a GPU, if its output would change, or if it cannot run in this format,
+    for example because it calls `view` on the output of a convolution.
 
     Args:
         model: a float model.
-        example_inputs: as `Task.example_inputs` gives them, on the model's device.
+        example_inputs: the result of `Task.example_inputs`, on the model's device.
     """
     convolutions = (nn.Conv2d, nn.ConvTranspose2d)
     if not any(isinstance(module, convolutions) for module in model.modules()):
@@ -40,22 +40,22 @@ def _converted(model: nn.Module) -> nn.Module:
 
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Any]:
-    """What a forward gives in eval and in training mode; None where the model does not run."""
+    """Return the outputs in eval and in training mode; None for a mode that raises."""
     args, kwargs = as_arguments(example_inputs)
     outputs: list[Any] = []
     for training in (False, True):
         with torch.no_grad(), torch.random.fork_rng():
             try:
                 outputs.append(model.train(training)(*args, **kwargs))
-            except Exception:  # the model's own errors are reported where it trains
+            except Exception:  # errors of the model itself are reported in training
                 outputs.append(None)
     return outputs
 
 
 def _alike(before: list[Any], after: list[Any]) -> bool:
-    """Whether the layout let the model run in both modes, and changed no figure in eval.
+    """Whether the conversion made no mode fail and left the eval outputs unchanged.
 
-    A model that fails as it is may fail in one mode, as training does on a single sample.
+    A mode may fail both before and after, such as training on a single sample.
     """
     ran, runs = ([output is not None for output in outputs] for outputs in (before, after))
     if not ran[0] or ran != runs:

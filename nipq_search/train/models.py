@@ -1,4 +1,4 @@
-"""The models of a training: the float model, what teaches, what is trained, and what was."""
+"""The models of a training: float model, teacher, prepared model and trained model."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from nipq_search.tasks.base import (
     to_device,
 )
 from nipq_search.train.checkpoint import from_bytes
+from nipq_search.train.config import BitStart
 from nipq_search.train.loop import seed_for
 from nipq_search.train.memory_format import use_channels_last
 from nipq_search.train.spec import TrainSpec
@@ -40,13 +41,23 @@ from nipq_search.train.starts.start import (
 )
 
 MODEL_FILE = "model.pt"
+"""Name of the file with a trained model's state dict."""
 
 
 def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -> nn.Module:
-    """The task's float model, with the weights in `path` if given.
+    """Build the task's float model and load the weights in `path`, if given.
+
+    Args:
+        task: model and data.
+        path: file with a state dict; None leaves the model untrained.
+        seed: seed of the initial weights.
+        device: device of the model.
+
+    Returns:
+        The float model, in the faster memory format.
 
     Raises:
-        UserError: the model cannot be built, or the file is missing or does not fit it.
+        UserError: the model cannot be built, or the file is missing or does not match it.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -58,7 +69,7 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
             if missing := [key for key in model.state_dict() if key not in state]:
                 raise UserError(
                     f"float model {path}: {len(missing)} entries are missing, such as "
-                    f"{', '.join(missing[:3])}; give the state dict of this task's whole model"
+                    f"{', '.join(missing[:3])}; give the complete state dict of this task's model"
                 )
             model.load_state_dict(state)
         except (UserError, blobs.StoreAway):
@@ -66,13 +77,22 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
         except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"float model {path}: {reason[:300]}") from error
-        except Exception as error:  # torch raises its own kinds for files that are no checkpoints
-            raise UserError(f"float model {path}: not a file of torch.save'd weights") from error
+        except Exception as error:  # torch raises various types for files that are not checkpoints
+            raise UserError(f"float model {path}: not saved by torch.save") from error
     return use_channels_last(model.to(device), example_inputs(task, device))
 
 
 def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) -> nn.Module:
-    """What teaches: the task's own teacher, or else a copy of the float model.
+    """Return the teacher for distillation: the task's own, or else a copy of the float model.
+
+    Args:
+        task: model and data.
+        model: the float model.
+        seed: seed for building the task's teacher.
+        device: device of the teacher.
+
+    Returns:
+        A trained model in eval mode.
 
     Raises:
         UserError: the task's teacher cannot be built.
@@ -88,9 +108,22 @@ def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) ->
 def prepare_for(
     task: Task, model: nn.Module, spec: TrainSpec, device: torch.device, calibrated: bool = True
 ) -> tuple[nn.Module, int]:
-    """The prepared model of a trial, and the samples that calibration processed.
+    """Prepare the model of a trial.
 
-    Without `calibrated` the boundaries mean nothing and a state dict is to be loaded.
+    Args:
+        task: model and data.
+        model: the float model.
+        spec: quantizers, starting values and seed.
+        device: device of the model.
+        calibrated: whether to set starting values; otherwise they are arbitrary and the caller
+            must load a state dict.
+
+    Returns:
+        The prepared model and the training samples that calibration processed.
+
+    Raises:
+        UserError: the model cannot be prepared, the budget cannot be reached, or sensitivity
+            scores are missing.
     """
     assert spec.quant is not None
     quant = dataclasses.replace(
@@ -101,7 +134,7 @@ def prepare_for(
     )
     samples = 0
 
-    def shown(observed: nn.Module, batches: int) -> None:
+    def run_batches(observed: nn.Module, batches: int) -> None:
         nonlocal samples
         loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 1 << 40))
         for batch in itertools.islice(iter(loader), batches):
@@ -109,12 +142,12 @@ def prepare_for(
             task.loss(observed, to_device(task, batch, device))
 
     def calibration(observed: nn.Module) -> None:
-        shown(observed, spec.train.calibration_batches)
+        run_batches(observed, spec.train.calibration_batches)
 
     example = example_inputs(task, device)
-    first = calibrated and spec.parent is None  # a parent's grids and boundaries are its child's
+    first = calibrated and spec.parent is None  # grids and boundaries are inherited from a parent
     prepared = prepare(model, example, quant, calibration=calibration if first else None)
-    if spec.train.start == "uniform":
+    if spec.train.start == BitStart.UNIFORM:
         stop_learning_bits(prepared)
     if calibrated:
         before = None
@@ -122,36 +155,46 @@ def prepare_for(
             before = warm_start(prepared, from_bytes(blobs.read(spec.parent))["model"])
         _start_bits(prepared, spec, before)
         if spec.train.fit_ranges or before is not None:
-            fit_ranges(prepared, lambda observed: shown(observed, 1), before)
+            fit_ranges(prepared, lambda observed: run_batches(observed, 1), before)
     return prepared, samples
 
 
 def _start_bits(model: nn.Module, spec: TrainSpec, bits: Mapping[str, float] | None) -> None:
-    """Put bit-widths where they start; `bits` are the parent's, if there is one."""
+    """Set the starting bit-widths; `bits` are those of the parent, if there is one."""
     start = spec.train.start
-    if start != "parent":
+    if start != BitStart.PARENT:
         for quantizer in quantizers(model).values():
-            quantizer.bits.marginal.zero_()  # a parent's are those of its own widths
+            quantizer.bits.marginal.zero_()  # measured at the parent's widths
     assert spec.quant is not None
-    if not spec.budget or start == "config":
+    if not spec.budget or start == BitStart.CONFIG:
         return
     budget = Budget(**spec.budget)
-    # Fixed at once where nothing is learned: ranges are to be fitted to the widths that stay.
+    # Without learning, widths are frozen here, since ranges are fitted to the final widths.
     learning = QUANTIZERS[spec.quant.quantizer].learns_bits and spec.train.noise_share > 0
     if spec.profile:
         start_at_profile(model, budget, spec.profile, learning)
-    elif start == "sensitivity":
+    elif start == BitStart.SENSITIVITY:
         if spec.losses is None:
-            raise UserError("train.start: `sensitivity` needs the scores of a sweep")
+            raise UserError("train.start: `sensitivity` needs scores, which only a sweep measures")
         start_at_scores(model, budget, spec.losses, learning)
-    elif start == "uniform":
+    elif start == BitStart.UNIFORM:
         start_at_one_width(model, budget)
     elif bits is None or not stay_at_parent(model, budget, bits, learning):
-        start_at_budget(model, budget, bits if start == "parent" else None, learning)
+        start_at_budget(model, budget, bits if start == BitStart.PARENT else None, learning)
 
 
 def load_trained(task: Task, spec: TrainSpec, path: Path, device: torch.device) -> nn.Module:
-    """A trained model from its file: the float model, or a frozen quantized one."""
+    """Load a trained model, either the float model or a frozen quantized one.
+
+    Args:
+        task: model and data.
+        spec: specification that the model was trained with.
+        path: file of the model.
+        device: device of the model.
+
+    Returns:
+        The model in eval mode.
+    """
     if spec.quant is None:
         return load_float(task, path, spec.seed, device).eval()
     model = load_float(task, None, spec.seed, device)

@@ -1,4 +1,4 @@
-"""The optimizer of a training: parameter groups with their own rates, SGD or AdamW."""
+"""The optimizer of a training: SGD or AdamW, with a learning rate per parameter group."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from nipq_search.train.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, quantized: bool) -> Optimizer:
-    """A fresh optimizer of what `model` can learn at present; frozen bit-widths are not in it.
+    """Create an optimizer for the parameters of `model`, which exclude frozen bit-widths.
 
-    Every group has a `name`, and a `base_lr` that the schedule multiplies.
+    Each group has a `name` and a `base_lr`, which the schedule scales.
 
     Args:
-        model: float or prepared.
-        config: kind of optimizer, rates and decay.
+        model: a float or prepared model.
+        config: kind of optimizer, learning rates and weight decay.
         quantized: whether the model is prepared.
+
+    Returns:
+        The optimizer, without state.
     """
     groups = _groups(model, config, quantized)
     for group in groups:
@@ -35,6 +38,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, quantized: bool) -> Op
 
 
 def _groups(model: nn.Module, config: TrainConfig, quantized: bool) -> list[dict[str, Any]]:
+    """Return the non-empty parameter groups."""
     if quantized:
         return param_groups(
             model,
@@ -57,7 +61,7 @@ def _groups(model: nn.Module, config: TrainConfig, quantized: bool) -> list[dict
 
 
 def drop_group(optimizer: Optimizer, name: str) -> None:
-    """Take a group and its state from the optimizer; nothing happens where there is none."""
+    """Remove a group and its state from the optimizer, if there is such a group."""
     for group in [group for group in optimizer.param_groups if group["name"] == name]:
         for parameter in group["params"]:
             optimizer.state.pop(parameter, None)

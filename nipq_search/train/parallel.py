@@ -1,12 +1,13 @@
-"""One training by several processes: each computes its share of every batch.
+"""Data-parallel training: several processes, each of which computes a share of every batch.
 
-Every process has the whole model and goes through the same batches. It computes losses and
-gradients on a share of the samples; gradients, losses and the statistics of batch normalization
-are the means over all of them, so each process takes the same step. Drawn bit-widths are the same
-anyway, as functions of seed and step, and so is an element's noise, which hangs on its place in
-the whole batch. Calibration and the normalization statistics of the end are computed whole by
-whoever needs them. The result is that of one process but for the order of sums, for tables of
-residuals (`proxy: empirical`), which each makes from its own share, and for dropout.
+Every process holds the whole model and iterates over the same batches, but computes losses and
+gradients on its share of the samples. Gradients, losses and batch normalization statistics are
+averaged over the processes, so all of them take the same step. Sampled bit-widths agree because
+they are functions of seed and step; so does the noise, which depends on an element's position in
+the whole batch. Calibration and the final normalization statistics are not shared: each process
+that needs them computes them on whole batches. The result differs from that of a single process
+only by the order of summation, by dropout, and by residual tables (`proxy: empirical`), which each
+process builds from its own share.
 """
 
 from __future__ import annotations
@@ -27,40 +28,45 @@ from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.tasks.base import num_samples, take
 from nipq_search.train.spec import Interrupted, Paused, Released
 
-_PATIENCE = datetime.timedelta(days=7)
-"""The leader may evaluate for long; a training that hangs is ended by who watches it."""
+_TIMEOUT = datetime.timedelta(days=7)
+"""Timeout of collectives: evaluation in the leader may take long, and watchdogs end hung jobs."""
 
 
 class Team:
-    """The processes of one training, seen from one of them. Alone, nothing is exchanged.
+    """The processes of a training, from the perspective of one of them.
+
+    A team of one exchanges nothing.
 
     Args:
-        rank: number of this process; the first one, 0, leads: it evaluates and writes.
-        size: how many there are.
+        rank: index of this process. Rank 0 is the leader, which evaluates and writes files.
+        size: number of processes.
 
     Attributes:
-        copies: how many processes have each sample of the present batch: all of them, where there
-            are fewer samples than processes.
+        copies: number of processes that compute each sample of the current batch: 1, or `size`
+            if the batch has fewer samples than there are processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        """Of a process group that exists already, where there are several."""
+        """Create a view of the default process group, which must exist if `size` is above 1."""
         self.rank, self.size = rank, size
         self.copies = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this process evaluates and writes."""
+        """Whether this process evaluates and writes files."""
         return self.rank == 0
 
     def share(self, samples: int) -> slice:
-        """Which of so many samples are this process's; all of them if there are too few."""
+        """Return this process's share of a batch of `samples`.
+
+        A batch with fewer samples than processes is not divided.
+        """
         if samples < self.size:
             return slice(0, samples)
         return slice(samples * self.rank // self.size, samples * (self.rank + 1) // self.size)
 
     def mean(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their means over the processes, in place and at once."""
+        """Average tensors over the processes in place, with one collective per dtype."""
         if self.size == 1 or not tensors:
             return
         for dtype in sorted({t.dtype for t in tensors}, key=str):
@@ -73,32 +79,32 @@ class Team:
                 tensor.copy_(part.view_as(tensor))
 
     def mean_gradients(self, model: nn.Module) -> None:
-        """Give every process the mean gradient. One that is missing somewhere counts as zero."""
+        """Average the gradients over the processes; missing ones count as zero."""
         if self.size == 1:
             return
         parameters = [p for p in model.parameters() if p.requires_grad]
-        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-        dist.all_reduce(there, op=dist.ReduceOp.MAX)
+        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        dist.all_reduce(present, op=dist.ReduceOp.MAX)
         found = []
-        for parameter, exists in zip(parameters, there.tolist(), strict=True):
+        for parameter, exists in zip(parameters, present.tolist(), strict=True):
             if exists:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 found.append(parameter.grad)
         self.mean(found)
-        # The task loss's derivatives by the bit-widths, by which these are projected.
+        # The projection uses the task loss's derivatives with respect to the bit-widths.
         self.mean([m.marginal for m in model.modules() if isinstance(m, BitWidth)])
 
     def agreed(self, *values: bool) -> list[bool]:
-        """What the leader says."""
+        """Return the leader's values."""
         if self.size == 1:
             return list(values)
-        said = torch.tensor(values, dtype=torch.uint8)
-        dist.broadcast(said, 0)
-        return [bool(value) for value in said.tolist()]
+        decided = torch.tensor(values, dtype=torch.uint8)
+        dist.broadcast(decided, 0)
+        return [bool(value) for value in decided.tolist()]
 
     def given(self, value: Any) -> Any:
-        """The leader's object: plain types and tensors on the CPU."""
+        """Return the leader's object, made of plain types and tensors on the CPU."""
         if self.size == 1:
             return value
         box = [value if self.leads else None]
@@ -106,7 +112,7 @@ class Team:
         return box[0]
 
     def same_model(self, model: nn.Module) -> None:
-        """Take the leader's state: what each has computed may differ by a bit."""
+        """Load the leader's state, since calibration may differ between processes by rounding."""
         if self.size == 1:
             return
         state = model.state_dict() if self.leads else {}
@@ -114,7 +120,7 @@ class Team:
         model.load_state_dict(self.given(on_cpu))
 
     def same_random_state(self) -> None:
-        """Go on from the leader's generator: evaluation, which it does alone, draws from it."""
+        """Copy the state of the leader's generator, which evaluation in the leader advances."""
         if self.size > 1:
             state = torch.get_rng_state()
             dist.broadcast(state, 0)
@@ -122,10 +128,10 @@ class Team:
 
     @contextlib.contextmanager
     def own_random_state(self, seed: int) -> Iterator[None]:
-        """Draw, as dropout does, what no other process draws; afterwards go on as before.
+        """Seed this process differently from the others, for dropout; restore on exit.
 
         Args:
-            seed: of the step.
+            seed: seed of the batch, the same in all processes.
         """
         if self.size == 1:
             yield
@@ -136,11 +142,11 @@ class Team:
 
     @contextlib.contextmanager
     def shared_statistics(self, model: nn.Module) -> Iterator[None]:
-        """Within the context, batch normalization sees the whole batch in training."""
+        """Normalize over the samples of all processes in training, until the context exits."""
         kind = nn.modules.batchnorm._BatchNorm
         found = [m for m in model.modules() if isinstance(m, kind)] if self.size > 1 else []
         for module in found:
-            # On the instance, for whatever kind of layer it is.
+            # Patch the instance, which works for every subclass of batch normalization.
             shared = functools.partial(_normalized, self, module)
             module.forward = shared  # type: ignore[method-assign]
         try:
@@ -150,15 +156,18 @@ class Team:
                 del module.forward
 
     def take_share(self, task: object, model: nn.Module, batch: Any) -> tuple[Any, float]:
-        """This process's share of a batch, and the weight of its loss in the mean.
+        """Return this process's share of a batch.
 
         Args:
-            task: knows its batches.
-            model: prepared or not; its noise is told the place of the share.
-            batch: as the task's loader gives it.
+            task: slices the batch.
+            model: a float or prepared model; the position of the share is set for its noise.
+            batch: a batch from the task's loader.
+
+        Returns:
+            The share, and the weight of its loss in the mean over the processes.
 
         Raises:
-            UserError: the batch cannot be cut.
+            UserError: the batch cannot be sliced.
         """
         if self.size == 1:
             return batch, 1.0
@@ -172,7 +181,7 @@ class Team:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the processes; every one's loss hangs on every one's share of it."""
+    """Sum over the processes. Every summand affects every loss, so gradients are summed too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -188,7 +197,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _normalized(team: Team, module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
-    """Batch normalization over the samples of all processes, as the layer's own over its own."""
+    """Apply batch normalization with the statistics of the samples of all processes."""
     if not module.training:
         return type(module).forward(module, x)
     wide = x if x.dtype is torch.float64 else x.float()
@@ -204,15 +213,16 @@ def _normalized(team: Team, module: nn.modules.batchnorm._BatchNorm, x: Tensor) 
     if module.affine:
         y = y * module.weight.view(shape) + module.bias.view(shape)
     if module.track_running_stats:
-        seen = count / team.copies
-        _track(module, mean.detach(), variance.detach() * (seen / (seen - 1).clamp(min=1)))
+        distinct = count / team.copies
+        unbiased = variance.detach() * (distinct / (distinct - 1).clamp(min=1))
+        _track(module, mean.detach(), unbiased)
     normalized: Tensor = y.to(x.dtype)
     return normalized
 
 
 @torch.no_grad()
 def _track(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    """Move the running statistics towards those of a batch; the variance is the unbiased one."""
+    """Update the running statistics from a batch's mean and unbiased variance."""
     assert module.num_batches_tracked is not None
     module.num_batches_tracked.add_(1)
     momentum = module.momentum
@@ -223,28 +233,31 @@ def _track(module: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tens
 
 
 ALONE = Team()
-"""One process."""
+"""A team of one process."""
 
 
 @contextlib.contextmanager
 def joined(store: Any, rank: int, size: int) -> Iterator[Team]:
-    """Be one of the processes of a training, until the context ends.
+    """Join the processes of a training until the context exits.
 
     Args:
-        store: of `torch.distributed`, where they find each other.
-        rank: number of this one.
-        size: how many there are.
+        store: `torch.distributed` store through which the processes connect.
+        rank: index of this process.
+        size: number of processes.
+
+    Yields:
+        The team.
     """
-    # Tensors on GPUs by NCCL, decisions and everything on CPUs by Gloo.
+    # NCCL transfers GPU tensors, Gloo everything on CPUs, such as stop decisions.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
         yield Team(rank, size)
     except (Interrupted, Paused, Released):
         dist.destroy_process_group()
         raise
     except BaseException:
-        # NCCL would wait for the others, who know nothing of it.
+        # NCCL would wait for the other processes, which are unaware of the failure.
         abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
         if torch.cuda.is_available() and abort is not None:
             abort()

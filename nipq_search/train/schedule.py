@@ -1,25 +1,31 @@
-"""Steps, phases and the learning rate of a training, as pure functions."""
+"""Steps, phases and learning rate of a training, as pure functions of the step."""
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import dataclass
 
-FLOAT, NOISE, TUNING = "float", "noise", "tuning"
-"""Phases: the float model's training; NIPQ's; hard quantization with fixed bits."""
+
+class Phase(enum.StrEnum):
+    """Phases: training of the float model, the noise phase, tuning with frozen bit-widths."""
+
+    FLOAT = "float"
+    NOISE = "noise"
+    TUNING = "tuning"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """When what happens, counted in optimizer steps.
+    """Phases and learning rate of a training, in optimizer steps.
 
     Attributes:
-        batches_per_epoch: batches in an epoch.
-        accumulate: batches to a step; the last step of an epoch may have fewer.
-        steps_per_epoch: steps in an epoch.
-        total: steps in all.
-        noise: steps of the noise phase, at the start.
-        warmup: steps in which the rate rises linearly from a tenth.
+        batches_per_epoch: batches per epoch.
+        accumulate: batches per step; the last step of an epoch may have fewer.
+        steps_per_epoch: steps per epoch.
+        total: total steps.
+        noise: steps of the noise phase, which comes first.
+        warmup: steps in which the learning rate rises linearly from a tenth of its peak.
         quantized: whether the model is prepared.
     """
 
@@ -31,14 +37,14 @@ class Schedule:
     warmup: int
     quantized: bool
 
-    def phase(self, step: int) -> str:
-        """The phase to which step number `step` (from 0) belongs."""
+    def phase(self, step: int) -> Phase:
+        """Return the phase of a step, counted from 0."""
         if not self.quantized:
-            return FLOAT
-        return NOISE if step < self.noise else TUNING
+            return Phase.FLOAT
+        return Phase.NOISE if step < self.noise else Phase.TUNING
 
     def rate(self, step: int) -> float:
-        """Factor on the learning rate at `step`: warm-up from 0.1, cosine down to 1e-3."""
+        """Return the factor on the learning rate: warm-up from 0.1, then cosine decay to 1e-3."""
         if step < self.warmup:
             return 0.1 + 0.9 * step / self.warmup
         done = (step - self.warmup) / max(1, self.total - self.warmup)
@@ -55,7 +61,20 @@ def make_schedule(
     quantized: bool,
     learns_bits: bool,
 ) -> Schedule:
-    """The schedule of a training; a quantizer that learns no bits has no noise phase."""
+    """Return the schedule of a training.
+
+    Args:
+        epochs: passes over the training split; may be fractional.
+        batches_per_epoch: batches per epoch.
+        accumulate: batches per step.
+        noise_share: fraction of the steps in the noise phase.
+        warmup: fraction of the steps in the warm-up.
+        quantized: whether the model is prepared.
+        learns_bits: whether its quantizer learns bit-widths; without, there is no noise phase.
+
+    Returns:
+        The schedule, with at least one step.
+    """
     steps_per_epoch = math.ceil(batches_per_epoch / accumulate)
     total = max(1, round(epochs * steps_per_epoch))
     noise = round(noise_share * total) if quantized and learns_bits else 0

@@ -1,4 +1,4 @@
-"""How much the loss grows when one tensor alone is quantized, by tensor and bit-width."""
+"""Sensitivity scores: the increase of the loss when one unit alone is quantized."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from nipq_search.train.models import load_float, prepare_for
 from nipq_search.train.spec import Hooks, Interrupted, TrainSpec
 
 _RUINED = 1e3
-"""How much worse than the worst measured width one counts that ruins the model."""
+"""Factor on the largest finite score for widths at which the loss is not finite."""
 
 
 def _unchanged(x: torch.Tensor) -> None:
-    """An observer that looks at nothing; a quantizer that has one passes its tensor on."""
+    """Observe nothing. A quantizer with an observer returns its input unchanged."""
 
 
 def monotone(losses: Mapping[int, float]) -> dict[int, float]:
-    """Losses by width without what noise alone can explain: none below 0, none that grows.
+    """Return losses by width, made non-negative and non-increasing to remove measurement noise.
 
-    A width at which the loss is no number, or infinite, gets far more than any other.
+    A width at which the loss is NaN or infinite receives a far larger loss than any other.
     """
     finite = [loss for loss in losses.values() if math.isfinite(loss)]
     ruined = _RUINED * (1.0 + max(finite, default=0.0))
@@ -49,18 +49,21 @@ def monotone(losses: Mapping[int, float]) -> dict[int, float]:
 def sensitivities(
     model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], torch.Tensor]
 ) -> dict[str, dict[int, float]]:
-    """Growth of the loss over the float model's, by unit (see `units_of`) and allowed width.
+    """Measure how much the loss increases when a single unit is quantized.
 
-    Everything but the unit stays in floating point. Each score costs a pass over the batches.
+    All other units stay in floating point. Each score takes one pass over the batches.
 
     Args:
-        model: prepared and calibrated, with a quantizer that learns no bit-widths, whose boundary
-            follows the width (`lsq`). Its widths are changed.
-        batches: gone through from the start for every score.
-        loss: a scalar of the model and a batch.
+        model: prepared and calibrated, with a quantizer that learns no bit-widths and whose
+            boundary depends on the width (`lsq`). Its bit-widths are changed.
+        batches: iterated from the start for every score.
+        loss: returns a scalar for the model and a batch.
+
+    Returns:
+        Increase over the float model's loss, by unit (see `units_of`) and allowed width.
 
     Raises:
-        UserError: the float model's own loss is no number.
+        UserError: the loss of the float model is not finite.
     """
     found = quantizers(model)
     model.eval()
@@ -75,7 +78,7 @@ def sensitivities(
         base = measured()
         if not math.isfinite(base):
             raise UserError(
-                f"train.start: sensitivity needs a finite loss of the float model, it is {base:g}"
+                f"train.start: sensitivity needs a float model with a finite loss, not {base:g}"
             )
         scores = {}
         for unit, members in units_of(quant_state(model).graph).items():
@@ -97,18 +100,21 @@ def sensitivities(
 def score(
     task: Task, spec: TrainSpec, device: torch.device, hooks: Hooks
 ) -> dict[str, dict[int, float]]:
-    """`sensitivities` of a task's float model on `spec.train.score_batches` training batches.
+    """Measure the `sensitivities` of a task's float model on `spec.train.score_batches` batches.
 
-    Boundaries are those that LSQ starts with, which are near the best ones at every width.
+    Truncation boundaries are the starting values of LSQ, which are near-optimal at every width.
 
     Args:
-        task: model and data.
-        spec: the float model's file, how it is quantized, seed.
-        device: where to measure.
-        hooks: `on_samples` hears of every pass, `should_stop` is asked after it.
+        task: model and training data.
+        spec: file of the float model, quantization and seed.
+        device: device to run on.
+        hooks: `on_samples` is called after every batch and `should_stop` before it.
+
+    Returns:
+        Scores by unit (see `units_of`) and allowed width.
 
     Raises:
-        Interrupted: `should_stop` said so.
+        Interrupted: `hooks.should_stop` returned true.
         UserError: the model cannot be read or prepared.
     """
     assert spec.quant is not None
@@ -130,7 +136,7 @@ def score(
 
 
 class _Batches:
-    """The same few training batches every time; read anew, for they may be large."""
+    """The first training batches in a fixed order, loaded again on each pass to save memory."""
 
     def __init__(self, task: Task, spec: TrainSpec, device: torch.device) -> None:
         self.task, self.spec, self.device = task, spec, device

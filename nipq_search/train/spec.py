@@ -1,4 +1,4 @@
-"""What a training is asked to do, what it reports, and what comes out."""
+"""The specification of a training, its hooks and its result."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from nipq_search.train.config import TrainConfig
 
 
 class Interrupted(Exception):
-    """The training was asked to stop and has saved its state."""
+    """Training stopped on request, with its state saved."""
 
 
 class Released(Exception):
-    """The training's leader does the rest; see `nipq_search.train.parallel`."""
+    """This process has done its share; the leader completes the training. See `parallel.py`."""
 
 
 class Paused(Exception):
-    """The training reached its pause and has saved its state.
+    """Training reached its pause, with its state saved.
 
     Args:
-        metrics: validation figures of a copy that was projected onto the budget there.
-        samples: training samples that the copy took.
+        metrics: validation metrics of a copy of the model, projected onto the budget.
+        samples: training samples used to re-estimate the copy's normalization statistics.
     """
 
     def __init__(self, metrics: Mapping[str, float], samples: int) -> None:
-        """Keep the figures."""
+        """Store the metrics."""
         super().__init__("paused")
         self.metrics, self.samples = metrics, samples
 
@@ -40,20 +40,20 @@ class TrainSpec:
     """What to train.
 
     Attributes:
-        train: rates, phases, distillation.
-        seed: of data order, noise and everything else that is random.
-        quant: how the model is quantized; None trains the float model.
-        budget: absolute targets; None leaves the bit-widths where they are (baselines).
-        parent: file of the finished trial that this one starts from; None for the float model.
-        float_model: file of the float model's state dict; None starts from scratch. Without
-            `quant` such a file is evaluated and stored as it is.
-        profile: bit-widths by unit (see `units_of`), which are shifted onto the budget to start
-            from; they go before `train.start`.
-        pause: share of the steps after which the training pauses; None trains to the end.
-        losses: what `train.start: sensitivity` needs: scores by unit and width.
-        least_noise_steps: a noise phase of fewer steps is left out.
-        home: URI of the training's home in an object store, for model and checkpoints; None keeps
-            them in its folder.
+        train: learning rates, phases and distillation.
+        seed: seed of the data order, the noise and all other random draws.
+        quant: quantization of the model; None trains the float model.
+        budget: absolute targets by cost name; None leaves bit-widths unchanged (baselines).
+        parent: file of the finished trial to start from; None starts from the float model.
+        float_model: file with the float model's state dict; None starts from untrained weights.
+            Without `quant`, the model in the file is only evaluated and stored.
+        profile: starting bit-widths by unit (see `units_of`), which are shifted onto the budget;
+            takes precedence over `train.start`.
+        pause: fraction of the steps after which training pauses; None trains to the end.
+        losses: sensitivity scores by unit and width, for `train.start: sensitivity`.
+        least_noise_steps: shorter noise phases are omitted.
+        home: URI of an object store for the model and the checkpoints; None keeps them in the
+            training's folder.
     """
 
     train: TrainConfig
@@ -71,10 +71,17 @@ class TrainSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What came out: figures on the validation split, exact costs, bit-widths, samples.
+    """Result of a training.
 
-    `history` has the learned bit-widths and the task loss's derivative by them, by tensor, at
-    some steps of the noise phase and at its end.
+    Attributes:
+        metrics: the task's metrics on the validation split.
+        cost: exact costs by name; empty for the float model.
+        bits: the bit configuration (see `bit_config`); empty for the float model.
+        samples: training samples processed, including calibration.
+        steps: optimizer steps taken.
+        model_sha256: digest of the model file.
+        history: at some steps of the noise phase and at its end, the learned bit-widths by tensor
+            and the task loss's derivatives with respect to them.
     """
 
     metrics: Mapping[str, float]
@@ -88,12 +95,12 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What a training reports while it runs; every member may be left as it is.
+    """Callbacks of a training; the defaults do nothing.
 
     Attributes:
-        on_epoch: a point of the learning curve.
-        on_samples: training samples just processed.
-        should_stop: asked after every step.
+        on_epoch: called with a point of the learning curve after every epoch.
+        on_samples: called with the number of training samples processed since the last call.
+        should_stop: called after every step; True stops the training.
         before_write: called before a checkpoint or the trained model is written; may raise
             `Interrupted`.
     """

@@ -1,8 +1,8 @@
-"""A whole training from its specification: the float model's, a trial's, a baseline's.
+"""A complete training from its specification: the float model, a trial or a baseline.
 
-Phases of a trial: calibrate, noise phase, project and freeze bits, tuning phase, re-estimate
-normalization statistics, evaluate. It can be killed at any moment and run again: it continues
-from its last checkpoint and ends with the same bits.
+A trial's phases: calibrate, noise phase, project and freeze the bit-widths, tuning phase,
+re-estimate normalization statistics, evaluate. A training may be killed at any point; when it is
+started again, it resumes from its last checkpoint and produces bit-identical results.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from nipq_search.records import CurvePoint
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import evaluate, num_samples, to_device
 from nipq_search.train.checkpoint import load_checkpoint, save_checkpoint, to_bytes
+from nipq_search.train.config import BitStart
 from nipq_search.train.forward import arithmetic
 from nipq_search.train.loop import Trainer, seed_for, steps_in
 from nipq_search.train.models import MODEL_FILE, load_float, prepare_for, teacher_of
@@ -42,125 +43,267 @@ def train(
     team: Team = ALONE,
     model_folder: Path | None = None,
 ) -> TrainResult:
-    """Train to the end, or continue what an earlier call in `folder` began.
+    """Train to the end, resuming from the checkpoints in `folder` if there are any.
 
-    Writes checkpoints below `folder/checkpoints` and the model, as `model.pt`, to its folder. The
-    caller removes the checkpoints once the result is safe.
+    Checkpoints are written below `folder/checkpoints`, and the model to `model.pt` in
+    `model_folder`. The caller removes the checkpoints once it has stored the result.
 
     Args:
         task: model and data.
         spec: what to train.
         folder: the training's own folder.
-        device: where to train.
-        hooks: reports and stop requests; of several processes the leader's are heard.
-        team: the processes that train together; each calls this.
-        model_folder: where the model is to lie, if not in `folder`.
+        device: device to train on.
+        hooks: progress reports and stop requests; in a team, only the leader's hooks matter.
+        team: the processes that train together; each of them calls this function.
+        model_folder: folder for the trained model; defaults to `folder`.
+
+    Returns:
+        Validation metrics, exact costs and bit-widths of the trained model.
 
     Raises:
-        Released: this process does not lead: its part is done.
-        Interrupted: `should_stop` said so; the state is saved.
+        Released: this process does not lead, and its share of the work is done.
+        Interrupted: `hooks.should_stop` returned true; the state is saved.
         Paused: `spec.pause` is reached; the state is saved.
         NonFiniteLoss: the loss became NaN or infinite.
         UserError: the float model cannot be read, or the budget cannot be reached.
     """
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
-        return _train(task, spec, folder, device, hooks or Hooks(), team, model_folder or folder)
+        return _Training(
+            task=task,
+            spec=spec,
+            folder=folder,
+            device=device,
+            hooks=hooks or Hooks(),
+            team=team,
+            model_folder=model_folder or folder,
+        ).run()
 
 
-def _train(
-    task: Task,
-    spec: TrainSpec,
-    folder: Path,
-    device: torch.device,
-    hooks: Hooks,
-    team: Team,
-    model_folder: Path,
-) -> TrainResult:
-    model = load_float(task, spec.float_model, spec.seed, device)
-    if spec.quant is None and spec.float_model is not None:
-        _only_leader(team)
-        return _finish(task, spec, model_folder, model, device, Counts(), hooks)
-    loader = task.loader("train", spec.train.batch_size, seed_for(spec.seed, 0))
-    batches = steps_in(loader)
-    schedule = _schedule(spec, batches)
-    if 0 < schedule.noise < spec.least_noise_steps:
-        spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, noise_share=0.0))
-        schedule = _schedule(spec, batches)
-    teacher = None
-    checkpoint = team.given(load_checkpoint(folder / "checkpoints") if team.leads else None)
-    calibration_samples = 0
-    if spec.quant is not None:
-        if spec.train.distill and spec.train.distill_weight > 0:
-            teacher = teacher_of(task, model, spec.seed, device)
-        model, calibration_samples = prepare_for(
-            task, model, spec, device, calibrated=checkpoint is None
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """One training: the arguments of `train`, and a method for each phase."""
+
+    task: Task
+    spec: TrainSpec
+    folder: Path
+    device: torch.device
+    hooks: Hooks
+    team: Team
+    model_folder: Path
+
+    def run(self) -> TrainResult:
+        """Run all remaining phases."""
+        if self.spec.quant is None and self.spec.float_model is not None:
+            model = self._float_model()
+            self._release_others()
+            return self._finish(model)
+        trainer = self._prepare()
+        progress = self._optimize(trainer)
+        self._release_others()
+        total = trainer.schedule.total
+        if progress.pause <= trainer.step and progress.pause < total:
+            raise self._at_pause(trainer)
+        if trainer.step < total:
+            raise Interrupted
+        trainer.use_average()
+        result = self._finish(trainer.model, trainer.samples, trainer.step, trainer.history)
+        progress.report(result.samples)
+        return result
+
+    def _float_model(self) -> nn.Module:
+        """Load the float model, or build an untrained one."""
+        return load_float(self.task, self.spec.float_model, self.spec.seed, self.device)
+
+    def _prepare(self) -> Trainer:
+        """Prepare and calibrate the model, or restore it from the newest checkpoint."""
+        model = self._float_model()
+        spec, schedule = self._scheduled()
+        checkpoint = load_checkpoint(self.folder / "checkpoints") if self.team.leads else None
+        checkpoint = self.team.given(checkpoint)
+        teacher, samples = None, 0
+        if spec.quant is not None:
+            if spec.train.distill and spec.train.distill_weight > 0:
+                teacher = teacher_of(self.task, model, spec.seed, self.device)
+            model, samples = prepare_for(
+                self.task, model, spec, self.device, calibrated=checkpoint is None
+            )
+            self.hooks.on_samples(samples)
+        self.team.same_model(model)
+        # A model with one width for all tensors is not projected: its width must not change.
+        projected = spec.budget if spec.train.start != BitStart.UNIFORM else None
+        trainer = Trainer(
+            task=self.task,
+            model=model,
+            config=spec.train,
+            schedule=schedule,
+            seed=spec.seed,
+            device=self.device,
+            budget=Budget(**projected) if projected else None,
+            teacher=teacher,
+            team=self.team,
+            samples=samples,
         )
-        hooks.on_samples(calibration_samples)
-    team.same_model(model)
-    trainer = Trainer(
-        task=task,
-        model=model,
-        config=spec.train,
-        schedule=schedule,
-        seed=spec.seed,
-        device=device,
-        # One width for all is not projected: it stays as it is.
-        budget=Budget(**spec.budget) if spec.budget and spec.train.start != "uniform" else None,
-        teacher=teacher,
-        team=team,
-    )
-    trainer.samples = calibration_samples
-    if checkpoint is not None:
-        trainer.load_state_dict(checkpoint)
-    counted = trainer.samples
-    total = trainer.schedule.total
-    pause = total if spec.pause is None else max(1, round(spec.pause * total))
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint)
+        return trainer
 
-    def count() -> None:
-        nonlocal counted
-        hooks.on_samples(trainer.samples - counted)
-        counted = trainer.samples
+    def _scheduled(self) -> tuple[TrainSpec, Schedule]:
+        """Return the specification and its schedule, without a noise phase that is too short."""
+        loader = self.task.loader("train", self.spec.train.batch_size, seed_for(self.spec.seed, 0))
+        batches = steps_in(loader)
+        schedule = _schedule(self.spec, batches)
+        if not 0 < schedule.noise < self.spec.least_noise_steps:
+            return self.spec, schedule
+        config = dataclasses.replace(self.spec.train, noise_share=0.0)
+        spec = dataclasses.replace(self.spec, train=config)
+        return spec, _schedule(spec, batches)
 
-    def stop() -> bool:
-        count()
-        return trainer.step >= pause or hooks.should_stop()
+    def _optimize(self, trainer: Trainer) -> _Progress:
+        """Run the noise phase, the projection and the tuning phase, up to the pause if any."""
+        total = trainer.schedule.total
+        pause = total if self.spec.pause is None else max(1, round(self.spec.pause * total))
+        progress = _Progress(trainer, self.hooks, self.folder, self.spec.home, pause)
+        try:
+            if trainer.step < pause:
+                trainer.run(
+                    on_epoch=progress.on_epoch,
+                    save=progress.save,
+                    should_stop=progress.should_stop,
+                )
+        finally:
+            progress.report(trainer.samples)  # includes the samples of a step that failed
+        return progress
 
-    def on_epoch(point: CurvePoint) -> None:
-        count()  # before what is reported is saved
-        hooks.on_epoch(point)
+    def _release_others(self) -> None:
+        """End every process but the leader: the remaining phases are not shared."""
+        if not self.team.leads:
+            raise Released
 
-    def save(state: dict[str, Any]) -> None:
-        hooks.before_write()
-        place = folder / "checkpoints"
-        save_checkpoint(place, trainer.step, state, spec.home, fence=hooks.before_write)
+    def _at_pause(self, trainer: Trainer) -> Paused:
+        """Evaluate a copy of the model at the pause, projected onto the budget.
 
-    try:
-        finished = trainer.step < pause and trainer.run(
-            on_epoch=on_epoch, save=save, should_stop=stop
+        A model that still exceeds its budget would score too high.
+        """
+        model = copy.deepcopy(trainer.model)
+        if trainer.average is not None:
+            trainer.average.copy_to(model)
+        freeze(model, trainer.budget)
+        samples = self._reestimate(model)
+        self.hooks.on_samples(samples)
+        return Paused(self._evaluate(model), samples)
+
+    def _finish(
+        self,
+        model: nn.Module,
+        samples: int = 0,
+        steps: int = 0,
+        history: Sequence[Mapping[str, Any]] = (),
+    ) -> TrainResult:
+        """Re-estimate normalization statistics, evaluate and store the model.
+
+        Args:
+            model: the trained model.
+            samples: training samples processed so far.
+            steps: optimizer steps taken.
+            history: see `TrainResult`.
+
+        Returns:
+            The result; its sample count includes the re-estimation.
+        """
+        samples += self._reestimate(model)
+        metrics = self._evaluate(model)
+        data = to_bytes({"model": model.state_dict()})
+        self.hooks.before_write()
+        blobs.write(self.model_folder / MODEL_FILE, data, self.spec.home)
+        return TrainResult(
+            metrics=metrics,
+            cost=exact_costs(model) if self.spec.quant is not None else {},
+            bits=bit_config(model) if self.spec.quant is not None else {},
+            samples=samples,
+            steps=steps,
+            model_sha256=storage.digest(data),
+            history=tuple(history),
         )
-    finally:
-        count()  # samples of a step that failed too
-    _only_leader(team)
-    if not finished and trainer.step >= pause < total:
-        raise _at_pause(task, spec, trainer, device, hooks)
-    if trainer.step < total:
-        raise Interrupted
-    trainer.use_average()
-    counts = Counts(samples=trainer.samples, steps=trainer.step, history=tuple(trainer.history))
-    result = _finish(task, spec, model_folder, model, device, counts, hooks)
-    hooks.on_samples(result.samples - counted)
-    return result
+
+    def _reestimate(self, model: nn.Module) -> int:
+        """Re-estimate a quantized model's normalization statistics; return the samples used."""
+        if self.spec.quant is None or not self.spec.train.norm_batches:
+            return 0
+        counts: list[int] = []
+
+        def run_batches(observed: nn.Module) -> None:
+            for batch, count in self._full_batches():
+                counts.append(count)
+                self.task.loss(observed, to_device(self.task, batch, self.device))
+
+        with arithmetic(self.spec.train.precision, self.device):
+            reestimate_norm_stats(model, run_batches)
+        return sum(counts)
+
+    def _full_batches(self) -> Iterator[tuple[Any, int]]:
+        """Yield the batches for normalization statistics, each with its number of samples.
+
+        Partial batches are skipped: the average would weight them like full ones.
+        """
+        seed = seed_for(self.spec.seed, 1 << 41)
+        loader = self.task.loader("train", self.spec.train.batch_size, seed)
+        first = 0
+        for batch in itertools.islice(iter(loader), self.spec.train.norm_batches):
+            count = num_samples(self.task, batch)
+            first = first or count
+            if count >= first:
+                yield batch, count
+
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return the task's metrics on the validation split."""
+        with arithmetic(self.spec.train.precision, self.device):
+            return evaluate(self.task, model, "validation")
 
 
-def _only_leader(team: Team) -> None:
-    """End the part of every other process: what follows is not shared."""
-    if not team.leads:
-        raise Released
+class _Progress:
+    """Forwards a trainer's progress to the hooks of its caller.
+
+    Args:
+        trainer: prepared; its samples so far have been reported.
+        hooks: the caller's.
+        folder: folder of the training, which contains its checkpoints.
+        home: see `TrainSpec.home`.
+        pause: step at which to stop.
+    """
+
+    def __init__(
+        self, trainer: Trainer, hooks: Hooks, folder: Path, home: str | None, pause: int
+    ) -> None:
+        """Start counting at the trainer's present samples."""
+        self.trainer, self.hooks, self.home, self.pause = trainer, hooks, home, pause
+        self.checkpoints = folder / "checkpoints"
+        self._reported = trainer.samples
+
+    def report(self, samples: int) -> None:
+        """Report the samples processed since the last call, given their total."""
+        self.hooks.on_samples(samples - self._reported)
+        self._reported = samples
+
+    def should_stop(self) -> bool:
+        """Whether training must stop after this step."""
+        self.report(self.trainer.samples)
+        return self.trainer.step >= self.pause or self.hooks.should_stop()
+
+    def on_epoch(self, point: CurvePoint) -> None:
+        """Report a point of the learning curve, after the samples that led to it."""
+        self.report(self.trainer.samples)
+        self.hooks.on_epoch(point)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        fence = self.hooks.before_write
+        fence()
+        save_checkpoint(self.checkpoints, self.trainer.step, state, self.home, fence=fence)
 
 
 def _schedule(spec: TrainSpec, batches_per_epoch: int) -> Schedule:
-    """The steps of a training's phases."""
+    """Return the steps of a training's phases."""
     return make_schedule(
         epochs=spec.train.epochs,
         batches_per_epoch=batches_per_epoch,
@@ -169,78 +312,4 @@ def _schedule(spec: TrainSpec, batches_per_epoch: int) -> Schedule:
         warmup=spec.train.warmup,
         quantized=spec.quant is not None,
         learns_bits=spec.quant is not None and QUANTIZERS[spec.quant.quantizer].learns_bits,
-    )
-
-
-def _at_pause(
-    task: Task, spec: TrainSpec, trainer: Trainer, device: torch.device, hooks: Hooks
-) -> Paused:
-    """Validation figures of a copy on its budget: a model still above it would look better."""
-    model = copy.deepcopy(trainer.model)
-    if trainer.average is not None:
-        trainer.average.copy_to(model)
-    freeze(model, trainer.budget)
-    samples = _reestimate(task, spec, model, device)
-    hooks.on_samples(samples)
-    with arithmetic(spec.train.precision, device):
-        return Paused(evaluate(task, model, "validation"), samples)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What a training processed, and what its bit-widths did."""
-
-    samples: int = 0
-    steps: int = 0
-    history: Sequence[Mapping[str, Any]] = ()
-
-
-def _reestimate(task: Task, spec: TrainSpec, model: nn.Module, device: torch.device) -> int:
-    """Re-estimate normalization statistics of a quantized model; the samples that it took."""
-    samples = 0
-    if spec.quant is None or not spec.train.norm_batches:
-        return samples
-
-    def batches(observed: nn.Module) -> None:
-        nonlocal samples
-        seed = seed_for(spec.seed, 1 << 41)
-        loader = task.loader("train", spec.train.batch_size, seed)
-        first = 0
-        for batch in itertools.islice(iter(loader), spec.train.norm_batches):
-            count = num_samples(task, batch)
-            first = first or count
-            if count < first:
-                continue  # in the average a partial batch would weigh as much as a full one
-            samples += count
-            task.loss(observed, to_device(task, batch, device))
-
-    with arithmetic(spec.train.precision, device):
-        reestimate_norm_stats(model, batches)
-    return samples
-
-
-def _finish(
-    task: Task,
-    spec: TrainSpec,
-    folder: Path,
-    model: nn.Module,
-    device: torch.device,
-    counts: Counts,
-    hooks: Hooks,
-) -> TrainResult:
-    """Re-estimate normalization statistics, evaluate, store the model."""
-    samples = _reestimate(task, spec, model, device)
-    with arithmetic(spec.train.precision, device):
-        metrics = evaluate(task, model, "validation")
-    data = to_bytes({"model": model.state_dict()})
-    hooks.before_write()
-    blobs.write(folder / MODEL_FILE, data, spec.home)
-    return TrainResult(
-        metrics=metrics,
-        cost=exact_costs(model) if spec.quant is not None else {},
-        bits=bit_config(model) if spec.quant is not None else {},
-        samples=counts.samples + samples,
-        steps=counts.steps,
-        model_sha256=storage.digest(data),
-        history=counts.history,
     )

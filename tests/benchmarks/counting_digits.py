@@ -1,4 +1,4 @@
-"""The digits with a loader that counts, in a file, every training sample that it hands out."""
+"""The digits task with a loader that records every training sample in a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Counted:
 
 
 class CountingDigits(Digits):
-    """See the module."""
+    """Digits with a counting training loader."""
 
     def loader(self, split, *arguments, **options):
         loader = super().loader(split, *arguments, **options)

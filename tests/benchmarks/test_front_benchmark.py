@@ -1,4 +1,4 @@
-"""The benchmark of fronts: it counts samples truthfully, resumes, and says what its runs say."""
+"""Tests of the front benchmark: exact sample counts, resuming, and consistent tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METHODS = ["fill", "independent", "lsq ilp", "nsga2"]
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The quick size of four methods, on a loader that counts; its results and its second run."""
+    """Run the quick size of four methods twice, on a counting loader."""
     folder = tmp_path_factory.mktemp("front")
     plan = yaml.safe_load((BENCHMARKS / "front.yaml").read_text())
     plan["quick"]["seeds"] = [0]
@@ -143,13 +143,13 @@ def test_a_killed_float_training_is_counted_before_and_after(tmp_path, monkeypat
             front.train_float(unit)
     result = front.train_float(unit)
     counted = [int(line) for line in (tmp_path / "counted").read_text().split()]
-    whole = 4 * sum(counted[:18])  # four epochs; what a kill repeats may come on top
+    whole = 4 * sum(counted[:18])  # four epochs; work repeated after the kill is extra
     assert whole <= result["samples"] <= sum(counted)
     assert front.train_float(unit) == result
 
 
-def test_a_sweep_that_was_cut_off_is_begun_anew(tmp_path, monkeypatch):
-    """What it did twice would count against its method."""
+def test_an_interrupted_sweep_starts_over(tmp_path, monkeypatch):
+    """Repeated work would count against the method."""
     plan = front.read_plan(BENCHMARKS / "front.yaml", quick=True)
     plan = {**plan, "allowance": 9_000}
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted"))
@@ -206,7 +206,7 @@ def test_results_of_another_plan_are_not_tabulated_either(ran, capsys):
 
 
 def made_up(method, seed, *points):
-    """A run with (samples, cost, validation, test) points, cost axis from 1 to 16."""
+    """Return a run with (samples, cost, validation, test) points and a cost axis from 1 to 16."""
     found = [
         {
             "trial": n,
@@ -237,7 +237,7 @@ def test_volume_curve_and_reach():
     assert figures.volume(slow, 100) == pytest.approx(0.5 * 0.5)
     assert figures.volume(slow, 99) == 0.0
     assert figures.curve(slow, 150) == [(100, pytest.approx(0.25))]
-    # Chosen on validation: the second point of `fast` is dominated there, better as it is on test.
+    # The second point of `fast` is dominated on validation, although it is better on test.
     assert figures.volume(fast, 200) == pytest.approx(0.6)
     assert figures.samples_to(fast, figures.volume(slow, 200), 200) == 50
     assert figures.samples_to(slow, 0.9, 200) is None

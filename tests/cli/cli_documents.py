@@ -1,4 +1,4 @@
-"""Documents of a tiny sweep, as the search layer makes them."""
+"""Documents of a tiny sweep, in the format of the search layer."""
 
 from __future__ import annotations
 

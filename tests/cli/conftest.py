@@ -1,4 +1,4 @@
-"""A fake search layer: the commands are tested without training anything."""
+"""A fake search layer for testing the commands without training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nipq_search.errors import UserError
 
 @dataclass
 class FakeSearch:
-    """What the fake answers; a test changes it."""
+    """Return values of the fake, which tests modify."""
 
     folder: Path
     outcome: dict[str, Any] = field(
@@ -142,7 +142,7 @@ class FakeSweep:
 
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeSearch:
-    """The fake in place of the search layer's modules."""
+    """Replace the modules of the search layer with the fake."""
     fake = FakeSearch(folder=tmp_path)
     parts: dict[str, dict[str, Callable[..., Any] | SimpleNamespace]] = {
         "config.sweep_config": {"load_config": fake.load_config},

@@ -1,4 +1,4 @@
-"""Every command over a fake search layer: exit codes, what is on stdout, what on stderr."""
+"""Exit codes, stdout and stderr of every command, with a fake search layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_json_is_one_document_on_stdout(command, search, capsys):
 
 
 @pytest.mark.parametrize("command", READING)
-def test_text_is_plain_where_no_terminal_is(command, search, capsys, monkeypatch):
+def test_text_is_plain_without_a_terminal(command, search, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert main(arguments(command, search.folder)) == 0
     out = capsys.readouterr().out
@@ -38,7 +38,7 @@ def test_text_is_plain_where_no_terminal_is(command, search, capsys, monkeypatch
     assert "a library prints" not in out
 
 
-def test_figures_that_are_not_finite_are_null(search, capsys):
+def test_non_finite_numbers_are_null(search, capsys):
     assert main(["status", str(search.folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["total_samples"] is None
 
@@ -103,10 +103,10 @@ def test_wrong_usage_is_one_line_and_exits_2(command_line, search, capsys):
     assert search.calls == []
 
 
-def test_ray_client_addresses_name_the_way_out(search, capsys):
+def test_ray_client_addresses_name_the_fix(search, capsys):
     assert main(["run", "sweep.yaml", "--address", "ray://head:10001"]) == 2
     err = capsys.readouterr().err
-    assert "use the cluster's own address (HOST:6379) from a machine of the cluster" in err
+    assert "use the address of the cluster's head (HOST:6379) from a machine of the cluster" in err
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_exit_codes_of_run(outcome, code, search, capsys, tmp_path):
         assert "--max bops=5.3e+09" in captured.err
 
 
-def test_run_hands_its_options_down(search, tmp_path, monkeypatch):
+def test_run_passes_its_options_on(search, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [
         "--set",
@@ -152,14 +152,14 @@ def test_run_hands_its_options_down(search, tmp_path, monkeypatch):
     assert ran == ("run_sweep", Path("runs/tiny"), {"trials": 5, "address": "h:6379"})
 
 
-def test_best_outside_reach_prints_the_nearest_and_what_blocks(search, capsys):
+def test_best_without_a_match_prints_the_nearest_point_and_the_reason(search, capsys):
     nearest = search.best["point"]
     search.best = {"point": None, "nearest": nearest, "blocks": ["bops: the least is 5.25e9"]}
     assert main(["best", str(search.folder), "--max", "bops=1e9"]) == 1
     captured = capsys.readouterr()
     assert "nearest: trial 3" in captured.out
     assert "bops: the least is 5.25e9" in captured.out
-    assert "error: no trained point stays within bops 1.00 GBOPs" in captured.err
+    assert "error: no trained point is within bops 1.00 GBOPs" in captured.err
 
 
 def test_best_reads_limits(search):
@@ -168,13 +168,13 @@ def test_best_reads_limits(search):
     assert search.calls == [("best", {"bops": 5.3e9, "weight_bytes": 24_000.0})]
 
 
-def test_doctor_fails_where_a_check_fails(search, capsys):
+def test_doctor_fails_if_a_check_fails(search, capsys):
     search.checks.append({"check": "data", "ok": False, "detail": "no files", "fix": "make data"})
     assert main(["doctor"]) == 1
     assert "no files; make data" in capsys.readouterr().out
 
 
-def test_logs_come_attempt_by_attempt(search, capsys):
+def test_logs_are_printed_by_attempt(search, capsys):
     for attempt in (1, 2):
         path = search.folder / "trials" / "3" / f"attempt-{attempt}" / "output.log"
         path.parent.mkdir(parents=True)
@@ -186,11 +186,11 @@ def test_logs_come_attempt_by_attempt(search, capsys):
     assert len(json.loads(capsys.readouterr().out)["logs"]) == 2
 
 
-def test_logs_of_a_trial_that_wrote_nothing(search, capsys):
+def test_logs_of_a_trial_without_output(search, capsys):
     assert main(["logs", str(search.folder), "5"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "wrote nothing" in captured.err
+    assert "has no output" in captured.err
 
 
 def test_stop_names_the_driver(search, capsys):
@@ -210,8 +210,8 @@ def test_report_prints_its_path_and_opens_it(search, capsys, monkeypatch):
     assert opened == [path.as_uri()]
 
 
-def test_a_reader_that_left_early_is_no_failure():
-    """What `| head` does to a long output, with a pipe whose reader is gone from the start."""
+def test_a_closed_pipe_is_not_a_failure():
+    """Like `| head` on a long output, but the reader has exited before the first write."""
     reader, writer = os.pipe()
     os.close(reader)
     program = (
@@ -232,10 +232,10 @@ def test_a_replay_that_differs_exits_4(search, capsys):
     search.replayed = {"equal": False, "differences": [DIFFERENCE]}
     assert main(["replay", str(search.folder), "3"]) == 4
     out = capsys.readouterr().out
-    assert "trial 3: came out otherwise" in out and "steps" in out
+    assert "trial 3: the replay did not match the recorded trial" in out and "steps" in out
 
 
-def test_gc_says_what_goes(search, capsys):
+def test_gc_lists_what_is_deleted(search, capsys):
     assert main(["gc", str(search.folder), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "54,321 bytes would be freed, 1 models kept" in out and "trials/1/model.pt" in out
@@ -243,6 +243,6 @@ def test_gc_says_what_goes(search, capsys):
     assert "54,321 bytes freed" in capsys.readouterr().out
 
 
-def test_sync_says_where_everything_is(search, capsys):
+def test_sync_prints_the_server_and_the_number_of_trials(search, capsys):
     assert main(["sync", str(search.folder)]) == 0
-    assert "http://server has all of the sweep: 2 trials" in capsys.readouterr().err
+    assert "http://server is up to date: 2 trials" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The commands and options are a contract: a change here needs a note for those who use them."""
+"""Commands and options are a contract: a change here requires a changelog entry."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_no_arguments_print_the_help(capsys):
     assert "Exit codes" in capsys.readouterr().out
 
 
-def test_help_loads_nothing_heavy():
+def test_help_imports_no_heavy_modules():
     program = (
         "import sys; from nipq_search.cli import main; code = main(['--help']);"
         "heavy = {'torch', 'ray', 'optuna', 'mlflow', 'pandas', 'plotly', 'numpy', 'rich'};"
@@ -67,7 +67,7 @@ def test_help_loads_nothing_heavy():
     assert done.stderr.strip() == ""
 
 
-def test_the_module_runs_as_the_script_does():
+def test_the_module_behaves_like_the_script():
     command = [sys.executable, "-m", "nipq_search.cli", "front"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

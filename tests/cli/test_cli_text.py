@@ -1,4 +1,4 @@
-"""Tables, figures, progress and limits: pure functions of what they are given."""
+"""Formatting of tables, numbers and progress, and parsing of limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def render(renderable, width=200):
 
 
 def nothing(document):
-    """`document` with None for every figure; what tells the rows apart stays."""
+    """Replace every value of `document` with None, except the keys that identify rows."""
     kept = {"trial", "name", "on_front"}
     blank = {}
     for key, value in document.items():
@@ -35,7 +35,7 @@ def nothing(document):
     return blank
 
 
-def test_the_front_table_shows_points_rivals_and_figures():
+def test_the_front_table_shows_points_baselines_and_hypervolumes():
     text = render(tables.front(FRONT))
     lines = text.splitlines()
     (point,) = [line for line in lines if "bops: uniform 4" in line]
@@ -60,7 +60,7 @@ DOCUMENTS = {
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_tables_stand_missing_figures(name):
+def test_tables_accept_missing_values(name):
     draw = getattr(tables, name)
     text = render(draw(nothing(DOCUMENTS[name])))
     assert "-" in text
@@ -68,12 +68,12 @@ def test_tables_stand_missing_figures(name):
     assert "None" not in render(draw({}))
 
 
-def test_show_says_which_trial_it_started_from():
+def test_show_prints_the_parent_trial():
     assert "started from: trial 0" in render(tables.show({**DOCUMENTS["show"], "parent": 0}))
     assert "started from" not in render(tables.show({**DOCUMENTS["show"], "parent": None}))
 
 
-def test_tables_print_names_as_they_are():
+def test_tables_print_names_verbatim():
     text = render(tables.layers([{**LAYER, "name": "[bold]stem\x1b[31m"}]))
     assert "[bold]stem?[31m" in text
     assert "float" in text  # the activations have no bits
@@ -103,13 +103,13 @@ def test_a_front_by_weight_bytes_has_that_column_once():
         (numbers.share, 0.982, "98.2 %"),
     ],
 )
-def test_figures_as_people_read_them(function, value, text):
+def test_numbers_are_formatted(function, value, text):
     assert function(value) == text
     assert function(None) == "-"
     assert function(float("nan")) == "-"
 
 
-def test_limits_are_read():
+def test_limits_are_parsed():
     assert parse_limits(["bops=5.3e9", "weight_bytes = 24_000"]) == {
         "bops": 5.3e9,
         "weight_bytes": 24_000.0,
@@ -139,7 +139,7 @@ def test_addresses_of_a_cluster(address):
 
 
 @pytest.mark.parametrize("address", ["head", "head:0", "head:70000", "http://head:8265", ""])
-def test_other_addresses_are_refused(address):
+def test_other_addresses_are_rejected(address):
     with pytest.raises(UserError, match="auto or HOST:PORT"):
         check_address(address)
 
@@ -170,7 +170,7 @@ def test_the_progress_line():
     )
 
 
-def test_a_log_gets_a_line_now_and_then_and_every_message():
+def test_a_log_gets_occasional_lines_and_every_message():
     stream, now = io.StringIO(), [0.0]
     with ProgressLog(stream, clock=lambda: now[0]) as sink:
         for second in range(25):
@@ -196,7 +196,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_one_live_line_and_the_messages_stay(monkeypatch):
+def test_a_terminal_gets_one_live_line_and_permanent_messages(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")
     stream = Terminal()
@@ -208,7 +208,7 @@ def test_a_terminal_gets_one_live_line_and_the_messages_stay(monkeypatch):
     text = stream.getvalue()
     assert "trial 3 COMPLETE\n" in text
     assert "8/20 trials" in text
-    assert "uniform" not in text  # cut at the terminal's edge instead of folded
+    assert "uniform" not in text  # truncated at the edge of the terminal instead of wrapped
 
 
 def test_dumb_terminals_and_files_get_a_log(monkeypatch):

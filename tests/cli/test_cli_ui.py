@@ -1,4 +1,4 @@
-"""`ui` with the real dashboards on a tiny sweep's folder, over the loopback interface."""
+"""`ui` with the real dashboards on the folder of a tiny sweep."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fetch(url: str, body: dict[str, object] | None = None) -> bytes:
 
 
 def processes_in(folder: Path) -> set[int]:
-    """Processes that work in `folder`, as the dashboards do."""
+    """Return the processes whose working directory is `folder`, such as the dashboards."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -60,8 +60,7 @@ def processes_in(folder: Path) -> set[int]:
     return found
 
 
-@pytest.mark.slow
-def test_both_dashboards_answer_and_ctrl_c_ends_them(folder):
+def test_both_dashboards_respond_until_ctrl_c(folder):
     command = [sys.executable, "-m", "nipq_search.cli", "ui", str(folder)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -85,12 +84,12 @@ def test_both_dashboards_answer_and_ctrl_c_ends_them(folder):
     assert processes_in(folder) == set()
 
 
-def test_a_folder_without_records_is_refused(tmp_path, capsys):
+def test_a_folder_without_databases_is_rejected(tmp_path, capsys):
     assert main(["ui", str(tmp_path)]) == 2
-    assert "is not a sweep's folder" in capsys.readouterr().err
+    assert "no local databases of a sweep" in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
+def test_a_port_in_use_is_rejected_before_anything_starts(tmp_path, capsys, monkeypatch):
     (tmp_path / "study.log").touch()
     monkeypatch.setattr(subprocess, "Popen", None)
     with socket.socket() as other:
@@ -101,7 +100,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(tmp_path, capsys, monke
     assert f"--optuna-port {port}: the port is in use" in capsys.readouterr().err
 
 
-def test_a_usual_port_in_use_gives_way(monkeypatch):
+def test_a_free_port_replaces_a_default_port_in_use(monkeypatch):
     with socket.socket() as other:
         other.bind((module.HOST, 0))
         other.listen()
@@ -109,16 +108,16 @@ def test_a_usual_port_in_use_gives_way(monkeypatch):
         assert module._port(None, usual, "--mlflow-port") != usual
 
 
-def test_a_dashboard_that_ends_says_its_last_words(tmp_path, capsys, monkeypatch):
+def test_a_dashboard_that_exits_reports_its_last_line(tmp_path, capsys, monkeypatch):
     program = "import sys; print('first'); sys.exit('no such study')"
     server = module.Server(name="Broken", command=[sys.executable, "-c", program], port=1)
     monkeypatch.setattr(module, "plan_servers", lambda *arguments: [server])
     assert main(["ui", str(tmp_path)]) == 1
-    assert "error: Broken has ended: no such study" in capsys.readouterr().err
+    assert "error: Broken has exited: no such study" in capsys.readouterr().err
     assert processes_in(tmp_path) == set()
 
 
-def test_only_what_is_there_is_served(tmp_path, capsys):
+def test_only_existing_databases_are_served(tmp_path, capsys):
     (tmp_path / "study.db").touch()
     (server,) = module.plan_servers(tmp_path, None, None)
     assert server.name == "optuna-dashboard"

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "search"))
 
 
-@pytest.fixture
-def cluster() -> Iterator[object]:
-    """A head without room for trials, so that it is never in the way; add nodes as needed."""
+@pytest.fixture(scope="session")
+def head() -> Iterator[Any]:
+    """The head of a cluster, which takes no trials, so that it is never in the way."""
     from nipq_search.search.backend.tune import quiet_environment
 
     quiet_environment()
@@ -27,3 +28,13 @@ def cluster() -> Iterator[object]:
         yield found
     finally:
         found.shutdown()
+
+
+@pytest.fixture
+def cluster(head: Any) -> Iterator[Any]:
+    """The cluster with its head alone; a test adds the nodes that it needs."""
+    try:
+        yield head
+    finally:
+        for node in list(head.worker_nodes):
+            head.remove_node(node, allow_graceful=False)

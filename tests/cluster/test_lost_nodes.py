@@ -12,7 +12,7 @@ from nipq_search import storage
 from nipq_search.search import jobs
 from nipq_search.search.jobs import job_folder
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 
 def in_training(folder: Path) -> str | None:

@@ -23,7 +23,7 @@ from nipq_search.search.worker import failures
 from nipq_search.storage import write_json
 from nipq_search.tasks.vision.digits import Digits
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 ONE = ResourcesSection(cpus=1)
 
@@ -69,8 +69,10 @@ def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
         more = ResourcesSection(cpus=2)  # no node that lacks the data would get such a trial
         nodes.check_data(lacking, 8, tmp_path, more, own_host=True)
         host, here = os.uname().nodename, str(tmp_path / "facts.json")
-        assert failures.is_on(host, here) and not failures.is_on(host, f"{here}-not")
-        assert not failures.is_on("no-such-host", here)
+        assert failures.file_exists_on(host, here) and not failures.file_exists_on(
+            host, f"{here}-not"
+        )
+        assert not failures.file_exists_on("no-such-host", here)
         victim = subprocess.Popen(["sleep", "600"])
         victim.send_signal(signal.SIGSTOP)
         failures.kill_on(added[0].node_id, victim.pid)
@@ -107,16 +109,16 @@ def _lost(trial: Path) -> bool:
 
 def test_a_type_of_node_that_is_too_small_is_refused(tmp_path, monkeypatch):
     """Which nodes a cluster can add stands in the file that `ray up` leaves on its head."""
-    monkeypatch.setattr(nodes, "living", lambda: [{"Resources": {"CPU": 2.0}}])
-    monkeypatch.setattr(nodes, "LAUNCHED", tmp_path / "bootstrap.yaml")
+    monkeypatch.setattr(nodes, "alive_nodes", lambda: [{"Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(nodes, "BOOTSTRAP_FILE", tmp_path / "bootstrap.yaml")
     more = {"autoscale": True, "concurrent": 2}
     wanted = ResourcesSection(cpus=4, **more)
     nodes.check_room(wanted, grows=True)  # nothing is known of what may come
     types = {"head": {"resources": {"CPU": 2}}, "worker": {"resources": {"CPU": 8, "GPU": 1}}}
-    nodes.LAUNCHED.write_text(yaml.safe_dump({"available_node_types": types}))
+    nodes.BOOTSTRAP_FILE.write_text(yaml.safe_dump({"available_node_types": types}))
     nodes.check_room(wanted, grows=True)
     nodes.check_room(ResourcesSection(cpus=4, gpus=1, memory_gb=99, **more), grows=True)
-    with pytest.raises(UserError, match="gpus: 4 asked .* the largest type of node has 1"):
+    with pytest.raises(UserError, match="gpus: one trial requests 4, the largest node type has 1"):
         nodes.check_room(ResourcesSection(cpus=1, gpus=4, **more), grows=True)
-    with pytest.raises(UserError, match="cpus: 4 asked for one trial, the largest node has 2"):
+    with pytest.raises(UserError, match="cpus: one trial requests 4, the largest node has 2"):
         nodes.check_room(wanted, grows=False)

@@ -1,16 +1,21 @@
-"""A sweep on several nodes with PostgreSQL and MLflow's server, through three seeded storms."""
+"""A sweep on several nodes with PostgreSQL and MLflow's server, through a seeded storm.
+
+`make test-all` runs twenty of them: `benchmarks/storms.py`.
+"""
 
 from __future__ import annotations
 
 import pytest
 from storm import Storm
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+SEED = 9
+"""Of the twenty a short one that kills every kind of thing; odd: the URL is in the environment."""
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_sweep_does_not_notice(seed, tmp_path, cluster, postgres):
-    storm = Storm(tmp_path, seed, cluster, postgres)
+def test_a_sweep_does_not_notice(tmp_path, cluster, postgres):
+    storm = Storm(tmp_path, SEED, cluster, postgres)
     try:
         storm.run()
         storm.check()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from sweep_helpers import BIN, Command, states, wait_for, write_sweep
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 TASK = "from helper import WIDTH\nfrom nipq_search.tasks.vision.digits import Digits\n"
 TASK += "class Mine(Digits):\n    def __init__(self):\n        super().__init__(width=WIDTH)\n"

@@ -15,7 +15,7 @@ from nipq_search.search.backend.reaper import process_tree
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.jobs import job_folder
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 
 def members_of(folder):
@@ -83,5 +83,5 @@ def test_more_gpus_than_any_node_has_are_refused(tmp_path, cluster):
     write_sweep(tmp_path, resources={"gpus": 4})
     command = Command(tmp_path)
     refused = command.run("--address", cluster.address, code=2).stderr
-    assert "resources.gpus: 4 asked for one trial, the largest node has 2" in refused
+    assert "resources.gpus: one trial requests 4, the largest node has 2" in refused
     assert not (command.out / "trials").exists()

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: bit-widths and budgets for the small graphs of the cost suite."""
+"""Hypothesis strategies for small graphs of layers and tensors, bit-widths and budgets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from nipq_search.cost import COSTS, Budget, exact_cost
 from nipq_search.cost.projection import usage
-from nipq_search.testing.graphs import allowed_sets, ends, graphs
+from nipq_search.testing.graphs import ends, graphs
 
-__all__ = ["allowed_sets", "combinations", "ends", "graphs", "problems"]
+__all__ = ["combinations", "ends", "graphs", "problems"]
 
 
 @st.composite
 def problems(draw):
-    """A graph, a reachable budget of one to three costs, soft bits and marginal losses."""
+    """Draw a graph, a reachable budget of one to three costs, soft bits and marginal losses."""
     graph = draw(graphs())
     least, most = ends(graph)
     targets = {}
@@ -31,7 +31,7 @@ def problems(draw):
 
 
 def combinations(graph, units, budget):
-    """All widths that keep a budget."""
+    """Yield all choices of widths by unit that meet the budget."""
     alone = list(dict.fromkeys(units.values()))
     for widths in itertools.product(*(graph.tensors[unit].allowed for unit in alone)):
         chosen = dict(zip(alone, widths, strict=True))

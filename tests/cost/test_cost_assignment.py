@@ -1,4 +1,4 @@
-"""The program that chooses bit-widths finds what trying every combination finds."""
+"""The mixed-integer program for bit-widths, compared with brute force."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from nipq_search.cost import COSTS, Budget, exact_cost
 from nipq_search.cost.assignment import GAP, Assignment
 from nipq_search.cost.base import Cost, complete_bits, largest_term, sum_terms
 from nipq_search.cost.polynomial import Polynomial, polynomial, variable
-from nipq_search.cost.projection import FULL, error_scales, fullest, project, units_of, usage
+from nipq_search.cost.projection import (
+    MIN_USAGE,
+    error_scales,
+    max_usage_bits,
+    project,
+    units_of,
+    usage,
+)
 from nipq_search.quant.graph import Graph, LayerInfo, TensorInfo
 
 
@@ -29,12 +36,12 @@ def losses_of(graph, scales, units):
 
 def check(graph, budget, soft, marginal, units):
     losses = losses_of(graph, error_scales(soft, marginal), units)
-    found = Assignment(graph, budget, losses, units).best()
+    found = Assignment(graph, budget, losses, units).min_loss()
     if found is None:
         return False
     floor = {unit: min(of) for unit, of in losses.items()} | found
     bits = {name: floor[unit] for name, unit in units.items()}
-    assert usage(graph, bits, budget) <= 1  # what is not counted costs nothing
+    assert usage(graph, bits, budget) <= 1  # tensors that do not contribute cost nothing
 
     def loss(chosen):
         return sum(losses[unit][chosen[unit]] for unit in found)
@@ -57,7 +64,7 @@ def test_it_finds_the_best_of_all_combinations(problem):
 
 
 def chain(layers=3, groups=(), products=()):
-    """Layers whose costs differ, some weights in a group, some layers products."""
+    """Build layers with different costs, some with grouped weights, some products."""
     tensors, found = {}, []
     for index in range(layers):
         name = f"l{index}"
@@ -103,17 +110,19 @@ def test_groups_products_and_several_costs(groups, products, costs):
 
 
 def test_a_square_of_one_width():
-    """A tensor that is multiplied with itself."""
+    """A tensor may be multiplied by itself."""
     tensors = {"x": TensorInfo(name="x", role="activation", numel=9, allowed=(2, 4, 8))}
     layer = LayerInfo(name="l", kind="scores", macs=10, weight=None, input="x", second="x")
     graph = Graph(layers=(layer,), tensors=tensors)
     for target, width in ((40, 2), (159, 2), (160, 4), (639, 4), (640, 8)):
         losses = {"x": {2: 3.0, 4: 2.0, 8: 1.0}}
-        assert Assignment(graph, Budget(bops=target), losses, {"x": "x"}).best() == {"x": width}
+        assert Assignment(graph, Budget(bops=target), losses, {"x": "x"}).min_loss() == {
+            "x": width
+        }
 
 
-def test_it_beats_lowering_one_by_one():
-    """Two small savings that one large one makes needless."""
+def test_the_solver_beats_greedy_descent():
+    """Greedy descent makes two small savings, which one large saving makes unnecessary."""
     tensors = {
         name: TensorInfo(name=name, role="weight", numel=numel, allowed=(2, 8))
         for name, numel in (("a", 80), ("b", 80), ("c", 160))
@@ -125,7 +134,7 @@ def test_it_beats_lowering_one_by_one():
     assert project(graph, Budget(weight_bytes=target), soft, marginal) == {"a": 2, "b": 2, "c": 8}
 
 
-def test_formulas_that_are_no_polynomials_are_left_to_the_other_way():
+def test_non_polynomial_costs_are_projected_greedily():
     graph = chain()
     units = {name: name for name in graph.tensors}
     soft, marginal = dict.fromkeys(units, 4.0), dict.fromkeys(units, -1.0)
@@ -147,11 +156,11 @@ def test_formulas_that_are_no_polynomials_are_left_to_the_other_way():
         combine = (lambda t: sum(t.values()) / len(t)) if name == "means" else sum_terms
         cost = Cost(name=name, terms=terms, combine=combine, whole=False)
         with COSTS.temporarily(name, cost):
-            assert Assignment(graph, Budget(**{name: 1e9}), losses, units).best() is None
+            assert Assignment(graph, Budget(**{name: 1e9}), losses, units).min_loss() is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300])
-def test_a_training_that_went_astray_is_projected_too(value):
+def test_non_finite_losses_are_projected_too(value):
     graph = chain()
     budget = Budget(bops=exact_cost("bops", graph, dict.fromkeys(graph.tensors, 3.0)))
     soft = dict.fromkeys(graph.tensors, 4.0)
@@ -159,7 +168,7 @@ def test_a_training_that_went_astray_is_projected_too(value):
         assert usage(graph, project(graph, budget, soft, marginal), budget) <= 1
 
 
-def test_without_scipy_the_search_remains(monkeypatch):
+def test_projection_without_scipy_is_greedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     graph = chain()
     budget = Budget(bops=exact_cost("bops", graph, dict.fromkeys(graph.tensors, 3.0)))
@@ -190,7 +199,7 @@ def test_polynomials_compute_what_numbers_do():
 
 
 @pytest.mark.parametrize("name", sorted(COSTS))
-def test_every_cost_of_the_package_can_be_solved(name):
+def test_every_registered_cost_is_solvable(name):
     graph = chain(products=(1,))
     widths = {n: variable(n) for n in graph.tensors}
     cost = COSTS[name]
@@ -203,7 +212,7 @@ def test_every_cost_of_the_package_can_be_solved(name):
 @settings(max_examples=200, deadline=None)
 @given(problems())
 def test_what_is_reachable_is_used(problem):
-    """Also where coarse sets leave room that no single raise could use."""
+    """Coarse widths may leave room that no single raise can use."""
     graph, budget, soft, marginal = problem
     units = {member: unit for unit, of in units_of(graph).items() for member in of}
     used = usage(graph, project(graph, budget, soft, marginal), budget)
@@ -211,12 +220,12 @@ def test_what_is_reachable_is_used(problem):
         usage(graph, {name: chosen[unit] for name, unit in units.items()}, budget)
         for chosen in combinations(graph, units, budget)
     )
-    assert used <= 1 and used >= FULL * most
-    if (found := fullest(graph, budget)) is not None:
+    assert used <= 1 and used >= MIN_USAGE * most
+    if (found := max_usage_bits(graph, budget)) is not None:
         assert usage(graph, found, budget) >= (1 - 2 * GAP) * most
 
 
-def test_room_that_takes_two_changes_at_once_is_used():
+def test_room_that_requires_two_simultaneous_changes_is_used():
     sizes = {"a": 600, "b": 1000, "c": 800}
     tensors = {
         f"{n}.weight": TensorInfo(name=f"{n}.weight", role="weight", numel=size, allowed=(4, 8))
@@ -228,7 +237,7 @@ def test_room_that_takes_two_changes_at_once_is_used():
     )
     graph = Graph(layers=layers, tensors=tensors)
     budget = Budget(weight_bytes=1720)
-    # Alone the first gains most for its size; with the last one nothing else fits.
+    # The first raise gains most per cost; after the last one, no other raise fits.
     marginal = {"a.weight": -3.0, "b.weight": -0.1, "c.weight": -0.1}
     bits = project(graph, budget, dict.fromkeys(tensors, 4.0), marginal)
-    assert exact_cost("weight_bytes", graph, bits) >= FULL * 1700
+    assert exact_cost("weight_bytes", graph, bits) >= MIN_USAGE * 1700

@@ -1,4 +1,4 @@
-"""Figures against counts by hand and against qonnx, budgets, the table of layers."""
+"""Costs compared with manual counts and with qonnx; budgets; the table of layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nipq_search.quant.insertion.prepare import quant_state
 
 
 class Net(nn.Module):
-    """A stem on raw images, a depthwise and a side branch, a head."""
+    """A network with a stem on raw images, a depthwise and a side branch, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_bops_by_hand(model):
 def test_sizes_by_hand(model):
     costs = exact_costs(model)
     packed = 216 * 3 + 24 * 5 + 64 * 2 + 40 * 8
-    scales = 8 + 8 + 8 + 5 + 2  # per weight channel, and one per quantized activation
+    scales = 8 + 8 + 8 + 5 + 2  # one per weight channel and one per quantized activation
     floats = 16 + 8 + 5  # normalization and biases
     assert costs["weight_bytes"] == math.ceil(packed / 8) + 4 * (scales + floats)
     inputs = {"image": 768 * 8, "shared": 512 * 6, "head": 8 * 4, "sum": 512 * 32}
@@ -117,7 +117,7 @@ def test_costs_do_not_depend_on_the_example_batch():
 
 
 def test_bops_agree_with_qonnx(model):
-    """The same net written by hand as an ONNX graph of Quant nodes."""
+    """Compare with the same network, written manually as an ONNX graph of Quant nodes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from onnx import TensorProto, helper
@@ -234,7 +234,7 @@ def test_unknown_costs_are_named(model):
 
 
 def test_penalty_is_the_paper_s_on_a_ratio():
-    """Smooth L1 on GBOPs with target 5.3 and strength 3 is this one at strength 3 * 5.3."""
+    """On GBOPs, smooth L1 with target 5.3 and strength 3 equals this one at strength 3 * 5.3."""
     prepared = prepare(Net(), torch.rand(1, 3, 16, 16))
     cost = exact_costs(prepared)["bops"]
     for ratio in (0.5, 0.95, 1.05, 2.0):

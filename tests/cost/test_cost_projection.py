@@ -1,4 +1,4 @@
-"""The budget promise: never above, and used up as far as single raises go."""
+"""The guarantee of the projection: within the budget, and using it up."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def used(graph, bits, budget):
 
 @settings(max_examples=250, deadline=None)
 @given(problems())
-def test_projection_keeps_the_promise(problem):
+def test_projection_satisfies_its_guarantee(problem):
     graph, budget, soft, marginal = problem
     bits = project(graph, budget, soft, marginal)
     assert all(bits[name] in graph.tensors[name].allowed for name in soft)
@@ -49,7 +49,7 @@ def test_projection_keeps_the_promise(problem):
 
 @settings(max_examples=60, deadline=None)
 @given(problems())
-def test_tightness_is_what_brute_force_says(problem):
+def test_tightness_agrees_with_brute_force(problem):
     graph, budget, _, _ = problem
     units = {member: unit for unit, of in units_of(graph).items() for member in of}
     most = max(
@@ -58,13 +58,13 @@ def test_tightness_is_what_brute_force_says(problem):
     )
     for bits in ends(graph):
         inside, share = fits(graph, bits, budget), used(graph, bits, budget) / most
-        if not inside or abs(share - 0.97) > 1e-3:  # the solver proves the most up to its gap
+        if not inside or abs(share - 0.97) > 1e-3:  # beyond the solver's optimality gap
             assert is_tight(graph, bits, budget) == (inside and share > 0.97)
         assert usage(graph, bits, budget) == pytest.approx(used(graph, bits, budget))
 
 
 def pair(widths=(2, 3, 4, 5, 6, 7, 8), numels=(100, 100)):
-    """Two layers with inputs of their own."""
+    """Build a graph of two layers with separate inputs."""
     tensors, layers = {}, []
     for name, numel in zip("ab", numels, strict=True):
         for role, kind in (("weight", "weight"), ("input", "activation")):
@@ -87,7 +87,7 @@ def test_sensitive_tensors_keep_their_bits():
 
 
 def test_largest_tensors_are_lowered_and_nothing_else():
-    """Two tensors set the cost together: lowering either alone saves nothing yet."""
+    """Two tensors determine the cost together: lowering only one saves nothing."""
     graph = pair()
     soft = dict.fromkeys(graph.tensors, 8.0)
     bits = project(
@@ -96,7 +96,7 @@ def test_largest_tensors_are_lowered_and_nothing_else():
     assert bits == {"a.weight": 8, "b.weight": 8, "a.input": 4, "b.input": 4}
 
 
-def test_uncounted_tensors_stay_where_they_were_learned():
+def test_uncounted_tensors_keep_their_learned_bits():
     graph = pair()
     soft = dict.fromkeys(graph.tensors, 3.0) | {"a.weight": 6.0, "b.weight": 6.0}
     bits = project(graph, Budget(weight_bytes=100), soft, dict.fromkeys(graph.tensors, -1.0))
@@ -170,7 +170,7 @@ def test_freezing_again_changes_nothing():
     before = {n: q.bits.hard() for n, q in quantizers(model).items()}
     freeze(model, Budget(bops=1e9))
     assert before == {n: q.bits.hard() for n, q in quantizers(model).items()}
-    with pytest.raises(UserError, match="frozen already, at a cost above"):
+    with pytest.raises(UserError, match="already frozen, at a cost above"):
         freeze(model, Budget(bops=3500))
 
 

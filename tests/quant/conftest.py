@@ -1,1 +1,1 @@
-"""Makes `quant_models` importable from the folders below."""
+"""Makes `quant_models` importable from the test folders below."""

@@ -1,23 +1,15 @@
-"""Small models, and a textbook quantizer, that the tests of the quantizers share."""
+"""Small models and a reference quantizer shared by the tests of the quantizers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from nipq_search.testing.models import (
-    WIDTHS,
-    Residual,
-    images,
-    normal,
-    plain_quantize,
-    residual_net,
-)
+from nipq_search.testing.models import WIDTHS, images, normal, plain_quantize, residual_net
 
 __all__ = [
     "WIDTHS",
     "OneLayer",
-    "Residual",
     "distance",
     "images",
     "normal",
@@ -28,7 +20,7 @@ __all__ = [
 
 
 class OneLayer(nn.Module):
-    """An activation function before one linear layer."""
+    """A linear layer after an activation function."""
 
     def __init__(self, before: nn.Module, features: int = 64) -> None:
         super().__init__()
@@ -40,7 +32,7 @@ class OneLayer(nn.Module):
 
 
 def distance(sample, cdf):
-    """Kolmogorov-Smirnov distance of a sample to a law."""
+    """Return the Kolmogorov-Smirnov distance between a sample and a distribution."""
     ordered = sample.double().sort().values
     exact, n = cdf(ordered), len(ordered)
     above = (torch.arange(1, n + 1) / n - exact).abs().max()
@@ -48,7 +40,10 @@ def distance(sample, cdf):
 
 
 def residual_cdf(range_):
-    """Exact law of (round(x / step) - x / step) inside the boundaries, for a standard normal x."""
+    """Return the exact CDF of `round(x / step) - x / step` inside the boundaries of `range_`.
+
+    The input x is standard normal.
+    """
     step, low, high = (float(v) for v in (range_.step, range_.low, range_.high))
 
     def cdf(t):

@@ -1,4 +1,4 @@
-"""The made-up sweep of the tracking tests, as the report gets it."""
+"""The synthetic sweep of the tracking tests as input of the report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HYPERVOLUME = 0.8125
 
 
 def front_document(records: list[TrialRecord]) -> dict[str, Any]:
-    """The document of `front --json` for `records`."""
+    """Build the document of `front --json` for `records`."""
     points = [
         {
             "trial": record.trial,
@@ -78,7 +78,7 @@ def report_data(records: list[TrialRecord], **changes: Any) -> ReportData:
 
 @pytest.fixture
 def data() -> ReportData:
-    """Five finished trials under three budgets, a failed one and one under way."""
+    """Five finished trials with three budgets, a failed trial and a running one."""
     records = [
         complete(0, bits=4, front=True),
         complete(1, bits=4),
@@ -93,6 +93,6 @@ def data() -> ReportData:
 
 @pytest.fixture
 def nothing() -> ReportData:
-    """A sweep whose only trials failed or wait."""
+    """A sweep whose trials have all failed or are waiting."""
     records = [failed(0), TrialRecord(trial=1, state="WAITING")]
     return report_data(records)

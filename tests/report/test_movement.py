@@ -1,4 +1,4 @@
-"""Bits over time: what moved, what did not, and the figure."""
+"""The figure with bits over time, and the detection of unmoved bit-widths."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def history(*rows: tuple[int, dict[str, float]]) -> list[dict[str, Any]]:
 MOVED = history((0, {"a": 4.0, "b": 4.0}), (5, {"a": 4.5, "b": 4.01}), (9, {"a": 3.9, "b": 4.0}))
 
 
-def test_a_bit_width_that_came_back_has_moved() -> None:
+def test_a_bit_width_that_returned_to_its_start_has_moved() -> None:
     assert never_moved(MOVED) == ["b"]
     back = history((0, {"a": 4.0}), (5, {"a": 4.5}), (9, {"a": 4.0}))
     assert never_moved(back) == []
 
 
-def test_without_a_noise_phase_nothing_is_said() -> None:
+def test_without_a_noise_phase_nothing_is_reported() -> None:
     assert never_moved([]) == never_moved(MOVED[:1]) == []
 
 

@@ -1,4 +1,4 @@
-"""The report in a real browser, from a file and without a network."""
+"""The report in a real browser, opened from a file without network access."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def faults() -> list[str]:
-    """Everything that the page complained about or tried to load."""
+    """Collect the errors of the page and its network requests."""
     return []
 
 
@@ -60,7 +60,7 @@ def show(page: Page, data: ReportData, folder: Path) -> None:
 
 
 def click_trial(page: Page, trial: int) -> None:
-    """Click the middle of the point of `trial`, where Plotly says that it is."""
+    """Click the center of the point of `trial`, whose position Plotly reports."""
     spot = page.evaluate(
         """trial => {
           const box = document.getElementById("pareto");
@@ -75,7 +75,7 @@ def click_trial(page: Page, trial: int) -> None:
         trial,
     )
     page.mouse.move(*spot)
-    # Plotly clicks what it last hovered, which may still be the point before.
+    # Plotly applies a click to the last hovered point, which may still be the previous one.
     page.wait_for_function(
         """trial => {
           const hovered = document.getElementById("pareto")._hoverdata;
@@ -106,7 +106,7 @@ def test_a_click_on_a_point_shows_its_bits(
     page.select_option("#bits-trial", "2")
     assert page.evaluate(HEIGHTS) == expected[2]
     page.click("#trials tr[data-trial='6']")
-    assert page.text_content("#bits-caption") == "Trial 6: no bits are known."
+    assert page.text_content("#bits-caption") == "Trial 6: no bits available."
     assert page.evaluate("window.hacked") is None
     assert "window.hacked = 1" in (page.text_content("#failures") or "")
     assert faults == []
@@ -145,7 +145,7 @@ def test_a_click_on_a_heading_sorts(
     assert faults == []
 
 
-def test_a_page_without_finished_trials_is_calm(
+def test_a_page_without_finished_trials_has_no_errors(
     page: Page, faults: list[str], nothing: ReportData, tmp_path: Path
 ) -> None:
     show(page, nothing, tmp_path)

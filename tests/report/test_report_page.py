@@ -27,7 +27,7 @@ def with_front(data: ReportData, **changes: Any) -> ReportData:
 
 
 class Outline(html.parser.HTMLParser):
-    """Elements that name something outside of the page, and tags left open."""
+    """Collect references to external resources, and unclosed tags."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Outline(html.parser.HTMLParser):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_copes_with_much_and_with_nothing(
+def test_every_figure_renders_with_and_without_data(
     name: str, data: ReportData, nothing: ReportData
 ) -> None:
     missing = [{**point, "validation": None, "cost": None} for point in data.points()]
@@ -59,7 +59,7 @@ def test_every_figure_copes_with_much_and_with_nothing(
         assert not re.search(r"[:,\[]NaN|>(nan|None|<NA>)<", piece)
 
 
-def test_the_page_is_whole_and_names_nothing_outside(data: ReportData) -> None:
+def test_the_page_is_well_formed_and_self_contained(data: ReportData) -> None:
     whole = page(data)
     outline = Outline()
     outline.feed(whole)
@@ -75,7 +75,7 @@ def test_a_page_without_a_finished_trial(nothing: ReportData) -> None:
     assert "loss became NaN at step 7" in whole
 
 
-def test_text_that_looks_like_markup_stays_text(data: ReportData) -> None:
+def test_text_with_markup_is_escaped(data: ReportData) -> None:
     name = "</title><script>alert(1)</script>"
     sweep = dataclasses.replace(data.sweep, name=name, config={"x": name}, metric=name)
     results = data.results.assign(budget_label=name)
@@ -116,7 +116,7 @@ def test_budgets_of_another_cost_draw_no_line(data: ReportData) -> None:
     assert budget_targets(with_front(data, front_cost="weight_bytes")) == {}
 
 
-def test_baselines_come_from_the_sweep_where_the_front_has_none(data: ReportData) -> None:
+def test_baselines_come_from_the_sweep_if_the_front_has_none(data: ReportData) -> None:
     lsq = Baseline(bits=4, validation=0.8, test=None, cost={"bops": 1e6}, samples=1, seconds=1.0)
     sweep = dataclasses.replace(data.sweep, baselines=(lsq,))
     front = {key: value for key, value in sweep.front.items() if key != "baselines"}
@@ -133,7 +133,9 @@ def test_ticks_of_the_cost_axis_double() -> None:
     assert log2_axis([7.0])["range"][0] < math.log10(7) < log2_axis([7.0])["range"][1]
 
 
-def test_the_best_trial_of_the_front_is_shown_first(data: ReportData, nothing: ReportData) -> None:
+def test_the_best_trial_of_the_front_is_selected_first(
+    data: ReportData, nothing: ReportData
+) -> None:
     assert data.best() == 0
     least = dataclasses.replace(data, sweep=dataclasses.replace(data.sweep, mode="min"))
     assert least.best() == 3

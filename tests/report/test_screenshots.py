@@ -1,4 +1,4 @@
-"""The script behind the pictures of the documentation, on a small made-up sweep."""
+"""The script that takes the screenshots of the documentation, on a small synthetic sweep."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "dashboards" / "screenshots.py"
 
 
 def make_sweep(folder: Path, data: ReportData) -> None:
-    """A folder with what the dashboards read: MLflow's database, a study, the report."""
+    """A folder with the inputs of the dashboards: MLflow's database, a study and the report."""
     report = folder / "report.html"
     report.write_text(render(data.sweep, data.results, data.curves, data.layers))
     trials = [complete(0, front=True), complete(1, bits=3, front=True), failed(2)]
@@ -49,7 +49,6 @@ def make_sweep(folder: Path, data: ReportData) -> None:
             )
 
 
-@pytest.mark.slow
 @pytest.mark.browser
 def test_the_script_takes_every_picture(
     tmp_path: Path, data: ReportData, monkeypatch: pytest.MonkeyPatch
@@ -73,7 +72,7 @@ def test_the_script_takes_every_picture(
     assert all(10_000 < path.stat().st_size < 300_000 for path in out.iterdir())
 
 
-def test_a_folder_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_sweep_is_rejected(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True
     )

@@ -7,7 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from mlflow_template import use_template
 from unit_helpers import make_config, run_here
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _mlflow_template() -> None:
+    """Sweeps of this process copy MLflow's empty database."""
+    use_template()
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import select
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +69,130 @@ def write_sweep(folder: Path, **changes: Any) -> Path:
     return path
 
 
-class Command:
-    """`nipq-search` in a folder of its own; `out` is the sweep's."""
+class WarmProcess:
+    """A process that a warm server forked; it has the members of `subprocess.Popen` used here."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.folder, self.out = folder, folder / "out"
+    _server: subprocess.Popen[str] | None = None
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __init__(
+        self, argv: Sequence[str], script: Path | None, cwd: Path, environment: dict[str, str]
+    ) -> None:
+        self._output = [os.memfd_create(name) for name in ("stdout", "stderr")]
+        request = {
+            "argv": list(argv),
+            "script": str(script) if script is not None else None,
+            "cwd": str(cwd),
+            "environment": environment,
+        }
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._connection.connect(self._address())
+        with open(os.devnull) as nothing:
+            files = [nothing.fileno(), *self._output]
+            socket.send_fds(self._connection, [f"{json.dumps(request)}\n".encode()], files)
+        for close in (self._connection.close, *(partial(os.close, n) for n in self._output)):
+            weakref.finalize(self, close)
+        self.pid = self._answer()
+        self.returncode: int | None = None
+
+    @classmethod
+    def _address(cls) -> str:
+        """Socket of this process's server, which starts with the first command."""
+        if cls._server is None:
+            cls._folder = tempfile.TemporaryDirectory(prefix="nipq-warm-", dir="/tmp")
+            command = [sys.executable, str(Path(__file__).with_name("warm_server.py"))]
+            kept = {k: v for k, v in os.environ.items() if not k.startswith(OWN_VARIABLES)}
+            cls._server = subprocess.Popen(
+                [*command, f"{cls._folder.name}/socket"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**kept, "OMP_NUM_THREADS": "1"},
+            )
+            atexit.register(cls._server.communicate)
+            assert cls._server.stdout is not None
+            assert cls._server.stdout.readline() == "ready\n"
+        assert cls._folder is not None
+        return f"{cls._folder.name}/socket"
+
+    def _answer(self) -> int:
+        """The next number that the server sends; not a byte more is read, for `select`."""
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = self._connection.recv(1)
+            assert byte, "the server ended"
+            line += byte
+        return int(line)
+
+    def poll(self) -> int | None:
+        """The exit status, or None while the process runs."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.returncode = self._answer()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: the process runs longer.
+        """
+        if self.poll() is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+            self.poll()
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end, and return standard output and error."""
+        self.wait(timeout)
+        stdout, stderr = (
+            os.pread(number, os.fstat(number).st_size, 0).decode() for number in self._output
+        )
+        return stdout, stderr
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+Process = WarmProcess | subprocess.Popen[str]
+
+OWN_VARIABLES = ("NIPQ_", "MLFLOW_", "RAY_", "PYTEST_")
+"""Prefixes of environment variables that a test's commands do not inherit."""
+
+
+class Command:
+    """`nipq-search` in a folder of its own; `out` is the sweep's.
+
+    Args:
+        folder: working directory of the commands.
+        cold: start the installed command, as people do, instead of forking a warm server.
+        environment: variables added to those of this process.
+    """
+
+    def __init__(self, folder: Path, cold: bool = False, **environment: str) -> None:
+        self.folder, self.out, self.cold = folder, folder / "out", cold
         self.token = uuid.uuid4().hex
         self.sessions: set[str] = set()
-        kept = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("NIPQ_", "MLFLOW_", "RAY_", "PYTEST_"))
-        }
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(OWN_VARIABLES)}
         self.environment = {**kept, "OMP_NUM_THREADS": "1", TOKEN: self.token, **environment}
 
     def arguments(self, *more: str) -> list[str]:
         """`run` on the folder's sweep file."""
         return ["run", "sweep.yaml", "--out", "out", *more]
 
-    def popen(self, *arguments: str, script: Path | None = None) -> subprocess.Popen[str]:
-        """Start the command, as the leader of a session of its own."""
+    def popen(self, *arguments: str, script: Path | None = None) -> Process:
+        """Start the command, or a script in its place, as the leader of a session of its own."""
+        if not self.cold:
+            process: Process = WarmProcess(arguments, script, self.folder, self.environment)
+            self.sessions.add(str(process.pid))
+            return process
         program = [str(BIN / "nipq-search")] if script is None else [sys.executable, str(script)]
         process = subprocess.Popen(
             [*program, *arguments],
@@ -140,7 +250,7 @@ class Command:
 
 
 @contextmanager
-def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+def ended(process: Process) -> Iterator[None]:
     """See to it that a process of ours does not outlive a failing test."""
     try:
         yield
@@ -159,7 +269,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90) -> No
         time.sleep(0.05)
 
 
-def reach(process: subprocess.Popen[str], condition: Callable[[], Any], what: str) -> None:
+def reach(process: Process, condition: Callable[[], Any], what: str) -> None:
     """Return as soon as `condition()` holds; fail at once if the process ends before that."""
     wait_for(lambda: process.poll() is not None or condition(), what)
     assert process.poll() is None, f"ended before {what}:\n{process.communicate()[1]}"

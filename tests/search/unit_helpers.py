@@ -16,7 +16,7 @@ from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
 from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.coordinator.resolved import Facts, gather
-from nipq_search.search.jobs import TEST_FILE, Job
+from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.run import Outcome, open_ledger, run_sweep
 from nipq_search.search.study.ledger import Ledger
@@ -109,16 +109,18 @@ class Bench:
         self.out.mkdir(exist_ok=True)
         self.runs += 1
         self.ledger, self.facts = open_ledger(self.config, digits(), self.out)
-        return Coordinator(
+        coordinator = Coordinator(
             config=self.config,
-            facts=self.facts,
+            resolved=self.facts,
             ledger=self.ledger,
             out=self.out,
             run=f"run-{self.runs}",
-            enough=self.enough,
+            limit_reached=self.enough,
         )
+        coordinator.reconcile()
+        return coordinator
 
-    def sweep(self, execute: Callable[[Job], str] | None = None) -> Coordinator:
+    def sweep(self, execute: Callable[[Job], JobOutcome] | None = None) -> Coordinator:
         """Run to the end."""
         coordinator = self.open()
         while isinstance(job := coordinator.next_job(), Job):
@@ -126,10 +128,10 @@ class Bench:
             coordinator.finished(job)
         return coordinator
 
-    def execute(self, job: Job) -> str:
+    def execute(self, job: Job) -> JobOutcome:
         """What a worker does, with made-up figures."""
         if job.kind != "test" and (done := jobs.committed(job.folder)) is not None:
-            return str(done["state"])
+            return JobOutcome(kind=OutcomeKind(done["state"]))
         self.executed.append(job.name)
         attempt = jobs.open_attempt(job)
         progress = {"samples": 100, "epoch": 1, "time": time.time()}
@@ -139,7 +141,7 @@ class Bench:
             storage.write_sealed(Job(**entry).folder / TEST_FILE, figures)
         record = self.record(job)
         jobs.commit(attempt, record)
-        return str(record["state"])
+        return JobOutcome(kind=OutcomeKind(record["state"]))
 
     def record(self, job: Job) -> dict[str, Any]:
         """A made-up record; dearer and faster-learning trials are better."""

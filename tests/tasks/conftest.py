@@ -1,1 +1,1 @@
-"""Makes the tiny data of this folder importable from the folders below."""
+"""Makes the helper modules of this folder importable from its subfolders."""

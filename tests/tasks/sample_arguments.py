@@ -1,6 +1,6 @@
-"""Arguments with which the conformance tests build a task: tiny data of its own, if it needs any.
+"""Arguments of the tasks under conformance test, with generated data where needed.
 
-A task that needs arguments has a function here; it writes its files into the folder.
+Each task that needs arguments has a function that writes its files into a folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tiny_language import TINY, prose, reviews, write_table, write_tokenizer
 
 
 def image_folder(folder: Path) -> dict[str, Any]:
-    """Class folders without splits, and a small model of timm's."""
+    """Arguments with class folders without splits and a small model of timm."""
     tree = folder / "images"
     if not tree.exists():
         image_tree(tree, {".": 20})
@@ -22,7 +22,7 @@ def image_folder(folder: Path) -> dict[str, Any]:
 
 
 def text_classification(folder: Path) -> dict[str, Any]:
-    """Good and bad reviews, a BERT of two layers, split by film."""
+    """Arguments with good and bad reviews, split by film, and a BERT with two layers."""
     return {
         "model": str(write_tokenizer(folder)),
         "path": str(write_table(folder / "reviews.csv", reviews(240))),
@@ -39,7 +39,7 @@ def text_classification(folder: Path) -> dict[str, Any]:
 
 
 def masked_lm(folder: Path) -> dict[str, Any]:
-    """Running text in two files, a BERT of two layers."""
+    """Arguments with running text in two files and a BERT with two layers."""
     for number in range(2):
         (folder / f"part{number}.txt").write_text(prose(1500, number))
     return {
@@ -53,7 +53,7 @@ def masked_lm(folder: Path) -> dict[str, Any]:
 
 
 def causal_lm(folder: Path) -> dict[str, Any]:
-    """The same text, a GPT-2 of two layers."""
+    """Arguments with the same text and a GPT-2 with two layers."""
     config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}
     return {**masked_lm(folder), "config": {**config, "n_positions": 64}}
 
@@ -64,9 +64,9 @@ ARGUMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "image_folder": image_folder,
     "text_classification": text_classification,
 }
-"""By the name of the task in the registry; a task without an entry is built without arguments."""
+"""Functions by name in the registry; a task without an entry is built without arguments."""
 
 
 def sample_arguments(name: str, folder: Path) -> dict[str, Any]:
-    """`task_args` of a small instance of a task; calls with the same folder give the same."""
+    """Return `task_args` of a small instance of a task; equal folders give equal arguments."""
     return ARGUMENTS[name](folder) if name in ARGUMENTS else {}

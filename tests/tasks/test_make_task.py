@@ -1,4 +1,4 @@
-"""Tasks by name: the registry, a user's own class, and what is said when it goes wrong."""
+"""Construction of tasks by name: the registry, user-defined classes, and error messages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Half:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working folder with a module of a user's own."""
+    """A working directory with a module that defines tasks."""
     (tmp_path / "own_task_module.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])

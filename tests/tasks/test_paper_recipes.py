@@ -1,7 +1,7 @@
-"""Every recipe for data that cannot be shipped, from beginning to end on tiny data of its format.
+"""Complete runs of the recipes for data that are not included, on tiny data of the same format.
 
-Only paths, sizes, weights and lengths are replaced, with the `--set` of the command line; a sweep
-runs in this process, without Ray and MLflow.
+Only paths, sizes, weights and lengths are replaced, as by `--set` on the command line. The sweeps
+run in this process, without Ray and MLflow.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "pipelines" / "paper").glob("*.yaml"))
 LITE0 = ROOT / "pipelines" / "efficientnet_lite0_fashion.yaml"
 SHORT = ["train.epochs=1", "train.batch_size=8", "train.norm_batches=1", "search.baselines=[]"]
-# Models that were never trained do not bear the paper's rate.
+# Untrained models diverge with the learning rate of the paper.
 SHORT += ["train.lr=0.001", "resources.cpus=1", "resources.gpus=0"]
 
 
 class InProcess:
-    """Runs a sweep's jobs one by one, here."""
+    """An executor that runs the jobs of a sweep sequentially in this process."""
 
     def run(self, coordinator, task, tick):
         while not isinstance(job := coordinator.next_job(), Verdict):
@@ -45,7 +45,7 @@ class InProcess:
 
 @pytest.fixture
 def sweep_of(tmp_path, monkeypatch):
-    """Runs a file with changed values and gives the finished sweep."""
+    """A function that runs a sweep file with changed values and returns the finished sweep."""
     for variable in ("NIPQ_STORAGE_URL", "NIPQ_STORAGE_URL_FILE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(
@@ -64,11 +64,11 @@ def sweep_of(tmp_path, monkeypatch):
 
 
 def image_changes(file, folder):
-    """`--set` values that make an ImageNet recipe small: its data, weights, sizes and budgets."""
+    """Return `--set` values that shrink the data, weights, sizes and budgets of a recipe."""
     document = yaml.safe_load(file.read_text())
     name = document["task_args"]["model"]
     model = timm.create_model(name, num_classes=3).train()
-    for _ in range(20):  # normalization statistics, without which activations vanish
+    for _ in range(20):  # activations vanish without normalization statistics
         model(torch.randn(8, 3, 32, 32))
     torch.save(model.state_dict(), folder / "float.pt")
     tree = image_tree(folder / "imagenet", {"train": 14, "val": 3}, classes=3, size=40)
@@ -84,7 +84,7 @@ def image_changes(file, folder):
 
 
 def text_changes(folder):
-    """The same for GLUE's."""
+    """Return `--set` values that shrink the GLUE recipe."""
     for name, rows in (("train", reviews(60)), ("dev", reviews(20, seed=1))):
         lines = [f"{row['review']}\t{int(row['verdict'] == 'good')}" for row in rows]
         (folder / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines, ""]))

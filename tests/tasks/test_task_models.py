@@ -1,4 +1,4 @@
-"""A task whose model or example cannot be had ends in one line, before anything is trained."""
+"""Invalid models and example inputs of a task raise one-line errors before training."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def statistics_on_meta() -> nn.Module:
 
 
 class Broken:
-    """A task of one image; `model` and `example` are what its calls give, or raise."""
+    """A task with one image, whose methods return or raise `model` and `example`."""
 
     metric = ("accuracy", "max")
 
@@ -47,7 +47,7 @@ class Broken:
         return usual() if answer is None else answer() if callable(answer) else answer
 
 
-LAZY = r"^task: build_model\(\) left 0.weight uninitialized, in a lazy module; run the model on a"
+LAZY = r"^task: build_model\(\) left 0.weight uninitialized in a lazy module; run the model on a"
 
 
 @pytest.mark.parametrize(

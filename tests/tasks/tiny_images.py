@@ -1,4 +1,4 @@
-"""Small image files that the tests of the image task share."""
+"""Small image files for the tests of the image task."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from PIL import Image
 
 
 def image_tree(folder: Path, counts: dict[str, int], classes: int = 6, size: int = 32) -> Path:
-    """Class folders of coloured PNG files below a folder for each split (`.` for none).
+    """Write class folders of colored PNG files below one folder per split (`.` for none).
 
     Args:
-        folder: where to write.
+        folder: folder to write to.
         counts: images of each class, by split.
-        classes: how many.
-        size: pixels of the shorter side.
+        classes: number of classes.
+        size: shorter side in pixels.
+
+    Returns:
+        `folder`.
     """
     draw = np.random.RandomState(0)
     for split, count in counts.items():
@@ -23,8 +26,8 @@ def image_tree(folder: Path, counts: dict[str, int], classes: int = 6, size: int
             place = folder / split / f"class {label}"
             place.mkdir(parents=True, exist_ok=True)
             for number in range(count):
-                colour = draw.randint(0, 128, (1, 1, 3)) + 120 * label // classes
+                color = draw.randint(0, 128, (1, 1, 3)) + 120 * label // classes
                 noise = draw.randint(0, 8, (size, size + 8, 3))
-                pixels = (colour + noise).astype(np.uint8)
+                pixels = (color + noise).astype(np.uint8)
                 Image.fromarray(pixels).save(place / f"{number:03}.png")
     return folder

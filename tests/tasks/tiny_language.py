@@ -1,4 +1,4 @@
-"""A tokenizer of a few words, a checkpoint of a few weights, and texts in those words."""
+"""A tokenizer with a few words, a small checkpoint, and texts made of these words."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TINY: dict[str, Any] = {
     "intermediate_size": 24,
     "max_position_embeddings": 64,
 }
-"""Sizes of a BERT that runs in milliseconds."""
+"""Sizes of a BERT whose forward pass takes milliseconds."""
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """A tokenizer of whole words, with BERT's special tokens, in transformers' files."""
+    """Save a tokenizer of whole words with the special tokens of BERT."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def write_checkpoint(folder: Path, factory: str = "AutoModel", kind: str = "bert") -> Path:
-    """A tokenizer, and a model of `TINY` size with random weights, as transformers saves them."""
+    """Save a tokenizer, and a model of `TINY` size with random weights."""
     import transformers
 
     write_tokenizer(folder)
@@ -57,14 +57,14 @@ def write_checkpoint(folder: Path, factory: str = "AutoModel", kind: str = "bert
 
 
 def sentence(rng: random.Random, words: list[str]) -> str:
-    """A few words, one or two of the given ones among them."""
+    """Return a few words, including one or two of the given ones."""
     chosen = rng.choices(OTHER, k=rng.randint(4, 12)) + rng.choices(words, k=rng.randint(1, 2))
     rng.shuffle(chosen)
     return " ".join(chosen)
 
 
 def reviews(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows of good and bad reviews of 20 films."""
+    """Return rows with good and bad reviews of 20 films."""
     rng = random.Random(seed)
     return [
         {
@@ -77,7 +77,7 @@ def reviews(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def write_table(path: Path, rows: list[dict[str, str]]) -> Path:
-    """Rows as CSV."""
+    """Write rows as CSV."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -86,7 +86,7 @@ def write_table(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def prose(words: int, seed: int = 0) -> str:
-    """Running text of about so many words."""
+    """Return running text of about this many words."""
     rng = random.Random(seed)
     lines = (sentence(rng, rng.choice([GOOD, BAD])) + " ." for _ in range(words // 10))
     return "\n".join(lines) + "\n"

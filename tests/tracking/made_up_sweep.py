@@ -1,4 +1,4 @@
-"""A small made-up sweep that the tests of tracking, report and dashboards share."""
+"""A small synthetic sweep shared by the tests of tracking, report and dashboards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ START = 1_700_000_000.0
 
 
 def curve(trial: int, epochs: int = 3, *, late: float = 0.0) -> list[CurvePoint]:
-    """Epochs of a trial; `late` shifts the timestamps, as an epoch run again has them."""
+    """Return the epochs of a trial; `late` shifts the timestamps, as after a repeated epoch."""
     return [
         CurvePoint(
             epoch=epoch,
@@ -22,7 +22,7 @@ def curve(trial: int, epochs: int = 3, *, late: float = 0.0) -> list[CurvePoint]
 
 
 def complete(number: int, *, bits: float = 4, front: bool = False) -> TrialRecord:
-    """A trial that finished under the budget `bops: uniform <bits>`."""
+    """Return a finished trial with the budget `bops: uniform <bits>`."""
     validation = 0.9 - 0.3 / bits**2 - 0.002 * number
     return TrialRecord(
         trial=number,
@@ -48,7 +48,7 @@ def complete(number: int, *, bits: float = 4, front: bool = False) -> TrialRecor
 
 
 def running(number: int) -> TrialRecord:
-    """A trial under way."""
+    """Return a running trial."""
     return TrialRecord(
         trial=number,
         state="RUNNING",
@@ -61,7 +61,7 @@ def running(number: int) -> TrialRecord:
 
 
 def failed(number: int, reason: str = "loss became NaN at step 7") -> TrialRecord:
-    """A trial that failed."""
+    """Return a failed trial."""
     return TrialRecord(
         trial=number,
         state="FAIL",
@@ -76,7 +76,7 @@ def failed(number: int, reason: str = "loss became NaN at step 7") -> TrialRecor
 
 
 def layers(number: int) -> list[dict[str, object]]:
-    """Layers of a trial as `show --json` has them; the last one is left in floating point."""
+    """Return the layers of a trial, as in `show --json`; the last one is in floating point."""
     names = ["stem.conv", "block1.conv1", "block1.conv2", "head"]
     return [
         {

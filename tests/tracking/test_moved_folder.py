@@ -1,4 +1,4 @@
-"""A finished sweep's folder, moved elsewhere, opens in a real MLflow server."""
+"""The moved folder of a finished sweep opens in a real MLflow server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fetch(url: str, body: dict[str, Any] | None = None) -> bytes:
 
 @contextmanager
 def mlflow_ui(folder: Path) -> Iterator[str]:
-    """`mlflow ui` started in `folder` without any option but the port; yields its address."""
+    """Run `mlflow ui` in `folder` with no option except the port; yield its address."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -65,7 +65,6 @@ def mlflow_ui(folder: Path) -> Iterator[str]:
         process.wait(30)
 
 
-@pytest.mark.slow
 def test_mlflow_ui_shows_a_moved_sweep_with_its_artifacts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ DATASET = {"name": "digits", "digest": "ab" * 32, "train": 1000}
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """An empty MLflow database: creating one takes seconds, copying it nothing."""
+    """An empty MLflow database, copied by each test because creating one takes seconds."""
     folder = tmp_path_factory.mktemp("empty")
     server.open_client(server.own_uri(folder))
     return (folder / "mlflow.db").read_bytes()
@@ -30,7 +30,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def out(tmp_path: Path, database: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sweep's folder with an empty database, and no server from the environment."""
+    """A sweep's folder with an empty database, without a server in the environment."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "sweep"
     folder.mkdir()
@@ -45,7 +45,7 @@ def begin(out: Path, sweep: str = "digits", config: Any = None, **options: Any) 
 
 
 def runs(out: Path) -> tuple[list[Run], dict[int, Run]]:
-    """The parents, and the children by trial number; fails on a doubled child."""
+    """Return the parent runs, and the children by trial number; fail on duplicate children."""
     client = server.open_client(server.own_uri(out))
     found = list(client.search_runs(["1"]))
     children = [run for run in found if "nipq.trial" in run.data.tags]
@@ -60,7 +60,7 @@ def steps(out: Path, run: Run, key: str) -> list[int]:
 
 
 class Calls:
-    """Counts the writing calls of every MLflow client, and lets them through."""
+    """Counts the write calls of every MLflow client and forwards them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
@@ -116,11 +116,11 @@ def test_a_sweep_is_a_parent_with_a_child_per_trial(out: Path) -> None:
     assert children[2].data.tags["reason"] == "loss became NaN at step 7"
 
 
-def test_a_resume_doubles_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_creates_no_duplicates(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = begin(out)
     recorder.record(complete(0), curve(0), layers(0))
     recorder.record(running(1), curve(1, 2))
-    # The driver dies here: no finish. Another one takes over, and epoch 2 of trial 1 runs again.
+    # The driver dies without `finish`. Another one resumes, and epoch 2 of trial 1 is repeated.
     more = {**CONFIG, "search": {"trials": 8}}
     resumed = begin(out, config=more)
     calls = Calls(monkeypatch)
@@ -142,7 +142,7 @@ def test_a_resume_doubles_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert steps(out, children[number], "validation") == [0]
 
 
-def test_an_interrupted_trial_runs_again_and_ends(out: Path) -> None:
+def test_an_interrupted_trial_is_resumed_and_ends(out: Path) -> None:
     first = begin(out)
     first.record(running(0), curve(0, 1))
     first.finish("KILLED")
@@ -151,7 +151,7 @@ def test_an_interrupted_trial_runs_again_and_ends(out: Path) -> None:
     assert runs(out)[0][0].info.status == "RUNNING"
     second.record(running(0), curve(0, 2))
     assert runs(out)[1][0].info.status == "RUNNING"
-    # This driver is killed too; one that only tidies up leaves no run RUNNING.
+    # This driver is killed as well; a later `sync` leaves no run RUNNING.
     begin(out).finish("FAILED")
     (parent,), children = runs(out)
     assert (parent.info.status, children[0].info.status) == ("FAILED", "KILLED")
@@ -174,9 +174,7 @@ def test_repeated_records_send_only_what_is_new(
     assert len(calls.names) == 5
 
 
-def test_the_front_is_tagged_again_where_it_changed(
-    out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changes_of_the_front_update_the_tags(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = begin(out)
     for number in range(3):
         recorder.record(complete(number, front=number == 0), [])
@@ -184,7 +182,7 @@ def test_the_front_is_tagged_again_where_it_changed(
     recorder.update_front({0, 2})
     recorder.update_front({0, 2})
     assert calls.names == ["log_batch"]
-    recorder.record(complete(1, front=True), [])  # the front rules over the record
+    recorder.record(complete(1, front=True), [])  # `update_front` overrides the record
     fronts = {number: run.data.tags["on_front"] for number, run in runs(out)[1].items()}
     assert fronts == {0: "true", 1: "false", 2: "true"}
     again = begin(out)
@@ -193,7 +191,7 @@ def test_the_front_is_tagged_again_where_it_changed(
     assert fronts == {0: "false", 1: "true", 2: "false"}
 
 
-def test_two_sweeps_of_one_name_stay_apart_on_one_server(out: Path) -> None:
+def test_sweeps_of_the_same_name_are_separate_on_a_server(out: Path) -> None:
     uri = server.own_uri(out)
     for folder in ("a", "b", "a"):
         recorder = begin(out.parent / folder, uri=uri, identity=folder)
@@ -232,7 +230,7 @@ def test_odd_names_and_values_are_recorded(out: Path) -> None:
     assert steps(out, children[0], "metrics_loss") == [0]
 
 
-def test_many_values_go_in_batches_that_mlflow_takes(out: Path) -> None:
+def test_many_values_are_sent_in_batches(out: Path) -> None:
     config = {f"key{number}": number for number in range(250)}
     recorder = begin(out, config=config)
     points = [
@@ -259,7 +257,7 @@ def closed_port() -> int:
         return int(unused.getsockname()[1])
 
 
-def test_a_server_that_is_away_neither_raises_nor_holds_the_search(
+def test_an_unavailable_server_neither_raises_nor_blocks_the_search(
     tmp_path: Path, closed_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     uri = f"http://somebody:secret@127.0.0.1:{closed_port}"
@@ -277,7 +275,7 @@ def test_a_server_that_is_away_neither_raises_nor_holds_the_search(
     assert "secret" not in ours[0]
 
 
-def test_what_was_missed_is_sent_once_the_server_is_back(
+def test_unsent_data_are_sent_once_the_server_is_back(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = begin(out, retry_seconds=0)
@@ -302,7 +300,7 @@ def test_what_was_missed_is_sent_once_the_server_is_back(
     assert children[1].data.tags["on_front"] == "true"
 
 
-def test_a_fresh_database_is_made_without_noise(
+def test_creating_a_database_logs_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "größe"

@@ -17,12 +17,12 @@ from nipq_search.tracking.tables import CURVES, RESULTS
 
 
 def round_trip(tmp_path: Path, frame: pd.DataFrame) -> pd.DataFrame:
-    """Write by us, read by plain pandas."""
+    """Write with `write_table` and read with pandas."""
     write_table(tmp_path / "table.parquet", frame)
     return pd.read_parquet(tmp_path / "table.parquet")
 
 
-def test_one_row_per_trial_in_order_and_it_survives_the_disk(tmp_path: Path) -> None:
+def test_one_row_per_trial_in_order_after_a_round_trip(tmp_path: Path) -> None:
     frame = results_table([failed(2), complete(0, front=True), complete(1, bits=3), running(3)])
     back = round_trip(tmp_path, frame)
     pd.testing.assert_frame_equal(back, frame)
@@ -73,7 +73,7 @@ def test_curves_have_a_row_per_trial_and_epoch(tmp_path: Path) -> None:
     assert frame["timestamp"][2].timestamp() == curve(1)[0].timestamp
 
 
-def test_reading_what_is_no_table_says_so(tmp_path: Path) -> None:
+def test_reading_another_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_table(tmp_path / "results.parquet")
     (tmp_path / "results.parquet").write_bytes(b"torn")
@@ -81,7 +81,7 @@ def test_reading_what_is_no_table_says_so(tmp_path: Path) -> None:
         read_table(tmp_path / "results.parquet")
 
 
-def test_a_table_is_whole_while_new_ones_take_its_place(tmp_path: Path) -> None:
+def test_a_table_can_be_read_while_it_is_replaced(tmp_path: Path) -> None:
     path, end = tmp_path / "table.parquet", threading.Event()
     tables = []
     for count in (2, 40):

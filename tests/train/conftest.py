@@ -1,4 +1,4 @@
-"""A float model of digits, trained once for the tests of the training loop."""
+"""Fixtures for the tests of training: a float model for digits, trained once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps of several batches: what they average, and where they begin and end."""
+"""Gradient accumulation: averages, and the boundaries of steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nipq_search.train.models import load_trained
 
 
 class Fixed(Regression):
-    """Always the same 192 rows, in batches as large as asked for."""
+    """Always yields the same 192 rows, in batches of the requested size."""
 
     weight = 1.0
 
@@ -39,7 +39,7 @@ def test_several_small_batches_step_as_one_large_one(options, tmp_path):
 
 
 def test_the_penalty_counts_once_per_step(tmp_path, monkeypatch):
-    """Without a loss of the task the budget alone moves the bits."""
+    """Without a task loss, only the budget penalty moves the bits."""
     seen = {}
     run = Trainer._train_step
 
@@ -58,8 +58,8 @@ def test_the_penalty_counts_once_per_step(tmp_path, monkeypatch):
     assert torch.allclose(torch.tensor(seen[1]), torch.tensor(seen[3]), atol=1e-4)
 
 
-def test_a_bit_widths_derivative_is_that_of_a_batch(tmp_path, monkeypatch):
-    """Its running mean is in loss per bit, whatever the length of a step."""
+def test_bit_width_derivatives_are_per_batch(tmp_path, monkeypatch):
+    """Its running mean is in loss per bit, independently of the length of a step."""
     sums = []
     for count in (1, 6):
         spec = mlp_spec(accumulate=count, noise_share=1.0, lr=1e-9, epochs=1, start="config")
@@ -70,7 +70,7 @@ def test_a_bit_widths_derivative_is_that_of_a_batch(tmp_path, monkeypatch):
     assert torch.allclose(*sums, rtol=1e-3, atol=1e-7)
 
 
-def test_the_last_step_of_an_epoch_takes_what_is_left(tmp_path, monkeypatch):
+def test_the_last_step_of_an_epoch_takes_the_remaining_batches(tmp_path, monkeypatch):
     sizes, curve = [], []
     run = Trainer._train_step
     monkeypatch.setattr(
@@ -87,8 +87,8 @@ def test_the_last_step_of_an_epoch_takes_what_is_left(tmp_path, monkeypatch):
     assert result.samples == (4 + 5 + 5) * 32, "calibration and two epochs"
 
 
-def test_stops_and_checkpoints_come_between_steps_only(digits, float_model, tmp_path):
-    spec = digits_spec(float_model, accumulate=2)  # 5 steps to an epoch, the last of one batch
+def test_stops_and_checkpoints_happen_only_between_steps(digits, float_model, tmp_path):
+    spec = digits_spec(float_model, accumulate=2)  # 5 steps per epoch, the last with one batch
     expected = train(digits, spec, tmp_path / "whole", CPU)
     for steps in (3, 1, 1, 5):
         interrupted(digits, spec, tmp_path / "cut", steps)
@@ -98,6 +98,8 @@ def test_stops_and_checkpoints_come_between_steps_only(digits, float_model, tmp_
 
 
 @pytest.mark.parametrize("lengths", [(6, 6, 6, 5), (6, 6, 6, 7)])
-def test_epochs_must_be_equally_long_all_the_same(lengths, tmp_path):
-    with pytest.raises(RuntimeError, match=rf"gave {lengths[-1]} batches in epoch 1 and 6 before"):
+def test_accumulation_requires_epochs_of_equal_length(lengths, tmp_path):
+    with pytest.raises(
+        RuntimeError, match=rf"yielded {lengths[-1]} batches in epoch 1 but 6 before"
+    ):
         train(Regression(lengths=lengths), mlp_spec(accumulate=4), tmp_path, CPU)

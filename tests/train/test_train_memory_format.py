@@ -1,4 +1,4 @@
-"""Channels last: used where a model's code allows it, and nowhere else."""
+"""The channels-last format: applied only if the model's code supports it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Viewing(nn.Module):
-    """As many people write it: `view` rather than `flatten`."""
+    """A common style: `view` instead of `flatten`."""
 
     def __init__(self, only_in_training=False):
         super().__init__()
@@ -33,7 +33,7 @@ def is_channels_last(model):
     )
 
 
-def test_a_model_that_allows_it():
+def test_a_compatible_model_is_converted():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 5)
     ).eval()
@@ -46,7 +46,7 @@ def test_a_model_that_allows_it():
 
 
 class Reading(nn.Module):
-    """Takes what a convolution gives for numbers in one order."""
+    """Interprets the output of a convolution with a function of its memory layout."""
 
     def __init__(self, read):
         super().__init__()
@@ -61,7 +61,7 @@ def as_complex(y):
 
 
 def last(y):
-    """Fails as it is, and would run channels last."""
+    """Raises in the default format, but would run with channels last."""
     return y.permute(0, 2, 3, 1).view(-1, 4)
 
 
@@ -69,7 +69,7 @@ def in_memory(y):
     return torch.as_strided(y, (4, 8), (8, 1))
 
 
-def test_models_that_do_not():
+def test_incompatible_models_are_unchanged():
     reading = [Reading(as_complex), Reading(in_memory)]
     for model in (Viewing(), Viewing(only_in_training=True), *reading):
         assert not is_channels_last(use_channels_last(model, (X,)))
@@ -79,12 +79,12 @@ def test_models_that_do_not():
 def test_models_without_convolutions_and_broken_ones():
     plain = nn.Linear(3, 3)
     assert use_channels_last(plain, None) is plain
-    # One sample is too few for training: that is no matter of layout.
+    # One sample is too few for training, independently of the format.
     model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4))
     assert is_channels_last(use_channels_last(model, (X[:1],)))
 
 
-def test_models_that_hold_results():
+def test_models_that_store_tensors():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     model.kept = model(X)
     use_channels_last(model, (X,))
@@ -95,6 +95,6 @@ def broken(y):
     raise ValueError("as it always does")
 
 
-def test_models_that_fail_as_they_are_stay_as_they_are():
+def test_models_that_fail_are_unchanged():
     for read in (last, broken):
         assert not is_channels_last(use_channels_last(Reading(read), (X,)))

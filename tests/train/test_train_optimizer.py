@@ -1,4 +1,4 @@
-"""What the optimizer holds and what it leaves alone, phase by phase."""
+"""The optimizer's parameter groups and state in each phase."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def groups(optimizer):
 @pytest.mark.parametrize(
     ("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)]
 )
-def test_groups_have_their_own_rates_and_decay_is_for_weights_alone(name, kind):
+def test_groups_have_separate_rates_and_only_weights_decay(name, kind):
     task = Regression()
     model = prepare(task.build_model(), task.example_inputs(), QuantConfig())
     config = TrainConfig(optimizer=name, lr=0.01, lr_bits=4, lr_boundaries=2, weight_decay=0.3)
@@ -87,7 +87,7 @@ def test_the_bits_state_is_gone_after_the_freeze_and_after_a_resume(
     assert set(state["optimizer"]["state"]) == held
 
 
-def test_adamw_trains_and_has_no_use_for_momentum(tmp_path):
+def test_adamw_trains_and_ignores_momentum(tmp_path):
     results = [
         train(Regression(), mlp_spec(optimizer=name, momentum=m, lr=0.01), tmp_path / str(i), CPU)
         for i, (name, m) in enumerate([("adamw", 0.9), ("adamw", 0.5), ("sgd", 0.9)])
@@ -97,7 +97,7 @@ def test_adamw_trains_and_has_no_use_for_momentum(tmp_path):
 
 
 def test_the_float_gradient_is_clipped(tmp_path):
-    """A rate of 1 and a norm of 1e-3 move the weights by that much per step and no further."""
+    """At a learning rate of 1, a step moves the weights by at most the clipped norm of 1e-3."""
     config = FloatConfig(lr=1.0, momentum=0.0, weight_decay=0.0, warmup=0.0, epochs=1e-9)
     moved = {}
     for clip in (0.0, 1e-3):

@@ -1,4 +1,4 @@
-"""Two processes that share every batch train as one does; see `nipq_search.train.parallel`."""
+"""Data-parallel training by two processes, compared with a single process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nipq_search.train.spec import Released
 
 
 class Precise(Digits):
-    """Digits in float64, with batch normalization; sums in another order differ by 1e-16."""
+    """Digits in float64 with batch normalization; the order of sums changes results by 1e-16."""
 
     def __init__(self) -> None:
         super().__init__(width=4)
@@ -48,7 +48,7 @@ class Precise(Digits):
 
 
 def member(rank: int, size: int, folder: str, task: Any, spec: TrainSpec, stop: int) -> None:
-    """One process of a training; the leader leaves its result beside the model."""
+    """Run one process of a training; the leader stores its result next to the model."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store-{stop}", size)
     hooks = stop_after(stop) if stop and rank == 0 else Hooks()
@@ -58,13 +58,13 @@ def member(rank: int, size: int, folder: str, task: Any, spec: TrainSpec, stop: 
             torch.save(vars(result), f"{folder}/result.pt")
         except (Released, Interrupted):
             pass
-    # As a sweep's processes do: a thread of Gloo that lets go of a tensor while the interpreter is
-    # taken down would abort the process.
+    # As in a sweep: a Gloo thread that releases a tensor while the interpreter shuts down would
+    # abort the process.
     os._exit(0)
 
 
 def together(folder: Path, task: Any, spec: TrainSpec, size: int = 2, stop: int = 0) -> Any:
-    """What `size` processes make of a training; None where they were stopped."""
+    """Return the result of a training by `size` processes; None if it was stopped."""
     folder.mkdir(exist_ok=True)
     mp.spawn(member, (size, str(folder), task, spec, stop), nprocs=size)
     path = folder / "result.pt"
@@ -77,7 +77,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def precise_spec(**changes: Any) -> TrainSpec:
-    """20 steps in one epoch and a bit, the last of them in the tuning phase."""
+    """Return a trial of 20 steps, slightly more than one epoch, that ends in the tuning phase."""
     options: dict[str, Any] = {"epochs": 20 / 9, "batch_size": 128, "lr": 0.05, "momentum": 0.9}
     options |= {"noise_share": 0.8, "norm_batches": 0, "calibration_batches": 1, "lr_bits": 20.0}
     return TrainSpec(
@@ -98,12 +98,12 @@ def precise_spec(**changes: Any) -> TrainSpec:
     ids=["plain", "accumulated", "unequal shares"],
 )
 def test_two_processes_follow_one(tmp_path, changes):
-    """Weights, boundaries, bits and running statistics within 1e-9, in float64."""
+    """Compare weights, boundaries, bits and running statistics within 1e-9, in float64."""
     task, spec = Precise(), precise_spec(**changes)
     alone = train(task, spec, tmp_path / "alone", CPU)
     two = together(tmp_path / "two", task, spec)
     assert two["bits"] == alone.bits and two["steps"] == alone.steps
-    assert two["samples"] == alone.samples, "samples count once"
+    assert two["samples"] == alone.samples, "each sample counts once"
     one, other = weights(tmp_path / "alone"), weights(tmp_path / "two")
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -125,7 +125,7 @@ def test_a_float_model_trains_together_too(tmp_path):
     assert all((one[name] - other[name]).abs().max() < 1e-9 for name in one)
 
 
-def test_a_stop_and_a_resume_change_no_bit(tmp_path):
+def test_stopping_and_resuming_is_bit_identical(tmp_path):
     task, spec = Precise(), precise_spec()
     whole = together(tmp_path / "whole", task, spec)
     assert together(tmp_path / "halves", task, spec, stop=5) is None
@@ -133,8 +133,8 @@ def test_a_stop_and_a_resume_change_no_bit(tmp_path):
     assert resumed == whole
 
 
-def test_in_float32_and_with_three_processes_it_learns(tmp_path):
-    """More processes than some batches divide by; the last batch of an epoch is smaller."""
+def test_three_processes_learn_in_float32(tmp_path):
+    """Some batches are not divisible by the processes; the last batch of an epoch is smaller."""
     task = Digits(width=4)
     task.load_data()
     found = together(tmp_path / "three", task, digits_spec(None), size=3)
@@ -143,7 +143,7 @@ def test_in_float32_and_with_three_processes_it_learns(tmp_path):
     assert found["metrics"]["accuracy"] == pytest.approx(alone.metrics["accuracy"], abs=0.1)
 
 
-def test_shares_are_everything_once():
+def test_shares_partition_the_batch():
     for samples in (2, 3, 7, 256):
         parts = [list(range(samples))[Team(rank, 3).share(samples)] for rank in range(3)]
         if samples < 3:
@@ -153,17 +153,17 @@ def test_shares_are_everything_once():
 
 
 class Counts:
-    """A task that counts otherwise than by rows."""
+    """A task whose number of samples is not the number of rows."""
 
     def num_samples(self, batch: Any) -> int:
         return 5
 
 
 class Opaque:
-    """A batch that only its task understands."""
+    """A batch of a type that only its task supports."""
 
 
-def test_batches_that_cannot_be_cut_are_told():
+def test_batches_that_cannot_be_sliced_are_reported():
     team, model = Team(0, 2), nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"take\(batch, part\)"):
         team.take_share(Counts(), model, Opaque())

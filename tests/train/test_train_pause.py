@@ -1,4 +1,4 @@
-"""Trainings that pause at a share of their steps, measure a projected copy, and go on."""
+"""Pauses after a fraction of the steps: evaluation of a projected copy, and resuming."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ def pause_at(digits, spec, share, folder, **hooks):
 
 
 @pytest.mark.parametrize("changes", [{}, {"noise_share": 0.2, "ema": 0.9}])
-def test_a_paused_training_ends_with_the_bits_of_one_that_was_not(
-    float_model, digits, tmp_path, changes
-):
+def test_a_paused_training_ends_bit_identically(float_model, digits, tmp_path, changes):
     spec = digits_spec(float_model, **changes)
     whole = train(digits, spec, tmp_path / "whole", CPU)
     for share in (0.2, 0.6):
@@ -29,18 +27,18 @@ def test_a_paused_training_ends_with_the_bits_of_one_that_was_not(
     assert outcome(train(digits, spec, tmp_path / "rungs", CPU)) == outcome(whole)
 
 
-def test_a_pause_that_was_cut_off_measures_the_same(float_model, digits, tmp_path):
+def test_an_interrupted_pause_measures_the_same(float_model, digits, tmp_path):
     spec = digits_spec(float_model)
     expected = pause_at(digits, spec, 0.4, tmp_path / "whole")
     total = load_checkpoint(tmp_path / "whole" / "checkpoints")["step"]
     interrupted(digits, spec, tmp_path / "cut", total - 1)
     assert pause_at(digits, spec, 0.4, tmp_path / "cut") == expected
-    # Its state was saved before it measured: a crash right then trains nothing again.
+    # The state is saved before the evaluation, so a crash in it repeats no training.
     assert pause_at(digits, spec, 0.4, tmp_path / "cut") == expected
     assert load_checkpoint(tmp_path / "cut" / "checkpoints")["step"] == total
 
 
-def test_what_a_rung_measures_is_on_budget_and_counted(float_model, digits, tmp_path, monkeypatch):
+def test_rungs_evaluate_on_budget_and_count_samples(float_model, digits, tmp_path, monkeypatch):
     from nipq_search.cost.projection import usage
     from nipq_search.quant.insertion.prepare import quant_state, quantizers
     from nipq_search.train import trial
@@ -65,7 +63,7 @@ def test_what_a_rung_measures_is_on_budget_and_counted(float_model, digits, tmp_
     assert sum(counted) == state["samples"] + 2 * spec.train.batch_size
 
 
-def test_bits_over_the_noise_phase_are_noted(float_model, digits, tmp_path):
+def test_bits_are_recorded_during_the_noise_phase(float_model, digits, tmp_path):
     spec = digits_spec(float_model, noise_share=0.5)
     result = train(digits, spec, tmp_path / "whole", CPU)
     notes = result.history
@@ -79,6 +77,6 @@ def test_bits_over_the_noise_phase_are_noted(float_model, digits, tmp_path):
     assert train(digits, spec, tmp_path / "rungs", CPU).history == notes, "resumed"
 
 
-def test_without_a_noise_phase_nothing_is_noted(float_model, digits, tmp_path):
+def test_without_a_noise_phase_nothing_is_recorded(float_model, digits, tmp_path):
     result = train(digits, digits_spec(float_model, noise_share=0.0), tmp_path, CPU)
     assert result.history == ()

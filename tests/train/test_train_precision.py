@@ -1,4 +1,4 @@
-"""Arithmetic in bfloat16: what runs in it, and what stays in float32."""
+"""Training in bfloat16: which operations use it and which stay in float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nipq_search.train.models import load_trained
 
 
 class Watched(Regression):
-    """Notes the type of the model's output, in training and in evaluation."""
+    """Records the dtype of the model's output, in training and in evaluation."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Watched(Regression):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantized", [True, False])
-def test_forwards_and_losses_run_in_it_and_parameters_do_not(precision, quantized, tmp_path):
+def test_forwards_and_losses_use_bfloat16_but_parameters_do_not(precision, quantized, tmp_path):
     task, curve = Watched(), []
     wanted = getattr(torch, precision)
     if quantized:
@@ -66,7 +66,7 @@ def test_quantizers_compute_in_float32(digits, float_model, tmp_path, monkeypatc
     assert set(kinds) == {(torch.float32, torch.float32)}
 
 
-def test_it_is_near_to_float32_and_repeats_itself(float_model, tmp_path):
+def test_bfloat16_is_close_to_float32_and_reproducible(float_model, tmp_path):
     specs = [digits_spec(float_model, precision=p) for p in ("float32", "bfloat16", "bfloat16")]
     results = [
         train(SpiedDigits(), spec, tmp_path / str(index), CPU) for index, spec in enumerate(specs)
@@ -78,7 +78,7 @@ def test_it_is_near_to_float32_and_repeats_itself(float_model, tmp_path):
     assert results[1].cost["bops"] <= specs[1].budget["bops"]
 
 
-def test_a_float_file_is_evaluated_in_it(float_model, digits, tmp_path):
+def test_a_float_file_is_evaluated_in_bfloat16(float_model, digits, tmp_path):
     losses = {}
     for precision in ("float32", "bfloat16"):
         spec = TrainSpec(
@@ -89,7 +89,7 @@ def test_a_float_file_is_evaluated_in_it(float_model, digits, tmp_path):
     assert losses["bfloat16"] != losses["float32"]
 
 
-def test_lsq_trains_in_it(float_model, digits, tmp_path):
+def test_lsq_trains_in_bfloat16(float_model, digits, tmp_path):
     quant = dataclasses.replace(digits_spec(None).quant, quantizer="lsq", start_bits=4)
     spec = digits_spec(float_model, epochs=1, precision="bfloat16", quant=quant, budget=None)
     train(digits, spec, tmp_path, CPU)

@@ -1,4 +1,4 @@
-"""A training that was cut off at any moment ends with the bits of one that was not."""
+"""Resuming: an interrupted training ends bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = {
     "empirical": {"proxy": "empirical"},
     "lsq": {"quant": QuantConfig(quantizer="lsq", start_bits=4), "budget": None},
     "adamw": {"optimizer": "adamw", "lr": 0.01},
-    # 5 steps to an epoch, the last of one batch; the bits freeze after 8 of 15.
+    # 5 steps per epoch, the last with one batch; bit-widths are frozen after 8 of 15 steps.
     "all": {"optimizer": "adamw", "lr": 0.01, "accumulate": 2, "precision": "bfloat16"}
     | {"ema": 0.9, "grad_clip": 1.0},
     "lsq, budget": {"quant": QuantConfig(quantizer="lsq")},
@@ -41,7 +41,7 @@ MOMENTS = {
 
 @pytest.fixture(scope="module")
 def whole(float_model, tmp_path_factory):
-    """Result and curve of the uninterrupted training of each kind."""
+    """Result and curve of an uninterrupted training, for each kind."""
     found = {}
     for kind, changes in KINDS.items():
         folder, curve = tmp_path_factory.mktemp(kind), []
@@ -68,13 +68,13 @@ def test_resumed_equals_uninterrupted(kind, moment, whole, float_model, digits, 
     for steps in MOMENTS[moment]:
         interrupted(digits, spec, tmp_path, steps)
     assert load_checkpoint(tmp_path / "checkpoints")["step"] == sum(MOMENTS[moment])
-    torch.manual_seed(99)  # a fresh process has another generator
+    torch.manual_seed(99)  # a new process has a different generator state
     result = train(digits, spec, tmp_path, CPU)
     assert outcome(result) == outcome(whole[kind][0])
     assert digest((tmp_path / "model.pt").read_bytes()) == whole[kind][0].model_sha256
 
 
-def test_the_curve_has_every_epoch_once_wherever_it_was_cut(whole, float_model, digits, tmp_path):
+def test_the_curve_has_every_epoch_once_after_a_resume(whole, float_model, digits, tmp_path):
     curve, spec = [], digits_spec(float_model)
     for steps in (9, 5, 4, None):
         asked = iter(range(1, 100))
@@ -96,7 +96,7 @@ def test_the_curve_has_every_epoch_once_wherever_it_was_cut(whole, float_model, 
 
 
 def test_killed_before_the_checkpoint_of_an_epoch(whole, float_model, digits, tmp_path):
-    """A process that dies saves nothing: the epoch is trained again."""
+    """A killed process saves nothing, so the epoch is trained again."""
     spec = digits_spec(float_model)
 
     def die(point):
@@ -143,7 +143,7 @@ def _die(*args):
 
 
 @pytest.mark.parametrize("damage", ["garbage", "torn state", "torn manifest", "no manifest"])
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, tmp_path, caplog):
+def test_damaged_newest_checkpoint_falls_back_to_the_previous_one(damage, tmp_path, caplog):
     spec = mlp_spec()
     expected = train(Regression(), spec, tmp_path / "whole", CPU)
     folder = tmp_path / "cut"
@@ -165,8 +165,8 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, tmp_path
     assert outcome(result) == outcome(expected)
 
 
-def test_kills_while_checkpoints_are_written_leave_the_good_ones(tmp_path):
-    """Several in a row, each at a later step than what the next attempt saves first."""
+def test_kills_during_checkpoint_writes_keep_valid_ones(tmp_path):
+    """Kill several attempts, each at a later step than the next one's first checkpoint."""
 
     def cut_off(step):
         (tmp_path / f"{step:09d}").mkdir()
@@ -183,8 +183,8 @@ def test_kills_while_checkpoints_are_written_leave_the_good_ones(tmp_path):
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [250, 255]
 
 
-def test_a_write_that_hung_takes_no_checkpoint_of_the_next_process(tmp_path):
-    """It came to its end when another process had gone on with the training."""
+def test_a_hung_write_removes_no_checkpoint_of_the_next_process(tmp_path):
+    """The write completes after another process has taken over the training."""
 
     class Superseded(Exception):
         pass
@@ -199,7 +199,7 @@ def test_a_write_that_hung_takes_no_checkpoint_of_the_next_process(tmp_path):
     assert load_checkpoint(tmp_path)["step"] == 200
 
 
-def test_a_whole_training_after_damage_to_all_checkpoints_keeps_its_new_ones(tmp_path):
+def test_training_after_damage_to_all_checkpoints_keeps_new_ones(tmp_path):
     for step in (100, 200):
         save_checkpoint(tmp_path, step, {"step": step})
         (tmp_path / f"{step:09d}" / "state.pt").write_bytes(b"garbage")
@@ -208,7 +208,7 @@ def test_a_whole_training_after_damage_to_all_checkpoints_keeps_its_new_ones(tmp
     assert load_checkpoint(tmp_path)["step"] == 50
 
 
-def test_without_any_whole_checkpoint_training_starts_again(tmp_path, caplog):
+def test_training_restarts_without_a_valid_checkpoint(tmp_path, caplog):
     spec = mlp_spec()
     expected = train(Regression(), spec, tmp_path / "whole", CPU)
     folder = tmp_path / "cut"
@@ -227,7 +227,7 @@ def test_two_checkpoints_are_kept(tmp_path):
     ]
 
 
-def test_checkpoints_come_every_few_minutes_too(tmp_path, monkeypatch):
+def test_checkpoints_are_also_written_by_time(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         trial, "save_checkpoint", lambda folder, step, state, home, fence: seen.append(step)
@@ -251,7 +251,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
 
 
 class Dropped(Regression):
-    """Dropout draws from the global generator, and so does a DataLoader when an epoch begins."""
+    """Draws from the global generator by dropout, and by a DataLoader when an epoch begins."""
 
     def build_model(self):
         return torch.nn.Sequential(
@@ -266,7 +266,7 @@ class Dropped(Regression):
 
 
 @pytest.mark.parametrize(("steps", "accumulate"), [(4, 1), (7, 1), (14, 1), (1, 4), (5, 4)])
-def test_dropout_and_a_dataloader_resume_bit_by_bit(steps, accumulate, tmp_path):
+def test_dropout_and_a_dataloader_resume_bit_identically(steps, accumulate, tmp_path):
     spec = mlp_spec(accumulate=accumulate)
     expected = train(Dropped(), spec, tmp_path / "whole", CPU)
     interrupted(Dropped(), spec, tmp_path / "cut", steps)

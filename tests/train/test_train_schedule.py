@@ -1,4 +1,4 @@
-"""Phases and rates, and configurations that say what is wrong with them."""
+"""Phases and learning rates; error messages of invalid configurations."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_the_float_training_has_no_phases_and_no_teacher():
     assert not training.distill and training.noise_share == 0
 
 
-def test_the_float_training_gets_every_setting_that_both_have():
+def test_the_float_training_receives_all_shared_settings():
     options = {
         "accumulate": 3,
         "optimizer": "adamw",

@@ -1,4 +1,4 @@
-"""Noise phases that are too short to learn anything are left out where a strategy says so."""
+"""Noise phases that are shorter than a strategy's minimum are omitted."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def trained(digits, float_model, folder, least):
     return result, [point.phase for point in curve]
 
 
-def test_only_too_short_a_noise_phase_is_left_out(float_model, digits, tmp_path):
-    """The phase has 13 or 14 of the 27 steps."""
+def test_only_a_noise_phase_that_is_too_short_is_omitted(float_model, digits, tmp_path):
+    """The noise phase has 13 or 14 of the 27 steps."""
     whole, phases = trained(digits, float_model, tmp_path / "whole", 10)
     assert phases == ["noise", "tuning", "tuning"] and whole.history
     without, phases = trained(digits, float_model, tmp_path / "without", 15)
@@ -26,7 +26,7 @@ def test_only_too_short_a_noise_phase_is_left_out(float_model, digits, tmp_path)
     assert outcome(without) == outcome(none)
 
 
-def test_an_interrupted_one_ends_the_same(float_model, digits, tmp_path):
+def test_an_interrupted_training_without_noise_ends_the_same(float_model, digits, tmp_path):
     spec = dataclasses.replace(digits_spec(float_model), least_noise_steps=15)
     whole = train(digits, spec, tmp_path / "whole", CPU)
     interrupted(digits, spec, tmp_path / "cut", 5)

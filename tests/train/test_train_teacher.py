@@ -1,4 +1,4 @@
-"""Who teaches: the float model, or a teacher of the task's own."""
+"""The teacher for distillation: the float model, or the task's own teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nipq_search.train.models import load_float
 
 
 class Taught(SpiedDigits):
-    """Has a wider teacher; counts how often it is built, and notes who teaches."""
+    """Has a wider teacher; counts how often it is built and records which teacher is used."""
 
     def __init__(self, answer="wide"):
         super().__init__()
@@ -23,7 +23,7 @@ class Taught(SpiedDigits):
 
     def build_teacher(self):
         self.built += 1
-        torch.rand(1)  # a draw that nothing else may notice
+        torch.rand(1)  # a draw that must not affect anything else
         return Digits(width=6).build_model() if self.answer == "wide" else self.answer
 
     def distill_loss(self, model, teacher, batch):
@@ -36,7 +36,7 @@ def width(model):
     return next(model.parameters()).shape[0]
 
 
-def test_the_tasks_own_teacher_teaches(float_model, tmp_path):
+def test_the_tasks_own_teacher_is_used(float_model, tmp_path):
     task = Taught()
     result = train(task, digits_spec(float_model, epochs=0.5), tmp_path, CPU)
     assert task.built == 1
@@ -46,7 +46,7 @@ def test_the_tasks_own_teacher_teaches(float_model, tmp_path):
     assert result.model_sha256 != usual.model_sha256
 
 
-def test_none_leaves_it_to_the_float_model(float_model, tmp_path):
+def test_without_a_teacher_the_float_model_is_used(float_model, tmp_path):
     task, spec = Taught(answer=None), digits_spec(float_model, epochs=0.5)
     result = train(task, spec, tmp_path / "taught", CPU)
     assert {width(teacher) for teacher in task.teachers} == {4}
@@ -56,7 +56,7 @@ def test_none_leaves_it_to_the_float_model(float_model, tmp_path):
     assert outcome(result) == outcome(train(SpiedDigits(), spec, tmp_path / "usual", CPU))
 
 
-def test_it_is_built_only_where_there_is_distillation(float_model, tmp_path):
+def test_the_teacher_is_built_only_for_distillation(float_model, tmp_path):
     task = Taught(answer=0)
     for index, options in enumerate([{"distill": False}, {"distill_weight": 0.0}]):
         train(task, digits_spec(float_model, epochs=0.2, **options), tmp_path / str(index), CPU)

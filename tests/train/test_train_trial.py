@@ -1,4 +1,4 @@
-"""What a training does on the way, and what it promises at the end."""
+"""Complete trainings: their phases, hooks, sample counts and results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from train_tasks import CPU, Regression, SpiedDigits, digits_spec, mlp_spec, outcome
 
 from nipq_search.cost import cost_estimate, exact_cost
-from nipq_search.cost.projection import FULL
+from nipq_search.cost.projection import MIN_USAGE
 from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
 from nipq_search.quant.insertion.prepare import is_frozen, quant_state
@@ -22,7 +22,7 @@ from nipq_search.train.models import load_float, load_trained, prepare_for
 
 
 def trained(task, spec, folder):
-    """The trained model and its result."""
+    """Train, and return the trained model and its result."""
     result = train(task, spec, folder, CPU)
     return load_trained(task, spec, folder / "model.pt", CPU), result
 
@@ -47,10 +47,10 @@ def test_a_step_with_distillation_runs_the_model_once(digits, float_model, tmp_p
     train(digits, spec, tmp_path, CPU)
     assert calls == [0, 1, 2, 3]
     assert clocks == [1, 1, 1, 1]
-    assert len(asked) == 8, "both losses asked for the output"
+    assert len(asked) == 8, "both losses call the model"
 
 
-def test_shared_forward_runs_anew_on_other_inputs():
+def test_shared_forward_runs_again_on_other_inputs():
     model = nn.Linear(2, 2)
     shared = SharedForward(model)
     x, y = torch.zeros(1, 2), torch.zeros(1, 2)
@@ -74,7 +74,7 @@ def test_budget_is_kept_and_used_up(distill, digits, float_model, tmp_path):
         for width in quantizer.bits.allowed
         if width > bits[name] and exact_cost("bops", graph, {**bits, name: width}) <= target
     ]
-    assert result.cost["bops"] >= FULL * target or not fits
+    assert result.cost["bops"] >= MIN_USAGE * target or not fits
     assert is_frozen(model)
 
 
@@ -121,18 +121,18 @@ def test_distillation_changes_the_outcome_and_needs_its_method(digits, float_mod
         )
     ]
     shas = [result.model_sha256 for result in results]
-    assert shas[1] == shas[2], "no share is the same as none at all"
+    assert shas[1] == shas[2], "a weight of zero equals no distillation"
     assert len(set(shas)) == 3
     with pytest.raises(UserError, match=r"no distill_loss.*train.distill"):
         train(Regression(), mlp_spec(distill=True), tmp_path / "mlp", CPU)
 
 
-def test_samples_are_counted_truthfully(digits, float_model, tmp_path):
+def test_samples_are_counted_exactly(digits, float_model, tmp_path):
     reported = []
     hooks = Hooks(on_samples=reported.append)
     spec = digits_spec(float_model, epochs=1.3)
     result = train(digits, spec, tmp_path, CPU, hooks)
-    # The loader hands out one batch more than are trained, where training ends within an epoch.
+    # If training ends within an epoch, the loader yields one more batch than is trained on.
     used = 128 + 1097 + 3 * 128 + 2 * 128
     assert result.samples == sum(reported) == used
     assert digits.given == used
@@ -204,21 +204,21 @@ def test_epochs_of_a_loader_without_a_length_are_counted():
 
 
 @pytest.mark.parametrize("lengths", [(6, 6, 6, 5), (6, 6, 6, 7)])
-def test_epochs_must_be_equally_long(lengths, tmp_path):
-    task = Regression(lengths=lengths)  # calibration and counting take two of them
+def test_epochs_must_have_equal_length(lengths, tmp_path):
+    task = Regression(lengths=lengths)  # calibration and counting use two passes
     count = lengths[-1]
-    with pytest.raises(RuntimeError, match=rf"gave {count} batches in epoch 1 and 6 before"):
+    with pytest.raises(RuntimeError, match=rf"yielded {count} batches in epoch 1 but 6 before"):
         train(task, mlp_spec(), tmp_path, CPU)
 
 
 def test_an_empty_split_is_named(tmp_path):
     spec = dataclasses.replace(mlp_spec(), quant=None, budget=None)
-    with pytest.raises(UserError, match=r"loader\('train'\) gives no batches"):
+    with pytest.raises(UserError, match=r"loader\('train'\) yields no batches"):
         train(Regression(lengths=(0,)), spec, tmp_path, CPU)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights", "shapes", "tensor", "names"])
-def test_float_files_that_do_not_fit(content, tmp_path):
+def test_mismatched_float_files_are_rejected(content, tmp_path):
     path = tmp_path / "float.pt"
     if content == "tensor":
         torch.save(torch.zeros(3), path)

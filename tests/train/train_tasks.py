@@ -1,4 +1,4 @@
-"""Tasks and specifications that the tests of the training loop share."""
+"""Tasks and specifications shared by the tests of training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class SpiedDigits(Digits):
-    """Digits with a narrow network; counts every training sample that leaves its loader."""
+    """Digits with a narrow network; counts the training samples that its loader yields."""
 
     def __init__(self) -> None:
         super().__init__(width=4)
@@ -46,12 +46,12 @@ class _Counted:
 
 
 class Regression:
-    """A user's own task: a plain MLP, batches that are dicts, a figure to minimize."""
+    """A custom task: an MLP, batches that are dicts, and a metric to minimize."""
 
     metric = ("mse", "min")
 
     def __init__(self, lengths: tuple[int, ...] = (6,)) -> None:
-        """`lengths`: batches of the epochs, in turn; the loader has no length of its own."""
+        """Set the number of batches of each epoch in turn; the loader has no `__len__`."""
         self.lengths = lengths
         self.epochs = 0
         self.poison = False
@@ -89,7 +89,7 @@ class Regression:
 
 
 def digits_spec(float_model: Path | None, **changes: Any) -> TrainSpec:
-    """A trial on digits of 27 steps, 9 to an epoch; the bits freeze within the second epoch."""
+    """Return a trial on digits: 27 steps, 9 per epoch; bits are frozen within the second epoch."""
     train = TrainConfig(
         **{"epochs": 3, "batch_size": 128, "lr": 0.05, "noise_share": 0.5, "norm_batches": 2}
         | {"calibration_batches": 1, "lr_bits": 20.0, "distill_weight": 0.5}
@@ -105,7 +105,7 @@ def digits_spec(float_model: Path | None, **changes: Any) -> TrainSpec:
 
 
 def mlp_spec(**changes: Any) -> TrainSpec:
-    """A trial on the regression of 18 steps, 6 to an epoch."""
+    """Return a trial on the regression task: 18 steps, 6 per epoch."""
     options = {"epochs": 3, "batch_size": 32, "distill": False, "noise_share": 0.5, "lr": 0.02}
     quant = QuantConfig(weights=WeightConfig(bits=(2, 4, 8)))
     return TrainSpec(
@@ -114,7 +114,7 @@ def mlp_spec(**changes: Any) -> TrainSpec:
 
 
 def stop_after(steps: int) -> Hooks:
-    """Hooks that ask for a stop once so many steps of this call are done."""
+    """Return hooks that request a stop after this number of steps."""
     asked = 0
 
     def should_stop() -> bool:
@@ -126,12 +126,12 @@ def stop_after(steps: int) -> Hooks:
 
 
 def interrupted(task: Any, spec: TrainSpec, folder: Path, steps: int) -> None:
-    """Train for so many steps of this call, then stop as a request to stop does."""
+    """Train for this number of steps, then stop by request."""
     with contextlib.suppress(Interrupted):
         train(task, spec, folder, CPU, stop_after(steps))
         raise AssertionError("the training ended before it was interrupted")
 
 
 def outcome(result: TrainResult) -> dict[str, Any]:
-    """Everything that a resumed training must have in common with one that was not."""
+    """Return everything that must be equal between a resumed and an uninterrupted training."""
     return vars(result)

@@ -1,5 +1,5 @@
-"""From a float model to a prepared one: where quantizers go, and which share bits.
+"""Conversion of a float model to a prepared one: placement of quantizers and shared bit-widths.
 
-Start reading in `prepare.py`, then `build.py`. Imports `config`, `graph`, `tracing` and what is
-below them.
+Start reading in `prepare.py`, then `build.py`. Imports `config`, `graph`, `tracing` and the
+packages below them.
 """

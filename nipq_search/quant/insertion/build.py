@@ -1,9 +1,10 @@
-"""From a trace to a converted model: which call is quantized, how its tensors are shared."""
+"""Conversion of a traced model: quantized calls, and quantizers shared between them."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,9 +14,9 @@ from nipq_search.quant.config import FLOAT, Granularity, QuantConfig, Start
 from nipq_search.quant.graph import FLOAT_BITS, Graph, LayerInfo, TensorInfo
 from nipq_search.quant.insertion.groups import share_bits, tensor_groups
 from nipq_search.quant.insertion.layers import LAYERS, QuantLayer, convert
-from nipq_search.quant.insertion.pins import LayerName, pins_of
+from nipq_search.quant.insertion.pins import LayerName, Pin, pins_of
 from nipq_search.quant.numerics.noise import NoiseClock
-from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer
+from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer, TensorRole
 from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.quant.quantizers.statistics import weight_statistics
 from nipq_search.quant.tracing.flow import PARAMETER
@@ -32,14 +33,20 @@ from nipq_search.quant.tracing.roles import (
     weight_value,
 )
 from nipq_search.quant.tracing.sites import Site, guard, make_owner, site_key
-from nipq_search.quant.tracing.trace import Call, Trace, parameter_homes
+from nipq_search.quant.tracing.trace import Call, Trace, parameter_locations
 
 
 class Builder:
-    """Builds quantizers and the graph from a trace; one per call of `prepare`."""
+    """Builds the quantizers and the graph from a trace; one instance per call of `prepare`."""
 
     def __init__(self, model: nn.Module, found: Trace, config: QuantConfig) -> None:
-        """Name the layers and apply the pins; nothing is converted yet."""
+        """Name the layers and apply the pins; `build` converts the model.
+
+        Args:
+            model: copy of the float model, converted in place by `build`.
+            found: trace of the model.
+            config: quantization settings.
+        """
         self.model, self.found, self.config = model, found, config
         self.clock = NoiseClock(config.seed)
         self.tensors: dict[str, TensorInfo] = {}
@@ -48,16 +55,15 @@ class Builder:
         self.idle: set[str] = set()
         self.keys = itertools.count()
         self.parameters = {name: p.numel() for name, p in model.named_parameters()}
-        self.layers = find_layers(found, config.products)
+        layers = find_layers(found, config.products)
         self.sums = find_sums(found)
-        names = [LayerName(x.name, x.kind, x.weight is not None) for x in self.layers]
+        names = [LayerName(x.name, x.kind, x.weight is not None) for x in layers]
         names += [LayerName(name, "add", False) for name in self.sums if config.residuals]
         pins = pins_of(names, config)
-        self.sum_pins = dict(zip(self.sums, pins[len(self.layers) :], strict=False))
-        for layer, pin in zip(self.layers, pins, strict=False):
-            layer.pin = pin.bits
-            if pin.bits == FLOAT:
-                layer.why, layer.asked = layer.why or pin.why, True
+        self.sum_pins = dict(zip(self.sums, pins[len(layers) :], strict=False))
+        self.layers = _with_shared_tables(
+            [_pinned(layer, pin) for layer, pin in zip(layers, pins, strict=False)]
+        )
         self.consumers: dict[Any, list[tuple[Layer, str]]] = {}
         for layer in self.layers:
             for slot in layer.slots:
@@ -65,45 +71,45 @@ class Builder:
         self.weight_uses: dict[str, list[Layer]] = {}
         for layer in self.layers:
             if layer.weight is not None:
-                self.weight_uses.setdefault(self._weight_key(layer), []).append(layer)
-        for uses in self.weight_uses.values():
-            if any(not use.why for use in uses):
-                for use in uses:  # a table that is not trained, but is another layer's weight
-                    use.why = "" if use.why == UNTRAINED else use.why
+                self.weight_uses.setdefault(_weight_key(layer), []).append(layer)
 
     def _key(self, layer: Layer, slot: str) -> Any:
-        """Slots with equal keys consume the same tensor; one filled by several has its own."""
+        """Return a key that is equal for slots that consume the same tensor.
+
+        A slot that consumes several tensors has a key of its own.
+        """
         keys = {operand.key for operand in layer.operands(layer.slots[slot])}
         return keys.pop() if len(keys) == 1 else (layer.name, slot)
 
-    def _weight_key(self, layer: Layer) -> str:
-        """Layers with equal keys use the same parameter."""
-        assert layer.weight is not None
-        operand = layer.operands(layer.weight)[0]
-        return operand.parameter or f"of {layer.name}"
-
-    def _quantizer(self, name: str, allowed: tuple[int, ...], channels: int) -> FakeQuantizer:
+    def _quantizer(
+        self, name: str, allowed: tuple[int, ...], role: TensorRole, channels: int = 1
+    ) -> FakeQuantizer:
         kind = QUANTIZERS[self.config.quantizer]
         key = next(self.keys)
         bits = BitWidth(allowed, self.config.start_bits, learned=kind.learns_bits, key=key)
-        quantizer = kind(name, bits, channels, self.clock, key, self.config.proxy.value)
+        quantizer = kind(name, bits, channels, self.clock, key, self.config.proxy.value, role)
         self.quantizers[name] = quantizer
         return quantizer
 
     def _weight(self, layer: Layer) -> tuple[str, FakeQuantizer | None]:
-        """Name and quantizer of a layer's weight; one for all layers that use the parameter."""
-        config, uses = self.config.weights, self.weight_uses[self._weight_key(layer)]
+        """Return the name and the quantizer of a layer's weight.
+
+        Layers that use the same parameter share them.
+        """
+        config, uses = self.config.weights, self.weight_uses[_weight_key(layer)]
         quantized = [use for use in uses if not use.in_float]
         if quantized and any(use.pin == FLOAT for use in uses):
             raise UserError(
-                f"quant.pin: {', '.join(use.name for use in uses)} share a weight, and some of "
-                "them are to stay in float; pin them alike"
+                f"quant.pin: {', '.join(use.name for use in uses)} share a weight, but only some "
+                "of them are pinned to float; use the same pin for all of them"
             )
         name = f"{(quantized or uses)[0].name}.weight"
         values = [weight_value(use) for use in uses]
         numel = stored_elements(values[0])
         if layer.in_float:
-            info = TensorInfo(name=name, role="weight", numel=numel, fixed_bits=FLOAT_BITS)
+            info = TensorInfo(
+                name=name, role=TensorRole.WEIGHT, numel=numel, fixed_bits=FLOAT_BITS
+            )
             self.tensors.setdefault(name, info)
             return name, None
         if name in self.quantizers:
@@ -120,11 +126,15 @@ class Builder:
         if per_channel:
             assert axis is not None
             value = value.movedim(axis, 0)
-        quantizer = self._quantizer(name, allowed, len(value) if per_channel else 1)
-        quantizer.role = "weight"
+        channels = len(value) if per_channel else 1
+        quantizer = self._quantizer(name, allowed, TensorRole.WEIGHT, channels)
         quantizer.initialize(weight_statistics(value, per_channel, config.start is Start.MSE))
         self.tensors[name] = TensorInfo(
-            name=name, role="weight", numel=numel, scales=quantizer.channels, allowed=allowed
+            name=name,
+            role=TensorRole.WEIGHT,
+            numel=numel,
+            scales=quantizer.channels,
+            allowed=allowed,
         )
         return name, quantizer
 
@@ -132,13 +142,17 @@ class Builder:
         pins = {use.pin for use in uses} - {None}
         if len(pins) > 1:
             raise UserError(
-                f"quant.pin: {', '.join(use.name for use in uses)} consume the same tensor, or "
-                "share a weight, and are pinned to different bit-widths; pin them alike"
+                f"quant.pin: {', '.join(use.name for use in uses)} consume the same tensor or "
+                "share a weight, but are pinned to different bit-widths; use the same pin for "
+                "all of them"
             )
         return (int(pins.pop() or 0),) if pins else searched
 
     def _activation(self, layer: Layer, slot: str) -> tuple[str, FakeQuantizer | None]:
-        """Name and quantizer of what a layer consumes; one for all that consume the tensor."""
+        """Return the name and the quantizer of an input of a layer.
+
+        Layers that consume the same tensor share them.
+        """
         consumers = self.consumers[self._key(layer, slot)]
         operands = layer.operands(layer.slots[slot])
         numel = max(1, max(operand.numel for operand in operands) // self.found.batch)
@@ -148,38 +162,42 @@ class Builder:
         if self.config.input_bits is not None and all(operand.raw for operand in operands):
             fixed = self.config.input_bits
         elif layer.in_float and quantized:
-            name = _tensor_name((layer, slot))  # beside the quantized tensor stays the float one
+            name = _tensor_name((layer, slot))  # the tensor is also used without quantization
         if fixed is not None:
             self.tensors[name] = TensorInfo(
-                name=name, role="activation", numel=numel, fixed_bits=fixed
+                name=name, role=TensorRole.ACTIVATION, numel=numel, fixed_bits=fixed
             )
             return name, None
         name = _tensor_name(quantized[0])
         if name in self.quantizers:
             return name, self.quantizers[name]
         allowed = self._allowed([other for other, _ in quantized], self.config.activations.bits)
-        quantizer = self._quantizer(name, allowed, 1)
+        quantizer = self._quantizer(name, allowed, TensorRole.ACTIVATION)
         self.tensors[name] = TensorInfo(
-            name=name, role="activation", numel=numel, scales=1, allowed=allowed
+            name=name, role=TensorRole.ACTIVATION, numel=numel, scales=1, allowed=allowed
         )
         return name, quantizer
 
     def _sums(self) -> dict[str, list[Call]]:
-        """Note residual sums; with `quant.residuals` both terms share a quantizer."""
+        """Record residual sums; with `quant.residuals`, both terms share one quantizer.
+
+        Returns:
+            The calls of each quantized sum, by tensor name.
+        """
         quantized: dict[str, list[Call]] = {}
         for name, call in self.sums.items():
             numel = call.outputs // self.found.batch
             pin = self.sum_pins.get(name)
             if pin is None or pin.bits == FLOAT:
                 self.tensors[name] = TensorInfo(
-                    name=name, role="addition", numel=numel, fixed_bits=FLOAT_BITS
+                    name=name, role=TensorRole.ADDITION, numel=numel, fixed_bits=FLOAT_BITS
                 )
                 continue
             searched = self.config.activations.bits
             allowed = searched if pin.bits is None else (int(pin.bits),)
-            quantizer = self._quantizer(name, allowed, 1)
+            quantizer = self._quantizer(name, allowed, TensorRole.ADDITION)
             self.tensors[name] = TensorInfo(
-                name=name, role="addition", numel=numel, scales=1, allowed=allowed
+                name=name, role=TensorRole.ADDITION, numel=numel, scales=1, allowed=allowed
             )
             self._add_site(call, Site(quantizer, quantizer))
             quantized[name] = [call]
@@ -191,7 +209,11 @@ class Builder:
         self.sites.setdefault(call.owner, {})[key] = site
 
     def build(self) -> tuple[Graph, nn.ModuleDict]:
-        """Convert every layer in place; return the graph, and the sites by owner."""
+        """Convert every layer in place and return the graph and the sites by owner.
+
+        Raises:
+            UserError: pins contradict each other, or a group has no common bit-width.
+        """
         modules = dict(self.model.named_modules())
         infos = [self._layer(layer, modules) for layer in self.layers]
         infos += self._idle_layers(modules)
@@ -204,7 +226,7 @@ class Builder:
                     macs=round(self.found.unseen_macs / self.found.batch),
                     weight=None,
                     input=None,
-                    why="outside Python functions, as in TorchScript",
+                    float_reason="outside Python functions, as in TorchScript",
                 )
             )
         wanted = self.config.groups
@@ -217,7 +239,7 @@ class Builder:
         return graph, sites
 
     def _idle_layers(self, modules: Mapping[str, nn.Module]) -> list[LayerInfo]:
-        """Layers that the example did not reach, such as experts that got no row."""
+        """Return the layers that the example inputs did not reach, such as unused experts."""
         covered = self._covered()
         infos = []
         for name, module in modules.items():
@@ -226,7 +248,7 @@ class Builder:
                 self.idle.add(weight)
                 self.tensors[weight] = TensorInfo(
                     name=weight,
-                    role="weight",
+                    role=TensorRole.WEIGHT,
                     numel=self.parameters[weight],
                     fixed_bits=FLOAT_BITS,
                 )
@@ -237,13 +259,13 @@ class Builder:
                         macs=0,
                         weight=weight,
                         input=None,
-                        why=IDLE,
+                        float_reason=IDLE,
                     )
                 )
         return infos
 
     def _make_owners(self, modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
-        """Let the modules that have quantized sites run them, and guard the modules within."""
+        """Convert modules with quantized sites to owners, and guard the modules inside them."""
         active = {
             owner: nn.ModuleDict(own)
             for owner, own in self.sites.items()
@@ -254,7 +276,7 @@ class Builder:
                 key = site_key(call.op.kind, call.label, call.ordinal)
                 if key not in active[call.owner]:
                     active[call.owner][key] = Site(None, None)
-        homes = {home[0]: home for home in parameter_homes(self.model)}
+        locations = {location.name: location for location in parameter_locations(self.model)}
         for name, module in modules.items():
             around = self.found.inside.get(name, set())
             within = any(o in around or not o or name.startswith(f"{o}.") for o in active)
@@ -262,12 +284,12 @@ class Builder:
                 guard(module)
         for owner, own in active.items():
             calls = [call for call in self.found.calls if call.owner == owner]
-            labels = sorted({call.label.partition("@")[0] for call in calls} & homes.keys())
-            make_owner(modules[owner], owner, own, tuple(homes[label] for label in labels))
+            labels = sorted({call.label.partition("@")[0] for call in calls} & locations.keys())
+            make_owner(modules[owner], owner, own, tuple(locations[label] for label in labels))
         return nn.ModuleDict({o.replace(".", "/") or "(root)": own for o, own in active.items()})
 
     def _layer(self, layer: Layer, modules: Mapping[str, nn.Module]) -> LayerInfo:
-        """Give one layer its quantizers and note it."""
+        """Attach the quantizers of one layer and return its entry in the graph."""
         names: dict[str, str] = {}
         operands: list[FakeQuantizer | None] = [None, None]
         for slot, index in layer.slots.items():
@@ -289,12 +311,12 @@ class Builder:
             weight=weight,
             input=names.get(FIRST),
             second=names.get(SECOND),
-            why=layer.why,
-            asked=layer.asked,
+            float_reason=layer.float_reason,
+            float_requested=layer.float_requested,
         )
 
     def _covered(self) -> set[str]:
-        """Names of the parameters that the layers' weights are made of."""
+        """Return the names of the parameters that the weights of the layers are computed from."""
         covered: set[str] = set()
         for layer in self.layers:
             if layer.weight is not None:
@@ -303,9 +325,35 @@ class Builder:
         return covered
 
     def _float_parameters(self) -> int:
-        """Parameters that no weight of the graph is made of."""
+        """Return the number of parameters that no weight of the graph is computed from."""
         counted = self._covered() | self.idle
         return sum(numel for name, numel in self.parameters.items() if name not in counted)
+
+
+def _pinned(layer: Layer, pin: Pin) -> Layer:
+    """Return a layer with its pin applied."""
+    if pin.bits != FLOAT:
+        return dataclasses.replace(layer, pin=pin.bits)
+    reason = layer.float_reason or pin.float_reason
+    return dataclasses.replace(layer, pin=FLOAT, float_reason=reason, float_requested=True)
+
+
+def _with_shared_tables(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers, quantizing untrained tables that a quantized layer uses as its weight."""
+    quantized = {_weight_key(x) for x in layers if x.weight is not None and not x.in_float}
+    return [
+        dataclasses.replace(layer, float_reason="")
+        if layer.float_reason == UNTRAINED and _weight_key(layer) in quantized
+        else layer
+        for layer in layers
+    ]
+
+
+def _weight_key(layer: Layer) -> str:
+    """Return a key that is equal for layers that use the same parameter as their weight."""
+    assert layer.weight is not None
+    operand = layer.operands(layer.weight)[0]
+    return operand.parameter or f"of {layer.name}"
 
 
 def _tensor_name(use: tuple[Layer, str]) -> str:

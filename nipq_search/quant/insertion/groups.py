@@ -1,4 +1,4 @@
-"""Groups of tensors that have one bit-width: residual sums, fused projections, the user's own."""
+"""Groups of tensors that share a bit-width: residual sums, attention projections, user groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nipq_search.quant.tracing.trace import Call
 
 QKV, RESIDUAL = "qkv", "residual"
-"""Groups that are found in the model; every other entry of `quant.groups` is a pattern."""
+"""Groups detected in the model; every other entry of `quant.groups` is a layer pattern."""
 
 
 def tensor_groups(
@@ -28,14 +28,17 @@ def tensor_groups(
     sums: Mapping[str, Sequence[Call]],
     tensors: Mapping[str, TensorInfo],
 ) -> list[list[str]]:
-    """Names of the tensors of each group, groups that overlap joined.
+    """Return the tensor names of each group; overlapping groups are merged.
 
     Args:
-        wanted: `quant.groups`: `qkv`, `residual`, patterns of layers, or lists of patterns.
+        wanted: entries of `quant.groups`: `qkv`, `residual`, layer patterns, or lists of patterns.
         layers: the traced layers.
-        infos: the same layers in the graph.
-        sums: calls of each quantized sum, by the name of its tensor.
-        tensors: every tensor.
+        infos: graph entries of the same layers.
+        sums: calls of each quantized sum, by tensor name.
+        tensors: all tensors by name.
+
+    Returns:
+        Groups of at least two quantized tensors.
 
     Raises:
         UserError: a pattern matches no layer.
@@ -53,7 +56,7 @@ def tensor_groups(
 
 
 def _projections(layers: Sequence[Layer], infos: Sequence[LayerInfo]) -> list[list[str]]:
-    """Weights of layers that consume one tensor and whose outputs attention multiplies."""
+    """Return groups of weights that project the same tensor to operands of one attention."""
     by_label = {layer.call.origin: info for layer, info in zip(layers, infos, strict=False)}
     groups: dict[tuple[str, str], list[str]] = {}
     for layer in layers:
@@ -71,7 +74,7 @@ def _projections(layers: Sequence[Layer], infos: Sequence[LayerInfo]) -> list[li
 
 
 def _residual(sums: Mapping[str, Sequence[Call]]) -> list[list[str]]:
-    """Sums of which one adds to the other's result."""
+    """Return pairs of sums in which one adds to the result of the other."""
     by_label = {call.origin: name for name, calls in sums.items() for call in calls}
     groups = []
     for name, calls in sums.items():
@@ -87,7 +90,7 @@ def _residual(sums: Mapping[str, Sequence[Call]]) -> list[list[str]]:
 def _by_pattern(
     patterns: Sequence[str], layers: Sequence[Layer], infos: Sequence[LayerInfo]
 ) -> list[list[str]]:
-    """Weights of the layers that match, and what those layers consume."""
+    """Return two groups: the weights of all matching layers, and their inputs."""
     names = [LayerName(x.name, x.kind, x.weight is not None) for x in layers]
     check_patterns(patterns, names, "quant.groups")
     indices = sorted(set[int]().union(*(matching(pattern, names) for pattern in patterns)))
@@ -98,7 +101,7 @@ def _by_pattern(
 
 
 def _joined(groups: Iterable[Sequence[str]]) -> list[list[str]]:
-    """Groups that overlap as one, each without repeats; single tensors are no group."""
+    """Merge overlapping groups, remove repetitions, and drop groups of a single tensor."""
     joined: list[list[str]] = []
     for group in groups:
         merged = list(dict.fromkeys(group))
@@ -117,37 +120,42 @@ def share_bits(
     tensors: dict[str, TensorInfo],
     quantizers: Mapping[str, FakeQuantizer],
 ) -> None:
-    """Give the quantizers of each group one bit-width, in place.
+    """Share one bit-width among the quantizers of each group, in place.
+
+    Args:
+        groups: tensor names of each group.
+        tensors: all tensors by name; updated with the common allowed set and the group name.
+        quantizers: all quantizers by tensor name.
 
     Raises:
-        UserError: the tensors of a group have no allowed width in common.
+        UserError: the tensors of a group have no allowed bit-width in common.
     """
     for group in groups:
         common = set(tensors[group[0]].allowed).intersection(*(tensors[n].allowed for n in group))
         if not common:
             raise UserError(
                 f"quant.groups: {', '.join(group)} have no allowed bit-width in common; "
-                "pin them alike"
+                "use the same pin for all of them"
             )
         allowed = tuple(sorted(common))
         first = quantizers[group[0]].bits
         for name in group:
-            # Each keeps a bit-width of its own, for its own marginal loss; theta becomes one.
-            bits = BitWidth(allowed, first.start, learned=first.wanted, key=first.key)
-            quantizers[name].use(bits)
+            # Each tensor keeps a separate `BitWidth` for its marginal loss; `tie` shares theta.
+            bits = BitWidth(allowed, first.start, learned=first.learnable, key=first.key)
+            quantizers[name].replace_bits(bits)
             tensors[name] = dataclasses.replace(tensors[name], allowed=allowed, group=group[0])
     tie(groups, quantizers)
 
 
 def tie(groups: Iterable[Sequence[str]], quantizers: Mapping[str, FakeQuantizer]) -> None:
-    """Let the members of each group learn one theta; also after a load that made new ones."""
+    """Share one theta in each group; required again after a load that created new ones."""
     for group in groups:
         for name in group:
             quantizers[name].bits.tie(quantizers[group[0]].bits)
 
 
 def groups_of(tensors: Mapping[str, TensorInfo]) -> list[list[str]]:
-    """The groups of a graph, each with its first member in front."""
+    """Return the groups of a graph, each starting with the tensor that names it."""
     found: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.group is not None:

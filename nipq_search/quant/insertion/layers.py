@@ -1,7 +1,7 @@
-"""Quantized layers. Conversion swaps a module's class, so names, hooks and references stay.
+"""Quantized layers. Conversion replaces a module's class and preserves names, hooks, references.
 
-The layers that models are mostly made of have a class here, which torch.compile can see through.
-Everything else that multiplies, subclasses of these layers included, goes by `sites.py`.
+The most common layers have a class here, which torch.compile can trace. All other
+multiplications, including those of subclasses of these layers, are handled by `sites.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from nipq_search.quant.kernels.kept import flattened, not_keeping
+from nipq_search.quant.kernels.kept import flattened, recompute_operands
 from nipq_search.quant.quantizers.base import FakeQuantizer
 from nipq_search.quant.tracing.sites import inside_owner
 
 
 class QuantLayer(nn.Module, abc.ABC):
-    """What quantized layers share: the two quantizers. `input_quantizer` is None for raw input."""
+    """Base class of quantized layers with two quantizers.
+
+    Attributes:
+        weight_quantizer: quantizer of the weight.
+        input_quantizer: quantizer of the input, or None for raw uint8 input.
+    """
 
     kind = ""
     weight: Tensor
@@ -26,9 +31,9 @@ class QuantLayer(nn.Module, abc.ABC):
     input_quantizer: FakeQuantizer | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Shapes as in the float layer."""
+        """Quantize both operands and multiply them; shapes as in the float layer."""
         if not torch.compiler.is_compiling() and inside_owner():
-            # The owner of sites around this layer must not take its multiplication for its own.
+            # Hide the multiplication from the owner of surrounding sites.
             with torch._C.DisableTorchFunction():
                 return self._quantized(input)
         return self._quantized(input)
@@ -39,12 +44,12 @@ class QuantLayer(nn.Module, abc.ABC):
         weight = self.weight_quantizer(self.weight)
         if torch.compiler.is_compiling():
             return self.product(x, weight)
-        with not_keeping(x, weight):
+        with recompute_operands(x, weight):
             return self.product(x, weight)
 
     @abc.abstractmethod
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The float layer's computation with the given operands."""
+        """Run the float layer's computation on the given operands."""
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -56,7 +61,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         return super()._quantized(flattened(x, 1))
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Shapes as in `nn.Linear`."""
+        """Return the linear map of `x`; shapes as in `nn.Linear`."""
         return nnf.linear(x, weight, self.bias)
 
 
@@ -64,7 +69,7 @@ class QuantConv(QuantLayer):
     """A convolution with quantized weight and input."""
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Shapes as in the float convolution."""
+        """Return the convolution of `x`; shapes as in the float layer."""
         return self._conv_forward(x, weight, self.bias)  # type: ignore[operator, no-any-return]
 
 
@@ -92,11 +97,17 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
 }
-"""Quantized class of each float class. Subclasses are left alone: their forward may differ."""
+"""Quantized class by exact float class. Subclasses are excluded: their forward may differ."""
 
 
 def convert(module: nn.Module, weight: FakeQuantizer, activation: FakeQuantizer | None) -> None:
-    """Turn a float layer into its quantized class, in place."""
+    """Convert a float layer to its quantized class, in place.
+
+    Args:
+        module: layer whose class is a key of `LAYERS`.
+        weight: quantizer of the weight.
+        activation: quantizer of the input, or None for raw input.
+    """
     module.__class__ = LAYERS[type(module)]
     module.add_module("weight_quantizer", weight)
     module.add_module("input_quantizer", activation)

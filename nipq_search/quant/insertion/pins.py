@@ -1,4 +1,4 @@
-"""Which layers a configuration pins, leaves out or takes in, by name, kind or place."""
+"""Layer patterns, which select layers to pin, exclude or include by name, kind or order."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from nipq_search.errors import UserError, nearest
 from nipq_search.quant.config import FLOAT, QuantConfig
 
 KIND, ORDER = "kind:", "order:"
-"""How patterns begin that do not mean the name."""
+"""Prefixes of patterns that do not match layer names."""
 
 
 class LayerName(NamedTuple):
-    """What patterns look at."""
+    """Properties of a layer that patterns match.
+
+    Attributes:
+        name: name of the layer.
+        kind: `conv2d`, `linear` and so on.
+        has_weight: whether the layer multiplies by a weight or looks up its rows.
+    """
 
     name: str
     kind: str
@@ -22,18 +28,23 @@ class LayerName(NamedTuple):
 
 
 class Pin(NamedTuple):
-    """The pin of a layer: a bit-width, `float` or None; and why it is in float."""
+    """Pin of a layer.
+
+    Attributes:
+        bits: bit-width in bits, `float`, or None without a pin.
+        float_reason: reason why the layer stays in float, or empty.
+    """
 
     bits: int | str | None
-    why: str = ""
+    float_reason: str = ""
 
 
 def matching(pattern: str, layers: Sequence[LayerName]) -> set[int]:
-    """Indices of the layers that a pattern means.
+    """Return the indices of the layers that match a pattern.
 
     Args:
-        pattern: a pattern of names as in `fnmatch`; or `kind:` and one of kinds; or `order:first`
-            and `order:last`, the first and the last layer that multiplies by a weight.
+        pattern: a layer name with `fnmatch` wildcards; `kind:` and a kind with wildcards; or
+            `order:first` or `order:last` for the first or last layer that multiplies by a weight.
         layers: the model's layers, in order of execution.
     """
     if pattern.startswith(KIND):
@@ -49,23 +60,32 @@ def matching(pattern: str, layers: Sequence[LayerName]) -> set[int]:
 
 
 def check_patterns(patterns: Iterable[str], layers: Sequence[LayerName], key: str) -> None:
-    """Raise `UserError` for a pattern that matches no layer."""
+    """Check that every pattern matches a layer.
+
+    Args:
+        patterns: layer patterns.
+        layers: the model's layers, in order of execution.
+        key: key of the setting, for messages.
+
+    Raises:
+        UserError: a pattern matches no layer.
+    """
     for pattern in patterns:
         if matching(pattern, layers):
             continue
         if pattern.startswith(KIND):
             kinds = sorted({layer.kind for layer in layers})
             raise UserError(
-                f"{key}.{pattern}: no layer of this kind; there are {', '.join(kinds)}"
+                f"{key}.{pattern}: no layer of this kind; the model has {', '.join(kinds)}"
             )
         if pattern.startswith(ORDER):
-            raise UserError(f"{key}.{pattern}: unknown place; use order:first or order:last")
+            raise UserError(f"{key}.{pattern}: unknown order; use order:first or order:last")
         hint = nearest(pattern.strip("*"), [layer.name for layer in layers])
-        raise UserError(f"{key}.{pattern}: no layer has such a name{hint}")
+        raise UserError(f"{key}.{pattern}: no layer has this name{hint}")
 
 
 def pins_of(layers: Sequence[LayerName], config: QuantConfig) -> list[Pin]:
-    """The pin of every layer.
+    """Return the pin of every layer.
 
     Raises:
         UserError: a pattern matches no layer.
@@ -74,7 +94,7 @@ def pins_of(layers: Sequence[LayerName], config: QuantConfig) -> list[Pin]:
     check_patterns(config.exclude, layers, "quant.exclude")
     check_patterns(config.include, layers, "quant.include")
     pins: list[Pin] = [Pin(None)] * len(layers)
-    for pattern, bits in reversed(list(config.pin.items())):  # the first that matches counts
+    for pattern, bits in reversed(list(config.pin.items())):  # the first matching pattern wins
         for index in matching(pattern, layers):
             pins[index] = Pin(bits, f"pinned to float by {pattern}" if bits == FLOAT else "")
     for pattern in config.exclude:

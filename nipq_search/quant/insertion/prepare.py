@@ -1,10 +1,11 @@
-"""From a float model to one that learns its quantization: prepare, calibrate, group, freeze."""
+"""Conversion of a float model to one that learns its quantization: prepare, calibrate, freeze."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,6 @@ from nipq_search.quant.insertion.layers import LAYERS, QuantLayer
 from nipq_search.quant.kernels.relu import make_lean
 from nipq_search.quant.numerics.noise import NoiseClock
 from nipq_search.quant.quantizers.base import FakeQuantizer
-from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.quant.quantizers.statistics import Observer
 from nipq_search.quant.tracing.flow import tensors_in
 from nipq_search.quant.tracing.roles import IDLE
@@ -28,7 +28,7 @@ from nipq_search.quant.tracing.sites import Owner
 from nipq_search.quant.tracing.trace import as_arguments, trace, unchanged_mode
 
 STATE = "quant_state"
-"""Name of the submodule that `prepare` adds."""
+"""Name of the submodule that `prepare` adds to a model."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -36,10 +36,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class QuantState(nn.Module):
-    """Belongs to the root of a prepared model: its graph, its configuration, its noise clock.
+    """Graph, configuration and noise clock of a prepared model, attached to its root.
 
-    Seed and step of the clock are in the state dict, so that a resumed model continues with the
-    noise that it would have seen.
+    The state dict contains the clock's seed and step, so a resumed model continues the same
+    noise sequence.
     """
 
     def __init__(
@@ -50,7 +50,16 @@ class QuantState(nn.Module):
         example_inputs: Any,
         sites: nn.ModuleDict,
     ) -> None:
-        """Hold what `prepare` found."""
+        """Store the results of `prepare`.
+
+        Args:
+            graph: layers and tensors of the model.
+            config: settings that the model was prepared with.
+            clock: noise clock shared by all quantizers of the model.
+            example_inputs: arguments of one forward; they define which entries of a batch are
+                inputs of the model.
+            sites: quantized sites of modules that are not converted as a whole, by owner.
+        """
         super().__init__()
         self.sites = sites
         self.graph, self.config, self.clock = graph, config, clock
@@ -58,32 +67,32 @@ class QuantState(nn.Module):
         self.positional, self.keywords = len(args), tuple(kwargs)
 
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a forward in a batch, which may hold more, such as labels."""
+        """Return the forward arguments contained in a batch, without extras such as labels."""
         args, kwargs = as_arguments(batch)
         kept = {key: value for key, value in kwargs.items() if key in self.keywords}
         return args[: self.positional], kept
 
     def forward(self, x: Any) -> Any:
-        """Return `x`: a root such as `nn.Sequential` runs every child."""
+        """Return `x` unchanged, because a root such as `nn.Sequential` calls every child."""
         return x
 
     def get_extra_state(self) -> dict[str, int]:
-        """Seed and step of the noise clock."""
+        """Return the seed and step of the noise clock."""
         return {"seed": self.clock.seed, "step": self.clock.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Continue from a stored seed and step."""
+        """Restore the seed and step of the noise clock."""
         self.clock.seed, self.clock.step = state["seed"], state["step"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The prepared module inside DDP, torch.compile or an averaged (EMA) model.
+    """Return the prepared module inside DDP, torch.compile or an averaged (EMA) model.
 
     Raises:
-        UserError: `prepare` never saw this model.
+        UserError: the model was not prepared.
     """
     inner: Any = model
-    while not _has_state(inner):  # `hasattr` sees through torch.compile's wrapper
+    while not _has_state(inner):  # `hasattr` would look through torch.compile's wrapper
         if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
             inner = inner._orig_mod
         elif isinstance(getattr(inner, "module", None), nn.Module):
@@ -94,7 +103,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def quant_state(model: nn.Module) -> QuantState:
-    """The quantization state of a prepared, possibly wrapped, model."""
+    """Return the quantization state of a prepared, possibly wrapped, model."""
     return getattr(unwrap(model), STATE)  # type: ignore[no-any-return]
 
 
@@ -103,10 +112,10 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def attach_state(root: nn.Module, state: QuantState) -> None:
-    """Make the state a child of the root.
+    """Attach the quantization state to the root.
 
-    A container, such as `nn.Sequential`, would take it for a layer of its own: there it is a
-    child of the first module inside that is none.
+    A container such as `nn.Sequential` would treat the state as one of its layers, so the state
+    becomes a child of the first non-container module inside it instead.
     """
     home = root
     if isinstance(root, CONTAINERS):
@@ -119,7 +128,7 @@ def attach_state(root: nn.Module, state: QuantState) -> None:
 
 
 def _rename_state(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load pre-hook: version 0.1 had the state of a container among its layers."""
+    """Load pre-hook for checkpoints of version 0.1, which kept a container's state as a child."""
     old = f"{prefix}{STATE}._extra_state"
     if old in state:
         names = {id(m): name for name, m in module.named_modules()}
@@ -127,23 +136,23 @@ def _rename_state(module: nn.Module, state: dict[str, Any], prefix: str, *args: 
 
 
 def _tie_again(module: nn.Module, incompatible: Any) -> None:
-    """Load post-hook: a load may have given the members of a group new parameters."""
+    """Load post-hook: share theta again, since loading may create new parameters in a group."""
     tie(groups_of(quant_state(module).graph.tensors), quantizers(module))
 
 
 def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
-    """Every quantizer of a prepared model, by the name of its tensor."""
+    """Return every quantizer of a prepared model, keyed by tensor name."""
     found = (m for m in unwrap(model).modules() if isinstance(m, FakeQuantizer))
     return {quantizer.name: quantizer for quantizer in found}
 
 
 def is_frozen(model: nn.Module) -> bool:
-    """Whether all bit-widths are final."""
+    """Whether all bit-widths are frozen."""
     return all(quantizer.bits.is_frozen for quantizer in quantizers(model).values())
 
 
 def _tick(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of the root: the next step's noise."""
+    """Forward pre-hook of the root: advance the noise clock in training mode."""
     if module.training:
         clock: NoiseClock = getattr(module, STATE).clock
         if torch.compiler.is_compiling():
@@ -152,7 +161,7 @@ def _tick(module: nn.Module, args: Any) -> None:
             clock.step += 1
 
 
-@torch.inference_mode(False)  # parameters that are made under it could never be trained
+@torch.inference_mode(False)  # parameters created in inference mode cannot be trained
 def prepare(
     model: nn.Module,
     example_inputs: Any,
@@ -161,40 +170,53 @@ def prepare(
 ) -> nn.Module:
     """Return a copy of `model` that learns bit-widths and truncation boundaries.
 
-    Every multiplication by a weight quantizes the weight and the other operand, every product of
-    two activations both of them, every embedding its table: in layers of torch and wherever else
-    the model's own code multiplies. Layers that consume the same tensor share one quantizer for
-    it, and so do layers that share a weight. What stays in float is in `profile`, with the reason.
-    Quantizers have float32 parameters; in a model of float64 alone they have those.
+    Multiplications by a weight quantize both operands, products of two activations quantize both
+    of them, and embeddings quantize their table. This covers torch layers as well as functional
+    calls in the model's own code. Layers that consume the same tensor share one quantizer for it,
+    as do layers that share a weight. `profile` lists the layers that stay in float, with the
+    reason. Quantizer parameters are float32, or float64 if all float parameters of the model are
+    float64.
 
     Args:
-        model: any float module; it is not changed.
-        example_inputs: arguments of one forward: a tensor, a tuple, or a dict of keywords. Shapes
-            count: costs are those of these inputs, per sample.
-        config: how to quantize.
-        calibration: batches of inputs in the form of `example_inputs` (what is more in them, such
-            as the labels of `(images, labels)`, is left out), or a function that runs the model on
-            data itself. Default: the example inputs. Runs in eval mode and leaves random
+        model: any float module; it is not modified.
+        example_inputs: arguments of one forward: a tensor, a tuple, or a dict of keyword
+            arguments. Their shapes determine the costs, which are reported per sample.
+        config: quantization settings. Default: `QuantConfig()`.
+        calibration: batches in the format of `example_inputs` (additional entries, such as the
+            labels in `(images, labels)`, are ignored), or a function that runs the model on
+            data. Default: the example inputs. Calibration runs in eval mode and leaves random
             generators unchanged.
 
+    Returns:
+        The prepared model, a deep copy on the same device.
+
     Raises:
-        UserError: the model is prepared already, has lazy, meta, complex or integer parameters,
-            does not run on the example, has nothing to quantize, a pattern matches no layer or
-            contradicts another, or calibration has no data.
+        UserError: the model is already prepared; has lazy, meta, complex or integer parameters;
+            does not run on the example inputs; has nothing to quantize; a layer pattern matches
+            nothing or contradicts another; or calibration has no data.
+
+    Example:
+        >>> import torch
+        >>> from nipq_search import prepare
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+        >>> images = torch.rand(16, 8)
+        >>> prepared = prepare(model, images)
+        >>> prepared(images).shape
+        torch.Size([16, 2])
     """
     config = config or QuantConfig()
     check_model(model, example_inputs)
     prepared = copy_model(model)
     for module in prepared.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            # Its fused inference kernel reads the float weights, past the quantizers.
+            # The fused inference kernel would read the float weights and bypass the quantizers.
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
-            # So do nested tensors, which its padding mask would make.
+            # Nested tensors, which a padding mask would create, bypass them as well.
             module.enable_nested_tensor = module.use_nested_tensor = False
     before = set(prepared.modules())
     found = trace(prepared, example_inputs)
-    if set(prepared.modules()) != before:  # it replaced some of its modules on the way
+    if set(prepared.modules()) != before:  # the forward replaced some modules
         found = trace(prepared, example_inputs)
     builder = Builder(prepared, found, config)
     graph, sites = builder.build()
@@ -216,7 +238,7 @@ def prepare(
 
 
 def copy_model(model: M) -> M:
-    """A deep copy; results that modules keep from earlier forwards are copied without history."""
+    """Return a deep copy; tensors cached from earlier forwards are copied without history."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for x in tensors_in(vars(module)):
@@ -226,15 +248,22 @@ def copy_model(model: M) -> M:
 
 
 def check_model(model: nn.Module, example_inputs: Any) -> None:
-    """Raise `UserError` for a model that cannot be prepared."""
+    """Check that a model can be prepared.
+
+    Raises:
+        UserError: the model is already prepared, or has parameters, buffers or example inputs
+            that cannot be quantized.
+    """
     if any(isinstance(module, (QuantState, QuantLayer, Owner)) for module in model.modules()):
-        raise UserError("the model is prepared already; prepare the float model")
+        raise UserError("the model is already prepared; prepare the float model")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, UninitializedTensorMixin):
-            raise UserError(f"{name}: a lazy module; run the model once on a batch before prepare")
+            raise UserError(
+                f"{name}: belongs to a lazy module; run the model once on a batch before prepare"
+            )
         if tensor.is_inference():
             raise UserError(
-                f"{name}: made under torch.inference_mode; make the model outside of it"
+                f"{name}: created under torch.inference_mode; create the model outside of it"
             )
         if tensor.is_meta:
             raise UserError(f"{name}: on the meta device; load the weights before prepare")
@@ -245,25 +274,29 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
     for x in tensors_in(example_inputs):
         if x.is_complex():
             raise UserError(
-                "example_inputs: complex numbers cannot be quantized; give real and imaginary "
+                "example_inputs: complex numbers cannot be quantized; pass real and imaginary "
                 "parts as channels"
             )
 
 
 def warn_of_float_work(graph: Graph) -> None:
-    """Warn of multiplications that stay in float though nobody asked for it."""
-    idle = [layer.name for layer in graph.layers if layer.why == IDLE]
+    """Warn about multiplications that stay in float without a request in the configuration."""
+    idle = [layer.name for layer in graph.layers if layer.float_reason == IDLE]
     if idle:
         warnings.warn(
             f"{_some(idle)} did not run on the example inputs and stay in float; "
-            "give an example that reaches them",
+            "pass example inputs that reach them",
             stacklevel=3,
         )
-    left = [layer for layer in graph.layers if layer.why and layer.macs and not layer.asked]
+    left = [
+        layer
+        for layer in graph.layers
+        if layer.float_reason and layer.macs and not layer.float_requested
+    ]
     if left:
         total = sum(layer.macs for layer in graph.layers)
         share = 100 * sum(layer.macs for layer in left) / total
-        reasons = _some([f"{layer.name}: {layer.why}" for layer in left])
+        reasons = _some([f"{layer.name}: {layer.float_reason}" for layer in left])
         warnings.warn(
             f"{share:.2g} % of the multiplications stay in float and count 32 x 32 bits "
             f"({reasons}; see `profile`)",
@@ -272,37 +305,60 @@ def warn_of_float_work(graph: Graph) -> None:
 
 
 def _some(texts: Sequence[str]) -> str:
-    """The first three of `texts`, and how many more there are."""
+    """Return the first three of `texts`, followed by the number of remaining ones."""
     more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
     return ", ".join(texts[:3]) + more
 
 
-def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module], None]) -> None:
-    """Give every activation quantizer its grid and boundary; see `prepare`."""
-    config = quant_state(model).config
+@contextmanager
+def observed(
+    model: nn.Module, observers: Mapping[str, Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Within the context, pass tensors to observers and run the model in float.
+
+    All quantizers are bypassed, so that the observed values describe the float model.
+
+    Args:
+        model: a prepared model.
+        observers: functions that receive a tensor, by tensor name; not every tensor needs one.
+    """
     found = quantizers(model)
-    observers = {n: Observer() for n, q in found.items() if q.role != "weight"}
     for name, quantizer in found.items():
-        # Weights stay in float meanwhile: boundaries come from the float model's activations.
         quantizer.observer = observers.get(name, _ignore)
     try:
-        with unchanged_mode(model):
-            if callable(calibration):
-                calibration(model)
-            else:
-                for batch in calibration:
-                    args, kwargs = quant_state(model).arguments(batch)
-                    model(*args, **kwargs)
+        yield
     finally:
         for quantizer in found.values():
             quantizer.observer = None
+
+
+def _ignore(x: Tensor) -> None:
+    """Observe nothing; the quantizer passes its tensor through."""
+
+
+def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module], None]) -> None:
+    """Set the grid and the boundary of every activation quantizer from calibration data.
+
+    Raises:
+        UserError: no data went through the model.
+    """
+    config = quant_state(model).config
+    found = quantizers(model)
+    observers = {n: Observer() for n, q in found.items() if not q.is_weight}
+    with observed(model, observers), unchanged_mode(model):
+        if callable(calibration):
+            calibration(model)
+        else:
+            for batch in calibration:
+                args, kwargs = quant_state(model).arguments(batch)
+                model(*args, **kwargs)
     if observers and not any(observer.samples for observer in observers.values()):
-        raise UserError("calibration: no data went through the model; give at least one batch")
+        raise UserError("calibration: no data went through the model; pass at least one batch")
     unseen = [name for name, observer in observers.items() if not observer.samples]
     if unseen:
         warnings.warn(
             f"calibration did not reach {_some(unseen)}: their boundaries start at "
-            "1; give batches that do",
+            "1; pass batches that reach them",
             stacklevel=3,
         )
     for name, observer in observers.items():
@@ -311,58 +367,12 @@ def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module
         found[name].initialize(observer.statistics(config.activations.percentile, signed, mse))
 
 
-def _ignore(x: Tensor) -> None:
-    """Observe nothing."""
-
-
-def param_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    lr_boundaries: float | None = None,
-    lr_bits: float | None = None,
-) -> list[dict[str, Any]]:
-    """Optimizer groups: weights with and without decay, boundaries, bits.
-
-    Neither 1-D parameters (biases, normalization) nor the quantizers' own are decayed.
-
-    Args:
-        model: a prepared model, wrapped or not.
-        lr: rate of weights, and of the rest where nothing else is given.
-        weight_decay: decay of weights with two or more dimensions.
-        lr_boundaries: rate of truncation boundaries.
-        lr_bits: rate of bit-widths.
-
-    Returns:
-        Groups with a `name`; the group of bits is missing once they are frozen.
-    """
-    own: dict[int, str] = {}
-    for module in unwrap(model).modules():
-        if isinstance(module, FakeQuantizer):
-            own.update((id(p), "boundaries") for p in module.parameters(recurse=False))
-        elif isinstance(module, BitWidth):
-            own.update((id(p), "bits") for p in module.parameters(recurse=False))
-    parts: dict[str, list[Tensor]] = {"decayed": [], "plain": [], "boundaries": [], "bits": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            default = "decayed" if parameter.dim() > 1 else "plain"
-            parts[own.get(id(parameter), default)].append(parameter)
-    rates = {"boundaries": lr_boundaries, "bits": lr_bits}
-    return [
-        {
-            "name": name,
-            "params": parameters,
-            "lr": lr if rates.get(name) is None else rates[name],
-            "weight_decay": weight_decay if name == "decayed" else 0.0,
-        }
-        for name, parameters in parts.items()
-        if parameters
-    ]
-
-
 def freeze_bits(model: M, bits: Mapping[str, int] | None = None) -> M:
-    """Freeze every bit-width, in place: to `bits` by tensor name, else to the nearest allowed."""
+    """Freeze every bit-width in place: at `bits` by tensor name, or at the nearest allowed width.
+
+    Raises:
+        UserError: a bit-width is not allowed for its tensor, or differs from its frozen one.
+    """
     for name, quantizer in quantizers(model).items():
         quantizer.freeze(None if bits is None else bits[name])
     return model

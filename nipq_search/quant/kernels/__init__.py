@@ -1,8 +1,9 @@
-"""The quantizers' forward and backward passes, as fast as the device allows.
+"""Fast forward and backward passes of the quantizers.
 
-Start reading in `dispatch.py`, which chooses a backend for a tensor: `cpu.py` (C), `cuda.py`
-(Triton), or the torch operations of `numerics`. All of them compute the same. `compiled.py` wraps
-them for `torch.compile`, `kept.py` decides what is stored for the backward. Imports `numerics`.
+Start reading in `dispatch.py`, which selects a backend for each tensor: `cpu.py` (C), `cuda.py`
+(Triton), or the torch operations of `numerics`, all with the same results. `compiled.py` wraps
+them for `torch.compile`; `kept.py` defines which tensors are saved for the backward pass. Imports
+`numerics`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Build the C kernels once per machine, in half a second, with the C compiler that is there."""
+"""Compilation of the C kernels, once per machine in about half a second, with the C compiler."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from nipq_search.errors import UserError
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "relu.c"))
 SWITCH = "NIPQ_SEARCH_KERNELS"
-"""Environment variable; `eager` switches the kernels off."""
+"""Environment variable; `eager` disables the kernels."""
 
 _COMMON = ("-O3", "-ffp-contract=off", "-fPIC", "-shared")
-# OpenMP first: the library is then torch's own, which is loaded already, and shares its threads.
+# OpenMP is tried first; it resolves to the runtime that torch has loaded and shares its threads.
 _FLAGS = (
     ("-march=native", "-fopenmp"),
     ("-mcpu=native", "-fopenmp"),
@@ -32,7 +32,10 @@ _FLAGS = (
 
 
 def _processor() -> str:
-    """What the machine code depends on: a home folder may be shared by different machines."""
+    """Return the processor features that the binary depends on.
+
+    Different machines may share a home directory, and hence the cache.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -43,13 +46,13 @@ def _processor() -> str:
 
 
 def _folders() -> Iterator[Path]:
-    """Where the library may lie: the user's cache, else the user's among temporary files."""
+    """Yield the writable folders for the library: the user's cache, then a temporary folder."""
     user = os.getuid() if hasattr(os, "getuid") else ""
     places = [Path(tempfile.gettempdir()) / f"nipq-search-{user}"]
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         places.insert(0, Path(cache) / "nipq-search")
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # the user has no home directory
         pass
     for place in places:
         try:
@@ -72,10 +75,10 @@ def _digest(data: bytes) -> str:
 
 
 def _build(folder: Path) -> Path:
-    """The library's path; it is compiled where `folder` has none of this source yet.
+    """Return the path of the library in `folder`; compile it if it is missing or damaged.
 
-    Its name ends with its checksum: a file that a full disk or a lost power supply cut short
-    would kill the process.
+    The file name ends with a checksum, because loading a file that was truncated by a full disk
+    or a power failure would kill the process.
     """
     sources = [source.read_text() for source in SOURCES]
     text = "\0".join((*sources, platform.machine(), _processor(), str(_FLAGS)))
@@ -83,7 +86,7 @@ def _build(folder: Path) -> Path:
     for found in folder.glob(f"cpu-{source}-*.so"):
         if _digest(found.read_bytes()) == found.stem.rpartition("-")[2]:
             return found
-    compiler, said = _compiler(), ""
+    compiler, message = _compiler(), ""
     with tempfile.TemporaryDirectory(dir=folder) as private:
         made = Path(private) / "cpu.so"
         for flags in _FLAGS:
@@ -93,46 +96,51 @@ def _build(folder: Path) -> Path:
             )
             if result.returncode == 0:
                 target = folder / f"cpu-{source}-{_digest(made.read_bytes())}.so"
-                os.replace(made, target)  # whole or not at all: another process may build too
+                os.replace(made, target)  # atomic, because other processes may build it too
                 return target
-            said = said or (result.stderr.strip().splitlines() or ["no message"])[0]
-    raise OSError(f"{compiler} failed: {said}")
+            message = message or (result.stderr.strip().splitlines() or ["no message"])[0]
+    raise OSError(f"{compiler} failed: {message}")
 
 
 def switched_off() -> bool:
-    """Whether the environment asks for torch operations.
+    """Whether the environment variable disables the kernels.
 
     Raises:
-        UserError: it asks for something that does not exist.
+        UserError: the value of the variable is unknown.
     """
-    asked = os.environ.get(SWITCH, "")
-    if asked.lower() not in ("", "eager"):
-        raise UserError(f"{SWITCH}: unknown value {asked!r}; use eager, or unset it")
-    return bool(asked)
+    value = os.environ.get(SWITCH, "")
+    if value.lower() not in ("", "eager"):
+        raise UserError(f"{SWITCH}: unknown value {value!r}; use eager, or unset it")
+    return bool(value)
 
 
 def _load() -> ctypes.CDLL:
-    """The library from the first folder where it can be built and loaded; raise the last error."""
-    failure: Exception = OSError("no folder can be written: neither the cache nor a temporary one")
+    """Load the library from the first folder where it can be built and loaded.
+
+    Raises:
+        OSError: there is no such folder; the error is that of the last attempt.
+        subprocess.SubprocessError: likewise, if compilation timed out.
+    """
+    failure: Exception = OSError("neither the cache nor a temporary folder is writable")
     for folder in _folders():
         try:
             return ctypes.CDLL(str(_build(folder)))
-        except (OSError, subprocess.SubprocessError) as error:  # as on a disk without execution
+        except (OSError, subprocess.SubprocessError) as error:  # for example, a noexec mount
             failure = error
     raise failure
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels; None where they are switched off or cannot be built, with one warning."""
+    """Return the kernels, or None if they are disabled or, with one warning, cannot be built."""
     if switched_off():
         return None
     try:
         loaded = _load()
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
-            f"quantizers run without their fast kernels, several times slower: {error}. A C "
-            f"compiler (cc, gcc or clang) mends this; {SWITCH}=eager silences it",
+            f"quantizers run without their fast kernels, several times slower: {error}. Install a "
+            f"C compiler (cc, gcc or clang), or set {SWITCH}=eager to silence this warning",
             stacklevel=2,
         )
         return None

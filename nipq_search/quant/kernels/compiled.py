@@ -1,8 +1,8 @@
-"""NIPQ's training forward as operations that `torch.compile` takes as they are.
+"""NIPQ's training forward as custom operators that are opaque to `torch.compile`.
 
-Its noise hangs on numbers that every step changes, and its kernels are no torch operations. Here
-the step comes in as a tensor, so that one graph serves them all. For the backward the input is
-kept; what the compiler keeps beside it is its own decision.
+The noise depends on the step number, and the kernels are not torch operations. The operators
+receive the step as a tensor, so one compiled graph serves all steps. They save their input for the
+backward pass; the compiler decides which other tensors it saves.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def _boundary(
     axis: int,
     bits_key: int,
 ) -> tuple[Boundary, widths.Draw | None]:
-    """What determines the range, without a graph, and the draw."""
+    """Return the boundary, without an autograd graph, and the draw of the bit-width."""
     draw, bits = None, alpha.new_full((1,), width)
     if theta is not None:
         u = noise.centered_uniform(clock.key(bits_key, 0))
@@ -55,23 +55,26 @@ def noisy(
     axis: int,
     empirical: bool,
 ) -> Tensor:
-    """`x` with noise at a drawn bit-width: what `NIPQ.train_forward` computes.
+    """Add noise at a drawn bit-width, as `NIPQ.train_forward` does.
 
     Args:
-        x: a dense tensor of any floating-point dtype.
-        alpha: truncation boundaries, float32 or float64.
-        minimum: of an affine tensor.
-        theta: of the bit-width; None where it is `width`.
-        marginal: see `BitWidth`.
-        step: the clock's.
-        seed: the clock's, as a signed integer of 64 bits.
-        key: number of the tensor.
-        bits_key: number of the bit-width.
-        width: the width where none is learned.
-        allowed: allowed widths, ascending.
-        grid: name of the grid.
+        x: dense tensor of any floating-point dtype.
+        alpha: truncation boundaries, float32 or float64, shape (channels,).
+        minimum: lower end of an affine range, shape (1,).
+        theta: parameter of the bit-width, shape (1,); None if the width is not learned.
+        marginal: running mean of the derivative by the bit-width, shape (1,); see `BitWidth`.
+        step: step of the noise clock, an integer scalar.
+        seed: seed of the noise clock, as a signed 64-bit integer.
+        key: index of the tensor in the model.
+        bits_key: index of the bit-width in the model.
+        width: bit-width in bits if it is not learned.
+        allowed: allowed bit-widths in bits, ascending.
+        grid: value of the `Grid`.
         axis: dimension of the channels.
-        empirical: noise from the tensor's own residuals.
+        empirical: whether noise is drawn from the tensor's own residuals.
+
+    Returns:
+        The noisy tensor, of the shape and dtype of `x`.
     """
     clock = NoiseClock(seed, int(step))
     boundary, _ = _boundary(
@@ -106,25 +109,44 @@ def noisy_backward(
     axis: int,
     empirical: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x`, `alpha` and `theta`; see `noisy`.
+    """Return the gradients of `x`, `alpha` and `theta`, and update `marginal`.
 
-    Args besides those:
-        grad: of the output.
-        decayed: the step at which `marginal` decayed last.
-        learns: whether theta does; else `marginal` stays as it is.
+    Args:
+        grad: gradient of the output.
+        x: see `noisy`.
+        alpha: see `noisy`.
+        minimum: see `noisy`.
+        theta: see `noisy`.
+        marginal: see `noisy`; updated in place if `learns`.
+        decayed: step at which `marginal` last decayed, shape (1,); updated in place.
+        learns: whether theta requires a gradient.
+        step: see `noisy`.
+        seed: see `noisy`.
+        key: see `noisy`.
+        bits_key: see `noisy`.
+        width: see `noisy`.
+        allowed: see `noisy`.
+        grid: see `noisy`.
+        axis: see `noisy`.
+        empirical: see `noisy`.
+
+    Returns:
+        Gradients of the shape of `x`, (channels,) and (1,); the last is zero unless `learns`.
     """
     clock = NoiseClock(seed, int(step))
     boundary, draw = _boundary(
         alpha, minimum, theta, marginal, clock, width, allowed, grid, axis, bits_key
     )
-    grad_x, by_alpha, by_bits = kernels.gradients(grad, x, boundary, clock.key(key, 1), empirical)
-    by_bits, by_theta = by_bits.to(marginal.dtype), torch.zeros_like(marginal)
+    grad_x, grad_alpha, grad_bits = kernels.gradients(
+        grad, x, boundary, clock.key(key, 1), empirical
+    )
+    grad_bits, grad_theta = grad_bits.to(marginal.dtype), torch.zeros_like(marginal)
     if draw is not None and learns:
         if int(decayed) != clock.step:
             decayed.fill_(clock.step)
             marginal.mul_(widths.MARGINAL_DECAY)
-        by_theta = draw.gradient(by_bits).to(marginal.dtype)
-    return grad_x, by_alpha.to(alpha.dtype), by_theta
+        grad_theta = draw.gradient(grad_bits).to(marginal.dtype)
+    return grad_x, grad_alpha.to(alpha.dtype), grad_theta
 
 
 @noisy_backward.register_fake
@@ -133,7 +155,7 @@ def _(grad, x, alpha, minimum, theta, marginal, *rest):  # type: ignore[no-untyp
 
 
 class _Noisy(torch.autograd.Function):
-    """Both operations as one node."""
+    """Autograd node that combines `noisy` and `noisy_backward`."""
 
     @staticmethod
     def forward(
@@ -149,7 +171,7 @@ class _Noisy(torch.autograd.Function):
     ) -> Tensor:
         learned = theta is not None
         ctx.save_for_backward(x, alpha, minimum, step, *((theta,) if learned else ()))
-        # Not saved as those are: every backward changes them, of which there may be several.
+        # Not saved for backward, because every backward pass modifies them in place.
         ctx.marginal, ctx.decayed, ctx.rest = marginal, decayed, rest
         return noisy(x, alpha, minimum, theta, marginal, step, *rest)  # type: ignore[no-any-return]
 
@@ -158,7 +180,7 @@ class _Noisy(torch.autograd.Function):
         x, alpha, minimum, step, *saved = ctx.saved_tensors
         theta = saved[0] if saved else None
         learns = bool(saved) and ctx.needs_input_grad[2]
-        by_x, by_alpha, by_theta = noisy_backward(
+        grad_x, grad_alpha, grad_theta = noisy_backward(
             grads[0],
             x,
             alpha,
@@ -170,19 +192,23 @@ class _Noisy(torch.autograd.Function):
             step,
             *ctx.rest,
         )
-        return by_x, by_alpha, by_theta if learns else None, *(None,) * (4 + len(ctx.rest))
+        return grad_x, grad_alpha, grad_theta if learns else None, *(None,) * (4 + len(ctx.rest))
 
 
 def noisy_node(x: Tensor, alpha: Tensor, theta: Tensor | None, *rest: Any) -> Tensor:
-    """`noisy`, differentiable in `x`, `alpha` and `theta`.
+    """Return `noisy(x, ...)`, differentiable in `x`, `alpha` and `theta`.
 
     Args:
-        x: any floating-point dtype and layout.
+        x: tensor of any floating-point dtype and layout.
         alpha: see `noisy`.
         theta: see `noisy`.
-        rest: `minimum`, `marginal`, `decayed` and `step` of `noisy_backward`, then its last eight.
+        rest: `minimum`, `marginal`, `decayed` and `step` of `noisy_backward`, then its last eight
+            arguments.
+
+    Returns:
+        The noisy tensor, of the shape and dtype of `x`.
     """
-    # `noise.dense` sorts strides, which a compiler does not for sizes that it leaves open.
+    # `noise.dense` sorts strides, which compilers do not support for symbolic sizes.
     if torch.empty_like(x).stride() != x.stride():
         x = x.contiguous()
     return _Noisy.apply(x, alpha, theta, *rest)  # type: ignore[no-any-return]

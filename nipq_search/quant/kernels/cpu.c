@@ -1,9 +1,10 @@
-/* Fake quantizers in one pass over memory forward and one backward; see cpu.py, which builds this.
+/* Fake quantizers with one pass over memory forward and one backward; called by cpu.py, compiled by
+ * build.py.
  *
- * Tensors are dense float32, walked in the order in which they lie in memory. Boundaries are one
- * per channel: element p belongs to channel (p / inner) % channels. Whatever a processor's vector
- * width and the number of threads are, sums run over 16 lanes and over pieces of one size, so that
- * a resumed training sees the same bits.
+ * Tensors are dense float32 and processed in memory order. There is one boundary per channel, and
+ * element p belongs to channel (p / inner) % channels. Independently of the vector width of the
+ * processor and the number of threads, sums run over 16 lanes and over pieces of fixed size, so
+ * that resumed training is bit-identical.
  */
 #include <math.h>
 #include <stdint.h>
@@ -11,28 +12,29 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
-#define PIECE 32768 /* elements of one thread's turn, a multiple of LANES */
+#define PIECE 32768 /* elements that one thread processes at a time, a multiple of LANES */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 
-enum { ROUNDING, UNIFORM, TABLE }; /* where the noise comes from */
-enum { INPUT, OUTPUT };            /* what was kept for the backward */
+enum { ROUNDING, UNIFORM, TABLE }; /* source of the noise */
+enum { INPUT, OUTPUT };            /* tensor that was saved for the backward pass */
 
 typedef struct {
     int law;
     uint32_t first, second; /* halves of the key */
-    const float *table;     /* `count` residuals, the first few of them repeated at the end */
+    const float *table;     /* `count` residuals; the first few are repeated at the end */
     int64_t count;
-    int64_t origin;         /* number of the first element, where others come before this share */
+    int64_t origin;         /* index of the first element within the whole batch */
 } Noise;
 
 typedef struct {
-    vec step, low, high, lowest, highest; /* as functional.Range */
+    vec step, low, high, lowest, highest; /* see functional.Range */
 } Range;
 
-/* Rows of a range in memory, a column per channel; SLOPE is the boundary's by what is learned. */
+/* Rows of a packed range with one column per channel. SLOPE is the derivative of the boundary with
+ * respect to its parameter. */
 enum { STEP, LOW, HIGH, LOWEST, HIGHEST, SLOPE };
 enum { SIGNED, UNSIGNED, AFFINE };         /* grids */
 
@@ -44,7 +46,7 @@ INLINE vec load(const float *p) {
     return v;
 }
 
-/* The first `count` lanes; the rest are zero. */
+/* Load the first `count` lanes; the others are zero. */
 INLINE vec load_part(const float *p, int64_t count) {
     vec v = {0};
     memcpy(&v, p, count * sizeof(float));
@@ -57,14 +59,14 @@ INLINE vec choose(ivec where, vec yes, vec no) {
 
 INLINE vec keep(ivec where, vec value) { return (vec)((ivec)value & where); }
 
-/* Half to even, for |x| < 2^22: the grids of 16 bits and fewer. */
+/* Round half to even, for |x| < 2^22, which covers grids of up to 16 bits. */
 INLINE vec rounded(vec x) {
     const vec magic = fill(12582912.0f);
     return (x + magic) - magic;
 }
 
-/* The finalizer of MurmurHash3, the key's second half put in between; noise.py has the same. `h` is
- * one place, or a vector of them. */
+/* The finalizer of MurmurHash3 with the second half of the key added in between, as in noise.py.
+ * `h` is one position or a vector of positions. */
 #define FINALIZE(h, noise, element)                               \
     do {                                                          \
         h ^= h >> 16;                                             \
@@ -93,8 +95,8 @@ INLINE const float *place_in_table(int64_t group, const Noise *noise) {
     return noise->table + (((uint64_t)hashed_one(group, noise) * (uint64_t)noise->count) >> 32);
 }
 
-/* A group of LANES neighbours draws as many neighbours of the table, from a hashed place on: one
- * place for each element would cost several times as much. */
+/* A group of LANES adjacent elements reads LANES adjacent entries of the table from a hashed
+ * position. Hashing a position per element would be several times slower. */
 INLINE vec drawn(int64_t element, const Noise *noise) {
     const float *here = place_in_table(element / LANES, noise);
     if (element % LANES == 0) return load(here);
@@ -106,7 +108,7 @@ INLINE vec drawn(int64_t element, const Noise *noise) {
     return load(out);
 }
 
-/* Noise of LANES elements, in units of the step. */
+/* Return the noise of LANES elements, in units of the step. */
 INLINE vec noise_of(int law, int64_t element, const Noise *noise) {
     element += noise->origin;
     if (law == TABLE) return drawn(element, noise);
@@ -128,7 +130,7 @@ INLINE vec residual_of(vec x, vec step) {
 
 INLINE vec add_noise(int law, int64_t element, const Noise *noise, vec x, Range r) {
     vec y = x + noise_of(law, element, noise) * r.step;
-    /* The backward tells by `y` what was truncated: no other element may lie on an end. */
+    /* The backward pass may infer truncation from `y`, so no other element may equal a boundary. */
     y = (vec)((ivec)y ^ (((y == r.high) | (y == r.low)) & 1));
     y = choose(x >= r.high, r.high, y);
     return choose(x <= r.low, r.low, y);
@@ -138,7 +140,7 @@ typedef struct {
     vec step, low, high;
 } Sums;
 
-/* Gradient of x from `g`; `noise` times `g` is the derivative with respect to the step. */
+/* Return the gradient of x given `g`, and add to the sums for step, low and high. */
 INLINE vec collect(vec g, ivec above, ivec below, vec noise, Sums *sums) {
     vec inside = keep(~(above | below), g);
     sums->step += keep(~(above | below), g * noise);
@@ -165,18 +167,18 @@ INLINE double total(vec v) {
 }
 
 typedef struct {
-    const float *x;  /* input forward; backward the input, or the output of noise */
-    const float *g;  /* gradient of the output, backward */
-    float *out;      /* output forward, gradient of the input backward */
-    int kept;        /* what `x` is, backward */
+    const float *x;  /* forward: input; backward: input or noisy output */
+    const float *g;  /* backward: gradient of the output */
+    float *out;      /* forward: output; backward: gradient of the input */
+    int kept;        /* backward: INPUT or OUTPUT, the meaning of `x` */
     int64_t count, channels, inner;
     const float *range;
-    double *sums; /* backward: three for each piece (one boundary), or for each channel */
+    double *sums; /* backward: three per piece if there is one boundary, else three per channel */
     Noise noise;
     int threads;
 } Call;
 
-/* The `left` elements from `i` on, LANES at most. */
+/* Process the `left` elements from `i` on, LANES at most. */
 INLINE void forward_at(int law, const Call *c, int64_t i, int64_t left, Range r) {
     vec x = load_part(c->x + i, left);
     vec y = law == ROUNDING ? round_to_grid(x, r) : add_noise(law, i, &c->noise, x, r);
@@ -193,7 +195,7 @@ INLINE void backward_at(int law, int kept, const Call *c, int64_t i, int64_t lef
     memcpy(c->out + i, &out, left * sizeof(float));
 }
 
-/* What is walked: groups of `width` neighbours (LANES at most) every `stride` elements. */
+/* Elements to process: groups of `width` adjacent ones (LANES at most) every `stride` elements. */
 typedef struct {
     int64_t from, to, stride, width;
 } Walk;
@@ -206,7 +208,7 @@ INLINE void at(int law, int backward, int kept, const Call *c, int64_t i, int64_
         forward_at(law, c, i, left, r);
 }
 
-/* `law`, `backward` and `kept` are constants wherever this is called: a loop for each case. */
+/* `law`, `backward` and `kept` are constants at every call site, so each case gets its own loop. */
 INLINE void loop(int law, int backward, int kept, const Call *c, Walk w, Range r, Sums *sums) {
     Sums own = *sums; /* in registers */
     int64_t i = w.from;
@@ -253,7 +255,7 @@ INLINE void store_sums(double *to, const Sums *sums) {
     to[2] = total(sums->high);
 }
 
-/* One boundary: pieces of one size. */
+/* One boundary; the tensor is split into pieces of fixed size. */
 static void per_tensor(const Call *c, int backward) {
     const Range r = range_of(c, 0);
     const int64_t pieces = (c->count + PIECE - 1) / PIECE;
@@ -266,7 +268,7 @@ static void per_tensor(const Call *c, int backward) {
     }
 }
 
-/* A boundary per channel, whose elements lie in runs of `inner`. */
+/* One boundary per channel; each channel consists of contiguous runs of `inner` elements. */
 static void per_channel(const Call *c, int backward) {
     const int64_t stride = c->channels * c->inner;
     const int many = c->threads > 1 && c->count > PIECE;
@@ -280,7 +282,7 @@ static void per_channel(const Call *c, int backward) {
     }
 }
 
-/* A boundary per channel where channels lie side by side: a lane for each. */
+/* One boundary per channel where adjacent elements belong to different channels: one lane each. */
 static void side_by_side(const Call *c, int backward) {
     const int64_t blocks = (c->channels + LANES - 1) / LANES;
     const int many = c->threads > 1 && c->count > PIECE;
@@ -313,12 +315,13 @@ static void run(const Call *c, int backward) {
         per_channel(c, backward);
 }
 
-/* noise.residuals_of: the residuals of every `stride`-th element inside the range, in `order`. The
- * table holds `sampled` figures and LANES more, `scratch` the former; returns how many count. */
+/* noise.residuals_of: store the residuals of every `stride`-th element inside the range in the
+ * given order. The table has `sampled` + LANES entries, `scratch` has `sampled`. Return the number
+ * of residuals. */
 int64_t nipq_residuals(const float *x, int64_t stride, int64_t sampled, int64_t channels,
                        int64_t inner, const float *range, const int64_t *order, float *scratch,
                        float *table, int threads) {
-    const float none = 2.0f; /* no residual is as large */
+    const float none = 2.0f; /* larger than any residual */
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < sampled; i++) {
         const float *r = range + (channels == 1 ? 0 : (i * stride / inner) % channels);
@@ -335,20 +338,20 @@ int64_t nipq_residuals(const float *x, int64_t stride, int64_t sampled, int64_t 
     return used;
 }
 
-/* functional.positive where there is a `start`, else the boundary is what is learned. */
+/* Return functional.positive of `raw` if `start` is given, else `raw`, which is the boundary. */
 INLINE float boundary_of(float raw, const float *start, int64_t i, float *slope) {
     if (start == NULL) {
         *slope = 1.0f;
         return raw;
     }
-    const float e = expf(raw > 0.0f ? -raw : raw); /* of -|raw| */
+    const float e = expf(raw > 0.0f ? -raw : raw); /* exp(-|raw|) */
     const float softplus = (raw > 0.0f ? raw : 0.0f) + log1pf(e);
-    const float alpha = start[i] * softplus, least = 1e-12f; /* functional.LEAST_BOUNDARY */
+    const float alpha = start[i] * softplus, least = 1e-12f; /* functional.MIN_BOUNDARY */
     *slope = start[i] * (raw > 0.0f ? 1.0f : e) / (1.0f + e);
     return alpha < least ? least : alpha;
 }
 
-/* functional.quantization_range, packed. */
+/* functional.quantization_range as a packed range. */
 void nipq_range(const float *raw, const float *start, float bits, float minimum, int grid,
                 int64_t channels, float *range) {
     const float levels = grid == SIGNED ? exp2f(bits - 1.0f) - 1.0f : exp2f(bits) - 1.0f;
@@ -356,7 +359,7 @@ void nipq_range(const float *raw, const float *start, float bits, float minimum,
         float *to = range + i;
         const float alpha = boundary_of(raw[i], start, i, &to[SLOPE * channels]);
         const float step = alpha / levels;
-        float below = grid == SIGNED ? levels : 0.0f; /* levels below zero */
+        float below = grid == SIGNED ? levels : 0.0f; /* number of levels below zero */
         if (grid == AFFINE) {
             below = nearbyintf(-minimum / step);
             below = below < 0.0f ? 0.0f : (below > levels ? levels : below);
@@ -369,7 +372,7 @@ void nipq_range(const float *raw, const float *start, float bits, float minimum,
     }
 }
 
-/* functional.range_gradients, from `pieces` sums of a single boundary, or one of each channel. */
+/* functional.range_gradients, given `pieces` sums of a single boundary, or one per channel. */
 void nipq_range_gradients(const float *range, int grid, int64_t channels, const double *sums,
                           int64_t pieces, float *learned, float *bits) {
     double per_bit = 0.0;

@@ -1,6 +1,6 @@
-"""The quantizers' arithmetic in C: one pass over memory forward, one backward (see cpu.c).
+"""CPU backend of the quantizers in C, with one pass over memory per direction (see cpu.c).
 
-It serves as a `Backend`: `forward` and `backward` are the members.
+The module implements the protocol `Backend`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nipq_search.quant.kernels.build import library
 from nipq_search.quant.kernels.kept import Kept
-from nipq_search.quant.numerics.functional import Boundary, Grid
+from nipq_search.quant.numerics.functional import GRID_CODES, Boundary, Grid
 from nipq_search.quant.numerics.noise import (
     GROUP,
     Residuals,
@@ -22,9 +22,8 @@ from nipq_search.quant.numerics.noise import (
     sample_of,
 )
 
-_PIECE = 32768  # as in cpu.c, which a test compares
-_ROUNDING, _UNIFORM, _TABLE = range(3)
-_GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
+_PIECE = 32768  # must equal PIECE in cpu.c; a test compares them
+_ROUNDING, _UNIFORM, _TABLE = range(3)  # codes of the noise distributions in cpu.c
 
 
 class _Noise(ctypes.Structure):
@@ -38,7 +37,7 @@ class _Noise(ctypes.Structure):
     )
 
 
-class _Call(ctypes.Structure):
+class _KernelCall(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p),
         ("g", ctypes.c_void_p),
@@ -55,7 +54,7 @@ class _Call(ctypes.Structure):
 
 
 def _noise(key: int | None, residuals: Residuals | None) -> _Noise:
-    """Where noise comes from: a key, and residuals where it is drawn from those."""
+    """Return the noise description for a kernel: rounding, uniform noise, or residuals."""
     if key is None:
         return _Noise(law=_ROUNDING)
     halves = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
@@ -66,12 +65,12 @@ def _noise(key: int | None, residuals: Residuals | None) -> _Noise:
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory for C, whatever torch's default dtype and device are."""
+    """Allocate memory for C, independent of torch's default dtype and device."""
     return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
 def available(x: Tensor) -> bool:
-    """Whether there are kernels for `x`."""
+    """Whether the kernels support `x` and could be built."""
     return x.device.type == "cpu" and is_plain(x) and library() is not None
 
 
@@ -85,10 +84,10 @@ def _run(
     grad: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> Tensor:
-    """Call a kernel and return what it made, laid out as `x`. See `Call` in cpu.c."""
+    """Call a kernel and return its result in the layout of `x`; see `Call` in cpu.c."""
     out = torch.empty_like(x)
     channels = range_.shape[1]
-    call = _Call(
+    call = _KernelCall(
         x.data_ptr(),
         None if grad is None else grad.data_ptr(),
         out.data_ptr(),
@@ -106,7 +105,10 @@ def _run(
 
 
 def packed_range(boundary: Boundary) -> Tensor:
-    """See `Backend`."""
+    """Return a range as a tensor of shape (6, channels); see `Backend`.
+
+    The last row contains the derivative of the boundary with respect to its parameter.
+    """
     alpha = boundary.alpha.detach().contiguous()
     start = None if boundary.start is None else boundary.start.contiguous()
     range_ = _empty(6, alpha.numel())
@@ -115,7 +117,7 @@ def packed_range(boundary: Boundary) -> Tensor:
         None if start is None else start.data_ptr(),
         boundary.bits.item() if boundary.draw is None else float(boundary.draw.width),
         boundary.minimum.item(),
-        _GRIDS.index(boundary.grid),
+        GRID_CODES.index(boundary.grid),
         alpha.numel(),
         range_.data_ptr(),
     )
@@ -123,7 +125,16 @@ def packed_range(boundary: Boundary) -> Tensor:
 
 
 def residuals_of(x: Tensor, axis: int, range_: Tensor) -> Residuals:
-    """See `Backend`."""
+    """Return the rounding residuals of a subsample; see `Backend`.
+
+    Args:
+        x: dense float32 tensor.
+        axis: dimension of the channels.
+        range_: packed range.
+
+    Returns:
+        The residual table, in units of the step.
+    """
     stride, order = sample_of(x)
     channels, sampled = range_.shape[1], len(order)
     scratch, table = _empty(sampled), _empty(sampled + GROUP)
@@ -145,7 +156,18 @@ def residuals_of(x: Tensor, axis: int, range_: Tensor) -> Residuals:
 def forward(
     x: Tensor, axis: int, range_: Tensor, key: int | None, residuals: Residuals | None
 ) -> Tensor:
-    """See `Backend`."""
+    """Return the quantized tensor; see `Backend`.
+
+    Args:
+        x: dense tensor of float32.
+        axis: dimension of the channels.
+        range_: packed range.
+        key: key of the noise; None selects rounding.
+        residuals: table that noise is drawn from; None for uniform noise.
+
+    Returns:
+        A float32 tensor in the layout of `x`.
+    """
     return _run("nipq_forward", x, axis, range_, _noise(key, residuals))
 
 
@@ -159,7 +181,21 @@ def backward(
     key: int | None,
     residuals: Residuals | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Backend`."""
+    """Return the gradients of the input, the boundaries and the bit-width; see `Backend`.
+
+    Args:
+        grad: gradient of the output.
+        kept: input of the forward or, if a key is given, possibly its output.
+        kind: which of the two `kept` is.
+        axis: dimension of the channels.
+        range_: packed range.
+        grid: shape of the grid.
+        key: key of the noise; None selects rounding.
+        residuals: table that noise was drawn from; None for uniform noise.
+
+    Returns:
+        Gradients of the shape of the input, (channels,) and (1,).
+    """
     channels = range_.shape[1]
     pieces = -(-grad.numel() // _PIECE) if channels == 1 else channels
     sums = _empty(pieces, 3, dtype=torch.float64)
@@ -168,7 +204,7 @@ def backward(
     grad_alpha, grad_bits = _empty(channels), _empty(1)
     library().nipq_range_gradients(  # type: ignore[union-attr]
         range_.data_ptr(),
-        _GRIDS.index(grid),
+        GRID_CODES.index(grid),
         channels,
         sums.data_ptr(),
         pieces,

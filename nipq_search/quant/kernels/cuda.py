@@ -1,8 +1,8 @@
-"""The quantizers' arithmetic for GPUs, in Triton: what cpu.c computes, the same noise included.
+"""GPU backend of the quantizers in Triton, with the same noise and results as cpu.c.
 
-One program serves BLOCK neighbouring elements. Sums, in float32, go by one figure per program, or
-by one program per channel, and so have a fixed order; nothing waits for the device. It serves as a
-`Backend`: `forward` and `backward` are the members.
+One program processes BLOCK adjacent elements. Float32 sums have a fixed order: one partial sum per
+program, or one program per channel. No function synchronizes the device. The module implements the
+protocol `Backend`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nipq_search.quant.numerics.noise import Residuals, inner_size, is_plain, si
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU build of torch has none
+except ImportError:  # CPU builds of torch do not include Triton
     triton = None
 
 _BLOCK = 1024
@@ -37,13 +37,13 @@ _ROUNDING, _UNIFORM, _TABLE = range(3)
 
 
 def available(x: Tensor) -> bool:
-    """Whether there are kernels for `x`."""
+    """Whether the kernels support `x` and run on its device."""
     return is_plain(x) and x.numel() < 1 << 31 and not switched_off() and _works(x.device)
 
 
 @functools.cache
 def _works(device: torch.device) -> bool:
-    """Whether Triton can launch here: it needs a C compiler and a GPU that it knows."""
+    """Whether Triton can launch kernels; it needs a C compiler and a supported GPU."""
     if triton is None:
         return False
     try:
@@ -53,7 +53,7 @@ def _works(device: torch.device) -> bool:
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
             f"quantizers run without their fast kernels, several times slower: Triton fails with "
-            f"{type(error).__name__}: {reason}. {SWITCH}=eager silences this",
+            f"{type(error).__name__}: {reason}. Set {SWITCH}=eager to silence this warning",
             stacklevel=2,
         )
         return False
@@ -61,19 +61,19 @@ def _works(device: torch.device) -> bool:
 
 
 if triton is not None:
-    # Keys change with every step: no kernel of their own for keys that 16 divides.
+    # Keys change at every step, so kernels are not specialized for keys divisible by 16.
     _jit = functools.partial(triton.jit, do_not_specialize=["first", "second", "origin"])
 
     @triton.jit
     def _rounded(x):  # type: ignore[no-untyped-def]
-        """Half to even, for |x| < 2^22."""
+        """Round half to even, for |x| < 2^22."""
         return (x + 12582912.0) - 12582912.0
 
     @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
     def _noise(  # type: ignore[no-untyped-def]
         at, first, second, origin, table, used, LAW: tl.constexpr
     ):
-        """As `noise._hashed`: MurmurHash3's finalizer, the second half of the key in between."""
+        """Return noise from a hash of the element's position; see `noise._hashed`."""
         element = (at.to(tl.uint32) + origin.to(tl.uint32)).to(tl.uint32)
         place = element if LAW == 1 else element // 16
         h = place ^ first.to(tl.uint32)
@@ -133,7 +133,7 @@ if triton is not None:
     def _derivatives(  # type: ignore[no-untyped-def]
         kept_ptr, at, here, g, step, low, high, table, used, first, second, origin, LAW, KEPT
     ):
-        """Gradient of x, and the terms of those of step, low and high."""
+        """Return the gradient of x, and the terms of the gradients of step, low and high."""
         kept = tl.load(kept_ptr + at, mask=here, other=0.0)
         if KEPT == 0:
             above = kept >= high
@@ -262,28 +262,28 @@ def _law(key: int | None, residuals: Residuals | None) -> int:
 def _drawn(
     key: int | None, residuals: Residuals | None, other: Tensor
 ) -> tuple[Tensor, Tensor, int, int, int]:
-    """Table, its used length, both halves of the key, and its origin's low half, whose high half
-    goes into the key: beyond 2^32 elements of a batch noise is another than on other paths.
+    """Return the table, its used length, both halves of the key, and the low half of the origin.
 
-    `other` stands in for what is unused.
+    The high half of the origin is added to the key, so beyond 2^32 elements per batch the noise
+    differs from that of the other backends. Unused tensors are replaced by `other`.
     """
     word = key or 0
     origin = noise.origin_of(word)
     table, used = residuals or (other, other)
-    # As 32 bits with a sign: integers of another size would compile a kernel of their own.
+    # Signed 32-bit values: integers of another size would compile another kernel.
     second = signed((word >> 32) + (origin >> 32), 32)
     return table, used, signed(word, 32), second, signed(origin, 32)
 
 
 def _launch(kernel: Any, programs: int, *given: Any, **constants: Any) -> None:
-    """Run a kernel on the device of its first tensor; Triton would take the current one."""
+    """Run a kernel on the device of its first tensor; Triton would use the current device."""
     with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
-        # A product and a sum rounded as one would differ from cpu.c.
+        # Fused multiply-add would round differently from cpu.c.
         kernel[(programs,)](*given, **constants, enable_fp_fusion=False)
 
 
 def packed_range(boundary: Boundary) -> Tensor:
-    """See `Backend`."""
+    """Return a range as a tensor of shape (5, channels); see `Backend`."""
     with torch.no_grad():
         alpha = boundary.alpha.detach()
         range_ = quantization_range(alpha, boundary.bits, boundary.grid, boundary.minimum)
@@ -291,7 +291,16 @@ def packed_range(boundary: Boundary) -> Tensor:
 
 
 def residuals_of(x: Tensor, axis: int, range_: Tensor) -> Residuals:
-    """See `Backend`."""
+    """Return the rounding residuals of a subsample; see `Backend`.
+
+    Args:
+        x: dense float32 tensor.
+        axis: dimension of the channels.
+        range_: packed range.
+
+    Returns:
+        The residual table, in units of the step.
+    """
     step, low, high = range_[:3].unbind()
     return noise.residuals_of(x, step, low, high, axis)
 
@@ -299,7 +308,18 @@ def residuals_of(x: Tensor, axis: int, range_: Tensor) -> Residuals:
 def forward(
     x: Tensor, axis: int, range_: Tensor, key: int | None, residuals: Residuals | None
 ) -> Tensor:
-    """See `Backend`."""
+    """Return the quantized tensor; see `Backend`.
+
+    Args:
+        x: dense tensor of float32.
+        axis: dimension of the channels.
+        range_: packed range.
+        key: key of the noise; None selects rounding.
+        residuals: table that noise is drawn from; None for uniform noise.
+
+    Returns:
+        A float32 tensor in the layout of `x`.
+    """
     y, count, channels = torch.empty_like(x), x.numel(), range_.shape[1]
     _launch(
         _forward_kernel,
@@ -327,7 +347,21 @@ def backward(
     key: int | None,
     residuals: Residuals | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Backend`."""
+    """Return the gradients of the input, the boundaries and the bit-width; see `Backend`.
+
+    Args:
+        grad: gradient of the output.
+        kept: input of the forward or, if a key is given, possibly its output.
+        kind: which of the two `kept` is.
+        axis: dimension of the channels.
+        range_: packed range.
+        grid: shape of the grid.
+        key: key of the noise; None selects rounding.
+        residuals: table that noise was drawn from; None for uniform noise.
+
+    Returns:
+        Gradients of the shape of the input, (channels,) and (1,).
+    """
     out, count, channels = torch.empty_like(grad), grad.numel(), range_.shape[1]
     programs = triton.cdiv(count, _BLOCK) if channels == 1 else channels
     sums = torch.empty(programs, 3, dtype=torch.float32, device=grad.device)

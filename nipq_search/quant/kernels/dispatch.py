@@ -1,4 +1,4 @@
-"""Quantize by the fastest path there is for a tensor: C on a CPU, Triton on a GPU, else torch."""
+"""Selection of the fastest backend for a tensor: C on a CPU, Triton on a GPU, else torch."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ from nipq_search.quant.numerics.functional import Boundary, Range
 
 
 def backend_for(x: Tensor, boundary: Boundary) -> Backend | None:
-    """The kernels that quantize `x`; None where torch operations have to."""
+    """Return the kernels that support `x`, or None if torch operations are required."""
     alpha = boundary.alpha
     if alpha.dtype is not torch.float32 or alpha.device != x.device:
-        return None  # torch has a clear error for tensors on two devices
+        return None  # torch raises a clear error for tensors on different devices
     if cpu.available(x):
         return cpu
     if x.is_cuda:
-        from nipq_search.quant.kernels import cuda  # Triton takes a while to load
+        from nipq_search.quant.kernels import cuda  # deferred because Triton loads slowly
 
         return cuda if cuda.available(x) else None
     return None
 
 
 def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = False) -> Tensor:
-    """`x` with noise of one step inside the boundaries, the boundary outside.
+    """Add noise of one step inside the boundaries and return the boundary outside.
 
     Args:
-        x: any floating-point dtype, which the result has too, and any shape. What is below float32
-            is computed in float32. Noise belongs to elements in the order of memory.
-        boundary: what determines the range.
-        key: 64 bits that determine the noise, and perhaps an origin; see `noise.placed`.
-        empirical: draw from the tensor's own rounding residuals rather than uniformly.
+        x: tensor of any shape and floating-point dtype; half precision is computed in float32.
+            Noise is assigned to elements in memory order.
+        boundary: parameters of the quantization range.
+        key: 64 bits that determine the noise, optionally with an origin; see `noise.with_origin`.
+        empirical: whether noise is drawn from the tensor's own rounding residuals, not uniformly.
+
+    Returns:
+        The noisy tensor, of the shape and dtype of `x`.
     """
     x = noise.dense(x)
     backend = backend_for(x, boundary)
-    # Only those in C compute that on the way. Its last bit, which is another than torch's, would
-    # move an element across the boundary, and all entries of a table of residuals after it.
+    # Only the C kernels resolve the boundary themselves. Their result may differ from torch's in
+    # the last bit, which could move an element across the boundary and shift all later entries of
+    # a residual table; so torch resolves it for empirical noise.
     if backend is not cpu or empirical:
         boundary = boundary.resolved()
     if backend is not None:
@@ -51,7 +55,7 @@ def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = F
 
 
 def _noise(x: Tensor, range_: Range, axis: int, key: int, empirical: bool) -> Tensor:
-    """Noise for a dense tensor, in its layout, by torch operations."""
+    """Return noise for a dense tensor, in its memory layout, from torch operations."""
     if empirical:
         drawn = noise.drawn_from(noise.residuals_of(x, *range_[:3], axis), x.shape, key)
     else:
@@ -62,14 +66,17 @@ def _noise(x: Tensor, range_: Range, axis: int, key: int, empirical: bool) -> Te
 def gradients(
     grad: Tensor, x: Tensor, boundary: Boundary, key: int, empirical: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Derivatives of `pseudo_quantize` by `x`, `boundary.alpha` and `boundary.bits`.
+    """Return the gradients of `pseudo_quantize` for `x`, `boundary.alpha` and `boundary.bits`.
 
     Args:
-        grad: of the output.
-        x: as there, like the rest.
-        boundary: without `start` and `draw`.
-        key: as there.
-        empirical: as there.
+        grad: gradient of the output, same shape as `x`.
+        x: see `pseudo_quantize`.
+        boundary: parameters of the quantization range, without `start` and `draw`.
+        key: see `pseudo_quantize`.
+        empirical: see `pseudo_quantize`.
+
+    Returns:
+        Gradients of the shape of `x`, (channels,) and (1,).
     """
     dense = noise.dense(x)
     value, axis, grid = _wide(dense), boundary.axis, boundary.grid
@@ -77,9 +84,9 @@ def gradients(
     if (backend := backend_for(dense, boundary)) is None:
         range_ = boundary.range(x.dim())
         drawn = _noise(value, range_, axis, key, empirical)
-        by_x, *sums = F.range_sums(grad, value, range_, drawn)
+        grad_x, *sums = F.range_sums(grad, value, range_, drawn)
         flat = F.Range(*(t.reshape(-1) for t in range_))
-        return by_x.to(x.dtype), *F.range_gradients(flat, grid, *sums)
+        return grad_x.to(x.dtype), *F.range_gradients(flat, grid, *sums)
     packed = backend.packed_range(boundary)
     residuals = backend.residuals_of(value, axis, packed) if empirical else None
     found = backend.backward(grad, value, Kept.INPUT, axis, packed, grid, key, residuals)
@@ -87,7 +94,7 @@ def gradients(
 
 
 def hard_quantize(x: Tensor, boundary: Boundary) -> Tensor:
-    """`x`, of any floating-point dtype, rounded to its grid; gradients straight through."""
+    """Round `x`, of any floating-point dtype, to its grid, with straight-through gradients."""
     backend = backend_for(x, boundary)
     if backend is not None:
         return quantize(backend, noise.dense(x), boundary)
@@ -95,5 +102,5 @@ def hard_quantize(x: Tensor, boundary: Boundary) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """bfloat16 and float16 cannot hold grids above 8 bits."""
+    """Convert half precision, which cannot represent grids above 8 bits, to float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

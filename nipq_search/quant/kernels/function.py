@@ -1,4 +1,4 @@
-"""The autograd node of a quantizer, whatever computes it; see `Backend`."""
+"""Autograd function of the quantizers, common to all backends."""
 
 from __future__ import annotations
 
@@ -13,19 +13,31 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nipq_search.quant.kernels.build import SWITCH
-from nipq_search.quant.kernels.kept import SMALL, Kept, lives_on, remember
+from nipq_search.quant.kernels.kept import SMALL_ELEMENTS, Kept, is_retained, register_recipe
 from nipq_search.quant.numerics.functional import Boundary, Grid
 from nipq_search.quant.numerics.noise import Residuals
 
 
 class Backend(Protocol):
-    """Kernels of one kind of device. Tensors are dense, and walked in the order of memory."""
+    """Kernels for one type of device. Tensors are dense and processed in memory order."""
 
     def packed_range(self, boundary: Boundary) -> Tensor:
-        """The members of `functional.Range` as the first rows, shape (5 or more, channels)."""
+        """Return a range as a tensor of shape (5 or more, channels).
+
+        Its first rows are the fields of `functional.Range`.
+        """
 
     def residuals_of(self, x: Tensor, axis: int, range_: Tensor) -> Residuals:
-        """As `noise.residuals_of`."""
+        """Return the rounding residuals of a subsample; see `noise.residuals_of`.
+
+        Args:
+            x: dense float32 tensor.
+            axis: dimension of the channels.
+            range_: packed range.
+
+        Returns:
+            The residual table, in units of the step.
+        """
 
     def forward(
         self,
@@ -35,14 +47,17 @@ class Backend(Protocol):
         key: int | None,
         residuals: Residuals | None,
     ) -> Tensor:
-        """The quantized tensor.
+        """Return the quantized tensor.
 
         Args:
-            x: float32.
+            x: dense float32 tensor.
             axis: dimension of the channels.
-            range_: packed.
-            key: of the noise; None rounds.
-            residuals: what noise is drawn from; None for uniform noise.
+            range_: packed range.
+            key: key of the noise; None selects rounding.
+            residuals: table that noise is drawn from; None for uniform noise.
+
+        Returns:
+            A float32 tensor in the layout of `x`.
         """
 
     def backward(
@@ -56,25 +71,42 @@ class Backend(Protocol):
         key: int | None,
         residuals: Residuals | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of `x`, of `boundary.alpha`, shape (channels,), and of the bits, shape (1,).
+        """Return the gradients of the input, the boundaries and the bit-width.
 
         Args:
-            grad: of the output.
-            kept: the input, or, with a key, the output.
-            kind: which of them.
-            axis: as in the forward, like the rest.
-            range_: as above.
-            grid: the boundary's.
-            key: as above.
-            residuals: as above.
+            grad: gradient of the output.
+            kept: input of the forward or, if a key is given, possibly its output.
+            kind: which of the two `kept` is.
+            axis: dimension of the channels.
+            range_: packed range.
+            grid: shape of the grid.
+            key: key of the noise; None selects rounding.
+            residuals: table that noise was drawn from; None for uniform noise.
+
+        Returns:
+            Gradients of the shape of the input, (channels,) and (1,).
         """
 
 
 def plain(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """`tensor` as memory in this layout: gradients and saved tensors come in any other as well."""
+    """Return `tensor` as plain memory in the given layout.
+
+    Gradients and saved tensors may arrive in other layouts, dtypes or as lazy tensors.
+
+    Args:
+        tensor: a gradient or a saved tensor.
+        stride: required strides, in elements.
+        dtype: required dtype.
+
+    Returns:
+        `tensor` itself if it qualifies, else a copy.
+
+    Raises:
+        RuntimeError: `tensor` is batched by vectorized gradients.
+    """
     if torch._C._functorch.is_legacy_batchedtensor(tensor):
         raise RuntimeError(
-            f"vectorized gradients do not go through the fast kernels: set {SWITCH}=eager"
+            f"the fast kernels do not support vectorized gradients: set {SWITCH}=eager"
         )
     special = tensor.is_neg() or tensor._is_zerotensor() or type(tensor) is not Tensor
     if tensor.stride() == stride and tensor.dtype is dtype and not special:
@@ -85,43 +117,43 @@ def plain(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype = torch.fl
 
 
 @dataclasses.dataclass(slots=True)
-class _Call:
-    """What quantizes one tensor, and what came of it on the way.
+class _Quantization:
+    """Arguments of one quantization, and its intermediate results.
 
     Attributes:
         backend: the kernels.
-        boundary: what determines the range.
-        key: of the noise; None rounds.
-        empirical: noise from the tensor's own residuals.
-        kind: what is kept for the backward.
-        version: of the input.
-        range_: packed.
-        residuals: what noise was drawn from.
-        y: the quantized tensor.
+        boundary: parameters of the quantization range.
+        key: key of the noise; None selects rounding.
+        empirical: whether noise is drawn from the tensor's own residuals.
+        kind: tensor that is saved for the backward pass.
+        version: version counter of the input.
+        range_: packed range.
+        residuals: table that noise was drawn from.
+        y: weak reference to the quantized tensor.
     """
 
     backend: Backend
     boundary: Boundary
     key: int | None
     empirical: bool
-    kind: Kept = Kept.INPUT
+    kind: Kept
     version: int = 0
     range_: Tensor | None = None
     residuals: Residuals | None = None
     y: Callable[[], Tensor | None] = lambda: None
 
     def compute(self, x: Tensor) -> Tensor:
-        """`x` quantized, of its own dtype; grids above 8 bits need the float32 in between."""
+        """Return `x` quantized in its own dtype; grids above 8 bits need float32 internally."""
         axis, range_ = self.boundary.axis, self.range_
         assert range_ is not None
         y = self.backend.forward(x.float(), axis, range_, self.key, self.residuals)
         return y.to(x.dtype)
 
-    def done_before(self, x: Tensor) -> Tensor | None:
-        """What another consumer of `x` made of it, where that is the same."""
-        if x.is_cuda:  # to compare ranges would wait for the device
+    def reused_output(self, x: Tensor) -> Tensor | None:
+        """Return the output of an earlier, identical quantization of `x`, or None."""
+        if x.is_cuda:  # comparing ranges would synchronize the device
             return None
-        other: _Call | None = _noisy.get(x)  # type: ignore[no-untyped-call]
+        other: _Quantization | None = _latest.get(x)  # type: ignore[no-untyped-call]
         y = None if other is None else other.y()
         if other is None or y is None or y._version or other.range_ is None:
             return None
@@ -133,23 +165,23 @@ class _Call:
         return y.detach()
 
 
-_noisy: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The last call of activations that live, which several layers may consume."""
+_latest: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Latest quantization of each live activation, which several layers may consume."""
 
 
 class _Quantize(torch.autograd.Function):
-    """Either quantizer: with a key the noisy one, without the rounding one.
+    """Quantizer with noise if there is a key, else with rounding.
 
-    For the backward it keeps its input. Only what noise makes of a float32 tensor, which lives on
-    as the operand of a product, tells all as well, and is kept in place of an input that need not
-    live on; see `kept.py`.
+    The backward pass needs the input or, for a noisy float32 tensor, the output. The output is
+    retained in any case as the operand of a product, so it is saved where the input can be freed;
+    see `kept.py`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: Tensor, bits: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, bits: Tensor, call: _Quantization) -> Tensor:
         backend, boundary = call.backend, call.boundary
         call.range_ = backend.packed_range(boundary)
-        y = call.done_before(x) if call.kind is Kept.OUTPUT else None
+        y = call.reused_output(x) if call.kind is Kept.OUTPUT else None
         if y is None:
             if call.empirical:
                 call.residuals = backend.residuals_of(x.float(), boundary.axis, call.range_)
@@ -171,8 +203,8 @@ class _Quantize(torch.autograd.Function):
         grad_x, grad_alpha, grad_bits = ctx.backend.backward(
             grad, kept, ctx.kind, ctx.axis, range_, ctx.grid, ctx.key, residuals
         )
-        by_bits = grad_bits if ctx.draw is None else ctx.draw.gradient(grad_bits)
-        return grad_x.to(ctx.dtype), grad_alpha, by_bits, None
+        grad_bits = grad_bits if ctx.draw is None else ctx.draw.gradient(grad_bits)
+        return grad_x.to(ctx.dtype), grad_alpha, grad_bits, None
 
 
 def quantize(
@@ -182,31 +214,36 @@ def quantize(
     key: int | None = None,
     empirical: bool = False,
 ) -> Tensor:
-    """What `functional.pseudo_quantize` and `hard_quantize` compute.
+    """Compute `functional.pseudo_quantize` or `functional.hard_quantize` with a backend.
 
     Args:
         backend: kernels for the device of `x`.
-        x: a dense tensor of float32, bfloat16 or float16.
-        boundary: what determines its range.
-        key: of the noise; None rounds.
-        empirical: noise from the tensor's own residuals.
+        x: dense tensor of float32, bfloat16 or float16.
+        boundary: parameters of the quantization range.
+        key: key of the noise; None selects rounding.
+        empirical: whether noise is drawn from the tensor's own residuals.
+
+    Returns:
+        The quantized tensor, of the shape and dtype of `x`.
+
+    Raises:
+        RuntimeError: the number of boundaries differs from the size of the channel dimension.
     """
     channels = boundary.alpha.numel()
     if channels > 1 and channels != x.shape[boundary.axis]:
         raise RuntimeError(
             f"{channels} boundaries do not fit dimension {boundary.axis} of {tuple(x.shape)}"
         )
-    call = _Call(backend, boundary, key, empirical)
-    told_by_output = key is not None and x.dtype is torch.float32
-    is_small = x.numel() < SMALL
-    if told_by_output and (is_small or not lives_on(x)):
-        call.kind = Kept.OUTPUT
+    output_suffices = key is not None and x.dtype is torch.float32
+    is_small = x.numel() < SMALL_ELEMENTS
+    kind = Kept.OUTPUT if output_suffices and (is_small or not is_retained(x)) else Kept.INPUT
+    call = _Quantization(backend, boundary, key, empirical, kind)
     y: Tensor = _Quantize.apply(x, boundary.alpha, boundary.bits, call)
     if not torch.is_grad_enabled():
         return y
     if call.kind is Kept.OUTPUT and x.grad_fn is not None:
         call.version, call.y = x._version, weakref.ref(y)
-        _noisy[x] = call
+        _latest[x] = call
     elif call.kind is Kept.INPUT and not is_small:
-        remember(y, x, call.compute)
+        register_recipe(y, x, call.compute)
     return y

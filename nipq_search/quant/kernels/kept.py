@@ -1,8 +1,8 @@
-"""What quantizers keep for the backward, and quantized tensors that nobody keeps.
+"""Tensors saved for the backward pass, and recomputation of quantized tensors to save memory.
 
-Of a tensor and its quantized form one is enough: the product that multiplies with the quantized
-form need not keep it where the quantizer keeps its input. For the backward it is computed again,
-from the same noise.
+Saving either a tensor or its quantized form is sufficient. If a quantizer saves its input, the
+product that consumes the quantized form does not save it too; the backward pass recomputes it with
+the same noise.
 """
 
 from __future__ import annotations
@@ -19,59 +19,71 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Kept(enum.Enum):
-    """What a quantizer's backward reads; the kernels have these numbers."""
+    """Tensor that the backward pass of a quantizer reads; the kernels use these codes."""
 
     INPUT = 0
     OUTPUT = 1
 
 
-SMALL = 1 << 14
-"""Tensors of fewer elements are kept twice: computing one again would cost more than it saves."""
+SMALL_ELEMENTS = 1 << 14
+"""Tensors with fewer elements are saved in both forms, since recomputation would not pay off."""
 
-_KEEP_THEIR_RESULT = frozenset({"SoftmaxBackward0"})
-
-
-def lives_on(x: Tensor) -> bool:
-    """Whether autograd, the model or the data hold `x` until the backward in any case."""
-    return x.grad_fn is None or x.grad_fn.name() in _KEEP_THEIR_RESULT
+_SAVE_THEIR_RESULT = frozenset({"SoftmaxBackward0"})
 
 
-def flattened(x: Tensor, taken: int) -> Tensor:
-    """`x`, copied if its dimensions before the last `taken` are not one in memory.
+def is_retained(x: Tensor) -> bool:
+    """Whether autograd, the model or the data retain `x` until the backward pass in any case."""
+    return x.grad_fn is None or x.grad_fn.name() in _SAVE_THEIR_RESULT
 
-    Products would copy it then, and keep the copy beside what the quantizer keeps.
+
+def flattened(x: Tensor, kept_dims: int) -> Tensor:
+    """Return `x`, or a copy if all but its last `kept_dims` dimensions cannot be flattened.
+
+    The product would make that copy itself, and save it in addition to the quantizer's tensor.
     """
-    for i in range(x.dim() - taken - 1):
+    for i in range(x.dim() - kept_dims - 1):
         if x.stride(i) != x.stride(i + 1) * x.shape[i + 1]:
             return x.contiguous()
     return x
 
 
 class Recipe:
-    """How a quantized tensor can be computed again, as long as nobody overwrote anything."""
+    """Recomputes a quantized tensor, provided that its input was not modified in place."""
 
-    def __init__(self, again: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
-        """Take the function that computed `y` from `x`."""
-        self.again, self.x = again, x.detach()  # which shares the counter of versions
+    def __init__(self, compute: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+        """Store how to recompute a tensor.
+
+        Args:
+            compute: function that computed `y` from `x`.
+            x: input of the quantizer.
+            y: output of the quantizer.
+        """
+        self.compute, self.x = compute, x.detach()  # shares the version counter of `x`
         self.x_version, self.y_version = _version(x), _version(y)
 
     def unpack(self) -> Tensor:
-        """The tensor.
+        """Recompute the tensor.
 
         Raises:
-            RuntimeError: what it is computed from was overwritten.
+            RuntimeError: the input was modified in place.
         """
         _check(self.x, self.x_version)
-        return self.again(self.x)
+        return self.compute(self.x)
 
 
 _recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Of quantized tensors that live. No attribute of theirs: people save tensors."""
+"""Recipes of live quantized tensors; not tensor attributes, which users would serialize."""
 
 
-def remember(y: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
-    """Say how `y` can be computed again from `x`."""
-    _recipes[y] = Recipe(again, x, y)
+def register_recipe(y: Tensor, x: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
+    """Register that `y` can be recomputed from `x`.
+
+    Args:
+        y: output of a quantizer.
+        x: input of the quantizer.
+        compute: function that computed `y` from `x`.
+    """
+    _recipes[y] = Recipe(compute, x, y)
 
 
 def _version(x: Tensor) -> int:
@@ -79,7 +91,7 @@ def _version(x: Tensor) -> int:
 
 
 def _check(x: Tensor, version: int) -> None:
-    """Autograd itself looks at the version of what it saves."""
+    """Check the version counter, as autograd does for the tensors that it saves."""
     if _version(x) != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
@@ -93,8 +105,8 @@ def _storage(x: Tensor) -> int:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Other:
-    """A tensor that is kept as it is."""
+class _Saved:
+    """A tensor that is saved unchanged."""
 
     tensor: Tensor
     version: int
@@ -105,8 +117,8 @@ class _Other:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Again:
-    """A tensor, or a view of one, that can be computed again."""
+class _Recomputed:
+    """A tensor, or a view of one, that is recomputed in the backward pass."""
 
     recipe: Recipe
     shape: torch.Size
@@ -117,8 +129,8 @@ class _Again:
         return self.recipe.unpack().as_strided(self.shape, self.stride, self.offset)
 
 
-def watched() -> bool:
-    """Whether a compiler, or hooks on saved tensors as a checkpoint's, follow the forward."""
+def has_other_hooks() -> bool:
+    """Whether a compiler or other saved-tensor hooks, as in checkpointing, are active."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -126,14 +138,14 @@ def watched() -> bool:
 
 
 @contextlib.contextmanager
-def not_keeping(*operands: Tensor) -> Iterator[None]:
-    """Within, products do not keep those operands that can be computed again.
+def recompute_operands(*operands: Tensor) -> Iterator[None]:
+    """Within the context, products recompute operands in the backward pass where possible.
 
-    Other hooks on saved tensors, as in checkpoints, come first: then nothing changes.
+    Has no effect while other saved-tensor hooks are active, as in checkpointing.
     """
     enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
     recipes = {}
-    if not watched() and enabled():
+    if not has_other_hooks() and enabled():
         for y in operands:
             recipe = _recipes.get(y)  # type: ignore[no-untyped-call]
             if recipe is not None and _version(y) == recipe.y_version:
@@ -142,11 +154,11 @@ def not_keeping(*operands: Tensor) -> Iterator[None]:
         yield
         return
 
-    def pack(x: Tensor) -> _Other | _Again:
+    def pack(x: Tensor) -> _Saved | _Recomputed:
         recipe = recipes.get(_storage(x)) if x.layout is torch.strided else None
         if recipe is None:
-            return _Other(x, _version(x))
-        return _Again(recipe, x.shape, x.stride(), int(x.storage_offset()))
+            return _Saved(x, _version(x))
+        return _Recomputed(recipe, x.shape, x.stride(), int(x.storage_offset()))
 
-    with saved_tensors_hooks(pack, lambda kept: kept.unpack()):
+    with saved_tensors_hooks(pack, lambda packed: packed.unpack()):
         yield

@@ -1,11 +1,11 @@
-/* ReLU that keeps a byte for each element; see relu.py. build.py builds this with cpu.c. */
+/* ReLU that saves one byte per element; see relu.py. Compiled together with cpu.c by build.py. */
 #include <stdint.h>
 #include <string.h>
 
 #define LANES 16
-#define PIECE 32768 /* elements of one thread's turn, a multiple of LANES */
+#define PIECE 32768 /* elements that one thread processes at a time, a multiple of LANES */
 
-/* min(max(x, 0), cap), which may overwrite x, and a byte for each element that lets gradients by. */
+/* min(max(x, 0), cap), possibly in place, and a byte per element: whether its gradient passes. */
 void nipq_relu_forward(const float *x, float *y, int8_t *open, int64_t count, float cap,
                        int threads) {
     const int64_t pieces = (count + PIECE - 1) / PIECE;

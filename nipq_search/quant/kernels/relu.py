@@ -1,7 +1,7 @@
-"""ReLU that keeps a byte for each element for its backward, in place of its whole output.
+"""ReLU that saves one byte per element for the backward pass instead of its output.
 
-A quantizer after it makes a tensor of its own, which the next layer keeps. So the output of the
-ReLU need not live on. Only float32 tensors on a CPU have this kernel.
+A subsequent quantizer creates a new tensor, which the next layer saves, so the output of the ReLU
+can be freed. The kernel supports float32 tensors on a CPU.
 """
 
 from __future__ import annotations
@@ -54,37 +54,46 @@ class _ReLU(torch.autograd.Function):
 
 
 def lean_relu(x: Tensor, cap: float, inplace: bool) -> Tensor | None:
-    """`min(max(x, 0), cap)`; None where torch's own operation has to serve."""
+    """Return `min(max(x, 0), cap)`, or None if the kernel does not support the call.
+
+    Args:
+        x: tensor of any shape.
+        cap: upper limit, possibly infinite.
+        inplace: whether to overwrite `x`.
+
+    Returns:
+        The result, or None if torch's operation must be used.
+    """
     if not (x.requires_grad and torch.is_grad_enabled() and available(x)):
         return None
     if x.dtype is not torch.float32:
         return None
-    # Autograd lets no function of ours overwrite a leaf or a view.
+    # Autograd does not permit custom functions to overwrite a leaf or a view.
     if inplace and (x.is_leaf or x._is_view()) or dense(x) is not x:
         return None
     return _ReLU.apply(x, cap, inplace)  # type: ignore[no-any-return]
 
 
 class _Lean(nn.Module):
-    """A ReLU of a prepared model."""
+    """Base class of the ReLU layers of a prepared model."""
 
     cap: float
     inplace: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        """Shapes as in the float layer."""
+        """Apply the lean kernel if it supports the input, else the float layer."""
         found = lean_relu(input, self.cap, self.inplace)
         return super().forward(input) if found is None else found
 
 
 class LeanReLU(_Lean, nn.ReLU):
-    """`nn.ReLU` in a prepared model."""
+    """Replacement of `nn.ReLU` in a prepared model."""
 
     cap = float("inf")
 
 
 class LeanReLU6(_Lean, nn.ReLU6):
-    """`nn.ReLU6` in a prepared model."""
+    """Replacement of `nn.ReLU6` in a prepared model."""
 
     cap = 6.0
 
@@ -93,7 +102,7 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: LeanReLU, nn.ReLU6: Lea
 
 
 def make_lean(model: nn.Module) -> None:
-    """Swap the class of every ReLU in a model, in place. Subclasses are left alone."""
+    """Replace the class of every ReLU in a model, in place. Subclasses are not changed."""
     for module in model.modules():
         if type(module) in LEAN:
             module.__class__ = LEAN[type(module)]

@@ -1,5 +1,5 @@
-"""The mathematics of the quantizers as pure functions of tensors.
+"""Mathematics of the quantizers as pure functions of tensors.
 
 Start reading in `functional.py` (ranges, quantization, gradients); `widths.py` draws bit-widths,
-`noise.py` draws pseudo-quantization noise. Imports nothing else of the project.
+`noise.py` draws pseudo-quantization noise. Imports no other package of the project.
 """

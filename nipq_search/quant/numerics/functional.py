@@ -1,8 +1,8 @@
-"""The mathematics of NIPQ as pure functions of tensors.
+"""Quantization ranges, noisy and hard quantization, and their gradients as pure functions.
 
 Source: Shin et al., "NIPQ: Noise Proxy-based Integrated Pseudo-Quantization", CVPR 2023
-(arXiv 2206.00820). Every grid is written as `step * integer`, with the integers from `lowest` to
-`highest`; signed, unsigned and affine grids differ in those two numbers alone.
+(arXiv 2206.00820). Every grid consists of the points `step * integer` for the integers from
+`lowest` to `highest`; signed, unsigned and affine grids differ only in these two bounds.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nipq_search.quant.numerics.widths import Draw, drawn_bits
 
-LEAST_BOUNDARY = 1e-12
-"""A diverging training may drive a boundary to 0, and x / 0 is no number."""
+MIN_BOUNDARY = 1e-12
+"""Lower limit of truncation boundaries. Diverging training could drive a boundary to 0, where
+`x / step` is undefined."""
 
 
 class Grid(enum.Enum):
@@ -28,18 +29,22 @@ class Grid(enum.Enum):
     AFFINE = "affine"
 
     @property
-    def least_bits(self) -> int:
-        """The fewest bits that the grid can have: a signed one needs two."""
+    def min_bits(self) -> int:
+        """Smallest bit-width of the grid: 2 for a signed one, else 1."""
         return 2 if self is Grid.SIGNED else 1
 
 
+GRID_CODES = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
+"""Grids in the order of their integer codes, which checkpoints and the C kernels use."""
+
+
 class Range(NamedTuple):
-    """A quantization range, shapes broadcastable to the tensor that it quantizes.
+    """Quantization range, with shapes broadcastable to the quantized tensor.
 
     Attributes:
-        step: distance between neighbouring grid points.
+        step: distance between adjacent grid points.
         low: lower truncation boundary; values at or below it are truncated.
-        high: upper truncation boundary.
+        high: upper truncation boundary; values at or above it are truncated.
         lowest: integer of the lowest grid point, `low / step` rounded.
         highest: integer of the highest grid point.
     """
@@ -52,17 +57,17 @@ class Range(NamedTuple):
 
 
 class Boundary(NamedTuple):
-    """What determines a tensor's range.
+    """Parameters that determine the quantization range of a tensor.
 
     Attributes:
-        alpha: truncation boundaries, shape (channels,); see `quantization_range`. With a `start`
-            what is learned of them: the boundary is `positive(alpha, start)`.
-        bits: bit-width, shape (1,). With a `draw` its theta.
+        alpha: truncation boundaries, shape (channels,); see `quantization_range`. If `start` is
+            set, the raw learned parameter instead: the boundary is `positive(alpha, start)`.
+        bits: bit-width in bits, shape (1,). If `draw` is set, its theta instead.
         grid: shape of the grid.
-        minimum: of an affine tensor.
+        minimum: lower end of an affine range, shape (1,).
         axis: dimension of the channels.
-        start: see `alpha`.
-        draw: see `bits`.
+        start: initial boundaries, shape (channels,), or None; see `alpha`.
+        draw: bit-width drawn for this step, or None; see `bits`.
     """
 
     alpha: Tensor
@@ -74,13 +79,13 @@ class Boundary(NamedTuple):
     draw: Draw | None = None
 
     def resolved(self) -> Boundary:
-        """The same, without `start` and `draw`; differentiable."""
+        """Return the equivalent boundary without `start` and `draw`; differentiable."""
         alpha = self.alpha if self.start is None else positive(self.alpha, self.start)
         bits = self.bits if self.draw is None else drawn_bits(self.draw)
         return Boundary(alpha, bits, self.grid, self.minimum, self.axis)
 
     def range(self, dimensions: int) -> Range:
-        """The range for a tensor of so many dimensions; differentiable."""
+        """Return the range for a tensor with `dimensions` dimensions; differentiable."""
         alpha, bits = self.resolved()[:2]
         if alpha.numel() > 1:
             shape = [1] * dimensions
@@ -90,26 +95,26 @@ class Boundary(NamedTuple):
 
 
 def softplus_inverse(value: Tensor) -> Tensor:
-    """The `a` with `softplus(a) == value`, for positive values of any size.
+    """Return the `a` for which `softplus(a) == value`, for positive values of any size.
 
-    Written as `v + log(-expm1(-v))`, which does not overflow where `log(expm1(v))` does.
+    Computed as `v + log(-expm1(-v))`, because `log(expm1(v))` overflows for large `v`.
     """
     return value + torch.log(-torch.expm1(-value))
 
 
 def quantization_range(alpha: Tensor, bits: Tensor, grid: Grid, minimum: Tensor) -> Range:
-    """Grid and truncation boundaries at `bits` bits; differentiable in `alpha` and `bits`.
+    """Return the quantization range at `bits` bits; differentiable in `alpha` and `bits`.
 
     Args:
-        alpha: truncation boundary: half the width of a signed range, the width of an unsigned or
-            affine one. Positive.
-        bits: bit-width, at least 2 for a signed grid and 1 for the others.
-        grid: its shape.
-        minimum: the least value of an affine tensor, from calibration; unused otherwise.
+        alpha: truncation boundary, positive: half the width of a signed range, the full width of
+            an unsigned or affine one.
+        bits: bit-width in bits, at least 2 for a signed grid and 1 for the others.
+        grid: shape of the grid.
+        minimum: lower end of an affine range, from calibration; unused for other grids.
 
     Returns:
-        The range. An affine zero-point is an integer and constant in the backward, so that zero
-        lies on the grid.
+        The range. The zero-point of an affine range is an integer, so zero is a grid point, and
+        constant in the backward pass.
     """
     if grid is Grid.SIGNED:
         highest = torch.exp2(bits - 1) - 1
@@ -129,27 +134,27 @@ def quantization_range(alpha: Tensor, bits: Tensor, grid: Grid, minimum: Tensor)
 def range_gradients(
     range_: Range, grid: Grid, grad_step: Tensor, grad_low: Tensor, grad_high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Derivatives with respect to `alpha` and `bits` of a loss, from those of a range.
+    """Return the gradients with respect to `alpha` and `bits`, given those of the range.
 
-    What differentiating `quantization_range` gives, in a few operations. With L levels above the
-    lowest, `step = alpha / L` and `dL/db = ln 2 * (L + 1)`; hence
+    This is the analytic backward pass of `quantization_range`. With L levels above the lowest,
+    `step = alpha / L` and `dL/db = ln 2 * (L + 1)`; hence
     `dstep/db = -ln 2 * step * (1 + 1 / L)`.
 
     Args:
-        range_: of shape (channels,), as are the gradients.
-        grid: its shape.
-        grad_step: derivative with respect to the step.
-        grad_low: with respect to the lower boundary.
-        grad_high: with respect to the upper boundary.
+        range_: the range, shape (channels,).
+        grid: shape of the grid.
+        grad_step: gradient with respect to the step, shape (channels,).
+        grad_low: gradient with respect to the lower boundary, shape (channels,).
+        grad_high: gradient with respect to the upper boundary, shape (channels,).
 
     Returns:
-        Derivatives of shape (channels,) and (1,).
+        Gradients with respect to `alpha`, shape (channels,), and `bits`, shape (1,).
     """
     if grid is Grid.SIGNED:
         levels, grad_alpha = range_.highest, grad_high - grad_low
     elif grid is Grid.UNSIGNED:
         levels, grad_alpha = range_.highest, grad_high
-    else:  # low = lowest * step and high = alpha + low, with a constant lowest
+    else:  # low = lowest * step and high = alpha + low, where lowest is constant
         levels, grad_alpha = range_.highest - range_.lowest, grad_high
         grad_step = grad_step + range_.lowest * (grad_low + grad_high)
     per_bit = (grad_step * range_.step) * ((1.0 + 1.0 / levels) * -math.log(2.0))
@@ -157,18 +162,28 @@ def range_gradients(
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """Sum `tensor` down to `shape`, in an order that does not change from run to run."""
+    """Sum `tensor` to `shape` in a deterministic order."""
     return tensor.sum_to_size(shape)
 
 
 def range_sums(
     grad: Tensor, x: Tensor, range_: Range, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `x`, step, low and high of a noisy quantizer; the last three flat."""
-    by_x, *rest = _range_gradients((True,) * 4, grad, x, *range_[:3], noise)
-    by_step, by_low, by_high = (t.reshape(-1) for t in rest if t is not None)
-    assert by_x is not None
-    return by_x, by_step, by_low, by_high
+    """Return the gradients of a noisy quantizer with respect to `x` and its range.
+
+    Args:
+        grad: gradient of the output, same shape as `x`.
+        x: tensor of any shape.
+        range_: quantization range.
+        noise: same shape as `x`, in units of the step.
+
+    Returns:
+        Gradients with respect to `x` (its shape), and to step, low and high, shape (channels,).
+    """
+    grad_x, *rest = _range_gradients((True,) * 4, grad, x, *range_[:3], noise)
+    grad_step, grad_low, grad_high = (t.reshape(-1) for t in rest if t is not None)
+    assert grad_x is not None
+    return grad_x, grad_step, grad_low, grad_high
 
 
 def _range_gradients(
@@ -180,15 +195,15 @@ def _range_gradients(
     high: Tensor,
     noise: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of a quantizer with respect to x, step, low and high, given its noise."""
+    """Return the gradients of a quantizer with respect to x, step, low and high."""
     above, below = x >= high, x <= low
     inside = grad.masked_fill(above | below, 0.0)
     grad_step = grad_low = grad_high = None
     if needed[1]:
-        if noise is None:  # the hard quantizer's noise is its own rounding residual
+        if noise is None:  # for the hard quantizer, the rounding residual takes its place
             scaled = x / step
             noise = torch.round(scaled).sub_(scaled)
-        # Far outside, the noise of rounding is no number.
+        # Far outside the range the rounding residual is NaN.
         grad_step = _sum_to((inside * noise).masked_fill(above | below, 0.0), step.shape)
     if needed[2]:
         grad_low = _sum_to(torch.where(below, grad, 0.0), low.shape)
@@ -198,13 +213,13 @@ def _range_gradients(
 
 
 class _PseudoQuantize(torch.autograd.Function):
-    """`x + noise * step` inside the range, the boundary outside; exact gradients."""
+    """Compute `x + noise * step` inside the range, the boundary outside; exact gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor, noise: Tensor
     ) -> Tensor:
-        """Return the noisy tensor."""
+        """Return the noisy tensor; see `pseudo_quantize` for the arguments."""
         ctx.save_for_backward(x, step, low, high, noise)
         y = torch.addcmul(x, noise, step)
         y = torch.where(x >= high, high, y)
@@ -212,12 +227,12 @@ class _PseudoQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Differentiate the forward, the noise held fixed."""
+        """Differentiate the forward with the noise held fixed."""
         return *_range_gradients(ctx.needs_input_grad, grads[0], *ctx.saved_tensors), None
 
 
 class _HardQuantize(torch.autograd.Function):
-    """`clip(round(x / step), lowest, highest) * step`; straight-through gradients."""
+    """Compute `clip(round(x / step), lowest, highest) * step`; straight-through gradients."""
 
     @staticmethod
     def forward(
@@ -229,7 +244,7 @@ class _HardQuantize(torch.autograd.Function):
         lowest: Tensor,
         highest: Tensor,
     ) -> Tensor:
-        """Return the grid point nearest to each element."""
+        """Return the nearest grid point of each element."""
         ctx.save_for_backward(x, step, low, high)
         integers = torch.round(x / step)
         return torch.minimum(torch.maximum(integers, lowest), highest).mul_(step)
@@ -242,11 +257,11 @@ class _HardQuantize(torch.autograd.Function):
 
 
 def pseudo_quantize(x: Tensor, range_: Range, noise: Tensor) -> Tensor:
-    """NIPQ's training forward: noise in place of rounding, no straight-through estimator.
+    """Add noise in place of rounding, as NIPQ does in training (no straight-through estimator).
 
     Args:
         x: tensor of any shape, float32 or float64.
-        range_: from `quantization_range`.
+        range_: quantization range, from `quantization_range`.
         noise: same shape as `x`, in units of the step; carries no gradient.
 
     Returns:
@@ -257,19 +272,19 @@ def pseudo_quantize(x: Tensor, range_: Range, noise: Tensor) -> Tensor:
 
 
 def hard_quantize(x: Tensor, range_: Range) -> Tensor:
-    """Round to the grid: what evaluation, the tuning phase and an exported model compute."""
+    """Round `x` to the grid, as in evaluation, the tuning phase and exported models."""
     return _HardQuantize.apply(  # type: ignore[no-any-return]
         x, range_.step, range_.low, range_.high, range_.lowest, range_.highest
     )
 
 
 class _Positive(torch.autograd.Function):
-    """`start * softplus(raw)`, kept from 0, as one node of the graph."""
+    """Compute `start * softplus(raw)`, clamped away from 0, as one autograd node."""
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, start: Tensor) -> Tensor:
         ctx.save_for_backward(raw, start)
-        return torch.nn.functional.softplus(raw).mul_(start).clamp_(min=LEAST_BOUNDARY)
+        return torch.nn.functional.softplus(raw).mul_(start).clamp_(min=MIN_BOUNDARY)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -278,9 +293,9 @@ class _Positive(torch.autograd.Function):
 
 
 def positive(raw: Tensor, start: Tensor) -> Tensor:
-    """`start * softplus(raw)`, `LEAST_BOUNDARY` or more; differentiable in `raw`."""
-    if torch.compiler.is_compiling():  # which makes one node of several by itself
-        return (torch.nn.functional.softplus(raw) * start).clamp(min=LEAST_BOUNDARY)
+    """Return `start * softplus(raw)`, at least `MIN_BOUNDARY`; differentiable in `raw`."""
+    if torch.compiler.is_compiling():  # the compiler fuses the operations itself
+        return (torch.nn.functional.softplus(raw) * start).clamp(min=MIN_BOUNDARY)
     return _Positive.apply(raw, start)  # type: ignore[no-any-return]
 
 
@@ -296,5 +311,5 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """`x` in the forward, its gradient times `factor` in the backward."""
+    """Return `x`, and multiply its gradient by `factor` in the backward pass."""
     return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return]

@@ -1,8 +1,9 @@
 """Pseudo-quantization noise as a pure function of (seed, step, tensor, element).
 
-Nothing here touches torch's global generator, so a trial that is resumed, or replayed elsewhere,
-sees the same noise. The noise of an element is a hash of the key and of the element's place in
-memory: the fast kernels compute the same numbers in registers, forward and again backward.
+The functions do not use torch's global generator, so a trial that is resumed or replayed on
+another machine reproduces the same noise. The noise of an element is a hash of the key and the
+element's position in memory; the fast kernels compute the same numbers in registers, in the
+forward and again in the backward pass.
 """
 
 from __future__ import annotations
@@ -19,21 +20,24 @@ from torch._compile import _disable_dynamo
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_TABLE = 1 << 17
+_TABLE_ENTRIES = 1 << 17
+"""Number of elements that the residual table of a large tensor is built from."""
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK = (1 << 64) - 1
 
 
 def not_compiled(function: Function) -> Function:
-    """Keep torch.compile out of `function`: noise hangs on a number that every step changes.
+    """Exclude `function` from torch.compile, because noise depends on the step number.
 
-    As `torch.compiler.disable`, which would load the compiler (a second) on import already.
+    Equivalent to `torch.compiler.disable`, which would load the compiler at import time and take
+    about a second.
     """
     return _disable_dynamo(function)  # type: ignore[return-value]
 
 
 def mix(*words: int) -> int:
-    """Hash integers to 64 well-mixed bits (the finalizer of splitmix64, chained)."""
+    """Hash integers to 64 bits with the chained finalizer of splitmix64."""
     state = 0
     for word in words:
         state = (state + (word & _MASK) + 0x9E3779B97F4A7C15) & _MASK
@@ -43,27 +47,27 @@ def mix(*words: int) -> int:
     return state
 
 
-def placed(key: int, origin: int) -> int:
-    """The key of a tensor that is a share of a larger one, whose elements before it are `origin`.
+def with_origin(key: int, origin: int) -> int:
+    """Return the noise key of a slice of a larger tensor that starts at element `origin`.
 
-    Its elements get the noise that they would get in the whole. Above the 64 bits of a key stands
-    the origin.
+    The slice receives the same noise as within the larger tensor. The origin is stored above the
+    64 bits of the key.
     """
     return key | origin << 64
 
 
 def origin_of(key: int) -> int:
-    """The number of the first element; see `placed`."""
+    """Return the index of the first element; see `with_origin`."""
     return key >> 64
 
 
 def centered_uniform(*words: int) -> float:
-    """One number of the open interval (-1/2, 1/2), a function of the words."""
+    """Return a number in the open interval (-1/2, 1/2) determined by `words`."""
     return ((mix(*words) >> 12) + 0.5) / (1 << 52) - 0.5
 
 
 def dense(x: Tensor) -> Tensor:
-    """`x` if its elements fill a block of memory, in whatever order; else a copy that does."""
+    """Return `x` if its elements fill one block of memory in any order, else a contiguous copy."""
     if x.is_contiguous():
         return x
     expected = 1
@@ -77,10 +81,10 @@ def dense(x: Tensor) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether kernels of ours may serve `x`: float32 or less, outside of traces.
+    """Whether the C and Triton kernels may process `x`.
 
-    A tensor of no elements, a subclass (as in export), torch.compile, torch.jit.trace and
-    everything that watches or fakes single operations need torch operations.
+    They support float32, bfloat16 and float16. Empty tensors, tensor subclasses (as in export),
+    torch.compile, torch.jit.trace, functorch transforms and dispatch modes need torch operations.
     """
     return (
         not torch.compiler.is_compiling()
@@ -95,24 +99,32 @@ def is_plain(x: Tensor) -> bool:
 
 
 def inner_size(x: Tensor, channels: int, axis: int) -> int:
-    """How many neighbouring elements of a dense `x` share one of the boundaries along `axis`.
+    """Return the number of adjacent elements of a dense `x` that share a boundary.
 
-    Element p, in the order of memory, belongs to channel `(p // inner_size) % channels`.
+    Element p, in memory order, belongs to channel `(p // inner_size) % channels`.
+
+    Args:
+        x: dense tensor.
+        channels: number of boundaries.
+        axis: dimension of the channels.
+
+    Returns:
+        The stride of `axis`, or the number of elements if there is a single boundary.
     """
     return int(x.stride(axis)) if channels > 1 else max(1, x.numel())
 
 
 def signed(word: int, bits: int) -> int:
-    """The low bits of a word as a signed integer of so many."""
+    """Return the low `bits` bits of a word as a signed integer."""
     word &= (1 << bits) - 1
     return word - (1 << bits) if word >> (bits - 1) else word
 
 
 def _hashed(count: int, key: int, device: torch.device) -> Tensor:
-    """32 well-mixed bits for each of `count` elements, int32: MurmurHash3's finalizer, keyed.
+    """Return 32 hash bits (int32) for each of `count` elements: MurmurHash3's finalizer, keyed.
 
-    Half of the key goes in before the first multiplication and half before the second. 32-bit
-    multiplication wraps around as it does in the kernels.
+    One half of the key enters before the first multiplication, the other half before the second.
+    32-bit multiplication wraps around as in the kernels.
     """
     with torch.no_grad():
         origin = origin_of(key)
@@ -130,26 +142,34 @@ def _hashed(count: int, key: int, device: torch.device) -> Tensor:
 
 
 def uniform_noise(shape: torch.Size, key: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Noise uniform on (-1/2, 1/2): the odd multiples of 2^-25, which float32 holds exactly.
+    """Return noise that is uniform on (-1/2, 1/2).
+
+    Its values are the odd multiples of 2^-25, which float32 represents exactly.
 
     Args:
         shape: shape of the result.
-        key: 64 bits from `mix`, and perhaps an origin; equal keys give equal noise.
-        device: where the noise is needed.
+        key: 64 bits from `mix`, optionally with an origin; equal keys give equal noise.
+        device: device of the result.
         dtype: float32 or float64.
+
+    Returns:
+        Noise in units of the step.
     """
     bits = _hashed(shape.numel(), key, device) >> 8
     return bits.to(dtype).add_(0.5).mul_(2.0**-24).view(shape)
 
 
 GROUP = 16
-"""Neighbouring elements that draw neighbouring residuals."""
+"""Number of adjacent elements that draw adjacent residuals."""
 
 
 class Residuals(NamedTuple):
-    """Rounding residuals of a part of a tensor: a table, and how many of its entries count.
+    """Rounding residuals of a subsample of a tensor.
 
-    The first `GROUP - 1` of them are repeated after the last, so that a group needs not wrap.
+    Attributes:
+        table: residuals; the first `GROUP - 1` used ones are repeated after the last, so that a
+            group never wraps around.
+        used: number of entries that are drawn from, a scalar.
     """
 
     table: Tensor
@@ -157,9 +177,9 @@ class Residuals(NamedTuple):
 
 
 def _stride(count: int) -> int:
-    """Distance between the elements whose residuals make a tensor's table."""
-    stride = 1 if count <= 2 * _TABLE else -(-count // _TABLE)
-    # A stride that shares a factor with the shape would visit some channels or columns only.
+    """Return the distance between the elements from which a residual table is built."""
+    stride = 1 if count <= 2 * _TABLE_ENTRIES else -(-count // _TABLE_ENTRIES)
+    # A stride that shares a factor with the shape would skip some channels or columns.
     while math.gcd(stride, count) > 1:
         stride += 1
     return stride
@@ -167,8 +187,9 @@ def _stride(count: int) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _shuffle(count: int, device: torch.device) -> Tensor:
-    """An order for a table: neighbours of a tensor may be alike, and those of a table are drawn
-    together.
+    """Return a fixed random order for a residual table.
+
+    Adjacent elements may have similar residuals, and adjacent table entries are drawn together.
     """
     with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(count)
@@ -176,24 +197,27 @@ def _shuffle(count: int, device: torch.device) -> Tensor:
 
 
 def sample_of(x: Tensor) -> tuple[int, Tensor]:
-    """Which elements of a dense tensor a table is made from: every so-many-th, in which order."""
+    """Return the stride and the order of the elements that a residual table is built from."""
     stride = _stride(x.numel())
     return stride, _shuffle(-(-x.numel() // stride), x.device)
 
 
 def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int = 0) -> Residuals:
-    """The residuals `(Q(x) - x) / step` of a subsample: all of at most 262,144 elements, or at
-    most 131,072 of more, at an even distance and shuffled.
+    """Return the rounding residuals `(Q(x) - x) / step` of a subsample, shuffled.
 
-    Elements outside the boundary are left out. A tensor with nothing inside it gives zeros, which
-    nothing reads.
+    Up to 262,144 elements are all used; larger tensors contribute at most 131,072 evenly spaced
+    ones. Elements outside the boundary are excluded. If no element is inside, the table contains
+    zeros, which are never read.
 
     Args:
         x: a `dense` tensor.
-        step: grid step, of one boundary or one per channel.
-        low: lower boundary, shaped as `step`.
-        high: upper boundary, shaped as `step`.
+        step: grid step, with one element or one per channel.
+        low: lower boundary, same shape as `step`.
+        high: upper boundary, same shape as `step`.
         axis: dimension of the channels.
+
+    Returns:
+        The table, in units of the step.
     """
     with torch.no_grad():
         stride, order = sample_of(x)
@@ -206,7 +230,7 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
         inside = (flat > least) & (flat < most)
         scaled = flat / scale
         residual, inside = (torch.round(scaled) - scaled)[order], inside[order]
-        # Compact the residuals that are inside to the front, without asking how many there are.
+        # Move the residuals of elements inside to the front without synchronizing the device.
         slot = torch.where(inside, inside.cumsum(0) - 1, len(flat))
         table = torch.zeros(len(flat) + GROUP, dtype=x.dtype, device=x.device)
         table.scatter_(0, slot, residual)
@@ -217,46 +241,57 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
 
 
 def drawn_from(residuals: Residuals, shape: torch.Size, key: int) -> Tensor:
-    """A bootstrap: each group of elements draws residuals of the table from a hashed place on.
+    """Draw "empirical" noise: each group of elements reads the table from a hashed position.
 
-    So an element's noise is independent of its own residual and follows the same law
-    ("empirical"). The table is shuffled: what neighbours draw is independent too.
+    This bootstrap makes the noise of an element independent of its own residual, with the same
+    distribution. Because the table is shuffled, adjacent elements draw independent noise too.
+
+    Args:
+        residuals: table of rounding residuals.
+        shape: shape of the result.
+        key: 64 bits from `mix`, optionally with an origin; equal keys give equal noise.
+
+    Returns:
+        Noise in units of the step.
     """
     table, used = residuals
     first, within = divmod(origin_of(key), GROUP)
     groups = -(-(within + shape.numel()) // GROUP)
-    chance = _hashed(groups, placed(key & _MASK, first), table.device).to(torch.int64) & 0xFFFFFFFF
+    hashed = _hashed(groups, with_origin(key & _MASK, first), table.device)
+    chance = hashed.to(torch.int64) & 0xFFFFFFFF
     place = ((chance * used) >> 32)[:, None] + torch.arange(GROUP, device=table.device)
     return table[place.view(-1)[within : within + shape.numel()]].view(shape)
 
 
 class NoiseClock:
-    """Counts training forwards of a model; with a seed it determines all of its noise.
+    """Counts the training forwards of a model; together with the seed it determines all noise.
 
-    One object is shared by every quantizer of a model. The count moves once per forward of the
-    root module in training mode, so repeated calls of a layer and recomputation under activation
-    checkpointing see the noise of that forward again.
+    All quantizers of a model share one clock. The count advances once per forward of the root
+    module in training mode, so repeated calls of a layer and recomputation under activation
+    checkpointing reuse the noise of that forward.
 
     Attributes:
-        share: where this process sees a share of a batch: samples before it, in it, and in all.
+        seed: seed of the noise.
+        share: share of the batch that this process computes: number of samples before it, in it,
+            and in the whole batch; zeros if there is a single process.
     """
 
     def __init__(self, seed: int = 0, step: int = 0) -> None:
-        """Start at a step."""
+        """Start counting at `step`."""
         self.seed = seed
         self.share = (0, 0, 0)
         self._place = np.array([step], dtype=np.int64)
-        # The same memory: a compiled graph counts with a tensor, and everything else must not, for
-        # what fakes or watches operations would do so with these.
+        # A tensor on the same memory, for compiled graphs. All other code uses the array, because
+        # dispatch modes would intercept operations on the tensor.
         self.count = torch.from_numpy(self._place)
 
     def __reduce__(self) -> Any:
-        """Copies and pickles share no memory."""
+        """Copy and pickle by value, so that copies do not share memory."""
         return NoiseClock, (self.seed, self.step)
 
     @property
     def step(self) -> int:
-        """Training forwards so far."""
+        """Number of training forwards so far."""
         return int(self._place[0])
 
     @step.setter
@@ -264,20 +299,20 @@ class NoiseClock:
         self._place[0] = value
 
     def key(self, tensor: int, purpose: int) -> int:
-        """64 bits for the quantizer numbered `tensor` at this step."""
+        """Return the 64-bit key of the tensor with index `tensor` at this step."""
         return mix(self.seed, self.step, tensor, purpose)
 
     def origin(self, x: Tensor) -> int:
-        """Elements of an activation that belong to the samples before this process's share.
+        """Return the number of elements that belong to samples before this process's share.
 
-        Samples lie one after another in memory. A tensor that does not divide by the samples, as
-        one that is no function of them, has no elements before it.
+        Samples are contiguous in memory. The origin is 0 for a tensor whose size is not a
+        multiple of the number of samples, because it does not depend on them.
         """
         before, samples, _ = self.share
         per_sample, rest = divmod(x.numel(), samples) if before else (0, 0)
         return 0 if rest else before * per_sample
 
-    def whole(self) -> float:
-        """How many times this process's share the whole batch is."""
+    def batch_ratio(self) -> float:
+        """Return the ratio of the whole batch's samples to those of this process's share."""
         _, samples, of = self.share
         return of / samples if samples else 1.0

@@ -1,4 +1,4 @@
-"""The mathematics of learned bit-widths as pure functions."""
+"""Learned bit-widths: soft bit-widths, random draws and their gradients as pure functions."""
 
 from __future__ import annotations
 
@@ -12,43 +12,72 @@ from torch.autograd.function import once_differentiable
 
 
 def sigmoid(theta: float) -> float:
-    """`1 / (1 + exp(-theta))` of any number."""
+    """Return `1 / (1 + exp(-theta))` without overflow."""
     if theta < 0.0:
         return 1.0 - sigmoid(-theta)
     return 1.0 / (1.0 + math.exp(-theta))
 
 
-def soft_bits(theta: Tensor, least: float, most: float) -> Tensor:
-    """Continuous bit-width `least + (most - least) * sigmoid(theta)`."""
-    return least + (most - least) * torch.sigmoid(theta)
+def soft_bits(theta: Tensor, min_bits: float, max_bits: float) -> Tensor:
+    """Return the continuous bit-width `min_bits + (max_bits - min_bits) * sigmoid(theta)`.
 
+    Args:
+        theta: learned parameter, shape (1,).
+        min_bits: smallest allowed bit-width in bits.
+        max_bits: largest allowed bit-width in bits.
 
-def theta_for(bits: float, least: float, most: float) -> float:
-    """The `theta` whose soft bit-width is `bits`.
-
-    The sigmoid is clipped to [0.05, 0.95]: nearer to its ends theta has no gradient to speak of.
+    Returns:
+        The bit-width in bits, shape (1,).
     """
-    share = min(max((bits - least) / (most - least), 0.05), 0.95)
+    return min_bits + (max_bits - min_bits) * torch.sigmoid(theta)
+
+
+def theta_for(bits: float, min_bits: float, max_bits: float) -> float:
+    """Return the `theta` whose soft bit-width is `bits`.
+
+    The sigmoid is clipped to [0.05, 0.95], because theta's gradient nearly vanishes beyond.
+
+    Args:
+        bits: bit-width in bits.
+        min_bits: smallest allowed bit-width in bits.
+        max_bits: largest allowed bit-width in bits.
+
+    Returns:
+        The parameter of `soft_bits`.
+    """
+    share = min(max((bits - min_bits) / (max_bits - min_bits), 0.05), 0.95)
     return math.log(share / (1.0 - share))
 
 
 def sample_width(bits: float, allowed: tuple[int, ...], u: float) -> int:
-    """`sample_bits` of a number: what a CPU, which need not wait for itself, computes faster."""
+    """Round a soft bit-width as in `sample_bits`, on plain numbers, which is faster on a CPU.
+
+    Args:
+        bits: soft bit-width in bits.
+        allowed: allowed bit-widths in bits, ascending, at least two.
+        u: uniform random number from (-1/2, 1/2).
+
+    Returns:
+        The sampled bit-width.
+    """
     above = min(max(bisect.bisect_right(allowed, bits), 1), len(allowed) - 1)
     lower, upper = allowed[above - 1], allowed[above]
     return upper if (bits - lower) / (upper - lower) > 0.5 - u else lower
 
 
 def sample_bits(bits: Tensor, allowed: Tensor, u: float) -> Tensor:
-    """Round a soft bit-width stochastically to one of its two allowed neighbours.
+    """Round a soft bit-width stochastically to one of the two nearest allowed widths.
 
-    Unbiased, `E[sample] == bits`, where `u` is uniform on (-1/2, 1/2). On a set without gaps this
-    is `round(bits + u)`. The derivative of the rounding is taken as 1.
+    The sample is unbiased, `E[sample] == bits`, for `u` uniform on (-1/2, 1/2). On a set without
+    gaps it equals `round(bits + u)`. The derivative of the rounding is taken as 1.
 
     Args:
-        bits: soft bit-width, shape (1,).
-        allowed: allowed widths in ascending order, shape (k,), at least two.
-        u: the draw; one per tensor and step.
+        bits: soft bit-width in bits, shape (1,).
+        allowed: allowed bit-widths in ascending order, shape (k,) with k at least 2.
+        u: uniform random number, one per tensor and step.
+
+    Returns:
+        The sampled bit-width, shape (1,).
     """
     with torch.no_grad():
         above = torch.searchsorted(allowed, bits, right=True).clamp(1, len(allowed) - 1)
@@ -63,46 +92,52 @@ def draw(
     allowed: tuple[int, ...],
     u: float,
     marginal: Tensor,
-    among: Tensor | None = None,
+    allowed_tensor: Tensor | None = None,
 ) -> Draw:
-    """An integer bit-width for one step; see `sample_bits`.
+    """Draw an integer bit-width for one step; see `sample_bits`.
 
     Args:
-        theta: what is learned, shape (1,).
-        allowed: allowed widths, ascending.
-        u: uniform on (-1/2, 1/2).
-        marginal: gets the derivative by the bit-width.
-        among: `allowed` as a tensor where `theta` is.
+        theta: learned parameter, shape (1,).
+        allowed: allowed bit-widths in bits, ascending, at least two.
+        u: uniform random number from (-1/2, 1/2).
+        marginal: running mean, shape (1,), updated in the backward pass; see `Draw`.
+        allowed_tensor: `allowed` as a tensor on the device of `theta`; created if None.
+
+    Returns:
+        The draw, with tensors on an accelerator and plain numbers on a CPU.
     """
-    least, span = allowed[0], allowed[-1] - allowed[0]
+    min_bits, span = allowed[0], allowed[-1] - allowed[0]
     if theta.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
         with torch.no_grad():
             share = torch.sigmoid(theta)
-            among = theta.new_tensor(allowed) if among is None else among
-            width = sample_bits(least + span * share, among, u)
+            if allowed_tensor is None:
+                allowed_tensor = theta.new_tensor(allowed)
+            width = sample_bits(min_bits + span * share, allowed_tensor, u)
             return Draw(theta, width, span * share * (1 - share), marginal)
-    part = sigmoid(theta.item())
-    number = sample_width(least + span * part, allowed, u)
-    return Draw(theta, number, span * part * (1 - part), marginal)
+    fraction = sigmoid(theta.item())
+    number = sample_width(min_bits + span * fraction, allowed, u)
+    return Draw(theta, number, span * fraction * (1 - fraction), marginal)
 
 
 def nearest_bits(bits: float, allowed: tuple[int, ...]) -> int:
-    """The allowed width nearest to a soft one; the larger of two equally near ones."""
+    """Return the allowed bit-width nearest to a soft one; ties go to the larger."""
     return min(allowed, key=lambda width: (abs(width - bits), -width))
 
 
 MARGINAL_DECAY = 0.98
-"""Share of a bit-width's `marginal` that a step leaves."""
+"""Factor by which the running mean `marginal` of a bit-width decays per step."""
 
 
 class Draw(NamedTuple):
-    """A bit-width that was drawn for one step.
+    """Bit-width drawn for one step.
 
     Attributes:
-        theta: what is learned, shape (1,).
-        width: a number on a CPU, which need not wait for itself, else a tensor of shape (1,).
-        slope: derivative of the soft bit-width by theta; number or tensor likewise.
-        marginal: running mean of the loss's derivative by the bit-width, shape (1,).
+        theta: learned parameter, shape (1,).
+        width: drawn bit-width in bits: a tensor of shape (1,), or a number on a CPU, where
+            reading it needs no synchronization.
+        slope: derivative of the soft bit-width with respect to theta; type as for `width`.
+        marginal: running mean of the derivative of the loss with respect to the bit-width, in
+            loss per bit, shape (1,).
     """
 
     theta: Tensor
@@ -110,14 +145,14 @@ class Draw(NamedTuple):
     slope: float | Tensor
     marginal: Tensor
 
-    def gradient(self, by_bits: Tensor) -> Tensor:
-        """The derivative by theta; the one by the bit-width is shown to `marginal`."""
-        self.marginal.add_(by_bits, alpha=1.0 - MARGINAL_DECAY)
-        return by_bits * self.slope
+    def gradient(self, grad_bits: Tensor) -> Tensor:
+        """Return the gradient of theta, given that of the bit-width, and update `marginal`."""
+        self.marginal.add_(grad_bits, alpha=1.0 - MARGINAL_DECAY)
+        return grad_bits * self.slope
 
 
 class _Drawn(torch.autograd.Function):
-    """The width of a draw; its derivative is the soft width's."""
+    """Return the width of a draw, with the derivative of the soft width."""
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, draw: Draw) -> Tensor:
@@ -133,5 +168,5 @@ class _Drawn(torch.autograd.Function):
 
 
 def drawn_bits(draw: Draw) -> Tensor:
-    """The width of a draw, shape (1,); differentiable in theta."""
+    """Return the width of a draw, shape (1,), differentiable in theta."""
     return _Drawn.apply(draw.theta, draw)  # type: ignore[no-any-return]

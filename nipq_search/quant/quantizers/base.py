@@ -1,14 +1,17 @@
-"""The family of fake quantizers: what they share, and the registry.
+"""Base class and registry of fake quantizers.
 
-Life cycle of a quantizer: built by `prepare`; activations observe calibration batches; it is
-initialized from what was seen; it trains; `freeze` fixes its bit-width; hard training and
-evaluation follow. To add a quantizer write one file like `nipq.py` and one line that registers it
-in `nipq_search/quant/__init__.py`; another package offers an entry point instead.
+Life cycle of a quantizer: `prepare` constructs it; activation quantizers observe calibration
+batches; `initialize` sets grid and boundary from the observed statistics; the quantizer trains;
+`freeze` fixes its bit-width; training with hard quantization and evaluation follow.
+
+To add a quantizer, write one file like `nipq.py` and register the class in
+`nipq_search/quant/__init__.py`. Other packages offer an entry point instead.
 """
 
 from __future__ import annotations
 
 import abc
+import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,134 +19,175 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.quant.kernels import hard_quantize
-from nipq_search.quant.numerics.functional import Boundary, Grid
-from nipq_search.quant.numerics.noise import NoiseClock, placed
+from nipq_search.quant.numerics.functional import GRID_CODES, Boundary, Grid
+from nipq_search.quant.numerics.noise import NoiseClock, with_origin
 from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.quant.quantizers.statistics import TensorStatistics
 from nipq_search.registry import Registry
 
-_GRIDS = (Grid.SIGNED, Grid.UNSIGNED, Grid.AFFINE)
+
+class TensorRole(enum.StrEnum):
+    """Role of a tensor in a model."""
+
+    WEIGHT = "weight"
+    ACTIVATION = "activation"
+    ADDITION = "addition"
 
 
 class Placement(NamedTuple):
-    """Which boundary serves which element: channels lie along `axis`, or `rows` names them."""
+    """Assignment of boundaries to elements.
+
+    Attributes:
+        axis: dimension of the channels.
+        rows: channel index of each row, shape (len(x),), for rows looked up in a weight.
+    """
 
     axis: int = 0
     rows: Tensor | None = None
 
 
 class FakeQuantizer(nn.Module, abc.ABC):
-    """Quantizes one tensor in floating point. Subclasses own the boundary's parameter.
+    """Simulates quantization of one tensor in floating point. Subclasses define the boundary.
+
+    While `observer` is set, as during calibration, the quantizer passes tensors to it (channels
+    first if there are several) and returns them unchanged. Rows looked up in a weight are not
+    observed.
 
     Args:
         name: name of the tensor, for example `conv1.weight` or `conv1.input`.
-        bits: its bit-width.
-        channels: number of boundaries: 1, or the number of a weight's output channels.
-        clock: the model's noise clock.
-        key: number of this tensor in the model, part of the key of its noise.
-        proxy: law of the noise, for quantizers that have one.
-
-    While `observer` is set, as during calibration, tensors are shown to it, channels first where
-    there are several, and pass unchanged; rows that are looked up are not shown.
+        bits: bit-width of the tensor.
+        channels: number of boundaries: 1, or the number of output channels of a weight.
+        clock: noise clock of the model.
+        key: index of the tensor in the model; part of the key of its noise.
+        proxy: distribution of the noise, ignored by quantizers without noise.
+        role: role of the tensor in the model.
     """
 
     learns_bits = True
-    """Whether gradient descent can move the bit-width."""
+    """Whether the bit-width is learned by gradient descent."""
 
     learns_boundary = True
     """Whether the boundary has a parameter."""
 
-    starts_anywhere = True
-    """Whether the boundary's first value is free; false where it is part of the method."""
+    free_start = True
+    """Whether the initial boundary may be chosen freely; false if the method prescribes it."""
 
     rounds_once_frozen = True
-    """Whether training with a frozen bit-width rounds; else it goes on as before, for instance
-    with noise. Evaluation always rounds."""
+    """Whether training rounds once the bit-width is frozen. If false, training continues as
+    before, for instance with noise. Evaluation always rounds."""
 
     scales_gradient = False
-    """Whether `alpha` asks how many elements a boundary serves."""
+    """Whether `alpha` depends on the number of elements per boundary."""
 
     minimum: Tensor
     grid_code: Tensor
 
     def __init__(
-        self, name: str, bits: BitWidth, channels: int, clock: NoiseClock, key: int, proxy: str
+        self,
+        name: str,
+        bits: BitWidth,
+        channels: int,
+        clock: NoiseClock,
+        key: int,
+        proxy: str,
+        role: TensorRole = TensorRole.ACTIVATION,
     ) -> None:
-        """Build an uninitialized quantizer; `initialize` gives it its values."""
+        """Create a quantizer with default values; `initialize` sets the calibrated ones."""
         super().__init__()
         self.name, self.channels, self.key, self.proxy = name, channels, key, proxy
         self.bits = bits
         self.clock = clock
-        self.role = "activation"
+        self.role = role
         self.observer: Callable[[Tensor], None] | None = None
         self.register_buffer("minimum", torch.zeros(1))
         self.register_buffer("grid_code", torch.zeros(1, dtype=torch.int64))
         self.grid = Grid.SIGNED
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether the tensor is a weight."""
+        return self.role is TensorRole.WEIGHT
+
     def initialize(self, statistics: TensorStatistics) -> None:
-        """Set grid and boundary from calibration."""
+        """Set grid and boundary from calibration statistics."""
         self.grid = statistics.grid
         with torch.no_grad():
-            self.grid_code.fill_(_GRIDS.index(statistics.grid))
+            self.grid_code.fill_(GRID_CODES.index(statistics.grid))
             self.minimum.copy_(statistics.minimum)
             self.set_boundary(statistics)
 
     @abc.abstractmethod
     def set_boundary(self, statistics: TensorStatistics) -> None:
-        """Give the boundary its starting value."""
+        """Set the initial value of the boundary."""
 
     @abc.abstractmethod
-    def alpha(self, served: float = 1.0) -> Tensor:
-        """The truncation boundary, shape (channels,), with the gradient that training uses.
+    def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
+        """Return the truncation boundary, shape (channels,), with the gradient used in training.
 
-        It is `functional.LEAST_BOUNDARY` or more.
+        Its values are at least `functional.MIN_BOUNDARY`.
 
         Args:
-            served: elements that one boundary serves; of an activation those of one sample.
+            elements_per_boundary: number of elements per boundary; per sample for activations.
         """
 
     @abc.abstractmethod
     def scale_range(self, factor: Tensor) -> None:
-        """Multiply the range by factors of shape (1,) or (channels,), for a start elsewhere."""
+        """Multiply the initial range by factors of shape (1,) or (channels,)."""
 
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
-        """What an unfrozen quantizer computes in training mode."""
+        """Return `x` as quantized in training mode while the bit-width is not frozen."""
         return hard_quantize(x, self.boundary_for(x, place))
 
     def boundary_for(
         self, x: Tensor, place: Placement | None = None, bits: Tensor | None = None
     ) -> Boundary:
-        """What determines the range of `x`, at `bits` (default: the hard width)."""
+        """Return the parameters of the quantization range of `x`.
+
+        Args:
+            x: the tensor to quantize.
+            place: assignment of boundaries to elements; default: channels along dimension 0.
+            bits: bit-width, shape (1,); default: the hard bit-width.
+
+        Returns:
+            The boundary, in float32 or float64.
+        """
         place = place or Placement()
-        served = self._served(x, place) if self.scales_gradient and self.training else 1.0
-        alpha = self.alpha(served)
+        elements_per_boundary = (
+            self._elements_per_boundary(x, place)
+            if self.scales_gradient and self.training
+            else 1.0
+        )
+        alpha = self.alpha(elements_per_boundary)
         if alpha.dtype in (torch.bfloat16, torch.float16):
-            alpha = alpha.float()  # a grid of more than 8 bits needs it
+            alpha = alpha.float()  # half precision cannot represent grids above 8 bits
         if self.channels > 1 and place.rows is not None:
             alpha = alpha[place.rows]
         if bits is None:
             bits = alpha.new_full((1,), self.bits.hard())
         return Boundary(alpha, bits.to(alpha.dtype), self.grid, self.minimum, place.axis)
 
-    def _served(self, x: Tensor, place: Placement) -> float:
-        if self.role != "weight":
+    def _elements_per_boundary(self, x: Tensor, place: Placement) -> float:
+        if not self.is_weight:
             boundaries = len(x)
         elif place.rows is not None:
             if self.channels == 1:
-                return max(1.0, x.numel() * self.clock.whole())
+                return max(1.0, x.numel() * self.clock.batch_ratio())
             boundaries = len(x)
         else:
             boundaries = self.channels
         return max(1.0, x.numel() / max(1, boundaries))
 
     def noise_key(self, x: Tensor, place: Placement) -> int:
-        """Key of the noise that `x` gets at this step; a sample's is the same in any share."""
-        key = self.clock.key(self.key, 1)
-        by_sample = self.role != "weight" or place.rows is not None
-        return placed(key, self.clock.origin(x)) if by_sample else key
+        """Return the noise key of `x` at this step.
 
-    def use(self, bits: BitWidth) -> None:
-        """Take another bit-width, before training, as the member of a group."""
+        A sample receives the same noise however the batch is split across processes.
+        """
+        key = self.clock.key(self.key, 1)
+        by_sample = not self.is_weight or place.rows is not None
+        return with_origin(key, self.clock.origin(x)) if by_sample else key
+
+    def replace_bits(self, bits: BitWidth) -> None:
+        """Replace the bit-width before training, for example with that of a group."""
         self.bits = bits
 
     def freeze(self, bits: int | None = None) -> None:
@@ -151,16 +195,19 @@ class FakeQuantizer(nn.Module, abc.ABC):
         self.bits.freeze(bits)
 
     def start_at(self, bits: float) -> None:
-        """Let learning continue from another bit-width, for a warm start."""
+        """Continue learning from another bit-width, as in a warm start."""
         self.bits.start_at(bits)
 
     def forward(self, x: Tensor, axis: int | None = 0, rows: Tensor | None = None) -> Tensor:
-        """Return `x` quantized, of the same shape and dtype.
+        """Return the quantized tensor.
 
         Args:
-            x: the tensor.
-            axis: dimension of the output channels, where there are boundaries by channel.
-            rows: for rows looked up in a weight: their numbers, shape (len(x),).
+            x: floating-point tensor of any shape.
+            axis: dimension of the output channels, used with per-channel boundaries.
+            rows: row indices, shape (len(x),), if `x` contains rows looked up in a weight.
+
+        Returns:
+            A tensor of the shape and dtype of `x`.
         """
         if self.observer is not None:
             if rows is None:
@@ -175,10 +222,10 @@ class FakeQuantizer(nn.Module, abc.ABC):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.grid = _GRIDS[int(self.grid_code)]
+        self.grid = GRID_CODES[int(self.grid_code)]
 
     def extra_repr(self) -> str:
-        """Name and grid."""
+        """Return the name, the grid and the number of boundaries."""
         return f"{self.name}, {self.grid.value}, channels={self.channels}"
 
 
@@ -190,4 +237,4 @@ def _problem(name: str, value: Any) -> str | None:
 QUANTIZERS: Registry[type[FakeQuantizer]] = Registry(
     "quantizer", group="nipq_search.quantizers", check=_problem
 )
-"""Quantizers by the names that configurations use."""
+"""Registered quantizers by the name used in configurations."""

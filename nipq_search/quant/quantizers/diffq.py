@@ -1,4 +1,4 @@
-"""DiffQ: bit-widths learned under noise, boundaries from the data (arXiv 2104.09987)."""
+"""DiffQ: bit-widths learned under noise, boundaries set from the data (arXiv 2104.09987)."""
 
 from __future__ import annotations
 
@@ -7,48 +7,56 @@ from torch import Tensor
 
 from nipq_search.quant.kernels import pseudo_quantize
 from nipq_search.quant.numerics import widths
-from nipq_search.quant.numerics.functional import LEAST_BOUNDARY, Boundary
+from nipq_search.quant.numerics.functional import MIN_BOUNDARY, Boundary
 from nipq_search.quant.numerics.noise import NoiseClock, not_compiled
-from nipq_search.quant.quantizers.base import FakeQuantizer, Placement
+from nipq_search.quant.quantizers.base import FakeQuantizer, Placement, TensorRole
 from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.quant.quantizers.statistics import TensorStatistics
 
 
 class DiffQ(FakeQuantizer):
-    """Trains with uniform noise of one step at the continuous bit-width (eq. 5 to 7 there).
+    """Trains with uniform noise of one step at the continuous bit-width (equations 5 to 7).
 
-    Like the paper's: bit-widths are real numbers while they learn, a weight's boundary is the
-    largest magnitude that it has at the moment, and no boundary is learned. Ours, so that it can
-    be compared: the grids, boundaries by output channel rather than by groups of elements, and
-    activations, whose boundary stays where calibration put it.
+    As in the paper, bit-widths are real numbers during learning, the boundary of a weight is its
+    current largest magnitude, and no boundary is learned. For comparability with the other
+    quantizers, three things differ from the paper: it uses their grids, weights have boundaries
+    per output channel rather than per group of elements, and activations are quantized too, with
+    the boundary from calibration.
     """
 
     learns_boundary = False
-    starts_anywhere = False
+    free_start = False
     boundary: Tensor
 
     def __init__(
-        self, name: str, bits: BitWidth, channels: int, clock: NoiseClock, key: int, proxy: str
+        self,
+        name: str,
+        bits: BitWidth,
+        channels: int,
+        clock: NoiseClock,
+        key: int,
+        proxy: str,
+        role: TensorRole = TensorRole.ACTIVATION,
     ) -> None:
-        """Build an uninitialized quantizer with a boundary of 1."""
-        super().__init__(name, bits, channels, clock, key, proxy)
+        """Create a quantizer with a boundary of 1; see `FakeQuantizer`."""
+        super().__init__(name, bits, channels, clock, key, proxy, role)
         self.register_buffer("boundary", torch.ones(channels))
 
     def set_boundary(self, statistics: TensorStatistics) -> None:
-        """Take the calibrated boundary."""
+        """Set the boundary to the calibrated one."""
         self.boundary.copy_(statistics.alpha.expand(self.channels))
 
-    def alpha(self, served: float = 1.0) -> Tensor:
-        """The truncation boundary, shape (channels,); it has no gradient."""
-        return self.boundary.clamp(min=LEAST_BOUNDARY)
+    def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
+        """Return the truncation boundary, shape (channels,), which has no gradient."""
+        return self.boundary.clamp(min=MIN_BOUNDARY)
 
     def scale_range(self, factor: Tensor) -> None:
-        """Leave it: it is the data's."""
+        """Do nothing: the data determines the range."""
 
     @not_compiled
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
         """Add noise at the continuous bit-width."""
-        if self.role == "weight" and place.rows is None:
+        if self.is_weight and place.rows is None:
             self._follow(x, place.axis)
         draw = self.bits.draw(0.0, self.clock.step)
         boundary: Boundary = self.boundary_for(x, place)
@@ -60,7 +68,7 @@ class DiffQ(FakeQuantizer):
 
     @torch.no_grad()
     def _follow(self, x: Tensor, axis: int) -> None:
-        """Move the boundary to the largest magnitude."""
+        """Set the boundary to the largest magnitude of `x`."""
         others = [d for d in range(x.dim()) if self.channels == 1 or d != axis % x.dim()]
         largest = x.detach().abs()
         if others:

@@ -2,91 +2,107 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from nipq_search.quant.numerics.functional import LEAST_BOUNDARY, Grid, scale_gradient
+from nipq_search.quant.numerics.functional import MIN_BOUNDARY, Grid, scale_gradient
 from nipq_search.quant.numerics.noise import NoiseClock
-from nipq_search.quant.quantizers.base import FakeQuantizer
+from nipq_search.quant.quantizers.base import FakeQuantizer, TensorRole
 from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.quant.quantizers.statistics import TensorStatistics
 
 
 class LSQ(FakeQuantizer):
-    """Trains with hard rounding at a fixed bit-width; the step is the parameter.
+    """Trains with hard rounding at a fixed bit-width; the step is the learned parameter.
 
-    It keeps the paper's starting value, `2 * mean|x| / sqrt(Q)`, and its gradient scale,
-    `1 / sqrt(N * Q)`, where Q is the highest grid integer and N the number of weights, or of
-    features per sample, that one step serves. Signed grids are symmetric as everywhere here.
+    The initial step, `2 * mean|x| / sqrt(Q)`, and the gradient scale, `1 / sqrt(N * Q)`, follow
+    the paper. Q is the highest grid integer, and N the number of weights, or of features per
+    sample, that share one step. Signed grids are symmetric, as for all quantizers here.
     """
 
     learns_bits = False
     scales_gradient = True
-    starts_anywhere = False
+    free_start = False
     initial: Tensor
 
     def __init__(
-        self, name: str, bits: BitWidth, channels: int, clock: NoiseClock, key: int, proxy: str
+        self,
+        name: str,
+        bits: BitWidth,
+        channels: int,
+        clock: NoiseClock,
+        key: int,
+        proxy: str,
+        role: TensorRole = TensorRole.ACTIVATION,
     ) -> None:
-        """Build an uninitialized quantizer with a step of 1."""
-        super().__init__(name, bits, channels, clock, key, proxy)
+        """Create a quantizer with a step of 1; see `FakeQuantizer`."""
+        super().__init__(name, bits, channels, clock, key, proxy, role)
         self.step = nn.Parameter(torch.ones(channels))
+        # NaN until `set_boundary`: no step equals it, so none counts as untrained.
+        self.register_buffer("initial", torch.full((channels,), math.nan), persistent=False)
 
     def _levels(self, bits: int) -> int:
-        """Steps in a boundary: the highest integer of the grid (all of them where affine)."""
+        """Return the number of steps in a boundary: the largest integer of the grid.
+
+        For an affine grid it is the number of steps in the whole range.
+        """
         return (1 << (bits - 1 if self.grid is Grid.SIGNED else bits)) - 1
 
     def set_boundary(self, statistics: TensorStatistics) -> None:
-        """Start at the published value; an affine grid, which LSQ lacks, at the calibrated one."""
+        """Set the initial step of the paper; for affine grids, the calibrated boundary.
+
+        The paper has no affine grid.
+        """
         affine = self.grid is Grid.AFFINE
         initial = statistics.alpha if affine else 2.0 * statistics.mean_abs
-        self.register_buffer("initial", initial.expand(self.channels).clone(), persistent=False)
+        self.initial = initial.expand(self.channels).clone()
         self.step.copy_(self._published())
 
     @torch.no_grad()
     def scale_range(self, factor: Tensor) -> None:
-        """Multiply step and minimum."""
+        """Multiply the step and the minimum by `factor`."""
         self.step.mul_(factor)
         if self.channels == 1:
             self.minimum.mul_(factor)
 
     def _published(self) -> Tensor:
-        """The starting value of the step at the present bit-width."""
+        """Return the paper's initial step at the current bit-width."""
         levels = self._levels(self.bits.hard())
         return self.initial / (levels if self.grid is Grid.AFFINE else levels**0.5)
 
-    def alpha(self, served: float = 1.0) -> Tensor:
-        """The truncation boundary, shape (channels,), its gradient scaled as published."""
+    def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
+        """Return the truncation boundary, shape (channels,), with the paper's gradient scale."""
         levels = self._levels(self.bits.hard())
-        alpha = scale_gradient(self.step.abs(), (served * levels) ** -0.5) * levels
-        return alpha.clamp(min=LEAST_BOUNDARY)
+        alpha = scale_gradient(self.step.abs(), (elements_per_boundary * levels) ** -0.5) * levels
+        return alpha.clamp(min=MIN_BOUNDARY)
 
     @contextmanager
     def _same_boundary(self) -> Iterator[None]:
-        """Rescale the step when the bit-width changes, so that the boundary stays."""
+        """Rescale the step when the bit-width changes, to preserve the boundary."""
         before = self._levels(self.bits.hard())
-        untrained = "initial" in self._buffers and torch.equal(self.step, self._published())
+        untrained = torch.equal(self.step, self._published())
         yield
         with torch.no_grad():
-            if untrained:  # the published value is one of the bit-width
+            if untrained:  # the paper's initial step depends on the bit-width
                 self.step.copy_(self._published())
             else:
                 self.step.mul_(before / self._levels(self.bits.hard()))
 
-    def use(self, bits: BitWidth) -> None:
-        """Take another bit-width; an untrained step starts at that one's published value."""
+    def replace_bits(self, bits: BitWidth) -> None:
+        """Replace the bit-width; an untrained step is re-initialized for the new one."""
         with self._same_boundary():
-            super().use(bits)
+            super().replace_bits(bits)
 
     def freeze(self, bits: int | None = None) -> None:
-        """Fix the bit-width and keep the boundary where it is."""
+        """Freeze the bit-width and preserve the boundary."""
         with self._same_boundary():
             super().freeze(bits)
 
     def start_at(self, bits: float) -> None:
-        """Continue at another bit-width and keep the boundary where it is."""
+        """Continue at another bit-width and preserve the boundary."""
         with self._same_boundary():
             super().start_at(bits)

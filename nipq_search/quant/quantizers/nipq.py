@@ -10,44 +10,51 @@ from nipq_search.quant.kernels.compiled import noisy_node
 from nipq_search.quant.numerics import functional as F
 from nipq_search.quant.numerics import widths
 from nipq_search.quant.numerics.noise import NoiseClock, centered_uniform, not_compiled, signed
-from nipq_search.quant.quantizers.base import FakeQuantizer, Placement
+from nipq_search.quant.quantizers.base import FakeQuantizer, Placement, TensorRole
 from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.quant.quantizers.statistics import TensorStatistics
 
 
 class NIPQ(FakeQuantizer):
-    """Trains with noise of one quantization step in place of rounding, then hard.
+    """Trains with noise of one quantization step in place of rounding, then with hard rounding.
 
-    The boundary is `start * softplus(boundary) / softplus(boundary at the start)`. Relative to
-    its starting value, a small boundary learns as fast as a large one; under a plain softplus it
-    would be slower by about its square.
+    The boundary is `start * softplus(boundary) / softplus(initial boundary)`. Normalization by
+    the initial value lets small boundaries learn as fast as large ones; under a plain softplus,
+    SGD moves a boundary `alpha` slower by a factor of about `alpha**2`.
     """
 
     start: Tensor
 
     def __init__(
-        self, name: str, bits: BitWidth, channels: int, clock: NoiseClock, key: int, proxy: str
+        self,
+        name: str,
+        bits: BitWidth,
+        channels: int,
+        clock: NoiseClock,
+        key: int,
+        proxy: str,
+        role: TensorRole = TensorRole.ACTIVATION,
     ) -> None:
-        """Build an uninitialized quantizer with a boundary of 1."""
-        super().__init__(name, bits, channels, clock, key, proxy)
+        """Create a quantizer with a boundary of 1; see `FakeQuantizer`."""
+        super().__init__(name, bits, channels, clock, key, proxy, role)
         self.boundary = nn.Parameter(F.softplus_inverse(torch.ones(channels)))
         self.register_buffer("start", torch.ones(channels))
 
     def set_boundary(self, statistics: TensorStatistics) -> None:
-        """Start at the calibrated boundary."""
+        """Set the boundary to the calibrated one."""
         self.start.copy_(statistics.alpha.expand(self.channels))
         self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
 
     @torch.no_grad()
     def scale_range(self, factor: Tensor) -> None:
-        """Multiply boundary and minimum; the boundary learns relative to what it is now."""
-        self.start.copy_((self.alpha() * factor).clamp(min=F.LEAST_BOUNDARY))
+        """Multiply the boundary and the minimum, and restart the boundary's normalization."""
+        self.start.copy_((self.alpha() * factor).clamp(min=F.MIN_BOUNDARY))
         self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
         if self.channels == 1:
             self.minimum.mul_(factor)
 
-    def alpha(self, served: float = 1.0) -> Tensor:
-        """The truncation boundary, shape (channels,)."""
+    def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
+        """Return the truncation boundary, shape (channels,)."""
         return F.positive(self.boundary, self.start)
 
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:

@@ -1,4 +1,4 @@
-"""Starting values: what a tensor looked like in calibration, and the boundary that follows."""
+"""Calibration statistics of tensors and the initial grids and boundaries derived from them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import Tensor
 from nipq_search.quant.numerics import functional as F
 from nipq_search.quant.numerics.functional import Grid
 
-_SAMPLE = 1 << 14
+_SAMPLE_ELEMENTS = 1 << 14
+"""Approximate number of elements sampled from a tensor per calibration batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStatistics:
-    """Starting values of one tensor's quantizer.
+    """Initial values of one quantizer.
 
     Attributes:
-        grid: shape of its grid.
+        grid: shape of the grid.
         alpha: truncation boundary, shape (1,) or (channels,); positive.
-        mean_abs: mean absolute value, same shape.
-        minimum: least value of an affine tensor, shape (1,); zero otherwise.
+        mean_abs: mean absolute value, same shape as `alpha`.
+        minimum: lower end of an affine range, shape (1,); zero for other grids.
     """
 
     grid: Grid
@@ -32,17 +33,20 @@ class TensorStatistics:
 
 
 def weight_statistics(weight: Tensor, per_channel: bool, mse: bool) -> TensorStatistics:
-    """Statistics of a weight of shape (channels, ...): from its absolute maximum.
+    """Return the statistics of a weight, with its absolute maximum as the boundary.
 
     Args:
-        weight: the float weight.
-        per_channel: one boundary per output channel (dimension 0) rather than one in all.
-        mse: shrink the boundary to where the squared error of 4-bit rounding is least.
+        weight: float weight of shape (channels, ...).
+        per_channel: whether to use one boundary per output channel (dimension 0), not one in all.
+        mse: whether to shrink the boundary to minimize the squared error of 4-bit rounding.
+
+    Returns:
+        Statistics with a signed grid.
     """
     rows = weight.detach().float()
     rows = rows.reshape(len(rows), -1) if per_channel else rows.reshape(1, -1)
     alpha = rows.abs().amax(dim=1)
-    # A row of zeros still needs a positive boundary; any will do.
+    # A row of zeros still needs a positive boundary; the value is arbitrary.
     alpha = torch.where(alpha > 0, alpha, torch.ones_like(alpha))
     if mse:
         zero = torch.zeros(1, device=rows.device)
@@ -58,17 +62,17 @@ def weight_statistics(weight: Tensor, per_channel: bool, mse: bool) -> TensorSta
 def least_error_shares(
     rows: Tensor, alpha: Tensor, grid: Grid, minimum: Tensor, bits: float
 ) -> Tensor:
-    """The share of each row's range, both ends alike, whose squared rounding error is least.
+    """Return the factor on each row's range that minimizes the squared rounding error.
 
     Args:
         rows: values, shape (rows, n).
         alpha: truncation boundary of each row, shape (rows,).
         grid: shape of the grid.
-        minimum: of affine rows, shape (1,).
-        bits: width of the grid; fractions are fine.
+        minimum: lower end of affine rows, shape (1,).
+        bits: bit-width of the grid in bits, possibly fractional.
 
     Returns:
-        Shares of shape (rows,), of 64 between a tenth and all.
+        Factors of shape (rows,), applied to both ends: the best of 64 values from 0.1 to 1.
     """
     best, best_error = torch.ones_like(alpha), torch.full_like(alpha, float("inf"))
     width = torch.full((1,), float(bits), device=rows.device)
@@ -88,28 +92,31 @@ class Observer:
     minimum: float = float("inf")
 
     def __call__(self, x: Tensor) -> None:
-        """Look at one batch."""
+        """Record one batch."""
         values = x.detach().float().reshape(-1)
         values = values[values.isfinite()]
         if not values.numel():
             return
         self.minimum = min(self.minimum, float(values.min()))
-        # An even stride would visit few channels only.
-        self.samples.append(values[:: (values.numel() // _SAMPLE) | 1])
+        # An odd stride: an even one would visit only a few channels.
+        self.samples.append(values[:: (values.numel() // _SAMPLE_ELEMENTS) | 1])
 
     def statistics(
         self, percentile: float, signed_allowed: bool, mse: bool = False
     ) -> TensorStatistics:
-        """Choose the grid and the boundary from everything seen.
+        """Choose the grid and the boundary from all recorded values.
 
-        A tensor without negative values is unsigned. One whose range lies much more to one side
-        of zero than to the other (SiLU, h-swish, GELU, LeakyReLU, ELU) is affine: a signed grid
-        would waste a good part of its levels. Everything else is signed.
+        Tensors without negative values are unsigned. Tensors whose range is strongly asymmetric
+        around zero (SiLU, h-swish, GELU, LeakyReLU, ELU) are affine, because a signed grid would
+        waste many of its levels. All others are signed.
 
         Args:
-            percentile: share of the values inside the boundary.
-            mse: shrink the boundary to where the squared error of 4-bit rounding is least.
-            signed_allowed: false where the allowed set holds widths too small for a signed grid.
+            percentile: fraction of the values inside the boundary, in (0, 1].
+            signed_allowed: whether every allowed bit-width is large enough for a signed grid.
+            mse: whether to shrink the boundary to minimize the squared error of 4-bit rounding.
+
+        Returns:
+            Statistics with one boundary.
         """
         values = torch.cat(self.samples) if self.samples else torch.zeros(1)
         minimum = torch.zeros(1, device=values.device)
@@ -121,7 +128,7 @@ class Observer:
             grid, alpha, minimum = Grid.AFFINE, high - low, low.reshape(1)
         else:
             grid, alpha = Grid.SIGNED, _upper_end(values.abs(), percentile)
-        # A tensor of zeros still needs a positive boundary; any will do.
+        # A tensor of zeros still needs a positive boundary; the value is arbitrary.
         alpha = torch.where(alpha > 0, alpha, 1.0).reshape(1)
         if mse:
             share = least_error_shares(values[None], alpha, grid, minimum, bits=4)
@@ -135,10 +142,10 @@ class Observer:
 
 
 def _upper_end(values: Tensor, percentile: float) -> Tensor:
-    """The value at or below which the share `percentile` lies; the maximum where that is <= 0.
+    """Return the percentile of `values`, or their maximum if the percentile is not positive.
 
-    (More than `percentile` zeros would put a boundary at zero. `torch.quantile` refuses more than
-    16 million values.)
+    The fallback avoids a boundary of zero for sparse tensors. `torch.quantile` is not used
+    because it rejects more than 16 million values.
     """
     end = values.kthvalue(max(1, math.ceil(percentile * values.numel()))).values
     return torch.where(end > 0, end, values.max())

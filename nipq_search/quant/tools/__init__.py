@@ -1,4 +1,4 @@
-"""What is done to a prepared model: bits in and out, range fitting, normalization statistics.
+"""Operations on a prepared model: bit-width transfer, range fitting, optimizer groups and so on.
 
-Each file is one tool. Imports `insertion` and what is below it.
+Each file contains one tool. Imports `insertion` and the packages below it.
 """

@@ -1,4 +1,4 @@
-"""Ranges that fit the bit-width at which a training starts."""
+"""Fitting of quantization ranges to the bit-widths at which training starts."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from nipq_search.quant.insertion.prepare import quantizers
+from nipq_search.quant.insertion.prepare import observed, quantizers
 from nipq_search.quant.numerics.functional import Grid
 from nipq_search.quant.quantizers.base import FakeQuantizer
 from nipq_search.quant.quantizers.statistics import least_error_shares
 from nipq_search.quant.tracing.trace import unchanged_mode
 
-_SAMPLE = 1 << 14
-_FREE = 1.5
-"""Largest factor by which a range that was learned stays apart from the one of least error."""
+_SAMPLE_ELEMENTS = 1 << 14
+"""Approximate number of elements per row that the error is computed from."""
+
+_MAX_RATIO = 1.5
+"""Largest ratio, either way, between a learned range and the least-error one that is kept."""
 
 
 def _rows(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
-    """A tensor as one row for each boundary, an even sample where a row is long."""
+    """Return `x` as one row per boundary, subsampled at an even stride if rows are long."""
     x = x.detach().float()
-    rows = x.reshape(quantizer.channels if quantizer.role == "weight" else 1, -1)
-    return rows[:, :: (rows.shape[1] // _SAMPLE) | 1].clone()
-
-
-def _ignore(x: Tensor) -> None:
-    """Observe nothing; the quantizer passes its tensor on."""
+    rows = x.reshape(quantizer.channels if quantizer.is_weight else 1, -1)
+    return rows[:, :: (rows.shape[1] // _SAMPLE_ELEMENTS) | 1].clone()
 
 
 @torch.no_grad()
@@ -35,54 +33,48 @@ def fit_ranges(
     calibration: Callable[[nn.Module], None],
     before: Mapping[str, float] | None = None,
 ) -> None:
-    """Scale ranges to where the squared error of rounding at the present bit-widths is least.
+    """Scale quantization ranges to minimize the squared rounding error at the current bit-widths.
 
-    A boundary that holds a tensor's extremes is far from the best one at two or three bits, and a
-    short training does not get there. A range that was learned at another width keeps its ratio to
-    the range of least error, within limits. A first boundary that is part of a quantizer's method
-    stays.
+    A boundary at the extremes of a tensor is far from optimal at two or three bits, and a short
+    training does not correct it. A range that was learned at another bit-width keeps its ratio to
+    the least-error range, within limits. Initial boundaries that are part of a quantizer's method
+    are left unchanged.
 
     Args:
-        model: prepared and calibrated, bit-widths where they are to start.
-        calibration: runs the model on data; what comes first counts.
-        before: bit-widths at which the ranges were learned; None where they come from calibration.
+        model: a prepared and calibrated model, at its initial bit-widths.
+        calibration: function that runs the model on data; the first value of each tensor is used.
+        before: bit-widths, in bits by tensor name, at which the ranges were learned; None if the
+            ranges come from calibration.
     """
     found = quantizers(model)
-    if before is None and not any(quantizer.starts_anywhere for quantizer in found.values()):
+    if before is None and not any(quantizer.free_start for quantizer in found.values()):
         return
     seen: dict[str, Tensor] = {}
 
-    def show(name: str) -> Callable[[Tensor], None]:
+    def observer(name: str) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:
             if name not in seen and x.numel() and bool(x.isfinite().all()):
                 seen[name] = _rows(found[name], x)
 
         return observe
 
-    for name, quantizer in found.items():
-        if before is not None or quantizer.starts_anywhere:
-            quantizer.observer = show(name)
-        else:
-            quantizer.observer = _ignore
-    try:
-        with unchanged_mode(model):
-            calibration(model)
-    finally:
-        for quantizer in found.values():
-            quantizer.observer = None
+    chosen = (n for n, q in found.items() if before is not None or q.free_start)
+    with observed(model, {name: observer(name) for name in chosen}), unchanged_mode(model):
+        calibration(model)
     for name, rows in seen.items():
         quantizer = found[name]
         now = float(quantizer.bits.soft().detach())
         if before is None:
             quantizer.scale_range(_best(quantizer, rows, now))
         elif now != before[name]:
-            # By how much training left the best boundary. Wide grids care little for theirs.
-            learned = (1 / _best(quantizer, rows, before[name])).clamp(1 / _FREE, _FREE)
+            # Ratio of the learned range to the least-error one, limited because the error of wide
+            # grids hardly depends on their boundary.
+            learned = (1 / _best(quantizer, rows, before[name])).clamp(1 / _MAX_RATIO, _MAX_RATIO)
             quantizer.scale_range(_best(quantizer, rows, now) * learned)
 
 
 def _best(quantizer: FakeQuantizer, rows: Tensor, bits: float) -> Tensor:
-    """The factor on a quantizer's range that gives the least error at `bits`."""
+    """Return the factor on a quantizer's range that minimizes the error at `bits` bits."""
     alpha = quantizer.alpha().detach().float()
     if quantizer.grid is Grid.SIGNED:
         extent = rows.abs().amax(dim=1)
@@ -90,6 +82,6 @@ def _best(quantizer: FakeQuantizer, rows: Tensor, bits: float) -> Tensor:
         extent = rows.amax(dim=1)
     else:
         extent = rows.amax(dim=1) - rows.amin(dim=1)
-    whole = torch.where(extent > 0, extent / alpha, 1.0)  # of zeros any range will do
+    whole = torch.where(extent > 0, extent / alpha, 1.0)  # any range fits a row of zeros
     minimum = quantizer.minimum * whole if quantizer.channels == 1 else quantizer.minimum
     return whole * least_error_shares(rows, alpha * whole, quantizer.grid, minimum, bits)

@@ -1,4 +1,4 @@
-"""Normalization statistics of a quantized model, estimated anew."""
+"""Re-estimation of the normalization statistics of a quantized model."""
 
 from __future__ import annotations
 
@@ -13,26 +13,38 @@ from nipq_search.quant.tracing.trace import as_arguments, unchanged_mode
 
 
 def norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The layers of a model that keep running statistics."""
+    """Return the batch-normalization layers that track running statistics."""
     kind = nn.modules.batchnorm._BatchNorm
     found = (module for module in model.modules() if isinstance(module, kind))
     return [module for module in found if module.track_running_stats]
 
 
 def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module], None]) -> M:
-    """Replace running statistics by the averages over `batches`, in place.
+    """Replace running statistics by their averages over `batches`, in place.
 
-    Everything but the normalization layers runs as in evaluation, hard-quantized; random
-    generators and modes are left as they were.
+    All other layers run in eval mode, hard-quantized. Training modes and random generators are
+    restored afterwards.
 
     Args:
-        model: any model with batch normalization; others are returned as they are.
-        batches: inputs, one forward each, as `prepare` takes them for calibration (for a model
-            that is not prepared the first entry of a tuple), or a function that runs the model
-            on data itself.
+        model: any model; returned unchanged if it has no batch normalization.
+        batches: inputs in the format of `prepare`'s `calibration`, one forward per batch (for an
+            unprepared model, only the first entry of a tuple is passed), or a function that runs
+            the model on data.
+
+    Returns:
+        The same model.
 
     Raises:
-        UserError: there was no batch; the old statistics are back.
+        UserError: there was no batch; the previous statistics are restored.
+
+    Example:
+        >>> import torch
+        >>> from nipq_search import prepare, reestimate_norm_stats
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
+        >>> model = prepare(net, torch.rand(16, 8))
+        >>> model = reestimate_norm_stats(model, [torch.rand(16, 8) for _ in range(3)])
+        >>> int(model[1].num_batches_tracked)
+        3
     """
     norms = norm_layers(model)
     if not norms:
@@ -42,7 +54,7 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
         before = [{n: b.clone() for n, b in module.named_buffers()} for module in norms]
         for module in norms:
             module.reset_running_stats()
-            module.momentum = None  # a cumulative average
+            module.momentum = None  # selects a cumulative average
             module.train()
         try:
             if callable(batches):
@@ -56,11 +68,11 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
                 module.momentum = momentum
     seen = [int(m.num_batches_tracked) if m.num_batches_tracked is not None else 0 for m in norms]
     for module, count, buffers in zip(norms, seen, before, strict=True):
-        if count == 0:  # it did not run, as auxiliary heads do not in evaluation
+        if count == 0:  # the layer did not run, like an auxiliary head in eval mode
             for name, buffer in buffers.items():
                 module.get_buffer(name).copy_(buffer)
     if max(seen) == 0:
-        raise UserError("reestimate_norm_stats: no batches; give at least one")
+        raise UserError("reestimate_norm_stats: no batches; pass at least one")
     return model
 
 

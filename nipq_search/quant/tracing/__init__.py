@@ -1,6 +1,6 @@
-"""What a model computes: its multiplications, found by following one forward.
+"""Multiplications of a model and their operands, found by tracing one forward.
 
-Start reading in `trace.py`; `ops.py` lists the functions that multiply, `roles.py` decides what is
-a weight and what an activation, `sites.py` quantizes a multiplication where it stands. Imports
-`quantizers` and what is below them.
+Start reading in `trace.py`; `ops.py` lists the functions that multiply, `roles.py` classifies
+operands as weights or activations, and `sites.py` quantizes multiplications in place. Imports
+`quantizers` and the packages below it.
 """

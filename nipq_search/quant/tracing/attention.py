@@ -1,4 +1,4 @@
-"""Attention as the two products that it is, so that their operands can be quantized."""
+"""Attention written as two explicit products, so that their operands can be quantized."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 
 def attention_scores(query: Tensor, key: Tensor) -> Tensor:
-    """Products of queries (..., L, E) with keys (..., S, E): shape (..., L, S)."""
+    """Return the products of queries (..., L, E) with keys (..., S, E), shape (..., L, S)."""
     if has_torch_function((query, key)):
         return handle_torch_function(attention_scores, (query, key), query, key)
     return query @ key.transpose(-2, -1)
 
 
 def attention_values(probabilities: Tensor, value: Tensor) -> Tensor:
-    """Products of probabilities (..., L, S) with values (..., S, E): shape (..., L, E)."""
+    """Return the products of probabilities (..., L, S) with values (..., S, E): (..., L, E)."""
     if has_torch_function((probabilities, value)):
         return handle_torch_function(
             attention_values, (probabilities, value), probabilities, value
@@ -37,7 +37,21 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What `torch.nn.functional.scaled_dot_product_attention` computes, same arguments."""
+    """Compute `torch.nn.functional.scaled_dot_product_attention` from the two products.
+
+    Args:
+        query: queries, shape (..., L, E).
+        key: keys, shape (..., S, E).
+        value: values, shape (..., S, Ev).
+        attn_mask: boolean (True takes part) or additive mask, broadcastable to (..., L, S).
+        dropout_p: dropout probability of the attention probabilities.
+        is_causal: whether each query attends only to keys at its own or an earlier position.
+        scale: factor on the scores; default: 1 / sqrt(E).
+        enable_gqa: whether keys and values may have fewer heads (dimension -3) than queries.
+
+    Returns:
+        The attention output, shape (..., L, Ev).
+    """
     return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)[0]
 
 
@@ -51,7 +65,7 @@ def _attend(
     scale: float | None,
     grouped: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Output and probabilities."""
+    """Return the output and the attention probabilities."""
     if grouped and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(times, dim=-3) for t in (key, value))
@@ -67,7 +81,7 @@ def _attend(
             scores = scores.masked_fill(~mask, -math.inf)
         else:
             scores = scores + mask.to(scores.dtype)
-        # A query that may look at nothing gets zeros; a softmax over it would be NaN.
+        # A fully masked query yields zeros, where a softmax would yield NaN.
         blocked = (scores == -math.inf).all(dim=-1, keepdim=True)
         scores = scores.masked_fill(blocked, 0.0)
     probabilities = scores.softmax(dim=-1)
@@ -105,9 +119,46 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `torch.nn.functional.multi_head_attention_forward` computes, same arguments."""
+    """Compute `torch.nn.functional.multi_head_attention_forward` from the two products.
+
+    L is the length of the queries, S that of the keys, N the batch size and E `embed_dim`.
+    Inputs without a batch dimension are supported.
+
+    Args:
+        query: queries, shape (L, N, E).
+        key: keys, shape (S, N, E).
+        value: values, shape (S, N, E).
+        embed_dim_to_check: ignored.
+        num_heads: number of heads.
+        in_proj_weight: stacked projections of queries, keys and values, shape (3 * E, E).
+        in_proj_bias: stacked biases, shape (3 * E,).
+        bias_k: key appended to the sequence, shape (1, 1, E).
+        bias_v: value appended to the sequence, shape (1, 1, E).
+        add_zero_attn: whether to append a key and a value of zeros.
+        dropout_p: dropout probability of the attention probabilities in training.
+        out_proj_weight: weight of the output projection, shape (E, E).
+        out_proj_bias: bias of the output projection, shape (E,).
+        training: whether dropout applies.
+        key_padding_mask: keys to ignore (boolean) or additive mask, shape (N, S).
+        need_weights: whether to return the attention probabilities.
+        attn_mask: positions to ignore (boolean) or additive mask, shape (L, S) or
+            (N * num_heads, L, S).
+        use_separate_proj_weight: whether to use the three weights below, not `in_proj_weight`.
+        q_proj_weight: projection of the queries.
+        k_proj_weight: projection of the keys.
+        v_proj_weight: projection of the values.
+        static_k: keys that replace the projected ones, shape (N * num_heads, S, E / num_heads).
+        static_v: values that replace the projected ones, same shape.
+        average_attn_weights: whether to average the returned probabilities over heads.
+        is_causal: whether each query attends only to keys at its own or an earlier position;
+            used if there is no mask.
+
+    Returns:
+        The output, shape (L, N, E), and the probabilities, shape (N, L, S) if averaged, else
+        (N, num_heads, L, S); None unless `need_weights`.
+    """
     batched = query.dim() == 3
-    # Stacked anew, equal tensors would no longer be one.
+    # Unsqueezing equal tensors separately would hide that they are the same tensor.
     same_key, same_value = key is query, value is key
     if not batched:
         query = query.unsqueeze(1)
@@ -162,7 +213,7 @@ def multi_head_attention(
 def _joint_mask(
     attn_mask: Tensor | None, padding: Tensor | None, query: Tensor, key: Tensor
 ) -> Tensor | None:
-    """Both masks as one additive mask that broadcasts to (batch, heads, L, S)."""
+    """Return both masks as one additive mask that broadcasts to (batch, heads, L, S)."""
 
     def additive(mask: Tensor) -> Tensor:
         if mask.dtype != torch.bool:
@@ -179,6 +230,6 @@ def _joint_mask(
         rest = additive(padding)[:, None, None, :]
         total = rest if total is None else total + rest
     if total is not None and total.shape[-1] < key.shape[-2]:
-        # Keys that were appended (bias_k, add_zero_attn) may always be looked at.
+        # Appended keys (bias_k, add_zero_attn) are never masked.
         total = nnf.pad(total, (0, key.shape[-2] - total.shape[-1]))
     return total

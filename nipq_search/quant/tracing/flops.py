@@ -1,7 +1,7 @@
-"""Formulas that torch's FLOP counter lacks, so that no multiplication goes uncounted.
+"""FLOP formulas that are missing in torch, so that every multiplication is counted.
 
-They are registered with torch itself (`torch.utils.flop_counter.register_flop_formula`):
-`FlopCounterMode` counts alike from then on. Formulas that torch has are left alone.
+The formulas are registered with `torch.utils.flop_counter.register_flop_formula`, so
+`FlopCounterMode` uses them as well. Existing formulas are not replaced.
 """
 
 from __future__ import annotations
@@ -17,29 +17,32 @@ Shape = torch.Size
 
 
 def _grouped(first: Shape, second: Shape, *args: Any, **kwargs: Any) -> int:
-    """Each row meets one group's matrix; where both are flat, each column one group's row."""
+    """Grouped matrix product: each row is multiplied by the matrix of its group.
+
+    If both operands are 2-D, each column of the first is multiplied by a row of its group.
+    """
     if len(first) == 3 and len(second) == 3:
         return 2 * first[0] * first[1] * first[2] * second[-1]
     return 2 * first[-2] * first[-1] * second[-1]
 
 
 def _vector(first: Shape, second: Shape, *args: Any, **kwargs: Any) -> int:
-    """A matrix, or a vector, by a vector."""
+    """Product of a matrix or a vector with a vector."""
     return 2 * first.numel()
 
 
 def _added_vector(bias: Shape, first: Shape, second: Shape, *args: Any, **kwargs: Any) -> int:
-    """A matrix by a vector, plus something."""
+    """Product of a matrix with a vector, plus a bias."""
     return 2 * first.numel()
 
 
 def _added_products(bias: Shape, first: Shape, second: Shape, *args: Any, **kwargs: Any) -> int:
-    """A batch of matrix products, summed over the batch."""
+    """Sum of a batch of matrix products."""
     return 2 * first.numel() * second[-1]
 
 
 def _trilinear(first: Shape, second: Shape, third: Shape, *args: Any, **kwargs: Any) -> int:
-    """What `F.bilinear` computes: products of three tensors, broadcast and summed."""
+    """Broadcast products of three tensors, summed, as in `F.bilinear`."""
     shapes = []
     for shape, new in zip((first, second, third), args, strict=False):
         sizes = list(shape)
@@ -51,7 +54,7 @@ def _trilinear(first: Shape, second: Shape, third: Shape, *args: Any, **kwargs: 
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
-    """Scores, and their product with the values; shapes (B, heads, L, E)."""
+    """Attention scores and their product with the values; shapes (B, heads, L, E)."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[-2] * (width + value[-1])
 
@@ -59,21 +62,21 @@ def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any
 def _multi_head(
     query: Shape, key: Shape, value: Shape, width: int, *args: Any, **kwargs: Any
 ) -> int:
-    """Projections of queries, keys, values and the output, and attention; shapes (B, L, E)."""
+    """Attention with projections of queries, keys, values and output; shapes (B, L, E)."""
     batch, length, _ = query
     projections = batch * width * width * (2 * length + key[1] + value[1])
     return 2 * (projections + 2 * batch * length * key[1] * width)
 
 
 def _encoder_layer(source: Shape, width: int, heads: int, *args: Any, **kwargs: Any) -> int:
-    """A whole encoder layer: attention, and the two layers behind it."""
+    """Transformer encoder layer: attention and the two layers of the feed-forward block."""
     hidden = next(shape[0] for shape in args[8:] if isinstance(shape, Shape) and len(shape) == 2)
     batch, length, _ = source
     return _multi_head(source, source, source, width) + 4 * batch * length * width * hidden
 
 
 def register_formulas() -> None:
-    """Register what is missing; does nothing the second time."""
+    """Register the missing formulas; further calls have no effect."""
     formulas: dict[str, Callable[..., int]] = {
         "_grouped_mm": _grouped,
         "mv": _vector,

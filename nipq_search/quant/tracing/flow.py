@@ -1,4 +1,4 @@
-"""Where the values of a tensor come from: the model's input, parameters, or a layer's output."""
+"""Data flow of a forward: whether values come from inputs, parameters or layer outputs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ INPUT = "input"
 PARAMETER = "parameter:"
 LAYER = "layer:"
 SUM = "sum:"
+"""Origins of values: the model's inputs, and prefixes of parameter, layer and sum names."""
 
 Origins = frozenset[str]
 
@@ -27,15 +28,15 @@ _MOVES = {
         "reflection_pad2d", "replication_pad2d", "roll", "_to_copy",
     )
 }  # fmt: skip
-"""Operations whose results hold values of their operands, or zeros."""
+"""Operations that only move values of their operands or insert constants."""
 
 TensorKey = tuple[int, int, int, int, tuple[tuple[int, int], ...]]
-"""Identity of a tensor's values: storage, offset, version, elements, and where they lie if with
-gaps. Reshaped and permuted views keep it."""
+"""Identity of a tensor's values: storage, offset, version, number of elements, and the strides of
+a tensor with gaps. Reshaped and permuted views have the same key."""
 
 
 def tensor_key(x: Tensor) -> TensorKey:
-    """Identity of the values of `x`, as long as a `Flow` watches."""
+    """Return the identity of the values of `x`; valid while a `Flow` is active."""
     axes = tuple(sorted((t, s) for s, t in zip(x.shape, x.stride(), strict=True) if s > 1))
     dense = 1 + sum((size - 1) * stride for stride, size in axes) == x.numel()
     storage = x.untyped_storage()._cdata
@@ -44,7 +45,7 @@ def tensor_key(x: Tensor) -> TensorKey:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
+    """Yield every tensor in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -59,56 +60,55 @@ register_formulas()
 
 
 class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows values through every operation, by storage, and counts floating-point operations.
+    """Tracks the origins of values through every operation, by storage, and counts FLOPs.
 
-    (`FlopCounterMode` counts them by the same formulas, but its module tracker refuses parameters
-    that are handed to modules where gradients are off.)
+    The FLOP formulas are those of `FlopCounterMode`, whose module tracker cannot be used here: it
+    rejects parameters that are passed to modules while gradients are disabled.
 
-    A result comes from all that its operands come from, until `set` names a nearer origin, such
-    as the layer that multiplied. A tensor that is written into gains the origins of what is
-    written.
+    The origins of a result are those of its operands, until `set` replaces them by a closer one,
+    such as the layer that multiplied. In-place writes add the origins of the written values.
     """
 
     def __init__(self) -> None:
-        """Know nothing yet."""
+        """Start without any origins."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self._origins: dict[int, Origins] = {}
         self._raw: set[int] = set()
-        # A weak reference keeps an address from being given to another storage.
+        # A weak reference prevents the address from being reused by another storage.
         self._storages: dict[int, Any] = {}
 
     def set(self, x: Tensor, origins: Origins) -> None:
-        """Say where the values of `x` come from."""
+        """Set the origins of the values of `x`."""
         storage = x.untyped_storage()
         if storage._cdata not in self._storages:
             self._storages[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         self._origins[storage._cdata] = origins
 
     def of(self, x: Tensor) -> Origins:
-        """Where the values of `x` come from; nothing for constants."""
+        """Return the origins of the values of `x`; empty for constants."""
         return self._origins.get(x.untyped_storage()._cdata, frozenset())
 
     def set_raw(self, x: Tensor) -> None:
-        """Say that `x` is one of the model's own inputs."""
+        """Mark `x` as an input of the model."""
         self.set(x, frozenset({INPUT}))
         self._raw.add(x.untyped_storage()._cdata)
 
     def is_raw(self, x: Tensor) -> bool:
-        """Whether `x` holds values of the model's own inputs, moved or padded but not computed."""
+        """Whether `x` holds values of the model's inputs, possibly moved or padded."""
         return x.untyped_storage()._cdata in self._raw
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run the operation and note where its results come from."""
+        """Run the operation and record the origins of its results."""
         kwargs = kwargs or {}
         formula = flop_registry.get(func.overloadpacket)
         if formula is None:
-            with self:  # composite operations, where they reach this mode at all
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+            with self:  # some composite operations reach this mode undecomposed
+                decomposed = func.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
         out = func(*args, **kwargs)
         if formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=out))

@@ -1,7 +1,7 @@
-"""The functions that multiply two tensors, and where their operands stand.
+"""Functions that multiply two tensors, and the positions of their operands.
 
-To quantize another function add a line to `OPS`, or to `DECOMPOSED` a function that is written
-with those.
+To quantize another function, add a line to `OPS`, or add an equivalent function that is written
+with those of `OPS` to `DECOMPOSED`.
 """
 
 from __future__ import annotations
@@ -23,31 +23,40 @@ from nipq_search.quant.tracing.attention import (
 
 
 @dataclass(frozen=True)
-class Operand:
-    """Where a function takes an operand.
+class OperandSpec:
+    """Position of an operand among the arguments of a function.
 
     Attributes:
         position: index among the positional arguments.
-        keyword: its name.
-        axis: dimension of the output channels where the operand is a weight; None where there
-            is no single one.
-        taken: last dimensions that the function takes as they are; it makes one of those before.
-            None where it does not.
+        keyword: name of the argument.
+        axis: dimension of the output channels if the operand is a weight; None if there is no
+            single one.
+        kept_dims: number of trailing dimensions that the function keeps when it flattens all
+            leading ones into one; None if it does not flatten.
     """
 
     position: int
     keyword: str
     axis: int | None
-    taken: int | None = None
+    kept_dims: int | None = None
 
     def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The operand in a call, or None."""
+        """Return the operand of a call, or None if it was not passed."""
         return args[self.position] if self.position < len(args) else kwargs.get(self.keyword)
 
     def replaced(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], value: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with `value` in the operand's place."""
+        """Return the arguments of a call with the operand replaced.
+
+        Args:
+            args: positional arguments.
+            kwargs: keyword arguments.
+            value: the new operand.
+
+        Returns:
+            New positional and keyword arguments.
+        """
         if self.position < len(args):
             return (*args[: self.position], value, *args[self.position + 1 :]), dict(kwargs)
         return args, {**kwargs, self.keyword: value}
@@ -55,25 +64,31 @@ class Operand:
 
 @dataclass(frozen=True)
 class Op:
-    """A function of two operands; `first` is missing where only a weight is looked up."""
+    """A function of two operands.
+
+    Attributes:
+        kind: kind of layer that a call becomes.
+        first: first operand; None for a lookup of rows in a weight.
+        second: second operand.
+    """
 
     kind: str
-    first: Operand | None
-    second: Operand
+    first: OperandSpec | None
+    second: OperandSpec
 
     @property
     def is_sum(self) -> bool:
-        """Whether it adds, which is no work in BOPs but keeps two tensors."""
+        """Whether the function adds: sums count no BOPs, but both terms may be quantized."""
         return self.kind == "add"
 
     @property
     def is_lookup(self) -> bool:
-        """Whether it reads rows of a weight and multiplies nothing."""
+        """Whether the function reads rows of a weight without multiplying."""
         return self.first is None
 
     @property
     def reads_rows(self) -> bool:
-        """Whether its results are the rows themselves, so that these alone can be quantized."""
+        """Whether the results are the rows themselves, so only these need to be quantized."""
         return self.kind == "embedding"
 
 
@@ -84,10 +99,13 @@ def _op(
     second: int,
     other: str,
     axes: tuple[Any, Any],
-    taken: int | None = None,
+    kept_dims: int | None = None,
 ) -> Op:
-    operands = Operand(first, name, axes[0], taken), Operand(second, other, axes[1], taken)
-    return Op(kind, *operands)
+    return Op(
+        kind,
+        OperandSpec(first, name, axes[0], kept_dims),
+        OperandSpec(second, other, axes[1], kept_dims),
+    )
 
 
 _MATMUL = (-2, -1)
@@ -96,8 +114,8 @@ _torch: Any = torch
 
 OPS: dict[Any, Op] = {
     nnf.linear: _op("linear", 0, "input", 1, "weight", (None, 0), 1),
-    nnf.embedding: Op("embedding", None, Operand(1, "weight", 0)),
-    nnf.embedding_bag: Op("embedding_bag", None, Operand(1, "weight", 0)),
+    nnf.embedding: Op("embedding", None, OperandSpec(1, "weight", 0)),
+    nnf.embedding_bag: Op("embedding_bag", None, OperandSpec(1, "weight", 0)),
     attention_scores: _op("scores", 0, "query", 1, "key", (None, None), 2),
     attention_values: _op("values", 0, "probabilities", 1, "value", (None, None), 2),
     _torch.addmm: _op("addmm", 1, "mat1", 2, "mat2", _MATMUL),
@@ -108,7 +126,7 @@ OPS: dict[Any, Op] = {
     _torch.tensordot: _op("tensordot", 0, "a", 1, "b", (None, None)),
     _tensor.__rmatmul__: _op("matmul", 1, "other", 0, "self", _MATMUL, 2),
 }
-"""Functions by the object that is called."""
+"""Supported functions, keyed by the callable that torch function modes receive."""
 
 for _name, _other in (
     ("matmul", "other"),
@@ -125,7 +143,7 @@ for _n in (1, 2, 3):
     OPS[getattr(_torch, f"conv_transpose{_n}d")] = _op(
         f"conv_transpose{_n}d", 0, "input", 1, "weight", (None, 1)
     )
-if hasattr(_torch, "_grouped_mm"):  # what `F.grouped_mm` calls; experts share the scales
+if hasattr(_torch, "_grouped_mm"):  # called by `F.grouped_mm`; all experts share the scales
     OPS[_torch._grouped_mm] = _op("grouped_mm", 0, "input", 1, "mat2", _MATMUL)
 for _function in (_torch.add, *(getattr(_tensor, n) for n in ("add", "__add__", "__radd__"))):
     OPS[_function] = _op("add", 0, "input", 1, "other", (None, None))
@@ -138,9 +156,17 @@ for _function in IN_PLACE:
 
 
 def op_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Op | None:
-    """How a call multiplies or adds, or None.
+    """Return the supported function of a call, or None.
 
-    An einsum of another number of operands has no quantized form; a sum with a number is none.
+    An einsum is supported with two operands only, and a sum only if both terms are tensors.
+
+    Args:
+        func: the called function.
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        The entry of `OPS`, or None.
     """
     op = OPS.get(func)
     if op is None or (op.kind == "einsum" and (len(args) != 3 or not _tensors(args[1:]))):
@@ -160,7 +186,7 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {
     nnf.scaled_dot_product_attention: attention,
     nnf.multi_head_attention_forward: multi_head_attention,
 }
-"""Fused functions, and how they are written with functions of `OPS`."""
+"""Fused functions with equivalents that are written with functions of `OPS`."""
 
-PARTS = frozenset({"linear", "scores", "values"})
-"""Kinds of the functions that they are written with."""
+DECOMPOSED_KINDS = frozenset({"linear", "scores", "values"})
+"""Kinds of the functions that these equivalents call."""

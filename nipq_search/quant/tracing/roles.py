@@ -1,132 +1,147 @@
-"""What a traced call is: a layer with a weight, a product of activations, a residual sum."""
+"""Classification of traced calls: layers with a weight, products of activations, residual sums."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from torch import Tensor
 
-from nipq_search.quant.tracing.trace import Call, Operand, Trace
+from nipq_search.quant.tracing.trace import Call, OperandRecord, Trace
 
-UNTRAINED = "the table is not trained"
+UNTRAINED = "the table is not trainable"
 IDLE = "did not run on the example inputs"
 
 FIRST, SECOND = "input", "second"
-"""Slots of the activations that a layer consumes; they end the names of tensors."""
+"""Slots of the activations that a layer consumes; also the suffixes of their tensor names."""
 
 
-@dataclass
+class Roles(NamedTuple):
+    """Roles of the operands of a call; see `Layer`."""
+
+    weight: int | None = None
+    slots: Mapping[str, int] = MappingProxyType({})
+    float_reason: str = ""
+    float_requested: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A call that becomes a layer of the graph.
+    """A traced call that becomes a layer of the graph.
 
     Attributes:
-        call: what was traced.
+        call: the traced call.
         name: name of the layer.
-        kind: its kind.
-        weight: the operand that is a weight, or None.
-        slots: the operands that are activations.
-        why: why nothing of it is quantized; empty where it is.
-        asked: whether the configuration asked for that.
-        pin: bit-width, `float` or None.
+        kind: `conv2d`, `linear`, `scores` and so on.
+        weight: index of the operand that is a weight, or None.
+        slots: indices of the operands that are activations, by slot.
+        float_reason: reason why the layer stays in float; empty if it is quantized.
+        float_requested: whether the configuration requested that.
+        pin: bit-width in bits, `float` or None.
     """
 
     call: Call
     name: str
     kind: str
-    weight: int | None = None
-    slots: dict[str, int] = field(default_factory=dict)
-    why: str = ""
-    asked: bool = False
+    weight: int | None
+    slots: Mapping[str, int]
+    float_reason: str
+    float_requested: bool
     pin: int | str | None = None
 
     @property
     def in_float(self) -> bool:
-        """Whether no operand gets a quantizer."""
-        return bool(self.why)
+        """Whether no operand is quantized."""
+        return bool(self.float_reason)
 
-    def operands(self, index: int) -> list[Operand]:
-        """One operand of every time that the call was made."""
+    def operands(self, index: int) -> list[OperandRecord]:
+        """Return the operand at `index` of every execution of the call."""
         found = (pair[index] for pair in self.call.operands)
         return [operand for operand in found if operand is not None]
 
 
 def find_layers(found: Trace, products: bool) -> list[Layer]:
-    """The layers of a trace, named, in order of execution; sums are left out.
+    """Return the named layers of a trace in order of execution, without sums.
 
     Args:
         found: the trace.
-        products: whether products of two activations are to be quantized.
+        products: whether to quantize products of two activations.
     """
     layers: list[Layer] = []
     taken: set[str] = set()
     for call in found.calls:
         if call.op is not None and call.op.is_sum:
             continue
-        layer = Layer(call, "", call.op.kind if call.op else call.function)
-        if not _assign(layer, products):
+        roles = roles_of(call, products)
+        if roles is None:
             continue
-        layer.name = _name(layer, taken)
-        taken.add(layer.name)
-        layers.append(layer)
+        kind = call.op.kind if call.op else call.function
+        name = _name(call, kind, roles.weight, taken)
+        taken.add(name)
+        layers.append(Layer(call=call, name=name, kind=kind, **roles._asdict()))
     return layers
 
 
-def _assign(layer: Layer, products: bool) -> bool:
-    """Say which operand is what, or why the layer stays in float; False if it is none at all."""
-    call = layer.call
+def roles_of(call: Call, products: bool) -> Roles | None:
+    """Return the roles of the operands of a call, or None if it is not a layer.
+
+    Args:
+        call: a call that is not a sum.
+        products: whether to quantize products of two activations.
+    """
     first, second = call.operands[0]
     if call.op is not None and call.op.is_lookup:
-        layer.weight = 1
         if second is None or not second.is_weight:
-            return False
-        layer.why = "" if second.trained else UNTRAINED
-        return True
+            return None
+        return Roles(weight=1, float_reason="" if second.trained else UNTRAINED)
     if not call.macs and not call.label:
-        return False
+        return None
     if call.op is None:
-        layer.why = f"{call.function} has no quantized form"
-    elif first is None or second is None:
-        layer.why = "an operand is no tensor of floating-point numbers"
-    elif second.is_weight and (not first.is_weight or _goes_through(call, first, second)):
-        layer.weight, layer.slots = 1, {FIRST: 0}
-    elif first.is_weight and not second.is_weight:
-        layer.weight, layer.slots = 0, {FIRST: 1}
-    elif first.is_activation and second.is_activation:
-        layer.slots = {FIRST: 0, SECOND: 1}
-        if not products:
-            layer.why, layer.asked = "products of activations are left out by quant.products", True
-    elif first.is_weight:
-        layer.why = "both operands are computed from parameters alone"
-    else:
-        layer.why = "an operand is a constant"
-    return True
+        return Roles(float_reason=f"{call.function} has no quantized form")
+    if first is None or second is None:
+        return Roles(float_reason="an operand is not a floating-point tensor")
+    if second.is_weight and (not first.is_weight or _goes_through(call, first, second)):
+        return Roles(weight=1, slots={FIRST: 0})
+    if first.is_weight and not second.is_weight:
+        return Roles(weight=0, slots={FIRST: 1})
+    if first.is_activation and second.is_activation:
+        slots = {FIRST: 0, SECOND: 1}
+        if products:
+            return Roles(slots=slots)
+        reason = "products of activations are disabled by quant.products"
+        return Roles(slots=slots, float_reason=reason, float_requested=True)
+    if first.is_weight:
+        return Roles(float_reason="both operands are computed from parameters only")
+    return Roles(float_reason="an operand is a constant")
 
 
-def _goes_through(call: Call, first: Operand, second: Operand) -> bool:
-    """Whether of two operands made of parameters the second is the weight of the first."""
+def _goes_through(call: Call, first: OperandRecord, second: OperandRecord) -> bool:
+    """Whether the second of two operands computed from parameters is the weight of a layer."""
     assert call.op is not None and call.op.first is not None
     is_layer = call.op.first.axis is None and call.op.second.axis is not None
     return second.parameter is not None and (is_layer or first.parameter is None)
 
 
-def _name(layer: Layer, taken: set[str]) -> str:
-    call = layer.call
-    operand = None if layer.weight is None else call.operands[0][layer.weight]
+def _name(call: Call, kind: str, weight: int | None, taken: set[str]) -> str:
+    """Return a layer name that is not taken: that of the weight, the owner, or the call."""
+    operand = None if weight is None else call.operands[0][weight]
     if operand is not None and operand.parameter is not None:
         name = operand.parameter.removesuffix("weight").rstrip("._")
         if name not in taken and (name or not call.owner):
             return name
     if operand is not None and call.owner not in taken:
         return call.owner
-    base = ".".join(part for part in (call.owner, layer.kind) if part)
+    base = ".".join(part for part in (call.owner, kind) if part)
     names = itertools.chain([base], (f"{base}_{n}" for n in itertools.count(1)))
     return next(name for name in names if name not in taken)
 
 
 def find_sums(found: Trace) -> dict[str, Call]:
-    """The residual sums of a trace, by name."""
+    """Return the residual sums of a trace by name."""
     sums: dict[str, Call] = {}
     for call in found.calls:
         if call.op is not None and call.op.is_sum and _is_residual(call):
@@ -146,12 +161,12 @@ def _is_residual(call: Call) -> bool:
         and len(first.shape) > 1
         and first.is_activation
         and second.is_activation
-        and first.origins != second.origins  # else a part of an activation function, as in GELU
+        and first.origins != second.origins  # equal ones occur in activation functions, as in GELU
     )
 
 
 def weight_value(layer: Layer) -> Tensor:
-    """The weight of a layer that has one."""
+    """Return the weight of a layer that has one."""
     assert layer.weight is not None
     value = layer.operands(layer.weight)[0].value
     assert value is not None
@@ -159,7 +174,7 @@ def weight_value(layer: Layer) -> Tensor:
 
 
 def weight_axis(layer: Layer) -> int | None:
-    """Dimension of the output channels in a layer's weight."""
+    """Return the dimension of the output channels in a layer's weight, or None."""
     op = layer.call.op
     assert op is not None
     place = op.second if layer.weight == 1 else op.first
@@ -169,6 +184,6 @@ def weight_axis(layer: Layer) -> int | None:
 
 
 def stored_elements(value: Tensor) -> int:
-    """Elements of a weight as it is stored: an expanded one is not stored more than once."""
+    """Return the number of stored elements of a weight, counting expanded dimensions once."""
     sizes = zip(value.shape, value.stride(), strict=True)
     return math.prod(size for size, stride in sizes if stride != 0)

@@ -1,11 +1,11 @@
-"""Multiplications that a module writes out itself, quantized without editing the module.
+"""Quantization of multiplications in a module's own code, without editing the module.
 
 A *site* is the n-th call of one kind of function (see `ops.OPS`) with one parameter, or without
 any, in a module's forward: `F.linear(x, self.qkv.weight)`, `q @ k.transpose(-2, -1)`, a
-convolution subclass with a forward of its own. `prepare` finds the sites of a model in one traced
-forward and makes each module that has some an *owner*. While an owner's forward runs, a torch
-function mode sees every call, and at a site passes the operands through the site's quantizers.
-Modules within are guarded, so that an owner never takes their calls for its own.
+convolution subclass with its own forward. `prepare` finds the sites of a model in one traced
+forward and converts each module with sites to an *owner*. During an owner's forward, a torch
+function mode intercepts every call, and at a site passes the operands through the site's
+quantizers. Modules inside an owner are guarded, so their calls are not attributed to the owner.
 """
 
 from __future__ import annotations
@@ -16,39 +16,52 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nipq_search.quant.kernels.kept import flattened, not_keeping
+from nipq_search.quant.kernels.kept import flattened, recompute_operands
 from nipq_search.quant.numerics.noise import not_compiled
 from nipq_search.quant.quantizers.base import FakeQuantizer
-from nipq_search.quant.tracing.ops import DECOMPOSED, IN_PLACE, PARTS, Op, op_of
+from nipq_search.quant.tracing.ops import DECOMPOSED, DECOMPOSED_KINDS, IN_PLACE, Op, op_of
 
 OTHER = "another parameter"
+"""Label of a parameter that a `ParameterTable` does not contain."""
 
-Home = tuple[str, nn.Module, str]
-"""A parameter: its name in the model, the module that has it, its name there."""
+
+class ParameterLocation(NamedTuple):
+    """Location of a parameter.
+
+    Attributes:
+        name: name of the parameter in the model.
+        module: the module that holds it.
+        key: name of the parameter in that module.
+    """
+
+    name: str
+    module: nn.Module
+    key: str
 
 
 class ParameterTable:
-    """Tells of a tensor which parameter it is, or is a part of, by where it lies in memory."""
+    """Identifies the parameter that a tensor is, or is a slice of, by its memory address."""
 
-    def __init__(self, homes: Iterable[Home]) -> None:
-        """Look up where the parameters are now: they may have moved since."""
+    def __init__(self, locations: Iterable[ParameterLocation]) -> None:
+        """Read the current addresses of the parameters, which may have moved since the trace."""
         self._places: dict[int, list[tuple[int, int, str]]] = {}
-        for name, module, key in homes:
+        for name, module, key in locations:
             parameter = getattr(module, key)
             if isinstance(parameter, Tensor) and parameter.layout is torch.strided:
                 place = (int(parameter.storage_offset()), parameter.numel(), name)
                 self._places.setdefault(_storage(parameter), []).append(place)
 
     def label(self, x: Any) -> str:
-        """The parameter's name, `name@n` for a part that begins at element n, or nothing.
+        """Return the label of the parameter that `x` belongs to, or an empty string.
 
-        A parameter that the table does not hold is `OTHER`.
+        The label is the parameter's name, `name@n` for a slice that starts at element n, or
+        `OTHER` for a parameter that the table does not contain.
         """
         if not isinstance(x, Tensor) or x.layout is not torch.strided:
             return ""
@@ -57,11 +70,20 @@ class ParameterTable:
             offset = int(x.storage_offset()) - start
             if 0 <= offset < numel:
                 return name if offset == 0 and x.numel() == numel else f"{name}@{offset}"
-        # One of another module, as in a power iteration that only training makes.
+        # A parameter of another module, as in a power iteration that runs in training only.
         return OTHER if isinstance(x._base if x._is_view() else x, nn.Parameter) else ""
 
     def of_call(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """The parameter that a call multiplies with."""
+        """Return the label of the parameter that a call multiplies by.
+
+        Args:
+            op: the called function.
+            args: positional arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            The label of the second operand or, if it is not a parameter, of the first.
+        """
         label = self.label(op.second.of(args, kwargs))
         if label or op.first is None:
             return label
@@ -73,16 +95,25 @@ def _storage(x: Tensor) -> int:
 
 
 def site_key(kind: str, label: str, ordinal: int) -> str:
-    """Name of a site within its owner."""
+    """Return the name of a site within its owner.
+
+    Args:
+        kind: kind of the function.
+        label: label of the parameter, or an empty string; see `ParameterTable`.
+        ordinal: index among the calls of that kind and parameter.
+
+    Returns:
+        The non-empty fields, joined by slashes.
+    """
     parts = (kind, label.replace(".", "-"), str(ordinal))
     return "/".join(part for part in parts if part)
 
 
 class Site(nn.Module):
-    """The quantizers of one call; an operand without one passes as it is."""
+    """Quantizers of one call; an operand without a quantizer is passed unchanged."""
 
     def __init__(self, first: FakeQuantizer | None, second: FakeQuantizer | None) -> None:
-        """Hold the quantizers of the first and of the second operand."""
+        """Store the quantizers of the first and the second operand."""
         super().__init__()
         self.first, self.second = first, second
 
@@ -92,55 +123,76 @@ class Site(nn.Module):
         return self.first is None and self.second is None
 
     def call(self, op: Op, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run `func` on quantized operands."""
+        """Run a function on quantized operands.
+
+        Args:
+            op: the called function's entry in `ops.OPS`.
+            func: the called function.
+            args: positional arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            The result of the function.
+        """
         if op.reads_rows:
             return self._lookup(func, args, kwargs)
         target = None
         if func in IN_PLACE:
-            # The quantizer keeps its operand for the backward, so that must not be overwritten.
+            # The quantizer saves its operand for the backward, so it must not be overwritten.
             target = args[0]
             args, func = (target.clone(), *args[1:]), torch.add
         values = []
         for operand, quantizer in ((op.first, self.first), (op.second, self.second)):
             if operand is not None and quantizer is not None:
                 value = operand.of(args, kwargs)
-                if operand.taken is not None:
-                    value = flattened(value, operand.taken)
+                if operand.kept_dims is not None:
+                    value = flattened(value, operand.kept_dims)
                 value = quantizer(value, axis=operand.axis)
                 args, kwargs = operand.replaced(args, kwargs, value)
                 values.append(value)
-        with not_keeping(*values):
+        with recompute_operands(*values):
             result = func(*args, **kwargs)
         return result if target is None else target.copy_(result)
 
     def _lookup(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Quantize the rows that are read, not the whole table."""
+        """Quantize the rows that are read instead of the whole table."""
         rows: Tensor = func(*args, **kwargs)
         if self.second is None:
             return rows
         index = args[0] if args else kwargs["input"]
         flat = rows.reshape(-1, rows.shape[-1])
-        # The quantizer keeps its result for the backward; the model may overwrite what it gets.
+        # The quantizer may save its result for the backward; the model may overwrite the clone.
         return self.second(flat, rows=index.reshape(-1)).view_as(rows).clone()
 
 
 class _Frame:
-    """One running forward of an owner, or of a guarded module, which has no sites."""
+    """A running forward of an owner, or of a guarded module, which has no sites."""
 
     def __init__(
-        self, name: str = "", sites: Mapping[str, Site] | None = None, homes: Iterable[Home] = ()
+        self,
+        name: str = "",
+        sites: Mapping[str, Site] | None = None,
+        locations: Iterable[ParameterLocation] = (),
     ) -> None:
         self.name, self.sites = name, sites or {}
-        self.parameters = ParameterTable(homes)
+        self.parameters = ParameterTable(locations)
         self.counts: dict[tuple[str, str], int] = {}
         self.kinds: frozenset[str] | None = None
         self.with_gradients = torch.is_grad_enabled()
 
     def site(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Site | None:
-        """The site of the call that comes now.
+        """Return the site of the current call, or None.
 
-        A loop over a longer sequence than the traced one makes more calls. Those with a
-        parameter use that parameter's last site, others stay in float.
+        A loop over a longer sequence than the traced one makes more calls. Additional calls with
+        a parameter use the last site of that parameter; others stay in float.
+
+        Args:
+            op: the called function.
+            args: positional arguments.
+            kwargs: keyword arguments.
+
+        Returns:
+            The site, or None if the call stays in float.
         """
         if not self.sites or (self.kinds is not None and op.kind not in self.kinds):
             return None
@@ -157,33 +209,33 @@ class _Frame:
 
 
 def _expected(sites: Mapping[str, Site]) -> dict[str, int]:
-    """How many calls without a parameter the trace saw, by kind."""
+    """Return the number of traced calls without a parameter, by kind."""
     kinds = (key.split("/") for key in sites)
     return dict(collections.Counter(parts[0] for parts in kinds if len(parts) == 2))
 
 
 def _check_counts(owner: nn.Module, frame: _Frame) -> None:
-    """Warn once where training makes more products than the traced forward did."""
-    if "_told" in vars(owner):
+    """Warn once if training computes more products than the traced forward."""
+    if "_warned" in vars(owner):
         return
     found = {kind: n for (kind, label), n in frame.counts.items() if not label}
     for kind, traced in _expected(frame.sites).items():
         if kind != "add" and found.get(kind, 0) > traced:
-            vars(owner)["_told"] = True
+            vars(owner)["_warned"] = True
             warnings.warn(
-                f"{frame.name or 'the model'} makes {found[kind]} products of activations "
-                f"({kind}) in training and {traced} in the traced forward: what is more stays in "
-                "float, or takes another one's quantizers. Move what only training computes into "
-                "a module of its own, or exclude the layer",
+                f"{frame.name or 'the model'} computes {found[kind]} products of activations "
+                f"({kind}) in training but {traced} in the traced forward: the additional ones "
+                "stay in float or use the wrong quantizers. Move computations that run only in "
+                "training into a separate module, or exclude the layer",
                 stacklevel=2,
             )
 
 
 def _check_gradients(name: str) -> None:
-    """Warn where gradients were switched off between an owner's forward and its site."""
+    """Warn if gradients were disabled between the start of an owner's forward and a site."""
     if not torch.is_grad_enabled():
         warnings.warn(
-            f"{name or 'the model'} multiplies where gradients are off, as in a reentrant "
+            f"{name or 'the model'} multiplies while gradients are disabled, as in a reentrant "
             "checkpoint of one of its methods or in a custom autograd function: the quantizers "
             "there do not learn. Checkpoint whole modules, or exclude the layer",
             stacklevel=4,
@@ -191,7 +243,7 @@ def _check_gradients(name: str) -> None:
 
 
 class _Running(threading.local):
-    """Owners and guarded modules whose forwards run in this thread, the innermost last."""
+    """Stack of owners and guarded modules whose forward runs in this thread."""
 
     def __init__(self) -> None:
         self.frames: list[_Frame] = []
@@ -201,7 +253,7 @@ _running = _Running()
 
 
 class _SiteMode(TorchFunctionMode):
-    """Hands calls of the innermost owner to its sites."""
+    """Redirects calls of the innermost owner to its sites."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -214,8 +266,8 @@ class _SiteMode(TorchFunctionMode):
             if site is not None:
                 return site.call(op, func, args, kwargs)
         elif func in DECOMPOSED and frame.sites:
-            # Its other operations, such as adding a mask, are none of the owner's.
-            before, frame.kinds = frame.kinds, PARTS
+            # Other operations of the decomposed function, such as adding a mask, are not sites.
+            before, frame.kinds = frame.kinds, DECOMPOSED_KINDS
             try:
                 with self:
                     return DECOMPOSED[func](*args, **kwargs)
@@ -225,7 +277,7 @@ class _SiteMode(TorchFunctionMode):
 
 
 def inside_owner() -> bool:
-    """Whether an owner's forward runs in this thread."""
+    """Whether the forward of an owner is running in this thread."""
     return bool(_running.frames)
 
 
@@ -242,31 +294,31 @@ def _leave(module: nn.Module, args: Any, out: Any) -> None:
 
 
 def guard(module: nn.Module) -> None:
-    """Keep the calls of a module, which has no sites, from the owner around it."""
+    """Hide the calls of a module without sites from the enclosing owner."""
     module.register_forward_pre_hook(_enter)
-    # First of all hooks: what the others compute is the surrounding module's, as in the trace.
+    # Runs before other hooks, whose computations belong to the enclosing module.
     module.register_forward_hook(_leave, prepend=True, always_call=True)
 
 
 class Owner(nn.Module):
-    """Marks the modules that have sites; see `make_owner`."""
+    """Base class that marks modules with sites; see `make_owner`."""
 
     float_class: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the float class: this one is made at run time."""
+        """Copy and pickle by the float class, because this class is created at run time."""
         return _new_owner, (self.float_class,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 @not_compiled
 def _run(owner: Any, args: Any, kwargs: Any) -> Any:
-    """The float forward, with its sites quantized."""
-    name, sites, homes, own_forward = vars(owner)["_owned"]
+    """Run the float forward with its sites quantized."""
+    name, sites, locations, own_forward = vars(owner)["_owned"]
     forward: Callable[..., Any] = own_forward or functools.partial(
         owner.float_class.forward, owner
     )
     frames = _running.frames
-    frame = _Frame(name, sites._modules, homes)
+    frame = _Frame(name, sites._modules, locations)
     frames.append(frame)
     depth = len(frames)
     try:
@@ -283,7 +335,7 @@ _made: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _owner_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The owner's class of a float class, made once."""
+    """Return the owner class of a float class, created on first use."""
     if kind not in _made:
 
         @functools.wraps(kind.forward)
@@ -306,18 +358,18 @@ def _new_owner(kind: type[nn.Module]) -> nn.Module:
 
 
 def make_owner(
-    module: nn.Module, name: str, sites: nn.ModuleDict, homes: tuple[Home, ...]
+    module: nn.Module, name: str, sites: nn.ModuleDict, locations: tuple[ParameterLocation, ...]
 ) -> None:
-    """Turn a module into the owner of `sites`, in place.
+    """Convert a module to the owner of `sites`, in place.
 
     Args:
         module: the module.
-        name: its name in the model.
-        sites: its sites by `site_key`. They have another parent: a container, such as
-            `nn.Sequential`, would take them for a layer of its own.
-        homes: the parameters that its sites multiply with.
+        name: name of the module in the model.
+        sites: sites by `site_key`. They are not registered as children of the module, because a
+            container such as `nn.Sequential` would treat them as layers.
+        locations: parameters that the sites multiply by.
     """
-    # An instance's own forward, as hooks of other libraries set it, would hide the class's.
+    # A forward set on the instance, as by hooks of other libraries, would hide the class's.
     own_forward = vars(module).pop("forward", None)
     module.__class__ = _owner_class(type(module))
-    vars(module)["_owned"] = (name, sites, homes, own_forward)
+    vars(module)["_owned"] = (name, sites, locations, own_forward)

@@ -1,4 +1,4 @@
-"""One float forward that finds out what a model multiplies, and with which tensors."""
+"""Tracing of one float forward to find the multiplications of a model and their operands."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from nipq_search.quant.tracing.flow import (
     tensor_key,
     tensors_in,
 )
-from nipq_search.quant.tracing.ops import DECOMPOSED, PARTS, Op, op_of
-from nipq_search.quant.tracing.sites import Home, ParameterTable
+from nipq_search.quant.tracing.ops import DECOMPOSED, DECOMPOSED_KINDS, Op, op_of
+from nipq_search.quant.tracing.sites import ParameterLocation, ParameterTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operand:
-    """An operand of a traced call.
+class OperandRecord:
+    """Operand of one execution of a traced call.
 
     Attributes:
         key: identity of its values.
-        shape: its shape.
-        origins: where its values come from; see `flow.Flow`.
-        parameter: name of the parameter that it is, or is a dense view of.
-        value: the tensor itself, where it is a weight.
-        raw: whether it holds values of the model's own inputs, moved or padded at most.
-        trained: whether a parameter that it is made of has gradients.
+        shape: shape, including the batch dimension.
+        origins: origins of its values; see `flow.Flow`.
+        parameter: name of the parameter that it is, or is a dense view of; else None.
+        value: the tensor itself if it is a weight, else None.
+        raw: whether it holds values of the model's inputs, possibly moved or padded.
+        trained: whether it is computed from a parameter that requires gradients.
     """
 
     key: TensorKey
@@ -51,33 +51,33 @@ class Operand:
 
     @property
     def numel(self) -> int:
-        """Elements, those of the whole batch."""
+        """Number of elements in the whole batch."""
         return int(torch.Size(self.shape).numel())
 
     @property
     def is_activation(self) -> bool:
-        """Whether it depends on the model's inputs."""
+        """Whether the operand depends on the model's inputs."""
         return any(not origin.startswith(PARAMETER) for origin in self.origins)
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is computed from parameters, and from nothing that the model is given."""
+        """Whether the operand is computed from parameters and does not depend on inputs."""
         return bool(self.origins) and not self.is_activation
 
 
 @dataclass
 class Call:
-    """A site of the model: one call in one module, or the same call made again.
+    """A site of the model: one call in one module, which may be executed several times.
 
     Attributes:
         owner: name of the innermost module whose forward made the call.
-        op: what was called; None for a function that has no quantized form.
-        function: its name.
-        label: the parameter that it multiplies with, by `sites.ParameterTable`.
-        ordinal: number of the call among those of its kind and parameter in the owner's forward.
-        operands: both operands of every time that it was made.
-        macs: multiply-accumulates, summed over those times and over the batch.
-        outputs: elements of the result.
+        op: the called function; None if it has no quantized form.
+        function: name of the function.
+        label: parameter that the call multiplies by, as labeled by `sites.ParameterTable`.
+        ordinal: index of the call among those of its kind and parameter in the owner's forward.
+        operands: both operands of every execution.
+        macs: multiply-accumulates of the whole batch, summed over all executions.
+        outputs: number of elements of the result, including the batch dimension.
     """
 
     owner: str
@@ -85,13 +85,13 @@ class Call:
     function: str
     label: str
     ordinal: int
-    operands: list[tuple[Operand | None, Operand | None]] = field(default_factory=list)
+    operands: list[tuple[OperandRecord | None, OperandRecord | None]] = field(default_factory=list)
     macs: int = 0
     outputs: int = 0
 
     @property
     def origin(self) -> str:
-        """Its name in `Flow`."""
+        """Name of the call as an origin in `Flow`."""
         kind = self.op.kind if self.op else self.function
         head = SUM if self.op is not None and self.op.is_sum else LAYER
         return f"{head}{self.owner}/{kind}/{self.label}/{self.ordinal}"
@@ -99,13 +99,14 @@ class Call:
 
 @dataclass
 class Trace:
-    """What the forward showed.
+    """Result of tracing one forward.
 
     Attributes:
-        calls: every site, in order of execution.
-        inside: by module that ran, the modules around it.
-        unseen_macs: multiply-accumulates outside them: TorchScript, compiled code.
-        batch: samples in the example.
+        calls: all sites, in order of execution.
+        inside: enclosing modules by the name of each module that ran.
+        unseen_macs: multiply-accumulates outside the recorded calls, as in TorchScript or
+            compiled code.
+        batch: number of samples in the example inputs.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -115,13 +116,13 @@ class Trace:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes every call that multiplies, with the module that made it."""
+    """Records every call that multiplies, with the module that made it."""
 
     def __init__(self, flow: Flow, model: nn.Module) -> None:
         super().__init__()
         self.flow = flow
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.parameters = ParameterTable(parameter_homes(model))
+        self.parameters = ParameterTable(parameter_locations(model))
         self.trained = {PARAMETER + n for n, p in model.named_parameters() if p.requires_grad}
         self.calls: dict[tuple[str, str, str, int], Call] = {}
         self.stack: list[tuple[str, dict[tuple[str, str], int]]] = []
@@ -129,13 +130,13 @@ class _Recorder(TorchFunctionMode):
         self.kinds: frozenset[str] | None = None
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook: calls from here on are this module's."""
+        """Forward pre-hook: attribute the following calls to this module."""
         name = self.names[id(module)]
         self.inside.setdefault(name, set()).update(around for around, _ in self.stack)
         self.stack.append((name, {}))
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Forward hook."""
+        """Forward hook: attribute the following calls to the enclosing module again."""
         self.stack.pop()
 
     def __torch_function__(
@@ -143,7 +144,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in DECOMPOSED:
-            before, self.kinds = self.kinds, PARTS
+            before, self.kinds = self.kinds, DECOMPOSED_KINDS
             try:
                 with self:
                     return DECOMPOSED[func](*args, **kwargs)
@@ -161,17 +162,19 @@ class _Recorder(TorchFunctionMode):
             self._note(op, func, label, operands, macs, out)
         return out
 
-    def _operands(self, op: Op, args: Any, kwargs: Any) -> tuple[Operand | None, Operand | None]:
+    def _operands(
+        self, op: Op, args: Any, kwargs: Any
+    ) -> tuple[OperandRecord | None, OperandRecord | None]:
         first = op.first.of(args, kwargs) if op.first is not None else None
         return self._operand(first), self._operand(op.second.of(args, kwargs))
 
-    def _operand(self, x: Any) -> Operand | None:
+    def _operand(self, x: Any) -> OperandRecord | None:
         strided = isinstance(x, Tensor) and x.layout is torch.strided
         if not strided or not x.is_floating_point():
             return None
         key, origins = tensor_key(x), self.flow.of(x)
         weight = bool(origins) and all(o.startswith(PARAMETER) for o in origins)
-        return Operand(
+        return OperandRecord(
             key=key,
             shape=tuple(x.shape),
             origins=origins,
@@ -182,7 +185,7 @@ class _Recorder(TorchFunctionMode):
         )
 
     def _whole(self, x: Tensor) -> str | None:
-        """Name of the parameter that `x` is, as a whole."""
+        """Return the name of the parameter that `x` equals as a whole, or None."""
         label = self.parameters.label(x)
         return label if label and "@" not in label else None
 
@@ -191,7 +194,7 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         owner, counts = self.stack[-1]
         kind = op.kind if op is not None else getattr(func, "__name__", str(func))
-        # What has no quantized form is not counted when the model runs.
+        # Calls without a quantized form are counted separately, because sites do not count them.
         counted = (kind if op is not None else f"{kind} in float", label)
         ordinal = counts.get(counted, 0)
         counts[counted] = ordinal + 1
@@ -211,7 +214,7 @@ class _Recorder(TorchFunctionMode):
 
 @contextmanager
 def unchanged_mode(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients and leave modes and random generators as they were."""
+    """Run in eval mode without gradients; restore training modes and random generators after."""
     modes = [(module, module.training) for module in model.modules()]
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -225,7 +228,7 @@ def unchanged_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Attention and recurrent layers as the products they are: fused kernels count nothing."""
+    """Run attention and recurrent layers as products, because fused kernels count no FLOPs."""
     fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)  # `backends.mkldnn.flags` warns about Intel's GPUs
@@ -237,17 +240,17 @@ def plain_kernels() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(onednn)
 
 
-def parameter_homes(model: nn.Module) -> list[Home]:
-    """Every parameter of a model, once."""
-    homes: list[Home] = []
+def parameter_locations(model: nn.Module) -> list[ParameterLocation]:
+    """Return the location of every parameter of a model, without repetitions."""
+    locations: list[ParameterLocation] = []
     for name, _ in model.named_parameters():
         owner, _, key = name.rpartition(".")
-        homes.append((name, model.get_submodule(owner), key))
-    return homes
+        locations.append(ParameterLocation(name, model.get_submodule(owner), key))
+    return locations
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a forward from a tensor, a tuple or a mapping."""
+    """Return a tensor, a tuple or a mapping as positional and keyword arguments of a forward."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, (tuple, list)):
@@ -256,14 +259,14 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Trace:
-    """Run `model` once on the example and note what it multiplies.
+    """Run `model` once on the example inputs and record its multiplications.
 
     Raises:
-        UserError: the model does not run on the example inputs, or they hold no tensor.
+        UserError: the model does not run on the example inputs, or they contain no tensor.
     """
     examples = list(tensors_in(example_inputs))
     if not examples:
-        raise UserError("example_inputs: no tensor in it; give the arguments of one forward")
+        raise UserError("example_inputs: contains no tensor; pass the arguments of one forward")
     batch = max(1, examples[0].shape[0] if examples[0].dim() else 1)
     flow = Flow()
     recorder = _Recorder(flow, model)
@@ -274,7 +277,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     handles = []
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(recorder.enter))
-        # First of all hooks: what the others compute is the surrounding module's.
+        # Runs before other hooks, whose computations belong to the enclosing module.
         handles.append(
             module.register_forward_hook(recorder.leave, prepend=True, always_call=True)
         )
@@ -288,7 +291,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"example_inputs: the model does not run on them ({type(error).__name__}: {reason}); "
-            "give the arguments of one forward"
+            "pass the arguments of one forward"
         ) from error
     finally:
         for handle in handles:

@@ -1,6 +1,6 @@
-"""Executors, which run the coordinator's jobs, and everything that touches Ray.
+"""Executors of the coordinator's jobs, and all code that uses Ray.
 
-Start reading in `base.py` (the protocol) and `tune.py` (Ray Tune). `virtual.py` runs jobs in this
-process in virtual time, `ray_compat.py` holds every patch of Ray's internals. Imports
-`coordinator`, `worker` and what is below them.
+Start reading in `base.py` (the protocol) and `tune.py` (Ray Tune). `virtual.py` runs jobs in
+virtual time in the current process; `ray_compat.py` contains every patch of Ray internals. Imports
+`coordinator`, `worker` and the packages below them.
 """

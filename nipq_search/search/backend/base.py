@@ -1,4 +1,4 @@
-"""How jobs get onto machines: the protocol that every executor follows."""
+"""The protocol that all executors implement."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.jobs import Job
+from nipq_search.search.jobs import Job, JobOutcome
 from nipq_search.tasks import Task
 
-STARTS = 4
-"""Times that a process may die before it begins an attempt."""
+MAX_FAILED_STARTS = 4
+"""Consecutive times that a job's process may die before it begins an attempt."""
 
-Work = Callable[[Job, Task, Callable[[dict[str, Any]], None]], str]
-"""What does a job: `nipq_search.search.worker.worker.execute`, or a stand-in for it."""
+Work = Callable[[Job, Task, Callable[[dict[str, Any]], None]], JobOutcome]
+"""Function that executes a job: `nipq_search.search.worker.worker.execute`, or a substitute."""
 
 
 class Executor(Protocol):
-    """Runs a coordinator's jobs until it has no more.
+    """Runs a coordinator's jobs until none is left.
 
-    Every job that is handed out is told to have ended exactly once. A process that dies is started
-    again; how often a job may fail is decided by its own attempts. Work that finds its machine
-    unfit ends everything. What `tick` raises ends the run.
+    Every job is reported to the coordinator as finished exactly once. A process that dies is
+    restarted; the job's attempts limit the number of retries. A job that finds its machine unfit
+    halts the sweep. An exception from `tick` ends the run.
     """
 
     def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
-        """Start every job that the coordinator hands out and tell it how each one ended.
+        """Run the coordinator's jobs and report the end of each one.
 
         Args:
-            coordinator: asked for the next job whenever there is room.
-            task: the sweep's task, its data loaded; reaches each node once.
-            tick: called about every second and after every report, in this thread.
+            coordinator: source of the jobs, queried whenever a slot is free.
+            task: the sweep's task with its data loaded; sent to each node once.
+            tick: called in this thread about every second and after every report.
         """
         ...

@@ -1,4 +1,4 @@
-"""The code that must reach the nodes of a cluster: this package and the task's own."""
+"""The source code that Ray ships to a cluster's nodes: this package and the task's module."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import sys
 from pathlib import Path
 
 EXCLUDES = ["__pycache__", "*.pyc", ".git", "runs", "checkpoints", "*.pt", "mlruns", "mlartifacts"]
-"""What never travels: caches, and what sweeps leave behind."""
+"""File patterns that are never shipped: caches and the files of sweeps."""
 
 
 def sources(task: str) -> list[Path]:
-    """Folders of packages, and files of single modules, that a worker has to import.
+    """Return the package folders and module files that a worker must be able to import.
+
+    A module outside a package is shipped as a single file, so a task that consists of several
+    files must be a package.
 
     Args:
-        task: as the sweep file names it; a registered one is part of this package.
-
-    A module that is not in a package travels alone: put a task of several files into a package.
+        task: the task's name in the sweep file. Registered tasks are part of this package.
     """
     found = [Path(__file__).parents[2]]
     name = task.partition(":")[0].partition(".")[0]
@@ -32,6 +33,6 @@ def sources(task: str) -> list[Path]:
     return found
 
 
-def can_travel() -> bool:
-    """Whether this installation can send code: Ray needs the parts of `ray[default]` for it."""
+def can_ship_code() -> bool:
+    """Whether this installation can ship code, which requires `ray[default]`."""
     return importlib.util.find_spec("aiohttp_cors") is not None

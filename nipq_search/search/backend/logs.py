@@ -1,4 +1,4 @@
-"""What Ray has to say about a run goes into a file, not between the lines of the progress."""
+"""Redirection of Ray's log messages to a file, to keep them out of the progress output."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from nipq_search.search.jobs.paths import LOG_FILE
 
 @contextlib.contextmanager
 def driver_log(out: Path) -> Iterator[None]:
-    """Send the loggers of Ray to `driver.log` in the sweep's folder.
+    """Redirect Ray's loggers to `driver.log` in the sweep's folder.
 
-    Enter it after Ray has started, for Ray sets up its loggers then. Why a job ended stands in
-    the job's own record; the log has the tracebacks of processes that died.
+    Enter this context after Ray has started, because Ray configures its loggers on start. The log
+    contains the tracebacks of processes that died; the reason why a job ended is stored in its
+    record.
     """
     handler = logging.FileHandler(out / LOG_FILE, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

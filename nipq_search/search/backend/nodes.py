@@ -1,4 +1,4 @@
-"""What the nodes of a cluster have, and whether trials can run there."""
+"""The nodes of a cluster: their resources, and checks that trials can run on them."""
 
 from __future__ import annotations
 
@@ -22,50 +22,52 @@ from nipq_search.tasks import Task
 
 _log = logging.getLogger("nipq_search")
 
-_PATIENCE_SECONDS = 300.0
-"""A node may have to make the environment of the sweep's code first."""
+_NODE_TIMEOUT_SECONDS = 300.0
+"""Time limit for a node's answer; it may first have to create the runtime environment."""
 
-LAUNCHED = Path("~/ray_bootstrap_config.yaml")
-"""Where `ray up` leaves the cluster's file on its head."""
+BOOTSTRAP_FILE = Path("~/ray_bootstrap_config.yaml")
+"""Path of the cluster configuration that `ray up` stores on the head node."""
 
 
-def living() -> list[dict[str, Any]]:
-    """Ray's description of every node that is alive."""
+def alive_nodes() -> list[dict[str, Any]]:
+    """Return Ray's description of every node that is alive."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def check_room(resources: ResourcesSection, grows: bool) -> None:
-    """Check that some node, or one that the cluster can add, holds one trial.
+    """Check that one trial fits on an existing node, or on one that the cluster can add.
 
     Args:
-        resources: of one trial.
+        resources: resources of one trial.
         grows: whether the cluster adds nodes.
 
     Raises:
-        UserError: none does.
+        UserError: no node is large enough.
     """
-    nodes = [node["Resources"] for node in living()]
+    nodes = [node["Resources"] for node in alive_nodes()]
     if not grows:
         _check_largest(resources, nodes, "node")
     elif (types := _node_types()) is not None:
-        _check_largest(resources, [*nodes, *types], "type of node")
-    elif not any(_holds(node, resources.in_ray_s_words()) for node in nodes):
-        asked = ", ".join(f"{a:g} {n}" for n, a in resources.in_ray_s_words().items())
-        _log.warning("no node holds a trial (%s) yet: waiting until the cluster adds one", asked)
+        _check_largest(resources, [*nodes, *types], "node type")
+    elif not any(_holds(node, resources.ray_resources()) for node in nodes):
+        request = ", ".join(f"{a:g} {n}" for n, a in resources.ray_resources().items())
+        _log.warning(
+            "no node is large enough for a trial (%s): waiting for the cluster to add one", request
+        )
 
 
 def _node_types() -> list[Mapping[str, float]] | None:
-    """Resources of the nodes that this head's cluster can add; None where that is not known."""
+    """Return the resources of the node types that the cluster can add; None if unknown."""
     try:
-        known = yaml.safe_load(LAUNCHED.expanduser().read_text())["available_node_types"]
+        known = yaml.safe_load(BOOTSTRAP_FILE.expanduser().read_text())["available_node_types"]
         types = [dict(kind["resources"]) for kind in known.values()]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return None
-    if not all("CPU" in kind for kind in types):  # nodes find out themselves what they have
+    if not all("CPU" in kind for kind in types):  # nodes detect their own resources
         return None
-    return [{"memory": math.inf, **kind} for kind in types]  # which need not be listed
+    return [{"memory": math.inf, **kind} for kind in types]  # memory is optional in the file
 
 
 def _holds(node: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
@@ -75,28 +77,29 @@ def _holds(node: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
 def _check_largest(
     resources: ResourcesSection, nodes: Sequence[Mapping[str, float]], word: str
 ) -> None:
-    wanted = resources.in_ray_s_words()
+    """Raise `UserError` if no entry of `nodes` is large enough; `word` names an entry."""
+    wanted = resources.ray_resources()
     for name, amount in wanted.items():
         most = max((node.get(name, 0) for node in nodes), default=0)
         if amount > most:
             key = resources.key_of(name)
             unit = 1e9 if name == "memory" else 1
             raise UserError(
-                f"resources.{key}: {amount / unit:g} asked for one trial, the largest {word} has "
+                f"resources.{key}: one trial requests {amount / unit:g}, the largest {word} has "
                 f"{most / unit:.4g}"
             )
     if not any(_holds(node, wanted) for node in nodes):
-        asked = ", ".join(f"{a:g} {n}" for n, a in wanted.items())
-        raise UserError(f"resources: no {word} has all of {asked}, which one trial asks for")
+        request = ", ".join(f"{a:g} {n}" for n, a in wanted.items())
+        raise UserError(f"resources: no {word} has all of {request}, which one trial requests")
 
 
 def slots(resources: ResourcesSection) -> int:
-    """Trials that fit at once, node by node, or fewer where the configuration says so."""
+    """Return the number of concurrent trials that fit on the nodes, capped by `concurrent`."""
     if resources.autoscale and resources.concurrent is not None:
         return resources.concurrent
 
-    nodes = [node["Resources"] for node in living()]
-    wanted = resources.in_ray_s_words()
+    nodes = [node["Resources"] for node in alive_nodes()]
+    wanted = resources.ray_resources()
     fits = sum(min(int(node.get(n, 0) / a) for n, a in wanted.items()) for node in nodes)
     fits = max(1, fits)
     return fits if resources.concurrent is None else min(fits, resources.concurrent)
@@ -110,25 +113,26 @@ def check_data(
     own_host: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Check that every node that may get a trial sees the sweep's folder, a batch and the model.
+    """Check that every node large enough for a trial can read the folder, a batch and the model.
 
     Args:
-        task: the sweep's; its data are loaded, or read later from files that each node must have.
-        batch_size: of what is read.
+        task: the sweep's task; its data are loaded, or read later from files on each node.
+        batch_size: number of samples in the batch that is read.
         out: the sweep's folder.
-        resources: of one trial.
-        own_host: ask nodes on this host too, which has loaded the task already.
-        stopping: whether somebody wants to wait no more, as with Ctrl-C.
+        resources: resources of one trial.
+        own_host: also check nodes on this host, where the task is already loaded.
+        stopping: whether to stop waiting, for example after Ctrl-C.
 
     Raises:
-        UserError: a node does not; names it and the fix.
+        UserError: a check failed on a node; the message names the node and the fix.
     """
     import ray
 
     if nodes := _candidates(resources, own_host):
-        known = storage.digest((out / FACTS_FILE).read_bytes())
-        fix = "mount the same folders there, or take the node out"
-        _check_each(nodes, _problem, (ray.put(task), batch_size, str(out), known), fix, stopping)
+        facts_digest = storage.digest((out / FACTS_FILE).read_bytes())
+        arguments = (ray.put(task), batch_size, str(out), facts_digest)
+        fix = "mount the same folders there, or remove the node"
+        _check_each(nodes, _problem, arguments, fix, stopping)
 
 
 def check_plugins(
@@ -137,33 +141,34 @@ def check_plugins(
     own_host: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Check that every node that may get a trial has the sweep's plug-ins in the same versions.
+    """Check that every node large enough for a trial has the sweep's plug-ins at their versions.
 
     Args:
         plugins: `package version` by entry, as in `SweepConfig.plugins`.
         resources: resources of one trial.
-        own_host: whether nodes on this host are checked as well.
-        stopping: whether to stop waiting for answers, as after Ctrl-C.
+        own_host: also check nodes on this host.
+        stopping: whether to stop waiting, for example after Ctrl-C.
 
     Raises:
-        UserError: a node lacks a plug-in or has another version; names the node and the fix.
+        UserError: a plug-in is missing or has another version; the message names the node and
+            the fix.
     """
     if plugins and (nodes := _candidates(resources, own_host)):
-        fix = "install it there, or take the node out"
+        fix = "install it there, or remove the node"
         _check_each(nodes, _plugin_problem, (dict(plugins),), fix, stopping)
 
 
 def _plugin_problem(plugins: Mapping[str, str]) -> str | None:
-    """Return what differs on a node from the driver's plug-ins; runs there."""
+    """Return how a node's plug-ins differ from the driver's, or None; executed on that node."""
     return "; ".join(plugin_mismatches(plugins)) or None
 
 
 def _candidates(resources: ResourcesSection, own_host: bool) -> list[dict[str, Any]]:
-    """Return the nodes that may get a trial."""
-    wanted = resources.in_ray_s_words()
+    """Return the nodes that are large enough for a trial."""
+    wanted = resources.ray_resources()
     return [
         node
-        for node in living()
+        for node in alive_nodes()
         if _holds(node["Resources"], wanted)
         and (own_host or node["NodeManagerHostname"] != socket.gethostname())
     ]
@@ -171,48 +176,48 @@ def _candidates(resources: ResourcesSection, own_host: bool) -> list[dict[str, A
 
 def _check_each(
     nodes: Sequence[Mapping[str, Any]],
-    problem_on: Callable[..., str | None],
+    find_problem: Callable[..., str | None],
     arguments: tuple[Any, ...],
     fix: str,
     stopping: Callable[[], bool],
 ) -> None:
-    """Run a check on every node and raise `UserError` for the first problem that one returns."""
+    """Run a check on every node and raise `UserError` for the first problem."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    remote: Any = ray.remote(problem_on)
-    asked = {}
+    remote: Any = ray.remote(find_problem)
+    answers = {}
     for node in nodes:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": place, "max_retries": 0}
-        asked[remote.options(**options).remote(*arguments)] = node
-    left, limit = list(asked), time.monotonic() + _PATIENCE_SECONDS
+        answers[remote.options(**options).remote(*arguments)] = node
+    left, limit = list(answers), time.monotonic() + _NODE_TIMEOUT_SECONDS
     while left and time.monotonic() < limit:
         if stopping():
             return
         left = ray.wait(left, num_returns=len(left), timeout=1)[1]
-    for answer, node in asked.items():
+    for answer, node in answers.items():
         try:
             problem = ray.get(answer, timeout=0)
         except ray.exceptions.GetTimeoutError:
-            problem = f"no answer within {_PATIENCE_SECONDS:.0f} s"
+            problem = f"no answer within {_NODE_TIMEOUT_SECONDS:.0f} s"
         except ray.exceptions.RayError:
-            continue  # it has died meanwhile, or the trials will say
+            continue  # the node has died since; otherwise its trials report the error
         if problem is not None:
             raise UserError(
                 f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {problem}; "
-                f"{fix}; `nipq-search doctor` asks them all"
+                f"{fix}; `nipq-search doctor` checks all nodes"
             )
 
 
-def _problem(task: Task, batch_size: int, out: str, known: str) -> str | None:
-    """What keeps a trial from running on a node; runs there."""
+def _problem(task: Task, batch_size: int, out: str, facts_digest: str) -> str | None:
+    """Return why trials cannot run on a node, or None; executed on that node."""
     try:
-        seen = storage.digest((Path(out) / FACTS_FILE).read_bytes())
+        found = storage.digest((Path(out) / FACTS_FILE).read_bytes())
     except OSError as error:
-        return f"the sweep's folder {out} is not seen there ({error.strerror})"
-    if seen != known:
-        return f"the sweep's folder {out} is another one there"
+        return f"the sweep's folder {out} is not visible there ({error.strerror})"
+    if found != facts_digest:
+        return f"the sweep's folder {out} is a different folder there"
     try:
         what = "data"
         list(itertools.islice(iter(task.loader("train", batch_size, 0)), 1))

@@ -1,7 +1,7 @@
-"""Patches of Ray's internals, each with the versions that it was tested on and the reason.
+"""Every patch and every use of Ray internals, each with its reason and the tested versions.
 
-Everything here reaches into private modules of Ray. When Ray is upgraded, `tests/search/backend`
-fails where a name has gone. Tested with Ray 2.60.
+All functions here depend on private names of Ray. After an upgrade of Ray, `tests/search/backend`
+and `tests/cluster` fail if one of these names has changed.
 """
 
 from __future__ import annotations
@@ -13,17 +13,31 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+GCS_RECONNECT_TIMEOUT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""Environment variable of an internal Ray setting: the number of seconds for which processes try
+to reconnect to a lost head. Tested with Ray 2.60."""
+
+
+def allow_restart(trial: Any, allowed: bool) -> None:
+    """Set whether Tune restarts a trial's process after its next failure.
+
+    Tune applies one `max_failures` to all trials, but the number of failed starts is counted per
+    job. Sets `ray.tune.experiment.Trial.max_failures`; tested with Ray 2.60.
+    """
+    trial.max_failures = -1 if allowed else 0
+
 
 class OutOfMemoryError(RayActorError):
-    """An actor that Ray's memory monitor ended; the name is that of Ray's own error."""
+    """The death of an actor that Ray's memory monitor killed, named like Ray's own error."""
 
 
 @contextlib.contextmanager
 def memory_faults() -> Iterator[None]:
-    """Treat an actor that Ray's memory monitor killed like any other actor that died.
+    """Handle an actor killed by Ray's memory monitor like any other actor that died.
 
-    Tune's actor manager handles errors of actors and of tasks only, and aborts the whole run on
-    any other, such as `ray.exceptions.OutOfMemoryError`.
+    Tune's actor manager handles only actor and task errors and aborts the whole run on any other
+    `RayError`, such as `ray.exceptions.OutOfMemoryError`. Patches
+    `RayActorManager._actor_task_failed`; tested with Ray 2.60.
     """
     from ray.air.execution._internal.actor_manager import RayActorManager
 
@@ -49,8 +63,9 @@ def memory_faults() -> Iterator[None]:
 def loopback_only() -> Iterator[None]:
     """Bind every process of a cluster started here to the loopback interface.
 
-    Ray binds to all interfaces unless its private switch for clusters of one machine is set, which
-    it sets by itself on Windows and macOS alone. A value that the user has set is kept.
+    Ray binds to all interfaces unless a private switch disables multi-node clusters, which is the
+    default only on Windows and macOS. A value set by the user takes precedence. Sets
+    `ray_constants.ENABLE_RAY_CLUSTER` and its environment variable; tested with Ray 2.60.
     """
     from ray._private import ray_constants
 
@@ -69,14 +84,14 @@ def loopback_only() -> Iterator[None]:
 def connect_to_gcs(address: str) -> None:
     """Check that a Ray head answers at `HOST:PORT`.
 
-    `ray.init` waits forever where something other than Ray listens; the GCS client gives up after
-    40 seconds.
+    `ray.init` waits forever if something other than Ray listens there; the GCS client gives up
+    after 40 seconds. Uses `ray._raylet.GcsClient`; tested with Ray 2.60.
 
     Args:
         address: `HOST:PORT` of the head.
 
     Raises:
-        Exception: whatever the client raises where no head answers.
+        Exception: the client's error if no head answers.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 

@@ -1,9 +1,9 @@
-"""Ends what a local Ray cluster leaves behind when its driver is gone.
+"""Cleanup of the processes of a local Ray cluster after its driver has ended.
 
-Ray's own processes notice the end of a killed driver, but some of its agents wait up to a minute
-for a server that died with it. A small process of ours waits for the driver's end on a pipe and
-then kills whatever of that cluster is left. It knows the cluster by the process tree below the
-daemons that the driver started. Where there is no `/proc`, Ray is left to itself.
+Ray's processes exit when their driver is killed, but some agents first wait up to a minute for a
+server that died with it. A small helper process therefore waits on a pipe for the driver to end
+and then kills the remaining processes of the cluster, which it finds through the process tree
+below the daemons that the driver started. On systems without `/proc`, no helper is started.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _TICK_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
 
 Process = tuple[int, str]
-"""A process id with its start time, which tells it from a later process of the same id."""
+"""A process id and its start time, which together are unique even if the id is reused."""
 
 
 def process_tree() -> dict[int, tuple[int, str]]:
-    """Parent and start time of every living process."""
+    """Return the parent and start time of every running process, by process id."""
     found = {}
     for folder in _PROC.iterdir() if _PROC.is_dir() else ():
         if not folder.name.isdigit():
             continue
         with contextlib.suppress(OSError, IndexError, ValueError):
-            # The name in parentheses may hold anything, so count from its end.
+            # The process name in parentheses may contain spaces, so split after it.
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if fields[0] not in ("Z", "X"):
                 found[int(folder.name)] = (int(fields[1]), fields[19])
@@ -41,7 +41,7 @@ def process_tree() -> dict[int, tuple[int, str]]:
 
 
 def descendants(roots: set[int], tree: dict[int, tuple[int, str]]) -> set[Process]:
-    """`roots` and everything below them, as far as they live."""
+    """Return the running processes among `roots` and all their descendants."""
     members, grown = set(roots) & tree.keys(), True
     while grown:
         below = {pid for pid, (parent, _) in tree.items() if parent in members} - members
@@ -51,13 +51,13 @@ def descendants(roots: set[int], tree: dict[int, tuple[int, str]]) -> set[Proces
 
 
 def children_now() -> set[int]:
-    """Children of this process."""
+    """Return the ids of the children of the current process."""
     own = os.getpid()
     return {pid for pid, (parent, _) in process_tree().items() if parent == own}
 
 
 def _is_ray(pid: int) -> bool:
-    """Whether a process runs something of Ray's package: its servers, its Python daemons."""
+    """Whether a process runs a server or a Python daemon of the Ray package (Ray 2.60)."""
     try:
         command = (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
@@ -68,7 +68,7 @@ def _is_ray(pid: int) -> bool:
 
 
 def ray_children(driver: int, others: set[int]) -> set[int]:
-    """Ray processes that `driver` itself started, apart from its `others`."""
+    """Return the Ray processes that `driver` started directly, except those in `others`."""
     tree = process_tree().items()
     own = {pid for pid, (parent, _) in tree if parent == driver} - others
     return {pid for pid in own if _is_ray(pid)}
@@ -76,14 +76,14 @@ def ray_children(driver: int, others: set[int]) -> set[int]:
 
 @contextlib.contextmanager
 def reaped() -> Iterator[None]:
-    """Have the Ray processes that this process starts within end with it, or at the exit."""
+    """End Ray processes started in this context on its exit, or when this process dies."""
     if not _PROC.is_dir():
         yield
         return
     driver = os.getpid()
     others = {pid for pid, (parent, _) in process_tree().items() if parent == driver}
     command = [sys.executable, "-m", "nipq_search.search.backend.reaper", str(driver)]
-    # The pipe closes with this process, however it ends.
+    # The operating system closes the pipe when this process ends, even after SIGKILL.
     with subprocess.Popen([*command, *map(str, others)], stdin=subprocess.PIPE) as process:
         try:
             yield
@@ -93,22 +93,23 @@ def reaped() -> Iterator[None]:
 
 
 def _left(known: set[Process]) -> set[Process]:
+    """Return the processes of `known` that are still running."""
     tree = process_tree()
     return {(pid, start) for pid, start in known if pid in tree and tree[pid][1] == start}
 
 
 def watch(driver: int, others: set[int]) -> None:
-    """Follow Ray's processes below `driver` until standard input closes, then end what is left.
+    """Track Ray's processes below `driver` until standard input closes, then kill the rest.
 
     Args:
-        driver: the process that starts Ray.
-        others: children of it that are none of ours.
+        driver: id of the process that starts Ray.
+        others: ids of its children that existed before.
     """
     known: set[Process] = set()
     closed = False
     while not closed:
         closed = bool(select.select([sys.stdin], [], [], _TICK_SECONDS)[0]) and not os.read(0, 1)
-        # Looked at once more after the end: daemons outlive a killed driver by an instant.
+        # Scan once more after the pipe has closed: daemons briefly outlive a killed driver.
         roots = {pid for pid, _ in _left(known)} | ray_children(driver, others | {os.getpid()})
         known = descendants(roots, process_tree())
     end = time.monotonic() + _GRACE_SECONDS
@@ -121,5 +122,5 @@ def watch(driver: int, others: set[int]) -> None:
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole group
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C is sent to the whole process group
     watch(int(sys.argv[1]), {int(pid) for pid in sys.argv[2:]})

@@ -1,7 +1,7 @@
-"""The executor that runs jobs on Ray Tune, and the Ray cluster below it.
+"""The executor based on Ray Tune, and the Ray cluster it runs on.
 
-Tune starts and restarts processes, nothing more: what runs next, what a result means and what is
-resumed is the coordinator's business, so Tune's own experiment state is scratch.
+Tune only starts and restarts processes. The coordinator selects the jobs, interprets their results
+and handles resumption, so Tune's own experiment state is temporary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from nipq_search.errors import UserError
 from nipq_search.search.backend.base import Work
-from nipq_search.search.backend.code_shipping import EXCLUDES, can_travel
+from nipq_search.search.backend.code_shipping import EXCLUDES, can_ship_code
 from nipq_search.search.backend.nodes import check_room, slots
 from nipq_search.search.backend.reaper import reaped
 from nipq_search.search.config.resources import ResourcesSection
@@ -30,7 +30,7 @@ from nipq_search.tasks import Task
 
 
 def quiet_environment() -> None:
-    """Settings that Ray reads from the environment: no telemetry, no console noise."""
+    """Disable Ray's telemetry and console output through the environment."""
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
@@ -46,17 +46,17 @@ def quiet_environment() -> None:
 
 
 def token_exists() -> bool:
-    """Whether this machine has a token for Ray clusters, where Ray looks for it."""
+    """Whether an authentication token for Ray clusters is set in a place that Ray reads."""
     given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     return given or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _is_open(address: str) -> bool:
-    """Whether a cluster answers without a token.
+    """Whether a cluster accepts connections without a token.
 
-    `ray start` demands the token of a machine that has one, other ways to start a cluster do not.
-    `ray.init` sends none of itself, and one that is sent where none is wanted breaks the way back.
-    Ray reads the mode once per process, so another one asks.
+    `ray start` requires a token if the machine has one; clusters started in other ways do not.
+    `ray.init` sends no token by default, and a cluster without authentication cannot reply to a
+    client that sends one. Ray reads the mode once per process, so a subprocess runs the check.
     """
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
     command += [] if address == "auto" else ["--address", address]
@@ -69,30 +69,30 @@ def _is_open(address: str) -> bool:
 
 
 def check_machine(resources: ResourcesSection) -> None:
-    """Check that this machine holds one trial, before Ray is started on it.
+    """Check that one trial fits on this machine, before Ray is started.
 
     Raises:
-        UserError: it has too few cores or GPUs.
+        UserError: the machine has too few cores or GPUs.
     """
     import torch
 
-    wanted = resources.in_ray_s_words()
+    wanted = resources.ray_resources()
     for name, most in {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}.items():
         if wanted.get(name, 0) > most:
             raise UserError(
-                f"resources.{resources.key_of(name)}: {wanted[name]:g} asked for one trial, this "
+                f"resources.{resources.key_of(name)}: one trial requests {wanted[name]:g}, this "
                 f"machine has {most}"
             )
 
 
-def check_reachable(address: str) -> None:
-    """Check that something listens where a cluster should be: Ray itself waits for it without end.
+def check_listening(address: str) -> None:
+    """Check that a process listens at the address, for which Ray would wait indefinitely.
 
     Raises:
-        UserError: nothing does.
+        UserError: no process accepts connections there.
     """
     host, _, port = address.rpartition(":")
-    if not port.isdigit():  # `auto`: Ray knows where to look
+    if not port.isdigit():  # Ray resolves `auto` itself
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
@@ -101,7 +101,7 @@ def check_reachable(address: str) -> None:
 
 
 def check_place(address: str | None, resources: ResourcesSection) -> None:
-    """Check what can be checked of machines before anything starts.
+    """Check this machine, or the cluster's address, before anything is started.
 
     Raises:
         UserError: this machine is too small for a trial, or nothing listens at the address.
@@ -109,13 +109,13 @@ def check_place(address: str | None, resources: ResourcesSection) -> None:
     if address is None:
         check_machine(resources)
     else:
-        check_reachable(address)
+        check_listening(address)
 
 
 def _no_cluster(address: str, reason: str) -> UserError:
     return UserError(
         f"--address {address}: no Ray cluster answers there ({reason}); start one with "
-        "`ray start --head`, or leave --address out"
+        "`ray start --head`, or omit --address"
     )
 
 
@@ -126,25 +126,28 @@ def ray_cluster(
     code: Sequence[Path] = (),
     check: bool = True,
 ) -> Iterator[None]:
-    """Connect to a cluster, or start one on this machine and end it afterwards.
+    """Connect to a cluster, or start one on this machine; shut down or disconnect on exit.
 
     Args:
-        address: of the cluster; None starts one.
-        resources: what a trial needs of a node.
-        code: modules and packages that a cluster's nodes are sent.
-        check: whether some node must hold one trial.
+        address: address of the cluster; None starts a local cluster.
+        resources: resources of one trial.
+        code: modules and packages to ship to the nodes of a remote cluster.
+        check: whether to check that one trial fits on a node.
+
+    Yields:
+        Nothing; Ray is connected within the context.
 
     Raises:
-        UserError: no cluster at the address, or no node that holds one trial.
+        UserError: no cluster answers at the address, or no node is large enough for a trial.
     """
     quiet_environment()
     if address is not None:
-        check_reachable(address)
+        check_listening(address)
     if address is not None and token_exists() and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "disabled" if _is_open(address) else "token"
     import ray
 
-    from nipq_search.search.backend.ray_compat import loopback_only
+    from nipq_search.search.backend.ray_compat import GCS_RECONNECT_TIMEOUT, loopback_only
 
     if ray.is_initialized():
         yield
@@ -155,14 +158,14 @@ def ray_cluster(
         "ignore_reinit_error": True,
     }
     if address is None:
-        # An address in the environment would silently lead to somebody's cluster.
+        # "local" overrides RAY_ADDRESS, which would silently connect to an existing cluster.
         options |= {"include_dashboard": False, "address": "local"}
-        # The cluster's head dies with this process. Whatever Ray started besides looks for it so
-        # many seconds at a time, and would otherwise outlive a killed driver by minutes.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
+        # The head of the cluster dies with this process. Ray's other processes try to reconnect
+        # for this many seconds and would otherwise outlive a killed driver by minutes.
+        os.environ.setdefault(GCS_RECONNECT_TIMEOUT, "2")
     else:
         options["address"] = address
-        if code and can_travel():
+        if code and can_ship_code():
             modules = [str(path) for path in code]
             options["runtime_env"] = {"py_modules": modules, "excludes": EXCLUDES}
     with ExitStack() as own:
@@ -179,7 +182,7 @@ def ray_cluster(
 
 
 def _start(options: dict[str, Any], address: str | None) -> None:
-    """Start Ray here, or connect to a cluster; see `ray_cluster`."""
+    """Start Ray on this machine, or connect to a cluster; see `ray_cluster`."""
     import ray
 
     from nipq_search.search.backend.ray_compat import connect_to_gcs
@@ -188,47 +191,56 @@ def _start(options: dict[str, Any], address: str | None) -> None:
         if address is not None and address.rpartition(":")[2].isdigit():
             connect_to_gcs(address)
         ray.init(**options)
-    except Exception as error:  # Ray raises the bare class where a node does not start
+    except Exception as error:  # Ray raises a plain Exception if a node does not start
         reason = " ".join(str(error).split())[:200]
         if address is None:
             raise RuntimeError(
-                f"Ray did not start on this machine ({reason}); is it out of memory or very busy? "
-                "The same command tries again"
+                f"Ray did not start on this machine ({reason}), which may be out of memory or "
+                "overloaded; run the same command again"
             ) from error
         raise _no_cluster(address, reason) from error
 
 
 def _trainable(config: dict[str, Any], task: Any = None, work: Any = None) -> None:
-    """What Tune runs in a worker: one job, to its committed record."""
+    """Execute one job in a Tune worker, up to its committed record."""
     from ray import tune
 
     from nipq_search.search.worker.worker import execute
 
-    state = (work or execute)(Job(**config["job"]), task, tune.report)
-    tune.report({"state": state})
+    outcome = (work or execute)(Job(**config["job"]), task, tune.report)
+    tune.report(outcome.as_report())
 
 
 class TuneExecutor:
     """Runs jobs as Ray Tune trials.
 
     Args:
-        resources: what each job gets.
-        work: does a job, in its process; by default what a worker does.
+        resources: resources of each job.
+        work: executes a job in its process; default `worker.execute`.
     """
 
     def __init__(self, resources: ResourcesSection, work: Work | None = None) -> None:
-        """Remember what jobs need; nothing is started yet."""
+        """Store the arguments; nothing is started."""
         self.resources, self.work = resources, work
 
     def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
-        """See `Executor`."""
+        """Run the coordinator's jobs; see `Executor`.
+
+        Args:
+            coordinator: source of the jobs.
+            task: the sweep's task with its data loaded.
+            tick: called about every second and after every report.
+
+        Raises:
+            BaseException: an error that the coordinator raised at the end of a job.
+        """
         from ray import tune
         from ray.tune import FailureConfig, RunConfig, TuneConfig
 
         from nipq_search.search.backend.ray_compat import memory_faults
         from nipq_search.search.backend.tune_callbacks import (
             JobSearcher,
-            NothingRuns,
+            StopWhenIdle,
             Ticker,
         )
 
@@ -236,7 +248,7 @@ class TuneExecutor:
             tune.with_parameters(_trainable, task=task, work=self.work),
             {
                 {"CPU": "cpu", "GPU": "gpu"}.get(name, name): amount
-                for name, amount in self.resources.in_ray_s_words().items()
+                for name, amount in self.resources.ray_resources().items()
             },
         )
         searcher = JobSearcher(coordinator)
@@ -254,9 +266,9 @@ class TuneExecutor:
                 run_config=RunConfig(
                     name="jobs",
                     storage_path=str(scratch),
-                    failure_config=FailureConfig(max_failures=-1),  # see JobSearcher.recovers
+                    failure_config=FailureConfig(max_failures=-1),  # JobSearcher limits retries
                     callbacks=[ticker],
-                    stop=NothingRuns(coordinator, ticker),
+                    stop=StopWhenIdle(coordinator, ticker),
                     verbose=0,
                 ),
             )

@@ -1,4 +1,4 @@
-"""The objects that Ray Tune calls back. None holds state that a pickle could leak."""
+"""Callback objects for Ray Tune. None of them exposes its state to pickling."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
 from nipq_search.search import jobs
-from nipq_search.search.backend.base import STARTS
+from nipq_search.search.backend.base import MAX_FAILED_STARTS
+from nipq_search.search.backend.ray_compat import allow_restart
 from nipq_search.search.coordinator.coordinator import Coordinator, Verdict
-from nipq_search.search.jobs import Job
+from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind
 from nipq_search.search.worker import failures
-from nipq_search.search.worker.worker import HALT
 
-_PATIENCE_SECONDS = 90.0
-"""Network file systems show what another node wrote with a delay, NFS after up to a minute."""
+_RECORD_VISIBILITY_SECONDS = 90.0
+"""Time until another node's write must be visible; NFS delays it by up to a minute."""
 
 
-def _is_seen(job: Job) -> bool:
-    """Whether the record that a worker has committed can be read here."""
-    limit = time.monotonic() + _PATIENCE_SECONDS
+def _is_visible(job: Job) -> bool:
+    """Whether the record that a worker has committed can be read on this machine."""
+    limit = time.monotonic() + _RECORD_VISIBILITY_SECONDS
     while jobs.committed(job.folder) is None:
         if job.kind == "test" or time.monotonic() > limit:
             return job.kind == "test" and bool(jobs.attempts(job.folder))
@@ -32,37 +32,40 @@ def _is_seen(job: Job) -> bool:
 
 
 class JobSearcher(Searcher):
-    """Hands the coordinator's jobs to Tune as suggestions and their ends back.
+    """Passes the coordinator's jobs to Tune as suggestions, and their results back.
 
-    Tune pickles its searcher into the experiment's folder; this one leaves everything behind,
-    since nothing is ever restored from there and secrets must not be written.
+    Tune pickles its searcher into the experiment's folder. This searcher is pickled without its
+    state, because it is never restored and the state may contain secrets.
+
+    Attributes:
+        problem: the first error that the coordinator raised at the end of a job, or None.
     """
 
     def __init__(self, coordinator: Coordinator) -> None:
-        """Bind to a coordinator."""
+        """Start without jobs."""
         super().__init__(metric=None, mode=None)
         self._coordinator: Coordinator | None = coordinator
         self._jobs: dict[str, Job] = {}
-        self._barren: dict[str, tuple[int, int]] = {}
+        self._failed_starts: dict[str, tuple[int, int]] = {}
         self.problem: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing of ours."""
+        """Return an empty state for pickling."""
         return {
             "_metric": None,
             "_mode": None,
             "_coordinator": None,
             "_jobs": {},
-            "_barren": {},
+            "_failed_starts": {},
             "problem": None,
         }
 
     def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
-        """Accept whatever Tune sets."""
+        """Accept all properties that Tune sets."""
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """The next job; None to wait; FINISHED at the end."""
+        """Return the next job, None to wait, or FINISHED if there are no more jobs."""
         assert self._coordinator is not None
         job = self._coordinator.next_job()
         if job is Verdict.WAIT:
@@ -75,89 +78,119 @@ class JobSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """A job ended; what that means stands in its record.
+        """Report the end of a job to the coordinator, which reads the result from its record.
 
-        A job whose process died before it could begin is open again, for a while. Tune swallows
-        what is raised here: it waits in `problem`.
+        A job whose process died before an attempt began is reopened a limited number of times.
+        Tune swallows exceptions raised here, so the first one is stored in `problem`.
+
+        Args:
+            trial_id: Tune's id of the job.
+            result: the last report of the job.
+            error: whether the process of the job died.
+
+        Raises:
+            BaseException: an error raised by the coordinator.
         """
         job = self._jobs.pop(trial_id, None)
         if job is None:
             return
         assert self._coordinator is not None
-        state = str((result or {}).get("state", ""))
+        outcome = JobOutcome.from_report(result)
         if error:
             self._count(job)
         try:
-            if state.startswith(HALT):
-                self._coordinator.halt(state.removeprefix(HALT))
-            elif state in (jobs.COMPLETE, jobs.FAIL) and not _is_seen(job):
+            if outcome is not None and outcome.kind is OutcomeKind.HALT:
+                self._coordinator.halt(outcome.reason)
+            elif outcome is not None and outcome.has_record and not _is_visible(job):
                 self._coordinator.halt(
-                    f"{job.name} has ended, but its record is not seen here: all nodes must share "
-                    f"{job.out}; `nipq-search doctor --address ... --out ...` tells which do not"
+                    f"{job.name} has ended, but its record is not visible here: all nodes must "
+                    f"share {job.out}; `nipq-search doctor --address ... --out ...` lists the "
+                    "nodes that do not"
                 )
-            barren = self._barren.get(job.name, (0, 0))[1]
-            lost = failures.NEVER_STARTED if error and barren >= STARTS else None
+            failed_starts = self._failed_starts.get(job.name, (0, 0))[1]
+            out_of_starts = error and failed_starts >= MAX_FAILED_STARTS
+            lost = failures.NEVER_STARTED if out_of_starts else None
             self._coordinator.finished(job, lost)
         except BaseException as raised:
             self.problem = self.problem or raised
             raise
 
     def _count(self, job: Job, cause: str | None = None) -> None:
-        """Count the times in a row that a job's process died before it began an attempt."""
-        begun, barren = self._barren.get(job.name, (0, 0))
+        """Count consecutive deaths of a job's process before an attempt began."""
+        begun, failed_starts = self._failed_starts.get(job.name, (0, 0))
         now = len(jobs.attempts(job.folder))
         if now > begun:
-            self._barren[job.name] = (now, 0)
-        elif cause != failures.NODE:
-            self._barren[job.name] = (now, barren + 1)
+            self._failed_starts[job.name] = (now, 0)
+        elif cause != jobs.Cause.NODE:
+            self._failed_starts[job.name] = (now, failed_starts + 1)
 
-    def recovers(self, trial: Any) -> None:
-        """A process ended without an answer and Tune starts it again.
+    def on_process_restart(self, trial: Any) -> None:
+        """Record why a process died, before Tune restarts it.
 
-        How often a job may fail is decided where it runs, by the causes of its attempts. Only
-        processes that die before they begin an attempt are counted here.
+        The worker limits a job's attempts by the causes of their failures. Only processes that
+        die before an attempt begins are counted here.
         """
         job = self._jobs.get(trial.trial_id)
         if job is None:
             return
         error = failures.error_of(trial)
-        with contextlib.suppress(OSError):  # a full disk; the worker will say so
-            failures.judge(job.folder, job.run, error)
+        with contextlib.suppress(OSError):  # a full disk is reported by the worker
+            failures.record_causes(job.folder, job.run, error)
         self._count(job, failures.classify(error, node_is_dead=False))
-        # The next end is the last, unless an attempt begins.
-        barren = self._barren.get(job.name, (0, 0))[1]
-        trial.max_failures = 0 if barren >= STARTS else -1
+        # After the last allowed start, another death is final unless an attempt has begun.
+        failed_starts = self._failed_starts.get(job.name, (0, 0))[1]
+        allow_restart(trial, failed_starts < MAX_FAILED_STARTS)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the ledger is the state."""
+        """Do nothing: the ledger stores the state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore."""
+        """Do nothing: the ledger stores the state."""
 
 
 class Ticker(Callback):
-    """Calls a function about every second and soon after every report; tells of lost processes."""
+    """Calls `tick` about every second and after every report; reports restarts of processes.
+
+    Args:
+        tick: the function to call.
+        searcher: notified before a process is restarted.
+
+    Attributes:
+        busy: whether any trial is running.
+    """
 
     def __init__(self, tick: Callable[[], None] | None, searcher: JobSearcher | None) -> None:
-        """Call `tick`, and the searcher with a Tune trial that is started again."""
+        """Store the arguments."""
         self._tick, self._searcher = tick, searcher
         self._last = 0.0
         self.busy = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing of ours."""
+        """Return an empty state for pickling."""
         return {"_tick": None, "_searcher": None, "_last": 0.0, "busy": True}
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """A trial failed and is to be started again."""
+        """Notify the searcher that Tune is about to restart a failed trial.
+
+        Args:
+            iteration: iteration of Tune's event loop.
+            trials: all trials.
+            trial: the failed trial.
+            info: unused.
+        """
         if self._searcher is not None:
-            self._searcher.recovers(trial)
+            self._searcher.on_process_restart(trial)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        """Tune's loop went round once.
+        """Call `tick` if it is due, after each iteration of Tune's event loop.
+
+        Args:
+            iteration: iteration of Tune's event loop.
+            trials: all trials.
+            info: unused.
 
         Raises:
-            BaseException: what the coordinator raised at the end of a job.
+            BaseException: an error that the coordinator raised at the end of a job.
         """
         self.busy = any(trial.status == "RUNNING" for trial in trials)
         if self._searcher is not None and self._searcher.problem is not None:
@@ -167,28 +200,33 @@ class Ticker(Callback):
             self._tick()
 
     def get_state(self) -> dict[str, Any] | None:
-        """Nothing of ours."""
+        """Return no state."""
         return None
 
 
-class NothingRuns(Stopper):
-    """Ends a sweep that is to stop once no job runs: others may wait for a node for ever."""
+class StopWhenIdle(Stopper):
+    """Ends a stopping sweep once no job runs; pending trials could wait for a node forever.
+
+    Args:
+        coordinator: reports whether the sweep is stopping.
+        ticker: reports whether a job is running.
+    """
 
     def __init__(self, coordinator: Coordinator, ticker: Ticker) -> None:
-        """Bind to a coordinator, and to what sees Tune's trials."""
+        """Store the arguments."""
         self._coordinator: Coordinator | None = coordinator
         self._ticker: Ticker | None = ticker
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing of ours."""
+        """Return an empty state for pickling."""
         return {"_coordinator": None, "_ticker": None}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No single trial is ended so."""
+        """Return False: single trials are never stopped."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether all is to end."""
+        """Whether to end Tune's event loop."""
         if self._coordinator is None or self._ticker is None:
             return False
         ending = self._coordinator.stopping or bool(self._coordinator.failure)

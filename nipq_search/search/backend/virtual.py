@@ -1,7 +1,7 @@
-"""An executor without processes: jobs take turns in virtual time.
+"""An executor that runs jobs in the current process, sequentially in virtual time.
 
-For simulations of large sweeps, and for sweeps in one process. It keeps to what `TuneExecutor`
-does: tests/search/backend/test_executors.py holds both to it.
+Used to simulate large sweeps, and to run sweeps without Ray. It behaves like `TuneExecutor`;
+`tests/search/backend/test_executors.py` checks both against the same suite.
 """
 
 from __future__ import annotations
@@ -9,32 +9,31 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 from nipq_search.search import jobs
-from nipq_search.search.backend.base import STARTS, Work
+from nipq_search.search.backend.base import MAX_FAILED_STARTS, Work
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.jobs import Job
+from nipq_search.search.jobs import Job, OutcomeKind
 from nipq_search.search.worker import failures
-from nipq_search.search.worker.worker import HALT, execute
+from nipq_search.search.worker.worker import execute
 from nipq_search.tasks import Task
 
 
 class Died(Exception):
-    """Raised by work in place of the end of its process."""
+    """Raised by a job to simulate the death of its process."""
 
 
 class VirtualExecutor:
-    """Runs jobs in this process, each at the moment when it ends in virtual time.
+    """Runs jobs in the current process, in the order in which they end in virtual time.
 
     Args:
-        slots: jobs at once.
-        work: does a job; by default what a worker does.
-        seconds: virtual duration of an attempt of a job.
+        slots: number of concurrent jobs.
+        work: executes a job; default `worker.execute`.
+        seconds: returns the virtual duration of an attempt in seconds.
 
     Attributes:
-        now: virtual time, seconds since the start.
-        busy: virtual seconds of all attempts together.
+        now: virtual time in seconds since the start.
+        busy: total virtual duration of all attempts in seconds.
     """
 
     def __init__(
@@ -50,7 +49,13 @@ class VirtualExecutor:
         self._queue: list[tuple[float, int, Job, int]] = []
 
     def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
-        """See `nipq_search.search.backend.base.Executor`."""
+        """Run the coordinator's jobs; see `Executor`.
+
+        Args:
+            coordinator: source of the jobs.
+            task: the sweep's task with its data loaded.
+            tick: called after every attempt.
+        """
         while True:
             while len(self._queue) < self.slots:
                 job = coordinator.next_job()
@@ -59,25 +64,25 @@ class VirtualExecutor:
                 self._start(job, 0)
             if not self._queue:
                 return
-            self.now, _, job, barren = heapq.heappop(self._queue)
+            self.now, _, job, failed_starts = heapq.heappop(self._queue)
             before = len(jobs.attempts(job.folder))
             try:
-                state: Any = self.work(job, task, lambda report: None)
+                outcome = self.work(job, task, lambda report: None)
             except Died as error:
-                failures.judge(job.folder, job.run, error)
-                barren = 0 if len(jobs.attempts(job.folder)) > before else barren + 1
-                if barren <= STARTS:
-                    self._start(job, barren)
+                failures.record_causes(job.folder, job.run, error)
+                failed_starts = 0 if len(jobs.attempts(job.folder)) > before else failed_starts + 1
+                if failed_starts <= MAX_FAILED_STARTS:
+                    self._start(job, failed_starts)
                     tick()
                     continue
                 coordinator.finished(job, failures.NEVER_STARTED)
             else:
-                if state.startswith(HALT):
-                    coordinator.halt(state.removeprefix(HALT))
+                if outcome.kind is OutcomeKind.HALT:
+                    coordinator.halt(outcome.reason)
                 coordinator.finished(job)
             tick()
 
-    def _start(self, job: Job, barren: int) -> None:
+    def _start(self, job: Job, failed_starts: int) -> None:
         seconds = self.seconds(job)
         self.busy += seconds
-        heapq.heappush(self._queue, (self.now + seconds, next(self._order), job, barren))
+        heapq.heappush(self._queue, (self.now + seconds, next(self._order), job, failed_starts))

@@ -1,4 +1,4 @@
-"""What must be in order before a sweep starts, and `nipq-search doctor`.
+"""Checks before a sweep starts, and the checks of `nipq-search doctor`.
 
-Start reading in `preflight.py`. Imports `backend` and what is below it.
+Start reading in `preflight.py`. Imports `backend` and the packages below it.
 """

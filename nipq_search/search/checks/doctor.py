@@ -1,4 +1,4 @@
-"""Checks of an installation, and of what a sweep file needs."""
+"""`doctor`: checks of the installation and of the requirements of a sweep file."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ PACKAGES = (
 def doctor(
     config: SweepConfig | None = None, address: str | None = None, out: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Run every check; none of them raises.
+    """Run every check. Failures are reported in the result; no check raises.
 
     Args:
-        config: a sweep whose data, model and storage are checked too.
-        address: of a cluster whose nodes are checked too.
-        out: the folder that these nodes must share; default the present one.
+        config: a sweep configuration whose data, budgets and checkpoint storage to check.
+        address: address of a Ray cluster whose nodes to check.
+        out: the folder that these nodes must share; default the current folder.
 
     Returns:
-        `{"check", "ok", "detail", "fix"}` for each; `fix` is null where nothing is wrong.
+        `{"check", "ok", "detail", "fix"}` per check; `fix` is None if the check passed.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
         *((package, lambda p=package: importlib.metadata.version(p)) for package in PACKAGES),
@@ -81,7 +81,7 @@ def _run(name: str, check: Callable[[], str]) -> dict[str, Any]:
         fix = "python -m pip install 'nipq-search[all]'"
         return {"check": name, "ok": False, "detail": "not installed", "fix": fix}
     except UserError as error:
-        return {"check": name, "ok": False, "detail": "refused", "fix": str(error)}
+        return {"check": name, "ok": False, "detail": "rejected", "fix": str(error)}
     except Exception as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return {"check": name, "ok": False, "detail": detail, "fix": "see the message"}
@@ -98,12 +98,12 @@ def _kernels() -> str:
     from nipq_search.quant.kernels.build import SWITCH, library, switched_off
 
     if switched_off():
-        return f"torch operations, as {SWITCH} says"
-    with warnings.catch_warnings(record=True) as told:
+        return f"torch operations, because {SWITCH} is set"
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if library() is not None:
             return "the quantizers' C library is built"
-    return "; ".join(str(warning.message) for warning in told) or "torch operations"
+    return "; ".join(str(warning.message) for warning in caught) or "torch operations"
 
 
 def _disk() -> str:
@@ -112,7 +112,7 @@ def _disk() -> str:
         file.flush()
     free = shutil.disk_usage(Path.cwd()).free
     if free < 1 << 30:
-        raise UserError(f"only {free >> 20} MB free here; make room or use --out elsewhere")
+        raise UserError(f"only {free >> 20} MB free here; free up space or set another --out")
     return f"{free >> 30} GB free in {Path.cwd()}"
 
 
@@ -129,7 +129,7 @@ def _storage() -> str:
     if storage_url() is None:
         return "a file in the sweep's folder (set NIPQ_STORAGE_URL for a server)"
     close_storage(open_storage(Path.cwd()))
-    return "the server at NIPQ_STORAGE_URL answers"
+    return "the server at NIPQ_STORAGE_URL responds"
 
 
 def _tracking() -> str:
@@ -142,10 +142,10 @@ def _tracking() -> str:
         open_client(uri).search_experiments(max_results=1)
     except Exception as error:
         raise UserError(
-            f"MLFLOW_TRACKING_URI: the server does not answer ({type(error).__name__}); check "
-            "URI, user, password and that it runs"
+            f"MLFLOW_TRACKING_URI: the server does not respond ({type(error).__name__}); check "
+            "the URI, user and password, and that the server is running"
         ) from error
-    return "the server at MLFLOW_TRACKING_URI answers"
+    return "the server at MLFLOW_TRACKING_URI responds"
 
 
 def _plugins() -> str:
@@ -162,7 +162,7 @@ def _task(config: SweepConfig) -> str:
     from nipq_search.tasks.base import dataset
 
     data = dataset(load_task(config))
-    return f"{data['name']}: {data['splits'] or 'the task tells no sizes'}"
+    return f"{data['name']}: {data['splits'] or 'the task reports no split sizes'}"
 
 
 def _budgets(config: SweepConfig) -> str:

@@ -1,4 +1,4 @@
-"""What `doctor` asks of every node of a cluster: versions, data, shared folder, devices."""
+"""Checks that `doctor` runs on every node of a cluster: versions, data, shared folder, devices."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from typing import Any
 from nipq_search import blobs
 from nipq_search.errors import UserError
 from nipq_search.search.backend.code_shipping import sources
+from nipq_search.search.backend.nodes import alive_nodes
 from nipq_search.search.backend.tune import ray_cluster
 from nipq_search.search.config.plugins import plugin_mismatches
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.config.sweep_config import SweepConfig
 
-SAME = ("torch", "ray", "numpy", "scipy")
-"""Packages whose versions must agree: results, and what Ray sends, depend on them."""
+SAME_VERSION = ("torch", "ray", "numpy", "scipy")
+"""Packages whose versions must be equal: results and Ray's serialization depend on them."""
 
-_PATIENCE_SECONDS = 120.0
+_NODE_TIMEOUT_SECONDS = 120.0
 
 
-def look(
+def inspect_node(
     folder: str,
     token: str,
     task: str | None,
@@ -33,22 +34,25 @@ def look(
     home: str | None = None,
     plugins: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What a node sees; runs there.
+    """Inspect the machine that this function runs on.
 
     Args:
         folder: the shared folder.
-        token: name of a file in it that the driver wrote; the node writes one beside it.
-        task: of the sweep whose data are looked at, or None.
-        arguments: `task_args`.
-        home: URI for models and checkpoints, or None.
+        token: name and content of a file there that the driver wrote; the node adds another one.
+        task: the task whose data to read, or None.
+        arguments: keyword arguments of the task.
+        home: URI of the storage for models and checkpoints, or None.
         plugins: `package version` of the sweep's plug-ins, by entry.
+
+    Returns:
+        Host name, versions, devices, digest of the data, and error messages.
     """
     import torch
 
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in SAME},
+        "versions": {name: _version(name) for name in SAME_VERSION},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "data": None,
         "plugins": plugin_mismatches(plugins),
@@ -84,43 +88,49 @@ def _version(name: str) -> str:
 
 
 def differences(node: Mapping[str, Any], own: Mapping[str, Any], folder: str) -> list[str]:
-    """What is wrong with a node, each with its fix.
+    """List the problems of a node, each with its fix.
 
     Args:
-        node: what `look` found there.
-        own: what it found here, where the sweep would be started.
+        node: result of `inspect_node` on the node.
+        own: result on this machine, where the driver would run.
         folder: the shared folder.
+
+    Returns:
+        One message per problem.
     """
     wrong = []
     if node["python"].rpartition(".")[0] != own["python"].rpartition(".")[0]:
         wrong.append(f"Python {node['python']}, here {own['python']}: install the same")
-    for name in SAME:
+    for name in SAME_VERSION:
         there, here = node["versions"].get(name), own["versions"].get(name)
         if there != here:
             wrong.append(f"{name} {there}, here {here}: install the same")
     wrong += node["plugins"]
     if not node["read"]:
         reason = f" ({node['error']})" if node.get("error") else ""
-        wrong.append(f"does not see {folder} as this machine does{reason}: mount it there")
+        wrong.append(f"{folder} is not the same folder as on this machine{reason}: mount it there")
     if "store_error" in node:
         wrong.append(f"checkpoints: {node['store_error']}")
     if "data_error" in node:
         wrong.append(f"the data: {node['data_error']}")
     elif node["data"] != own["data"]:
-        wrong.append("its data differ from those here: copy them, or mount one folder")
+        wrong.append("its data differ from the data here: copy them, or mount a shared folder")
     return wrong
 
 
 def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[dict[str, Any]]:
-    """A check per node, as `doctor` has them.
+    """Check every node of a cluster.
 
     Args:
-        address: of the cluster, `auto` or HOST:PORT.
-        folder: where sweeps are to be written; it must be there.
-        config: a sweep whose data every node must have, or None.
+        address: address of the cluster, `auto` or HOST:PORT.
+        folder: existing folder for sweeps that the nodes must share.
+        config: a sweep configuration whose data every node must have, or None.
+
+    Returns:
+        One check per node, in the format of `doctor`.
 
     Raises:
-        UserError: no cluster answers, or the folder cannot be written here.
+        UserError: no cluster answers, or the folder is not writable on this machine.
     """
     task = None if config is None else config.task
     arguments = {} if config is None else dict(config.task_args)
@@ -131,43 +141,38 @@ def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[
     try:
         (folder / token).write_text(token)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{folder}: not writable ({error.strerror})") from error
     try:
-        own = look(str(folder), token, task, arguments)
+        own = inspect_node(str(folder), token, task, arguments)
         with ray_cluster(address, ResourcesSection(cpus=1), code, check=False):
-            asked = (str(folder), token, task, arguments, home, plugins)
-            return [_check(node, folder, own, asked) for node in _living()]
+            arguments_there = (str(folder), token, task, arguments, home, plugins)
+            return [_check(node, folder, own, arguments_there) for node in alive_nodes()]
     finally:
         for file in folder.glob(f"{token}*"):
             file.unlink(missing_ok=True)
 
 
-def _living() -> list[dict[str, Any]]:
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-
-
 def _check(
-    node: Mapping[str, Any], folder: Path, own: Mapping[str, Any], asked: tuple[Any, ...]
+    node: Mapping[str, Any], folder: Path, own: Mapping[str, Any], arguments: tuple[Any, ...]
 ) -> dict[str, Any]:
+    """Run `inspect_node(*arguments)` on a node and compare the result with this machine."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     name = f"node {node['NodeManagerAddress']}"
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    remote: Any = ray.remote(look)
+    remote: Any = ray.remote(inspect_node)
     remote = remote.options(num_cpus=0, scheduling_strategy=there, max_retries=0)
-    token = asked[1]
+    token = arguments[1]
     before = len(list(folder.glob(f"{token}-*")))
     try:
-        found = ray.get(remote.remote(*asked), timeout=_PATIENCE_SECONDS)
+        found = ray.get(remote.remote(*arguments), timeout=_NODE_TIMEOUT_SECONDS)
     except Exception as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return {"check": name, "ok": False, "detail": detail, "fix": "see the node's Ray log"}
     wrong = differences(found, own, str(folder))
     if found["read"] and len(list(folder.glob(f"{token}-*"))) == before:
-        wrong.append(f"what it writes into {folder} is not seen here: mount one folder")
+        wrong.append(f"its files in {folder} are not visible here: mount a shared folder")
     resources = node["Resources"]
     detail = f"{found['host']}: {resources.get('CPU', 0):g} CPUs, {len(found['gpus'])} GPUs, "
     detail += f"{resources.get('memory', 0) / 1e9:.0f} GB"

@@ -1,4 +1,4 @@
-"""What must be in order before a sweep begins: its folder, databases, store and data."""
+"""Checks before a sweep starts: its folder, databases, checkpoint storage, task and data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nipq_search.tasks import Task, make_task
 from nipq_search.tasks.base import has_distillation, load_data
 from nipq_search.tracking.server import tracking_uri
 
-_HARMLESS = {"driver.lock", "stop.request"}
+_IGNORED_FILES = {"driver.lock", "stop.request"}
 _UNFINISHED = (f".{FACTS_FILE}.", f".{SWEEP_FILE}.")
-"""How the names of files begin that a kill left unfinished; see `storage.write_bytes`."""
+"""Prefixes of temporary files that remain after a kill; see `storage.write_bytes`."""
 
 
-def _held_by(out: Path) -> str | None:
-    """Name of the sweep in a folder; None where there is none that can be read."""
+def _sweep_name(out: Path) -> str | None:
+    """Return the name of the sweep in a folder; None if the folder holds no readable sweep."""
     try:
         return str(Sweep.open(out).config["name"])
     except (UserError, KeyError):
@@ -29,40 +29,41 @@ def _held_by(out: Path) -> str | None:
 
 
 def check_folder(out: Path, name: str) -> None:
-    """Check that a folder can hold the sweep called `name`.
+    """Check that a folder can store the sweep `name`.
 
     Raises:
-        UserError: it is a file, or holds something else.
+        UserError: the path is a file, or the folder contains other data or another sweep.
     """
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"--out {out}: this is a file; give a folder")
-    found = {p.name for p in out.iterdir() if not p.name.startswith(_UNFINISHED)} - _HARMLESS
+    files = {p.name for p in out.iterdir() if not p.name.startswith(_UNFINISHED)}
+    found = files - _IGNORED_FILES
     known = {SWEEP_FILE, FACTS_FILE, "study.log", "study.db"}
     if found and not is_sweep(out) and not found & known:
         raise UserError(
-            f"--out {out}: not empty and not a sweep (it holds {min(found)!r}); "
+            f"--out {out}: not empty and not a sweep (it contains {min(found)!r}); "
             "give another folder"
         )
-    if (held := _held_by(out)) not in (None, name):
+    if (held := _sweep_name(out)) not in (None, name):
         raise UserError(
-            f"--out {out}: holds the sweep '{held}', not '{name}'; give another folder"
+            f"--out {out}: contains the sweep '{held}', not '{name}'; give another folder"
         )
 
 
 def check_databases(out: Path) -> None:
-    """Check that no SQLite database of the sweep would be on a network file system, or in memory.
+    """Check that no SQLite database of the sweep is in memory or on a network file system.
 
     Raises:
-        UserError: one would; names the variable that puts it elsewhere.
+        UserError: a database is; the message names the variable that selects another one.
     """
     wanted = [("NIPQ_STORAGE_URL", storage_url() or "", DATABASE)]
     wanted += [("MLFLOW_TRACKING_URI", tracking_uri(out), "mlflow.db")]
     for variable, uri, name in wanted:
         if re.fullmatch(r"sqlite(\+\w+)?:(//|///|///:memory:)(\?.*)?", uri):
             raise UserError(
-                f"{variable}: {uri} lives in memory; name a file, as sqlite:////a/b.db"
+                f"{variable}: {uri} is an in-memory database; name a file, such as sqlite:////a/b.db"
             )
         dialect, _, place = uri.partition(":///")
         sqlite = dialect.partition("+")[0] == "sqlite"
@@ -71,17 +72,17 @@ def check_databases(out: Path) -> None:
             file = out / name
         if file is not None and (kind := storage.network_file_system(file)):
             raise UserError(
-                f"{file}: SQLite on a network file system ({kind}) loses data; set {variable} to "
-                "a database server, such as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, or "
-                "choose a local --out"
+                f"{file}: SQLite on a network file system ({kind}) can lose data; set {variable} "
+                "to a database server, such as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, "
+                "or choose a local --out"
             )
 
 
 def check_checkpoints(home: str | None) -> None:
-    """Check that models and checkpoints can be written where they are to lie.
+    """Check that the storage for models and checkpoints is writable.
 
     Raises:
-        UserError: they cannot.
+        UserError: the storage is not writable.
     """
     try:
         if home is not None:
@@ -89,15 +90,16 @@ def check_checkpoints(home: str | None) -> None:
     except OSError as error:
         raise UserError(
             f"checkpoints: {error.strerror or error}; check the URI, the keys in the environment "
-            "and that the store answers"
+            "and that the object store responds"
         ) from error
 
 
 def load_task(config: SweepConfig) -> Task:
-    """The sweep's task with its data in memory.
+    """Create the sweep's task and load its data.
 
     Raises:
-        UserError: the task or its data cannot be loaded, or it lacks what the sweep asks for.
+        UserError: the task or its data cannot be loaded, or the task does not support
+            `train.distill`.
     """
     task = make_task(config.task, config.task_args)
     load_data(task)

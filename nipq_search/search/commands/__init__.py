@@ -1,5 +1,5 @@
-"""Commands that are more than reading: `plan`, `replay`, `submit`.
+"""The commands `plan`, `replay` and `submit`, which do more than read a sweep's folder.
 
-Each file is one command and starts with its function. Imports anything else of the search but
-`run` and `monitor`.
+One file per command; each contains a function with the name of the command. May import everything
+in `search` except `run` and `monitor`.
 """

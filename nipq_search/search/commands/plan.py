@@ -1,4 +1,4 @@
-"""What a sweep would search and spend, without training anything."""
+"""`plan`: the search space and the expected effort of a sweep, computed without training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from nipq_search.cost import CONVENTION, COSTS, Budget, exact_cost, layer_rows, project
 from nipq_search.cost.base import uniform_bits
-from nipq_search.cost.projection import fullest, units_of
+from nipq_search.cost.projection import max_usage_bits, units_of
 from nipq_search.quant import QUANTIZERS
 from nipq_search.quant.graph import Graph
 from nipq_search.quant.tools.norm import norm_layers
@@ -25,10 +25,10 @@ from nipq_search.train.starts.start import bits_at_budget
 
 
 def plan(config: SweepConfig) -> dict[str, Any]:
-    """What `plan --json` prints.
+    """Build the document of `plan --json`.
 
     Raises:
-        UserError: anything in the configuration that would stop a run.
+        UserError: the configuration would prevent a run from starting.
     """
     task = load_task(config)
     facts = gather(config, task)
@@ -42,7 +42,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     budgets = []
     for budget in facts.budgets:
         targets = Budget(**budget.targets)
-        bits = fullest(graph, targets) or project(
+        bits = max_usage_bits(graph, targets) or project(
             graph, targets, bits_at_budget(graph, targets), flat
         )
         reachable = {name: exact_cost(name, graph, bits) for name in budget.targets}
@@ -73,7 +73,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
 
 
 def _data(task: Any) -> dict[str, Any]:
-    """Name, number of classes (None where there are none) and sizes of the splits."""
+    """Return the name, the number of classes (None without classes) and the split sizes."""
     known = dataset(task)
     classes = known.get("classes")
     count = classes if classes is None or isinstance(classes, int) else len(classes)
@@ -81,7 +81,7 @@ def _data(task: Any) -> dict[str, Any]:
 
 
 def _samples(config: SweepConfig, task: Any, graph: Graph) -> int:
-    """Training samples that the whole sweep would process if nothing fails."""
+    """Return the training samples that the whole sweep would process without failures."""
     size: int | None = dataset(task)["splits"].get("train")
     if size is None:
         size = steps_in(task.loader("train", config.train.batch_size, 0)) * config.train.batch_size
@@ -95,14 +95,14 @@ def _samples(config: SweepConfig, task: Any, graph: Graph) -> int:
     floats: float = 0 if config.float_model.checkpoint else config.float_model.epochs * size
     fitted = train.batch_size * config.search.trials if train.fit_ranges else 0
     scores = 0
-    if config.needs_scores:  # a pass for the float model, and for each width of each unit
+    if config.needs_scores:  # one pass for the float model, and one per width of each unit
         passes = 1 + sum(len(graph.tensors[unit].allowed) for unit in units_of(graph))
         scores = train.batch_size * (calibration + passes * min(train.score_batches, batches))
     return round(floats + trainings * (trained + extra) + fitted + scores)
 
 
 def _noise_steps(config: SweepConfig, task: Any) -> int:
-    """Steps of the longest noise phase of a trial; 0 where there is none, or none long enough."""
+    """Return the steps of the longest noise phase of a trial; 0 if the strategy skips it."""
     train, strategy = config.train, STRATEGIES[config.search.strategy]()
     form = config.search.space.get("noise_share")
     shares = [train.noise_share] if form is None else ends(distribution("noise_share", form))
@@ -119,6 +119,6 @@ def _noise_steps(config: SweepConfig, task: Any) -> int:
 
 
 def _disk(config: SweepConfig, float_bytes: float) -> int:
-    """Bytes on disk at the end: one model per training, in float, and its records."""
+    """Estimate the final size on disk in bytes: a float model and records per training."""
     trainings = 1 + config.search.trials + len(config.search.baselines)
     return round(trainings * (1.1 * float_bytes + 50_000) + 10_000_000)

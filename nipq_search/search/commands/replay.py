@@ -1,4 +1,4 @@
-"""Replay of a trial from its record, and the comparison of both results."""
+"""`replay`: rerun a trial from its record and compare the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nipq_search.search.checks.preflight import load_task
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
 from nipq_search.search.jobs import Job, committed, job_folder, model_file
 from nipq_search.search.results.sweep import Sweep
-from nipq_search.search.worker.process_group import leading
+from nipq_search.search.worker.process_group import launch_group
 from nipq_search.search.worker.provenance import provenance, provenance_changes
 from nipq_search.search.worker.train_spec import train_spec, training_device
 from nipq_search.tasks import Task
@@ -30,34 +30,35 @@ from nipq_search.train.checkpoint import from_bytes
 from nipq_search.train.models import MODEL_FILE
 
 COMPARED = ("model_sha256", "metrics", "cost", "bits", "steps")
-"""What a replay has in common with its trial, first of all the digest of the model."""
+"""Entries of a record that a replay must reproduce."""
 
 WEIGHTS_TOLERANCE = 1e-3
-"""Relative error of a tensor of the model, in the Euclidean norm, where bits may differ."""
+"""Allowed relative error of a tensor of the model, in the Euclidean norm, if bits may differ."""
 
 METRICS_TOLERANCE = 1e-2
-"""Relative error of a metric where bits may differ."""
+"""Allowed relative error of a metric if bits may differ."""
 
 _NO_PAUSE = 1 << 30
+"""A rung that no trial reaches, so that the replay trains without pausing."""
 
 
 def replay(
     sweep: Sweep, trial: int, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Run a finished trial again: params, budget, parent, seed and threads from its record.
+    """Rerun a finished trial with the params, budget, parent, seed and threads of its record.
 
-    The result is compared bit by bit where this machine has the record's provenance (versions and
-    CPU capability). Elsewhere, and for records without provenance, models and metrics are compared
-    within `WEIGHTS_TOLERANCE` and `METRICS_TOLERANCE`. Nothing in the sweep's folder changes.
+    The comparison is bit by bit if this machine matches the record's provenance (versions and CPU
+    capability). Otherwise, and for records without provenance, models and metrics are compared
+    within `WEIGHTS_TOLERANCE` and `METRICS_TOLERANCE`. The sweep's folder is not modified.
 
     Args:
         sweep: the sweep.
         trial: number of a COMPLETE trial.
-        report: gets a line after every epoch, and one if bits may differ.
+        report: receives a line after every epoch, and one if bits may differ.
 
     Returns:
-        What `replay --json` prints; `equal` is whether the results agree, and `differences` holds
-        name, recorded and replayed value of each difference.
+        The document of `replay --json`: `equal` is true if the results agree; `differences` lists
+        the name, recorded and replayed value of each entry that differs.
 
     Raises:
         UserError: the trial has no record, or a model that it started from is missing.
@@ -103,14 +104,14 @@ def _train_again(
     task: Task,
     report: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a trial's training gives, as the record holds it, and the tensors of its model.
+    """Train a trial again; return its results, normalized like a record, and its model's tensors.
 
     Args:
         config: the sweep.
         job: the trial's job.
         record: its record, for threads and workers.
         task: the sweep's task.
-        report: gets a line after every epoch.
+        report: receives a line after every epoch.
     """
     threads, device = int(record["threads"]), training_device(config)
     torch.set_num_threads(threads)
@@ -119,10 +120,12 @@ def _train_again(
     with tempfile.TemporaryDirectory(prefix="nipq-replay-") as folder:
         place = Path(folder)
         spec = dataclasses.replace(train_spec(config, job), home=None)
-        with leading(task, spec, place, **together, gpu=device.type == "cuda", log=place) as team:
+        with launch_group(
+            task, spec, place, **together, gpu=device.type == "cuda", log=place
+        ) as team:
             result = train(task, spec, place, device, hooks, team)
         weights = _weights(place / MODEL_FILE) or {}
-    # As in the record: through JSON, without metrics that are not finite.
+    # Normalize like a record: converted through JSON, without non-finite metrics.
     found = {name: getattr(result, name) for name in COMPARED}
     found["metrics"] = {k: v for k, v in result.metrics.items() if math.isfinite(v)}
     replayed: dict[str, Any] = json.loads(json.dumps(found))
@@ -135,9 +138,11 @@ def _record(sweep: Sweep, trial: int) -> dict[str, Any]:
     record = committed(job_folder(sweep.folder, "trial", trial))
     if state == jobs.COMPLETE and record is None:
         place = job_folder(sweep.folder, "trial", trial)
-        raise UserError(f"trial {trial}: its record is gone from {place}; restore the folder")
+        raise UserError(f"trial {trial}: its record is missing from {place}; restore the folder")
     if record is None or record["state"] != jobs.COMPLETE:
-        raise UserError(f"trial {trial}: it is {state}; only COMPLETE trials can be replayed")
+        raise UserError(
+            f"trial {trial}: its state is {state}; only COMPLETE trials can be replayed"
+        )
     return record
 
 
@@ -149,7 +154,7 @@ def _origin(recorded: Mapping[str, Any] | None, here: Mapping[str, Any]) -> str:
 
 
 def _weights(file: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a trained model; None if its file has been freed."""
+    """Return the tensors of a trained model; None if its file was deleted."""
     if not blobs.can_be_read(file):
         return None
     state = from_bytes(blobs.read(file))["model"]
@@ -165,8 +170,8 @@ def _intolerable(
 
     Args:
         differences: entries of unequal values.
-        recorded: tensors of the recorded model; None if its file is gone, as after `gc`, in which
-            case the models are not compared.
+        recorded: tensors of the recorded model; None if its file was deleted, in which case
+            the models are not compared.
         replayed: tensors of the replayed model.
 
     Returns:
@@ -208,7 +213,7 @@ def _close(recorded: Mapping[str, float], replayed: Mapping[str, float]) -> bool
 
 
 def _job(sweep: Sweep, trial: int, record: Mapping[str, Any]) -> Job:
-    """The job of a trial as its record tells it, without the pauses that it may have made."""
+    """Rebuild a trial's job from its record, without pauses at rungs."""
     return Job(
         kind="trial",
         number=trial,
@@ -225,9 +230,9 @@ def _job(sweep: Sweep, trial: int, record: Mapping[str, Any]) -> Job:
 
 
 def _check_start(job: Job) -> None:
-    """Raise `UserError` where the models that a trial starts from are not there."""
+    """Raise `UserError` if a model that the trial started from is missing."""
     wanted = [("float", 0)] + ([] if job.parent is None else [("trial", job.parent)])
     for kind, number in wanted:
         file = model_file(job_folder(Path(job.out), kind, number))
         if not blobs.can_be_read(file):
-            raise UserError(f"{file}: the trial started from it, and it is gone")
+            raise UserError(f"{file}: missing, but the trial started from this model; restore it")

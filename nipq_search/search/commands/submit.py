@@ -1,4 +1,4 @@
-"""A sweep as a Ray job: the driver runs on the cluster's head, and outlives this machine."""
+"""`submit`: run a sweep as a Ray job, whose driver runs on the cluster's head node."""
 
 from __future__ import annotations
 
@@ -13,19 +13,30 @@ from pathlib import Path
 from typing import Any
 
 from nipq_search.errors import UserError
-from nipq_search.search.backend.code_shipping import EXCLUDES, can_travel, sources
+from nipq_search.search.backend.code_shipping import EXCLUDES, can_ship_code, sources
 from nipq_search.search.backend.tune import quiet_environment, token_exists
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.jobs import SWEEP_FILE
 
-_PATIENCE_SECONDS = 60.0
+_SUBMIT_TIMEOUT_SECONDS = 60.0
+"""Time during which a head that has just started may refuse jobs."""
 
 
 def command_of(name: str, out: str | None, overrides: Sequence[str], trials: int | None) -> str:
-    """What the job runs, in a shell on the head."""
-    # A folder below the home of the head's user, which its shell knows.
+    """Build the shell command that the job runs on the head.
+
+    Args:
+        name: the sweep's name.
+        out: the sweep's folder on the head; default `~/runs/<name>`.
+        overrides: values of `--set`.
+        trials: total number of trials, or None.
+
+    Returns:
+        The command line, quoted for a POSIX shell.
+    """
+    # The head's shell expands the tilde to the home folder of the user there.
     folder = out or f"~/runs/{name}"
-    if folder.startswith("~/"):  # quoted, the tilde would be a folder's name
+    if folder.startswith("~/"):  # a quoted tilde would not be expanded
         folder = "/".join(["~", *map(shlex.quote, folder.removeprefix("~/").split("/"))])
     else:
         folder = shlex.quote(folder)
@@ -36,7 +47,7 @@ def command_of(name: str, out: str | None, overrides: Sequence[str], trials: int
 
 
 def _stage(folder: Path, config_file: Path, task: str) -> None:
-    """Copy what the job needs: the sweep file, this package, the task's module or package."""
+    """Copy the sweep file, this package and the task's module or package into `folder`."""
     shutil.copy(config_file, folder / SWEEP_FILE)
     for source in sources(task):
         if source.is_dir():
@@ -55,35 +66,35 @@ def submit(
     overrides: Sequence[str] = (),
     trials: int | None = None,
 ) -> str:
-    """Hand a sweep to a cluster as a job.
+    """Submit a sweep to a cluster as a job.
 
-    Nothing of this process's environment goes with it: the job would show it. Secrets belong into
-    the environment of the head, or into files there.
+    This process's environment variables are not passed on, because the job's description would
+    expose them. Set secrets in the environment of the head, or in files there.
 
     Args:
-        config_file: the sweep file, which is sent as it is.
-        config: the same, checked.
-        address: of the head's dashboard, such as `http://HEAD:8265`.
-        out: the sweep's folder on the head, absolute; default `~/runs/<name>` there.
-        overrides: as `--set` takes them.
-        trials: trials in all.
+        config_file: the sweep file, sent unchanged.
+        config: the validated content of the file.
+        address: URL of the head's dashboard, such as `http://HEAD:8265`.
+        out: the sweep's folder on the head, absolute or below `~/`; default `~/runs/<name>`.
+        overrides: values of `--set`.
+        trials: total number of trials, or None.
 
     Returns:
         The job's id.
 
     Raises:
-        UserError: the address is none, nothing answers there, or the installation lacks
-            `ray[default]`.
+        UserError: the address or folder is malformed, no dashboard accepts jobs at the address,
+            or `ray[default]` is not installed.
     """
     if not address.startswith(("http://", "https://")):
         raise UserError(
-            f"--address {address}: give the head's dashboard, such as http://HEAD:8265 (`run` "
-            "takes HOST:PORT of the cluster itself)"
+            f"--address {address}: give the URL of the head's dashboard, such as "
+            "http://HEAD:8265 (`run` takes HOST:PORT of the cluster itself)"
         )
     if out is not None and not out.startswith(("/", "~/")):
-        raise UserError(f"--out {out}: give an absolute folder of the head, or one below ~/")
-    if not can_travel():
-        raise UserError("submit: needs Ray's job parts: python -m pip install 'ray[default]'")
+        raise UserError(f"--out {out}: give an absolute folder on the head, or one below ~/")
+    if not can_ship_code():
+        raise UserError("submit: requires Ray's job client: python -m pip install 'ray[default]'")
     quiet_environment()
     if token_exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -98,19 +109,19 @@ def submit(
         }
         try:
             client = JobSubmissionClient(address)
-            logging.getLogger("ray").setLevel(logging.ERROR)  # the client has just set it to INFO
+            logging.getLogger("ray").setLevel(logging.ERROR)  # the client sets it to INFO
             return _send(client, job)
         except (ConnectionError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--address {address}: no Ray dashboard takes jobs there ({reason}); start the "
-                "head with `ray start --head`, which needs ray[default]"
+                f"--address {address}: no Ray dashboard accepts jobs there ({reason}); start the "
+                "head with `ray start --head`, which requires ray[default]"
             ) from error
 
 
 def _send(client: Any, job: Mapping[str, Any]) -> str:
-    """Submit a job; a head that has just started needs some seconds until it takes one."""
-    limit = time.monotonic() + _PATIENCE_SECONDS
+    """Submit a job, retrying while a head that has just started refuses it."""
+    limit = time.monotonic() + _SUBMIT_TIMEOUT_SECONDS
     while True:
         try:
             return str(client.submit_job(**job))

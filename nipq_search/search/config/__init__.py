@@ -1,4 +1,4 @@
-"""The sweep file: its sections, checks and value types.
+"""The sweep file: sections, checks and value types.
 
-Start reading in `sweep_config.py`. Imports `strategies`, for the names that a sweep file may use.
+Start reading in `sweep_config.py`. Imports `strategies` to validate sampler and strategy names.
 """

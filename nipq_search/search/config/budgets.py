@@ -1,10 +1,11 @@
-"""Budgets as people write them, and as absolute targets."""
+"""Budgets as written in a sweep file, and their absolute targets."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from nipq_search.cost import Budget, exact_cost
 from nipq_search.cost.base import get_cost, uniform_bits
@@ -12,20 +13,31 @@ from nipq_search.cost.projection import check_reachable
 from nipq_search.errors import UserError
 from nipq_search.quant.graph import Graph
 
+BudgetEntry = dict[str, float | int | str]
+"""A budget in a sweep file: target by cost name, such as `{"bops": "uniform 4"}`."""
+
 _UNIFORM = re.compile(r"^uniform\s+(\d+(?:\.\d+)?)$")
 _PERCENT = re.compile(r"^(\d+(?:\.\d+)?)\s*%$")
 REFERENCE_BITS = 8
-"""Percentages are of the uniform model with this bit-width."""
+"""Bit-width of the uniform model that percentages refer to."""
+
+
+class _TargetForm(Enum):
+    """How a target is written."""
+
+    UNIFORM = "uniform"
+    PERCENT = "percent"
+    NUMBER = "number"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedBudget:
-    """A budget of the sweep file and what it comes to.
+    """A budget of the sweep file with its absolute targets.
 
     Attributes:
-        label: as the user wrote it, `bops: uniform 4`.
-        entry: the same as plain types.
-        targets: absolute, by cost name.
+        label: the budget as the user wrote it, such as `bops: uniform 4`.
+        entry: the budget's entry in the sweep file.
+        targets: absolute target by cost name.
     """
 
     label: str
@@ -33,8 +45,8 @@ class ResolvedBudget:
     targets: Mapping[str, float]
 
 
-def label_of(entry: Mapping[str, object]) -> str:
-    """A budget's readable name."""
+def budget_label(entry: Mapping[str, object]) -> str:
+    """Return a readable name of a budget."""
     return ", ".join(f"{cost}: {target}" for cost, target in entry.items())
 
 
@@ -42,7 +54,7 @@ def check_budget(entry: Mapping[str, float | int | str]) -> None:
     """Check the form of one budget.
 
     Raises:
-        UserError: unknown cost or form.
+        UserError: a cost is unknown or a target is malformed.
     """
     if not entry:
         raise UserError("budgets: an entry is empty; write for example {bops: uniform 4}")
@@ -51,39 +63,40 @@ def check_budget(entry: Mapping[str, float | int | str]) -> None:
             get_cost(cost)
         except UserError as error:
             raise UserError(f"budgets: {error}") from error
-        _amount(cost, target)
+        _parse_target(cost, target)
 
 
-def _amount(cost: str, target: float | int | str) -> tuple[str, float]:
-    """The form (`uniform`, `percent` or `number`) and the figure of a target."""
-    form, value = "number", target
+def _parse_target(cost: str, target: float | int | str) -> tuple[_TargetForm, float]:
+    """Return the form and the number of a target."""
+    form, value = _TargetForm.NUMBER, target
     if isinstance(target, str):
         if found := _UNIFORM.match(target.strip()):
-            form, value = "uniform", float(found[1])
+            form, value = _TargetForm.UNIFORM, float(found[1])
         elif found := _PERCENT.match(target.strip()):
-            form, value = "percent", float(found[1])
+            form, value = _TargetForm.PERCENT, float(found[1])
         else:
             try:
                 value = float(target.replace("_", ""))
             except ValueError:
                 raise UserError(
-                    f"budgets.{cost}: {target!r} is no budget; write `uniform 4`, a number, "
-                    f'or "25 %" of the uniform {REFERENCE_BITS}-bit model\'s'
+                    f"budgets.{cost}: {target!r} is not a budget; write `uniform 4`, a number, "
+                    f'or "25 %" (of the cost of the uniform {REFERENCE_BITS}-bit model)'
                 ) from None
     number = float(value)
     if isinstance(target, bool) or not 0 < number < float("inf"):
         raise UserError(f"budgets.{cost}: {target!r} is not above 0")
-    if form == "uniform" and not 1 <= number <= 16:
+    if form is _TargetForm.UNIFORM and not 1 <= number <= 16:
         raise UserError(f"budgets.{cost}: {target!r}: use 1 to 16 bits")
     return form, number
 
 
-def resolve(entry: Mapping[str, float | int | str], graph: Graph) -> ResolvedBudget:
-    """Absolute targets of a budget for a model.
+def resolve_budget(entry: Mapping[str, float | int | str], graph: Graph) -> ResolvedBudget:
+    """Compute the absolute targets of a budget for a model.
 
     Args:
-        entry: cost name to `uniform K` (the cost formula at K bits everywhere but in pinned
-            layers; fractions too), a number, or a percentage of the uniform 8-bit model's.
+        entry: target by cost name: `uniform K` (the cost at K bits in all layers that are not
+            pinned; K may be fractional), a number, or a percentage of the cost of the uniform
+            8-bit model.
         graph: the model's layers and tensors.
 
     Raises:
@@ -91,14 +104,15 @@ def resolve(entry: Mapping[str, float | int | str], graph: Graph) -> ResolvedBud
     """
     targets = {}
     for cost, target in entry.items():
-        form, number = _amount(cost, target)
-        if form == "uniform":
+        form, number = _parse_target(cost, target)
+        if form is _TargetForm.UNIFORM:
             number = exact_cost(cost, graph, uniform_bits(graph, number))
-        elif form == "percent":
+        elif form is _TargetForm.PERCENT:
             number *= exact_cost(cost, graph, uniform_bits(graph, REFERENCE_BITS)) / 100
         targets[cost] = number
+    label = budget_label(entry)
     try:
         check_reachable(graph, Budget(**targets))
     except UserError as error:
-        raise UserError(f"budgets: {{{label_of(entry)}}}: {error}") from error
-    return ResolvedBudget(label=label_of(entry), entry=dict(entry), targets=targets)
+        raise UserError(f"budgets: {{{label}}}: {error}") from error
+    return ResolvedBudget(label=label, entry=dict(entry), targets=targets)

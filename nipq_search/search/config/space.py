@@ -1,4 +1,4 @@
-"""The search space: from the sweep file to Optuna's distributions."""
+"""The search space: conversion from the sweep file to Optuna distributions."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from nipq_search.quant.graph import Graph
 from nipq_search.train import HYPERPARAMETERS, TrainConfig
 
 BITS = "bits."
-"""Begins the names of parameters that are bit-widths; a unit's name follows."""
+"""Prefix of parameters that are bit-widths, followed by the name of the unit."""
 
 FORMS = ("log", "uniform", "int", "choice")
 
 
 def check_space(space: Mapping[Any, Any]) -> None:
-    """Check names, forms and bounds, and that the training accepts every end of a range.
+    """Check names, forms and bounds, and that `TrainConfig` accepts both ends of every range.
 
     Raises:
-        UserError: names the key and the fix.
+        UserError: an entry is invalid; the message names the key and the fix.
     """
     for name, form in space.items():
         key = f"search.space.{name}"
@@ -46,7 +46,7 @@ def check_space(space: Mapping[Any, Any]) -> None:
 
 
 def ends(distribution: BaseDistribution) -> list[Any]:
-    """Both bounds of a distribution, or all its choices."""
+    """Return both bounds of a distribution, or all its choices."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
@@ -54,10 +54,10 @@ def ends(distribution: BaseDistribution) -> list[Any]:
 
 
 def distribution(name: str, form: Mapping[str, Sequence[Any]]) -> BaseDistribution:
-    """Optuna's distribution of one hyperparameter.
+    """Return the Optuna distribution of one hyperparameter.
 
     Raises:
-        UserError: unknown form or wrong bounds.
+        UserError: the form is unknown or the bounds are invalid.
     """
     key = f"search.space.{name}"
     if len(form) != 1 or next(iter(form)) not in FORMS:
@@ -70,7 +70,7 @@ def distribution(name: str, form: Mapping[str, Sequence[Any]]) -> BaseDistributi
         if not values:
             raise UserError(f"{key}.choice: give at least one value")
         if not all(v is None or isinstance(v, (bool, int, float, str)) for v in values):
-            raise UserError(f"{key}.choice: use numbers and words")
+            raise UserError(f"{key}.choice: use only numbers, booleans, strings and null")
         return CategoricalDistribution(list(values))
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(values) != 2 or len(numbers) != 2 or numbers[0] >= numbers[1]:
@@ -86,7 +86,7 @@ def distribution(name: str, form: Mapping[str, Sequence[Any]]) -> BaseDistributi
 
 
 def bits_space(graph: Graph) -> dict[str, BaseDistribution]:
-    """A parameter for the bit-width of every unit that has a choice; see `units_of`."""
+    """Return a distribution for every unit with more than one allowed width; see `units_of`."""
     found: dict[str, BaseDistribution] = {}
     for unit in units_of(graph):
         allowed = graph.tensors[unit].allowed
@@ -100,6 +100,6 @@ def bits_space(graph: Graph) -> dict[str, BaseDistribution]:
 
 
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """A trial's parameters as hyperparameters and bit-widths by unit."""
+    """Split a trial's parameters into hyperparameters and bit-widths by unit."""
     bits = {k.removeprefix(BITS): float(v) for k, v in params.items() if k.startswith(BITS)}
     return {k: v for k, v in params.items() if not k.startswith(BITS)}, bits

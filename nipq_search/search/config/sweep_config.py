@@ -1,8 +1,7 @@
-"""The sweep file: its sections, and one clear line for whatever is wrong in it."""
+"""The sweep file: its sections, and loading with a one-line error for any invalid entry."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from nipq_search.blobs import check_home
 from nipq_search.errors import UserError, nearest
 from nipq_search.quant import QuantConfig
 from nipq_search.registry import Registry
-from nipq_search.search.config.budgets import check_budget
+from nipq_search.search.config.budgets import BudgetEntry, check_budget
 from nipq_search.search.config.plugins import check_installed, plugin_versions
 from nipq_search.search.config.resources import LimitsSection, ResourcesSection, Section
 from nipq_search.search.config.space import check_space
@@ -30,22 +29,21 @@ from nipq_search.search.strategies.samplers import SAMPLERS
 from nipq_search.search.strategies.strategies import STRATEGIES
 from nipq_search.train import FloatConfig, TrainConfig
 
-BudgetEntry = dict[str, float | int | str]
-
 
 class SearchSection(Section):
-    """What is searched, and how.
+    """The search space and the search algorithm.
 
     Attributes:
         strategy: how budgets are assigned to trials.
         sampler: Optuna sampler that proposes hyperparameters.
-        trials: trials in all, over every run of the sweep.
-        space: hyperparameter to `{log: [a, b]}`, `{uniform: [a, b]}`, `{int: [a, b]}` or
+        trials: total number of trials over all runs of the sweep.
+        space: range by hyperparameter: `{log: [a, b]}`, `{uniform: [a, b]}`, `{int: [a, b]}` or
             `{choice: [...]}`.
-        bits: whether the sampler proposes a bit-width for every tensor too, as the profile that
-            a trial starts from.
-        front_cost: cost of the front; default the first budget's first.
-        reference: metric from which the hypervolume counts; default 0.8 of the float model's.
+        bits: whether the sampler also proposes the bit-width of every tensor that a trial starts
+            from.
+        front_cost: cost of the Pareto front; default the first cost of the first budget.
+        reference: metric value of the hypervolume's reference point; default 0.8 times the
+            metric of the float model.
         baselines: bit-widths of the uniform LSQ models that are trained for comparison.
     """
 
@@ -70,9 +68,9 @@ class SearchSection(Section):
     def _baselines(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         for bits in value:
             if not 2 <= bits <= 16:
-                raise ValueError(f"{bits} is no bit-width of a baseline; use 2 to 16")
+                raise ValueError(f"{bits} is not a valid baseline bit-width; use 2 to 16")
         if len(set(value)) != len(value):
-            raise ValueError("a bit-width stands twice")
+            raise ValueError("duplicate bit-width; list each one once")
         return value
 
     @field_validator("space", mode="before")
@@ -84,24 +82,37 @@ class SearchSection(Section):
 
 
 class SweepConfig(Section):
-    """A whole sweep: what `nipq-search run` reads from YAML.
+    """Configuration of a sweep, as read by `nipq-search run` from a YAML file.
 
     Attributes:
-        name: identity of the sweep, together with the storage.
-        seed: every other seed follows from it.
+        name: name of the sweep; identifies it within the study storage.
+        seed: root seed from which all other seeds are derived.
         task: a registered task or `package.module:Class`.
         task_args: keyword arguments of the task.
-        float_model: where the float model comes from (`float` in files).
-        quant: how models are quantized.
-        budgets: cost to target, each entry one budget whose targets hold together.
-        train: how trials are trained.
-        search: what is searched.
-        resources: what a trial gets.
+        float_model: source of the float model (`float` in sweep files).
+        quant: quantization settings.
+        budgets: target by cost name; a trial must satisfy all targets of its budget.
+        train: training settings.
+        search: search space and search algorithm.
+        resources: resources of one trial.
         limits: when to stop.
         checkpoints: URI of a file system for models and checkpoints, such as `s3://BUCKET/FOLDER`;
-            None keeps them in the sweep's folder.
-        plugins: `package version` of every plug-in in use, by `<family>.<name>`. Written by `run`
-            and no part of the sweep's identity.
+            None stores them in the sweep's folder.
+        plugins: `package version` of every plug-in in use, by `<family>.<name>`. `run` writes it;
+            it is not part of the sweep's identity.
+
+    Example:
+        >>> from nipq_search import SweepConfig
+        >>> config = SweepConfig(
+        ...     name="demo",
+        ...     task="digits",
+        ...     budgets=[{"bops": "uniform 4"}, {"bops": "25 %", "weight_bytes": 24_000}],
+        ...     search={"trials": 8, "space": {"lr": {"log": [0.01, 0.1]}}},
+        ... )
+        >>> config.front_cost
+        'bops'
+        >>> config.as_json()["search"]["trials"]
+        8
     """
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][\w.\- ]*$")
@@ -131,7 +142,7 @@ class SweepConfig(Section):
         for entry in value:
             check_budget(entry)
         if len({json.dumps(entry, sort_keys=True) for entry in value}) != len(value):
-            raise ValueError("a budget stands twice; remove one")
+            raise ValueError("duplicate budget; remove one")
         return value
 
     @model_validator(mode="before")
@@ -146,7 +157,7 @@ class SweepConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _lambda(cls, document: Any) -> Any:
-        """`lambda` is a word of Python's own, so the field has another name."""
+        """Rename `lambda`, a reserved word in Python, to the name of the field."""
         train = document.get("train") if isinstance(document, dict) else None
         if not isinstance(train, dict) or "lambda" not in train:
             return document
@@ -155,23 +166,23 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _one_start(self) -> SweepConfig:
-        """Bit-widths cannot start in two places."""
+        """Reject a second source of initial bit-widths next to `search.bits`."""
         if self.search.bits and (self.train.start != "budget" or "start" in self.search.space):
             raise ValueError(
                 "search.bits: trials start at the bit-widths that the sampler proposes; leave "
-                "train.start at `budget` and out of search.space"
+                "train.start at `budget` and remove `start` from search.space"
             )
         return self
 
     @property
     def needs_scores(self) -> bool:
-        """Whether some trial may start from sensitivity scores."""
+        """Whether any trial may start from sensitivity scores."""
         choices = self.search.space.get("start", {}).get("choice", [])
         return "sensitivity" in (self.train.start, *choices)
 
     @property
     def front_cost(self) -> str:
-        """Name of the cost of the front."""
+        """Name of the cost of the Pareto front."""
         return self.search.front_cost or next(iter(self.budgets[0]))
 
     @property
@@ -197,7 +208,7 @@ class SweepConfig(Section):
         return self.model_copy(update={"plugins": plugin_versions(self.entries)})
 
     def as_json(self) -> dict[str, Any]:
-        """The resolved configuration as plain JSON types, spelled as in a sweep file."""
+        """Return the resolved configuration as JSON types, with the keys of a sweep file."""
         document: dict[str, Any] = json.loads(self.model_dump_json(by_alias=True))
         document["train"]["lambda"] = document["train"].pop("lambda_")
         if not self.plugins:
@@ -206,14 +217,14 @@ class SweepConfig(Section):
 
 
 def parse_config(document: Any, source: str = "sweep") -> SweepConfig:
-    """A checked configuration from plain types.
+    """Build a validated configuration from plain types.
 
     Args:
-        document: what a sweep file holds.
-        source: name of the file, for messages.
+        document: content of a sweep file.
+        source: name of the file, for error messages.
 
     Raises:
-        UserError: one line naming the key and the fix.
+        UserError: the document is invalid; the message names the key and the fix.
     """
     if not isinstance(document, dict):
         raise UserError(f"{source}: a sweep file is a mapping of keys such as name, task, budgets")
@@ -234,14 +245,14 @@ def parse_config(document: Any, source: str = "sweep") -> SweepConfig:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read and check a sweep file.
+    """Read and validate a sweep file.
 
     Args:
         path: YAML file.
-        overrides: `a.b=c`, the value in YAML; applied before checking.
+        overrides: assignments `a.b=c` with the value in YAML, applied before validation.
 
     Raises:
-        UserError: no such file, no YAML, or anything wrong in it.
+        UserError: the file cannot be read, is not YAML, or is invalid.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -251,14 +262,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         raise UserError(f"{path}: {error.strerror or error}") from error
     document = parse_yaml(text, str(path))
     if overrides and not isinstance(document, dict):
-        return parse_config(document, str(path))  # which says what a sweep file is
+        return parse_config(document, str(path))  # raises the error for non-mappings
     for override in overrides:
         _override(document, override)
     return parse_config(document, str(path))
 
 
 def _override(document: Any, text: str) -> None:
-    """Apply one `a.b=c`; the value is YAML."""
+    """Apply one assignment `a.b=c`, whose value is YAML."""
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"--set {text}: write KEY=VALUE, such as search.trials=8")
@@ -277,7 +288,7 @@ def _override(document: Any, text: str) -> None:
             section = ".".join(parents[:index])
             if isinstance(place, list):
                 raise UserError(f"--set {text}: {section} has entries 0 to {len(place) - 1}")
-            raise UserError(f"--set {text}: {section} is no section")
+            raise UserError(f"--set {text}: {section} is not a section")
         if index == len(parents):
             place[entry] = parsed
         elif isinstance(place, dict):
@@ -287,7 +298,7 @@ def _override(document: Any, text: str) -> None:
 
 
 def _fields_at(location: Sequence[Any]) -> list[str]:
-    """Known keys of the section at a location, in the spelling of sweep files."""
+    """Return the valid keys of the section at a location, as spelled in sweep files."""
     section: Any = SweepConfig
     for part in location:
         fields = _keys(section)
@@ -298,7 +309,7 @@ def _fields_at(location: Sequence[Any]) -> list[str]:
 
 
 def _keys(section: Any) -> dict[str, Any]:
-    """Key to type of a section's fields."""
+    """Return the type of each key of a section."""
     if isinstance(section, type) and issubclass(section, BaseModel):
         return {(f.alias or n): f.annotation for n, f in section.model_fields.items()}
     import dataclasses
@@ -314,11 +325,11 @@ def _keys(section: Any) -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first mistake as `key: what and how to mend it`; an unknown key before a missing one."""
+    """Format the first error as `key: problem and fix`; unknown keys before missing ones."""
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     first = min(error.errors(), key=lambda found: found["type"] not in unknown)
     location = tuple("lambda" if part == "lambda_" else part for part in first["loc"])
-    # Unions put the tried type's name at the end of a location.
+    # Pydantic appends the attempted member type of a union to the location.
     location = tuple(p for p in location if p not in ("int", "float", "str") or p == location[0])
     key = ".".join(str(part) for part in location)
     kind = first["type"]
@@ -329,58 +340,9 @@ def _one_line(error: ValidationError) -> str:
     message = first["msg"]
     for prefix in ("Value error, ", "Assertion failed, "):
         message = message.removeprefix(prefix)
-    # Configurations of the lower layers name their key themselves.
+    # Messages from the configurations of lower layers already start with their key.
     if ": " in message and message.split(":")[0].split(".")[0] in SweepConfig.model_fields:
         return message
     if kind not in ("value_error",):
         message = f"{message}, got {first['input']!r}"
     return f"{key}: {message}"
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for every leaf in which two documents differ."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        name = f"{prefix}{key}"
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{name}.")
-        elif a != b:
-            found.append(f"{name}: {a!r} -> {b!r}")
-    return found
-
-
-def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
-    """Check that a configuration may continue a sweep that began with another.
-
-    More budgets are fine, and any number of trials, resources, limits and versions of plug-ins.
-
-    Raises:
-        UserError: anything else differs; names it.
-    """
-    document = new.as_json()
-    with contextlib.suppress(UserError):  # a key that is newer than the sweep has its default
-        old = parse_config(dict(old)).as_json()
-    lost = [entry for entry in old["budgets"] if entry not in document["budgets"]]
-    if lost:
-        raise UserError(
-            f"budgets: {lost[0]} was part of this sweep and is missing now; budgets can only be "
-            "added (or give the sweep another name)"
-        )
-
-    def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-        changeable = ("budgets", "resources", "limits", "plugins")
-        kept = {k: v for k, v in config.items() if k not in changeable}
-        free = ("trials", "front_cost")  # the front's cost counts, however it is named: see below
-        kept["search"] = {k: v for k, v in config["search"].items() if k not in free}
-        return kept
-
-    found = differences(fixed(old), fixed(document))
-    old_cost = old["search"].get("front_cost") or next(iter(old["budgets"][0]))
-    if old_cost != new.front_cost:
-        found.append(f"front cost: {old_cost!r} -> {new.front_cost!r}; name search.front_cost")
-    if found:
-        raise UserError(
-            f"the sweep '{new.name}' began with another configuration: {'; '.join(found)} "
-            "(change it back, or give the sweep another name and --out)"
-        )

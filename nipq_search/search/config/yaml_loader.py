@@ -1,4 +1,4 @@
-"""YAML as sweep files use it: plain types only, numbers as people write them, no key twice."""
+"""The YAML dialect of sweep files: plain types, `1e-3` as a number, duplicate keys rejected."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without two surprises: `1e-3` is a number, and a key that stands twice an error."""
+    """YAML loader that parses `1e-3` as a number and rejects duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Refuse repeated keys, of which YAML would silently keep the last."""
+        """Reject duplicate keys, of which PyYAML would silently keep the last."""
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == _MERGE:
@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, str):
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
-                        problem=f"key '{key}' stands twice", problem_mark=key_node.start_mark
+                        problem=f"duplicate key '{key}'", problem_mark=key_node.start_mark
                     )
                 seen.add(key)
         return super().construct_mapping(node, deep)
@@ -39,14 +39,14 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The document in `text`.
+    """Parse a YAML document.
 
     Args:
-        text: YAML.
-        source: where it is from, for messages.
+        text: YAML text.
+        source: origin of the text, for error messages.
 
     Raises:
-        UserError: it is not valid; names the line where that is known.
+        UserError: the text is not valid YAML; the message names the line if it is known.
     """
     try:
         return yaml.load(text, _Loader)
@@ -56,6 +56,6 @@ def parse_yaml(text: str, source: str) -> Any:
         reason = getattr(error, "problem", None) or "not valid YAML"
         raise UserError(f"{source}:{place} {reason}") from error
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        # Values that only look like dates or numbers, and documents nested beyond reason.
+        # Values that resemble dates or numbers but are malformed, and excessive nesting.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source}: not valid YAML ({reason})") from error

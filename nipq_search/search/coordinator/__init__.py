@@ -1,6 +1,6 @@
-"""Which job runs next, and what a finished one means. No clock, no processes, no Ray.
+"""The order of jobs, and what a finished job means for the study. No clock, processes or Ray.
 
-Start reading in `coordinator.py`; `trials.py` does the trials, `resolved.py` holds what follows
-from a configuration before training: graph, absolute budgets, axes. Imports `jobs`, `strategies`,
-`config` and `study`.
+Start reading in `coordinator.py`. `trials.py` starts and ends trials, and `history.py` is the
+strategy's view of them. `resolved.py` computes what a configuration implies before training: the
+graph, absolute budgets and axes. Imports `jobs`, `strategies`, `config` and `study`.
 """

@@ -1,8 +1,8 @@
-"""What runs next: the float model, baselines, trials, the test split. No clock, no processes.
+"""The order of jobs: float model, sensitivity scores, baselines, trials, test split.
 
-The coordinator turns the ledger and the folders of finished jobs into the next job, and finished
-jobs into the ledger. It knows nothing of Ray, so any executor can drive it, and a new one that is
-built after a crash continues where the old one was.
+The coordinator derives the next job from the ledger and the folders of finished jobs, and enters
+finished jobs into the ledger. It uses no clock, processes or Ray, so any executor can drive it. A
+coordinator created after a crash continues where the previous one stopped.
 """
 
 from __future__ import annotations
@@ -25,41 +25,57 @@ from nipq_search.search.study.ledger import Ledger
 from nipq_search.storage import read_sealed
 from nipq_search.train.loop import seed_for
 
+_SALTS = {"float": 2, "baseline": 3, "trial": 4, "test": 5, SCORES: 6}
+"""Give the jobs of each kind seeds of their own."""
+
+_STAGES = (
+    ("float", "float model"),
+    (SCORES, "sensitivity scores"),
+    ("baseline", "baselines"),
+    ("test", "test split"),
+)
+
 
 class Verdict(enum.Enum):
-    """What an executor does when there is no next job."""
+    """What an executor does if there is no next job."""
 
     WAIT = "wait"
     DONE = "done"
 
 
 class Coordinator:
-    """Decides what runs; see the module.
+    """Decides which job runs next. Call `reconcile` before anything else.
 
     Args:
         config: the sweep.
-        facts: graph and budgets.
+        resolved: the sweep's graph and budgets.
         ledger: the study.
-        out: the sweep's folder, absolute.
+        out: absolute path of the sweep's folder.
         run: token of this driver's run.
-        enough: asked before a new trial is proposed; true once a limit is reached.
-        on_finished: called with a job whose result has been taken into the ledger.
+        limit_reached: whether a limit forbids new trials; called before each proposal.
+        on_finished: called with each job after its result has been entered into the ledger.
+
+    Attributes:
+        running: jobs that an executor is running, by name.
+        stopping: whether no further job may start because the sweep was asked to stop.
+        failure: why the sweep cannot continue, or None.
     """
 
     def __init__(
         self,
         *,
         config: SweepConfig,
-        facts: Facts,
+        resolved: Facts,
         ledger: Ledger,
         out: Path,
         run: str,
-        enough: Callable[[], bool] = lambda: False,
+        limit_reached: Callable[[], bool] = lambda: False,
         on_finished: Callable[[Job], None] = lambda job: None,
     ) -> None:
-        """Reconcile the ledger with what workers committed before a crash."""
-        self.config, self.facts, self.ledger = config, facts, ledger
-        self.out, self.run, self.enough, self.on_finished = out, run, enough, on_finished
+        """Bind to a study; nothing is read or written before `reconcile`."""
+        self.config, self.resolved, self.ledger = config, resolved, ledger
+        self.out, self.run = out, run
+        self.limit_reached, self.on_finished = limit_reached, on_finished
         self.document = config.as_json()
         if (file := self.document["float"]["checkpoint"]) is not None:
             # Ray's workers have a working directory of their own.
@@ -67,52 +83,59 @@ class Coordinator:
         self.running: dict[str, Job] = {}
         self.stopping = False
         self.failure: str | None = None
-        self.tested = False
+        self._tested = False
         self._lost: set[Path] = set()
         self.trials = Trials(
             config=config,
-            facts=facts,
+            resolved=resolved,
             ledger=ledger,
             out=out,
             make_job=self._job,
-            enough=enough,
+            limit_reached=limit_reached,
         )
-        self._check_float(committed(job_folder(out, "float", 0)))
-        self._check_scores(committed(job_folder(out, SCORES, 0)))
+
+    def reconcile(self) -> None:
+        """Enter into the ledger what workers committed before this driver started."""
+        self.trials.reconcile()
+        self._check_float(committed(job_folder(self.out, "float", 0)))
+        self._check_scores(committed(job_folder(self.out, SCORES, 0)))
 
     def stop(self) -> None:
-        """Start nothing more; running jobs save their state and stay open in the ledger."""
+        """Start no further job; running jobs save their state and stay open in the ledger."""
         self.stopping = True
+
+    def halt(self, reason: str) -> None:
+        """Start no further job because the machine is unfit; open trials stay open."""
+        self.failure = self.failure or reason
 
     @property
     def stage(self) -> str:
-        """What goes on, in words."""
+        """The stage of the sweep, for the progress line."""
         kinds = {job.kind for job in self.running.values()}
-        for kind, name in (
-            ("float", "float model"),
-            (SCORES, "sensitivity scores"),
-            ("baseline", "baselines"),
-            ("test", "test split"),
-        ):
+        for kind, name in _STAGES:
             if kind in kinds and "trial" not in kinds:
                 return name
         return "trials"
 
     def has_work(self) -> bool:
-        """Whether there is anything to run, without taking it."""
+        """Return whether there is a job to run, without taking it."""
         if self.stopping or self.failure:
             return False
         if any(self._state(*job) is None for job in [("float", 0), *self._before_trials()]):
             return True
-        if self.trials.open or (self.open_trials() > 0 and not self.enough()):
+        if self.trials.open or (self.open_trials() > 0 and not self.limit_reached()):
             return True
-        return not self.tested and self._test_job() is not None
+        return not self._tested and self._test_job() is not None
+
+    def open_trials(self) -> int:
+        """Return how many trials remain, counting enqueued ones."""
+        return self.trials.remaining()
 
     def next_job(self) -> Job | Verdict:
-        """The next job, or what to do without one."""
+        """Return the next job, or what to do without one."""
         if self.stopping or self.failure:
             return Verdict.DONE
-        if "float" in self.running:  # even if its record is there: it may be a failure
+        if "float" in self.running:  # even if its record exists, which may be a failure
             return Verdict.WAIT
         if self._state("float", 0) is None:
             return self._start(self._job("float", 0))
@@ -122,22 +145,23 @@ class Coordinator:
                 return self._start(job)
         if SCORES in self.running:
             return Verdict.WAIT
-        if (job_or_none := self.trials.next()) is not None:
-            return self._start(job_or_none)
+        if (trial := self.trials.next()) is not None:
+            return self._start(trial)
         if self.running:
             return Verdict.WAIT
         test = self._test_job()
-        if test is None or self.tested:
+        if test is None or self._tested:
             return Verdict.DONE
-        self.tested = True
+        self._tested = True
         return self._start(test)
 
     def finished(self, job: Job, lost: str | None = None) -> None:
-        """Take a job's record into the ledger.
+        """Enter the result of a job into the ledger.
 
         Args:
-            job: it runs no more.
-            lost: why it ended without a record, unless it was asked to stop.
+            job: a job that is no longer running.
+            lost: why it ended without a record; None if it has one, or if it stays open because
+                it paused or was asked to stop.
         """
         self.running.pop(job.name, None)
         record = committed(job.folder)
@@ -152,78 +176,71 @@ class Coordinator:
             self._check_scores(record)
         self.on_finished(job)
 
-    def _check_float(self, record: Mapping[str, Any] | None) -> None:
-        """Without the float model nothing can start, in this run or a later one."""
-        if record is not None and record["state"] == jobs.FAIL:
-            folder = job_folder(self.out, "float", 0)
-            self.failure = (
-                f"the float model failed: {record['reason']}; mend that, then remove {folder} "
-                "to begin anew"
-            )
-        elif record is not None:
-            folder = job_folder(self.out, "float", 0)
-            file = jobs.model_file(folder)
-            same = blobs.digest_of(file) == record["model_sha256"]
-            if not same or not blobs.can_be_read(file):
-                self.failure = (
-                    f"{file}: missing or damaged; remove {folder} and the same command "
-                    "trains the float model again"
-                )
+    def front(self) -> set[int]:
+        """Return the numbers of the trials on the Pareto front."""
+        complete = self.ledger.trials(TrialState.COMPLETE)
+        points = {t.number: (t.values[0], t.values[1]) for t in complete}
+        return non_dominated(points, self.resolved.mode)
 
-    def _before_trials(self) -> list[tuple[str, int]]:
-        """Kinds and numbers of the jobs between the float model and the trials."""
-        scores = [(SCORES, 0)] if self.config.needs_scores else []
-        return scores + [("baseline", bits) for bits in self.config.search.baselines]
+    def _check_float(self, record: Mapping[str, Any] | None) -> None:
+        """Set `failure` if the float model failed or its file is damaged."""
+        if record is None:
+            return
+        folder = job_folder(self.out, "float", 0)
+        if record["state"] == jobs.FAIL:
+            self.failure = (
+                f"the float model failed: {record['reason']}; fix this, then remove {folder} "
+                "to start over"
+            )
+            return
+        file = jobs.model_file(folder)
+        same = blobs.digest_of(file) == record["model_sha256"]
+        if not same or not blobs.can_be_read(file):
+            self.failure = (
+                f"{file}: missing or damaged; remove {folder} and the same command "
+                "trains the float model again"
+            )
 
     def _check_scores(self, record: Mapping[str, Any] | None) -> None:
-        """Without the scores no trial can start."""
+        """Set `failure` if the sensitivity scores failed."""
         if record is not None and record["state"] == jobs.FAIL:
             folder = job_folder(self.out, SCORES, 0)
             self.failure = (
-                f"the sensitivity scores failed: {record['reason']}; mend that, then remove "
-                f"{folder} to begin anew"
+                f"the sensitivity scores failed: {record['reason']}; fix this, then remove "
+                f"{folder} to start over"
             )
 
-    def halt(self, reason: str) -> None:
-        """Start nothing more, for the machine is unfit; open trials stay open."""
-        self.failure = self.failure or reason
-
-    def open_trials(self) -> int:
-        """Trials that still have to run, as far as the configuration and the queue say."""
-        return self.trials.left()
+    def _before_trials(self) -> list[tuple[str, int]]:
+        """Return kind and number of the jobs between the float model and the trials."""
+        scores = [(SCORES, 0)] if self.config.needs_scores else []
+        return scores + [("baseline", bits) for bits in self.config.search.baselines]
 
     def _start(self, job: Job) -> Job:
         self.running[job.name] = job
         return job
 
     def _state(self, kind: str, number: int) -> str | None:
+        """Return the state of a job's record, or None if the job is open."""
         folder = job_folder(self.out, kind, number)
         if (record := committed(folder)) is not None:
             return str(record["state"])
         return jobs.FAIL if folder in self._lost else None
 
     def _job(self, kind: str, number: int, **more: Any) -> Job:
-        salt = {"float": 2, "baseline": 3, "trial": 4, "test": 5, SCORES: 6}[kind]
         return Job(
             kind=kind,
             number=number,
             out=str(self.out),
             config=self.document,
             run=self.run,
-            seed=seed_for(self.config.seed, number, salt),
+            seed=seed_for(self.config.seed, number, _SALTS[kind]),
             **more,
         )
 
-    def front(self) -> set[int]:
-        """Numbers of the trials on the front."""
-        complete = self.ledger.trials(TrialState.COMPLETE)
-        points = {t.number: (t.values[0], t.values[1]) for t in complete}
-        return non_dominated(points, self.facts.mode)
-
     def _test_job(self) -> Job | None:
-        """A job for everything that is shown and has no test figure yet."""
-        wanted = [self._job("float", 0)]
-        wanted += [
+        """Return a job that evaluates all models of the results that lack test metrics."""
+        subjects = [self._job("float", 0)]
+        subjects += [
             self._job("baseline", bits)
             for bits in self.config.search.baselines
             if self._state("baseline", bits) == jobs.COMPLETE
@@ -231,10 +248,10 @@ class Coordinator:
         for number in sorted(self.front()):
             record = committed(job_folder(self.out, "trial", number))
             if record is not None:
-                wanted.append(
+                subjects.append(
                     self._job("trial", number, params=record["params"], budget=record["budget"])
                 )
-        missing = [job for job in wanted if read_sealed(job.folder / TEST_FILE) is None]
+        missing = [job for job in subjects if read_sealed(job.folder / TEST_FILE) is None]
         if not missing:
             return None
         return self._job("test", 0, jobs=tuple(job.as_json() for job in missing))

@@ -1,4 +1,4 @@
-"""What follows from a configuration before anything is trained: graph, budgets, axes."""
+"""The resolved form of a sweep, computed before training: graph, absolute budgets and axes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, prepare
 from nipq_search.quant.graph import Graph
 from nipq_search.quant.insertion.prepare import quant_state
-from nipq_search.search.config.budgets import REFERENCE_BITS, ResolvedBudget, label_of, resolve
+from nipq_search.search.config.budgets import (
+    REFERENCE_BITS,
+    ResolvedBudget,
+    budget_label,
+    resolve_budget,
+)
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.tasks import Task
 from nipq_search.tasks.base import example_inputs, input_bits, unreadable
@@ -27,16 +32,18 @@ from nipq_search.train.models import load_float
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a sweep before it starts.
+    """A sweep's configuration resolved against its model.
 
     Attributes:
-        graph: the model's layers and tensors.
+        graph: layers and tensors of the prepared model.
         budgets: absolute budgets, in the ledger's order.
-        front_cost: name of the cost of the front.
-        metric: the task's metric.
-        mode: `max` or `min`.
-        axis: least reachable and uniform 8-bit front cost: the ends of the hypervolume.
-        costs: by cost name, its least, greatest and uniform 8-bit value.
+        front_cost: name of the front's cost.
+        metric: name of the task's metric.
+        mode: direction of the metric, `max` or `min`.
+        axis: front cost of the cheapest reachable and of the uniform 8-bit model, which bound the
+            hypervolume.
+        costs: by cost name, the value of the cheapest (`least`), most expensive (`greatest`),
+            uniform 8-bit (`uniform8`) and float (`float`) model.
     """
 
     graph: Graph
@@ -48,7 +55,7 @@ class Facts:
     costs: Mapping[str, Mapping[str, float]]
 
     def as_json(self) -> dict[str, Any]:
-        """What reading commands need, as plain types."""
+        """Return, as plain types, what `facts.json` stores for commands that read a sweep."""
         return {
             "budgets": [
                 {"label": b.label, "entry": dict(b.entry), "targets": dict(b.targets)}
@@ -64,10 +71,10 @@ class Facts:
 
 
 def float_model(config: SweepConfig, task: Task) -> nn.Module:
-    """The task's model, with the weights in `float.checkpoint` where the sweep has one.
+    """Return the task's model, with the weights of `float.checkpoint` if the sweep has one.
 
     Raises:
-        UserError: it cannot be built, or the file is no checkpoint of it.
+        UserError: the model cannot be built, or the file is not a checkpoint of it.
     """
     device = torch.device("cpu")
     if (name := config.float_model.checkpoint) is None:
@@ -92,10 +99,10 @@ def float_model(config: SweepConfig, task: Task) -> nn.Module:
 
 
 def model_graph(config: SweepConfig, task: Task) -> Graph:
-    """The graph of the task's model under the sweep's quantization.
+    """Return the graph of the task's model under the sweep's quantization.
 
     Raises:
-        UserError: the model cannot be prepared, or `float.checkpoint` is none of it.
+        UserError: the model cannot be prepared, or `float.checkpoint` does not fit it.
     """
     quant: QuantConfig = dataclasses.replace(
         config.quant, input_bits=config.quant.input_bits or input_bits(task)
@@ -105,35 +112,37 @@ def model_graph(config: SweepConfig, task: Task) -> Graph:
 
 
 def float_cost(graph: Graph, name: str) -> float:
-    """A cost of the model in floating point: 32 bits everywhere."""
+    """Return a cost of the float model: 32 bits for every tensor that would be quantized."""
     return exact_cost(
         name, graph, {tensor: 32 for tensor, t in graph.tensors.items() if t.allowed}
     )
 
 
 def gather(config: SweepConfig, task: Task, order: list[Mapping[str, Any]] | None = None) -> Facts:
-    """Everything that can be said, and checked, before a sweep starts.
+    """Resolve and check a configuration before the sweep starts.
 
     Args:
         config: the sweep.
-        task: its task.
-        order: budgets in the order of an earlier run; new ones come behind them.
+        task: the sweep's task.
+        order: budgets of an earlier run, in the ledger's order; new ones are appended.
+
+    Returns:
+        The resolved sweep.
 
     Raises:
-        UserError: a budget cannot be reached, or the model cannot be prepared.
+        UserError: a budget cannot be reached, two budgets are equal, or the model cannot be
+            prepared.
     """
     graph = model_graph(config, task)
     entries: list[Mapping[str, Any]] = list(order or [])
     entries += [entry for entry in config.budgets if entry not in entries]
-    budgets = tuple(resolve(entry, graph) for entry in entries)
+    budgets = tuple(resolve_budget(entry, graph) for entry in entries)
     resolved: dict[tuple[tuple[str, float], ...], str] = {}
     for budget in budgets:
         key = tuple(sorted(budget.targets.items()))
         if key in resolved:
-            raise UserError(
-                f"budgets: {resolved[key]} and {budget.label} are the same; remove one"
-            )
-        resolved[key] = label_of(budget.entry)
+            raise UserError(f"budgets: {resolved[key]} and {budget.label} are equal; remove one")
+        resolved[key] = budget_label(budget.entry)
     least, most = extreme_bits(graph, most=False), extreme_bits(graph, most=True)
     uniform = uniform_bits(graph, REFERENCE_BITS)
     costs = {

@@ -1,13 +1,14 @@
-"""The attempts of a job: each start has a folder of its own below the job's.
+"""The attempts of a job: each start gets a folder of its own below the job's.
 
-What an attempt did is final once `result.json` is there, whole, with the model beside it. Nothing
-is reported before that. An attempt ends with its own `result.json`, or with one by which the next
-attempt takes the job over. There is room for one, so a process that comes back late
-changes nothing.
+An attempt's result is final once its `result.json` is complete, with the model next to it; nothing
+is reported earlier. An attempt ends with its own `result.json`, or with one that the next attempt
+writes in its place when it takes the job over. Only one of the two can be created, so a process
+that resumes after it was superseded cannot change anything.
 """
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import os
@@ -33,107 +34,160 @@ from nipq_search.search.jobs.paths import (
 )
 from nipq_search.train.models import MODEL_FILE
 
-HANGS_ALLOWED = 2
-NODE = "node"
-"""Cause of an attempt's end that is never the job's fault; see `worker.failures`."""
+MAX_HANGS = 2
+"""A job is given up after this many attempts that exceeded their time limit."""
+
+
+class Cause(enum.StrEnum):
+    """Why an attempt was lost, as `lost.json` stores it."""
+
+    NODE = "node"
+    """Its node died, which never counts as a failure of the job."""
+
+    MEMORY = "memory"
+    """Its machine ran out of memory."""
+
+    GPU_MEMORY = "gpu memory"
+    """Its GPU ran out of memory."""
+
+    PROCESS = "process"
+    """Its process died for another reason."""
+
+
 _TAKEN_OVER = {"state": "TAKEN_OVER"}
 
 
-def have_begun(out: Path) -> bool:
-    """Whether any job of a sweep was ever started."""
+class AlreadyCommitted(Exception):
+    """An earlier attempt committed a result, so no further attempt may start."""
+
+
+# Folders and records
+
+
+def any_attempt_exists(out: Path) -> bool:
+    """Return whether any job of the sweep in this folder was ever started."""
     return any(out.glob("*/attempt-*")) or any(out.glob("*/*/attempt-*"))
 
 
 def attempts(folder: Path) -> list[Path]:
-    """Attempt folders of a job, first to last."""
+    """Return the attempt folders of a job, oldest first."""
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if re.fullmatch(r"attempt-[1-9][0-9]*", p.name)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("attempt-")))
 
 
-def noted(path: Path) -> dict[str, Any]:
-    """A document of an attempt; empty where it is missing, torn, or somebody's own."""
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a JSON object of an attempt; empty if it is missing, torn or not an object."""
     document = storage.read_json(path)
     return document if isinstance(document, dict) else {}
 
 
 def _number(document: Mapping[str, Any], key: str) -> float | None:
-    """A number of a document, if it is one."""
+    """Return a value of a document if it is a finite number."""
     value = document.get(key)
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def committed(folder: Path) -> dict[str, Any] | None:
-    """The result record of a job, if one of its attempts committed it whole."""
+    """Return the result record that an attempt of the job committed, or None."""
     for attempt in reversed(attempts(folder)):
         if (record := storage.read_sealed(attempt / RESULT)) is not None:
             return record
     return None
 
 
+def commit(attempt: Path, record: dict[str, Any]) -> bool:
+    """Write the result record, which completes the job.
+
+    Returns:
+        False if a later attempt has taken the job over; nothing is written then.
+    """
+    return storage.seal_once(attempt / RESULT, record)
+
+
 def model_file(folder: Path) -> Path:
-    """Where the trained model of a job lies, if it is there: beside the record that counts."""
+    """Return the path of a job's trained model, next to its committed record."""
     for attempt in reversed(attempts(folder)):
         if storage.read_sealed(attempt / RESULT) is not None:
             return attempt / MODEL_FILE
     return folder / "attempt-1" / MODEL_FILE
 
 
-def models(folder: Path, *, spare: bool = False) -> list[Path]:
-    """Models of all attempts; or only those that a whole record says are not the job's.
+def model_files(folder: Path, *, obsolete: bool = False) -> list[Path]:
+    """Return the models of all attempts of a job.
 
-    An attempt that was killed before its record leaves one, and one that came too late.
+    Args:
+        folder: the job's folder.
+        obsolete: return only models that do not belong to the committed record: those of attempts
+            that were killed before their record was written, or that were superseded.
     """
     found = [attempt / MODEL_FILE for attempt in attempts(folder)]
-    if spare:
-        counts = model_file(folder) if committed(folder) else None
-        found = [model for model in found if counts not in (None, model)]
+    if obsolete:
+        current = model_file(folder) if committed(folder) else None
+        found = [model for model in found if current not in (None, model)]
     return [model for model in found if blobs.exists(model)]
 
 
-def note_rung(folder: Path, rung: int, measured: dict[str, Any]) -> None:
-    """Write down what a trial measured at a rung; the first whole record stays."""
+# Rungs
+
+
+def record_rung(folder: Path, rung: int, measured: dict[str, Any]) -> None:
+    """Write what a trial measured at a rung, unless an intact record exists.
+
+    Args:
+        folder: the trial's folder.
+        rung: number of the rung, from 0.
+        measured: `metrics`, and `samples`: the training samples processed up to the rung.
+    """
     file = rung_file(folder, rung)
     if not storage.seal_once(file, measured) and storage.read_sealed(file) is None:
         storage.write_sealed(file, measured)
 
 
-def rungs(folder: Path) -> list[dict[str, Any]]:
-    """What a trial measured at its rungs, first to last: `metrics`, and the `samples` it took."""
+def rung_records(folder: Path) -> list[dict[str, Any]]:
+    """Return what a trial measured at its rungs, in order; see `record_rung`."""
     found: list[dict[str, Any]] = []
     while (record := storage.read_sealed(rung_file(folder, len(found)))) is not None:
         found.append(record)
     return found
 
 
-def basis(folder: Path) -> dict[str, Any]:
-    """Threads, workers and parent with which a job's last attempt trained; empty for none."""
+# Starting an attempt
+
+
+def training_setup(folder: Path) -> dict[str, Any]:
+    """Return the threads, workers and parent of a job's last attempt; empty if it has none."""
     keys = ("threads", "workers", "parent")
     for attempt in reversed(attempts(folder)):
-        started = noted(attempt / STARTED)
+        started = read_document(attempt / STARTED)
         if all(key in started for key in keys):
             return {key: started[key] for key in keys}
     return {}
 
 
-class Committed(Exception):
-    """An attempt has finished the job meanwhile."""
-
-
 def open_attempt(job: Job, node: str | None = None, **more: Any) -> Path:
-    """Make the next attempt's folder; the name can be taken only once.
+    """Create the folder of the next attempt; only one process can create each folder.
 
-    From here on earlier attempts are superseded: one whose process was only out of reach ends, and
-    can commit nothing. `more` is what else `started.json` is to say.
+    This supersedes earlier attempts: if the process of one is still running, for example on an
+    unreachable node, it ends and cannot commit.
+
+    Args:
+        job: the job.
+        node: Ray's id of the node that runs the attempt; None outside Ray.
+        more: further entries of `started.json`.
+
+    Returns:
+        The attempt's folder.
 
     Raises:
-        Committed: an earlier attempt was faster; a `test` job is run again all the same.
+        AlreadyCommitted: an earlier attempt committed its result. A `test` job never raises it,
+            because it runs again whenever the front has changed.
     """
     while True:
         earlier = attempts(job.folder)
-        if earlier and not _close(earlier[-1]) and job.kind != "test":
-            raise Committed
+        if earlier and not _supersede(earlier[-1]) and job.kind != "test":
+            raise AlreadyCommitted
         last = int(earlier[-1].name.removeprefix("attempt-")) if earlier else 0
         folder = job.folder / f"attempt-{last + 1}"
         try:
@@ -154,8 +208,23 @@ def open_attempt(job: Job, node: str | None = None, **more: Any) -> Path:
         return folder
 
 
-def hangs(folder: Path) -> int:
-    """Attempts of a job that were killed because they took too long."""
+def _supersede(attempt: Path) -> bool:
+    """Prevent an attempt from committing; False if it has committed already."""
+    file = attempt / RESULT
+    closed = storage.write_once(file, storage.as_json(_TAKEN_OVER))
+    return closed or storage.read_sealed(file) is None  # superseded before, or damaged
+
+
+def is_superseded(attempt: Path) -> bool:
+    """Return whether a later attempt took the job over from one that has not committed."""
+    return (attempt / RESULT).exists()
+
+
+# How attempts ended
+
+
+def count_hangs(folder: Path) -> int:
+    """Count the attempts of a job that were killed because they exceeded their time limit."""
     return sum(1 for attempt in attempts(folder) if _hung(attempt))
 
 
@@ -164,102 +233,105 @@ def _hung(attempt: Path) -> bool:
     return marker.exists() and marker.stat().st_size > 0
 
 
-def _close(attempt: Path) -> bool:
-    """Take the place of an attempt's record; whether it has none, and will never have one."""
-    file = attempt / RESULT
-    closed = storage.write_once(file, storage.as_json(_TAKEN_OVER))
-    return closed or storage.read_sealed(file) is None  # closed before, or damaged
-
-
-def superseded(attempt: Path) -> bool:
-    """Whether the job of an attempt without a record was given to a later one."""
-    return (attempt / RESULT).exists()
-
-
 def _has_ended(attempt: Path) -> bool:
-    """Whether an attempt left an end of its own, be it damaged."""
+    """Return whether an attempt left any sign of its own end, even a damaged one."""
     if (attempt / STOPPED).exists() or _hung(attempt):
         return True
     return (attempt / RESULT).exists() and storage.read_json(attempt / RESULT) != _TAKEN_OVER
 
 
-def silent_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Attempts of this driver's run that left no end, with their `started.json`.
+def lost_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the attempts of this driver's run that left no sign of their end.
 
-    Attempts of earlier runs died with their driver, which is not the trial's fault.
+    Attempts of earlier runs are excluded: they were killed together with their driver, which is
+    not the job's fault.
+
+    Args:
+        folder: the job's folder.
+        run: token of the driver's run.
+
+    Returns:
+        Pairs of an attempt's folder and its `started.json`, oldest first.
     """
     found = []
     for attempt in attempts(folder):
-        started = noted(attempt / STARTED)
+        started = read_document(attempt / STARTED)
         if started.get("run") == run and not _has_ended(attempt):
             found.append((attempt, started))
     return found
 
 
-def crashes(folder: Path, run: str) -> list[str]:
-    """Causes of the silent attempts, as far as the job may be to blame: dead nodes apart."""
-    found = [cause_of(attempt) or "process" for attempt, _ in silent_attempts(folder, run)]
-    return [cause for cause in found if cause != NODE]
+def crash_causes(folder: Path, run: str) -> list[Cause]:
+    """Return the causes of lost attempts that count against the job: all but dead nodes."""
+    found = [cause_of(attempt) or Cause.PROCESS for attempt, _ in lost_attempts(folder, run)]
+    return [cause for cause in found if cause is not Cause.NODE]
 
 
-def note_cause(attempt: Path, cause: str, detail: str) -> None:
-    """Write down why an attempt left no end; see `nipq_search.search.worker.failures`."""
+def record_cause(attempt: Path, cause: Cause, detail: str) -> None:
+    """Record why an attempt was lost.
+
+    Args:
+        attempt: the attempt's folder.
+        cause: the cause, as `nipq_search.search.worker.failures` classifies it.
+        detail: text of the error, if one is available.
+    """
     storage.write_json(attempt / LOST, {"cause": cause, "detail": detail, "time": time.time()})
 
 
-def cause_of(attempt: Path) -> str | None:
-    """What `note_cause` wrote."""
-    return noted(attempt / LOST).get("cause")
+def cause_of(attempt: Path) -> Cause | None:
+    """Return the cause that `record_cause` wrote, or None."""
+    cause = read_document(attempt / LOST).get("cause")
+    return Cause(cause) if cause in list(Cause) else None
 
 
-def lost_at(attempt: Path) -> float:
-    """When `note_cause` wrote it, Unix time; 0 where it did not."""
-    return _number(noted(attempt / LOST), "time") or 0.0
+def lost_time(attempt: Path) -> float:
+    """Return the Unix time at which `record_cause` was called; 0 if it was not."""
+    return _number(read_document(attempt / LOST), "time") or 0.0
 
 
 def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
-    """`started.json` of the attempt that runs now as far as files tell, with its folder."""
+    """Return `started.json` of the attempt that is running according to its files.
+
+    The entry `folder` holds the attempt's folder. None if no attempt is running.
+    """
     for attempt in reversed(attempts(folder)):
         ended = any((attempt / name).exists() for name in (RESULT, STOPPED, LOST))
-        started = noted(attempt / STARTED)
+        started = read_document(attempt / STARTED)
         if ended or _hung(attempt) or started.get("run") != run:
             return None
         return {**started, "folder": str(attempt)}
     return None
 
 
-def commit(attempt: Path, record: dict[str, Any]) -> bool:
-    """Write the result record: from here on the job is done.
-
-    Returns:
-        False where a later attempt has taken the job over; nothing is written then.
-    """
-    return storage.seal_once(attempt / RESULT, record)
+# Totals over all attempts
 
 
 def samples_processed(folder: Path) -> int:
-    """Training samples that all attempts of a job processed, repeated ones included."""
-    return sum(int(_number(noted(a / PROGRESS), "samples") or 0) for a in attempts(folder))
+    """Return the training samples that all attempts of a job processed, repeated ones included."""
+    found = (_number(read_document(a / PROGRESS), "samples") for a in attempts(folder))
+    return sum(int(samples or 0) for samples in found)
 
 
 def seconds_spent(folder: Path) -> float:
-    """Wall time of all attempts of a job, up to their last sign of life."""
+    """Return the wall time of all attempts of a job, each up to its last progress report."""
     total = 0.0
     for attempt in attempts(folder):
-        started, progress = (_number(noted(attempt / f), "time") for f in (STARTED, PROGRESS))
+        started, progress = (
+            _number(read_document(attempt / file), "time") for file in (STARTED, PROGRESS)
+        )
         if started is not None and progress is not None:
             total += max(0.0, progress - started)
     return total
 
 
 def first_start(folder: Path) -> float | None:
-    """Unix time of a job's first attempt."""
-    times = [_number(noted(attempt / STARTED), "time") for attempt in attempts(folder)]
+    """Return the Unix time at which a job's first attempt started, or None."""
+    times = [_number(read_document(attempt / STARTED), "time") for attempt in attempts(folder)]
     return min((t for t in times if t is not None), default=None)
 
 
 def curve(folder: Path) -> list[CurvePoint]:
-    """The learning curve over all attempts; an epoch that was run again counts once."""
+    """Return the learning curve over all attempts; the first measurement of an epoch counts."""
     points: dict[int, CurvePoint] = {}
     for attempt in attempts(folder):
         try:
@@ -270,7 +342,7 @@ def curve(folder: Path) -> list[CurvePoint]:
             try:
                 point = CurvePoint(**json.loads(line))
             except (ValueError, TypeError):
-                continue  # a line torn by a kill
+                continue  # a line that a kill left incomplete
             if isinstance(point.epoch, int) and isinstance(point.metrics, dict):
                 points.setdefault(point.epoch, point)
     return [points[epoch] for epoch in sorted(points)]

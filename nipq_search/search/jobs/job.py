@@ -1,4 +1,4 @@
-"""A job is one training: the float model's, a baseline's or a trial's."""
+"""A job: one training or evaluation that a worker runs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from typing import Any
 from nipq_search.search.jobs.paths import job_folder
 
 COMPLETE, FAIL = "COMPLETE", "FAIL"
+"""Values of `state` in a result record."""
+
 SCORES = "sensitivity"
-"""Kind of the job that measures how much the loss grows with each tensor's bit-width."""
+"""Kind of the job that measures how much the loss grows as each tensor's bit-width shrinks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a worker is asked to do; plain types only, for it travels.
+    """Everything a worker needs to run a job, as plain types that can be sent to it.
 
     Attributes:
         kind: `float`, `sensitivity`, `baseline`, `trial` or `test`.
-        number: trial number, bits of a baseline, else 0.
-        out: the sweep's folder, absolute.
+        number: trial number; bit-width of a baseline; otherwise 0.
+        out: absolute path of the sweep's folder.
         config: the resolved sweep configuration.
         run: token of the driver's run.
-        seed: of everything random in the training.
+        seed: seed of all randomness in the training.
         params: hyperparameters of a trial.
-        budget: absolute targets of a trial.
-        parent: number of the trial that a trial starts from, or None.
-        epochs_share: share of `train.epochs` that a trial trains.
+        budget: absolute targets of a trial, by cost name.
+        parent: number of the trial whose model a trial starts from, or None.
+        epochs_share: fraction of `train.epochs` for which a trial trains.
         rung: number of the rung at which a trial pauses next.
-        jobs: folders whose models a `test` job evaluates.
+        jobs: jobs whose models a `test` job evaluates, each as `as_json` returns it.
     """
 
     kind: str
@@ -49,16 +51,16 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The job's own folder."""
+        """The job's folder below the sweep's."""
         return job_folder(Path(self.out), self.kind, self.number)
 
     @property
     def name(self) -> str:
-        """A readable name."""
+        """A readable name, such as `trial-003` or `lsq-4`."""
         if self.kind == "trial":
             return f"trial-{self.number:03d}"
         return f"lsq-{self.number}" if self.kind == "baseline" else self.kind
 
     def as_json(self) -> dict[str, Any]:
-        """Plain types."""
+        """Return the job as plain types; `Job(**...)` restores it."""
         return dataclasses.asdict(self)

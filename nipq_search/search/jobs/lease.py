@@ -1,7 +1,7 @@
-"""One driver at a time: the lock on a sweep's folder, and the request to stop.
+"""The lock that admits one driver at a time to a sweep's folder, and requests to stop it.
 
-The lock is the operating system's (`flock`): it goes with the process, so nothing has to be
-cleaned up after a crash.
+The operating system holds the lock (`flock`) and releases it when the process ends, so a crash
+leaves nothing to clean up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nipq_search.search.jobs.paths import LOCK_FILE, STOP_FILE
 
 
 def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Take the lock; False where somebody holds it, or removed its file after we opened it."""
+    """Try to take the lock; False if it is held or its file was deleted since it was opened."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -32,7 +32,7 @@ def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def _take(descriptor: int) -> bool:
-    """Take the lock for a driver; an onlooker holds it for an instant only."""
+    """Take the lock for a driver, retrying because `live_driver` holds it for an instant."""
     for _ in range(5):
         if _try_lock(descriptor):
             return True
@@ -41,14 +41,14 @@ def _take(descriptor: int) -> bool:
 
 
 def live_driver(folder: Path) -> dict[str, Any] | None:
-    """`{"host": ..., "pid": ...}` of the driver that runs this sweep now, or None."""
+    """Return `{"host": ..., "pid": ...}` of the driver that is running this sweep, or None."""
     path = folder / LOCK_FILE
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
-        # Shared: two onlookers do not take each other for a driver.
+        # A shared lock, so that concurrent calls do not mistake each other for a driver.
         if _try_lock(descriptor, fcntl.LOCK_SH):
             return None
         return _owner(path)
@@ -57,13 +57,16 @@ def live_driver(folder: Path) -> dict[str, Any] | None:
 
 
 def driver_host(folder: Path) -> str | None:
-    """The host of the sweep's last driver, for workers: not every node sees the lock itself."""
+    """Return the host of the sweep's last driver, or None.
+
+    For workers: some file systems do not show other nodes the lock itself.
+    """
     owner = storage.read_json(folder / LOCK_FILE)
     return str(owner["host"]) if isinstance(owner, dict) and "host" in owner else None
 
 
 def _owner(path: Path) -> dict[str, Any]:
-    """Who holds the lock; a driver that has just taken it may not have signed yet."""
+    """Return host and pid of the lock's holder, waiting briefly for a new one to write them."""
     for _ in range(20):
         if isinstance(owner := storage.read_json(path), dict):
             return owner
@@ -74,15 +77,15 @@ def _owner(path: Path) -> dict[str, Any]:
 def _taken(folder: Path, owner: dict[str, Any]) -> UserError:
     return UserError(
         f"{folder}: a driver is running this sweep on host {owner['host']}, pid {owner['pid']}; "
-        f"wait for it, or end it with `nipq-search stop {folder}`"
+        f"wait for it to finish, or stop it with `nipq-search stop {folder}`"
     )
 
 
 def check_free(folder: Path) -> None:
-    """Check, without writing anything, that no driver runs this sweep now.
+    """Check, without writing anything, that no driver is running this sweep.
 
     Raises:
-        UserError: one does; names host and pid.
+        UserError: a driver is running it; the message names its host and pid.
     """
     if (owner := live_driver(folder)) is not None:
         raise _taken(folder, owner)
@@ -90,10 +93,14 @@ def check_free(folder: Path) -> None:
 
 @contextlib.contextmanager
 def driver_lease(folder: Path) -> Iterator[str]:
-    """Hold the sweep for this process; yields a token that is new for every run.
+    """Lock the sweep's folder for this process.
+
+    Yields:
+        A token that is unique to this run.
 
     Raises:
-        UserError: another driver holds it; names host and pid.
+        UserError: another driver holds the lock (the message names its host and pid), or the
+            folder is not writable.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK_FILE
@@ -102,10 +109,10 @@ def driver_lease(folder: Path) -> Iterator[str]:
         if not _take(descriptor):
             raise _taken(folder, _owner(path))
         token = uuid.uuid4().hex
-        # Written in place: replacing the file would leave the lock on the old one.
+        # Write in place: replacing the file would leave the lock on the deleted one.
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": token}
         signature = json.dumps(owner).encode()
-        with contextlib.suppress(OSError):  # a full disk: `gc` is to make room
+        with contextlib.suppress(OSError):  # `gc` must be able to free a full disk
             os.pwrite(descriptor, signature, 0)
             os.ftruncate(descriptor, len(signature))
         (folder / STOP_FILE).unlink(missing_ok=True)
@@ -113,38 +120,38 @@ def driver_lease(folder: Path) -> Iterator[str]:
             yield token
         finally:
             (folder / STOP_FILE).unlink(missing_ok=True)
-            _leave_nothing(path, created)
+            _remove_if_unused(path, created)
     finally:
         os.close(descriptor)
 
 
 def _open_lock(path: Path) -> int:
-    """Open the lock file, made if missing.
+    """Open the lock file, creating it and its folder if missing.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder is not writable.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"--out {path.parent}: cannot be written ({error.strerror})") from error
+        raise UserError(f"--out {path.parent}: not writable ({error.strerror})") from error
 
 
-def _leave_nothing(path: Path, created: list[Path]) -> None:
-    """Remove a lock that guards an empty folder, and the folders that were made for it."""
+def _remove_if_unused(path: Path, created: list[Path]) -> None:
+    """Remove the lock of an otherwise empty folder, and the folders created for it."""
     if [entry.name for entry in path.parent.iterdir()] == [LOCK_FILE]:
         path.unlink()
-        with contextlib.suppress(OSError):  # somebody else put something there meanwhile
+        with contextlib.suppress(OSError):  # no longer empty
             for folder in created:
                 folder.rmdir()
 
 
 def request_stop(folder: Path) -> str | None:
-    """Ask the live driver to stop gracefully; it sees the request within a second.
+    """Ask the running driver to stop gracefully; it reacts within a second.
 
     Returns:
-        Its host and pid, or None where no driver is live.
+        Host and pid of the driver, or None if no driver is running.
     """
     owner = live_driver(folder)
     if owner is None:
@@ -154,5 +161,5 @@ def request_stop(folder: Path) -> str | None:
 
 
 def stop_requested(folder: Path) -> bool:
-    """Whether somebody asked this sweep to stop; workers on every node see the same file."""
+    """Return whether a stop was requested; workers on all nodes check the same file."""
     return (folder / STOP_FILE).exists()

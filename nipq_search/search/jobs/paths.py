@@ -1,6 +1,7 @@
 """Names of the files in a sweep's folder, and the folders of its jobs.
 
-`docs/files.md` lists them for users. They are fixed: folders of earlier versions must open.
+`docs/files.md` documents them for users. They never change, so that sweep folders written by
+earlier versions can be opened.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 SWEEP_FILE, FACTS_FILE, REPORT_FILE = "sweep.yaml", "facts.json", "report.html"
 RESULTS_FILE, CURVES_FILE, FRONT_FILE = "results.parquet", "curves.parquet", "front.json"
 LOCK_FILE, STOP_FILE, LOG_FILE = "driver.lock", "stop.request", "driver.log"
-"""Files of the sweep itself."""
+"""Files of the sweep as a whole."""
 
 RESULT, STARTED, STOPPED, LOST, PROGRESS, CURVE, LOG, TRACEBACK, HANG = (
     "result.json",
@@ -26,11 +27,20 @@ RESULT, STARTED, STOPPED, LOST, PROGRESS, CURVE, LOG, TRACEBACK, HANG = (
 """Files of one attempt of a job."""
 
 TEST_FILE = "test.json"
-"""File of a job with its metrics on the test split."""
+"""A job's metrics on the test split."""
 
 
 def job_folder(out: Path, kind: str, number: int) -> Path:
-    """Folder of a job below the sweep's folder."""
+    """Return the folder of a job.
+
+    Args:
+        out: the sweep's folder.
+        kind: kind of the job; see `Job`.
+        number: number of the job; see `Job`.
+
+    Returns:
+        A folder below `out`.
+    """
     if kind == "trial":
         return out / "trials" / str(number)
     if kind == "baseline":
@@ -39,5 +49,5 @@ def job_folder(out: Path, kind: str, number: int) -> Path:
 
 
 def rung_file(folder: Path, rung: int) -> Path:
-    """Where a trial's figures at a rung stand."""
+    """Return the path of a trial's record at a rung."""
     return folder / f"rung-{rung}.json"

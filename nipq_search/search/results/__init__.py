@@ -1,6 +1,6 @@
-"""A sweep's folder as people read it: records, documents, tables, progress.
+"""Results of a sweep: records, JSON documents, tables, report and progress.
 
-Start reading in `sweep.py`. `documents.py` builds the JSON documents, `outputs.py` writes tables,
-report and MLflow runs, `retention.py` frees what nothing needs. Imports `jobs`, `strategies`,
-`config` and `study`.
+Start reading in `sweep.py`. `documents.py` and `best.py` build the JSON documents, `outputs.py`
+writes tables, report and MLflow runs, `retention.py` deletes models that are no longer needed.
+Imports `jobs`, `strategies`, `config` and `study`.
 """

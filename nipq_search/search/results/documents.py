@@ -1,6 +1,6 @@
-"""A sweep as people see it: trial records and the documents of the reading commands.
+"""Trial records, and the JSON documents that the reading commands print.
 
-Everything here is a pure function of the ledger's trials and the folders of the jobs.
+Everything here is derived from the ledger's trials and the jobs' folders.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from nipq_search.records import SCHEMA, Baseline, TrialRecord
 from nipq_search.search import jobs
 from nipq_search.search.jobs import TEST_FILE, committed, job_folder
 from nipq_search.search.strategies.pareto import default_reference, hypervolume, non_dominated
-from nipq_search.search.strategies.unseen_trials import News, is_foreign
+from nipq_search.search.strategies.unseen_trials import UnseenTrials, is_foreign
 from nipq_search.search.study.ledger import BUDGET
 from nipq_search.storage import read_sealed
 
-STATES = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
+ENDED_STATES = ("COMPLETE", "PRUNED", "FAIL")
+STATES = (*ENDED_STATES, "RUNNING", "WAITING")
 
 
 def test_metric(folder: Path, metric: str) -> float | None:
-    """A job's metric on the test split, if it was ever read."""
+    """Return a job's metric on the test split, or None if it was not evaluated there."""
     document = read_sealed(folder / TEST_FILE)
     return None if document is None else document["metrics"].get(metric)
 
@@ -37,21 +38,21 @@ def _prefixed(attributes: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 class Records:
-    """Records of a study's trials, kept from look to look: only what may change is made anew.
+    """Records of a study's trials, updated incrementally: unchanged records are reused.
 
     Args:
-        facts: `Facts.as_json()`.
+        facts: the sweep's resolved facts, `Facts.as_json()`.
         out: the sweep's folder.
 
     Attributes:
-        states: how many trials have ended, by state.
-        best: by budget label, the best validation metric and its front cost.
+        states: number of ended trials by state.
+        best: best validation metric and its front cost, by budget label.
     """
 
     def __init__(self, facts: Mapping[str, Any], out: Path) -> None:
-        """No trial is known yet."""
+        """Start without records."""
         self._facts, self._out = facts, out
-        self._news = News()
+        self._unseen = UnseenTrials()
         self._records: list[TrialRecord] = []
         self._points: dict[int, tuple[float, float]] = {}
         self.states: dict[str, int] = {}
@@ -59,18 +60,18 @@ class Records:
 
     @property
     def front(self) -> set[int]:
-        """Numbers of the trials on the front."""
+        """Numbers of the trials on the Pareto front."""
         return set(self._points)
 
     def update(self, trials: Sequence[FrozenTrial], running: bool = True) -> list[TrialRecord]:
-        """One record per trial.
+        """Return one record per trial.
 
         Args:
-            trials: the study's trials, by number.
-            running: whether those that run are looked at anew.
+            trials: the study's trials, sorted by number.
+            running: whether to update the records of running trials.
         """
-        news = self._news.of(trials)
-        # What was beaten stays beaten, so only the front and what is new can be on the front.
+        news = self._unseen.take(trials)
+        # A dominated trial stays dominated, so only the front and new trials are candidates.
         points = dict(self._points)
         for trial in news:
             if trial.state is TrialState.COMPLETE and not is_foreign(trial):
@@ -109,8 +110,8 @@ def _record(
     folder = job_folder(out, "trial", trial.number)
     tries = jobs.attempts(folder)
     finished = trial.state.is_finished()
-    # Figures of a finished trial stand in the ledger; a running one's are in its folder.
-    told = finished and "samples" in attributes and "seconds" in attributes
+    # The ledger stores the figures of finished trials; those of running trials are in the folder.
+    in_ledger = finished and "samples" in attributes and "seconds" in attributes
     targets = {
         name: value
         for name, value in _prefixed(attributes, "budget_").items()
@@ -128,8 +129,8 @@ def _record(
         metrics=_prefixed(attributes, "validation_"),
         cost=_prefixed(attributes, "cost_"),
         on_front=on_front,
-        samples=attributes["samples"] if told else jobs.samples_processed(folder),
-        seconds=attributes["seconds"] if told else jobs.seconds_spent(folder),
+        samples=attributes["samples"] if in_ledger else jobs.samples_processed(folder),
+        seconds=attributes["seconds"] if in_ledger else jobs.seconds_spent(folder),
         parent=attributes.get("parent"),
         attempts=attributes.get("attempts", len(tries)),
         seed=attributes.get("seed", 0),
@@ -142,7 +143,16 @@ def _record(
 
 
 def baselines(bits: Sequence[int], metric: str, out: Path) -> list[Baseline]:
-    """The uniform LSQ models that have been trained."""
+    """Return the uniform LSQ models that have been trained.
+
+    Args:
+        bits: configured bit-widths of the baselines.
+        metric: name of the task's metric.
+        out: the sweep's folder.
+
+    Returns:
+        One record per finished baseline.
+    """
     found = []
     for width in bits:
         folder = job_folder(out, "baseline", width)
@@ -163,7 +173,7 @@ def baselines(bits: Sequence[int], metric: str, out: Path) -> list[Baseline]:
 
 
 def samples_by_job(out: Path) -> dict[Path, int]:
-    """Training samples that each job's folder tells of, failed and repeated attempts included."""
+    """Return the training samples of each job, including failed and repeated attempts."""
     folders = [job_folder(out, kind, 0) for kind in ("float", jobs.SCORES)]
     for parent in (out / "baselines", out / "trials"):
         folders += [parent / name for name in os.listdir(parent)] if parent.is_dir() else []
@@ -171,7 +181,7 @@ def samples_by_job(out: Path) -> dict[Path, int]:
 
 
 def total_samples(out: Path) -> int:
-    """Training samples that the whole sweep processed, failed and repeated attempts included."""
+    """Return the training samples of the whole sweep, including failed and repeated attempts."""
     return sum(samples_by_job(out).values())
 
 
@@ -181,7 +191,17 @@ def front_document(
     config: Mapping[str, Any],
     out: Path,
 ) -> dict[str, Any]:
-    """What `front --json` prints: every COMPLETE trial, cheapest first, and the hypervolumes."""
+    """Build the document of `front --json`: all COMPLETE trials and the hypervolumes.
+
+    Args:
+        records: records of all trials.
+        facts: the sweep's resolved facts, `Facts.as_json()`.
+        config: the resolved configuration.
+        out: the sweep's folder.
+
+    Returns:
+        The document; its points are sorted by the front cost, cheapest first.
+    """
     metric, mode, cost = facts["metric"], facts["mode"], facts["front_cost"]
     folder = job_folder(out, "float", 0)
     record = committed(folder) or {}
@@ -261,7 +281,7 @@ def front_document(
 def _stage(
     states: Mapping[str, int], driver: Any, config: Mapping[str, Any], out: Path
 ) -> str | None:
-    """What a live driver is busy with, in words."""
+    """Describe the current stage of a running sweep; None without a driver."""
     if driver is None:
         return None
     if committed(job_folder(out, "float", 0)) is None:
@@ -277,14 +297,24 @@ def _stage(
 def status_document(
     records: Sequence[TrialRecord], config: Mapping[str, Any], driver: Any, out: Path
 ) -> dict[str, Any]:
-    """What `status --json` prints."""
+    """Build the document of `status --json`.
+
+    Args:
+        records: records of all trials.
+        config: the resolved configuration.
+        driver: `host` and `pid` of the running driver, or None.
+        out: the sweep's folder.
+
+    Returns:
+        The document.
+    """
     states = dict.fromkeys(STATES, 0)
     rows = []
     for record in records:
         states[record.state] += 1
         progress: dict[str, Any] = {}
         if record.folder is not None:
-            progress = jobs.noted(out / record.folder / jobs.PROGRESS)
+            progress = jobs.read_document(out / record.folder / jobs.PROGRESS)
         rows.append(
             {
                 "trial": record.trial,
@@ -306,71 +336,3 @@ def status_document(
         "total_samples": total_samples(out),
         "trials": rows,
     }
-
-
-def best_document(
-    points: Sequence[Mapping[str, Any]],
-    limits: Mapping[str, float],
-    facts: Mapping[str, Any],
-    layers_of: Callable[[int], Sequence[Mapping[str, Any]]] = lambda trial: (),
-) -> dict[str, Any]:
-    """What `best --json` prints: the best point inside limits, or the nearest and what blocks.
-
-    Args:
-        points: of the front's document.
-        limits: by cost.
-        facts: of the sweep.
-        layers_of: bits and costs by layer of a trial.
-    """
-    sign = 1.0 if facts["mode"] == "max" else -1.0
-
-    def excess(point: Mapping[str, Any]) -> float:
-        return max((point["cost"][name] / limit for name, limit in limits.items()), default=0.0)
-
-    inside = [point for point in points if excess(point) <= 1]
-    if inside:
-        chosen = max(inside, key=lambda p: (sign * p["validation"], -excess(p)))
-        return {
-            "schema": SCHEMA,
-            "limits": dict(limits),
-            "point": chosen,
-            "nearest": None,
-            "blocks": [],
-        }
-    nearest = min(points, key=lambda p: (excess(p), -sign * p["validation"]), default=None)
-    blocks = []
-    for name, limit in limits.items():
-        least = facts["costs"][name]["least"]
-        set_by = facts.get("least_set_by", {}).get(name)  # older sweeps have none
-        by = f" (set by {set_by})" if set_by else ""
-        if least > limit:
-            blocks.append(
-                f"{name}: {limit:,.6g} is below the least reachable cost {least:,.6g} "
-                f"with the allowed bit-widths{by}"
-            )
-        elif nearest is not None and nearest["cost"][name] > limit:
-            largest = _largest(name, layers_of(nearest["trial"]))
-            blocks.append(
-                f"{name}: the nearest trained point costs {nearest['cost'][name]:,.6g}{largest}, "
-                f"{limit:,.6g} was asked, {least:,.6g} is the least reachable{by}; add a budget "
-                "at or below what was asked and run again"
-            )
-    if nearest is None:
-        blocks.append("no trial is complete yet")
-    return {
-        "schema": SCHEMA,
-        "limits": dict(limits),
-        "point": None,
-        "nearest": nearest,
-        "blocks": blocks,
-    }
-
-
-def _largest(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
-    """The layers that make up most of a cost that is counted by layer, in words."""
-    costs = {row["name"]: row.get(name) or 0 for row in layers}
-    total = sum(costs.values())
-    if not total:
-        return ""
-    largest = sorted(costs, key=lambda layer: -costs[layer])[:3]
-    return f" (most of it {', '.join(f'{n}: {100 * costs[n] / total:.0f} %' for n in largest)})"

@@ -1,9 +1,10 @@
-"""A sweep as it is shown: tables, report, MLflow. All of it can be made again at any time."""
+"""Outputs of a sweep: tables, report and MLflow runs, all of which can be rebuilt at any time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -21,99 +22,118 @@ from nipq_search.search.study.ledger import Ledger
 from nipq_search.tracking import MlflowRecorder
 from nipq_search.tracking.tables import curves_table, results_table, write_table
 
-PAUSE = 20
-"""Writing the tables takes at most one part in so many of the driver's time, and so does looking
-at running trials."""
+PAUSE_FACTOR = 20
+"""Pause after writing the tables or recording running trials, as a multiple of the time that it
+took: either uses at most about 1/20 of the driver's time."""
 
-ENDED = "ended"
-"""Study attribute: how the last run of the sweep ended, in MLflow's words."""
+RUN_STATUS_ATTRIBUTE = "ended"
+"""Study attribute that stores the `RunStatus` of the sweep's last run."""
 
 
-class Projections:
-    """Keeps tables and MLflow up to date with the ledger.
+class RunStatus(StrEnum):
+    """How a run of the driver ended, in MLflow's terms.
+
+    Attributes:
+        FINISHED: completed, or reached a limit.
+        FAILED: the sweep cannot continue.
+        KILLED: interrupted or killed.
+    """
+
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"
+
+
+class Outputs:
+    """Keeps tables, report and MLflow runs up to date with the ledger.
 
     Args:
         out: the sweep's folder.
-        config: the sweep.
+        config: the sweep configuration.
+
+    Attributes:
+        records: records of all trials, as of the last refresh.
+        cache: the incrementally updated source of `records`.
     """
 
     def __init__(self, out: Path, config: SweepConfig) -> None:
-        """Nothing is written yet."""
+        """Read the sweep's folder; nothing is written."""
         self.out, self.config = out, config
         self.sweep = Sweep.open(out)
         self.recorder = MlflowRecorder(out, config.name, identity=self.sweep.facts.get("study"))
         self.records: list[TrialRecord] = []
-        self.known = documents.Records(self.sweep.facts, out)
+        self.cache = documents.Records(self.sweep.facts, out)
         self._curves: dict[int, list[CurvePoint]] = {}
-        self._behind = self._forgotten = False
+        self._tables_outdated = self._cache_invalid = False
         self._pause_until = 0.0
 
     def begin(self, trials: Sequence[FrozenTrial]) -> None:
-        """Open the tracking run and bring everything that has ended up to date."""
+        """Open the tracking run and record every trial that has ended."""
         dataset = self.sweep.facts.get("dataset", {})
         tags = {"strategy": self.config.search.strategy, "task": self.config.task}
         self.recorder.begin(self.config.as_json(), tags, dataset)
         self.refresh(trials)
         for record in self.records:
-            if record.state in documents.STATES[:3]:
+            if record.state in documents.ENDED_STATES:
                 self.record(record)
 
     def refresh(self, trials: Sequence[FrozenTrial], running: bool = True) -> None:
-        """Take the ledger's trials, those that run only if wanted; the tables follow."""
-        if self._forgotten:
-            self.known, self._forgotten = documents.Records(self.sweep.facts, self.out), False
+        """Update the records from the ledger's trials, then the tables.
+
+        `running` also updates the records of running trials.
+        """
+        if self._cache_invalid:
+            self.cache, self._cache_invalid = documents.Records(self.sweep.facts, self.out), False
         try:
-            self.records = self.known.update(trials, running)
+            self.records = self.cache.update(trials, running)
         except BaseException:
-            self._forgotten = True  # it may be half done
+            self._cache_invalid = True  # the update may be incomplete
             raise
-        self._behind = True
+        self._tables_outdated = True
         self.write_tables()
 
-    def forget(self) -> None:
-        """Read finished trials anew the next time."""
-        self._forgotten = True
+    def invalidate(self) -> None:
+        """Rebuild all records on the next refresh, including those of finished trials."""
+        self._cache_invalid = True
 
     def write_tables(self, force: bool = False) -> None:
-        """Write the tables if they are behind, with pauses of many times what that takes.
+        """Write outdated tables, at most once per pause unless `force` is set.
 
-        A table is written whole, so with thousands of trials every trial would cost more.
+        Each write rewrites whole tables, whose cost grows with the number of trials. The pause
+        grows with it.
         """
-        if not self._behind or (time.monotonic() < self._pause_until and not force):
+        if not self._tables_outdated or (time.monotonic() < self._pause_until and not force):
             return
         began = time.monotonic()
         curves = {r.trial: self._curve(r) for r in self.records}
         write_table(self.out / RESULTS_FILE, results_table(self.records))
         write_table(self.out / CURVES_FILE, curves_table(curves))
-        self._behind = False
-        self._pause_until = time.monotonic() + PAUSE * (time.monotonic() - began)
+        self._tables_outdated = False
+        self._pause_until = time.monotonic() + PAUSE_FACTOR * (time.monotonic() - began)
 
     def _curve(self, record: TrialRecord) -> list[CurvePoint]:
-        """A trial's learning curve, of a finished one as it was read first."""
+        """Return a trial's learning curve; the curve of a finished trial is read only once."""
         if record.trial in self._curves:
             return self._curves[record.trial]
         curve = self.sweep.curve(record.trial)
-        if record.state in documents.STATES[:3]:
+        if record.state in documents.ENDED_STATES:
             self._curves[record.trial] = curve
         return curve
 
     def record(self, record: TrialRecord) -> None:
-        """Show one trial in MLflow as it is now."""
+        """Record the current state of a trial in MLflow."""
         layers = self.sweep.layers(record.trial) if record.state == "COMPLETE" else None
         self.recorder.record(record, self._curve(record), layers)
 
     def update_front(self) -> None:
-        """Tag the trials that are on the front."""
-        self.recorder.update_front(self.known.front)
+        """Tag the trials on the Pareto front."""
+        self.recorder.update_front(self.cache.front)
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: RunStatus) -> None:
         """Write the front and the report, and end the tracking run.
 
-        Args:
-            status: `FINISHED`, `FAILED` or `KILLED`.
-
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder is not writable.
         """
         self.write_tables(force=True)
         document = self.sweep.front_document()
@@ -121,7 +141,7 @@ class Projections:
         self.sweep.write_report()
         front = self.out / "front.parquet"
         write_table(front, results_table([r for r in self.records if r.on_front]))
-        for record in self.records:  # those that stay open too: they show as KILLED
+        for record in self.records:  # trials still open appear as KILLED
             self.record(record)
         self.update_front()
         figures = {
@@ -134,36 +154,37 @@ class Projections:
 
 
 def sync(out: Path) -> dict[str, Any]:
-    """Send the tracking server what it lacks; tables and report are written anew.
+    """Bring the tracking server up to date; rewrite tables and report.
 
-    Everything that MLflow shows follows from the study and the trials' folders, so nothing else
-    has to be kept while the server is away. A running driver does the same by itself.
+    MLflow shows only data derived from the study and the trials' folders, so nothing needs to be
+    stored separately while the server is unavailable. A running driver does the same on its own.
 
     Args:
         out: the sweep's folder.
 
     Returns:
-        `server`, without what a URI may hide in it, and `trials`, the number of runs.
+        `server`, the server's address without credentials, and `trials`, the number of runs.
 
     Raises:
-        UserError: a driver is running the sweep, or it is not a sweep.
-        RuntimeError: the server does not answer, or took only a part.
+        UserError: the folder is not a sweep, or a driver is running it.
+        RuntimeError: the server did not respond, or accepted only part of the data.
     """
     sweep = Sweep.open(out)
     config = parse_config(dict(sweep.config))
     with driver_lease(out.absolute()) as token, study_lease(config.name, token):
-        shown = Projections(out.absolute(), config)
+        outputs = Outputs(out.absolute(), config)
         ledger = Ledger.load(out.absolute(), config.name, sweep.facts.get("study"))
         try:
-            trials, ended = ledger.trials(), str(ledger.recall(ENDED) or "KILLED")
+            trials = ledger.trials()
+            status = RunStatus(ledger.recall(RUN_STATUS_ATTRIBUTE) or RunStatus.KILLED)
         finally:
             ledger.close()
-        shown.begin(trials)
-        shown.finish(ended)
-        if shown.recorder.behind:
+        outputs.begin(trials)
+        outputs.finish(status)
+        if outputs.recorder.behind:
             raise RuntimeError(
-                f"the tracking server {shown.recorder.address} does not answer or took only a "
-                "part; nothing is lost, the same command goes on"
+                f"the tracking server {outputs.recorder.address} did not respond or accepted only "
+                "part of the data; nothing is lost, run the same command again"
             )
-        started = [r for r in shown.records if r.state != "WAITING"]
-        return {"server": shown.recorder.address, "trials": len(started)}
+        started = [r for r in outputs.records if r.state != "WAITING"]
+        return {"server": outputs.recorder.address, "trials": len(started)}

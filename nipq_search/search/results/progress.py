@@ -1,4 +1,4 @@
-"""How far a sweep is, and where to say so."""
+"""The progress of a sweep, and the protocol of the objects that display it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A moment of a sweep.
+    """Snapshot of a sweep's progress.
 
     Attributes:
-        done: finished trials, failed ones included.
-        running: jobs that run now.
-        failed: failed trials.
-        total: trials in all.
-        stage: what goes on, in words.
-        best: by budget label, the best validation metric and its front cost.
-        seconds_left: estimate of the time left, or None.
-        metric: name of the metric.
-        front_cost: name of the cost.
+        done: number of finished trials, including failed ones.
+        running: number of running jobs.
+        failed: number of failed trials.
+        total: total number of trials.
+        stage: current stage, such as `float model` or `trials`.
+        best: best validation metric and its front cost, by budget label.
+        seconds_left: estimated remaining time in seconds, or None.
+        metric: name of the task's metric.
+        front_cost: name of the cost of the front.
     """
 
     done: int = 0
@@ -35,22 +35,22 @@ class Progress:
 
 
 class ProgressSink(Protocol):
-    """Shows progress to a person."""
+    """Displays progress to the user."""
 
     def update(self, progress: Progress) -> None:
-        """Called about once a second; may redraw."""
+        """Display a snapshot; called about once a second."""
         ...
 
     def message(self, text: str) -> None:
-        """Show a line that stays."""
+        """Display a line permanently."""
         ...
 
 
-class Silent:
-    """Shows nothing."""
+class SilentProgress:
+    """A `ProgressSink` that discards everything."""
 
     def update(self, progress: Progress) -> None:
-        """Ignore it."""
+        """Discard the snapshot."""
 
     def message(self, text: str) -> None:
-        """Ignore it."""
+        """Discard the line."""

@@ -1,4 +1,4 @@
-"""What a sweep's folder no longer needs: models and checkpoints that nothing will ask for."""
+"""Deletion of models and checkpoints that are no longer needed (`gc`)."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ def needed(
     mode: str,
     budgets: Sequence[Mapping[str, float]] = (),
 ) -> dict[int, str]:
-    """Trials whose models somebody will ask for, and why.
+    """Find the trials whose models are still needed.
 
-    Those on the front; parents of trials that are open or on the front, from which these go on or
-    are replayed; what `best` answers with inside a budget, or for a limit on any budget's cost;
-    and, under a strategy with warm starts, those from which a further trial would start: the best
-    of its surroundings.
+    These are trials on the front; parents of trials that are open or on the front, needed to
+    continue or replay them; trials that `best` returns for a budget or for a limit on a budget's
+    cost; and, under a strategy with warm starts, trials that a further trial would start from.
 
     Args:
-        records: all trials of the sweep.
-        config: the sweep.
-        mode: `max` or `min`, of the metric.
-        budgets: absolute targets of the sweep's budgets, which need not have a trial yet.
+        records: records of all trials.
+        config: the sweep configuration.
+        mode: direction of the metric, `max` or `min`.
+        budgets: absolute targets of the sweep's budgets, including budgets without trials.
+
+    Returns:
+        The reason by trial number.
     """
     found = {r.trial: "on the front" for r in records if r.on_front}
     for record in records:
@@ -54,28 +56,27 @@ def needed(
         if r.state == jobs.COMPLETE and r.cost
     ]
     strategy = STRATEGIES[config.search.strategy]()
-    asked = [dict(r.budget) for r in records] + [dict(budget) for budget in budgets]
-    places = [dict(trial.cost) for trial in finished] + asked
-    names = {name for budget in asked for name in budget}
-    for number, why in _answers(finished, asked, names).items():
+    targets = [dict(r.budget) for r in records] + [dict(budget) for budget in budgets]
+    names = {name for target in targets for name in target}
+    for number, why in _best_trials(finished, targets, names).items():
         found.setdefault(number, why)
-    for place in places:
-        target = {name: value for name, value in place.items() if name in names}
-        for one in [target, *({name: value} for name, value in target.items())]:
-            if one and (parent := strategy.parent(one, finished)) is not None:
-                found.setdefault(parent, "what a further trial would start from")
+    for costs in [*(dict(trial.cost) for trial in finished), *targets]:
+        limited = {name: value for name, value in costs.items() if name in names}
+        for target in [limited, *({name: value} for name, value in limited.items())]:
+            if target and (parent := strategy.parent(target, finished)) is not None:
+                found.setdefault(parent, "the start of a further trial")
     return found
 
 
-def _answers(
-    finished: Sequence[Finished], asked: Sequence[Mapping[str, float]], names: Collection[str]
+def _best_trials(
+    finished: Sequence[Finished], targets: Sequence[Mapping[str, float]], names: Collection[str]
 ) -> dict[int, str]:
-    """What `best` answers with, and to what: limits on one cost, or those of a budget."""
+    """Find the trials that `best` returns for limits on one cost or on a budget's costs."""
     found: dict[int, str] = {}
     for name in sorted(names):
         points = {t.number: (t.metric, t.cost[name]) for t in finished if name in t.cost}
-        found |= dict.fromkeys(non_dominated(points, "max"), f"the best within a limit of {name}")
-    for limits in asked:
+        found |= dict.fromkeys(non_dominated(points, "max"), f"the best for a limit on {name}")
+    for limits in targets:
         inside = [t for t in finished if all(t.cost.get(n, 0) <= v for n, v in limits.items())]
         if limits and inside:
             best = max(inside, key=lambda t: (t.metric, -t.number))
@@ -84,19 +85,19 @@ def _answers(
 
 
 def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
-    """Delete models and checkpoints that nothing needs. Records, curves and logs stay.
+    """Delete models and checkpoints that are no longer needed; keep records, curves and logs.
 
     Args:
         out: the sweep's folder.
-        dry_run: only say what would go.
+        dry_run: only list what would be deleted.
 
     Returns:
-        What `gc --json` prints: `freed` (trial, or None for the float model and baselines; path;
-        bytes), `bytes` in all, and `kept`, the trials whose models stay, each with the reason.
+        The document of `gc --json`: `freed` (trial, or None for the float model and baselines;
+        path; bytes), the total `bytes`, and `kept`, the trials whose models remain, with reasons.
 
     Raises:
-        UserError: a driver is running the sweep, or it is not a sweep.
-        RuntimeError: something cannot be deleted.
+        UserError: the folder is not a sweep, or a driver is running it.
+        RuntimeError: a file or object cannot be deleted.
     """
     sweep = Sweep.open(out)
     config = parse_config(dict(sweep.config))
@@ -110,7 +111,7 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
         budgets = [budget["targets"] for budget in sweep.facts["budgets"]]
         kept = needed(records, config, sweep.facts["mode"], budgets)
         garbage: list[tuple[int | None, Path]] = [
-            (None, path) for path in _of_the_start(sweep.folder)
+            (None, path) for path in _initial_garbage(sweep.folder)
         ]
         for record in records:
             folder = job_folder(sweep.folder, "trial", record.trial)
@@ -122,8 +123,8 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
             freed.append({"trial": trial, "path": shown, "bytes": size})
             if not dry_run and not blobs.remove(path):
                 raise RuntimeError(
-                    f"{path}: could not be deleted, or its object; mend the permissions or "
-                    "the store, the same command goes on"
+                    f"{path}: could not be deleted, locally or in the object store; fix the "
+                    "permissions or the store, then run the same command again"
                 )
     return {
         "schema": SCHEMA,
@@ -135,18 +136,18 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
 
 
 def _garbage(folder: Path, record: TrialRecord, kept: bool) -> list[Path]:
-    """What of a trial's folder can go."""
+    """List the paths in a trial's folder that can be deleted."""
     if record.state in _OPEN:
         return []
     checkpoints = folder / "checkpoints"
-    models = jobs.models(folder, spare=kept)
+    models = jobs.model_files(folder, obsolete=kept)
     return [checkpoints, *models] if checkpoints.is_dir() else models
 
 
-def _of_the_start(out: Path) -> list[Path]:
-    """What a kill left of the float model's training and the baselines', after their records."""
+def _initial_garbage(out: Path) -> list[Path]:
+    """List leftovers of finished float and baseline trainings whose cleanup was interrupted."""
     folders = [out / "float", *sorted((out / "baselines").glob("*"))]
     done = [folder for folder in folders if jobs.committed(folder) is not None]
     checkpoints = [folder / "checkpoints" for folder in done]
-    spare = [model for folder in done for model in jobs.models(folder, spare=True)]
+    spare = [model for folder in done for model in jobs.model_files(folder, obsolete=True)]
     return [path for path in checkpoints if path.is_dir()] + spare

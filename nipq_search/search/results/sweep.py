@@ -1,4 +1,4 @@
-"""A sweep's folder, read only; it works while the sweep runs and after it."""
+"""Read access to a sweep's folder, during and after the run."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from nipq_search.search.jobs import (
 )
 from nipq_search.search.jobs.lease import live_driver
 from nipq_search.search.results import documents
+from nipq_search.search.results.best import best_document
 from nipq_search.search.study.storage import StudyGone, close_storage, load_study
 from nipq_search.tasks import make_task
 from nipq_search.train import TrainSpec
@@ -48,16 +49,40 @@ def is_sweep(folder: Path) -> bool:
 
 
 class Sweep:
-    """A sweep's folder.
+    """Read access to the results of a sweep; `Sweep.open` creates one from a folder.
 
     Args:
-        folder: the folder that `run` wrote.
+        folder: the sweep's folder.
         config: the resolved configuration.
-        facts: `Facts.as_json()` of the last run.
+        facts: the resolved facts of the last run, `Facts.as_json()`.
+
+    Example:
+        Open the folder of a sweep, here a minimal one that runs without Ray.
+
+        >>> import tempfile
+        >>> from nipq_search import Sweep, search
+        >>> from nipq_search.search.backend.virtual import VirtualExecutor
+        >>> config = {
+        ...     "name": "demo",
+        ...     "task": "digits",
+        ...     "budgets": [{"bops": "uniform 4"}],
+        ...     "float": {"epochs": 1},
+        ...     "train": {"epochs": 1},
+        ...     "search": {"trials": 1, "baselines": []},
+        ... }
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = search(config, folder, executor=VirtualExecutor())
+        ...     sweep = Sweep.open(folder)
+        ...     record = sweep.record(0)
+        ...     model = sweep.load_model(0)
+        >>> record.state, record.budget_label
+        ('COMPLETE', 'bops: uniform 4')
+        >>> model.training
+        False
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Bind to a folder; nothing is read yet."""
+        """Store the arguments; nothing is read."""
         self.folder, self.config, self.facts = folder, config, facts
 
     @classmethod
@@ -65,21 +90,23 @@ class Sweep:
         """Open a sweep's folder.
 
         Raises:
-            UserError: it is not one.
+            UserError: the folder is missing, not a sweep, or damaged.
         """
         folder = Path(folder).absolute()
         if folder.is_file():
-            raise UserError(f"{folder}: a file; give the folder of the sweep, as runs/NAME")
+            raise UserError(f"{folder}: a file; give the folder of the sweep, such as runs/NAME")
         if not folder.is_dir():
             raise UserError(
-                f"{folder}: no such folder; `nipq-search run CONFIG --out DIR` makes one"
+                f"{folder}: no such folder; `nipq-search run CONFIG --out DIR` creates one"
             )
         missing = [n for n in (SWEEP_FILE, FACTS_FILE) if not (folder / n).is_file()]
         if len(missing) == 1:
-            raise UserError(f"{folder}: {missing[0]} is gone; the same `run` command writes it")
+            raise UserError(
+                f"{folder}: {missing[0]} is missing; the same `run` command writes it again"
+            )
         if missing:
             raise UserError(
-                f"{folder}: not a sweep (it has no {SWEEP_FILE}); give the --out folder"
+                f"{folder}: not a sweep ({SWEEP_FILE} is missing); give the --out folder"
             )
         try:
             config = yaml.safe_load((folder / SWEEP_FILE).read_text())
@@ -89,33 +116,33 @@ class Sweep:
         facts = storage.read_json(folder / FACTS_FILE)
         needed = {"metric", "mode", "costs", "axis", "front_cost", "budgets"}
         if not isinstance(facts, dict) or not needed <= facts.keys():
-            raise UserError(f"{folder / FACTS_FILE}: damaged; run it again")
+            raise UserError(f"{folder / FACTS_FILE}: damaged; run it again to rewrite the file")
         plugins = config.get("plugins") if isinstance(config, dict) else None
         if isinstance(plugins, dict):
             check_installed(plugins)
         try:
             if not isinstance(config, dict):
-                raise UserError("no mapping")
+                raise UserError("not a mapping")
             config = parse_config(config).as_json()
         except UserError as error:
             raise UserError(
-                f"{folder / SWEEP_FILE}: damaged; run it again with the file that you gave it "
+                f"{folder / SWEEP_FILE}: damaged; run it again with the original sweep file "
                 f"({error})"
             ) from error
         return cls(folder, config, facts)
 
     def trials(self) -> list[TrialRecord]:
-        """One record per trial of the ledger.
+        """Return one record per trial of the ledger.
 
         Raises:
-            UserError: the study is gone, or is another one; see `load_study`.
+            UserError: the study is missing or belongs to another sweep; see `load_study`.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         name, identity = str(self.config["name"]), self.facts.get("study")
         try:
             study, storage = load_study(self.folder, name, identity)
         except StudyGone:
-            if jobs.have_begun(self.folder):
+            if jobs.any_attempt_exists(self.folder):
                 raise
             return []
         try:
@@ -125,19 +152,19 @@ class Sweep:
         return documents.Records(self.facts, self.folder).update(found)
 
     def record(self, trial: int) -> TrialRecord:
-        """One trial.
+        """Return the record of one trial.
 
         Raises:
-            UserError: there is no such trial.
+            UserError: the trial does not exist.
         """
         records = self.trials()
         if not 0 <= trial < len(records):
             known = f"0 to {len(records) - 1}" if records else "none yet"
-            raise UserError(f"trial {trial}: no such trial (there are {known})")
+            raise UserError(f"trial {trial}: no such trial (existing trials: {known})")
         return records[trial]
 
     def front(self) -> pandas.DataFrame:
-        """The points on the front, cheapest first: a row each, costs in columns."""
+        """Return the points on the Pareto front, cheapest first, with a column per cost."""
         import pandas
 
         points = [p for p in self.front_document()["points"] if p["on_front"]]
@@ -156,36 +183,36 @@ class Sweep:
         )
 
     def front_document(self) -> dict[str, Any]:
-        """What `front --json` prints."""
+        """Return the document of `front --json`."""
         return documents.front_document(self.trials(), self.facts, self.config, self.folder)
 
     def status(self) -> dict[str, Any]:
-        """What `status --json` prints."""
+        """Return the document of `status --json`."""
         driver = live_driver(self.folder)
         shown = driver and {"host": driver["host"], "pid": driver["pid"]}
         return documents.status_document(self.trials(), self.config, shown, self.folder)
 
     def layers(self, trial: int) -> list[dict[str, Any]]:
-        """Bits by layer of a finished trial; empty while there are none."""
+        """Return bits and costs by layer of a finished trial; empty for other trials."""
         record = committed(job_folder(self.folder, "trial", trial)) or {}
         return list(record.get("layers", []))
 
     def history(self, trial: int) -> list[dict[str, Any]]:
-        """Bit-widths over the noise phase of a finished trial; see `TrainResult.history`."""
+        """Return a finished trial's bit-widths over its noise phase; see `TrainResult.history`."""
         record = committed(job_folder(self.folder, "trial", trial)) or {}
         return list(record.get("history", []))
 
     def model_file(self, trial: int) -> Path | None:
-        """File of a trial's trained model; None while there is none."""
+        """Return the file of a trial's trained model, or None if it does not exist."""
         folder = job_folder(self.folder, "trial", trial)
         file = model_file(folder)
         return file if committed(folder) and blobs.exists(file) else None
 
     def load_model(self, trial: int) -> nn.Module:
-        """The trained model of a COMPLETE trial, hard-quantized, in evaluation mode on the CPU.
+        """Load the hard-quantized model of a COMPLETE trial, in evaluation mode on the CPU.
 
         Raises:
-            UserError: the trial has no model, or the sweep's task cannot be built.
+            UserError: the trial has no model, or the sweep's task cannot be created.
         """
         file = self.model_file(trial)
         state = self.record(trial).state
@@ -202,19 +229,19 @@ class Sweep:
         return load_trained(task, spec, file, torch.device("cpu"))
 
     def _why_no_model(self, trial: int, state: str) -> str:
-        """A line on why a trial has no trained model."""
-        why = "`nipq-search gc` freed it"
+        """Explain why a trial has no trained model."""
+        why = "deleted by `nipq-search gc`"
         if state != "COMPLETE":
-            why = f"it is {state}"
+            why = f"its state is {state}"
         elif committed(folder := job_folder(self.folder, "trial", trial)) is None:
-            why = f"its record is gone; restore {folder}"
-        return f"trial {trial}: it has no trained model ({why})"
+            why = f"its record is missing; restore {folder}"
+        return f"trial {trial}: no trained model ({why})"
 
     def show(self, trial: int) -> dict[str, Any]:
-        """What `show --json` prints.
+        """Return the document of `show --json`.
 
         Raises:
-            UserError: there is no such trial.
+            UserError: the trial does not exist.
         """
         record = self.record(trial)
         return {
@@ -242,10 +269,10 @@ class Sweep:
         return None if file is None else str(file.relative_to(self.folder))
 
     def best(self, limits: Mapping[str, float]) -> dict[str, Any]:
-        """What `best --json` prints.
+        """Return the document of `best --json`.
 
         Raises:
-            UserError: a limit names no cost.
+            UserError: a limit names an unknown cost.
         """
         for name in limits:
             if name not in self.facts["costs"]:
@@ -253,17 +280,15 @@ class Sweep:
                     f"--max {name}: unknown cost{nearest(name, self.facts['costs'])}; the costs "
                     f"of this sweep are {', '.join(self.facts['costs'])}"
                 )
-        document = documents.best_document(
-            self.front_document()["points"], limits, self.facts, self.layers
-        )
+        document = best_document(self.front_document()["points"], limits, self.facts, self.layers)
         point = document["point"]
         return {**document, "model": point and self._shown_file(point["trial"])}
 
     def log_files(self, trial: int) -> list[Path]:
-        """Output, tracebacks and stacks of hangs, attempt by attempt.
+        """List the files with output, tracebacks and stack dumps of hangs, by attempt.
 
         Raises:
-            UserError: there is no such trial.
+            UserError: the trial does not exist.
         """
         self.record(trial)
         found = []
@@ -274,11 +299,11 @@ class Sweep:
         return found
 
     def curve(self, trial: int) -> list[CurvePoint]:
-        """The learning curve of a trial."""
+        """Return the learning curve of a trial."""
         return jobs.curve(job_folder(self.folder, "trial", trial))
 
     def summary(self) -> SweepRecord:
-        """The sweep apart from its trials, for the report."""
+        """Return the sweep-level data of the report."""
         return SweepRecord(
             name=self.config["name"],
             config=self.config,

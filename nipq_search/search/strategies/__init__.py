@@ -1,6 +1,6 @@
-"""What to try next: budgets and parents of trials, samplers, the front.
+"""What to try next: budgets and parents of trials, samplers, and the Pareto front.
 
-Start reading in `strategies.py` (which budget, which parent) and `samplers.py` (the other
-hyperparameters); the rest are pure functions on points and trials. Imports no other part of the
-search.
+Start reading in `strategies.py`, which assigns budgets and parents, and in `samplers.py`, which
+proposes the other hyperparameters. The remaining files are pure functions of points and trials.
+Imports no other package of the search.
 """

@@ -1,4 +1,4 @@
-"""Where the next trial adds most to a front, as pure functions of its points."""
+"""The cost at which the next trial is expected to improve a front most, as pure functions."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 SAME = 0.05
-"""Octaves of cost within which two trials count as being at the same place."""
+"""Two costs that differ by at most this many octaves count as the same place on the front."""
 
-REPEAT = (0.2, 0.003)
-"""What a second trial at a place is expected to gain: a share of what the float model is ahead,
-and one of the span of the metric. Each further one is expected to gain half as much."""
+REPEAT_OF_LEAD, REPEAT_OF_SPAN = 0.2, 0.003
+"""Expected gain in metric of a second trial at the same place: a fraction of the float model's
+lead over the first, plus a fraction of the metric's span. Each further trial is expected to gain
+half as much as the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """How the front is measured; metrics are the greater the better.
+    """The rectangle in which the hypervolume of a front is measured; greater metrics are better.
 
     Attributes:
         cost: name of the front's cost.
         least: least reachable cost.
-        most: the uniform 8-bit model's cost.
-        reference: metric from which on a point counts.
-        best: the float model's metric.
+        most: cost of the uniform 8-bit model.
+        reference: metric above which a point counts.
+        best: metric of the float model.
     """
 
     cost: str
@@ -35,7 +36,7 @@ class Axes:
 
 
 def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Non-dominated (cost, metric), cheapest first."""
+    """Return the non-dominated points as (cost, metric), cheapest first."""
     found: list[tuple[float, float]] = []
     for cost, loss in sorted((cost, -metric) for metric, cost in points):
         if not found or -loss > found[-1][1]:
@@ -43,80 +44,88 @@ def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def _expected(front: Sequence[tuple[float, float]], cost: float) -> float:
-    """The metric at a cost by straight lines over log2 cost between the points of a front."""
+def _interpolated(front: Sequence[tuple[float, float]], cost: float) -> float:
+    """Return the metric at a cost, interpolated linearly over log2 cost."""
     for (left, low), (right, high) in zip(front, front[1:], strict=False):
         if left <= cost <= right:
             return low + (high - low) * math.log2(cost / left) / (math.log2(right / left) or 1.0)
     return front[-1][1] if cost > front[-1][0] else front[0][1]
 
 
-def _share(left: float, cost: float, right: float) -> float:
-    """Where a cost lies between two others, over log2 cost; a half in their middle, exactly."""
+def _position(left: float, cost: float, right: float) -> float:
+    """Return the relative position of a cost in an interval of log2 cost; 0.5 at its middle."""
     if right <= left or cost == math.sqrt(left * right):
         return 0.5
     return math.log2(cost / left) / math.log2(right / left)
 
 
 class _Places:
-    """Costs, to be asked how many of them are at a place; quick for thousands."""
+    """Counts costs at the same place, in logarithmic time."""
 
     def __init__(self, costs: Iterable[float]) -> None:
         self._octaves = sorted(map(math.log2, costs))
 
-    def near(self, cost: float) -> int:
-        """How many are at the same place."""
+    def count_near(self, cost: float) -> int:
+        """Return how many costs are at the same place as this one."""
         at = math.log2(cost)
         return bisect_right(self._octaves, at + SAME) - bisect_left(self._octaves, at - SAME)
 
 
-def most_room(
+def most_promising_cost(
     points: Sequence[tuple[float, float]],
     running: Sequence[float],
     asked: Sequence[float],
     axes: Axes,
     within: tuple[float, float],
 ) -> float:
-    """The cost at which one more trial is expected to add most to the hypervolume.
+    """Return the cost at which one more trial is expected to add most to the hypervolume.
 
-    Between two neighbours of the front, and at its ends towards the reference and the float model,
-    the metric is taken to lie on a straight line over log2 cost. Fronts are concave, so that is
-    cautious. A trial where there is one already is expected to gain `REPEAT`, for it starts from
-    that one. Running trials count as points on their lines. Wherever trials were asked for before,
-    less is expected each time: a place may be out of reach, or every trial there may fail. Below
-    the reference nothing counts, so a trial that collapsed is not followed there.
+    Between neighboring points of the front, and between its ends and the corners of the rectangle,
+    the metric is assumed to be linear in log2 cost. Fronts are concave, so this assumption is
+    conservative. A trial at the place of an earlier one starts from it, and its expected gain
+    follows `REPEAT_OF_LEAD` and `REPEAT_OF_SPAN`. Running trials count as points on the
+    interpolated front. Each earlier request for a place lowers its expected gain, because the
+    place may be unreachable or every trial there may fail. Metrics below the reference count as
+    the reference, so a collapsed trial does not attract further ones.
 
     Args:
-        points: (metric, cost) of every finished trial, at least one.
-        running: costs that running trials are to keep.
-        asked: costs that all trials were to keep, however they ended.
-        axes: how the front is measured.
-        within: the least and the largest cost that may be asked for.
+        points: (metric, cost) of every finished trial; at least one.
+        running: cost targets of the running trials.
+        asked: cost targets of all trials, however they ended.
+        axes: the rectangle of the hypervolume.
+        within: least and largest cost that may be returned.
 
     Returns:
-        A cost within; that of a point where a repeat is best, which may be less by `SAME`.
+        A cost in `within`. If a repeat is best, it is the cost of an existing point, which may lie
+        up to `SAME` octaves below the least one.
     """
     front = _front((max(metric, axes.reference), cost) for metric, cost in points)
     least, most = within
-    # The corners are not trained: they only bound what is.
-    ends = [(axes.least, axes.reference), *front, (axes.most, max(axes.best, front[-1][1]))]
-    known = sorted([*front, *((cost, _expected(ends, cost)) for cost in running)])
-    ends = [ends[0], *known, ends[-1]]
+    # The corners of the rectangle are not trials; they only bound the expected gain.
+    corners = (axes.least, axes.reference), (axes.most, max(axes.best, front[-1][1]))
+    bounded = [corners[0], *front, corners[1]]
+    known = sorted([*front, *((cost, _interpolated(bounded, cost)) for cost in running)])
+    bounded = [corners[0], *known, corners[1]]
     tried, under_way = _Places(asked), _Places(running)
     reached = _Places(cost for _, cost in points)
     best_gain, best_cost = -1.0, min(max(front[0][0], least), most)
-    for index, ((left, below), (right, above)) in enumerate(zip(ends, ends[1:], strict=False)):
+    neighbors = zip(bounded, bounded[1:], strict=False)
+    for index, ((left, below), (right, above)) in enumerate(neighbors):
         width = max(0.0, math.log2(right / left))
+        # A new place between the two points.
         place = min(max(math.sqrt(left * right), least), most)
-        share = _share(left, place, right)
-        gain = max(0.0, above - below) * width * share * (1 - share) * 4.0 ** -tried.near(place)
+        share = _position(left, place, right)
+        gain = max(0.0, above - below) * width * share * (1 - share)
+        gain *= 4.0 ** -tried.count_near(place)
         if SAME < share * width < width - SAME and gain > best_gain:
             best_gain, best_cost = gain, place
-        if index == 0 or under_way.near(left) or not least * 2**-SAME <= left <= most:
+        # A repeat of the left point, unless it is a corner, running, or out of range.
+        out_of_range = not least * 2**-SAME <= left <= most
+        if index == 0 or under_way.count_near(left) or out_of_range:
             continue
-        times = max(reached.near(left), tried.near(left))
-        better = REPEAT[0] * max(0.0, axes.best - below)
-        better += REPEAT[1] * (axes.best - axes.reference)
+        times = max(reached.count_near(left), tried.count_near(left))
+        better = REPEAT_OF_LEAD * max(0.0, axes.best - below)
+        better += REPEAT_OF_SPAN * (axes.best - axes.reference)
         gain = better * width * 2.0 ** (1 - times)
         if gain > best_gain:
             best_gain, best_cost = gain, left

@@ -1,8 +1,9 @@
-"""Successive halving inside each budget, as pure functions of what rungs measured.
+"""Asynchronous successive halving within each budget, as pure functions of rung metrics.
 
 Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning" (arXiv 1810.05934): a
-trial that pauses at a rung goes on as soon as it is among the best of those that got there.
-Trials under different budgets are never compared: the cheaper ones would always lose.
+trial that pauses at a rung is promoted as soon as it is among the best of the trials that reached
+the rung. Trials with different budgets are never compared, because the cheaper ones would always
+lose.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ETA = 3
-"""One of so many trials at a rung goes on."""
+"""Reduction factor: one in `ETA` trials at a rung is promoted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """A trial and what it reached.
+    """A trial and the rungs that it has reached.
 
     Attributes:
-        number: of the trial.
-        bracket: its budget; only trials of one bracket compete.
-        metrics: what it measured at each rung so far, the greater the better.
-        paused: whether it waits at the last of them for a decision.
-        pruned: whether it was told to stop there.
+        number: trial number.
+        bracket: index of the trial's budget; only trials in the same bracket compete.
+        metrics: the metric at each rung so far; greater is better.
+        paused: whether the trial is paused at the last of these rungs, awaiting a decision.
+        pruned: whether the trial was stopped there for good.
     """
 
     number: int
@@ -34,22 +35,24 @@ class Standing:
 
 
 def to_promote(standings: Sequence[Standing], last: bool) -> int | None:
-    """The paused trial that goes on; higher rungs first. None where none does.
+    """Return the paused trial to promote, preferring higher rungs; None if there is none.
 
     Args:
-        standings: every trial that has reached a rung, whatever became of it.
-        last: whether no further trial will come. Then the best of a rung goes on even where there
-            are too few for `ETA`, unless one of its bracket has gone on already.
+        standings: every trial that has reached a rung, including pruned and finished ones.
+        last: whether no further trial will start. The best trial of a rung is then promoted even
+            if fewer than `ETA` reached it, unless another one of its bracket was promoted.
     """
     waiting = [s for s in standings if s.paused]
     for rung in sorted({len(s.metrics) - 1 for s in waiting}, reverse=True):
         for bracket in sorted({s.bracket for s in waiting}):
-            there = [s for s in standings if s.bracket == bracket and len(s.metrics) > rung]
-            there.sort(key=lambda s: (-s.metrics[rung], s.number))
-            best = there[: len(there) // ETA]
-            gone = any(len(s.metrics) - 1 > rung or not (s.paused or s.pruned) for s in there)
-            if last and not best and not gone:
-                best = there[:1]
+            rivals = [s for s in standings if s.bracket == bracket and len(s.metrics) > rung]
+            rivals.sort(key=lambda s: (-s.metrics[rung], s.number))
+            best = rivals[: len(rivals) // ETA]
+            any_promoted = any(
+                len(s.metrics) - 1 > rung or not (s.paused or s.pruned) for s in rivals
+            )
+            if last and not best and not any_promoted:
+                best = rivals[:1]
             for standing in best:
                 if standing.paused and len(standing.metrics) - 1 == rung:
                     return standing.number

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 
 
 def non_dominated(points: Mapping[int, tuple[float, float]], mode: str) -> set[int]:
-    """Keys of the points that no other one is at least as good and as cheap as.
+    """Return the keys of the points that no other point dominates.
 
     Args:
-        points: (metric, cost) by key. Of equal points all stay, as in `optuna best-trials`.
-        mode: `max` or `min`, of the metric.
+        points: (metric, cost) by key. Of equal points all are kept, as in `optuna best-trials`.
+        mode: direction of the metric, `max` or `min`; the cost is minimized.
     """
     sign = 1.0 if mode == "max" else -1.0
-    # Cheapest first, of equal prices the best first: what follows can only add by being better.
+    # Visit by increasing cost, better metrics first: a later point joins only if it is better.
     ordered = sorted(points, key=lambda key: (points[key][1], -sign * points[key][0]))
     front: set[int] = set()
     best, best_cost = float("-inf"), float("nan")
@@ -34,21 +34,22 @@ def hypervolume(
     best: float,
     mode: str,
 ) -> float | None:
-    """Area under the front in (log2 cost, metric), as a share of a rectangle.
+    """Return the area under the front over log2 cost, as a fraction of a reference rectangle.
 
-    The rectangle reaches from the least reachable cost to the uniform 8-bit model's, and from the
-    reference metric to the float model's: 1.0 is float accuracy at the least cost. A metric above
-    the float model's counts in full, so the share can exceed 1.
+    The rectangle spans the costs from the least reachable one to that of the uniform 8-bit model,
+    and the metrics from the reference to that of the float model: 1.0 means float accuracy at the
+    least cost. A metric above the float model's counts in full, so the result can exceed 1.
 
     Args:
-        points: (metric, cost); at each cost the metric of the dearest point within it counts.
-        axis: least reachable cost and the uniform 8-bit model's.
-        reference: metric below which nothing counts.
-        best: the float model's metric.
-        mode: `max` or `min`.
+        points: (metric, cost). At each cost, the metric of the most expensive point that does not
+            exceed it counts.
+        axis: least reachable cost, and cost of the uniform 8-bit model.
+        reference: metric at or below which a point contributes nothing.
+        best: metric of the float model.
+        mode: direction of the metric, `max` or `min`.
 
     Returns:
-        The share; None where the rectangle is empty.
+        The fraction, or None if the rectangle is empty.
     """
     sign = 1.0 if mode == "max" else -1.0
     low, high = (math.log2(max(end, 1e-300)) for end in axis)
@@ -67,9 +68,10 @@ def hypervolume(
 
 
 def default_reference(best: float, mode: str) -> float:
-    """The reference where none is named, worse than the float model's metric `best`.
+    """Return the default reference metric, which is worse than the float model's metric `best`.
 
-    0.8 of it, 1.25 if minimized; 1.2 and 0.75 of one that is negative, such as a log-likelihood.
+    It is 0.8 times `best`, or 1.25 times if the metric is minimized. For a negative `best`, such
+    as a log-likelihood, the factors are 1.2 and 0.75.
     """
     if mode == "max":
         return 0.8 * best if best > 0 else 1.2 * best

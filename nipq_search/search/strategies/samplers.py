@@ -1,7 +1,7 @@
-"""Optuna's samplers by the names that sweep files use, and how they learn across budgets.
+"""Optuna's samplers by their names in sweep files, and how they learn across budgets.
 
-To add one, write a function from a seed to a sampler and register it in `SAMPLERS`; another
-package offers an entry point instead.
+To add one, write a function from a seed to a sampler and register it in `SAMPLERS`. Other packages
+offer an entry point instead.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from optuna.samplers.nsgaii import BLXAlphaCrossover
 from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.registry import Registry
-from nipq_search.search.strategies.unseen_trials import News
+from nipq_search.search.strategies.unseen_trials import UnseenTrials
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SamplerFactory:
         build: takes the seed of one trial and returns a sampler. A new sampler is built for every
             trial, so a resumed search neither repeats nor skips a proposal.
         learns_by_regret: whether the sampler has one objective, the regret within a budget (see
-            `ByRegret`), instead of the metric and the cost.
+            `RegretSampler`), instead of the metric and the cost.
     """
 
     build: Callable[[int], BaseSampler]
@@ -59,28 +59,31 @@ class SamplerFactory:
 
 
 def tpe(seed: int) -> BaseSampler:
-    """Tree-structured Parzen estimator; running trials count as bad, to keep workers apart."""
+    """Return a tree-structured Parzen estimator.
+
+    Running trials count as bad ones, so that concurrent workers explore different regions.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return TPESampler(seed=seed, n_startup_trials=10, multivariate=True, constant_liar=True)
 
 
 def random(seed: int) -> BaseSampler:
-    """Independent draws."""
+    """Return a sampler that draws all parameters independently."""
     return RandomSampler(seed=seed)
 
 
 def gp(seed: int) -> BaseSampler:
-    """A Gaussian process; its time grows with the cube of the trials, fine up to some 300."""
+    """Return a Gaussian process; cubic in the number of trials, practical up to about 300."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return GPSampler(seed=seed, n_startup_trials=10, deterministic_objective=False)
 
 
 def nsga2(seed: int) -> BaseSampler:
-    """A genetic algorithm, in generations of ten: a sweep has tens of trials.
+    """Return NSGA-II with generations of ten, because a sweep has tens of trials.
 
-    Children blend the numbers of their parents, so that no proposal repeats another.
+    The crossover blends the numerical parameters of two parents, so proposals do not repeat.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -96,7 +99,7 @@ def _problem(name: str, value: Any) -> str | None:
 SAMPLERS: Registry[SamplerFactory] = Registry(
     "sampler", group="nipq_search.samplers", check=_problem
 )
-"""Samplers by the names that sweep files use."""
+"""Samplers by name. Each takes the trial's own seed, so a resumed search repeats nothing."""
 
 SAMPLERS.register("tpe", SamplerFactory(tpe, learns_by_regret=True))
 SAMPLERS.register("random", SamplerFactory(random))
@@ -104,17 +107,17 @@ SAMPLERS.register("gp", SamplerFactory(gp, learns_by_regret=True))
 SAMPLERS.register("nsga2", SamplerFactory(nsga2))
 
 RUNGS = "rung_metrics"
-"""Attribute of a trial: the metric at each rung so far, None where it was no number."""
+"""Trial attribute: the metric at each rung so far; None if it was not a finite number."""
 
-MOST = 150
-"""Trials that are shown at most."""
+MAX_OBSERVATIONS = 150
+"""Largest number of observations that a sampler learns from."""
 
-ENOUGH = 20
-"""Trials of the nearest budgets that are shown, if there are so many."""
+MIN_OBSERVATIONS = 20
+"""A sampler learns from the nearest budgets that together have this many observations."""
 
 
 def middle(distribution: BaseDistribution) -> Any:
-    """The middle of a range, by ratio where it is logarithmic; the first of choices."""
+    """Return the midpoint of a range, geometric if it is logarithmic; the first of choices."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[0]
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
@@ -123,8 +126,15 @@ def middle(distribution: BaseDistribution) -> Any:
     return found if isinstance(distribution, FloatDistribution) else round(found)
 
 
-class Lesson(NamedTuple):
-    """A trial and what it measured at each rung, then at its end, the greater the better."""
+class Observation(NamedTuple):
+    """What was measured of a trial.
+
+    Attributes:
+        number: trial number.
+        budget: index of the trial's budget.
+        levels: the metric at each rung, then at the end of the training; greater is better.
+        trial: the trial.
+    """
 
     number: int
     budget: int
@@ -133,44 +143,51 @@ class Lesson(NamedTuple):
 
 
 class History:
-    """What the trials of a study teach, kept from one question to the next.
+    """The observations of a study, updated incrementally.
 
     Args:
-        key: name of the parameter that is the budget's index.
-        sign: 1 where the metric is maximized, else -1.
+        key: name of the parameter that holds the budget's index.
+        sign: 1 if the metric is maximized, else -1.
 
     Attributes:
-        lessons: of finished trials, by budget, in the order of their numbers.
-        best: the most that was measured, by budget and level.
-        budgets: those that a finished trial was given.
+        observations: observations of finished trials, by budget, ordered by trial number.
+        best: the best metric, by budget and level.
+        budgets: budgets of finished trials.
     """
 
     def __init__(self, key: str, sign: int) -> None:
-        """Know nothing yet."""
+        """Start without observations."""
         self.key, self._sign = key, sign
-        self.lessons: dict[int, list[Lesson]] = {}
+        self.observations: dict[int, list[Observation]] = {}
         self.best: dict[tuple[int, int], float] = {}
         self.budgets: set[int] = set()
-        self._news = News()
+        self._unseen = UnseenTrials()
 
-    def learn(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Take in what has finished, of all trials by number, and give the others."""
-        others = []
-        for trial in self._news.of(trials):
+    def update(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Add the newly finished trials.
+
+        Args:
+            trials: all trials of the study, by number.
+
+        Returns:
+            The trials that have not finished.
+        """
+        unfinished = []
+        for trial in self._unseen.take(trials):
             if not trial.state.is_finished():
-                others.append(trial)
+                unfinished.append(trial)
                 continue
             if isinstance(trial.params.get(self.key), int):
                 self.budgets.add(trial.params[self.key])
-            if lesson := self.lesson(trial):
-                own = self.lessons.setdefault(lesson.budget, [])
-                bisect.insort(own, lesson, key=lambda other: other.number)
-                self.raise_best(self.best, lesson)
-        return others
+            if observation := self.observe(trial):
+                same_budget = self.observations.setdefault(observation.budget, [])
+                bisect.insort(same_budget, observation, key=lambda other: other.number)
+                self.raise_best(self.best, observation)
+        return unfinished
 
-    def lesson(self, trial: FrozenTrial) -> Lesson | None:
-        """What a trial teaches, if anything."""
-        # Somebody may add trials with values of any kind.
+    def observe(self, trial: FrozenTrial) -> Observation | None:
+        """Return the observation of a trial, or None if nothing was measured."""
+        # Users may add trials with values of any type.
         if trial.state is TrialState.FAIL or not isinstance(trial.params.get(self.key), int):
             return None
         last = [trial.values[0]] if trial.state is TrialState.COMPLETE else []
@@ -179,32 +196,33 @@ class History:
         found = [*trial.user_attrs.get(RUNGS, []), *last]
         levels = [float("-inf") if m is None else self._sign * float(m) for m in found]
         budget = trial.params[self.key]
-        return Lesson(trial.number, budget, levels, trial) if levels else None
+        return Observation(trial.number, budget, levels, trial) if levels else None
 
-    def raise_best(self, best: dict[tuple[int, int], float], lesson: Lesson) -> None:
-        """Note in `best` where a lesson is better."""
-        for level, metric in enumerate(lesson.levels):
-            at = (lesson.budget, level)
+    def raise_best(self, best: dict[tuple[int, int], float], observation: Observation) -> None:
+        """Update `best`, by budget and level, with an observation."""
+        for level, metric in enumerate(observation.levels):
+            at = (observation.budget, level)
             best[at] = max(best.get(at, float("-inf")), metric)
 
 
-class ByRegret(BaseSampler):
-    """Lets a sampler learn what is good under one budget.
+class RegretSampler(BaseSampler):
+    """Makes a single-objective sampler learn what is good for one budget.
 
-    The budget of a trial is given, so there is nothing to trade off: what counts is by how much a
-    trial falls short of the best one under its own budget. The base sampler works on a study of
-    these regrets, of trials under the nearest budgets, where good hyperparameters are alike. On a
-    surrogate whose best `lambda` hangs on the budget that beats metric and cost as two objectives,
-    regrets of all budgets, and univariate TPE (docs/front-quality.md). A trial that pauses, or was
-    pruned, at a rung teaches by how much it fell short there of the best that got so far. The
-    first trial under a budget takes the middle of every range: it is what others start from.
+    The budget of a trial is given, so there is no trade-off to search: what matters is the regret,
+    by how much a trial falls short of the best one with its own budget. The base sampler works on
+    a study of these regrets. It contains the trials of the nearest budgets, for which similar
+    hyperparameters are good. On a surrogate whose best `lambda` depends on the budget, this
+    outperforms metric and cost as two objectives, regrets of all budgets, and univariate TPE
+    (docs/front-quality.md). A trial that paused or was pruned at a rung counts with its regret
+    there, relative to the best trial that reached the rung. The first trial with a budget takes
+    the midpoint of every range, because others start from it.
 
     Args:
-        base: sampler of one objective.
-        history: what the study's trials teach.
+        base: a sampler for one objective.
+        history: the observations of the study.
         budget: index of the next trial's budget.
-        space: distributions of every parameter, the budget's included.
-        trials: the study's trials, by number, at the moment of the question.
+        space: distributions of all parameters, including the budget.
+        trials: all trials of the study at this moment, by number.
     """
 
     def __init__(
@@ -216,7 +234,7 @@ class ByRegret(BaseSampler):
         space: Mapping[str, BaseDistribution],
         trials: Sequence[FrozenTrial],
     ) -> None:
-        """Remember what to propose; nothing is sampled yet."""
+        """Bind to a study; sampling is deferred to the first parameter."""
         self._base, self._history, self._budget = base, history, budget
         self._space, self._trials = dict(space), trials
         self._proposed: dict[str, Any] | None = None
@@ -224,13 +242,22 @@ class ByRegret(BaseSampler):
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Nothing: all parameters are proposed at the first question."""
+        """Return an empty space: `sample_independent` proposes all parameters together."""
         return {}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Nothing; see `infer_relative_search_space`."""
+        """Return nothing; see `infer_relative_search_space`.
+
+        Args:
+            study: the study.
+            trial: the trial that is being sampled.
+            search_space: the empty space.
+
+        Returns:
+            An empty mapping.
+        """
         return {}
 
     def sample_independent(
@@ -240,72 +267,85 @@ class ByRegret(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """A parameter of the base sampler's proposal."""
+        """Return one parameter of the base sampler's proposal, made at the first call.
+
+        Args:
+            study: the study.
+            trial: the trial that is being sampled.
+            param_name: name of the parameter.
+            param_distribution: its distribution, which `space` contains too.
+
+        Returns:
+            The proposed value.
+        """
         if self._proposed is None:
-            others = [t for t in self._history.learn(self._trials) if t.number != trial.number]
+            others = [t for t in self._history.update(self._trials) if t.number != trial.number]
             self._proposed = self._propose(others)
         return self._proposed[param_name]
 
     def _propose(self, others: Sequence[FrozenTrial]) -> dict[str, Any]:
-        """Parameters, from the history and the trials that have not finished."""
+        """Propose parameters from the history and the other unfinished trials."""
         history, key = self._history, self._history.key
-        given = history.budgets | {t.params[key] for t in others if key in t.params}
-        if self._budget not in given:
+        served = history.budgets | {t.params[key] for t in others if key in t.params}
+        if self._budget not in served:
             middles = {name: middle(form) for name, form in self._space.items()}
             return {**middles, key: self._budget}
-        paused = [lesson for trial in others if (lesson := history.lesson(trial))]
+        paused = [found for trial in others if (found := history.observe(trial))]
         best = dict(history.best)
-        for lesson in paused:
-            history.raise_best(best, lesson)
-        taught = self.regrets(self._nearest(paused), best)
-        shown: list[tuple[float | None, FrozenTrial]] = [*_bounded(taught)]
-        teaching = {lesson.number for lesson in paused}
-        running = [t for t in others if t.state is TrialState.RUNNING and t.number not in teaching]
-        shown += [(None, trial) for trial in running[-MOST:]]
+        for observation in paused:
+            history.raise_best(best, observation)
+        observed = self.regrets(self._nearest(paused), best)
+        shown: list[tuple[float | None, FrozenTrial]] = [*_bounded(observed)]
+        numbers = {observation.number for observation in paused}
+        running = [t for t in others if t.state is TrialState.RUNNING and t.number not in numbers]
+        shown += [(None, trial) for trial in running[-MAX_OBSERVATIONS:]]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             sampler = PartialFixedSampler({key: self._budget}, self._base)
-        regrets = optuna.create_study(direction="maximize", sampler=sampler)
+        study = optuna.create_study(direction="maximize", sampler=sampler)
         for value, trial in shown:
-            # Somebody may enqueue trials with values of another space.
+            # Users may enqueue trials with values from another space.
             with contextlib.suppress(KeyError, ValueError, TypeError):
-                regrets.add_trial(self._copy(trial, value))
-        return regrets.ask(self._space).params
+                study.add_trial(self._copy(trial, value))
+        return study.ask(self._space).params
 
     @staticmethod
     def regrets(
-        lessons: Sequence[Lesson], best: Mapping[tuple[int, int], float]
+        observations: Sequence[Observation], best: Mapping[tuple[int, int], float]
     ) -> list[tuple[float, FrozenTrial]]:
-        """By how much each trial falls short, 0 at most; minus infinity where that is no number.
+        """Return the negated regret of each trial: at most 0, or minus infinity if undefined.
 
         Args:
-            lessons: what trials measured.
-            best: the most that was measured, by budget and level.
+            observations: what was measured of the trials.
+            best: the best metric, by budget and level.
         """
         found = []
-        for _, budget, levels, trial in lessons:
+        for _, budget, levels, trial in observations:
             regret = levels[-1] - best[budget, len(levels) - 1]
             found.append((regret if regret <= 0 else float("-inf"), trial))
         return found
 
-    def _nearest(self, paused: Sequence[Lesson]) -> list[Lesson]:
-        """Lessons of the nearest budgets, `ENOUGH` if there are so many, by number."""
-        known = {budget: list(own) for budget, own in self._history.lessons.items()}
-        for lesson in paused:
-            known.setdefault(lesson.budget, []).append(lesson)
-        found: list[Lesson] = []
+    def _nearest(self, paused: Sequence[Observation]) -> list[Observation]:
+        """Return the observations of the nearest budgets, at least `MIN_OBSERVATIONS` if possible.
+
+        They are ordered by trial number.
+        """
+        known = {budget: list(own) for budget, own in self._history.observations.items()}
+        for observation in paused:
+            known.setdefault(observation.budget, []).append(observation)
+        found: list[Observation] = []
         farthest = -1
         for budget in sorted(known, key=lambda other: abs(other - self._budget)):
             distance = abs(budget - self._budget)
-            if distance > farthest and len(found) >= ENOUGH:
+            if distance > farthest and len(found) >= MIN_OBSERVATIONS:
                 break
             found, farthest = found + known[budget], distance
-        return sorted(found, key=lambda lesson: lesson.number)
+        return sorted(found, key=lambda observation: observation.number)
 
     def _copy(self, trial: FrozenTrial, value: float | None = None) -> FrozenTrial:
-        """The trial with another value, or running."""
+        """Return a copy of a trial with another value; without one, the copy is running."""
         now = datetime.datetime.now()
-        return _Shown(
+        return _ImmutableTrial(
             number=-1,
             trial_id=-1,
             state=TrialState.RUNNING if value is None else TrialState.COMPLETE,
@@ -320,20 +360,24 @@ class ByRegret(BaseSampler):
         )
 
 
-class _Shown(FrozenTrial):
-    """A trial that nobody changes, so that a study need not copy it through and through."""
+class _ImmutableTrial(FrozenTrial):
+    """A trial that is never modified, so that studies need not copy it deeply."""
 
-    def __deepcopy__(self, memo: Any) -> _Shown:
+    def __deepcopy__(self, memo: Any) -> _ImmutableTrial:
         return copy.copy(self)
 
 
 def _bounded(
-    shown: Sequence[tuple[float, FrozenTrial]],
+    observed: Sequence[tuple[float, FrozenTrial]],
 ) -> Sequence[tuple[float, FrozenTrial]]:
-    """The best half of `MOST` and the newest of the rest: asking must not get ever slower."""
-    if len(shown) <= MOST:
-        return shown
-    best = sorted(range(len(shown)), key=lambda i: -shown[i][0])[: MOST // 2]
-    kept = set(best)
-    newest = [i for i in range(len(shown)) if i not in kept][-(MOST - len(kept)) :]
-    return [shown[i] for i in sorted(kept | set(newest))]
+    """Keep at most `MAX_OBSERVATIONS`, half of them the best and half the newest of the rest.
+
+    Otherwise each proposal would take longer than the one before.
+    """
+    if len(observed) <= MAX_OBSERVATIONS:
+        return observed
+    by_value = sorted(range(len(observed)), key=lambda i: -observed[i][0])
+    best = set(by_value[: MAX_OBSERVATIONS // 2])
+    rest = [i for i in range(len(observed)) if i not in best]
+    newest = rest[-(MAX_OBSERVATIONS - len(best)) :]
+    return [observed[i] for i in sorted(best | set(newest))]

@@ -1,7 +1,7 @@
-"""Strategies: which budget, and which starting point, the next trial gets.
+"""Strategies: which budget and which starting point the next trial gets.
 
-To add one, derive a class from `Strategy` and register it in `STRATEGIES`; another package
-offers an entry point instead.
+To add one, derive a class from `Strategy` and register it in `STRATEGIES`. Other packages offer an
+entry point instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nipq_search.registry import Registry
-from nipq_search.search.strategies.expected_gain import SAME, Axes, most_room
+from nipq_search.search.strategies.expected_gain import SAME, Axes, most_promising_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +20,10 @@ class Finished:
     """A COMPLETE trial.
 
     Attributes:
-        number: the trial's.
-        cost: its exact costs.
-        metric: the greater the better.
-        targets: absolute targets that it was to keep.
+        number: trial number.
+        cost: exact costs, by cost name.
+        metric: the validation metric; greater is better.
+        targets: absolute targets that the trial was assigned, by cost name.
     """
 
     number: int
@@ -33,16 +33,16 @@ class Finished:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What a strategy decides by.
+class SearchState:
+    """Everything that a strategy bases its decisions on.
 
     Attributes:
         budgets: absolute targets of the sweep's budgets.
-        assigned: budget index of every trial so far that has not failed.
-        running: absolute targets of the trials that run now.
-        asked: those of all trials, however they ended.
-        finished: every COMPLETE trial.
-        axes: how the front is measured; None before the float model is there.
+        assigned: budget index of every trial that has not failed.
+        running: absolute targets of the running trials.
+        asked: absolute targets of all trials, however they ended.
+        finished: COMPLETE trials.
+        axes: the rectangle of the hypervolume; None until the float model is trained.
     """
 
     budgets: Sequence[Mapping[str, float]]
@@ -54,126 +54,133 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """What a trial is asked to keep.
+class Assignment:
+    """The budget of a trial.
 
     Attributes:
-        budget: index of one of the sweep's budgets, by which the sampler learns.
-        targets: absolute targets in place of that budget's, or empty.
+        budget: index of one of the sweep's budgets, which the sampler conditions on.
+        targets: absolute targets that replace those of the budget; empty to keep them.
     """
 
     budget: int
     targets: Mapping[str, float] = field(default_factory=dict)
 
 
-def least_served(seen: Seen) -> int:
-    """The budget with the fewest trials; the first of several."""
-    counts = [0] * len(seen.budgets)
-    for index in seen.assigned:
+def least_served(state: SearchState) -> int:
+    """Return the index of the budget with the fewest trials; the first one in a tie."""
+    counts = [0] * len(state.budgets)
+    for index in state.assigned:
         if 0 <= index < len(counts):
             counts[index] += 1
     return counts.index(min(counts))
 
 
 class Strategy:
-    """Assigns budgets and parents. It sees the ledger alone, so a resume changes nothing.
+    """Assigns budgets and parents to trials.
 
-    What is not overridden: the least served budget is next, and every trial starts from the float
-    model, trains whole and has its noise phase.
+    A strategy has no state of its own: it depends on the ledger alone, so a resumed sweep makes
+    the same decisions. By default the least served budget is next, and every trial starts from the
+    float model, trains for all epochs and has a noise phase.
 
     Attributes:
-        noise_factor: factor on the noise phase's share of the steps of a trial with a parent.
-        least_noise_steps: noise phases of fewer steps are left out: bit-widths learn nothing in
-            them.
-        rungs: shares of the training after which a trial pauses, to go on only if it is among the
-            best under its budget; see `halving`.
+        noise_factor: factor on the noise phase's share of the steps in a trial with a parent.
+        least_noise_steps: noise phases with fewer steps are skipped, because bit-widths learn
+            nothing in them.
+        rungs: fractions of the training after which a trial pauses. It continues only if it is
+            among the best with its budget; see `halving`.
     """
 
     noise_factor = 1.0
     least_noise_steps = 0
     rungs: tuple[float, ...] = ()
 
-    def target(self, seen: Seen) -> Target:
-        """What the next trial has to keep."""
-        return Target(budget=least_served(seen))
+    def assign(self, state: SearchState) -> Assignment:
+        """Return the budget of the next trial."""
+        return Assignment(budget=least_served(state))
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
-        """Number of the trial that a new one starts from; None for the float model.
+        """Return the number of the trial that a new one starts from; None for the float model.
 
         Args:
             budget: absolute targets of the new trial.
-            finished: every COMPLETE trial at this moment.
+            finished: the COMPLETE trials at this moment.
         """
         return None
 
     def epochs_share(self, budget: Mapping[str, float], parent: Finished | None) -> float:
-        """The share of `train.epochs` that a trial with this parent, or with none, trains."""
+        """Return the fraction of `train.epochs` for which a trial trains.
+
+        Args:
+            budget: absolute targets of the trial.
+            parent: the trial that it starts from; None for the float model.
+        """
         return 1.0
 
 
 class Independent(Strategy):
-    """Every trial starts from the float model; budgets take turns, least served first."""
+    """Starts every trial from the float model; budgets take turns, least served first."""
 
 
 class Halving(Strategy):
-    """As `Independent`, but a trial goes on only if it is among the best under its budget."""
+    """Like `Independent`, but stops trials early that are not among the best with their budget."""
 
     rungs = (1 / 9, 1 / 3)
 
 
-_AS_LARGE = 0.97
-"""The share of a target from which on a trial counts as being at it."""
+_AT_TARGET = 0.97
+"""A trial counts as being at a target if it uses at least this fraction of it."""
 
 
 def _ratios(trial: Finished, budget: Mapping[str, float]) -> list[float]:
-    """What a trial has of each target: its cost, or what it was given and could not use up.
+    """Return the fraction of each target that a trial uses.
 
-    Of several targets one binds, coarse bit-widths leave a rest, and a target may lie above all
-    that the model can cost.
+    A trial cannot always use up its target: another target may bind, coarse bit-widths leave a
+    remainder, and a target may exceed the model's largest cost. The target that it was assigned
+    then counts in place of its cost.
     """
     found = []
     for name, target in budget.items():
-        ratio, given = trial.cost[name] / target, trial.targets.get(name, 0.0) / target
-        found.append(given if ratio < _AS_LARGE <= given else ratio)
+        ratio, assigned = trial.cost[name] / target, trial.targets.get(name, 0.0) / target
+        found.append(assigned if ratio < _AT_TARGET <= assigned else ratio)
     return found
 
 
 class Ladder(Strategy):
-    """A trial starts from the nearest finished one at an equal or larger budget, and is shorter.
+    """Starts a trial from the nearest finished one at an equal or larger budget, and shortens it.
 
-    It waits for nothing: it takes what is finished when it is asked for. It has no noise phase,
-    which in so short a training costs more than it finds (docs/front-quality.md).
+    It never waits for a trial to finish. Trials with a parent have no noise phase, which costs
+    more than it gains in so short a training (docs/front-quality.md).
     """
 
     noise_factor = 0.0
     _SHARE = 1 / 3
-    _STEP = 0.1
+    _STEP_OCTAVES = 0.1
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
-        """The best of the nearest: costs within a tenth of an octave count as equally near."""
+        """Return the best of the nearest trials; costs within a tenth of an octave are equal."""
         best: tuple[int, float, int] | None = None
         for trial in finished:
             ratios = _ratios(trial, budget)
-            if min(ratios) < _AS_LARGE:
+            if min(ratios) < _AT_TARGET:
                 continue
-            distance = round(math.log2(max(ratios)) / self._STEP)
+            distance = round(math.log2(max(ratios)) / self._STEP_OCTAVES)
             key = (distance, -trial.metric, trial.number)
             if best is None or key < best:
                 best = key
         return None if best is None else best[2]
 
     def epochs_share(self, budget: Mapping[str, float], parent: Finished | None) -> float:
-        """A third where there is a parent."""
+        """Return one third for a trial with a parent, else 1."""
         return 1.0 if parent is None else self._SHARE
 
 
 class Fill(Strategy):
-    """A ladder that goes on, once each budget has a trial, where the front can grow most.
+    """Continues a ladder, once every budget has a trial, where the front can improve most.
 
-    That may be between budgets, never beyond the smallest and the largest: see `gaps.most_room`.
-    Only the front's cost is moved; other targets of the nearest budget stay. Budgets that leave
-    the front's cost free get an equal share of the trials. The first round is short, for all later
-    trials build on it.
+    The best place may lie between two budgets but never beyond the smallest or largest one; see
+    `most_promising_cost`. Only the target of the front's cost moves; other targets of the nearest
+    budget stay. Budgets without a target for the front's cost get an equal share of the trials.
+    The first trials train for less than all epochs, because every later trial builds on them.
     """
 
     noise_factor = Ladder.noise_factor
@@ -181,55 +188,66 @@ class Fill(Strategy):
     _FIRST, _NEW_PLACE = 0.75, 0.3
 
     def __init__(self) -> None:
-        """Parents are those of a ladder."""
+        """Choose parents like `Ladder`."""
         self._ladder = Ladder()
 
-    def target(self, seen: Seen) -> Target:
-        """A budget that has no trial, else the front's weakest place."""
-        index = least_served(seen)
-        axes = seen.axes
-        if axes is None or index not in seen.assigned:
-            return Target(budget=index)
-        named = {i: t[axes.cost] for i, t in enumerate(seen.budgets) if axes.cost in t}
-        points = [(t.metric, t.cost[axes.cost]) for t in seen.finished if axes.cost in t.cost]
-        running = [t[axes.cost] for t in seen.running if axes.cost in t]
-        if not named or not points or self._has_turn(index, named, seen):
-            return Target(budget=index)
-        asked = [t[axes.cost] for t in seen.asked if axes.cost in t]
-        within = min(named.values()), max(named.values())
-        cost = most_room(points, running, asked, axes, within)
-        nearest = self._nearest(cost, named, seen, axes.cost)
-        return Target(budget=nearest, targets={**seen.budgets[nearest], axes.cost: cost})
+    def assign(self, state: SearchState) -> Assignment:
+        """Return a budget without a trial, else the most promising place of the front."""
+        index = least_served(state)
+        axes = state.axes
+        if axes is None or index not in state.assigned:
+            return Assignment(budget=index)
+        name = axes.cost
+        targets = {i: t[name] for i, t in enumerate(state.budgets) if name in t}
+        points = [(t.metric, t.cost[name]) for t in state.finished if name in t.cost]
+        if not targets or not points or self._is_turn_of(index, targets, state):
+            return Assignment(budget=index)
+        running = [t[name] for t in state.running if name in t]
+        asked = [t[name] for t in state.asked if name in t]
+        within = min(targets.values()), max(targets.values())
+        cost = most_promising_cost(points, running, asked, axes, within)
+        nearest = self._nearest(cost, targets, state, name)
+        return Assignment(budget=nearest, targets={**state.budgets[nearest], name: cost})
 
     @staticmethod
-    def _nearest(cost: float, named: Mapping[int, float], seen: Seen, name: str) -> int:
-        """The named budget nearest to a cost: of several, that of the trial which is there.
+    def _nearest(cost: float, targets: Mapping[int, float], state: SearchState, name: str) -> int:
+        """Return the budget nearest to a cost.
 
-        Where there is none, or its other targets are no budget's, the least served of them.
+        Of several equally near budgets, the one whose other targets equal those of the trial at
+        this cost, then the least served one.
         """
-        there = [t for t in seen.finished if t.cost.get(name) == cost]
-        repeated = max(there, key=lambda t: t.metric).targets if there else {}
+        at_cost = [t for t in state.finished if t.cost.get(name) == cost]
+        repeated = max(at_cost, key=lambda t: t.metric).targets if at_cost else {}
 
         def rank(index: int) -> tuple[float, bool, int, int]:
-            others = {n: target for n, target in seen.budgets[index].items() if n != name}
-            alike = bool(there) and others == {n: t for n, t in repeated.items() if n != name}
-            distance = round(abs(math.log(named[index] / cost)), 9)
-            return distance, not alike, seen.assigned.count(index), index
+            others = {n: target for n, target in state.budgets[index].items() if n != name}
+            alike = bool(at_cost) and others == {n: t for n, t in repeated.items() if n != name}
+            distance = round(abs(math.log(targets[index] / cost)), 9)
+            return distance, not alike, state.assigned.count(index), index
 
-        return min(named, key=rank)
+        return min(targets, key=rank)
 
     @staticmethod
-    def _has_turn(index: int, named: Mapping[int, float], seen: Seen) -> bool:
-        """Whether the least served budget leaves the front's cost free and is behind the mean."""
-        share = len(seen.assigned) / len(seen.budgets)
-        return index not in named and seen.assigned.count(index) < share
+    def _is_turn_of(index: int, targets: Mapping[int, float], state: SearchState) -> bool:
+        """Return whether a budget has no target for the front's cost and fewer trials than most.
+
+        Args:
+            index: the least served budget.
+            targets: targets of the front's cost, by the index of the budgets that have one.
+            state: what the strategy bases its decisions on.
+        """
+        share = len(state.assigned) / len(state.budgets)
+        return index not in targets and state.assigned.count(index) < share
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
-        """As in `Ladder`."""
+        """Return the parent that `Ladder` would choose."""
         return self._ladder.parent(budget, finished)
 
     def epochs_share(self, budget: Mapping[str, float], parent: Finished | None) -> float:
-        """Little at a new place, all where the parent is there already: less gains nothing."""
+        """Return a small fraction at a new place, and 1 if the parent is at the same place.
+
+        A repeat must train in full, because a shorter one gains nothing.
+        """
         if parent is None:
             return self._FIRST
         nearest = max(_ratios(parent, budget))
@@ -244,7 +262,7 @@ def _problem(name: str, value: Any) -> str | None:
 STRATEGIES: Registry[type[Strategy]] = Registry(
     "strategy", group="nipq_search.strategies", check=_problem
 )
-"""Strategies by the names that sweep files use."""
+"""Strategies, by their names in sweep files."""
 
 STRATEGIES.register("independent", Independent)
 STRATEGIES.register("ladder", Ladder)

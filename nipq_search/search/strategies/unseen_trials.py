@@ -1,4 +1,4 @@
-"""What is new among the trials of a study, which only ever grows."""
+"""Incremental reading of a study, whose list of trials only grows."""
 
 from __future__ import annotations
 
@@ -8,33 +8,36 @@ from optuna.trial import FrozenTrial, TrialState
 
 
 def is_foreign(trial: FrozenTrial) -> bool:
-    """Whether somebody added a finished trial to the study: no job made it, it has no model.
+    """Return whether a user added this finished trial to the study, so that it has no model.
 
-    What a job makes has its strategy noted before it starts.
+    The trials of jobs have the attribute `strategy`, which is set before the job starts.
     """
     return trial.state is TrialState.COMPLETE and "strategy" not in trial.user_attrs
 
 
-class News:
-    """Tells finished trials once, and those that may still change each time.
+class UnseenTrials:
+    """Returns each finished trial once, and unfinished trials every time.
 
-    A finished trial never changes, so whoever keeps what it taught need not look at it again: with
-    thousands of trials, each further one must not cost ever more.
+    A finished trial never changes, so callers keep what they derived from it. Otherwise the work
+    per new trial would grow with the number of trials.
     """
 
     def __init__(self) -> None:
-        """Nothing is known yet."""
-        self._told: set[int] = set()
-        self._all_told = 0
+        """Start with all trials unseen."""
+        self._seen: set[int] = set()
+        self._all_seen_below = 0
 
-    def of(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Trials that have not been told as finished, by number.
+    def take(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the trials that have not been returned as finished, by number.
 
         Args:
-            trials: all of the study, by number.
+            trials: all trials of the study, by number.
         """
-        while self._all_told < len(trials) and trials[self._all_told].number in self._told:
-            self._all_told += 1
-        found = [t for t in trials[self._all_told :] if t.number not in self._told]
-        self._told.update(t.number for t in found if t.state.is_finished())
+        while (
+            self._all_seen_below < len(trials)
+            and trials[self._all_seen_below].number in self._seen
+        ):
+            self._all_seen_below += 1
+        found = [t for t in trials[self._all_seen_below :] if t.number not in self._seen]
+        self._seen.update(t.number for t in found if t.state.is_finished())
         return found

@@ -1,6 +1,7 @@
-"""The Optuna study, where every decision of a sweep is kept.
+"""The Optuna study, which stores every decision of a sweep.
 
-Start reading in `ledger.py`; only the driver writes through it. `storage.py` opens a journal file
-or a database, `journal.py`, `retry.py` and `database_lease.py` keep it sound after crashes, during
-outages and against a second driver. Imports `strategies`.
+Start reading in `ledger.py`, through which only the driver writes. `proposals.py` defines the
+trials that it returns, and `storage.py` opens a journal file or a database. `journal.py`,
+`retry.py` and `database_lease.py` keep the study consistent after crashes, during outages and when
+a second driver starts. Imports `strategies`.
 """

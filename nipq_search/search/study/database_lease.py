@@ -1,8 +1,9 @@
-"""One driver at a time on a study that lives on a database server, from whatever host.
+"""The lease that admits one driver at a time to a study on a database server, from any host.
 
-A row per study holds who drives it and a counter that the driver moves every few seconds. Nobody's
-clock is compared with anybody's: whoever wants the study watches the counter, and takes the row by
-compare-and-swap only if it stood still for as long as a living driver never pauses.
+A table row per study stores its driver and a counter, the heartbeat, that the driver increments
+every few seconds. Clocks of different hosts are never compared: a second driver watches the
+counter, and takes the row by compare-and-swap only after the counter has been unchanged for longer
+than a running driver ever pauses.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from nipq_search.storage import digest
 _log = logging.getLogger("nipq_search")
 
 BEAT_SECONDS = 5.0
-"""How often a driver moves its counter."""
+"""Interval between heartbeats."""
 
 SILENT_SECONDS = 20.0
-"""Without a beat that reached the server for so long, a driver counts its lease as lost."""
+"""A driver considers its lease lost after this long without a successful heartbeat."""
 
 EXPIRY_SECONDS = 40.0
-"""A counter that stood still for so long is nobody's; above `SILENT_SECONDS` by enough for a write
-that was under way."""
+"""A lease expires after this long without a heartbeat. The margin above `SILENT_SECONDS` covers a
+write that the previous driver had already started."""
 
 _now: Callable[[], float] = time.monotonic
-"""Seconds, with those for which the machine is suspended, where its clocks have that."""
+"""Monotonic time in seconds, including suspension of the machine where the clock supports it."""
 if hasattr(time, "CLOCK_BOOTTIME"):
     _now = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
@@ -54,29 +55,33 @@ _TABLE = sa.Table(
 
 
 class LeaseLost(RuntimeError):
-    """Another driver may have taken the sweep over: this one must write nothing more."""
+    """Another driver may have taken the sweep over, so this one must not write any more."""
 
 
 class StorageLease:
-    """A held lease; its counter moves in a thread of its own until `close`.
+    """A held lease, renewed by a thread between `start` and `close`.
 
     Args:
         engine: the database.
-        study: the study's name.
-        token: of this driver.
+        study: name of the study.
+        token: token of this driver, under which it acquired the lease.
     """
 
     def __init__(self, engine: Engine, study: str, token: str) -> None:
-        """Begin to move the counter."""
+        """Wrap an acquired lease; nothing is written before `start`."""
         self._engine, self._study, self._token = engine, study, token
         self._alive_at = _now()
         self._taken = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="nipq-lease", daemon=True)
+
+    def start(self) -> None:
+        """Start the heartbeat."""
+        self._alive_at = _now()
         self._thread.start()
 
     def held(self) -> bool:
-        """Whether this driver may write."""
+        """Return whether this driver may write."""
         return not self._taken and _now() - self._alive_at < SILENT_SECONDS
 
     def check(self) -> None:
@@ -84,7 +89,7 @@ class StorageLease:
         if not self.held():
             raise LeaseLost(
                 "this driver lost its lease: the study's server did not answer, or another "
-                "driver took the sweep over; nothing is lost, the same command resumes"
+                "driver took the sweep over; no results are lost, the same command resumes"
             )
 
     def _beat(self) -> None:
@@ -105,7 +110,7 @@ class StorageLease:
             self._alive_at = asked_at
 
     def close(self) -> None:
-        """Give the study back, if it is still ours."""
+        """Stop the heartbeat and release the lease if it is still held."""
         self._end.set()
         self._thread.join(timeout=BEAT_SECONDS)
         mine = (_TABLE.c.study == self._study) & (_TABLE.c.token == self._token)
@@ -114,19 +119,22 @@ class StorageLease:
 
 
 def make_engine(url: str) -> Engine:
-    """An engine that gives up on a server that does not answer.
+    """Return an engine that gives up on a server that does not answer.
 
     Raises:
-        UserError: no such scheme, or its driver is not installed.
+        UserError: the URL is invalid, or the database driver is not installed.
     """
     try:
         return sa.create_engine(url, **engine_options(url))
     except ModuleNotFoundError as error:
         raise UserError(
-            f"NIPQ_STORAGE_URL: the package {error.name} is not installed; write "
-            "postgresql+psycopg://..., after: python -m pip install 'nipq-search[postgres]'"
+            f"NIPQ_STORAGE_URL: the package {error.name} is not installed; run python -m pip "
+            "install 'nipq-search[postgres]' and write postgresql+psycopg://..."
         ) from error
-    except (sa.exc.SQLAlchemyError, ValueError) as error:  # a port that is no number
+    except (
+        sa.exc.SQLAlchemyError,
+        ValueError,
+    ) as error:  # for example a port that is not a number
         raise UserError(
             f"NIPQ_STORAGE_URL: not the URL of a database ({type(error).__name__}); write "
             "postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME"
@@ -134,7 +142,7 @@ def make_engine(url: str) -> Engine:
 
 
 def _make_table(engine: Engine) -> None:
-    """Make the table; two drivers may try at once."""
+    """Create the table if it is missing; another driver may be creating it concurrently."""
     try:
         _TABLE.metadata.create_all(engine)
     except sa.exc.SQLAlchemyError:
@@ -148,7 +156,7 @@ def _row(engine: Engine, study: str) -> Any:
 
 
 def _insert(engine: Engine, row: dict[str, Any]) -> bool:
-    """Write a row where there is none; False where somebody was faster."""
+    """Insert the row of a study; False if another driver was faster."""
     try:
         with engine.begin() as connection:
             connection.execute(_TABLE.insert().values(**row))
@@ -158,7 +166,7 @@ def _insert(engine: Engine, row: dict[str, Any]) -> bool:
 
 
 def _swap(engine: Engine, old: Any, row: dict[str, Any]) -> bool:
-    """Take a row over, if nobody has moved it since it was read."""
+    """Take a row over; False if its driver has renewed it since it was read."""
     same = (_TABLE.c.study == old.study) & (_TABLE.c.token == old.token)
     with engine.begin() as connection:
         taken = connection.execute(
@@ -168,7 +176,7 @@ def _swap(engine: Engine, old: Any, row: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """This machine since it was started, and the container: host names may repeat."""
+    """Return an id of this machine, boot and container; host names are not unique."""
     parts = []
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -177,7 +185,7 @@ def _machine() -> str:
 
 
 def _is_dead_here(row: Any) -> bool:
-    """Whether the row's driver ran on this machine and its process is gone."""
+    """Return whether the row's driver ran on this machine and its process is gone."""
     if row.token.partition(".")[0] != _machine():
         return False
     try:
@@ -190,15 +198,15 @@ def _is_dead_here(row: Any) -> bool:
 
 
 def _acquire(engine: Engine, study: str, token: str) -> None:
-    """Take the row, after its expiry if it is somebody's.
+    """Acquire the lease, waiting until a previous one expires.
 
     Raises:
-        UserError: its driver lives; names host and pid.
+        UserError: its driver is running; the message names host and pid.
     """
     _make_table(engine)
     row = {"study": study, "token": token, "host": socket.gethostname()[:255], "pid": os.getpid()}
     row["beat"] = 0
-    watched, since, told = None, _now(), False
+    watched, since, warned = None, _now(), False
     while True:
         found = _row(engine, study)
         if found is None:
@@ -210,46 +218,47 @@ def _acquire(engine: Engine, study: str, token: str) -> None:
         if (found.token, found.beat) != (watched.token, watched.beat):
             raise UserError(
                 f"a driver is running the sweep '{study}' on host {found.host}, pid {found.pid}; "
-                "wait for it, or end it with `nipq-search stop` there"
+                "wait for it to finish, or run `nipq-search stop` there"
             )
         if _now() - since > EXPIRY_SECONDS or _is_dead_here(found):
             if _swap(engine, found, row):
                 return
             watched = None
             continue
-        if not told:
+        if not warned:
             _log.warning(
-                "the driver on host %s, pid %d, left the sweep's lease behind or is running: "
-                "watching it for up to %.0f s",
+                "the sweep's lease belongs to the driver on host %s, pid %d, which is running or "
+                "was killed: watching its heartbeat for up to %.0f s",
                 found.host,
                 found.pid,
                 EXPIRY_SECONDS,
             )
-            told = True
+            warned = True
         time.sleep(min(1.0, BEAT_SECONDS / 5))
 
 
-def _always() -> None:
-    """Where the study is a file in the sweep's folder, the folder's lock is enough."""
+def _no_check() -> None:
+    """Permit every write: the folder's lock protects a study that is a file in it."""
 
 
 @contextlib.contextmanager
 def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
-    """Hold a study for this process, if `NIPQ_STORAGE_URL` puts it on a database server.
-
-    Yields:
-        A function that raises `LeaseLost` once this process must write nothing more.
+    """Hold the lease of a study for this process if `NIPQ_STORAGE_URL` names a database server.
 
     Args:
-        study: the study's name.
-        token: of this driver's run.
+        study: name of the study.
+        token: token of this driver's run.
+
+    Yields:
+        A function that raises `LeaseLost` once this process must not write any more.
 
     Raises:
-        UserError: a driver holds it, or the server does not answer; the message has no password.
+        UserError: another driver holds the lease, or the server does not answer; the message
+            contains no password.
     """
     url = storage_url()
     if url is None:
-        yield _always
+        yield _no_check
         return
     engine, token = make_engine(url), f"{_machine()}.{token}"
     try:
@@ -261,6 +270,7 @@ def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
                 "check scheme, host, user, password and that the server runs"
             ) from error
         lease = StorageLease(engine, study, token)
+        lease.start()
         try:
             yield lease.check
         finally:

@@ -1,4 +1,4 @@
-"""The study's journal file after a crash: a torn last line, a lock that nobody holds."""
+"""Repairs of the study's journal file after a crash: a torn last line, an orphaned lock."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LOCK_SECONDS = 5
 
 
 def mend_journal(path: Path) -> None:
-    """Cut a last line that a crash tore, which would make every later record unreadable.
+    """Remove a torn last line, which would make every later record unreadable.
 
-    Where somebody else, such as `optuna-dashboard`, has written behind the torn line, only the
-    torn part goes. Call it only while holding the sweep's lease.
+    If another program, such as `optuna-dashboard`, appended an entry to the torn line, only the
+    torn part is removed. Call this only while holding the sweep's lease.
     """
     try:
         size = path.stat().st_size
@@ -36,7 +36,7 @@ def mend_journal(path: Path) -> None:
 
 
 def _after_newline(file: BinaryIO, end: int) -> int:
-    """Where the line begins that ends at `end`, or would."""
+    """Return the start of the line that ends at `end`."""
     while end > 0:
         start = max(0, end - 65536)
         file.seek(start)
@@ -57,9 +57,9 @@ def _is_entry(line: bytes) -> bool:
 def free_journal(path: Path) -> None:
     """Remove the journal's lock if the process that took it is gone.
 
-    Optuna holds it for milliseconds and waits half a minute before it breaks one, or for ever
-    where the lock points into a folder that was moved since. Call it only while holding the
-    sweep's lease: nobody but the `optuna` command or its dashboard can write meanwhile.
+    Optuna holds the lock for milliseconds. It waits half a minute before it breaks an orphaned
+    one, and forever if the lock points into a folder that has been moved. Call this only while
+    holding the sweep's lease, so that only the `optuna` command or its dashboard may be writing.
     """
     lock = path.with_name(path.name + ".lock")
     for _ in range(100):

@@ -1,8 +1,9 @@
-"""The ledger: the Optuna study, which holds every decision of a sweep.
+"""The ledger: the Optuna study, which stores every decision of a sweep.
 
-Only the driver writes here. A trial's life: `ask` (RUNNING), a worker's result record, attributes
-and constraint, `tell` (COMPLETE or FAIL). A crash between any two of them is mended by doing the
-rest again: finished trials are never told twice, and running ones keep their number.
+Only the driver writes to it. The life cycle of a trial is `ask` (RUNNING), a worker's result
+record, attributes and constraint, and `tell` (COMPLETE, FAIL or PRUNED). After a crash between any
+two of these steps, the remaining ones are repeated: finished trials are never told twice, and
+running ones keep their number.
 """
 
 from __future__ import annotations
@@ -11,15 +12,12 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import (
     BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
     IntDistribution,
 )
 from optuna.exceptions import ExperimentalWarning
@@ -27,10 +25,10 @@ from optuna.samplers import PartialFixedSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from nipq_search.errors import UserError
-from nipq_search.search.strategies.samplers import SAMPLERS, ByRegret, History
+from nipq_search.search.strategies.samplers import SAMPLERS, History, RegretSampler
 from nipq_search.search.study.journal import free_journal, mend_journal
-from nipq_search.search.study.retry import patient
+from nipq_search.search.study.proposals import Asked, Refused, suggest
+from nipq_search.search.study.retry import retry_outages
 from nipq_search.search.study.storage import (
     JOURNAL,
     close_storage,
@@ -41,65 +39,36 @@ from nipq_search.search.study.storage import (
 from nipq_search.train.loop import seed_for
 
 BUDGET = "budget"
-"""Name of the parameter that says which budget, by its index, a trial was given."""
+"""Name of the parameter that holds the index of a trial's budget."""
 
 CONSTRAINT = "budget"
+"""Name of the constraint that a trial keeps its budget."""
+
 _FIXED = "fixed_params"
-"""Optuna's system attribute of trials that somebody enqueued."""
+"""Optuna's system attribute of enqueued trials."""
 
 _FRESH_SECONDS = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A trial that was proposed, or that somebody enqueued.
-
-    `budget` is the index of its budget.
-    """
-
-    number: int
-    budget: int
-    params: Mapping[str, Any]
-    enqueued: bool = False
-
-
-class Refused(UserError):
-    """A trial that somebody enqueued with values that cannot be used."""
-
-    def __init__(self, number: int, reason: str) -> None:
-        """Say which trial, and why."""
-        super().__init__(reason)
-        self.number = number
-
-
-def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution) -> Any:
-    """A parameter of a trial from its distribution, by Optuna's public calls."""
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(name, distribution.choices)
-    if isinstance(distribution, IntDistribution):
-        return trial.suggest_int(name, distribution.low, distribution.high)
-    assert isinstance(distribution, FloatDistribution)
-    return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+"""How long `look` returns the same list of trials."""
 
 
 def _enqueued_budget(trial: FrozenTrial, default: int, budgets: int) -> int:
-    """The budget that somebody gave a waiting trial, if it can be used."""
+    """Return the budget with which a trial was enqueued, or the default if it is unusable."""
     wanted = trial.system_attrs.get(_FIXED, {}).get(BUDGET, default)
     usable = isinstance(wanted, (int, float)) and 0 <= wanted < budgets
     return int(wanted) if usable else default
 
 
 class Ledger:
-    """A sweep's study. See the module for the life of a trial.
+    """The study of a sweep; see the module for the life cycle of a trial.
 
     Args:
         study: the Optuna study.
         space: distribution of each hyperparameter.
         sampler: name of the sampler.
         seed: the sweep's seed.
-
-    Attributes:
-        guard: called before anything is written; raises where this process must not.
+        storage: the study's storage, which `close` closes.
+        journal: the study's journal file, repaired on close; None for a database.
+        guard: called before every write; raises once this process must not write any more.
     """
 
     def __init__(
@@ -110,15 +79,15 @@ class Ledger:
         sampler: str,
         seed: int,
         storage: BaseStorage | None = None,
+        journal: Path | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
-        """Wrap a study, and the storage that was opened for it."""
-        self._storage = storage
+        """Wrap a study; nothing is written."""
+        self._storage, self._journal, self.guard = storage, journal, guard
         self.study, self.space, self.sampler, self.seed = study, space, sampler, seed
         self._history = History(BUDGET, 1 if self.mode == "max" else -1)
-        self.guard: Callable[[], None] = lambda: None
-        self._looked: list[FrozenTrial] | None = None
-        self._looked_at = 0.0
-        self._journal: Path | None = None
+        self._cached: list[FrozenTrial] | None = None
+        self._cached_at = 0.0
 
     @classmethod
     def open(
@@ -130,16 +99,24 @@ class Ledger:
         space: Mapping[str, BaseDistribution],
         sampler: str,
         seed: int,
+        guard: Callable[[], None] = lambda: None,
     ) -> Ledger:
-        """Create the study or load it.
+        """Create or load the study.
 
         Args:
             folder: the sweep's folder.
-            name: the study's name.
-            mode: `max` or `min`, of the metric; the cost is minimized.
+            name: name of the study.
+            mode: direction of the metric, `max` or `min`; the cost is minimized.
             space: distribution of each hyperparameter.
             sampler: name of the sampler.
             seed: the sweep's seed.
+            guard: called before every write; raises once this process must not write any more.
+
+        Returns:
+            The ledger; a torn journal has been repaired.
+
+        Raises:
+            UserError: the study's storage does not answer, or its journal is damaged.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         if storage_url() is None:
@@ -152,14 +129,20 @@ class Ledger:
             directions=["maximize" if mode == "max" else "minimize", "minimize"],
             load_if_exists=True,
         )
-        ledger = cls(study, space=space, sampler=sampler, seed=seed, storage=storage)
-        ledger._journal = folder / JOURNAL if storage_url() is None else None
-        return ledger
+        return cls(
+            study,
+            space=space,
+            sampler=sampler,
+            seed=seed,
+            storage=storage,
+            journal=folder / JOURNAL if storage_url() is None else None,
+            guard=guard,
+        )
 
     def close(self) -> None:
-        """End the connections of a study on a server; nothing can be read or written then.
+        """Close the storage; the ledger cannot be used afterwards.
 
-        What a full disk tore of the journal's last line is cut off, before others write there.
+        If a full disk left a torn last line in the journal, it is removed before others append.
         """
         if self._journal is not None:
             mend_journal(self._journal)
@@ -168,61 +151,70 @@ class Ledger:
 
     @classmethod
     def load(cls, folder: Path, name: str, identity: str | None = None) -> Ledger:
-        """A study that is there already, to be read; it proposes nothing.
+        """Load an existing study for reading.
+
+        Args:
+            folder: the sweep's folder.
+            name: name of the study.
+            identity: identity of the study with which the folder was created; None if unknown.
+
+        Returns:
+            A ledger that cannot propose trials.
 
         Raises:
-            UserError: there is none, or another one than the folder's; see `load_study`.
+            UserError: the study does not exist, or is not the folder's; see `load_study`.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study, storage = load_study(folder, name, identity)
         return cls(study, space={}, sampler="random", seed=0, storage=storage)
 
     def remember(self, key: str, value: Any) -> None:
-        """Store a fact of the sweep as an attribute of the study, if it changed."""
-        self._changes()
+        """Store a value as an attribute of the study if it changed."""
+        self._before_write()
         text = json.dumps(value, sort_keys=True)
         if self.study.user_attrs.get(key) != text:
             self.study.set_user_attr(key, text)
 
     def recall(self, key: str) -> Any:
-        """A fact stored by `remember`, or None."""
+        """Return a value stored by `remember`, or None."""
         text = self.study.user_attrs.get(key)
         return None if text is None else json.loads(text)
 
     @property
     def mode(self) -> str:
-        """`max` or `min`: the direction of the metric for which the study was made."""
+        """Direction of the metric for which the study was created, `max` or `min`."""
         return "max" if self.study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else "min"
 
-    @patient
+    @retry_outages
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Trials in these states (default: all), by number."""
+        """Return the trials in these states (default: all), by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def look(self) -> list[FrozenTrial]:
-        """All trials, as they were just now if nothing was written since: thousands take time."""
-        if self._looked is None or time.monotonic() - self._looked_at > _FRESH_SECONDS:
-            self._looked, self._looked_at = self.trials(), time.monotonic()
-        return self._looked
+        """Return all trials, cached briefly until the next write: reading thousands is slow."""
+        if self._cached is None or time.monotonic() - self._cached_at > _FRESH_SECONDS:
+            self._cached, self._cached_at = self.trials(), time.monotonic()
+        return self._cached
 
-    def _changes(self) -> None:
-        self._looked = None
-        self.guard()  # before anything is written
+    def _before_write(self) -> None:
+        """Invalidate the cache and check that this process may write."""
+        self._cached = None
+        self.guard()
 
-    @patient
+    @retry_outages
     def trial(self, number: int) -> FrozenTrial:
-        """One trial, without going through all of them.
+        """Return one trial without loading the others.
 
         Raises:
-            KeyError: there is none of this number.
+            KeyError: no trial has this number.
         """
-        # `Study` itself hands out all of them or none.
+        # `Study` has no public method for a single trial.
         storage = self.study._storage
         own = storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
         return storage.get_trial(own)
 
     def name_metrics(self, metric: str, cost: str) -> None:
-        """Label the objectives for the `optuna` command and the dashboard."""
+        """Name the objectives for the `optuna` command and its dashboard."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if self.study.metric_names != [metric, cost]:
@@ -231,18 +223,22 @@ class Ledger:
     def ask(self, budget: int, budgets: int, trials: Sequence[FrozenTrial] | None = None) -> Asked:
         """Take the next waiting trial, or propose one for the given budget.
 
+        The sampler is seeded with the trial's number, so a resumed search repeats no proposal and
+        does not depend on where it was interrupted.
+
         Args:
             budget: index of the budget.
-            budgets: how many there are.
-            trials: all trials, if they are known.
+            budgets: number of budgets.
+            trials: all trials, if the caller has them.
+
+        Returns:
+            The trial, which may have been enqueued with another budget.
 
         Raises:
-            Refused: the waiting trial has values that no sweep could use.
+            Refused: the waiting trial has unusable values.
         """
-        self._changes()
-        # Seeded by the trial's number, so a resumed search neither repeats itself nor depends on
-        # where it was cut.
-        # `study.ask` takes the first waiting trial, perhaps one that came a moment ago.
+        self._before_write()
+        # `study.ask` takes the first waiting trial, which may have been enqueued just now.
         trials = self.trials() if trials is None else trials
         self._use_sampler(budget, len(trials), budgets, trials)
         trial = self.study.ask()
@@ -251,10 +247,22 @@ class Ledger:
             self._use_sampler(budget, trial.number, budgets, trials)
         return self._suggest(trial, budgets)
 
-    @patient
+    @retry_outages
     def resume(self, number: int, budget: int, budgets: int) -> Asked:
-        """A running trial again, with the parameters that it has; missing ones are proposed."""
-        self._changes()
+        """Return a running trial again, proposing the parameters that it lacks.
+
+        Args:
+            number: trial number.
+            budget: index of the budget to propose for if the trial has none yet.
+            budgets: number of budgets.
+
+        Returns:
+            The trial.
+
+        Raises:
+            Refused: the trial was enqueued with unusable values.
+        """
+        self._before_write()
         trials = self.trials()
         frozen = trials[number]
         self._use_sampler(int(frozen.params.get(BUDGET, budget)), number, budgets, trials)
@@ -267,7 +275,7 @@ class Ledger:
         factory = SAMPLERS[self.sampler]
         base = factory(seed_for(self.seed, number, 1))
         if factory.learns_by_regret:
-            self.study.sampler = ByRegret(
+            self.study.sampler = RegretSampler(
                 base,
                 history=self._history,
                 budget=budget,
@@ -291,23 +299,23 @@ class Ledger:
                     params[name] = suggest(trial, name, distribution)
                 except (ValueError, TypeError) as error:
                     raise Refused(trial.number, f"{name}: {error}") from error
-        # Somebody may have enqueued a trial with parameters that no sweep file names.
+        # Enqueued trials may have parameters that the sweep file does not contain.
         params = {name: params[name] for name in wanted}
         budget = int(params.pop(BUDGET))
         enqueued = _FIXED in self.trial(trial.number).system_attrs
         return Asked(number=trial.number, budget=budget, params=params, enqueued=enqueued)
 
-    @patient
+    @retry_outages
     def note(self, number: int, attributes: Mapping[str, Any]) -> None:
-        """Set user attributes of a trial that has not finished."""
-        self._changes()
+        """Set user attributes of an unfinished trial."""
+        self._before_write()
         frozen = self.trial(number)
         trial = optuna.trial.Trial(self.study, frozen._trial_id)
         for key, value in attributes.items():
             if key not in frozen.user_attrs or frozen.user_attrs[key] != value:
                 trial.set_user_attr(key, value)
 
-    @patient
+    @retry_outages
     def complete(
         self,
         number: int,
@@ -315,13 +323,13 @@ class Ledger:
         attributes: Mapping[str, Any],
         slack: float,
     ) -> None:
-        """Attributes and constraint first, then `tell` COMPLETE; harmless when repeated.
+        """Set attributes and constraint, then `tell` COMPLETE; idempotent.
 
         Args:
-            number: the trial.
+            number: trial number.
             values: metric and front cost.
             attributes: user attributes.
-            slack: largest cost / target - 1; at most 0 where the budget is kept.
+            slack: largest cost / target - 1; at most 0 if the budget is kept.
         """
         frozen = self.trial(number)
         if frozen.state.is_finished():
@@ -329,21 +337,27 @@ class Ledger:
         self.note(number, {**attributes, "budget_slack": slack})
         if CONSTRAINT not in frozen.constraints:
             optuna.trial.Trial(self.study, frozen._trial_id).set_constraint(CONSTRAINT, slack)
-        self._changes()
+        self._before_write()
         self.study.tell(number, values=list(values), skip_if_finished=True)
 
     def fail(self, number: int, reason: str, attributes: Mapping[str, Any]) -> None:
-        """Record why, then `tell` FAIL; harmless when repeated."""
+        """Store the reason and attributes, then `tell` FAIL; idempotent.
+
+        Args:
+            number: trial number.
+            reason: why the trial failed.
+            attributes: further user attributes.
+        """
         self._end(number, TrialState.FAIL, {**attributes, "reason": reason})
 
     def prune(self, number: int, attributes: Mapping[str, Any]) -> None:
-        """Record attributes, then `tell` PRUNED; harmless when repeated."""
+        """Store attributes, then `tell` PRUNED; idempotent."""
         self._end(number, TrialState.PRUNED, attributes)
 
-    @patient
+    @retry_outages
     def _end(self, number: int, state: TrialState, attributes: Mapping[str, Any]) -> None:
         if self.trial(number).state.is_finished():
             return
         self.note(number, attributes)
-        self._changes()
+        self._before_write()
         self.study.tell(number, state=state, skip_if_finished=True)

@@ -1,4 +1,4 @@
-"""Calls to the study's database that outlive a short outage of its server."""
+"""Retries of study operations during a short outage of the database server."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 from optuna.exceptions import StorageInternalError
 
-PATIENCE_SECONDS = 15.0
-"""Shorter than a driver goes without its lease; see `storage_lease.SILENT_SECONDS`."""
+OUTAGE_SECONDS = 15.0
+"""Longest outage that is waited out; less than `database_lease.SILENT_SECONDS`, after which the
+driver would lose its lease."""
 
 _PAUSE_SECONDS = 0.5
 
@@ -18,21 +19,21 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Guarded(Protocol):
-    """What has such methods."""
+    """A class whose methods may be retried."""
 
     guard: Callable[[], None]
+    """Raises once the lease is lost."""
 
 
-def patient(method: Method) -> Method:
-    """A method that may be repeated: again, as long as the server is away and the lease is held.
+def retry_outages(method: Method) -> Method:
+    """Retry an idempotent method while the server is unreachable and the lease is held.
 
-    Raises:
-        StorageInternalError: the server is away for longer.
+    The decorated method raises `StorageInternalError` if the outage exceeds `OUTAGE_SECONDS`.
     """
 
     @functools.wraps(method)
     def call(self: Guarded, *args: Any, **kwargs: Any) -> Any:
-        limit = time.monotonic() + PATIENCE_SECONDS
+        limit = time.monotonic() + OUTAGE_SECONDS
         while True:
             try:
                 return method(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Where the study lies: a journal in the sweep's folder, or a database by URL."""
+"""The study's storage: a journal in the sweep's folder, or a database given by URL."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from nipq_search.errors import UserError
 
 JOURNAL, DATABASE = "study.log", "study.db"
 IDENTITY = "identity"
-"""Study attribute: what tells a study from others of the same name; `study` in `facts.json`."""
-_SILENCE = {
+"""Study attribute that distinguishes studies of the same name; `study` in `facts.json`."""
+
+_TIMEOUTS = {
     "connect_timeout": 10,
-    # A server that vanishes without a word, as behind a cut cable, would hold a query for minutes.
-    "tcp_user_timeout": 20_000,  # milliseconds for what was sent to be acknowledged
+    # Without these, a query would wait for minutes when the network connection is cut.
+    "tcp_user_timeout": 20_000,  # milliseconds until sent data must be acknowledged
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 2,
 }
-"""How long libpq, and so psycopg, waits for a server; seconds but for one."""
+"""Timeouts of libpq, and thus psycopg, in seconds unless noted."""
 
 
 def storage_url() -> str | None:
-    """The study's URL from the environment, or None for a file in the sweep's folder.
+    """Return the study's URL from the environment, or None for a file in the sweep's folder.
 
     Raises:
         UserError: `NIPQ_STORAGE_URL_FILE` cannot be read.
@@ -39,18 +40,18 @@ def storage_url() -> str | None:
 
 
 def engine_options(url: str) -> dict[str, Any]:
-    """What SQLAlchemy is given beside a URL: lost connections are made anew, silent hosts end."""
+    """Return SQLAlchemy's options for a URL: reconnect, and time out if a host is silent."""
     driver = url.partition("://")[0]
     by_libpq = driver in ("postgres", "postgresql") or "+psycopg" in driver
-    return {"pool_pre_ping": True, "connect_args": dict(_SILENCE) if by_libpq else {}}
+    return {"pool_pre_ping": True, "connect_args": dict(_TIMEOUTS) if by_libpq else {}}
 
 
 def open_storage(folder: Path) -> BaseStorage:
-    """The study's storage.
+    """Open the study's storage.
 
     Raises:
-        UserError: the URL does not answer (the message holds no password), or the journal is
-            damaged.
+        UserError: the server does not answer (the message contains no password), or the journal
+            is damaged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -72,32 +73,36 @@ def open_storage(folder: Path) -> BaseStorage:
         except (ValueError, TypeError, KeyError, AssertionError) as error:
             raise UserError(
                 f"{journal}: {_damaged(journal)} is damaged "
-                f"({' '.join(str(error).split())[:120]}); restore the file from a copy: without "
-                "the line, the study loses what it says of a trial"
+                f"({' '.join(str(error).split())[:120]}); restore the file from a copy: "
+                "deleting the line would lose what it records about a trial"
             ) from error
 
 
 class StudyGone(UserError):
-    """The study of a sweep is not where the folder or the environment says."""
+    """The study of a sweep does not exist in its folder or at the configured URL."""
 
 
 def load_study(
     folder: Path, name: str, identity: str | None = None
 ) -> tuple[optuna.Study, BaseStorage]:
-    """A sweep's study and its storage, which is to be closed; nothing is created.
+    """Load a sweep's study without creating anything.
 
     Args:
-        folder: the sweep's.
-        name: the study's.
-        identity: of the study with which the folder was made; None where nobody noted it.
+        folder: the sweep's folder.
+        name: name of the study.
+        identity: identity of the study with which the folder was created; None if unknown.
+
+    Returns:
+        The study, and its storage, which the caller must close.
 
     Raises:
-        StudyGone: there is none.
-        UserError: it is another study of the same name, or see `open_storage`.
+        StudyGone: the study does not exist.
+        UserError: it is another study of the same name, or its storage cannot be opened; see
+            `open_storage`.
     """
     gone = StudyGone(
         f"{folder}: the study '{name}' of its trials is gone; restore study.log, or set "
-        "NIPQ_STORAGE_URL as it was when the sweep began, or give another folder"
+        "NIPQ_STORAGE_URL as it was when the sweep began, or use another folder"
     )
     if storage_url() is None and not any((folder / file).exists() for file in (JOURNAL, DATABASE)):
         raise gone
@@ -107,8 +112,8 @@ def load_study(
         own = json.loads(study.user_attrs.get(IDENTITY, "null"))
         if identity is not None and own != identity:
             raise UserError(
-                f"{folder}: holds trials of another study; give another folder, or the "
-                "NIPQ_STORAGE_URL that the sweep began with (unset for the folder's own study)"
+                f"{folder}: holds trials of another study; use another folder, or set "
+                "the NIPQ_STORAGE_URL that the sweep began with (unset it for a study in the folder)"
             )
     except KeyError as error:
         close_storage(storage)
@@ -120,7 +125,7 @@ def load_study(
 
 
 def _damaged(journal: Path) -> str:
-    """The first line that is no entry of a journal."""
+    """Return the position of the first invalid line of a journal."""
     with journal.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -133,7 +138,7 @@ def _damaged(journal: Path) -> str:
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """End a server's connections, which nobody else would."""
+    """Close the connections to a server, which Optuna leaves open."""
     if isinstance(storage, RDBStorage):
         storage.remove_session()
         storage.engine.dispose()

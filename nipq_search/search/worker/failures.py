@@ -1,7 +1,8 @@
-"""Why a job's process ended without a record, and whose fault that was.
+"""Why a worker process failed, and whether the job is to blame.
 
-A trial that always crashes is given up after `limits.max_failures`; a node that dies under it, as
-spot machines do, must not count. Ray reports the end of a process; what it means is decided here.
+A trial that keeps crashing is given up after `limits.max_failures`. A node that dies, as
+preemptible machines do, must not count against the trial. Ray only reports that a process ended;
+this module decides what that means.
 """
 
 from __future__ import annotations
@@ -19,61 +20,78 @@ from pathlib import Path
 from typing import Any
 
 from nipq_search.search import jobs
+from nipq_search.search.jobs import Cause
 from nipq_search.search.jobs.lease import driver_host
 
-NODE, MEMORY, GPU_MEMORY, PROCESS = jobs.NODE, "memory", "gpu memory", "process"
+MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+"""Faults of the machine: no job can run on it until they are fixed."""
 
-MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
-"""Errors of the machine under a job: no job can run there until that is mended."""
+_FOLDER_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.EMFILE,
+    errno.ENFILE,
+}
+"""Faults of the machine if they concern a file in the sweep's own folder."""
 
-_PLACE = {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE}
-"""Errors of the machine if they are about a file of the sweep's own folder."""
+_MISSING_ERRNOS = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ENODEV,
+}
+"""Errors for files that do not exist or cannot be reached."""
 
 NEVER_STARTED = "its process died before it could start"
-"""Reason of a job that never began an attempt."""
+"""Reason recorded for a job that never began an attempt."""
 
-HEARTBEATS_SECONDS = 30.0
-"""Time within which Ray notices that a node is dead; by default some 15 seconds."""
+NODE_DEATH_SECONDS = 30.0
+"""Time within which Ray detects a dead node; about 15 seconds by default."""
 
 FIXES = {
-    MEMORY: "its machine ran out of memory; give trials more by resources.memory_gb, or make "
-    "train.batch_size smaller",
-    GPU_MEMORY: "its GPU ran out of memory; give trials more of it by resources.gpus, or make "
-    "train.batch_size smaller (train.accumulate keeps the whole of it)",
+    Cause.MEMORY: "its machine ran out of memory; raise resources.memory_gb, or lower "
+    "train.batch_size",
+    Cause.GPU_MEMORY: "its GPU ran out of memory; raise resources.gpus, or lower train.batch_size "
+    "(raise train.accumulate to keep the effective batch size)",
 }
-"""What to do where a job was given up for a cause."""
+"""What to change in the sweep file when a job was given up, by cause."""
 
-_ELSEWHERE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENODEV}
-"""Errors of files that are not there, or out of reach."""
+_OS_ERROR_TEXT = re.compile(r"\[Errno (\d+)\] [^:\n]*(?:: '([^'\n]+)')?")
 
-
-_TOLD = re.compile(r"\[Errno (\d+)\] [^:\n]*(?:: '([^'\n]+)')?")
-
-_NO_ROOM = (
+_GPU_MEMORY_TEXTS = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-"""What libraries say where torch's own allocator was not asked."""
+"""Messages of allocation failures outside torch's own allocator."""
+
+
+# Errors raised in this process
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on."""
+    """Yield an error, then the errors that it was raised from."""
     found: BaseException | None = error
     while found is not None:
         yield found
         found = found.__cause__
 
 
-def os_error(error: BaseException) -> OSError | None:
-    """The operating system's error that an error is or was raised from, if there is one.
+def find_os_error(error: BaseException) -> OSError | None:
+    """Return the `OSError` that an error is or was raised from, or None.
 
-    A `DataLoader` with workers raises theirs anew, from text: number and file are read from it.
+    A `DataLoader` with workers re-raises their errors from text only; errno and file name are
+    then parsed from the message.
     """
     found = next((e for e in _causes(error) if isinstance(e, OSError)), None)
-    if found is not None and found.errno is None and (told := _TOLD.findall(str(found))):
-        number, name = int(told[-1][0]), told[-1][1]
-        return OSError(number, os.strerror(number), name or None)
+    if found is not None and found.errno is None:
+        if matches := _OS_ERROR_TEXT.findall(str(found)):
+            number, name = int(matches[-1][0]), matches[-1][1]
+            return OSError(number, os.strerror(number), name or None)
     return found
 
 
@@ -82,68 +100,56 @@ def _file(error: OSError) -> Path | None:
     return Path(os.path.abspath(os.fsdecode(name))) if isinstance(name, (str, bytes)) else None
 
 
-def is_the_machine(error: BaseException, out: Path) -> bool:
-    """Whether an error says that no job of a sweep can run here: its disk, or its folder."""
-    if (found := os_error(error)) is None:
+def is_machine_fault(error: BaseException, out: Path) -> bool:
+    """Return whether an error means that no job of the sweep in folder `out` can run here."""
+    if (found := find_os_error(error)) is None:
         return False
     file = _file(found)
-    own = file is not None and file.is_relative_to(out)
-    return found.errno in MACHINE or (own and found.errno in _PLACE)
+    in_sweep = file is not None and file.is_relative_to(out)
+    return found.errno in MACHINE_ERRNOS or (in_sweep and found.errno in _FOLDER_ERRNOS)
 
 
 def is_missing_here(error: BaseException, out: Path) -> bool:
-    """Whether a file that the driver's host has, such as data, is not to be read on this node.
+    """Return whether an error concerns a file, such as data, that only this node cannot read.
 
-    Files of the sweep are not meant. What the driver's host has not either is the trial's fault.
+    Files of the sweep's folder `out` are excluded. A file that the driver's host cannot read
+    either is the trial's fault.
     """
-    found, host = os_error(error), driver_host(out)
-    if found is None or found.errno not in _ELSEWHERE or host in (None, socket.gethostname()):
+    found, host = find_os_error(error), driver_host(out)
+    if found is None or found.errno not in _MISSING_ERRNOS:
+        return False
+    if host in (None, socket.gethostname()):
         return False
     file = _file(found)
-    return file is not None and not file.is_relative_to(out) and is_on(str(host), str(file))
-
-
-def is_on(host: str, file: str) -> bool:
-    """Whether a host of the cluster has a file; False if it does not answer."""
-    if own_node() is None:
+    if file is None or file.is_relative_to(out):
         return False
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeManagerHostname"] == host]  # type: ignore[no-untyped-call]
-    if not nodes:
-        return False
-    there = NodeAffinitySchedulingStrategy(nodes[0]["NodeID"], soft=False)
-    remote: Any = ray.remote(_exists)
-    asked = remote.options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(file)
-    try:
-        return bool(ray.get(asked, timeout=HEARTBEATS_SECONDS))
-    except ray.exceptions.RayError:
-        return False
-
-
-def _exists(file: str) -> bool:
-    return os.path.exists(file)
+    return file_exists_on(str(host), str(file))
 
 
 def is_gpu_memory(error: BaseException) -> bool:
-    """Whether a GPU had no room. A neighbour may have taken it: the job's next process may fit."""
+    """Return whether a GPU ran out of memory.
+
+    Another process may have taken the memory, so the job may succeed in its next process.
+    """
     import torch
 
     return any(
         isinstance(cause, torch.OutOfMemoryError)
-        or (isinstance(cause, RuntimeError) and any(word in str(cause) for word in _NO_ROOM))
+        or (
+            isinstance(cause, RuntimeError)
+            and any(text in str(cause) for text in _GPU_MEMORY_TEXTS)
+        )
         for cause in _causes(error)
     )
 
 
-def is_no_job_s(error: BaseException, out: Path) -> bool:
-    """Whether an error is the place's, by any of these, and no job's."""
-    return is_the_machine(error, out) or is_missing_here(error, out) or is_gpu_memory(error)
+def is_environment_fault(error: BaseException, out: Path) -> bool:
+    """Return whether the machine, the node's files or the GPU caused an error, not the job."""
+    return is_machine_fault(error, out) or is_missing_here(error, out) or is_gpu_memory(error)
 
 
 def gpu_is_lost() -> bool:
-    """Whether this process can use its GPU no more, as after a failed assertion in a kernel."""
+    """Return whether this process can no longer use its GPU, as after a failed kernel assert."""
     import torch
 
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
@@ -155,8 +161,11 @@ def gpu_is_lost() -> bool:
     return False
 
 
+# Nodes of the cluster
+
+
 def own_node() -> str | None:
-    """Ray's id of the node that this process runs on; None outside of Ray."""
+    """Return Ray's id of the node that this process runs on; None outside Ray."""
     if "ray" not in sys.modules:
         return None
     import ray
@@ -165,7 +174,7 @@ def own_node() -> str | None:
 
 
 def dead_nodes() -> set[str]:
-    """Ids of the cluster's nodes that are known to be dead; empty outside of Ray."""
+    """Return the ids of the cluster's nodes that are dead; empty outside Ray."""
     if own_node() is None:
         return set()
     import ray
@@ -173,14 +182,37 @@ def dead_nodes() -> set[str]:
     return {n["NodeID"] for n in ray.nodes() if not n["Alive"]}  # type: ignore[no-untyped-call]
 
 
-def kill_on(node: str, pid: int) -> None:
-    """End a process on another node of the cluster, one that is stopped as well."""
+def file_exists_on(host: str, file: str) -> bool:
+    """Return whether a file exists on a host of the cluster; False if the host does not answer."""
+    if own_node() is None:
+        return False
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeManagerHostname"] == host]  # type: ignore[no-untyped-call]
+    if not nodes:
+        return False
+    on_host = NodeAffinitySchedulingStrategy(nodes[0]["NodeID"], soft=False)
+    remote: Any = ray.remote(_exists)
+    task = remote.options(num_cpus=0, scheduling_strategy=on_host, max_retries=0).remote(file)
+    try:
+        return bool(ray.get(task, timeout=NODE_DEATH_SECONDS))
+    except ray.exceptions.RayError:
+        return False
+
+
+def _exists(file: str) -> bool:
+    return os.path.exists(file)
+
+
+def kill_on(node: str, pid: int) -> None:
+    """Kill a process on another node of the cluster, even one that is suspended."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    on_node = NodeAffinitySchedulingStrategy(node, soft=False)
     remote: Any = ray.remote(_kill)
-    remote.options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(pid)
+    remote.options(num_cpus=0, scheduling_strategy=on_node, max_retries=0).remote(pid)
 
 
 def _kill(pid: int) -> None:
@@ -188,66 +220,72 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def classify(error: BaseException | None, node_is_dead: bool) -> str:
-    """The cause behind what Ray raised for a process that ended without an answer.
+# Lost attempts
+
+
+def classify(error: BaseException | None, node_is_dead: bool) -> Cause:
+    """Return the cause behind the error that Ray raised for a lost process.
 
     Args:
-        error: Ray's exception, if it is known.
-        node_is_dead: whether the cluster says that the process's node is gone.
+        error: Ray's exception, or None if it is unknown.
+        node_is_dead: whether the cluster reports the process's node as dead.
+
+    Returns:
+        `Cause.NODE`, `Cause.MEMORY` or `Cause.PROCESS`.
     """
-    # By name: the kinds of several versions of Ray, and no import of it.
+    # Compare names: they are the same in all versions of Ray, and Ray need not be imported.
     kind = type(error).__name__
     preempted = bool(getattr(error, "preempted", False))
     if node_is_dead or preempted or kind == "NodeDiedError" or "node has died" in str(error):
-        return NODE
-    return MEMORY if kind == "OutOfMemoryError" else PROCESS
+        return Cause.NODE
+    return Cause.MEMORY if kind == "OutOfMemoryError" else Cause.PROCESS
 
 
-def judge(folder: Path, run: str, error: BaseException | None = None) -> str | None:
-    """Note the causes of a job's attempts that ended without a word.
+def record_causes(folder: Path, run: str, error: BaseException | None = None) -> Cause | None:
+    """Record the cause of each lost attempt of a job.
 
-    An attempt that was taken for a crash is judged anew once its node turns out to be dead: the
-    news of a process may come before that of its node.
+    An attempt that was recorded as a crash is reclassified once its node is reported dead, because
+    the end of a process may be reported before that of its node.
 
     Args:
-        folder: the job's.
-        run: token of the driver's run; attempts of earlier runs died with their driver.
-        error: what Ray raised for the last one.
+        folder: the job's folder.
+        run: token of the driver's run; attempts of earlier runs were killed with their driver.
+        error: what Ray raised for the last attempt, if known.
 
     Returns:
-        The cause of the last attempt; None where it did end, or never began.
+        The cause of the last attempt; None if it ended by itself or never began.
     """
-    silent = jobs.silent_attempts(folder, run)
-    dead = dead_nodes() if silent else set()
+    lost = jobs.lost_attempts(folder, run)
+    dead = dead_nodes() if lost else set()
     cause = None
-    for attempt, started in silent:
-        last = attempt == jobs.attempts(folder)[-1]
+    for attempt, started in lost:
+        is_last = attempt == jobs.attempts(folder)[-1]
         known = jobs.cause_of(attempt)
-        found = classify(error if last else None, started.get("node") in dead)
-        cause = found if known is None or found == NODE else known
+        found = classify(error if is_last else None, started.get("node") in dead)
+        cause = found if known is None or found is Cause.NODE else known
         if cause != known:
-            jobs.note_cause(attempt, cause, str(error or ""))
-        cause = cause if last else None
+            jobs.record_cause(attempt, cause, str(error or ""))
+        cause = cause if is_last else None
     return cause
 
 
-def await_nodes(folder: Path, run: str) -> None:
-    """Wait until it is known whether the nodes of recent silent attempts live.
+def await_node_states(folder: Path, run: str) -> None:
+    """Wait until it is certain whether the nodes of recently lost attempts are alive.
 
-    Ray tells of a lost connection at once, and of a dead node only after its heartbeats have been
-    missing for some seconds. Meant for the moment before a job is given up.
+    Ray reports a lost connection immediately, but a dead node only after several missed
+    heartbeats. Call this before giving up a job.
     """
     own = own_node()
     if own is None:
         return
     while True:
-        judge(folder, run)
+        record_causes(folder, run)
         recent = [
             started
-            for attempt, started in jobs.silent_attempts(folder, run)
+            for attempt, started in jobs.lost_attempts(folder, run)
             if started.get("node") not in (None, own)
-            and jobs.cause_of(attempt) != NODE
-            and time.time() - jobs.lost_at(attempt) < HEARTBEATS_SECONDS
+            and jobs.cause_of(attempt) is not Cause.NODE
+            and time.time() - jobs.lost_time(attempt) < NODE_DEATH_SECONDS
         ]
         if not recent:
             return
@@ -255,7 +293,7 @@ def await_nodes(folder: Path, run: str) -> None:
 
 
 def error_of(trial: Any) -> BaseException | None:
-    """What Ray raised for a Tune trial that failed, if it can be read."""
+    """Return what Ray raised for a failed Tune trial, or None if it cannot be read."""
     with contextlib.suppress(Exception):
         import pickle
 

@@ -1,9 +1,10 @@
-"""The other processes of a trial that trains on several GPUs, or in several processes on CPUs.
+"""Trainings in several processes: the process group of one trial, on GPUs or CPU cores.
 
-They are children of the trial's own process, on its node and within what the trial was given
-there: one request for all of it, so that two trials never wait for each other's rest. (Ray Train
-gives its workers a placement group of their own, apart from the trial's.) They talk over loopback,
-and end with the trial's process, whatever ends it.
+The trial's own process is rank 0. It starts the other ranks as child processes on its node and
+within the resources that the trial was assigned there. A single resource request covers the whole
+group, so two trials never block each other with half a group each. (Ray Train instead gives its
+workers a placement group separate from the trial's.) The ranks communicate over the loopback
+interface and end with rank 0, however it ends.
 """
 
 from __future__ import annotations
@@ -37,23 +38,25 @@ from nipq_search.train.spec import Released
 
 _log = logging.getLogger("nipq_search")
 _GRACE_SECONDS = 20.0
-"""What the leader has to leave a training in which another process has ended."""
+"""Time that rank 0 has to leave a training in which another rank has ended."""
+_CAUSE_SECONDS = 10.0
+"""Time that rank 0 waits, after a connection error, for another rank's failure to explain it."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What a process is told: all that `train` needs, and where the others are.
+class GroupSpec:
+    """Everything that a rank needs: the arguments of `train`, and how to join the group.
 
     Attributes:
-        task: its data loaded.
+        task: the task, with its data loaded.
         spec: what to train.
-        folder: the training's own.
-        threads: of torch, in each process.
-        gpu: whether each process has a GPU.
-        place: folder in which the processes find each other.
-        size: processes.
-        log: folder for what a process prints.
+        folder: folder of the training.
+        threads: torch threads of each process.
+        gpu: whether each process has a GPU of its own.
+        rendezvous: folder through which the processes find each other.
+        size: number of processes.
+        log: folder for the output of the other ranks.
     """
 
     task: Task
@@ -61,166 +64,181 @@ class Part:
     folder: Path
     threads: int
     gpu: bool
-    place: Path
+    rendezvous: Path
     size: int
     log: Path
 
     @contextlib.contextmanager
-    def as_member(self, rank: int) -> Iterator[Team]:
-        """Be the process of this number."""
+    def join(self, rank: int) -> Iterator[Team]:
+        """Join the process group as this rank until the context ends."""
         import torch.distributed as dist
 
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
-        store = dist.FileStore(str(self.place / "store"), self.size)  # type: ignore[attr-defined]
+        store = dist.FileStore(str(self.rendezvous / "store"), self.size)  # type: ignore[attr-defined]
         with joined(store, rank, self.size) as team:
             yield team
 
-    def reason_file(self, rank: int) -> Path:
-        """Where a process that fails says why."""
-        return self.place / f"reason-{rank}.json"
+    def error_file(self, rank: int) -> Path:
+        """Return the file in which a rank that fails describes its error."""
+        return self.rendezvous / f"reason-{rank}.json"
 
 
-class MemberFailed(RuntimeError):
-    """Another process of the training raised an exception; its words are the message."""
+class RankFailed(RuntimeError):
+    """Another rank of the training raised an exception; the message quotes it."""
 
 
-class MemberKilled(RuntimeError):
-    """Another process of the training ended without a word: killed, or out of memory."""
+class RankKilled(RuntimeError):
+    """Another rank of the training ended without an error: it was killed or out of memory."""
 
 
-def _store(part: Part) -> None:
-    """Write a part for other processes; arrays so that these can look at them without a copy."""
+def _save_spec(group: GroupSpec) -> None:
+    """Write the spec for the other ranks, with arrays in files that they can map into memory."""
     from ray import cloudpickle
 
     buffers: list[pickle.PickleBuffer] = []
-    data: bytes = cloudpickle.dumps(part, protocol=5, buffer_callback=buffers.append)  # type: ignore[no-untyped-call]
+    data: bytes = cloudpickle.dumps(group, protocol=5, buffer_callback=buffers.append)  # type: ignore[no-untyped-call]
+    place = group.rendezvous
     try:
-        (part.place / "part").write_bytes(data)
+        (place / "spec").write_bytes(data)
         for number, buffer in enumerate(buffers):
-            (part.place / f"buffer-{number}").write_bytes(buffer.raw())
-    except OSError as error:  # a write names no file
-        raise OSError(error.errno, error.strerror, str(part.place)) from error
+            (place / f"buffer-{number}").write_bytes(buffer.raw())
+    except OSError as error:  # errors of `write` carry no file name
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
-def _fetch(place: Path) -> Part:
-    """The part that `_store` wrote."""
-    count = len(list(place.glob("buffer-*")))
+def _load_spec(rendezvous: Path) -> GroupSpec:
+    """Read the spec that `_save_spec` wrote."""
+    count = len(list(rendezvous.glob("buffer-*")))
     buffers: list[Any] = []
     for number in range(count):
-        with (place / f"buffer-{number}").open("rb") as file:
-            # Copy on write: some arrays are written to, as when they become tensors.
-            empty = os.fstat(file.fileno()).st_size == 0
-            seen = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            buffers.append(seen)
-    part: Part = pickle.loads((place / "part").read_bytes(), buffers=buffers)
-    return part
+        with (rendezvous / f"buffer-{number}").open("rb") as file:
+            # Map copy-on-write: some arrays are modified, for example when they become tensors.
+            is_empty = os.fstat(file.fileno()).st_size == 0
+            buffers.append(
+                b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            )
+    group: GroupSpec = pickle.loads((rendezvous / "spec").read_bytes(), buffers=buffers)
+    return group
 
 
-class _Members:
-    """The processes that do not lead."""
+class _OtherRanks:
+    """The child processes of rank 0."""
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.ended: dict[int, int] = {}
+    def __init__(self, group: GroupSpec) -> None:
+        self.group = group
+        self.ended: dict[int, int] = {}  # exit status, by rank, of processes that failed
         self.over = threading.Event()
         self.processes: list[subprocess.Popen[bytes]] = []
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        _store(part)
+
+    def start(self) -> None:
+        """Start the processes and return once each has loaded the spec.
+
+        Raises:
+            RankFailed: a process did not start.
+            RankKilled: a process was killed.
+            OSError: the shared memory is full.
+        """
+        rendezvous = self.group.rendezvous
+        _save_spec(self.group)
         try:
-            for rank in range(1, part.size):
-                command = [sys.executable, "-m", "nipq_search.search.worker.process_group"]
-                with (part.log / f"log-{rank}.txt").open("ab") as log:
-                    process = subprocess.Popen(
-                        [*command, str(part.place), str(rank)],
-                        stdin=subprocess.PIPE,  # open as long as this process lives
-                        stdout=subprocess.PIPE,
-                        stderr=log,
-                        env=environment,
-                    )
-                self.processes.append(process)
+            for rank in range(1, self.group.size):
+                self.processes.append(self._launch(rank))
             for rank, process in enumerate(self.processes, start=1):
                 assert process.stdout is not None
                 if not process.stdout.readline():
                     self.ended = {rank: process.wait()}
-                    self.explain()
-            # Every process has them open. Nobody would remove them after a kill, and they are RAM.
-            for file in [part.place / "part", *part.place.glob("buffer-*")]:
+                    self.raise_cause()
+            # Every process has the files open. Files in shared memory occupy RAM, and nothing
+            # would delete them if this process were killed.
+            for file in [rendezvous / "spec", *rendezvous.glob("buffer-*")]:
                 file.unlink()
         except BaseException:
             self.end()
             raise
-        threading.Thread(target=self._watch, name="nipq-members", daemon=True).start()
+        threading.Thread(target=self._watch, name="nipq-ranks", daemon=True).start()
 
-    def _look(self) -> None:
-        """Note who has ended before its time."""
+    def _launch(self, rank: int) -> subprocess.Popen[bytes]:
+        module = "nipq_search.search.worker.process_group"
+        with (self.group.log / f"log-{rank}.txt").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, str(self.group.rendezvous), str(rank)],
+                stdin=subprocess.PIPE,  # stays open while this process is alive
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+
+    def _poll(self) -> None:
+        """Note the ranks that failed."""
         for rank, process in enumerate(self.processes, start=1):
             if process.poll():
                 self.ended.setdefault(rank, process.returncode)
 
     def _watch(self) -> None:
-        """Have the leader notice that another process has ended."""
+        """Interrupt rank 0 when another rank fails."""
         while not self.over.wait(0.2):
-            self._look()
+            self._poll()
             if self.ended:
-                time.sleep(0.5)  # the cause may end a little after its first effect
-                self._look()
-                self.kill()  # whose connections then tell the leader
+                time.sleep(0.5)  # the rank at fault may end slightly after one that it affects
+                self._poll()
+                self.kill()  # their closed connections raise an error in rank 0
                 if not self.over.wait(_GRACE_SECONDS):
-                    _log.error("a process of this training has ended: %s", self._said())
+                    _log.error("a process of this training has ended: %s", self._errors())
+                    # Rank 0 is stuck in a collective operation, which no exception can interrupt.
                     os._exit(1)
                 return
 
-    def _said(self) -> dict[int, dict[str, Any] | None]:
-        """What those that have ended said; None of one that said nothing."""
-        said: dict[int, dict[str, Any] | None] = {}
+    def _errors(self) -> dict[int, dict[str, Any] | None]:
+        """Return the error that each failed rank described; None if it described none."""
+        errors: dict[int, dict[str, Any] | None] = {}
         for rank in self.ended:
             try:
-                said[rank] = json.loads(self.part.reason_file(rank).read_text())
+                errors[rank] = json.loads(self.group.error_file(rank).read_text())
             except (OSError, ValueError):
-                said[rank] = None
-        return said
+                errors[rank] = None
+        return errors
 
-    def explain(self) -> None:
-        """Raise what ended other processes, if something did; the cause before its effects.
+    def raise_cause(self) -> None:
+        """Raise the error that ended other ranks, if any; root causes before their effects.
 
         Raises:
-            MemberKilled: one ended without a word.
-            OSError: the machine is unfit, one found.
-            OutOfMemoryError: the GPU of one had no room.
-            MemberFailed: one raised an exception.
+            RankKilled: a rank was killed.
+            OSError: a rank found its machine unfit.
+            OutOfMemoryError: the GPU of a rank ran out of memory.
+            RankFailed: a rank raised another exception.
         """
-        said = self._said()
+        errors = self._errors()
         for rank, status in self.ended.items():
-            if status < 0 and said[rank] is None:
-                raise MemberKilled(f"process {rank} was killed (signal {-status})")
-        for rank in sorted(said, key=lambda rank: bool((said[rank] or {}).get("echo"))):
-            reason = said[rank]
-            if reason is None:
-                lines = (self.part.log / f"log-{rank}.txt").read_text().splitlines()
+            if status < 0 and errors[rank] is None:
+                raise RankKilled(f"process {rank} was killed (signal {-status})")
+        for rank in sorted(errors, key=lambda rank: bool((errors[rank] or {}).get("echo"))):
+            error = errors[rank]
+            if error is None:
+                lines = (self.group.log / f"log-{rank}.txt").read_text().splitlines()
                 last = lines[-1][:300] if lines else ""
-                raise MemberFailed(f"process {rank} did not start: {last}")
-            if reason["errno"] is not None:
-                raise OSError(reason["errno"], reason["text"])
-            if reason["gpu_memory"]:
-                raise torch.OutOfMemoryError(f"process {rank}: {reason['text']}")
-            raise MemberFailed(f"process {rank}: {reason['text']}")
+                raise RankFailed(f"process {rank} did not start: {last}")
+            if error["errno"] is not None:
+                raise OSError(error["errno"], error["text"])
+            if error["gpu_memory"]:
+                raise torch.OutOfMemoryError(f"process {rank}: {error['text']}")
+            raise RankFailed(f"process {rank}: {error['text']}")
 
-    def wait_for_end(self, seconds: float) -> None:
-        """Wait until some process has ended before its time, but no longer."""
+    def wait_for_failure(self, seconds: float) -> None:
+        """Wait until a rank has failed, for at most `seconds`."""
         limit = time.monotonic() + seconds
         while not self.ended and time.monotonic() < limit:
-            self._look()
+            self._poll()
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """End all at once."""
+        """Kill all processes immediately."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 
     def end(self) -> None:
-        """Wait a little for processes that end by themselves, then kill what is left."""
+        """Give the processes a few seconds to end by themselves, then kill the rest."""
         self.over.set()
         limit = time.monotonic() + 5
         for process in self.processes:
@@ -236,105 +254,129 @@ class _Members:
 
 
 def _is_echo(error: BaseException) -> bool:
-    """Whether an error says that another process has gone, rather than what is wrong."""
+    """Return whether an error only reports that another process is gone."""
     import torch.distributed as dist
 
     return type(error) is RuntimeError or isinstance(error, dist.DistError)
 
 
 @contextlib.contextmanager
-def leading(
+def launch_group(
     task: Task, spec: TrainSpec, folder: Path, *, size: int, threads: int, gpu: bool, log: Path
 ) -> Iterator[Team]:
-    """Lead a training of `size` processes: the others call `train` with the same arguments.
+    """Launch a process group with this process as rank 0.
+
+    The other ranks call `train` with the same task, spec and folder; the caller does so for
+    rank 0.
+
+    Args:
+        task: the task, with its data loaded.
+        spec: what to train.
+        folder: folder of the training.
+        size: number of processes; 1 starts no other process.
+        threads: torch threads of each other process.
+        gpu: whether each process uses a GPU of its own.
+        log: folder for the output of the other ranks.
+
+    Yields:
+        The group, as `train` takes it.
 
     Raises:
-        UserError: there are fewer GPUs than processes.
-        MemberFailed: one of them raised an exception.
-        MemberKilled: one of them was killed; this process is to end as if it had been.
-        OSError: one of them found the machine unfit.
+        UserError: this machine has fewer GPUs than `size`.
+        RankFailed: another rank raised an exception.
+        RankKilled: another rank was killed; this process must end as if it had been, too.
+        OSError: another rank found its machine unfit.
     """
     if size == 1:
         yield ALONE
         return
-    if gpu and torch.cuda.device_count() < size:
-        here = torch.cuda.device_count()
-        raise UserError(f"{size} processes need as many GPUs; {here} are here")
+    if gpu and (available := torch.cuda.device_count()) < size:
+        raise UserError(f"{size} processes need {size} GPUs; this machine has {available}")
     memory = str(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="nipq-members-", dir=memory) as place:
-        part = Part(
+        group = GroupSpec(
             task=task,
             spec=spec,
             folder=folder,
             threads=threads,
             gpu=gpu,
-            place=Path(place),
+            rendezvous=Path(place),
             size=size,
             log=log,
         )
-        members = _Members(part)
+        others = _OtherRanks(group)
+        others.start()
         try:
-            with part.as_member(0) as team:
+            with group.join(0) as team:
                 try:
                     yield team
                 except (Interrupted, Paused):
                     raise
                 except Exception as error:
-                    # Before this process leaves, which the others would take for a failure.
+                    # Do this before leaving the group, which the others would see as a failure.
                     if _is_echo(error):
-                        members.wait_for_end(3)
-                        members.explain()
-                    members.over.set()
-                    members.kill()
+                        others.wait_for_failure(_CAUSE_SECONDS)
+                        others.raise_cause()
+                    others.over.set()
+                    others.kill()
                     raise
         finally:
-            members.end()
+            others.end()
 
 
-def _ends_with_leader(place: Path) -> None:
-    """Wait for the end of the process that leads, and tidy up after it; runs in a thread."""
+# The other ranks
+
+
+def _end_with_rank_0(rendezvous: Path) -> None:
+    """Wait until rank 0 ends, then clean up and end this process; runs in a thread."""
     os.read(0, 1)
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(rendezvous, ignore_errors=True)
     os._exit(1)
 
 
-def member(part: Part, rank: int) -> int:
-    """Train as one of the processes that do not lead; the exit status."""
-    device = torch.device("cuda", rank) if part.gpu else torch.device("cpu")
-    torch.set_num_threads(part.threads)
+def run_rank(group: GroupSpec, rank: int) -> int:
+    """Train as a rank other than 0 and return the exit status."""
+    device = torch.device("cuda", rank) if group.gpu else torch.device("cpu")
+    torch.set_num_threads(group.threads)
     try:
-        with part.as_member(rank) as team:
-            train(part.task, part.spec, part.folder, device, Hooks(), team)
+        with group.join(rank) as team:
+            train(group.task, group.spec, group.folder, device, Hooks(), team)
     except (Released, Interrupted):
         return 0
     except Exception as error:
         traceback.print_exc()
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        number = error.errno if isinstance(error, OSError) else None
-        if number in failures.MACHINE:
-            text = " ".join(str(error.strerror).split())  # type: ignore[attr-defined]
-        else:
-            number = None
-        reason = {"text": text[:500], "errno": number, "echo": _is_echo(error)}
-        reason["gpu_memory"] = failures.is_gpu_memory(error)
-        part.reason_file(rank).write_text(json.dumps(reason))
+        group.error_file(rank).write_text(json.dumps(_describe(error)))
         return 1
     return 0
 
 
+def _describe(error: Exception) -> dict[str, Any]:
+    """Return what rank 0 needs in order to raise an error of another rank."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    number = None
+    if isinstance(error, OSError) and error.errno in failures.MACHINE_ERRNOS:
+        number, text = error.errno, " ".join(str(error.strerror).split())
+    return {
+        "text": text[:500],
+        "errno": number,
+        "echo": _is_echo(error),
+        "gpu_memory": failures.is_gpu_memory(error),
+    }
+
+
 def _main() -> int:
-    place, rank = Path(sys.argv[1]), int(sys.argv[2])
-    threading.Thread(target=_ends_with_leader, args=(place,), daemon=True).start()
-    part = _fetch(place)
-    if part.gpu:
+    rendezvous, rank = Path(sys.argv[1]), int(sys.argv[2])
+    threading.Thread(target=_end_with_rank_0, args=(rendezvous,), daemon=True).start()
+    group = _load_spec(rendezvous)
+    if group.gpu:
         torch.cuda.set_device(rank)
     print("ready", flush=True)
-    os.dup2(2, 1)  # nobody reads any more what is printed
-    return member(part, rank)
+    os.dup2(2, 1)  # rank 0 reads no further output
+    return run_rank(group, rank)
 
 
 if __name__ == "__main__":
-    # By its full name, as the leader's pickles have it.
+    # Import the module under its full name, under which rank 0 pickled its classes.
     from nipq_search.search.worker import process_group
 
     try:
@@ -344,4 +386,4 @@ if __name__ == "__main__":
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # the thread that waits would keep the interpreter from ending
+    os._exit(status)  # the waiting thread would keep the interpreter from ending

@@ -1,4 +1,4 @@
-"""What the training loop is asked to do for a job of a sweep, where, and on which device."""
+"""The arguments of a job's training: its `TrainSpec`, storage location and device."""
 
 from __future__ import annotations
 
@@ -8,58 +8,41 @@ from pathlib import Path
 import torch
 
 from nipq_search import blobs
+from nipq_search.quant import QuantConfig
 from nipq_search.search import jobs
 from nipq_search.search.config.space import split
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.jobs import Job, job_folder
 from nipq_search.search.strategies.strategies import STRATEGIES
-from nipq_search.train import TrainSpec
+from nipq_search.train import TrainConfig, TrainSpec
 
 
 def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
-    """What the training loop is asked to do for a job."""
-    float_file = jobs.model_file(job_folder(Path(job.out), "float", 0))
+    """Return the specification of a job's training."""
     if job.kind == "float":
-        training = config.float_model.as_training()
         file = config.float_model.checkpoint
-        if file is not None:
-            # Loading is training of no step: the file is evaluated and stored as it is.
-            return TrainSpec(
-                train=training, seed=job.seed, float_model=Path(file), home=home_of(config, job)
-            )
-        return TrainSpec(train=training, seed=job.seed, home=home_of(config, job))
-    quant = config.quant
-    if job.kind == "baseline":
-        quant = dataclasses.replace(
-            quant,
-            quantizer="lsq",
-            weights=dataclasses.replace(quant.weights, bits=(job.number,)),
-            activations=dataclasses.replace(quant.activations, bits=(job.number,)),
+        return TrainSpec(
+            train=config.float_model.as_training(),
+            seed=job.seed,
+            # A checkpoint is evaluated and stored as it is, without a training step.
+            float_model=None if file is None else Path(file),
+            home=home_of(config, job),
         )
+    out = Path(job.out)
     params, profile = split(job.params)
-    training, parent, losses = config.train.with_hyperparameters(params), None, None
+    training = config.train.with_hyperparameters(params)
+    parent = losses = None
     if job.kind == "trial" and training.start == "sensitivity":
-        record = jobs.committed(job_folder(Path(job.out), jobs.SCORES, 0)) or {}
-        losses = {
-            unit: {int(width): loss for width, loss in of_unit.items()}
-            for unit, of_unit in record.get("losses", {}).items()
-        }
-    strategy = STRATEGIES[config.search.strategy]
-    if job.kind == "trial":
-        factor = 1.0 if job.parent is None else strategy.noise_factor
-        training = dataclasses.replace(
-            training,
-            epochs=training.epochs * job.epochs_share,
-            noise_share=training.noise_share * factor,
-        )
+        losses = _sensitivity_losses(out)
     if job.parent is not None:
-        parent = jobs.model_file(job_folder(Path(job.out), "trial", job.parent))
+        parent = jobs.model_file(job_folder(out, "trial", job.parent))
+    strategy = STRATEGIES[config.search.strategy]
     return TrainSpec(
-        train=training,
+        train=_schedule(config, job, training),
         seed=job.seed,
-        quant=quant,
+        quant=_quant(config, job),
         budget=dict(job.budget) or None,
-        float_model=float_file,
+        float_model=jobs.model_file(job_folder(out, "float", 0)),
         parent=parent,
         profile=profile or None,
         pause=_pause(config, job),
@@ -69,19 +52,54 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
     )
 
 
+def _quant(config: SweepConfig, job: Job) -> QuantConfig:
+    """Return the quantization of a job; a baseline uses LSQ at one fixed bit-width."""
+    quant = config.quant
+    if job.kind != "baseline":
+        return quant
+    return dataclasses.replace(
+        quant,
+        quantizer="lsq",
+        weights=dataclasses.replace(quant.weights, bits=(job.number,)),
+        activations=dataclasses.replace(quant.activations, bits=(job.number,)),
+    )
+
+
+def _schedule(config: SweepConfig, job: Job, training: TrainConfig) -> TrainConfig:
+    """Shorten a trial's training and scale its noise phase as the strategy demands."""
+    if job.kind != "trial":
+        return training
+    strategy = STRATEGIES[config.search.strategy]
+    factor = 1.0 if job.parent is None else strategy.noise_factor
+    return dataclasses.replace(
+        training,
+        epochs=training.epochs * job.epochs_share,
+        noise_share=training.noise_share * factor,
+    )
+
+
+def _sensitivity_losses(out: Path) -> dict[str, dict[int, float]]:
+    """Return the loss of each unit at each bit-width, as the `sensitivity` job measured it."""
+    record = jobs.committed(job_folder(out, jobs.SCORES, 0)) or {}
+    return {
+        unit: {int(width): loss for width, loss in of_unit.items()}
+        for unit, of_unit in record.get("losses", {}).items()
+    }
+
+
 def home_of(config: SweepConfig, job: Job) -> str | None:
-    """Where a job's model and checkpoints lie, if not in its folder."""
+    """Return where a job's model and checkpoints are stored, or None for the job's folder."""
     place = job.folder.relative_to(job.out)
     return blobs.within(config.checkpoints, config.name, *place.parts)
 
 
 def _pause(config: SweepConfig, job: Job) -> float | None:
-    """The share of the steps after which a job pauses."""
+    """Return the fraction of the steps after which a job pauses at a rung, or None."""
     rungs = STRATEGIES[config.search.strategy].rungs
     return rungs[job.rung] if job.kind == "trial" and job.rung < len(rungs) else None
 
 
 def training_device(config: SweepConfig) -> torch.device:
-    """Where this process trains: on its first GPU, if trials get one and there is one."""
-    wanted = config.resources.gpus > 0 and torch.cuda.is_available()
-    return torch.device("cuda" if wanted else "cpu")
+    """Return this process's first GPU if trials are assigned GPUs and one exists, else the CPU."""
+    use_gpu = config.resources.gpus > 0 and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")

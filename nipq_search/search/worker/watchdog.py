@@ -1,4 +1,4 @@
-"""What is around an attempt: its output goes to a file, and it ends in time."""
+"""Context managers around an attempt: one captures its output, one enforces its time limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger("nipq_search")
 
 @contextlib.contextmanager
 def captured(path: Path) -> Iterator[None]:
-    """Send what the attempt prints and logs to its own file."""
+    """Append everything that the attempt prints or logs to a file."""
     with path.open("a", buffering=1) as file:
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -28,9 +28,10 @@ def captured(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watchdog(path: Path, minutes: float | None) -> Iterator[None]:
-    """End this process, with a stack trace in `path`, if the attempt outlasts its minutes.
+    """End this process and write a stack trace to `path` if the attempt exceeds its time limit.
 
-    A thread in C does it, so it works in an endless loop that never gives up the interpreter.
+    A C thread enforces the limit, so it also interrupts a loop that never releases the
+    interpreter lock.
     """
     if minutes is None:
         yield

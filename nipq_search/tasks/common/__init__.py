@@ -1,4 +1,4 @@
-"""Helpers that several tasks share: argument checks, splits, files of installed packages.
+"""Helpers that several tasks share: checks and sections of arguments, splits, packaged files.
 
-Imports nothing else of the tasks.
+Start reading in `sections.py`. Imports no other package of the tasks.
 """

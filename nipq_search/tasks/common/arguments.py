@@ -1,4 +1,4 @@
-"""Checks of the arguments of tasks: one line each for whatever is wrong."""
+"""Checks of task arguments; each one raises `UserError` with a message about `task_args.<key>`."""
 
 from __future__ import annotations
 
@@ -10,136 +10,201 @@ from nipq_search.errors import UserError, nearest
 from nipq_search.tasks.common.package_files import PREFIX
 
 
-def refuse(key: str, problem: str) -> UserError:
-    """The error about one argument."""
+def argument_error(key: str, problem: str) -> UserError:
+    """Return the error about one argument of a task."""
     return UserError(f"task_args.{key}: {problem}")
 
 
 def positive(key: str, value: Any) -> int:
-    """`value` as an integer of 1 or more."""
+    """Return `value` if it is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise refuse(key, f"{value!r} is not an integer of 1 or more")
+        raise argument_error(key, f"{value!r} is not an integer of 1 or more")
     return value
 
 
 def integer(key: str, value: Any, low: int, high: int) -> int:
-    """`value` as an integer from `low` to `high`."""
+    """Check an integer argument.
+
+    Args:
+        key: name of the argument.
+        value: its value.
+        low: smallest valid value.
+        high: largest valid value.
+
+    Returns:
+        The value.
+
+    Raises:
+        UserError: the value is not an integer in this range.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise refuse(key, f"{value!r} is not an integer from {low} to {high}")
+        raise argument_error(key, f"{value!r} is not an integer from {low} to {high}")
     return value
 
 
-def most(key: str, value: Any) -> int | None:
-    """`value` as an integer of 1 or more, or None for no limit."""
+def sample_limit(key: str, value: Any) -> int | None:
+    """Return `value` if it is a positive integer, or None for no limit."""
     return None if value is None else positive(key, value)
 
 
-def check_most(key: str, wanted: int | None, there: int) -> None:
-    """Raise `UserError` where more samples are asked for than there are."""
-    if wanted is not None and wanted > there:
-        raise refuse(key, f"{wanted} is more than the {there} there are")
+def check_limit(key: str, limit: int | None, available: int) -> None:
+    """Check that a limit does not exceed the number of samples.
+
+    Args:
+        key: name of the argument.
+        limit: maximum number of samples to use; None means no limit.
+        available: number of samples in the data.
+
+    Raises:
+        UserError: the limit exceeds the number of samples.
+    """
+    if limit is not None and limit > available:
+        raise argument_error(key, f"{limit} exceeds the {available} available samples")
 
 
 def text(key: str, value: Any) -> str:
-    """`value` if it is text and not empty."""
+    """Return `value` if it is a non-empty string."""
     if not isinstance(value, str) or not value:
-        raise refuse(key, f"{value!r} is not a name")
+        raise argument_error(key, f"{value!r} is not a name")
     return value
 
 
 def number(key: str, value: Any, low: float, high: float = float("inf")) -> float:
-    """`value` as a number in [low, high]."""
+    """Check a numeric argument.
+
+    Args:
+        key: name of the argument.
+        value: its value.
+        low: smallest valid value.
+        high: largest valid value.
+
+    Returns:
+        The value as a float.
+
+    Raises:
+        UserError: the value is not a number in this range.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         limits = f"of {low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
-        raise refuse(key, f"{value!r} is not a number {limits}")
+        raise argument_error(key, f"{value!r} is not a number {limits}")
     return float(value)
 
 
 def one_of(key: str, value: Any, known: Iterable[str]) -> str:
-    """`value` if it is one of the known words."""
+    """Check an argument with a fixed set of values.
+
+    Args:
+        key: name of the argument.
+        value: its value.
+        known: the valid values.
+
+    Returns:
+        The value.
+
+    Raises:
+        UserError: the value is not one of `known`.
+    """
     names = list(known)
     if value not in names:
-        raise refuse(key, f"'{value}' is unknown{nearest(str(value), names)}")
+        raise argument_error(key, f"'{value}' is unknown{nearest(str(value), names)}")
     return str(value)
 
 
-def word(key: str, value: Any) -> str:
-    """`value` as text, if there is any."""
+def text_or_integer(key: str, value: Any) -> str:
+    """Return `value` as a string if it is a non-empty string or an integer."""
     if not isinstance(value, str | int) or value == "":
-        raise refuse(key, f"{value!r} is not a name")
+        raise argument_error(key, f"{value!r} is not a name")
     return str(value)
 
 
 def flag(key: str, value: Any) -> bool:
-    """`value` if it is true or false."""
+    """Return `value` if it is a Boolean."""
     if not isinstance(value, bool):
-        raise refuse(key, f"{value!r} is neither true nor false")
+        raise argument_error(key, f"{value!r} is neither true nor false")
     return value
 
 
 def seed(key: str, value: Any) -> int:
-    """`value` as a seed of numpy's generators."""
+    """Return `value` if it is a valid seed of numpy's generators."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        raise refuse(key, f"{value!r} is not an integer from 0 to {2**32 - 1}")
+        raise argument_error(key, f"{value!r} is not an integer from 0 to {2**32 - 1}")
     return value
 
 
 def names(key: str, value: Any) -> tuple[str, ...] | None:
-    """`value`, a list of different names, as a tuple; or None."""
+    """Return a list of distinct names as a tuple, or None for None."""
     if value is None:
         return None
     if isinstance(value, list | tuple):
-        found = tuple(word(key, name) for name in value)
+        found = tuple(text_or_integer(key, name) for name in value)
         if found and len(set(found)) == len(found):
             return found
-    raise refuse(key, f"{value!r} is not a list of different names")
+    raise argument_error(key, f"{value!r} is not a list of distinct names")
 
 
 def mapping(key: str, value: Any) -> dict[str, Any] | None:
-    """`value` as a mapping, or None."""
+    """Return a mapping as a dict, or None for None."""
     if value is not None and not isinstance(value, Mapping):
-        raise refuse(key, f"{value!r} is not a mapping")
+        raise argument_error(key, f"{value!r} is not a mapping")
     return None if value is None else dict(value)
 
 
-def place(path: str) -> str:
-    """A path or pattern that means the same in every working directory."""
+def absolute(path: str) -> str:
+    """Return a path or pattern in a form that does not depend on the working directory."""
     return path if path.startswith(PREFIX) else str(Path(path).expanduser().absolute())
 
 
 def paths(key: str, value: Any) -> tuple[str, ...]:
-    """`value`, a path or a list of them, as a tuple."""
+    """Return a path or a list of paths as a tuple of absolute paths."""
     found = (value,) if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not found:
-        raise refuse(key, f"{value!r} is neither a path nor a list of paths")
+        raise argument_error(key, f"{value!r} is neither a path nor a list of paths")
     if not all(isinstance(path, str) and path for path in found):
-        raise refuse(key, f"{value!r} holds something that is no path")
-    return tuple(place(path) for path in found)
+        raise argument_error(key, f"{value!r} contains an entry that is not a path")
+    return tuple(absolute(path) for path in found)
 
 
-def distinct(key: str, files: Iterable[Any], others: Iterable[Any]) -> None:
-    """Raise `UserError` where a file stands in two splits."""
+def check_disjoint(key: str, files: Iterable[Any], others: Iterable[Any]) -> None:
+    """Check that a split shares no file with the validation split.
+
+    Args:
+        key: name of the argument that lists the split's files.
+        files: files of the split.
+        others: files of the validation split.
+
+    Raises:
+        UserError: a file is in both.
+    """
     shared = sorted(str(file) for file in set(files) & set(others))
     if shared:
-        raise refuse(key, f"{shared[0]} validates already; a file belongs to one split")
+        raise argument_error(
+            key, f"{shared[0]} is in the validation split already; use a file in one split only"
+        )
 
 
-Part = float | tuple[str, ...]
-"""Where a split comes from: a share of the data, or files of its own."""
+SplitSource = float | tuple[str, ...]
+"""Origin of a split: a share of the data, or separate files."""
 
 
-def parts(validation: Any, test: Any) -> tuple[Part, Part]:
-    """`validation` and `test`, each a share in (0, 1) or paths; some data are left to train."""
-    found: list[Part] = []
+def split_sources(validation: Any, test: Any) -> tuple[SplitSource, SplitSource]:
+    """Return the origins of the validation and test splits.
+
+    Each argument is a share in (0, 1), a path, or a list of paths.
+
+    Raises:
+        UserError: an argument has another type, the shares leave no training data, or a file is
+            in both splits.
+    """
+    found: list[SplitSource] = []
     for key, value in (("validation", validation), ("test", test)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             found.append(paths(key, value))
         elif 0 < value < 1:
             found.append(float(value))
         else:
-            raise refuse(key, f"{value!r} is not a share between 0 and 1, nor a path")
-    if sum(part for part in found if isinstance(part, float)) >= 1:
-        raise refuse("validation", "together with test it leaves nothing to train")
-    if not any(isinstance(part, float) for part in found):
-        distinct("test", paths("test", test), paths("validation", validation))
+            raise argument_error(key, f"{value!r} is neither a share between 0 and 1 nor a path")
+    if sum(source for source in found if isinstance(source, float)) >= 1:
+        raise argument_error("validation", "together with test it leaves no training data")
+    if not any(isinstance(source, float) for source in found):
+        check_disjoint("test", paths("test", test), paths("validation", validation))
     return found[0], found[1]

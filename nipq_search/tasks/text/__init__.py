@@ -1,4 +1,4 @@
 """Text classification and language modeling with models of transformers.
 
-Start reading in `classification.py` or `language_modeling.py`. Imports `base` and `common`.
+Start reading in `classification.py` or `language_modeling.py`. Imports only `base` and `common`.
 """

@@ -1,9 +1,10 @@
-"""Classification of texts, or of pairs of them, with a pretrained encoder of transformers."""
+"""The task `text_classification`: single texts or pairs, with an encoder of transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,45 +12,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nipq_search.tasks.base import check_batch_size, evaluating, named_split
-from nipq_search.tasks.common.arguments import (
-    flag,
-    integer,
-    mapping,
-    most,
-    names,
-    number,
-    one_of,
-    parts,
-    paths,
-    refuse,
-    seed,
-    word,
-)
-from nipq_search.tasks.common.package_files import needed
+from nipq_search.tasks.common.arguments import argument_error, number, one_of
+from nipq_search.tasks.common.extras import requires_extra
 from nipq_search.tasks.text.language_models import (
     ModelSource,
     hidden_loss,
     load_model,
     load_tokenizer,
 )
-from nipq_search.tasks.text.splits import SplitRules, split_rows
-from nipq_search.tasks.text.table import Columns, Row, read_rows
-from nipq_search.tasks.text.tokens import TextBatches, TokenSplit, digest_tokens, tokenize
+from nipq_search.tasks.text.splits import TextSplits, split_rows
+from nipq_search.tasks.text.table import Row, TextTable, read_rows
+from nipq_search.tasks.text.tokens import (
+    TextBatches,
+    TextLengths,
+    TokenSplit,
+    digest_tokens,
+    tokenize,
+)
 
 Batch = tuple[Tensor, ...]
 
-LEAST_LENGTH = 8
-"""With fewer tokens, some of them special, hardly any text would be left."""
-
 METRICS = ("accuracy", "f1", "matthews")
-"""Figures that may select: share of hits, mean F1 of the classes, Matthews correlation."""
+"""Metrics that can be maximized: accuracy, mean F1 of the classes, Matthews correlation."""
 
 
 class EncoderClassifier(nn.Module):
-    """Encoder, mean over the tokens that are no padding, linear head."""
+    """An encoder, the mean over all tokens except padding, and a linear head."""
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
-        """Put a new head on `encoder`, whose states have `width` channels."""
+        """Add a new head to an encoder.
+
+        Args:
+            encoder: a model of transformers without head.
+            width: channels of its hidden states.
+            classes: number of outputs.
+        """
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(width, classes)
@@ -62,7 +59,18 @@ class EncoderClassifier(nn.Module):
         *,
         hidden: bool = False,
     ) -> Any:
-        """Logits (B, C); with `hidden` also the states (B, L, H), embeddings and every layer."""
+        """Compute the logits of a batch.
+
+        Args:
+            input_ids: tokens (B, L), int64.
+            attention_mask: (B, L), 1 for tokens and 0 for padding.
+            token_type_ids: index of the text of a pair that a token belongs to, (B, L).
+            hidden: whether to return hidden states as well.
+
+        Returns:
+            Logits (B, C). With `hidden`, also a tuple of hidden states (B, L, H): the embeddings
+            and the output of every layer.
+        """
         more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         output = self.encoder(
             input_ids=input_ids,
@@ -78,187 +86,162 @@ class EncoderClassifier(nn.Module):
         return (logits, output.hidden_states) if hidden else logits
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizedTexts:
+    """The tokenized data of a task.
+
+    Attributes:
+        splits: tokens and labels by split.
+        classes: classes in order.
+        dropped: number of dropped rows by reason.
+        vocabulary: number of tokens of the tokenizer.
+        padding: padding token.
+    """
+
+    splits: Mapping[str, TokenSplit]
+    classes: tuple[str, ...]
+    dropped: Mapping[str, int]
+    vocabulary: int
+    padding: int
+
+
 class TextClassification:
-    """Texts in a table, an encoder with a new head.
+    """Classification of the texts in a table: a pretrained encoder with a new head.
 
     Args:
-        model: folder of a transformers checkpoint, `package://PACKAGE/FOLDER`, or a hub name.
-        path: CSV, TSV or Parquet file, plain or compressed, or `package://PACKAGE/FILE`.
-        text: column of the text.
-        label: column of the class.
-        text_pair: column of a second text.
-        labels: the classes in order; rows with others are dropped. All labels, sorted, if None.
-        group: column whose equal values stay in one split.
-        validation: share of the groups or rows, or a file of the same columns.
-        test: the same.
-        deduplicate: keep the first of equal texts, over all splits.
-        columns: names of all columns of a file without a header line.
-        encoding: of the file.
-        max_length: most tokens of a text; the rest is cut off.
-        example_length: tokens of the text whose cost is counted; `max_length` if None.
-        similar_lengths: train on batches of similar lengths, with less padding.
-        train_samples: how many texts to train on; all by default.
-        split_seed: decides which rows go to which split.
-        train_from_scratch: random weights in place of the checkpoint's.
-        config: overrides of the model's configuration.
-        dropout: every dropout probability; None keeps those of the configuration.
-        hidden_weight: strength with which distillation matches hidden states too.
-        metric: the figure that selects.
+        source: the encoder and its tokenizer.
+        table: the texts and their labels.
+        splits: how rows are divided into splits; the defaults if None.
+        lengths: lengths of the tokenized texts; the defaults if None.
+        hidden_weight: weight of the hidden states' error in the distillation loss.
+        metric: the metric to maximize, one of `METRICS`.
     """
 
     name = "text_classification"
     input_bits: int | None = None
     evaluation_batch = 64
+    argument_sections: ClassVar[Mapping[str, type]] = {
+        "source": ModelSource,
+        "table": TextTable,
+        "splits": TextSplits,
+        "lengths": TextLengths,
+    }
 
     def __init__(
         self,
         *,
-        model: str,
-        path: str,
-        text: str,
-        label: str,
-        text_pair: str | None = None,
-        labels: Sequence[str] | None = None,
-        group: str | None = None,
-        validation: float | str | Sequence[str] = 0.1,
-        test: float | str | Sequence[str] = 0.1,
-        deduplicate: bool = True,
-        columns: Sequence[str] | None = None,
-        encoding: str = "utf-8",
-        max_length: int = 128,
-        example_length: int | None = None,
-        similar_lengths: bool = False,
-        train_samples: int | None = None,
-        split_seed: int = 0,
-        train_from_scratch: bool = False,
-        config: Mapping[str, Any] | None = None,
-        dropout: float | None = 0.0,
+        source: ModelSource,
+        table: TextTable,
+        splits: TextSplits | None = None,
+        lengths: TextLengths | None = None,
         hidden_weight: float = 0.0,
         metric: str = "accuracy",
     ) -> None:
-        """Check and keep the arguments; files are read later."""
+        """Check and store the arguments; files are read later."""
         self.metric = (one_of("metric", metric, METRICS), "max")
-        (self.path,) = paths("path", [path])
-        self.encoding = word("encoding", encoding)
-        self.columns = Columns(
-            text=word("text", text),
-            label=word("label", label),
-            text_pair=None if text_pair is None else word("text_pair", text_pair),
-            group=None if group is None else word("group", group),
-            names=names("columns", columns),
-        )
-        validation_part, test_part = parts(validation, test)
-        self.rules = SplitRules(
-            labels=names("labels", labels),
-            validation=validation_part,
-            test=test_part,
-            deduplicate=flag("deduplicate", deduplicate),
-            train_samples=most("train_samples", train_samples),
-            seed=seed("split_seed", split_seed),
-        )
-        self.max_length = integer("max_length", max_length, LEAST_LENGTH, 1_000_000)
-        self.example_length = self.max_length
-        if example_length is not None:
-            self.example_length = integer("example_length", example_length, 1, self.max_length)
-        self.similar_lengths = flag("similar_lengths", similar_lengths)
+        self.source, self.table = source, table
+        self.splits, self.lengths = splits or TextSplits(), lengths or TextLengths()
         self.hidden_weight = number("hidden_weight", hidden_weight, 0)
-        self.source = ModelSource(
-            name=model,
-            config=mapping("config", config),
-            from_scratch=flag("train_from_scratch", train_from_scratch),
-            dropout=None if dropout is None else number("dropout", dropout, 0, 1),
-        )
-        self._splits: Mapping[str, TokenSplit] | None = None
-        self._facts: dict[str, Any] = {}
+        self._tokenized: TokenizedTexts | None = None
 
     def load_data(self) -> None:
-        """Read and tokenize the data; does nothing the second time."""
-        if self._splits is not None:
+        """Read and tokenize the data; later calls have no effect."""
+        if self._tokenized is not None:
             return
-        with needed(f"task {self.name}", "text"):
+        with requires_extra(f"task {self.name}", "text"):
             import torchmetrics  # noqa: F401
         tokenizer = load_tokenizer(self.source)
-        if self.max_length > tokenizer.model_max_length:
-            raise refuse("max_length", f"the model takes {tokenizer.model_max_length} tokens")
+        length = self.lengths.max_length
+        self._check_length(tokenizer.model_max_length)
 
         def read(path: str, key: str) -> list[Row]:
-            return read_rows(path, key, self.columns, self.encoding)
+            return read_rows(self.table, path, key)
 
-        texts = split_rows(read(self.path, "path"), self.rules, read)
-        splits = {
-            name: tokenize(tokenizer, rows, texts.classes, self.max_length)
-            for name, rows in texts.rows.items()
-        }
+        texts = split_rows(read_rows(self.table), self.table, self.splits, read)
         padding = tokenizer.pad_token_id
-        self._facts = {
-            "classes": list(texts.classes),
-            "dropped": dict(texts.dropped),
-            "vocabulary": len(tokenizer),
-            "padding": 0 if padding is None else int(padding),
-        }
-        self._splits = splits
+        self._tokenized = TokenizedTexts(
+            splits={
+                name: tokenize(tokenizer, rows, texts.classes, length)
+                for name, rows in texts.rows.items()
+            },
+            classes=texts.classes,
+            dropped=texts.dropped,
+            vocabulary=len(tokenizer),
+            padding=0 if padding is None else int(padding),
+        )
+
+    def _check_length(self, limit: int | None) -> None:
+        """Raise `UserError` if texts can be longer than the model allows."""
+        if limit is not None and self.lengths.max_length > limit:
+            raise argument_error("max_length", f"the model accepts at most {limit} tokens")
+
+    def tokenized(self) -> TokenizedTexts:
+        """Return the tokenized data, which the first call reads."""
+        self.load_data()
+        assert self._tokenized is not None
+        return self._tokenized
 
     def split(self, name: str) -> TokenSplit:
-        """The texts of one split, read at the first call; `UserError` for an unknown name."""
-        self.load_data()
-        assert self._splits is not None
-        return named_split(self._splits, name)
-
-    def facts(self) -> dict[str, Any]:
-        """Classes, dropped rows, size of the vocabulary and the token that pads."""
-        self.load_data()
-        return self._facts
+        """Return the texts of one split, or raise `UserError` if the name is unknown."""
+        return named_split(self.tokenized().splits, name)
 
     def dataset(self) -> dict[str, Any]:
-        """Name, sizes and digest of the data, the classes, and how many rows were dropped."""
-        facts = self.facts()
-        assert self._splits is not None
+        """Return name, split sizes, digest, classes, and the number of dropped rows by reason."""
+        data = self.tokenized()
+        classes = list(data.classes)
         return {
             "name": self.name,
-            "splits": {name: len(split) for name, split in self._splits.items()},
-            "digest": digest_tokens(self._splits, facts["classes"]),
-            "classes": facts["classes"],
-            "dropped": facts["dropped"],
+            "splits": {name: len(split) for name, split in data.splits.items()},
+            "digest": digest_tokens(data.splits, classes),
+            "classes": classes,
+            "dropped": dict(data.dropped),
         }
 
     def sample_keys(self, split: str) -> Iterator[bytes]:
-        """The tokens of each text, as bytes."""
+        """Yield the tokens of each text as bytes."""
         found = self.split(split)
         for start, end in zip(found.offsets[:-1], found.offsets[1:], strict=True):
             yield found.ids[start:end].tobytes()
 
     def build_model(self) -> nn.Module:
-        """The checkpoint's encoder with a new head."""
-        facts = self.facts()
-        encoder: Any = load_model(self.source, "AutoModel", facts["vocabulary"])
-        most = getattr(encoder.config, "max_position_embeddings", None)
-        if most is not None and self.max_length > most:
-            raise refuse("max_length", f"the model takes {most} tokens")
-        return EncoderClassifier(encoder, encoder.config.hidden_size, len(facts["classes"]))
+        """Return the checkpoint's encoder with a new head."""
+        data = self.tokenized()
+        encoder: Any = load_model(self.source, "AutoModel", data.vocabulary)
+        self._check_length(getattr(encoder.config, "max_position_embeddings", None))
+        return EncoderClassifier(encoder, encoder.config.hidden_size, len(data.classes))
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """One text of `example_length` tokens without padding: costs are those of this length."""
-        split, length = self.split("train"), self.example_length
+        """Return a text of `example_length` tokens without padding; costs have this length."""
+        split, length = self.split("train"), self.lengths.cost_length
         ids = torch.from_numpy(np.resize(split.ids[:length], length).astype(np.int64))[None]
         example = (ids, torch.ones_like(ids))
         return example if split.types is None else (*example, torch.zeros_like(ids))
 
     def loader(self, split: str, batch_size: int, seed: int | None = None) -> TextBatches:
-        """One epoch; `seed` orders the training split and is unused elsewhere."""
+        """Return one epoch of a split.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            batch_size: texts per batch.
+            seed: seed of the order; only the training split uses it.
+
+        Returns:
+            Batches of tokens, masks and labels.
+        """
         check_batch_size(batch_size)
         return TextBatches(
             split=self.split(split),
             batch_size=batch_size,
-            padding=self.facts()["padding"],
+            padding=self.tokenized().padding,
             seed=seed if split == "train" else None,
-            similar_lengths=self.similar_lengths,
+            similar_lengths=self.lengths.similar_lengths,
         )
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
-        """Logits, and hidden states where distillation wants them.
+        """Return logits, and hidden states if distillation uses them.
 
-        `loss` and `distill_loss` both come here, so a caller may hand in a model that remembers
-        its last output.
+        `loss` and `distill_loss` make the same call, so a caller can pass a model that caches its
+        last output.
         """
         if self.hidden_weight == 0:
             return model(*batch[:-1]), None
@@ -266,14 +249,22 @@ class TextClassification:
         return logits, states
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats."""
+        """Return the mean cross-entropy in nats."""
         return F.cross_entropy(self._forward(model, batch)[0], batch[-1])
 
     def distill_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy with the teacher's probabilities, in nats.
+        """Return the mean cross-entropy with the teacher's probabilities as targets.
 
-        Plus `hidden_weight` times the mean squared error of the hidden states, as a share of the
-        teacher's variance.
+        `hidden_weight` times the error of the hidden states relative to the teacher's variance is
+        added.
+
+        Args:
+            model: the model to train.
+            teacher: the model to imitate.
+            batch: tokens, mask and labels; labels are ignored.
+
+        Returns:
+            A scalar in nats.
         """
         with torch.no_grad():
             wanted, wanted_states = self._forward(teacher, batch)
@@ -284,17 +275,17 @@ class TextClassification:
         return loss
 
     def num_samples(self, batch: Batch) -> int:
-        """Texts in the batch."""
+        """Return the number of texts in a batch."""
         return len(batch[-1])
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """`accuracy`, macro `f1`, `matthews` correlation and mean `loss` in nats of a split."""
-        with needed(f"task {self.name}", "text"):
-            from torchmetrics.functional import classification as figures
+        """Return `accuracy`, macro `f1`, `matthews` correlation and mean `loss` in nats."""
+        with requires_extra(f"task {self.name}", "text"):
+            from torchmetrics.functional import classification as metrics
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         arrays, loader = self.split(split), self.loader(split, self.evaluation_batch)
-        # By length: no batch is wider than it must be.
+        # Batches of similar lengths have the least padding.
         order = np.argsort(arrays.lengths, kind="stable")
         outputs = []
         with evaluating(model):
@@ -305,8 +296,8 @@ class TextClassification:
         logits, labels = torch.cat(outputs), torch.from_numpy(arrays.labels[order])
         classes, hits = logits.shape[1], logits.argmax(dim=1)
         return {
-            "accuracy": float(figures.multiclass_accuracy(hits, labels, classes, average="micro")),
-            "f1": float(figures.multiclass_f1_score(hits, labels, classes, average="macro")),
-            "matthews": float(figures.multiclass_matthews_corrcoef(hits, labels, classes)),
+            "accuracy": float(metrics.multiclass_accuracy(hits, labels, classes, average="micro")),
+            "f1": float(metrics.multiclass_f1_score(hits, labels, classes, average="macro")),
+            "matthews": float(metrics.multiclass_matthews_corrcoef(hits, labels, classes)),
             "loss": float(F.cross_entropy(logits, labels)),
         }

@@ -1,4 +1,4 @@
-"""Running text as blocks of tokens: files, splits, masks, batches."""
+"""Running text as blocks of tokens: its section of arguments, splits, masks and batches."""
 
 from __future__ import annotations
 
@@ -13,31 +13,84 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nipq_search.tasks.common.arguments import Part, check_most, refuse
-from nipq_search.tasks.text.files import read_text
+from nipq_search.tasks.base import SPLITS
+from nipq_search.tasks.common.arguments import (
+    argument_error,
+    check_disjoint,
+    check_limit,
+    paths,
+    positive,
+    text_or_integer,
+)
+from nipq_search.tasks.common.sections import store
+from nipq_search.tasks.text.files import find_files, read_text
+from nipq_search.tasks.text.splits import TextSplits
 
 IGNORED = -100
-"""Target of a position that is not predicted; cross-entropy skips it."""
+"""Target of positions that are not predicted; cross-entropy ignores it."""
 
 Blocks = NDArray[np.int32]
-"""Tokens (N, L). A numpy array, because Ray's object store hands those to every process of a node
-without a copy; read-only then, so nothing here writes to it."""
+"""Tokens (N, L). A numpy array, because Ray's object store shares those between the processes of a
+node without copying. Shared arrays are read-only, so no function writes to them."""
 
 _RUNS = 100
 _CHARACTERS_AT_ONCE = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Frame:
-    """What a tokenizer puts around a text, and between two documents; each may be empty."""
+class Corpus:
+    """Text files and the length of the blocks into which they are cut.
+
+    Attributes:
+        path: text files, folders of them, patterns with `*`, or `package://PACKAGE/FILE`. Files of
+            the validation and test splits are left out.
+        encoding: encoding of the files.
+        block: tokens of a sample.
+    """
+
+    path: str | Sequence[str]
+    encoding: str = "utf-8"
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        """Check every argument and make paths absolute."""
+        store(
+            self,
+            path=paths("path", self.path),
+            encoding=text_or_integer("encoding", self.encoding),
+        )
+        positive("block", self.block)
+
+    def files(self, splits: TextSplits) -> dict[str, list[Path]]:
+        """Return the training files as `path`, and those of splits with separate files.
+
+        Raises:
+            UserError: a path matches no file, no file is left to train, or splits share a file.
+        """
+        files = {"path": find_files(self.path, "task_args.path")}
+        for key, given in splits.files().items():
+            files[key] = find_files(given, f"task_args.{key}")
+            # A folder can contain the files of all splits.
+            files["path"] = [file for file in files["path"] if file not in files[key]]
+        if not files["path"]:
+            raise argument_error(
+                "path", "no file is left to train: validation and test name them all"
+            )
+        check_disjoint("test", files.get("test", ()), files.get("validation", ()))
+        return files
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Tokens before and after a text, and between two documents; each can be empty."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
     between: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Frame:
-        """As the tokenizer treats an empty text."""
+    def of(cls, tokenizer: Any) -> SpecialTokens:
+        """Return the tokens that a tokenizer adds to an empty text, and its separator."""
         around = tuple(tokenizer("")["input_ids"])
         ids = (tokenizer.eos_token_id, tokenizer.sep_token_id)
         between = next(((token,) for token in ids if token is not None), ())
@@ -45,39 +98,44 @@ class Frame:
 
 
 def read_blocks(tokenizer: Any, files: Sequence[Path], encoding: str, length: int) -> Blocks:
-    """Text of all files, one document each, cut into whole blocks; a rest is left out.
+    """Cut the concatenated text of files into blocks; an incomplete last block is dropped.
 
     Args:
-        tokenizer: of transformers.
-        files: text files.
-        encoding: of the files.
-        length: tokens of a block, those around the text included.
+        tokenizer: a tokenizer of transformers.
+        files: text files, one document each.
+        encoding: encoding of the files.
+        length: tokens of a block, including the special tokens around the text.
+
+    Returns:
+        The blocks in order.
 
     Raises:
-        UserError: a file cannot be read or is not of this encoding, or blocks are too short.
+        UserError: a file cannot be read or has another encoding, or blocks are too short.
     """
-    frame = Frame.of(tokenizer)
-    body = length - len(frame.before) - len(frame.after)
+    special = SpecialTokens.of(tokenizer)
+    body = length - len(special.before) - len(special.after)
     if body < 2:
-        raise refuse("block", f"{length} leaves {max(body, 0)} tokens of text; take more")
-    parts: list[NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)]
+        raise argument_error(
+            "block", f"{length} leaves {max(body, 0)} tokens of text; increase it"
+        )
+    pieces: list[NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)]
     for file in files:
-        for piece in _pieces(read_text(file, encoding)):
-            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            parts.append(np.array(ids, dtype=np.int32))
-        parts.append(np.array(frame.between, dtype=np.int32))
-    tokens = np.concatenate(parts)
+        for chunk in _chunks(read_text(file, encoding)):
+            ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+            pieces.append(np.array(ids, dtype=np.int32))
+        pieces.append(np.array(special.between, dtype=np.int32))
+    tokens = np.concatenate(pieces)
     count = len(tokens) // body
     blocks = np.empty((count, length), dtype=np.int32)
-    start = len(frame.before)
-    blocks[:, :start] = frame.before
+    start = len(special.before)
+    blocks[:, :start] = special.before
     blocks[:, start : start + body] = tokens[: count * body].reshape(count, body)
-    blocks[:, start + body :] = frame.after
+    blocks[:, start + body :] = special.after
     return blocks
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """A long text in parts that end with a line: tokenizing all at once takes much memory."""
+def _chunks(text: str) -> Iterator[str]:
+    """Yield a long text in chunks of whole lines, which limits the memory of tokenization."""
     start = 0
     while start < len(text):
         end = text.find("\n", start + _CHARACTERS_AT_ONCE) + 1 or len(text)
@@ -86,68 +144,65 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def split_blocks(
-    blocks: Blocks,
-    validation: Part,
-    test: Part,
-    train_samples: int | None,
-    seed: int,
-    own: Mapping[str, Blocks],
+    blocks: Blocks, splits: TextSplits, own: Mapping[str, Blocks]
 ) -> dict[str, Blocks]:
-    """The splits: shares are made of whole runs of blocks, drawn from all over the text.
+    """Divide blocks into splits; held-out shares consist of whole runs from all over the text.
 
     Args:
-        blocks: of the main text, in order; one of 100 runs at most is the smallest share.
-        validation: share, or anything else where `own` has the split.
-        test: the same.
-        train_samples: how many blocks to train on, or None for all.
-        seed: decides which runs and blocks are drawn.
-        own: splits that have files of their own.
+        blocks: blocks (N, L) of the main text, in order. They form at most 100 runs, and a share
+            has at least one run.
+        splits: how to divide them.
+        own: blocks of the splits with separate files.
+
+    Returns:
+        Blocks of the train, validation and test splits, in this order.
 
     Raises:
         UserError: a split is empty.
     """
-    generator = np.random.RandomState(seed)  # its stream never changes with numpy's version
+    # Unlike default_rng, RandomState has the same stream in every version of numpy.
+    generator = np.random.RandomState(splits.split_seed)
     runs = np.array_split(np.arange(len(blocks)), max(1, min(_RUNS, len(blocks))))
     order = generator.permutation(len(runs))
     found = dict(own)
-    for name, part in (("test", test), ("validation", validation)):
-        if isinstance(part, float):
-            count = max(1, round(part * len(runs)))
-            found[name] = blocks[_gather(runs, order[:count])]
-            order = order[count:]
+    for name, share in splits.shares().items():
+        count = max(1, round(share * len(runs)))
+        found[name] = blocks[_gather(runs, order[:count])]
+        order = order[count:]
     train = _gather(runs, order)
-    if train_samples is not None:
-        check_most("train_samples", train_samples, len(train))
-        train = np.sort(generator.permutation(train)[:train_samples])
+    if splits.train_samples is not None:
+        check_limit("train_samples", splits.train_samples, len(train))
+        train = np.sort(generator.permutation(train)[: splits.train_samples])
     found["train"] = blocks[train]
-    for name in ("train", "validation", "test"):
+    for name in SPLITS:
         if not len(found[name]):
             key = name if name in own else "path"
-            raise refuse(
+            raise argument_error(
                 key,
-                f"too little text: {len(blocks)} blocks, none for {name}; take a smaller block",
+                f"too little text: {len(blocks)} blocks, none for {name}; reduce block",
             )
-    return {name: found[name] for name in ("train", "validation", "test")}
+    return {name: found[name] for name in SPLITS}
 
 
 def _gather(runs: Sequence[NDArray[np.int64]], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers of the blocks in the chosen runs, ascending."""
-    parts = [runs[index] for index in np.sort(chosen)]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    """Return the indices of the blocks in the chosen runs, ascending."""
+    found = [runs[index] for index in np.sort(chosen)]
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Masking:
-    """Hides tokens that are to be predicted, the same number in every block.
+    """Selection and masking of the tokens to predict, the same number in every block.
 
-    Of those, 80 % become the mask token, 10 % a random one, and 10 % stay (Devlin et al., 2019).
+    Of the selected tokens, 80 % become the mask token, 10 % a random token, and 10 % stay as they
+    are (Devlin et al., 2019).
 
     Attributes:
-        share: share of the text's tokens.
+        share: share of the text's tokens to predict.
         token: the mask token.
-        vocabulary: random tokens are below it.
-        first: where the text begins in a block.
-        last: how many tokens follow it.
+        vocabulary: number of tokens; random ones are below it.
+        first: number of special tokens before the text of a block.
+        last: number of special tokens after it.
     """
 
     share: float
@@ -157,7 +212,7 @@ class Masking:
     last: int
 
     def __call__(self, blocks: NDArray[np.int64], generator: np.random.RandomState) -> Any:
-        """Inputs and targets (B, L). A block's draws are the same whatever the batch is."""
+        """Return inputs and targets (B, L). Draws for a block do not depend on the batch size."""
         length = blocks.shape[1]
         body = length - self.first - self.last
         draws = generator.random_sample((*blocks.shape, 3))
@@ -177,13 +232,13 @@ class Masking:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockBatches:
-    """One epoch of blocks, the last partial batch included; each iteration gives the same.
+    """One epoch of blocks, including the last partial batch; every iteration is the same.
 
     Attributes:
         blocks: the tokens.
-        batch_size: blocks in a batch.
-        masking: what is hidden; None predicts each token from those before it.
-        seed: order and masks; None keeps the order and has fixed masks.
+        batch_size: blocks per batch.
+        masking: selection of the masked tokens; None makes each next token the target.
+        seed: seed of order and masks; None keeps the order and uses fixed masks.
     """
 
     blocks: Blocks
@@ -192,11 +247,11 @@ class BlockBatches:
     seed: int | None = None
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return -(-len(self.blocks) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets (B, L), int64; targets that do not count are `IGNORED`."""
+        """Yield inputs and targets (B, L), int64; targets to skip are `IGNORED`."""
         order = np.arange(len(self.blocks))
         if self.seed is not None:
             shuffle = torch.Generator().manual_seed(self.seed)
@@ -213,7 +268,7 @@ class BlockBatches:
 
 
 def digest_blocks(splits: Mapping[str, Blocks]) -> str:
-    """SHA-256 over names, shapes and contents of the splits, in hexadecimal."""
+    """Return the SHA-256 of names, shapes and contents of the splits, in hexadecimal."""
     total = hashlib.sha256()
     for name, blocks in splits.items():
         total.update(f"{name}{blocks.shape}".encode())

@@ -1,10 +1,11 @@
-"""Language models on running text: masked tokens, or the next token."""
+"""The tasks `masked_lm` and `causal_lm`: masked or next tokens of running text."""
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,198 +14,188 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nipq_search.tasks.base import check_batch_size, evaluating, named_split
-from nipq_search.tasks.common.arguments import (
-    distinct,
-    flag,
-    mapping,
-    most,
-    number,
-    parts,
-    paths,
-    positive,
-    refuse,
-    seed,
-    word,
-)
+from nipq_search.tasks.common.arguments import argument_error, number
 from nipq_search.tasks.text.corpus import (
     IGNORED,
     BlockBatches,
     Blocks,
-    Frame,
+    Corpus,
     Masking,
+    SpecialTokens,
     digest_blocks,
     read_blocks,
     split_blocks,
 )
-from nipq_search.tasks.text.files import find_files
 from nipq_search.tasks.text.language_models import (
     ModelSource,
     hidden_loss,
     load_model,
     load_tokenizer,
 )
+from nipq_search.tasks.text.splits import TextSplits
 
 Batch = tuple[Tensor, Tensor]
 
+MAX_EXPONENT = 700.0
+"""Largest mean loss in nats whose exponential, the perplexity, is a finite float."""
+
 
 class TokenPredictor(nn.Module):
-    """A language model of transformers that takes and returns tensors."""
+    """A language model of transformers with tensors as inputs and outputs."""
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        """Wrap `model`, which gets `options` at every call."""
+        """Wrap `model`; `options` are passed to every call."""
         super().__init__()
         self.model = model
         self.options = options
 
     def forward(self, input_ids: Tensor, *, hidden: bool = False) -> Any:
-        """Logits (B, L, V); with `hidden` also the states (B, L, H) of every layer."""
+        """Return logits (B, L, V); with `hidden`, also the hidden states (B, L, H)."""
         output = self.model(
             input_ids=input_ids, output_hidden_states=hidden, return_dict=True, **self.options
         )
         return (output.logits, output.hidden_states) if hidden else output.logits
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizedCorpus:
+    """The tokenized data of a task.
+
+    Attributes:
+        splits: blocks by split.
+        vocabulary: number of tokens of the tokenizer.
+        masking: selection of the masked tokens; None makes each next token the target.
+    """
+
+    splits: Mapping[str, Blocks]
+    vocabulary: int
+    masking: Masking | None
+
+
 class LanguageModeling(abc.ABC):
-    """What both tasks share. Batches are (inputs, targets), both (B, L) int64."""
+    """Base class of both language modeling tasks.
+
+    Batches are (inputs, targets), both (B, L) int64.
+
+    Args:
+        source: the model and its tokenizer.
+        corpus: the text.
+        splits: how blocks are divided into splits; the defaults if None.
+        hidden_weight: weight of the hidden states' error in the distillation loss.
+    """
 
     metric: tuple[str, str] = ("perplexity", "min")
     input_bits: int | None = None
     name: ClassVar[str]
     factory: ClassVar[str]
     evaluation_batch: ClassVar[int] = 16
+    argument_sections: ClassVar[Mapping[str, type]] = {
+        "source": ModelSource,
+        "corpus": Corpus,
+        "splits": TextSplits,
+    }
 
     def __init__(
         self,
         *,
-        model: str,
-        path: str | Sequence[str],
-        encoding: str = "utf-8",
-        block: int = 128,
-        validation: float | str | Sequence[str] = 0.1,
-        test: float | str | Sequence[str] = 0.1,
-        train_samples: int | None = None,
-        split_seed: int = 0,
-        train_from_scratch: bool = False,
-        config: Mapping[str, Any] | None = None,
-        dropout: float | None = 0.0,
+        source: ModelSource,
+        corpus: Corpus,
+        splits: TextSplits | None = None,
         hidden_weight: float = 0.0,
     ) -> None:
-        """Check and keep the arguments; files are read later.
-
-        Args:
-            model: folder of a transformers checkpoint, `package://PACKAGE/FOLDER`, or a hub name.
-            path: text files, folders of them, patterns with `*`, or `package://PACKAGE/FILE`;
-                those that `validation` or `test` name are left out.
-            encoding: of the files.
-            block: tokens of a sample.
-            validation: share of the blocks, or files.
-            test: the same.
-            train_samples: how many blocks to train on; all by default.
-            split_seed: decides which blocks go to which split.
-            train_from_scratch: random weights in place of the checkpoint's.
-            config: overrides of the model's configuration.
-            dropout: every dropout probability; None keeps those of the configuration.
-            hidden_weight: strength with which distillation matches hidden states too.
-        """
-        self.paths, self.encoding = paths("path", path), word("encoding", encoding)
-        self.block = positive("block", block)
-        self.validation, self.test = parts(validation, test)
-        self.train_samples = most("train_samples", train_samples)
-        self.split_seed = seed("split_seed", split_seed)
+        """Check and store the arguments; files are read later."""
+        self.source, self.corpus, self.splits = source, corpus, splits or TextSplits()
         self.hidden_weight = number("hidden_weight", hidden_weight, 0)
-        self.source = ModelSource(
-            name=model,
-            config=mapping("config", config),
-            from_scratch=flag("train_from_scratch", train_from_scratch),
-            dropout=None if dropout is None else number("dropout", dropout, 0, 1),
-        )
-        self._splits: Mapping[str, Blocks] | None = None
-        self._vocabulary = 0
-        self._masking: Masking | None = None
+        self._tokenized: TokenizedCorpus | None = None
 
     def masking(self, tokenizer: Any) -> Masking | None:
-        """What is hidden from the model; None for a model that predicts the next token."""
+        """Return the selection of masked tokens, or None to predict each next token."""
         return None
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model that is trained."""
+        """Return the module to train for a model of transformers."""
         return TokenPredictor(model)
 
     def load_data(self) -> None:
-        """Read and tokenize the text; does nothing the second time."""
-        if self._splits is not None:
+        """Read and tokenize the text; later calls have no effect."""
+        if self._tokenized is not None:
             return
         tokenizer = load_tokenizer(self.source)
-        if self.block > tokenizer.model_max_length:
-            raise refuse("block", f"the model takes {tokenizer.model_max_length} tokens")
-        self._masking, self._vocabulary = self.masking(tokenizer), len(tokenizer)
-
-        files = {"path": find_files(self.paths, "task_args.path")}
-        for key, part in (("validation", self.validation), ("test", self.test)):
-            if not isinstance(part, float):
-                files[key] = find_files(part, f"task_args.{key}")
-                # A folder may hold the files of all splits.
-                files["path"] = [file for file in files["path"] if file not in files[key]]
-        if not files["path"]:
-            raise refuse("path", "no file is left to train: validation and test name them all")
-        distinct("test", files.get("test", ()), files.get("validation", ()))
+        self._check_length(tokenizer.model_max_length)
+        masking = self.masking(tokenizer)
         own = {
-            key: read_blocks(tokenizer, given, self.encoding, self.block)
-            for key, given in files.items()
+            key: read_blocks(tokenizer, files, self.corpus.encoding, self.corpus.block)
+            for key, files in self.corpus.files(self.splits).items()
         }
         blocks = own.pop("path")
-        self._splits = split_blocks(
-            blocks, self.validation, self.test, self.train_samples, self.split_seed, own
+        self._tokenized = TokenizedCorpus(
+            splits=split_blocks(blocks, self.splits, own),
+            vocabulary=len(tokenizer),
+            masking=masking,
         )
 
-    def split(self, name: str) -> Blocks:
-        """The blocks of one split, read at the first call; `UserError` for an unknown name."""
+    def _check_length(self, limit: int | None) -> None:
+        """Raise `UserError` if blocks are longer than the model allows."""
+        if limit is not None and self.corpus.block > limit:
+            raise argument_error("block", f"the model accepts at most {limit} tokens")
+
+    def tokenized(self) -> TokenizedCorpus:
+        """Return the tokenized data, which the first call reads."""
         self.load_data()
-        assert self._splits is not None
-        return named_split(self._splits, name)
+        assert self._tokenized is not None
+        return self._tokenized
+
+    def split(self, name: str) -> Blocks:
+        """Return the blocks of one split, or raise `UserError` if the name is unknown."""
+        return named_split(self.tokenized().splits, name)
 
     def dataset(self) -> dict[str, Any]:
-        """Name, blocks by split and digest of the data."""
-        self.load_data()
-        assert self._splits is not None
+        """Return name, number of blocks by split, and digest of the data."""
+        splits = self.tokenized().splits
         return {
             "name": self.name,
-            "splits": {name: len(blocks) for name, blocks in self._splits.items()},
-            "digest": digest_blocks(self._splits),
+            "splits": {name: len(blocks) for name, blocks in splits.items()},
+            "digest": digest_blocks(splits),
         }
 
     def sample_keys(self, split: str) -> Iterator[bytes]:
-        """The tokens of each block, as bytes."""
+        """Yield the tokens of each block as bytes."""
         return (block.tobytes() for block in self.split(split))
 
     def build_model(self) -> nn.Module:
-        """The checkpoint's model."""
-        self.load_data()
-        model: Any = load_model(self.source, self.factory, self._vocabulary)
-        most = getattr(model.config, "max_position_embeddings", None)
-        if most is not None and self.block > most:
-            raise refuse("block", f"the model takes {most} tokens")
+        """Return the checkpoint's model."""
+        model: Any = load_model(self.source, self.factory, self.tokenized().vocabulary)
+        self._check_length(getattr(model.config, "max_position_embeddings", None))
         return self.wrap(model)
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """The first block of the training split, (1, L)."""
+        """Return the first block of the training split, (1, L)."""
         return (torch.from_numpy(self.split("train")[:1].astype(np.int64)),)
 
     def loader(self, split: str, batch_size: int, seed: int | None = None) -> BlockBatches:
-        """One epoch; `seed` orders and masks the training split and is unused elsewhere."""
+        """Return one epoch of a split.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            batch_size: blocks per batch.
+            seed: seed of order and masks; only the training split uses it.
+
+        Returns:
+            Batches of inputs and targets.
+        """
         check_batch_size(batch_size)
         return BlockBatches(
             blocks=self.split(split),
             batch_size=batch_size,
-            masking=self._masking,
+            masking=self.tokenized().masking,
             seed=seed if split == "train" else None,
         )
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
-        """Logits (N, V) of the predicted positions, and hidden states if they are wanted.
+        """Return logits (N, V) of the predicted positions, and hidden states for distillation.
 
-        `loss` and `distill_loss` both come here, so a caller may hand in a model that remembers
-        its last output.
+        `loss` and `distill_loss` make the same call, so a caller can pass a model that caches its
+        last output.
         """
         inputs, targets = batch
         states = None
@@ -215,15 +206,23 @@ class LanguageModeling(abc.ABC):
         return logits[targets != IGNORED], states
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the predicted tokens in nats."""
+        """Return the mean cross-entropy of the predicted tokens in nats."""
         targets = batch[1]
         return F.cross_entropy(self._forward(model, batch)[0], targets[targets != IGNORED])
 
     def distill_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy with the teacher's probabilities of the predicted tokens, in nats.
+        """Return the mean cross-entropy with the teacher's probabilities as targets.
 
-        Plus `hidden_weight` times the mean squared error of the hidden states, as a share of the
-        teacher's variance.
+        `hidden_weight` times the error of the hidden states relative to the teacher's variance is
+        added.
+
+        Args:
+            model: the model to train.
+            teacher: the model to imitate.
+            batch: inputs and targets; targets only select the predicted positions.
+
+        Returns:
+            A scalar in nats.
         """
         with torch.no_grad():
             wanted, wanted_states = self._forward(teacher, batch)
@@ -235,11 +234,11 @@ class LanguageModeling(abc.ABC):
         return loss
 
     def num_samples(self, batch: Batch) -> int:
-        """Blocks in the batch."""
+        """Return the number of blocks in a batch."""
         return len(batch[0])
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """`perplexity`, mean `loss` in nats and `accuracy` of the predicted tokens of a split."""
+        """Return `perplexity`, mean `loss` in nats and `accuracy` of the predicted tokens."""
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -254,17 +253,22 @@ class LanguageModeling(abc.ABC):
                 hits += (logits.argmax(dim=1) == wanted).sum()
                 count += len(wanted)
         mean = float(loss) / count
-        # Beyond 700 nats the exponential is no number any more.
         return {
-            "perplexity": math.exp(min(mean, 700.0)),
+            "perplexity": math.exp(min(mean, MAX_EXPONENT)),
             "loss": mean,
             "accuracy": int(hits) / count,
         }
 
 
 class MaskedLanguageModeling(LanguageModeling):
-    """A model such as BERT fills in hidden tokens; arguments as in `LanguageModeling`, and
-    `mask_share`, the share of the tokens that is hidden.
+    """Prediction of masked tokens with a model such as BERT.
+
+    Args:
+        source: the model and its tokenizer.
+        corpus: the text.
+        splits: how blocks are divided into splits; the defaults if None.
+        mask_share: share of the tokens to mask.
+        hidden_weight: weight of the hidden states' error in the distillation loss.
     """
 
     name = "masked_lm"
@@ -273,67 +277,52 @@ class MaskedLanguageModeling(LanguageModeling):
     def __init__(
         self,
         *,
-        model: str,
-        path: str | Sequence[str],
-        encoding: str = "utf-8",
-        block: int = 128,
+        source: ModelSource,
+        corpus: Corpus,
+        splits: TextSplits | None = None,
         mask_share: float = 0.15,
-        validation: float | str | Sequence[str] = 0.1,
-        test: float | str | Sequence[str] = 0.1,
-        train_samples: int | None = None,
-        split_seed: int = 0,
-        train_from_scratch: bool = False,
-        config: Mapping[str, Any] | None = None,
-        dropout: float | None = 0.0,
         hidden_weight: float = 0.0,
     ) -> None:
-        """Check and keep the arguments."""
-        super().__init__(
-            model=model,
-            path=path,
-            encoding=encoding,
-            block=block,
-            validation=validation,
-            test=test,
-            train_samples=train_samples,
-            split_seed=split_seed,
-            train_from_scratch=train_from_scratch,
-            config=config,
-            dropout=dropout,
-            hidden_weight=hidden_weight,
-        )
+        """Check and store the arguments; files are read later."""
+        super().__init__(source=source, corpus=corpus, splits=splits, hidden_weight=hidden_weight)
         self.mask_share = number("mask_share", mask_share, 0.001, 1)
 
     def masking(self, tokenizer: Any) -> Masking:
-        """The tokenizer's mask token; `UserError` where it has none."""
+        """Return the selection of masked tokens; the tokenizer must have a mask token."""
         if tokenizer.mask_token_id is None:
-            raise refuse("model", f"the tokenizer in {self.source.name} has no mask token")
-        frame = Frame.of(tokenizer)
+            raise argument_error(
+                "model", f"the tokenizer in {self.source.model} has no mask token"
+            )
+        special = SpecialTokens.of(tokenizer)
         return Masking(
             share=self.mask_share,
             token=int(tokenizer.mask_token_id),
             vocabulary=len(tokenizer),
-            first=len(frame.before),
-            last=len(frame.after),
+            first=len(special.before),
+            last=len(special.after),
         )
 
 
 class CausalLanguageModeling(LanguageModeling):
-    """A model such as GPT predicts each token from those before it."""
+    """Prediction of each token from the previous ones with a model such as GPT."""
 
     name = "causal_lm"
     factory = "AutoModelForCausalLM"
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model without its cache; `UserError` if it looks ahead."""
+        """Return the module to train, without a cache.
+
+        Raises:
+            UserError: the model's predictions depend on later tokens.
+        """
         predictor = TokenPredictor(model, use_cache=False)
-        ids = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 3]]) % self._vocabulary
+        ids = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 3]]) % self.tokenized().vocabulary
         with evaluating(predictor):
             one, other = predictor(ids)
         if not torch.allclose(one[:3], other[:3], atol=1e-4):
-            raise refuse(
+            raise argument_error(
                 "model",
-                "it sees the tokens that it is to predict; take a decoder, or set "
+                "its predictions depend on later tokens; use a decoder, or set "
                 "`config: {is_decoder: true}`",
             )
         return predictor

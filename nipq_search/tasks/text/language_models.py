@@ -1,6 +1,6 @@
-"""Transformers' models and tokenizers from a folder, an installed package or the hub.
+"""Models and tokenizers of transformers from a folder, an installed package or the hub.
 
-Checkpoints that lack weights are refused, where transformers would fill in random ones.
+Checkpoints with missing weights are rejected; transformers would initialize these at random.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from nipq_search.errors import UserError, nearest, one_line
 from nipq_search.tasks.base import unreadable
-from nipq_search.tasks.common.arguments import refuse
-from nipq_search.tasks.common.hub import hub, silent
-from nipq_search.tasks.common.package_files import PREFIX, anchored, needed, resolve
+from nipq_search.tasks.common.arguments import argument_error, flag, mapping, number
+from nipq_search.tasks.common.extras import requires_extra
+from nipq_search.tasks.common.hub import hub_access, unreachable_reason
+from nipq_search.tasks.common.package_files import PREFIX, absolute_if_exists, resolve_path
+from nipq_search.tasks.common.sections import store
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,34 +30,38 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-"""A tokenizer's folder holds at least one of these."""
+"""Files of a tokenizer; its folder contains at least one of them."""
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+"""Patterns of the files that contain the weights of a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Which model, and how it is changed.
+    """A checkpoint of transformers and the changes to its configuration.
 
     Attributes:
-        name: a folder, `package://PACKAGE/FOLDER`, or a name on the hub. Its tokenizer is used.
-        config: overrides of the model's configuration; with `model_type` a whole one.
-        from_scratch: random weights in place of the checkpoint's.
-        dropout: every dropout probability; None keeps those of the configuration.
+        model: folder of the checkpoint, `package://PACKAGE/FOLDER`, or a name on the hub. Its
+            tokenizer is used.
+        config: overrides of the model's configuration; with `model_type`, a complete
+            configuration.
+        train_from_scratch: start from random weights instead of those of the checkpoint.
+        dropout: value of every dropout probability; None keeps those of the configuration.
     """
 
-    name: str
+    model: str
     config: Mapping[str, Any] | None = None
-    from_scratch: bool = False
+    train_from_scratch: bool = False
     dropout: float | None = 0.0
 
     def __post_init__(self) -> None:
-        """Make a folder's name absolute; `UserError` for a whole configuration without
-        `from_scratch`.
-        """
-        object.__setattr__(self, "name", anchored(self.name))
-        if self.config is not None and "model_type" in self.config and not self.from_scratch:
-            raise refuse(
+        """Check every argument and make the path of a folder absolute."""
+        flag("train_from_scratch", self.train_from_scratch)
+        if self.dropout is not None:
+            store(self, dropout=number("dropout", self.dropout, 0, 1))
+        store(self, model=absolute_if_exists(self.model), config=mapping("config", self.config))
+        if self.config and "model_type" in self.config and not self.train_from_scratch:
+            raise argument_error(
                 "config",
                 "with model_type it describes a new model: set train_from_scratch to true, or "
                 "remove model_type to change the checkpoint's own configuration",
@@ -63,33 +69,41 @@ class ModelSource:
 
 
 def transformers() -> Any:
-    """The library; `UserError` where it is not installed."""
-    with needed("a text task", "text"):
+    """Return the module `transformers`, or raise `UserError` if it is not installed."""
+    with requires_extra("a text task", "text"):
         import transformers
     return transformers
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer; `UserError` where there is none."""
+    """Return the model's tokenizer.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded or has no vocabulary.
+    """
     place, options = _locate(source)
     if isinstance(place, Path) and not any((place / name).is_file() for name in TOKENIZER_FILES):
-        raise refuse("model", f"no tokenizer in {place}: none of {', '.join(TOKENIZER_FILES)}")
+        raise argument_error(
+            "model", f"no tokenizer in {place}: none of {', '.join(TOKENIZER_FILES)}"
+        )
     with _quiet(), _loading(source, "tokenizer"):
         tokenizer = transformers().AutoTokenizer.from_pretrained(str(place), **options)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise refuse("model", f"the tokenizer in {place} has no vocabulary")
+        raise argument_error("model", f"the tokenizer in {place} has no vocabulary")
     return tokenizer
 
 
 def load_config(source: ModelSource, vocabulary: int) -> Any:
-    """The model's configuration with the overrides.
+    """Return the model's configuration with the overrides.
 
     Args:
-        source: which model.
-        vocabulary: size of the tokenizer's; that of a model with a whole configuration of its own.
+        source: the model.
+        vocabulary: number of tokens of the tokenizer, the default size of a complete
+            configuration.
 
     Raises:
-        UserError: there is none, a key is unknown, or the model has fewer embeddings than tokens.
+        UserError: there is no configuration, a key is unknown, or there are fewer embeddings than
+            tokens.
     """
     library = transformers()
     changes = dict(source.config or {})
@@ -101,22 +115,12 @@ def load_config(source: ModelSource, vocabulary: int) -> Any:
     else:
         place, options = _locate(source)
         if isinstance(place, Path) and not (place / "config.json").is_file():
-            raise refuse("model", f"no config.json in {place}; is it a transformers checkpoint?")
+            raise argument_error(
+                "model", f"no config.json in {place}; is it a transformers checkpoint?"
+            )
         with _quiet(), _loading(source, "configuration"):
             config = library.AutoConfig.from_pretrained(str(place), **options, **changes)
-    # A configuration keeps every key that it is given, so a new one knows which it has by itself.
-    known = {*type(config)().to_dict(), *config.attribute_map}
-    for key in changes:
-        if key not in known:
-            hint = nearest(key, known)
-            hint = hint if "did you mean" in hint else ""
-            raise refuse(f"config.{key}", f"{config.model_type} models have no such key{hint}")
-    if config.is_encoder_decoder:
-        raise refuse("model", f"{config.model_type} is an encoder-decoder; those are unsupported")
-    if config.vocab_size < vocabulary:
-        raise refuse(
-            "model", f"{config.vocab_size} embeddings for a tokenizer of {vocabulary} tokens"
-        )
+    _check_config(config, changes, vocabulary)
     if source.dropout is not None:
         for key, value in config.to_dict().items():
             if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, int | float):
@@ -124,30 +128,56 @@ def load_config(source: ModelSource, vocabulary: int) -> Any:
     return config
 
 
+def _check_config(config: Any, changes: Mapping[str, Any], vocabulary: int) -> None:
+    """Raise `UserError` for unknown keys, encoder-decoders and missing embeddings."""
+    # A configuration accepts any key, so the known ones are those of a default configuration.
+    known = {*type(config)().to_dict(), *config.attribute_map}
+    for key in changes:
+        if key not in known:
+            hint = nearest(key, known)
+            hint = hint if "did you mean" in hint else ""
+            raise argument_error(
+                f"config.{key}", f"{config.model_type} models have no such key{hint}"
+            )
+    if config.is_encoder_decoder:
+        raise argument_error(
+            "model", f"{config.model_type} is an encoder-decoder; those are unsupported"
+        )
+    if config.vocab_size < vocabulary:
+        raise argument_error(
+            "model", f"{config.vocab_size} embeddings for a tokenizer of {vocabulary} tokens"
+        )
+
+
 def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
-    """The model in float32.
+    """Return the model in float32, in training mode.
 
     Args:
-        source: which model.
-        factory: name of transformers' class, such as `AutoModel`.
-        vocabulary: size of the tokenizer's.
+        source: the model.
+        factory: class of transformers that loads it, such as `AutoModel`.
+        vocabulary: number of tokens of the tokenizer.
+
+    Returns:
+        The model without its pooler.
 
     Raises:
-        UserError: no such model, or the checkpoint does not hold all of its weights.
+        UserError: there is no such model, or the checkpoint lacks weights.
     """
     library = transformers()
     config = load_config(source, vocabulary)
     maker = getattr(library, factory)
     if type(config) not in maker._model_mapping:
-        raise refuse("model", f"{config.model_type} models are no kind of {factory}")
-    if source.from_scratch:
+        raise argument_error("model", f"{factory} does not support {config.model_type} models")
+    if source.train_from_scratch:
         with _quiet(), _loading(source, "model"):
-            return _finished(maker.from_config(config, dtype=torch.float32))
+            return _without_pooler(maker.from_config(config, dtype=torch.float32))
     place, options = _locate(source)
     if isinstance(place, Path) and not any(any(place.glob(name)) for name in WEIGHT_FILES):
-        raise refuse("model", f"no weights in {place}; set train_from_scratch for random ones")
+        raise argument_error(
+            "model", f"no weights in {place}; set train_from_scratch for random ones"
+        )
     with _quiet(), _loading(source, "model"):
-        # transformers says of files that may not be read that they are not there.
+        # transformers reports files without read permission as missing.
         for file in place.iterdir() if isinstance(place, Path) else ():
             if file.is_file():
                 file.open("rb").close()
@@ -156,45 +186,53 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
+            ignore_mismatched_sizes=True,  # reported by _check_weights
             **options,
         )
+    _check_weights(source, model, info)
+    return _without_pooler(model)
+
+
+def _check_weights(source: ModelSource, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Raise `UserError` for weights of other shapes, missing weights, NaN and infinity."""
     if wrong := sorted(info["mismatched_keys"]):
-        key, there, here = wrong[0]
-        raise refuse(
+        key, found, expected = wrong[0]
+        raise argument_error(
             "model",
-            f"{source.name}: {key} has shape {tuple(there)} in the checkpoint and {tuple(here)} "
-            "in the configuration; take the configuration that belongs to the weights",
+            f"{source.model}: {key} has shape {tuple(found)} in the checkpoint and "
+            f"{tuple(expected)} in the configuration; use the configuration of these weights",
         )
-    # The pooler on top of the first token is removed below, so nobody misses it.
+    # Missing weights of the pooler do no harm, because the pooler is removed.
     missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
     if missing:
         names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-        raise refuse(
+        raise argument_error(
             "model",
             f"the checkpoint lacks {len(missing)} weights of {type(model).__name__}: {names}; "
-            "take a checkpoint of such a model, or set train_from_scratch",
+            "use a checkpoint of such a model, or set train_from_scratch",
         )
     for key, value in model.named_parameters():
         if not torch.isfinite(value).all():
-            raise refuse("model", f"{source.name}: weights are not finite: {key}")
-    return _finished(model)
+            raise argument_error("model", f"{source.model}: weights are not finite: {key}")
 
 
-def _finished(model: nn.Module) -> nn.Module:
-    """Without the pooler, which no task reads."""
+def _without_pooler(model: nn.Module) -> nn.Module:
+    """Remove the pooler, which no task uses, and set training mode."""
     if getattr(model, "pooler", None) is not None:
         model.register_module("pooler", None)
     return model.train()
 
 
 def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-    """Mean squared error of hidden states over the teacher's variance, averaged over layers.
+    """Return the squared error of hidden states relative to the teacher's variance.
 
     Args:
-        student: hidden states (B, L, H), the embeddings first, which are left out.
-        teacher: the same of the teacher.
-        mask: (B, L), 1 where a token counts.
+        student: hidden states (B, L, H), starting with the embeddings, which are ignored.
+        teacher: hidden states of the teacher.
+        mask: (B, L), 1 for tokens that count.
+
+    Returns:
+        Mean over the layers, a scalar.
     """
     weight = mask.unsqueeze(-1).float()
     total = torch.zeros((), device=student[0].device)
@@ -209,50 +247,52 @@ def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: 
 
 
 def _locate(source: ModelSource) -> tuple[Path | str, dict[str, Any]]:
-    """A folder or a hub name, and options of `from_pretrained`."""
+    """Return the folder or hub name of a model, and options of `from_pretrained`."""
     options: dict[str, Any] = {"trust_remote_code": False}
-    place = resolve(source.name, "task_args.model")
+    place = resolve_path(source.model, "task_args.model")
     if place.is_dir():
-        # transformers asks the hub about some folders unless told not to.
+        # Without this option, transformers queries the hub for some folders.
         return place, {**options, "local_files_only": True}
-    name = source.name
+    name = source.model
     is_path = name.startswith((PREFIX, ".", "/", "~")) or name.count("/") > 1
     if is_path or place.exists():
-        raise refuse("model", f"no folder {place}")
+        raise argument_error("model", f"no folder {place}")
     return name, options
 
 
 @contextlib.contextmanager
 def _loading(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises into one line."""
+    """Turn any exception of transformers into a `UserError` of one line."""
     try:
         yield
     except UserError:
         raise
     except PermissionError as error:
-        raise refuse("model", unreadable(error)) from error
+        raise argument_error("model", unreadable(error)) from error
     except Exception as error:
         reason = one_line(error)
         kinds = (OSError, ConnectionError)
-        if isinstance(error, kinds) and not resolve(source.name, "task_args.model").is_dir():
-            raise refuse(
+        if isinstance(error, kinds) and not resolve_path(source.model, "task_args.model").is_dir():
+            raise argument_error(
                 "model",
-                f"'{source.name}' is no folder here, and the hub did not give its {what} "
-                f"({silent() or reason}); name a folder, or fetch the model where there is a "
-                "network",
+                f"'{source.model}' is not a local folder, and its {what} could not be downloaded "
+                f"from the hub ({unreachable_reason() or reason}); name a folder, or download the "
+                "model on a machine with network access",
             ) from error
-        raise refuse("model", f"{source.name}: the {what} cannot be loaded: {reason}") from error
+        raise argument_error(
+            "model", f"{source.model}: the {what} cannot be loaded: {reason}"
+        ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars and reports of the library: what is wrong is raised here."""
+    """Suppress progress bars and log messages of transformers, whose errors are raised anyway."""
     logging = transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        with hub():
+        with hub_access():
             yield
     finally:
         logging.set_verbosity(level)

@@ -1,4 +1,4 @@
-"""Labelled texts into three splits that share neither a text nor a group."""
+"""Division of labeled texts into three splits that share neither a text nor a group."""
 
 from __future__ import annotations
 
@@ -12,38 +12,61 @@ import numpy as np
 
 from nipq_search.errors import nearest
 from nipq_search.tasks.base import SPLITS
-from nipq_search.tasks.common.arguments import Part, check_most, refuse
+from nipq_search.tasks.common.arguments import (
+    argument_error,
+    check_limit,
+    sample_limit,
+    seed,
+    split_sources,
+)
 from nipq_search.tasks.common.arrays import stratified
-from nipq_search.tasks.text.table import Row
+from nipq_search.tasks.common.sections import store
+from nipq_search.tasks.text.table import Row, TextTable
 
-MOST_CLASSES = 1000
-"""More distinct labels than this are taken for a mistake in the column's name."""
+MAX_CLASSES = 1000
+"""Maximum number of distinct labels; a column with more is probably the wrong one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitRules:
-    """How rows become splits.
+class TextSplits:
+    """How texts are divided into splits.
 
     Attributes:
-        labels: the classes in order, rows with other labels being dropped; None for all labels.
-        validation: share of the groups, or of the rows where there are none; or files.
-        test: the same.
-        deduplicate: keep the first of equal texts.
-        train_samples: how many rows to train on, or None for all.
-        seed: decides which rows go where.
+        validation: share of the samples to hold out, or of the groups if there are any; or the
+            file or files of the split.
+        test: the same for the test split.
+        train_samples: maximum number of training samples; None uses all.
+        split_seed: seed of the division.
     """
 
-    labels: tuple[str, ...] | None
-    validation: Part
-    test: Part
-    deduplicate: bool
-    train_samples: int | None
-    seed: int
+    validation: float | str | Sequence[str] = 0.1
+    test: float | str | Sequence[str] = 0.1
+    train_samples: int | None = None
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every argument and make paths absolute."""
+        validation, test = split_sources(self.validation, self.test)
+        store(self, validation=validation, test=test)
+        sample_limit("train_samples", self.train_samples)
+        seed("split_seed", self.split_seed)
+
+    def shares(self) -> dict[str, float]:
+        """Return the shares to hold out, by split, except for splits with separate files."""
+        values = {"test": self.test, "validation": self.validation}
+        return {name: value for name, value in values.items() if isinstance(value, float)}
+
+    def files(self) -> dict[str, tuple[str, ...]]:
+        """Return the paths of the splits with separate files."""
+        values = {"validation": self.validation, "test": self.test}
+        return {
+            name: tuple(value) for name, value in values.items() if not isinstance(value, float)
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledTexts:
-    """Rows by split, the classes in order, and how many rows were left out, by reason."""
+class LabeledTexts:
+    """Rows by split, the classes in order, and the number of dropped rows by reason."""
 
     rows: Mapping[str, Sequence[Row]]
     classes: tuple[str, ...]
@@ -51,74 +74,76 @@ class LabelledTexts:
 
 
 def split_rows(
-    rows: Sequence[Row], rules: SplitRules, read: Callable[[str, str], list[Row]]
-) -> LabelledTexts:
-    """The splits of a table, and of the files that `validation` and `test` may name.
+    rows: Sequence[Row],
+    table: TextTable,
+    splits: TextSplits,
+    read: Callable[[str, str], list[Row]],
+) -> LabeledTexts:
+    """Divide the rows of a table, and of the files of other splits, into three splits.
 
-    A row of the table that has a text or a group of such a file is dropped.
+    A row of the table whose text or group occurs in such a file is dropped.
 
     Args:
-        rows: the table.
-        rules: how to split.
-        read: reads a file, given its path and the name of the argument.
+        rows: rows of the table.
+        table: the classes, and whether to drop duplicates.
+        splits: how to divide the rows.
+        read: function that reads a file, given its path and the argument that names it.
+
+    Returns:
+        The rows by split, with their classes.
 
     Raises:
         UserError: labels are missing, or a class has no row in a split.
     """
     dropped: collections.Counter[str] = collections.Counter()
-    fixed: dict[str, list[Row]] = {}
-    for name, part in (("validation", rules.validation), ("test", rules.test)):
-        if not isinstance(part, float):
-            fixed[name] = [row for path in part for row in read(path, name)]
+    fixed = {
+        name: [row for path in files for row in read(path, name)]
+        for name, files in splits.files().items()
+    }
     everything = [*rows, *(row for own in fixed.values() for row in own)]
-    classes = rules.labels or _distinct_labels(everything)
+    classes = tuple(table.labels or ()) or _distinct_labels(everything)
     present = {row.label for row in everything}
     for label in classes:
         if label not in present:
-            hint = nearest(label, present - {""}) if len(present) <= MOST_CLASSES else ""
-            raise refuse("labels", f"no row is labelled '{label}'{hint}")
+            hint = nearest(label, present - {""}) if len(present) <= MAX_CLASSES else ""
+            raise argument_error("labels", f"no row has the label '{label}'{hint}")
     texts: set[Any] = set()
     groups: set[str | None] = set()
     for name in ("test", "validation"):
         if name in fixed:
-            fixed[name] = _clean(fixed[name], classes, rules, texts, groups, dropped)
-    rest = _clean(rows, classes, rules, texts, groups, dropped)
-    shares = {
-        name: part
-        for name, part in (("test", rules.test), ("validation", rules.validation))
-        if isinstance(part, float)
-    }
+            fixed[name] = _clean(fixed[name], classes, table, texts, groups, dropped)
+    rest = _clean(rows, classes, table, texts, groups, dropped)
     cut = _by_group if rest and rest[0].group is not None else _by_row
-    found = {**cut(rest, shares, rules.seed), **fixed}
+    found = {**cut(rest, splits.shares(), splits.split_seed), **fixed}
     train = found["train"]
-    if rules.train_samples is not None:
-        check_most("train_samples", rules.train_samples, len(train))
-        (chosen,) = stratified(_labels(train), [rules.train_samples], rules.seed)
+    if splits.train_samples is not None:
+        check_limit("train_samples", splits.train_samples, len(train))
+        (chosen,) = stratified(_labels(train), [splits.train_samples], splits.split_seed)
         found["train"] = [train[index] for index in chosen]
     _check_classes(found, classes, dropped)
-    return LabelledTexts(
+    return LabeledTexts(
         rows={name: found[name] for name in SPLITS}, classes=classes, dropped=dict(dropped)
     )
 
 
 def _distinct_labels(rows: Iterable[Row]) -> tuple[str, ...]:
-    """The labels, sorted, as numbers if all of them are whole numbers."""
+    """Return the labels in order, which is numeric if all of them are integers."""
     counts = collections.Counter(row.label for row in rows)
     if missing := counts.get("", 0):
-        raise refuse(
+        raise argument_error(
             "label",
             f"the column is empty in {missing} of {counts.total()} rows; "
             "list the classes in task_args.labels to drop them",
         )
-    if len(counts) > MOST_CLASSES:
-        raise refuse(
-            "label", f"the column has {len(counts)} distinct values; at most {MOST_CLASSES} work"
+    if len(counts) > MAX_CLASSES:
+        raise argument_error(
+            "label", f"the column has {len(counts)} distinct values, more than {MAX_CLASSES}"
         )
     if all(re.fullmatch(r"-?\d*\.\d+", label) for label in counts):
-        raise refuse(
+        raise argument_error(
             "label",
-            f"the column holds numbers such as {next(iter(counts))}, and no classes; name some "
-            "in task_args.labels if they are",
+            f"the column contains numbers such as {next(iter(counts))} instead of classes; if "
+            "they are classes, list them in task_args.labels",
         )
     whole = all(re.fullmatch(r"-?\d+", label) for label in counts)
     return tuple(sorted(counts, key=(lambda label: (int(label), label)) if whole else None))
@@ -127,14 +152,14 @@ def _distinct_labels(rows: Iterable[Row]) -> tuple[str, ...]:
 def _clean(
     rows: Iterable[Row],
     classes: tuple[str, ...],
-    rules: SplitRules,
+    table: TextTable,
     texts: set[Any],
     groups: set[str | None],
     dropped: collections.Counter[str],
 ) -> list[Row]:
-    """Rows with a known label, some text, and neither a text nor a group of an earlier split.
+    """Return the rows with a known label, some text, and no text or group of an earlier split.
 
-    What is kept is added to the texts and groups that later calls avoid.
+    The texts and groups of these rows are added to those that later calls exclude.
     """
     kept: list[Row] = []
     known, former = set(classes), set(groups)
@@ -143,7 +168,7 @@ def _clean(
             dropped["label"] += 1
         elif not row.text.strip():
             dropped["empty"] += 1
-        elif rules.deduplicate and row.content in texts:
+        elif table.deduplicate and row.content in texts:
             dropped["duplicate"] += 1
         elif row.group is not None and row.group in former:
             dropped["group"] += 1
@@ -157,7 +182,7 @@ def _clean(
 def _by_row(
     rows: Sequence[Row], shares: Mapping[str, float], seed: int
 ) -> dict[str, Sequence[Row]]:
-    """Shares of the rows, each with the classes in proportion; what remains is `train`."""
+    """Hold out shares of the rows, with the classes in proportion; the rest is `train`."""
     sizes = [round(share * len(rows)) for share in shares.values()]
     indices = stratified(_labels(rows), [*sizes, len(rows) - sum(sizes)], seed)
     return {
@@ -169,9 +194,9 @@ def _by_row(
 def _by_group(
     rows: Sequence[Row], shares: Mapping[str, float], seed: int
 ) -> dict[str, Sequence[Row]]:
-    """Shares of the groups, drawn at random, with all their rows; what remains is `train`."""
+    """Hold out shares of the groups, drawn at random; the rows of the rest are `train`."""
     names = sorted({str(row.group) for row in rows})
-    # The stream of RandomState never changes with numpy's version, that of default_rng may.
+    # Unlike default_rng, RandomState has the same stream in every version of numpy.
     order = [names[index] for index in np.random.RandomState(seed).permutation(len(names))]
     owner: dict[str, str] = {}
     for split, share in shares.items():
@@ -188,13 +213,13 @@ def _labels(rows: Sequence[Row]) -> np.ndarray[Any, Any]:
     return np.array([row.label for row in rows], dtype=object).astype(str)
 
 
-WHY = {
+REASONS = {
     "label": "with other labels",
     "empty": "without text",
-    "duplicate": "with a text that came before",
-    "group": "of a group of another split",
+    "duplicate": "with a duplicate text",
+    "group": "with a group of another split",
 }
-"""Why a row is left out, in words."""
+"""Reasons for dropping rows, for messages."""
 
 
 def _check_classes(
@@ -202,16 +227,18 @@ def _check_classes(
 ) -> None:
     """Raise `UserError` unless every class has a row in every split."""
     if len(classes) < 2:
-        raise refuse("label", f"the column has one class, {', '.join(classes)}; two are needed")
+        raise argument_error(
+            "label", f"the column has one class, {', '.join(classes)}; two are needed"
+        )
     for name, rows in splits.items():
         present = {row.label for row in rows}
         missing = [label for label in classes if label not in present]
         if missing:
             key = "train_samples" if name == "train" else name
-            left = ", ".join(f"{count} {WHY[reason]}" for reason, count in dropped.items())
-            said = f" (rows were left out: {left})" if left else ""
-            raise refuse(
+            left = ", ".join(f"{count} {REASONS[reason]}" for reason, count in dropped.items())
+            note = f" (dropped rows: {left})" if left else ""
+            raise argument_error(
                 key,
-                f"class '{missing[0]}' has no row in the {name} split of {len(rows)} rows{said}; "
-                "enlarge the split, or name the classes that count in task_args.labels",
+                f"class '{missing[0]}' has no row in the {name} split of {len(rows)} rows{note}; "
+                "enlarge the split, or list the classes to use in task_args.labels",
             )

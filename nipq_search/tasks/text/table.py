@@ -1,4 +1,4 @@
-"""Labelled texts from tables: CSV, TSV and Parquet files, by the names of their columns."""
+"""Tables of labeled texts in CSV, TSV and Parquet files, and the section that describes one."""
 
 from __future__ import annotations
 
@@ -10,42 +10,70 @@ from pathlib import Path
 from typing import Any
 
 from nipq_search.errors import nearest
-from nipq_search.tasks.common.arguments import refuse
-from nipq_search.tasks.common.package_files import needed, resolve_file
-from nipq_search.tasks.text.files import OPENERS, read_bytes, read_text
+from nipq_search.tasks.common.arguments import argument_error, flag, names, paths, text_or_integer
+from nipq_search.tasks.common.extras import requires_extra
+from nipq_search.tasks.common.package_files import resolve_file
+from nipq_search.tasks.common.sections import store
+from nipq_search.tasks.text.files import DECOMPRESSORS, read_bytes, read_text
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-"""Separator of the columns, by the end of a file's name."""
+"""Column separator by the suffix of the file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Which columns of a table are read.
+class TextTable:
+    """A table of labeled texts and the rows that are used.
 
     Attributes:
-        text: the text.
-        label: its class.
-        text_pair: a second text, or None.
-        group: what must not be torn apart by the splits, or None.
-        names: names of all columns of a file without a header line; None reads them from it.
+        path: CSV, TSV or Parquet file, plain or compressed, or `package://PACKAGE/FILE`.
+        text: column of the text.
+        label: column of the class.
+        text_pair: column of a second text.
+        group: column whose equal values stay in one split.
+        labels: classes in order; rows with other labels are dropped. None uses all labels, sorted.
+        deduplicate: keep only the first of equal texts, across all splits.
+        columns: names of all columns of a file without a header line.
+        encoding: encoding of CSV and TSV files.
     """
 
+    path: str
     text: str
     label: str
     text_pair: str | None = None
     group: str | None = None
-    names: tuple[str, ...] | None = None
+    labels: Sequence[str] | None = None
+    deduplicate: bool = True
+    columns: Sequence[str] | None = None
+    encoding: str = "utf-8"
 
-    def wanted(self) -> dict[str, str]:
-        """Column by argument, of those that are set."""
-        fields = ("text", "label", "text_pair", "group")
-        values = {field: getattr(self, field) for field in fields}
-        return {field: value for field, value in values.items() if value is not None}
+    def __post_init__(self) -> None:
+        """Check every argument and make `path` absolute."""
+        (path,) = paths("path", [self.path])
+        store(
+            self,
+            path=path,
+            text=text_or_integer("text", self.text),
+            label=text_or_integer("label", self.label),
+            text_pair=None
+            if self.text_pair is None
+            else text_or_integer("text_pair", self.text_pair),
+            group=None if self.group is None else text_or_integer("group", self.group),
+            labels=names("labels", self.labels),
+            deduplicate=flag("deduplicate", self.deduplicate),
+            columns=names("columns", self.columns),
+            encoding=text_or_integer("encoding", self.encoding),
+        )
+
+    def used_columns(self) -> dict[str, str]:
+        """Return the columns that are read, by argument."""
+        keys = ("text", "label", "text_pair", "group")
+        values = {key: getattr(self, key) for key in keys}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One labelled text; an empty label stands for a missing one."""
+    """A labeled text; an empty label means that it is missing."""
 
     text: str
     label: str
@@ -54,94 +82,104 @@ class Row:
 
     @property
     def content(self) -> tuple[str, str | None]:
-        """What makes two rows duplicates."""
+        """The values that are equal in duplicates."""
         return self.text, self.text_pair
 
 
-def read_rows(path: str, key: str, columns: Columns, encoding: str = "utf-8") -> list[Row]:
-    """The rows of a table, in order; all values as text, missing ones as empty text.
+def read_rows(table: TextTable, path: str | None = None, key: str = "path") -> list[Row]:
+    """Read the rows of a table in order, with every value as text and missing values empty.
 
-    In CSV files values may be quoted and then hold commas and line breaks; in TSV files a quote
-    is a character like any other. Both may be compressed (.gz, .bz2, .xz).
+    Quoted values of CSV files can contain commas and line breaks; TSV files have no quoting. Both
+    can be compressed (.gz, .bz2, .xz).
 
     Args:
-        path: a file, or `package://NAME/FILE`.
-        key: argument that named it, for messages.
-        columns: what to read.
-        encoding: of CSV and TSV files.
+        table: columns and encoding, and the file if `path` is None.
+        path: another file with the same columns, or `package://NAME/FILE`.
+        key: argument that names the file, for messages.
+
+    Returns:
+        The rows, at least one.
 
     Raises:
         UserError: the file is missing or damaged, or lacks a column.
     """
-    file = resolve_file(path, f"task_args.{key}")
-    kind = Path(file.stem).suffix if file.suffix in OPENERS else file.suffix
-    with needed("reading tables", "text"):
-        import pyarrow
-        import pyarrow.csv
-        import pyarrow.parquet
-    try:
-        if kind == ".parquet":
-            table = pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(file)))
-        elif kind in SEPARATORS:
-            text = read_text(file, encoding)
-            if SEPARATORS[kind] == ",":
-                _check_quotes(text, file, key)
-            table = _read_separated(pyarrow, text, SEPARATORS[kind], columns)
-        else:
-            known = ", ".join([*SEPARATORS, ".parquet"])
-            raise refuse(key, f"{file} is no table: its name ends in none of {known}")
-    except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise refuse(key, f"{file} cannot be read as a table: {reason}") from error
+    file = resolve_file(path or table.path, f"task_args.{key}")
+    with requires_extra("reading tables", "text"):
+        import pyarrow  # noqa: F401
+    data = _read_file(file, key, table)
     values: dict[str, Sequence[str]] = {}
-    for argument, column in columns.wanted().items():
-        if (count := table.column_names.count(column)) > 1:
-            raise refuse(argument, f"{file} has {count} columns '{column}'")
-        if column not in table.column_names:
-            hint = nearest(column, table.column_names)
-            raise refuse(argument, f"{file} has no column '{column}'{hint}")
+    for argument, column in table.used_columns().items():
+        if (count := data.column_names.count(column)) > 1:
+            raise argument_error(argument, f"{file} has {count} columns '{column}'")
+        if column not in data.column_names:
+            hint = nearest(column, data.column_names)
+            raise argument_error(argument, f"{file} has no column '{column}'{hint}")
         if argument != "group":
-            kind_of = table.column(column).type
-            _check_type(pyarrow, kind_of, argument, f"column '{column}' of {file}")
-        values[argument] = _as_text(table.column(column).to_pylist())
-    if not table.num_rows:
-        raise refuse(key, f"{file} has columns and no rows")
+            _check_type(data.column(column).type, argument, f"column '{column}' of {file}")
+        values[argument] = _as_text(data.column(column).to_pylist())
+    if not data.num_rows:
+        raise argument_error(key, f"{file} has columns but no rows")
     names = list(values)
     return [
         Row(**dict(zip(names, row, strict=True))) for row in zip(*values.values(), strict=True)
     ]
 
 
-def _read_separated(pyarrow: Any, text: str, separator: str, columns: Columns) -> Any:
-    """A CSV or TSV file as a table; the wanted columns are read as text, whatever they hold."""
-    reader, data = pyarrow.csv, text.encode()
-    # In one block no row can straddle two, and the types of a column agree.
+def _read_file(file: Path, key: str, table: TextTable) -> Any:
+    """Return a file as a pyarrow table."""
+    import pyarrow
+    import pyarrow.parquet
+
+    kind = Path(file.stem).suffix if file.suffix in DECOMPRESSORS else file.suffix
+    try:
+        if kind == ".parquet":
+            return pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(file)))
+        if kind in SEPARATORS:
+            text = read_text(file, table.encoding)
+            if SEPARATORS[kind] == ",":
+                _check_quotes(text, file, key)
+            return _read_separated(text, SEPARATORS[kind], table)
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise argument_error(key, f"{file} cannot be read as a table: {reason}") from error
+    known = ", ".join([*SEPARATORS, ".parquet"])
+    raise argument_error(key, f"{file} is not a table: its name ends in none of {known}")
+
+
+def _read_separated(text: str, separator: str, table: TextTable) -> Any:
+    """Return the text of a CSV or TSV file as a pyarrow table with text in all used columns."""
+    import pyarrow
+    from pyarrow import csv as reader
+
+    data = text.encode()
+    # With a single block, no row crosses a boundary and each column has one type.
     block = min(max(len(data), 1) + 1, 2**31 - 1)
     return reader.read_csv(
         pyarrow.BufferReader(data),
-        read_options=reader.ReadOptions(column_names=columns.names, block_size=block),
+        read_options=reader.ReadOptions(column_names=table.columns, block_size=block),
         parse_options=reader.ParseOptions(
             delimiter=separator,
             quote_char='"' if separator == "," else False,
             newlines_in_values=separator == ",",
         ),
         convert_options=reader.ConvertOptions(
-            column_types=dict.fromkeys(columns.wanted().values(), pyarrow.string()),
+            column_types=dict.fromkeys(table.used_columns().values(), pyarrow.string()),
         ),
     )
 
 
-def _check_type(pyarrow: Any, kind: Any, argument: str, place: str) -> None:
-    """Raise `UserError` for a column of neither text nor integers: no class is called 0.5."""
-    types = pyarrow.types
+def _check_type(kind: Any, argument: str, place: str) -> None:
+    """Raise `UserError` unless a column contains text, integers or Booleans."""
+    from pyarrow import types
+
     inner = kind.value_type if types.is_dictionary(kind) else kind
     names = ("string", "large_string", "string_view", "integer", "boolean", "null")
     if not any(getattr(types, f"is_{name}")(inner) for name in names):
-        raise refuse(argument, f"{place} holds {kind}, and not text or integers")
+        raise argument_error(argument, f"{place} contains {kind}, not text or integers")
 
 
 def _check_quotes(text: str, file: Path, key: str) -> None:
-    """Raise `UserError` for a quote that is never closed: it would swallow all further rows."""
+    """Raise `UserError` for an unclosed quote, which would swallow all further rows."""
     if text.count('"') % 2 == 0:
         return
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -151,9 +189,12 @@ def _check_quotes(text: str, file: Path, key: str) -> None:
             line = reader.line_num + 1
     except csv.Error as error:
         if "unexpected end of data" in str(error) or "field limit" in str(error):
-            problem = f"{file}: a quote in line {line} is never closed"
-            raise refuse(key, f"{problem}; close it, or write two in place of one") from error
+            problem = f"{file}: the quote in line {line} is not closed"
+            raise argument_error(
+                key, f"{problem}; close it, or double it to keep it as a character"
+            ) from error
 
 
 def _as_text(values: Sequence[Any]) -> list[str]:
+    """Return values as strings, with None as an empty string."""
     return ["" if value is None else str(value) for value in values]

@@ -1,4 +1,4 @@
-"""Tokenized texts as flat arrays, and batches of them padded to their longest."""
+"""Tokenized texts as flat arrays, and batches padded to their longest text."""
 
 from __future__ import annotations
 
@@ -12,24 +12,55 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nipq_search.tasks.common.arguments import flag, integer
 from nipq_search.tasks.text.table import Row
 
 _TEXTS_AT_ONCE = 1000
 _BATCHES_IN_A_BUCKET = 50
 
+MIN_LENGTH = 8
+"""Smallest `max_length`; special tokens leave hardly any text below it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextLengths:
+    """Lengths of the tokenized texts.
+
+    Attributes:
+        max_length: maximum number of tokens of a text; further tokens are cut off.
+        example_length: tokens of the text whose cost is counted; None uses `max_length`.
+        similar_lengths: train on batches of texts with similar lengths, which need less padding.
+    """
+
+    max_length: int = 128
+    example_length: int | None = None
+    similar_lengths: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        integer("max_length", self.max_length, MIN_LENGTH, 1_000_000)
+        if self.example_length is not None:
+            integer("example_length", self.example_length, 1, self.max_length)
+        flag("similar_lengths", self.similar_lengths)
+
+    @property
+    def cost_length(self) -> int:
+        """Tokens of the text whose cost is counted."""
+        return self.max_length if self.example_length is None else self.example_length
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenSplit:
-    """Texts one behind the other; text i has the tokens `offsets[i]` to `offsets[i + 1]`.
+    """Concatenated texts; text i has the tokens from `offsets[i]` to `offsets[i + 1]`.
+
+    All fields are numpy arrays, because Ray's object store shares those between the processes of a
+    node without copying. Shared arrays are read-only, so no method writes to them.
 
     Attributes:
         ids: tokens of all texts, (T,) int32.
-        offsets: where texts begin, and the end, (N + 1,) int64.
-        types: which of two texts a token belongs to, (T,) uint8; None for single texts.
-        labels: class of each text, (N,) int64.
-
-    They stay numpy arrays, because Ray's object store hands those to every process of a node
-    without a copy. Such arrays are read-only, so nothing here writes to them.
+        offsets: start of each text, and the total length, (N + 1,) int64.
+        types: index of the text of a pair that a token belongs to, (T,) uint8; None without pairs.
+        labels: class index of each text, (N,) int64.
     """
 
     ids: NDArray[np.int32]
@@ -38,27 +69,37 @@ class TokenSplit:
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
-        """Number of texts."""
+        """Return the number of texts."""
         return len(self.labels)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each text, (N,)."""
+        """Number of tokens of each text, (N,)."""
         return np.diff(self.offsets)
 
 
 def tokenize(
     tokenizer: Any, rows: Sequence[Row], classes: Sequence[str], max_length: int
 ) -> TokenSplit:
-    """Texts as a fast or slow tokenizer of transformers cuts them, at most `max_length` tokens."""
+    """Tokenize texts.
+
+    Args:
+        tokenizer: a fast or slow tokenizer of transformers.
+        rows: the texts, all of them pairs or none.
+        classes: classes in order.
+        max_length: maximum number of tokens of a text; further tokens are cut off.
+
+    Returns:
+        Tokens and class indices.
+    """
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.uint8]] = []
     paired = bool(rows) and rows[0].text_pair is not None
     for start in range(0, len(rows), _TEXTS_AT_ONCE):
-        part = rows[start : start + _TEXTS_AT_ONCE]
+        chunk = rows[start : start + _TEXTS_AT_ONCE]
         encoded = tokenizer(
-            [row.text for row in part],
-            [row.text_pair for row in part] if paired else None,
+            [row.text for row in chunk],
+            [row.text_pair for row in chunk] if paired else None,
             truncation=True,
             max_length=max_length,
             return_attention_mask=False,
@@ -78,15 +119,15 @@ def tokenize(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextBatches:
-    """One epoch of a split, the last partial batch included; each iteration gives the same.
+    """One epoch of a split, including the last partial batch; every iteration is the same.
 
     Attributes:
         split: the texts.
-        batch_size: texts in a batch.
-        padding: token that fills up a batch.
-        seed: order; None keeps the order of the arrays.
-        similar_lengths: with a seed, texts of similar lengths share a batch, in a random order
-            of batches, so that fewer tokens are padding.
+        batch_size: texts per batch.
+        padding: padding token.
+        seed: seed of the order; None keeps the order of the arrays.
+        similar_lengths: with a seed, put texts of similar lengths into a batch and shuffle the
+            batches, which reduces padding.
     """
 
     split: TokenSplit
@@ -96,16 +137,17 @@ class TextBatches:
     similar_lengths: bool = False
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Tokens (B, L), mask (B, L), token types (B, L) if there are any, labels (B,); int64."""
+        """Yield int64 tokens (B, L), mask (B, L), token types (B, L) of pairs, and labels (B,)."""
         order = self._order()
         for start in range(0, len(order), self.batch_size):
             yield self.batch(order[start : start + self.batch_size])
 
     def _order(self) -> NDArray[np.int64]:
+        """Return the indices of the texts in the order of the epoch."""
         count = len(self.split)
         if self.seed is None:
             return np.arange(count)
@@ -116,35 +158,35 @@ class TextBatches:
         lengths, bucket = self.split.lengths, self.batch_size * _BATCHES_IN_A_BUCKET
         order = np.concatenate(
             [
-                part[np.argsort(lengths[part], kind="stable")]
-                for part in (order[start : start + bucket] for start in range(0, count, bucket))
+                texts[np.argsort(lengths[texts], kind="stable")]
+                for texts in (order[start : start + bucket] for start in range(0, count, bucket))
             ]
         )
-        # The partial batch stays last: whoever reads a few batches wants whole ones.
+        # The partial batch stays last, so that the first batches are complete.
         whole = count // self.batch_size
         batches = order[: whole * self.batch_size].reshape(whole, self.batch_size)
         shuffled = batches[torch.randperm(whole, generator=generator).numpy()]
         return np.concatenate([shuffled.reshape(-1), order[whole * self.batch_size :]])
 
     def batch(self, index: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """The texts of these numbers."""
+        """Return a batch of the texts with these indices."""
         split = self.split
         lengths = split.lengths[index][:, None]
         columns = np.arange(lengths.max())[None]
         mask = columns < lengths
-        places = (split.offsets[index][:, None] + columns)[mask]
+        positions = (split.offsets[index][:, None] + columns)[mask]
         ids = np.full(mask.shape, self.padding, dtype=np.int64)
-        ids[mask] = split.ids[places]
+        ids[mask] = split.ids[positions]
         tensors = [torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))]
         if split.types is not None:
             types = np.zeros(mask.shape, dtype=np.int64)
-            types[mask] = split.types[places]
+            types[mask] = split.types[positions]
             tensors.append(torch.from_numpy(types))
         return (*tensors, torch.from_numpy(split.labels[index]))
 
 
 def digest_tokens(splits: Mapping[str, TokenSplit], classes: Sequence[str]) -> str:
-    """SHA-256 over classes, names and contents of the splits, in hexadecimal."""
+    """Return the SHA-256 of classes, names and contents of the splits, in hexadecimal."""
     total = hashlib.sha256(repr(tuple(classes)).encode())
     for name, split in splits.items():
         total.update(f"{name}{len(split)}".encode())

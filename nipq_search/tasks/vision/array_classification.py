@@ -1,4 +1,4 @@
-"""Shared base of the tasks that classify images held in memory."""
+"""Base class of the tasks that classify images in memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 class ArrayClassification(abc.ABC):
-    """Classification of uint8 images: a subclass reads the splits and builds the model.
+    """Classification of uint8 images; a subclass reads the splits and builds the model.
 
-    Batches are (images (B, C, H, W) float32, labels (B,) int64). The task pickles small until
-    `load_data` has been called, and with its arrays from then on.
+    Batches are (images (B, C, H, W) float32, labels (B,) int64). Pickles contain the images only
+    after `load_data`.
     """
 
     metric: tuple[str, str] = ("accuracy", "max")
@@ -29,37 +29,36 @@ class ArrayClassification(abc.ABC):
     name: ClassVar[str]
     normalization: ClassVar[Normalization]
     shift: int = 0
-    """Greatest displacement of training images in pixels."""
+    """Maximum random shift of training images in pixels."""
     evaluation_batch: ClassVar[int] = 500
 
     _splits: Mapping[str, Split] | None = None
 
     @abc.abstractmethod
     def read_splits(self) -> Mapping[str, Split]:
-        """Read the data; `UserError` says how to install it where it is missing."""
+        """Read the data, or raise `UserError` with the way to install them."""
 
     @abc.abstractmethod
     def build_model(self) -> nn.Module:
         """Return a new, untrained model."""
 
     def load_data(self) -> None:
-        """Read the data into memory; does nothing the second time."""
+        """Read the data into memory; later calls have no effect."""
         if self._splits is None:
             self._splits = self.read_splits()
 
     def splits(self) -> Mapping[str, Split]:
-        """The arrays by split, read at the first call."""
+        """Return the arrays by split, which the first call reads."""
         self.load_data()
         assert self._splits is not None
         return self._splits
 
     def split(self, name: str) -> Split:
-        """The arrays of one split; `UserError` for an unknown name."""
-        splits = self.splits()
-        return named_split(splits, name)
+        """Return the arrays of one split, or raise `UserError` if the name is unknown."""
+        return named_split(self.splits(), name)
 
     def dataset(self) -> dict[str, Any]:
-        """Name, number of classes, sizes of the splits and digest of the data."""
+        """Return name, number of classes, split sizes and digest of the data."""
         splits = self.splits()
         return {
             "name": self.name,
@@ -69,12 +68,21 @@ class ArrayClassification(abc.ABC):
         }
 
     def example_inputs(self) -> tuple[Tensor]:
-        """One image of the training split, shape (1, C, H, W)."""
+        """Return one training image, shape (1, C, H, W)."""
         raw = torch.from_numpy(self.split("train").images[np.arange(1)])
         return (self.normalization(raw),)
 
     def loader(self, split: str, batch_size: int, seed: int | None = None) -> Batches:
-        """One epoch; `seed` orders and augments the training split and is unused elsewhere."""
+        """Return one epoch of a split.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            batch_size: images per batch.
+            seed: seed of order and shifts; only the training split uses it.
+
+        Returns:
+            Batches of images and labels.
+        """
         check_batch_size(batch_size)
         arrays = self.split(split)
         return Batches(
@@ -86,15 +94,23 @@ class ArrayClassification(abc.ABC):
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats."""
+        """Return the mean cross-entropy in nats."""
         images, labels = batch
         return F.cross_entropy(model(images), labels)
 
     def distill_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy with the teacher's probabilities at temperature 1, in nats.
+        """Return the mean cross-entropy with the teacher's probabilities as targets.
 
-        This is the distillation term alone, without `loss`. Both call `model` on the same tensor
-        object, so a caller may hand in a model that remembers its last output.
+        `loss` is not included. Both methods call `model` on the same tensor object, so a caller
+        can pass a model that caches its last output.
+
+        Args:
+            model: the model to train.
+            teacher: the model to imitate; its probabilities have temperature 1.
+            batch: images and labels; labels are ignored.
+
+        Returns:
+            A scalar in nats.
         """
         images, _ = batch
         with torch.no_grad():
@@ -102,16 +118,16 @@ class ArrayClassification(abc.ABC):
         return F.cross_entropy(model(images), probabilities)
 
     def num_samples(self, batch: Batch) -> int:
-        """Images in the batch."""
+        """Return the number of images in a batch."""
         return len(batch[1])
 
     def to_device(self, batch: Batch, device: torch.device | str) -> Batch:
-        """The batch on `device`."""
+        """Return a batch on `device`."""
         moved: Batch = move(batch, device)
         return moved
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """`accuracy` in 0..1 and mean `loss` in nats over a whole split."""
+        """Return `accuracy` in 0..1 and the mean `loss` in nats of a whole split."""
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         correct = torch.zeros((), dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Reader of IDX files of bytes, plain or compressed: the format of the MNIST family."""
+"""Reader for IDX files of bytes, plain or compressed, the format of the MNIST family."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from nipq_search.errors import UserError
 
 UNSIGNED_BYTE = 8
-"""The format's code for uint8, the only element type that images and labels use."""
+"""The format's code for uint8, the only element type of images and labels."""
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """Return the array in an IDX file; a name that ends in `.gz` is decompressed.
+    """Return the array in an IDX file, which is decompressed if its name ends in `.gz`.
 
-    The file starts with two zero bytes, the element type and the number of dimensions, then has
-    a big-endian 32-bit size for each dimension, then the elements.
+    The file starts with two zero bytes, the element type and the number of dimensions. Then come
+    a big-endian 32-bit size for each dimension, and the elements.
 
     Raises:
-        UserError: the file is missing, unreadable, torn, or of another type or rank; named.
+        UserError: the file is missing, unreadable or truncated, or has another type or rank.
     """
     try:
         data = path.read_bytes()
@@ -37,16 +37,16 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     header = 4 + 4 * dimensions
     if data[:4] != bytes([0, 0, UNSIGNED_BYTE, dimensions]):
         raise UserError(
-            f"{path}: is no IDX file of bytes with {dimensions} dimensions (starts with "
+            f"{path}: not an IDX file of bytes with {dimensions} dimensions (starts with "
             f"{data[:4].hex() or 'nothing'}); install the file again"
         )
     if len(data) < header:
-        raise UserError(f"{path}: ends in its header; install the file again")
+        raise UserError(f"{path}: ends within its header; install the file again")
     shape = struct.unpack(f">{dimensions}I", data[4:header])
     expected = header + math.prod(shape)
     if len(data) != expected:
         raise UserError(
-            f"{path}: holds {len(data)} bytes where its header promises {expected}; "
+            f"{path}: has {len(data)} bytes, but its header specifies {expected}; "
             "install the file again"
         )
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)

@@ -9,18 +9,27 @@ from torch import Tensor, nn
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the image's size at stride 1."""
+    """Create a 3x3 convolution that keeps the image size at stride 1.
+
+    Args:
+        inputs: number of input channels.
+        outputs: number of output channels.
+        stride: stride in both directions.
+
+    Returns:
+        The convolution, without bias.
+    """
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the activation follows the addition.
+    """Two 3x3 convolutions with a shortcut, and an activation after the addition.
 
-    The shortcut is a 1x1 convolution where the shape changes, else the identity.
+    The shortcut is a 1x1 convolution if the shape changes, else the identity.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        """Build the layers; a stride of 2 halves the image."""
+        """Create the layers; a stride of 2 halves height and width."""
         super().__init__()
         self.conv1 = conv3x3(inputs, outputs, stride)
         self.bn1 = nn.BatchNorm2d(outputs)
@@ -32,11 +41,11 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
-        # A module of its own for each activation: each gets its own quantizer.
+        # Each activation is a separate module, because each gets its own quantizer.
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        """Map (B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
         y = self.relu1(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return self.relu2(y + self.shortcut(x))  # type: ignore[no-any-return]
@@ -46,9 +55,12 @@ class ResNet(nn.Module):
     """Stem, stages of basic blocks, global average pooling and a linear `head`.
 
     Args:
-        width: channels of the first stage; each further stage doubles them and halves the image.
-        blocks: basic blocks in each stage; (1, 1, 1) is known as ResNet-8.
-        stem_stride: 2 halves the image at once, for a quarter of the work.
+        in_channels: channels of the images.
+        classes: number of outputs.
+        width: channels of the first stage. Each further stage doubles the channels and halves
+            height and width.
+        blocks: number of basic blocks in each stage; (1, 1, 1) is known as ResNet-8.
+        stem_stride: stride of the stem; 2 reduces the work to a quarter.
     """
 
     def __init__(
@@ -60,7 +72,7 @@ class ResNet(nn.Module):
         blocks: Sequence[int] = (1, 1, 1),
         stem_stride: int = 1,
     ) -> None:
-        """Build the layers with He's starting values for the convolutions."""
+        """Create the layers, with He initialization of the convolutions."""
         super().__init__()
         self.stem = conv3x3(in_channels, width, stem_stride)
         self.bn = nn.BatchNorm2d(width)
@@ -82,7 +94,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to logits (B, classes)."""
+        """Map (B, in_channels, H, W) to logits (B, classes)."""
         x = self.stages(self.relu(self.bn(self.stem(x))))
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)
         return self.head(x)  # type: ignore[no-any-return]

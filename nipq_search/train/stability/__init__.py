@@ -1,4 +1,5 @@
-"""Against oscillation: weight averaging, freezing, and its measure.
+"""Methods against oscillating weights: averaging, iterative freezing, dampening.
 
-Each file is one method. Imports nothing else of the training.
+Each file contains one method; `oscillation.py` also measures the share of oscillating weights.
+Imports no other part of `train`.
 """

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 
 class Average:
-    """The moving average of a model's parameters and float buffers, from now on.
+    """The moving average of a model's parameters and floating-point buffers.
 
-    Update number n (from 0) keeps the share `min(decay, (1 + n) / (10 + n))` of the average: the
-    weights of the start are soon forgotten. Integer buffers, and what the model does not store,
-    are not averaged: the model's own hold.
+    Update n, counted from 0, has the decay `min(decay, (1 + n) / (10 + n))`, so the influence of
+    the initial weights vanishes quickly. Integer and non-persistent buffers are not averaged: the
+    model's own values apply.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Start at the model's present weights."""
+        """Initialize the average to the model's current weights."""
         self.decay = decay
         self.updates = 0
         stored = model.state_dict().keys()
@@ -30,12 +30,12 @@ class Average:
         }
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The model's tensors that are averaged. By name: modules may replace their buffers."""
+        """Yield the averaged tensors by name, since modules may replace their buffers."""
         return ((name, value) for name, value in _tensors(model) if name in self.values)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the model's present weights in."""
+        """Update the average with the model's current weights."""
         kept = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for name, value in self._pairs(model):
@@ -43,7 +43,7 @@ class Average:
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Within the context the model has the averaged weights; afterwards its own again."""
+        """Give the model the averaged weights; restore its own when the context exits."""
         self._swap(model)
         try:
             yield
@@ -52,32 +52,33 @@ class Average:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Give the model the averaged weights for good."""
+        """Copy the averaged weights to the model."""
         for name, value in self._pairs(model):
             value.copy_(self.values[name])
 
     def _swap(self, model: nn.Module) -> None:
+        """Exchange the averaged weights with those of the model."""
         for name, value in self._pairs(model):
             value.data, self.values[name] = self.values[name], value.data
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the decay."""
+        """Return everything but the decay."""
         return {"updates": self.updates, "values": dict(self.values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state of the same model.
+        """Restore a saved state.
 
         Raises:
-            RuntimeError: the state is of another model.
+            RuntimeError: the state belongs to another model.
         """
         if state["values"].keys() != self.values.keys():
-            raise RuntimeError("the averaged weights are of another model")
+            raise RuntimeError("the averaged weights belong to another model")
         self.updates = state["updates"]
         for name, value in self.values.items():
             value.copy_(state["values"][name])
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, each once."""
+    """Yield all parameters and buffers, each once."""
     yield from model.named_parameters()
     yield from model.named_buffers()

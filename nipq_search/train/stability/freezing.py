@@ -1,4 +1,4 @@
-"""Weights that oscillate are fixed, one after another, while the rest is tuned.
+"""Iterative weight freezing: oscillating weights are fixed while the others are tuned.
 
 Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086),
 algorithm 1.
@@ -18,8 +18,16 @@ from nipq_search.train.stability.oscillation import MOMENTUM, tuned_weights
 
 
 @dataclass
-class _Seen:
-    """Of one weight, all of its shape: where it was and is, and whether it is fixed."""
+class _Tracked:
+    """State of one weight tensor; all fields have its shape.
+
+    Attributes:
+        integers: current grid integers.
+        directions: signs of the last change of each integer.
+        frequencies: running frequencies of reversals.
+        averages: running means of the integers.
+        fixed: whether each element is frozen.
+    """
 
     integers: Tensor
     directions: Tensor
@@ -29,56 +37,56 @@ class _Seen:
 
 
 def _grid(weight: Tensor, quantizer: FakeQuantizer) -> tuple[Tensor, Tensor]:
-    """A weight's grid integers, and its step in a shape that broadcasts with it."""
+    """Return a weight's grid integers, and its step in a shape that broadcasts with them."""
     grid = quantizer.boundary_for(weight).range(weight.dim())
     return torch.round(weight / grid.step).clamp(grid.lowest, grid.highest), grid.step
 
 
 class Freezing:
-    """Fixes each weight that turns back too often at the grid point where it was most.
+    """Fixes weights that oscillate too often at their most frequent grid point.
 
     Args:
-        often: running frequency of turning back from which on a weight is fixed, in turns a step.
+        threshold: running frequency of reversals, per step, above which a weight is fixed.
     """
 
-    def __init__(self, often: float) -> None:
-        """Nothing has been seen."""
-        self.often = often
-        self._seen: list[_Seen] = []
+    def __init__(self, threshold: float) -> None:
+        """Start without any observations."""
+        self.threshold = threshold
+        self._tracked: list[_Tracked] = []
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Look at the weights after a step of the tuning phase, and put fixed ones back."""
+        """Observe the weights after a step of the tuning phase and reset those that are fixed."""
         for index, (weight, quantizer) in enumerate(tuned_weights(model)):
             now, step = _grid(weight, quantizer)
-            if index == len(self._seen):
+            if index == len(self._tracked):
                 zero = torch.zeros_like(now)
-                self._seen.append(_Seen(now, zero, zero.clone(), now.clone(), zero.bool()))
+                self._tracked.append(_Tracked(now, zero, zero.clone(), now.clone(), zero.bool()))
                 continue
-            seen = self._seen[index]
-            change = torch.sign(now - seen.integers)
-            turned = (change * seen.directions < 0).to(now.dtype)
-            seen.frequencies.lerp_(turned, MOMENTUM)
-            seen.averages = torch.where(
-                seen.fixed, seen.averages, seen.averages.lerp(now, MOMENTUM)
+            tracked = self._tracked[index]
+            change = torch.sign(now - tracked.integers)
+            turned = (change * tracked.directions < 0).to(now.dtype)
+            tracked.frequencies.lerp_(turned, MOMENTUM)
+            tracked.averages = torch.where(
+                tracked.fixed, tracked.averages, tracked.averages.lerp(now, MOMENTUM)
             )
-            seen.directions = torch.where(change != 0, change, seen.directions)
-            seen.fixed |= seen.frequencies > self.often
-            seen.integers = torch.where(seen.fixed, torch.round(seen.averages), now)
-            weight.copy_(torch.where(seen.fixed, seen.integers * step, weight))
+            tracked.directions = torch.where(change != 0, change, tracked.directions)
+            tracked.fixed |= tracked.frequencies > self.threshold
+            tracked.integers = torch.where(tracked.fixed, torch.round(tracked.averages), now)
+            weight.copy_(torch.where(tracked.fixed, tracked.integers * step, weight))
 
     def share(self) -> float | None:
-        """The share of weights that are fixed; None before anything was seen."""
-        if not self._seen:
+        """Return the share of fixed weights; None before the first update."""
+        if not self._tracked:
             return None
-        fixed = sum(int(seen.fixed.sum()) for seen in self._seen)
-        return fixed / sum(seen.fixed.numel() for seen in self._seen)
+        fixed = sum(int(tracked.fixed.sum()) for tracked in self._tracked)
+        return fixed / sum(tracked.fixed.numel() for tracked in self._tracked)
 
     def state_dict(self) -> list[dict[str, Tensor]]:
-        """Everything that has been seen, a weight an entry."""
-        return [vars(seen) for seen in self._seen]
+        """Return the state, with one entry per weight tensor."""
+        return [vars(tracked) for tracked in self._tracked]
 
     def load_state_dict(self, state: list[dict[str, Any]], device: torch.device) -> None:
-        """Continue on a device from a saved state."""
-        names = [field.name for field in dataclasses.fields(_Seen)]
-        self._seen = [_Seen(*(entry[name].to(device) for name in names)) for entry in state]
+        """Restore a saved state on a device."""
+        names = [field.name for field in dataclasses.fields(_Tracked)]
+        self._tracked = [_Tracked(*(entry[name].to(device) for name in names)) for entry in state]

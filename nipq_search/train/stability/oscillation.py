@@ -1,4 +1,4 @@
-"""Weights that hop between two grid points while they are tuned.
+"""Oscillation: weights that alternate between two grid points during tuning.
 
 Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086).
 """
@@ -14,21 +14,22 @@ from torch import Tensor, nn
 from nipq_search.quant import FakeQuantizer, quantizers
 
 MOMENTUM = 0.01
-"""Weight of the present step in the running frequency (there: m)."""
+"""Weight of the current step in the running frequency (m in the paper)."""
 
-OFTEN = 0.005
-"""Frequency from which on a weight counts as oscillating."""
+OSCILLATING = 0.005
+"""Frequency of reversals, per step, above which a weight counts as oscillating."""
 
 _SAMPLE = 4096
+"""Approximate number of elements that are sampled from each weight."""
 
 
 def tuned_weights(model: nn.Module) -> Iterator[tuple[Tensor, FakeQuantizer]]:
-    """Parameters that have a frozen quantizer of their own, channels first."""
+    """Yield the parameters that have a frozen quantizer and their channels in dimension 0."""
     parameters = dict(model.named_parameters())
-    # Elsewhere a weight's layout is its owner's affair.
+    # Other quantizers may see a transformed weight, whose channels lie in another dimension.
     plain = {id(getattr(module, "weight_quantizer", None)) for module in model.modules()}
     for name, quantizer in quantizers(model).items():
-        weight = parameters.get(name.removeprefix("."))  # of a model that is one layer
+        weight = parameters.get(name.removeprefix("."))  # a model that is a single layer
         if weight is None or quantizer.role != "weight" or not quantizer.bits.is_frozen:
             continue
         if quantizer.channels == 1 or id(quantizer) in plain:
@@ -36,7 +37,7 @@ def tuned_weights(model: nn.Module) -> Iterator[tuple[Tensor, FakeQuantizer]]:
 
 
 def _sampled(weight: Tensor, quantizer: FakeQuantizer) -> Tensor:
-    """The grid integers of an even sample of a weight, 1-D."""
+    """Return the grid integers of an evenly spaced sample of a weight, 1-D."""
     flat = weight.reshape(-1)
     stride = (flat.numel() // _SAMPLE) | 1
     highest = 2 ** (quantizer.bits.hard() - 1) - 1
@@ -48,21 +49,21 @@ def _sampled(weight: Tensor, quantizer: FakeQuantizer) -> Tensor:
 
 
 class Oscillation:
-    """How often the rounded values of a sample of the weights turn back.
+    """Tracks how often the grid integers of sampled weights reverse direction.
 
-    A step counts for a weight whose integer changes in the direction opposite to its last change.
-    All sampled weights are one vector, so that a step costs few operations.
+    A step counts as a reversal if the integer changes in the direction opposite to its last
+    change. All sampled weights form one vector, so that a step takes few operations.
     """
 
     def __init__(self) -> None:
-        """Nothing has been seen."""
-        self._weights: list[tuple[Tensor, FakeQuantizer]] = []  # found once: it takes longest
+        """Start without any observations."""
+        self._weights: list[tuple[Tensor, FakeQuantizer]] = []  # cached: the search is slow
         self.integers: Tensor | None = None
         self.directions = self.frequencies = torch.zeros(0)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Look at the weights after a step of the tuning phase; always of one model."""
+        """Observe the weights after a step of the tuning phase; `model` is always the same."""
         self._weights = self._weights or list(tuned_weights(model))
         if not self._weights:
             return
@@ -77,13 +78,13 @@ class Oscillation:
         self.integers = now
 
     def share(self) -> float | None:
-        """The share of oscillating weights; None before anything was seen."""
+        """Return the share of oscillating weights; None before the first update."""
         if self.integers is None:
             return None
-        return float((self.frequencies > OFTEN).float().mean())
+        return float((self.frequencies > OSCILLATING).float().mean())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that has been seen."""
+        """Return the state."""
         return {
             "integers": self.integers,
             "directions": self.directions,
@@ -91,7 +92,7 @@ class Oscillation:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Continue on a device from a saved state."""
+        """Restore a saved state on a device."""
         if state["integers"] is not None:
             self.integers = state["integers"].to(device)
             self.directions = state["directions"].to(device)
@@ -99,9 +100,9 @@ class Oscillation:
 
 
 def dampening(model: nn.Module) -> Tensor:
-    """The squared distance of weights inside their range from their grid points (eq. 8 there).
+    """Return the squared distance of weights within their range from their grid points (eq. 8).
 
-    Its gradient draws weights to where rounding puts them; scales get none of it.
+    The gradient pulls weights towards their grid points; steps receive no gradient.
     """
     total = next(model.parameters()).new_zeros(())
     for weight, quantizer in tuned_weights(model):

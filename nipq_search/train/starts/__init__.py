@@ -1,4 +1,4 @@
-"""Where bit-widths start: at a parent's, at one width, or at measured sensitivities.
+"""Starting values of bit-widths: from the budget, a parent, one width or sensitivity scores.
 
-Imports nothing else of the training.
+Imports no other part of `train`.
 """

@@ -1,4 +1,4 @@
-"""Where bit-widths start: at the budget, by scores, from a finished trial, or all equal."""
+"""Starting bit-widths: at the budget, from scores, from a finished trial, or all equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from nipq_search.cost import Budget
 from nipq_search.cost.base import Bits, complete_bits, get_cost, uniform_bits
-from nipq_search.cost.projection import FULL, Losses, assign, project, units_of, usage
+from nipq_search.cost.projection import MIN_USAGE, Losses, assign, project, units_of, usage
 from nipq_search.errors import UserError
 from nipq_search.quant import quantizers
 from nipq_search.quant.graph import Graph
@@ -17,19 +17,24 @@ from nipq_search.quant.insertion.prepare import freeze_bits, quant_state
 from nipq_search.quant.quantizers.bit_width import BitWidth
 
 _BISECTIONS = 40
+"""Iterations of the bisection, which start from an interval of 48 bits."""
 
 
 def bits_at_budget(
     graph: Graph, budget: Budget, base: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Soft bit-widths that cost the budget: `base` plus one shift for all, by bisection.
+    """Return soft bit-widths whose cost equals the budget: `base` plus a shift, by bisection.
 
-    Tensors that no budgeted cost counts, such as an embedding under BOPs, start at their most.
+    Without `base`, tensors that contribute to no budgeted cost, such as an embedding under BOPs,
+    take their largest width.
 
     Args:
-        graph: a model's layers and tensors.
-        budget: its binding target is met as closely as the allowed spans let it.
-        base: bit-widths by tensor; None for equal ones, which gives the uniform width.
+        graph: the model's layers and tensors.
+        budget: the targets; the binding one is met as closely as the allowed ranges permit.
+        base: bit-widths by tensor; None starts from equal widths.
+
+    Returns:
+        Fractional bit-widths by tensor, within the allowed ranges.
     """
     spans = {name: t.allowed for name, t in graph.tensors.items() if t.allowed}
 
@@ -49,7 +54,7 @@ def bits_at_budget(
             float(v) for cost in budget for v in get_cost(cost).terms(graph, complete).values()
         ]
 
-    # Of terms, for a cost may be the largest of them.
+    # Compare terms rather than costs, which may be the maximum of their terms.
     whole = terms(most)
     counted = {
         name: terms({**most, name: float(allowed[0])}) != whole for name, allowed in spans.items()
@@ -67,7 +72,7 @@ def bits_at_budget(
 def _begin(
     model: nn.Module, learning: bool, bits: Mapping[str, float], fixed: Callable[[], Bits]
 ) -> None:
-    """Put widths that learn at `bits`; fix the others at `fixed`, for good."""
+    """Start learned widths at `bits`; if widths are not learned, freeze them at `fixed()`."""
     if learning:
         for name, quantizer in quantizers(model).items():
             quantizer.start_at(bits[name])
@@ -81,15 +86,15 @@ def start_at_budget(
     base: Mapping[str, float] | None = None,
     learning: bool = True,
 ) -> None:
-    """Let every bit-width start where the cost is the budget; see `bits_at_budget`.
+    """Start bit-widths at the budget; see `bits_at_budget`.
 
-    Short noise phases need it: from 8 bits most of them would be spent on the way down.
+    Short noise phases need this: from 8 bits, most of the phase would be spent on the descent.
 
     Args:
-        model: prepared.
-        budget: what the widths cost.
-        base: as there.
-        learning: whether widths are learned from there; else they are projected and fixed.
+        model: a prepared model.
+        budget: the targets.
+        base: bit-widths by tensor to shift; None starts from equal widths.
+        learning: whether widths are learned; otherwise they are projected and frozen.
     """
     graph, found = quant_state(model).graph, quantizers(model)
     bits = bits_at_budget(graph, budget, base)
@@ -100,19 +105,19 @@ def start_at_budget(
 def stay_at_parent(
     model: nn.Module, budget: Budget, bits: Mapping[str, float], learning: bool = True
 ) -> bool:
-    """Keep the widths of a parent that is at this budget already: they may have been learned.
+    """Start at a parent's learned widths if they already meet the budget and use it up.
 
     Args:
-        model: prepared.
-        budget: what the widths are to keep and use up.
-        bits: the parent's widths by tensor.
-        learning: whether widths are learned from there; else they are fixed.
+        model: a prepared model.
+        budget: the targets.
+        bits: the parent's bit-widths by tensor.
+        learning: whether widths are learned; otherwise they are frozen.
 
     Returns:
-        Whether they fit; the model is as it was where they do not.
+        Whether the widths fit; if not, the model is unchanged.
     """
     fixed = {name: round(width) for name, width in bits.items()}
-    if not FULL <= usage(quant_state(model).graph, fixed, budget) <= 1:
+    if not MIN_USAGE <= usage(quant_state(model).graph, fixed, budget) <= 1:
         return False
     _begin(model, learning, bits, lambda: fixed)
     return True
@@ -121,21 +126,21 @@ def stay_at_parent(
 def start_at_scores(
     model: nn.Module, budget: Budget, losses: Losses, learning: bool = True
 ) -> None:
-    """Let every bit-width start where the measured loss is least.
+    """Start at the bit-widths with the least measured loss within the budget.
 
     Args:
-        model: prepared.
-        budget: what the widths keep.
-        losses: by unit (see `units_of`) and allowed width; see `sensitivities`.
-        learning: whether widths are learned from there; else they are fixed.
+        model: a prepared model.
+        budget: the targets.
+        losses: scores by unit (see `units_of`) and allowed width; see `sensitivities`.
+        learning: whether widths are learned; otherwise they are frozen.
 
     Raises:
-        UserError: the scores are those of another model.
+        UserError: the scores belong to another model.
     """
     graph = quant_state(model).graph
     for unit in units_of(graph):
         if not set(graph.tensors[unit].allowed) <= losses.get(unit, {}).keys():
-            raise UserError(f"the sensitivity scores lack {unit}: they are another model's")
+            raise UserError(f"the sensitivity scores lack {unit}: they belong to another model")
     bits = assign(graph, budget, losses)
     _begin(model, learning, bits, lambda: bits)
 
@@ -143,14 +148,14 @@ def start_at_scores(
 def start_at_profile(
     model: nn.Module, budget: Budget, profile: Mapping[str, float], learning: bool = True
 ) -> None:
-    """Shift a profile of bit-widths onto the budget and let every tensor start there.
+    """Start at a profile of bit-widths, shifted onto the budget.
 
     Args:
-        model: prepared.
-        budget: what the widths cost.
-        profile: bit-widths by unit (see `units_of`); pinned tensors keep their own.
-        learning: whether widths are learned from there; else they are fixed at the allowed ones
-            that keep the budget and are nearest, by the sum of squares.
+        model: a prepared model.
+        budget: the targets.
+        profile: bit-widths by unit (see `units_of`); pinned tensors keep their own width.
+        learning: whether widths are learned; otherwise they are frozen at the allowed widths
+            within the budget with the least squared distance.
     """
     graph = quant_state(model).graph
     units = units_of(graph)
@@ -168,19 +173,19 @@ def start_at_profile(
 
 
 def stop_learning_bits(model: nn.Module) -> None:
-    """Let no bit-width of a prepared model learn; `start_at` still moves them."""
+    """Make all bit-widths of a prepared model constant; `start_at` can still change them."""
     for quantizer in quantizers(model).values():
         bits = quantizer.bits
         if bits.learned:
             fixed = BitWidth(bits.allowed, bits.start, learned=False, key=bits.key)
-            quantizer.use(fixed.to(bits.marginal))
+            quantizer.replace_bits(fixed.to(bits.marginal))
 
 
 def start_at_one_width(model: nn.Module, budget: Budget) -> None:
-    """Give every tensor the largest single bit-width that keeps the budget.
+    """Set every tensor to the largest single bit-width within the budget.
 
     Raises:
-        UserError: there is none.
+        UserError: no single width is within the budget.
     """
     graph = quant_state(model).graph
     free = [set(t.allowed) for t in graph.tensors.values() if len(t.allowed) > 1]
@@ -188,27 +193,27 @@ def start_at_one_width(model: nn.Module, budget: Budget) -> None:
     fitting = [w for w in shared if usage(graph, uniform_bits(graph, w), budget) <= 1]
     if not fitting:
         raise UserError(
-            f"train.start: no single bit-width of {shared} keeps the budget; raise it, or let "
-            "bit-widths differ"
+            f"train.start: no single bit-width of {shared} meets the budget; raise it, or choose "
+            "a start other than uniform"
         )
     for name, bits in uniform_bits(graph, fitting[-1]).items():
         quantizers(model)[name].start_at(bits)
 
 
 def warm_start(model: nn.Module, state: Mapping[str, Any]) -> dict[str, float]:
-    """Take weights, boundaries and normalization from a finished trial's state, in place.
+    """Load weights, boundaries and normalization from a finished trial's state, in place.
 
-    Bit-widths stay free, and the noise stays the model's own.
+    Bit-widths stay learnable, and the seed of the noise is kept.
 
     Args:
-        model: a prepared model that has not been trained.
-        state: state dict of a frozen model of the same architecture and quantizer.
+        model: a prepared, untrained model.
+        state: state dict of a frozen model with the same architecture and quantizer.
 
     Returns:
         The finished trial's bit-widths by tensor.
 
     Raises:
-        RuntimeError: the state does not fit the model.
+        RuntimeError: the state does not match the model.
     """
     graph, found = quant_state(model).graph, quantizers(model)
     modules = {name: module for name, module in model.named_modules()}
@@ -224,7 +229,7 @@ def warm_start(model: nn.Module, state: Mapping[str, Any]) -> dict[str, float]:
 
     def own(key: str) -> bool:
         if key.endswith(".bits.marginal"):
-            return False  # so that a child without a noise phase has something to project by
+            return False  # inherited: a child without a noise phase projects by it
         return ".bits." in key or key.endswith("_extra_state")
 
     model.load_state_dict({k: fresh[k] if own(k) else state.get(k, v) for k, v in fresh.items()})

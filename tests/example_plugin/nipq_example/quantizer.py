@@ -10,7 +10,7 @@ from nipq_search.quant.numerics.functional import LEAST_BOUNDARY
 
 
 class Clip(FakeQuantizer):
-    """Rounds in training as in evaluation; the boundary itself is the parameter."""
+    """Rounds during training, and learns the boundary directly."""
 
     learns_bits = False
 

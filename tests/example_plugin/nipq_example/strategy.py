@@ -6,8 +6,8 @@ from nipq_search.search.strategies.strategies import Strategy, Target
 
 
 class RoundRobin(Strategy):
-    """Assigns the budgets in turn, whatever became of earlier trials."""
+    """Assigns the budgets in turn, regardless of the results of earlier trials."""
 
-    def target(self, seen):
+    def assign(self, state):
         """Return the next budget in turn."""
-        return Target(budget=len(seen.assigned) % len(seen.budgets))
+        return Target(budget=len(state.assigned) % len(state.budgets))

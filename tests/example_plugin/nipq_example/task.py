@@ -11,7 +11,7 @@ SIZES = {"train": 512, "validation": 128, "test": 128}
 
 
 class Rings:
-    """Tells an inner ring from an outer one.
+    """Classify points as part of an inner or an outer ring.
 
     Args:
         split_seed: seed of the points.

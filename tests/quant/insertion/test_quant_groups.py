@@ -1,4 +1,4 @@
-"""Which layers are quantized, at how many bits, and which share their bit-width."""
+"""Selection of layers, pinned bit-widths, and groups that share a bit-width."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Two attention blocks with residual sums, on a vocabulary."""
+    """A language model with two attention blocks and residual sums."""
 
     def __init__(self):
         super().__init__()
@@ -60,13 +60,13 @@ def groups(model):
 
 
 def in_float(model):
-    return {layer.name for layer in quant_state(model).graph.layers if layer.why}
+    return {layer.name for layer in quant_state(model).graph.layers if layer.float_reason}
 
 
 def test_projections_that_one_attention_multiplies():
     assert groups(prepared(groups=("qkv",))) == [
-        ["one.k.weight", "one.q.weight", "one.v.weight"],  # fused: all three consume one tensor
-        ["two.k.weight", "two.v.weight"],  # the query consumes another
+        ["one.k.weight", "one.q.weight", "one.v.weight"],  # all three consume the same tensor
+        ["two.k.weight", "two.v.weight"],  # the query projects a different tensor
     ]
 
 
@@ -112,7 +112,7 @@ def test_groups_share_their_bits_for_good(quantizer, share):
     for group in groups(model):
         assert len({bits[name] for name in group}) == 1
     assert is_tight(graph, bits, budget)
-    # A frozen state freezes another copy alike, and a learning one thaws it with its ties.
+    # Loading a frozen state freezes a copy; loading a learning one unfreezes it, still tied.
     other = prepared(groups=("qkv", "residual", "*.out"), residuals=True, quantizer=quantizer)
     other.load_state_dict(model.state_dict())
     assert hard_bits(other) == bits
@@ -174,9 +174,9 @@ def test_selection_by_name_kind_and_place():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exclude": ("hed",)}, "quant.exclude.hed: no layer has such a name .*'head'"),
-        ({"include": ("kind:conv2d",)}, "quant.include.kind:conv2d: no layer of this kind; there"),
-        ({"pin": {"order:middle": 4}}, "order:middle: unknown place; use order:first or"),
+        ({"exclude": ("hed",)}, "quant.exclude.hed: no layer has this name .*'head'"),
+        ({"include": ("kind:conv2d",)}, "quant.include.kind:conv2d: no layer of this kind; the"),
+        ({"pin": {"order:middle": 4}}, "order:middle: unknown order; use order:first or"),
         ({"groups": ("nothing*",)}, "quant.groups.nothing"),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_text_is_no_list_of_patterns(key):
 
 
 def test_what_nobody_counts_keeps_its_bits():
-    """An embedding costs no BOPs, so a budget in BOPs starts it at its most."""
+    """An embedding costs no BOPs, so under a BOPs budget it starts at its largest width."""
     from nipq_search.train.starts.start import start_at_budget
 
     model = prepared()

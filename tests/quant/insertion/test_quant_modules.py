@@ -1,4 +1,4 @@
-"""Modules that are more than a forward: state of their own, ties, embeddings, other precisions."""
+"""Modules with special properties: own state, ties, embeddings, other precisions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_inference_first_and_training_later():
         prepared = prepare(model, normal(4, 8))
         made_there = nn.Linear(8, 3)
     prepared(X).sum().backward()
-    with pytest.raises(UserError, match="weight: made under torch.inference_mode"):
+    with pytest.raises(UserError, match="weight: created under torch.inference_mode"):
         prepare(made_there, X)
 
 

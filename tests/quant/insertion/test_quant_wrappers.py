@@ -1,4 +1,4 @@
-"""Prepared models inside DDP, torch.compile and averaged copies; bits carried between models."""
+"""Prepared models in DDP, torch.compile and averaged copies; transfer of bit configurations."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def test_wrappers(kind, request):
     model = prepare(residual_net(), images())
     plain = copy.deepcopy(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
+        warnings.simplefilter("ignore")  # warnings raised inside the compiler
         outer = wrapped(kind, model)
         inner = unwrap(outer)
         if kind != "ema":
             assert inner is model
-        for _ in range(10):  # the compiler gives up on what changes too often
+        for _ in range(10):  # the compiler stops recompiling after several changes
             outputs = [outer(images()), plain(images())]
             assert torch.equal(*outputs)
             for y in outputs:
@@ -78,7 +78,7 @@ def test_averaged_models_follow():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    average.update_parameters(model)  # the first update copies
+    average.update_parameters(model)  # the first update copies the parameters
     assert bit_config(average) == bit_config(model)
 
 
@@ -98,9 +98,9 @@ def test_bit_config_round_trip(quantizer):
     assert apply_bit_config(target, carried) is target
     assert is_frozen(target) and bit_config(target) == carried
     assert torch.equal(source.eval()(images()), target.eval()(images()))
-    apply_bit_config(target, carried)  # the same again is no change
+    apply_bit_config(target, carried)  # applying the same widths again is permitted
     warm = prepare(residual_net(), images(), QuantConfig(quantizer=quantizer))
-    with torch.no_grad():  # trained a little: an untrained LSQ takes its published value anew
+    with torch.no_grad():  # simulates training: an untrained LSQ step would be re-initialized
         for found in quantizers(warm).values():
             for parameter in found.parameters(recurse=False):
                 parameter.mul_(1.1)
@@ -153,8 +153,8 @@ def test_bad_bit_configs_change_nothing():
         ({"weights": {}}, True, "weights.head is missing|'activations' is missing"),
         (missing, True, "weights.head is missing"),
         (broken("weights", "haed", 4), True, "weights.haed: no such layer .*'head'"),
-        (broken("weights", "head", 3), True, r"weights.head: 3 bits are not among \[2, 4, 8\]"),
-        (broken("weights", "head", "4"), False, "weights.head: '4' is no bit-width"),
+        (broken("weights", "head", 3), True, r"weights.head: 3 bits are not allowed"),
+        (broken("weights", "head", "4"), False, "weights.head: '4' is not a bit-width"),
         (broken("activations", "side", 2), True, "activations.side: 2 bits, but another layer"),
     ]
     for bad, freeze, message in cases:
@@ -164,7 +164,7 @@ def test_bad_bit_configs_change_nothing():
     assert all(torch.equal(after[n], v) for n, v in before.items())
     apply_bit_config(model, good)
     for freeze in (True, False):
-        with pytest.raises(UserError, match="frozen at 8 bits already"):
+        with pytest.raises(UserError, match="already frozen at 8 bits"):
             apply_bit_config(model, broken("weights", "head", 4), freeze=freeze)
 
 
@@ -177,7 +177,7 @@ def test_float_layers_have_no_bits():
 
 
 class TestLSQ:
-    """The published starting value, gradient scale and gradient."""
+    """LSQ uses the initial value, the gradient scale and the gradient of the paper."""
 
     def quantizer(self, bits=4, granularity="per_tensor"):
         config = QuantConfig(

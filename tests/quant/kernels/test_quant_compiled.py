@@ -1,4 +1,4 @@
-"""Whole models under torch.compile: one graph, and the same noise and gradients as without."""
+"""Whole models under torch.compile: a single graph, with the noise and gradients of eager mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nipq_search.quant.numerics.noise import NoiseClock
 
 
 class Two(nn.Module):
-    """An activation with two consumers, and a layer without a bias."""
+    """A model with an activation that two layers consume, and a layer without a bias."""
 
     def __init__(self):
         super().__init__()
@@ -37,12 +37,12 @@ MODELS = {"residual": (residual_net, images()), "two": (Two, normal(6, 16))}
 def fresh_compiler():
     torch._dynamo.reset()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
+        warnings.simplefilter("ignore")  # warnings raised inside the compiler
         yield
 
 
 def compare(compiled, plain, inner, x, steps=4):
-    """Outputs, gradients and running means of a few steps."""
+    """Return the outputs, gradients and running means of a few steps."""
     for _ in range(steps):
         outputs = [compiled(x), plain(x)]
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
@@ -85,7 +85,7 @@ def test_one_graph_serves_every_step():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for _ in range(12):
         compiled(images()).sum().backward()
-    # Once more for the step after which there are gradients.
+    # One more compilation for the first step with existing gradients.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2
 
 
@@ -114,7 +114,7 @@ def test_several_forwards_and_several_backwards():
 
 
 class Halves(nn.Module):
-    """Consumes slices of channels."""
+    """A model whose layers consume slices of channels."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +125,6 @@ class Halves(nn.Module):
         return self.b(first) + self.b(second)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bfloat16", "float64", "slices"])
 def test_inductor_takes_what_the_operations_promise(kind):
     model, x = prepare(Two(), normal(6, 16)).train(), normal(6, 16)

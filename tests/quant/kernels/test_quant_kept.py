@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward, and what it computes again there."""
+"""Tensors that a training step saves for the backward pass, and those that it recomputes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ X = normal(6, 10, 16)
 
 @pytest.fixture(autouse=True)
 def no_tensor_is_small(monkeypatch):
-    """Small ones are kept as they are, and all of these are small."""
-    monkeypatch.setattr(function, "SMALL", 0)
+    """Disable the size limit below which tensors are never recomputed."""
+    monkeypatch.setattr(function, "SMALL_ELEMENTS", 0)
 
 
 class Attention(nn.Module):
-    """Written with the fused function."""
+    """Self-attention that calls torch's fused function."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ MODELS = {"attention": Attention, "encoder": encoder, "convolutions": convolutio
 
 
 def trained(model, x=X, context=None, steps=1):
-    """The output, and every gradient of a step."""
+    """Return the output and all gradients after `steps` steps."""
     model.train()
     for _ in range(steps):
         model.zero_grad()
@@ -65,8 +65,8 @@ def trained(model, x=X, context=None, steps=1):
 
 
 def everything_kept(monkeypatch):
-    """From here on products keep their operands."""
-    monkeypatch.setattr(function, "remember", lambda y, x, again: None)
+    """Disable recomputation, so products save their operands."""
+    monkeypatch.setattr(function, "register_recipe", lambda y, x, compute: None)
 
 
 @pytest.mark.parametrize("phase", ["noise", "empirical", "tuning", "lsq"])
@@ -89,7 +89,7 @@ def test_what_is_computed_again_is_what_was(monkeypatch, name, phase):
 
 
 def held_after(model, x):
-    """Bytes that a forward leaves allocated while its output lives."""
+    """Return the number of bytes that stay allocated after a forward while its output lives."""
     model.train()(x)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -106,7 +106,7 @@ def test_a_layer_keeps_one_tensor_and_weights_are_not_kept_twice(quantizer):
     layers = [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
     net = nn.Sequential(*(copy.deepcopy(layer) for _ in range(6) for layer in layers))
     prepared = prepare(copy.deepcopy(net), x, config)
-    # A ReLU keeps a byte for each element, which is a quarter of one of two tensors.
+    # A ReLU saves one byte per element, a quarter of the size of a float32 tensor.
     assert held_after(prepared, x) < 1.2 * held_after(net, x)
     wide = nn.Sequential(*(nn.Linear(512, 512) for _ in range(6)))
     tokens = torch.randn(64, 512)
@@ -129,7 +129,7 @@ def test_attention_keeps_its_probabilities_once():
 
 
 class Shared(nn.Module):
-    """Two layers that consume one tensor, as a block and its shortcut do."""
+    """Two layers that consume the same tensor, like a residual block and its shortcut."""
 
     def __init__(self, overwrites=False):
         super().__init__()
@@ -140,13 +140,13 @@ class Shared(nn.Module):
         x = self.stem(x)
         first = self.one(x)
         if self.overwrites and self.training:
-            x.add_(0.0)  # the same values, for all that is known another tensor
+            x.add_(0.0)  # changes the version counter, not the values
         return first + self.other(x)
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """Shapes of what the kernels quantize, as they do."""
+    """Return a list that records the shape of each tensor that the kernels quantize."""
     shapes = []
 
     def spied(x, *rest, original=cpu.forward):
@@ -165,11 +165,11 @@ def test_an_activation_of_two_consumers_is_quantized_once(monkeypatch, made, pro
     made.clear()
     once = trained(model)
     marginal = quantizers(model)["one.input"].bits.marginal.clone()
-    # What the first layer consumes, which is computed again for the backward, and the others.
+    # The input of the first layer, which is recomputed in the backward pass, and the others.
     assert made.count(tuple(X.shape)) == 3
     model(X)
     assert made.count(tuple(X.shape)) == 5  # with the noise of the next step
-    monkeypatch.setattr(function._Call, "done_before", lambda self, x: None)
+    monkeypatch.setattr(function._Quantization, "reused_output", lambda self, x: None)
     for a, b in zip(once, trained(again), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(marginal, quantizers(again)["one.input"].bits.marginal) and marginal != 0
@@ -189,7 +189,7 @@ def test_consumers_of_one_activation_have_backwards_of_their_own():
             self.one, self.other = nn.Linear(16, 4), nn.Linear(16, 4)
 
         def forward(self, x):
-            x = x + 1  # which keeps nothing for its backward
+            x = x + 1  # saves nothing for the backward pass
             return self.one(x), self.other(x)
 
     model = prepare(Heads(), X).train()
@@ -200,7 +200,7 @@ def test_consumers_of_one_activation_have_backwards_of_their_own():
 
 
 def test_masks_that_a_hook_applies_in_place():
-    """What a hook overwrote is not computed again without it."""
+    """A tensor that a hook has overwritten must not be recomputed without the hook."""
     model = prepare(Shared(), X).train()
     mask = (torch.arange(16) % 2).float()
     other = copy.deepcopy(model)
@@ -231,7 +231,7 @@ def test_models_that_keep_activations_can_be_saved(tmp_path):
 
 @pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
 def test_what_is_computed_again_is_not_computed_from_other_values(quantizer):
-    """A part of the graph may not reach the quantizer's own node, which would notice."""
+    """Detect in-place changes even if the backward pass does not reach the quantizer's node."""
     config = QuantConfig(quantizer=quantizer)
     x = X.clone().requires_grad_()
     model = prepare(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), X, config).train()
@@ -290,7 +290,7 @@ def test_a_graph_can_be_gone_through_twice_and_in_evaluation_mode():
 
 
 class Checkpointed(nn.Module):
-    """Keeps nothing of its inner layers."""
+    """A checkpointed model, which saves no tensors of its inner layers."""
 
     def __init__(self, reentrant):
         super().__init__()
@@ -347,11 +347,11 @@ def test_overwritten_raw_input_is_noticed():
 
 def test_nothing_lives_longer_than_its_graph():
     def packed():
-        return sum(type(each) is kept._Again for each in gc.get_objects())
+        return sum(type(each) is kept._Recomputed for each in gc.get_objects())
 
     model = prepare(encoder(), X).train()
     gc.collect()
-    gc.disable()  # a cycle would wait for it
+    gc.disable()  # reference cycles would stay alive without it
     try:
         assert packed() == 0
         out = model(X)

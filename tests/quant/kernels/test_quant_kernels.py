@@ -1,4 +1,4 @@
-"""The C kernels compute what the torch operations compute, and are used where they should be."""
+"""Agreement of the C kernels with the torch operations, and the conditions for their use."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from nipq_search.quant.numerics.noise import (
 CPU = torch.device("cpu")
 CHANNELS_LAST = torch.channels_last
 
-# Shape, axis of the boundaries (None: one), memory format. Sizes that are no multiple of a
-# vector, runs shorter than one, channels side by side, more than a piece of a thread's work.
+# Shape, axis of the boundaries (None: one boundary), memory format. The sizes cover remainders of
+# a vector, runs shorter than a vector, interleaved channels, and more than one piece per thread.
 LAYOUTS = [
     ((7,), None, None),
     ((70_001,), None, None),
@@ -51,7 +51,7 @@ ONE = boundary_of(torch.tensor([1.7]), 3)
 
 
 def case(shape, axis, memory, grid, bits, seed=0):
-    """A tensor, its boundary, and the leaves that both hang on."""
+    """Return a tensor, its boundary, and the leaves that both depend on."""
     x = normal(*shape, seed=seed)
     if memory is CHANNELS_LAST:
         x = x.contiguous(memory_format=CHANNELS_LAST)
@@ -65,7 +65,7 @@ def case(shape, axis, memory, grid, bits, seed=0):
 
 
 def eager(x, boundary, key, empirical):
-    """The same without kernels."""
+    """Run the same computation without kernels."""
     range_ = boundary.range(x.dim())
     if empirical:
         drawn = drawn_from(residuals_of(x, *range_[:3], boundary.axis), x.shape, key)
@@ -79,7 +79,7 @@ def hard(x, boundary):
 
 
 def results(quantize, *arguments, leaf=True, device="cpu"):
-    """Output and gradients under a gradient that differs from element to element."""
+    """Return output and gradients for an output gradient that varies between elements."""
     leaves, boundary = case(*arguments)
     if device != "cpu":
         leaves = [t.detach().to(device).requires_grad_() for t in leaves]
@@ -106,14 +106,14 @@ def test_kernels_agree_with_torch_operations(law, layout, grid):
         assert type(fast[0].grad_fn).__name__ == "_QuantizeBackward"
         assert fast[0].stride() == plain[0].stride()
         for a, b in zip(fast, plain, strict=True):
-            # The sums of float32 that torch takes over many elements are the less exact ones.
+            # Torch's float32 sums over many elements are less accurate than those of the kernels.
             torch.testing.assert_close(a, b, rtol=2e-5, atol=max(2e-5, 2e-9 * fast[0].numel()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("law", ["uniform", "empirical"])
 def test_input_and_output_tell_the_same(layout, law):
-    """Of a tensor that lives on the input is kept for the backward, of another the output."""
+    """The input of a retained tensor is saved for the backward pass, otherwise the output."""
     for grid in Grid:
         kept = [
             results(
@@ -211,7 +211,7 @@ def test_gradients_of_a_range_are_those_of_its_formula(grid):
 
 @pytest.mark.parametrize("grid", list(Grid))
 def test_what_is_learned_goes_into_one_node(grid):
-    """Softplus and the drawn width within the kernel's node, and as nodes of their own."""
+    """Softplus and the drawn width agree, computed by the kernel's node or by separate nodes."""
     found = []
     for together in (True, False):
         x = normal(20, 30).requires_grad_()
@@ -243,7 +243,7 @@ def test_a_boundary_does_not_reach_zero():
         boundary = Boundary(raw, theta, Grid.SIGNED, torch.zeros(1), 0, start, draw)
         y = [K.pseudo_quantize(normal(9), b, 1) for b in (boundary, boundary.resolved())]
         torch.testing.assert_close(*y, equal_nan=True)
-        assert float(y[0].detach().abs().max()) <= F.LEAST_BOUNDARY or y[0].isnan().any()
+        assert float(y[0].detach().abs().max()) <= F.MIN_BOUNDARY or y[0].isnan().any()
 
 
 def test_a_width_is_sampled_alike_as_a_number_and_as_a_tensor():
@@ -291,13 +291,13 @@ def test_boundaries_that_do_not_fit_are_refused():
 
 
 def test_empirical_noise_of_neighbours_is_independent():
-    """Though neighbours of a smooth signal have alike residuals, and draw together."""
+    """Adjacent elements of a smooth signal have similar residuals and are drawn in groups."""
     for count in (100_000, 700_000):
         x = torch.sin(torch.linspace(0, 300, count))
         drawn = (K.pseudo_quantize(x, ONE, 5, True) - x)[10:-10]
         lag = torch.stack([drawn[:-1], drawn[1:]])
         assert abs(float(torch.corrcoef(lag)[0, 1])) < 0.02
-    # Sizes that are multiples of three must not be met by a stride of three.
+    # The stride must not be three for sizes that are multiples of three.
     x = normal(32, 96, 12, 12).contiguous(memory_format=CHANNELS_LAST)
     seen = torch.arange(0, x.numel(), _stride(x.numel())) % 96
     assert len(seen.unique()) == 96
@@ -376,7 +376,7 @@ def test_boundaries_of_a_dense_tensor_are_found_by_its_strides():
 @pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, CHANNELS_LAST])
 def test_a_model_trains_by_the_kernels(monkeypatch, quantizer, memory):
-    """Fails where the fast path is silently left."""
+    """Fails if the fast path is silently bypassed."""
     config = QuantConfig(quantizer=quantizer)
     model = prepare(residual_net(), images(), config).to(memory_format=memory)
 

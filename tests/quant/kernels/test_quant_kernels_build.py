@@ -1,4 +1,4 @@
-"""The C kernels are built once, on any machine, and a machine that cannot build them says so."""
+"""Compilation of the C kernels: once per machine, with a warning where it fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nipq_search.quant.kernels import build
 
 
 def run_apart(code, **environment):
-    """Python in a process of its own, since the library is loaded once."""
+    """Run Python code in a separate process, because the library is loaded once per process."""
     return subprocess.run(
         [sys.executable, "-W", "always", "-c", code],
         capture_output=True,
@@ -93,7 +93,7 @@ def test_the_source_is_part_of_the_package():
 
 
 def test_a_cache_that_does_not_execute(tmp_path, monkeypatch):
-    """As on a disk that is mounted so: the next folder serves."""
+    """On a `noexec` mount, the next folder is used."""
     loaded = build.ctypes.CDLL
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))

@@ -1,5 +1,6 @@
-"""The Triton kernels compute what those in C do: on a GPU where there is one, and in Triton's
-interpreter elsewhere. That they compile for GPUs, and to what, is seen without one.
+"""Agreement of the Triton kernels with those in C, on a GPU or else in Triton's interpreter.
+
+Compilation for a GPU, and the resulting instructions, are tested without one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nipq_search.quant import kernels as K
 from nipq_search.quant.numerics.functional import Grid
 from nipq_search.quant.kernels import cpu, cuda
 from nipq_search.quant.kernels.function import quantize
-from nipq_search.quant.numerics.noise import placed
+from nipq_search.quant.numerics.noise import with_origin
 from test_quant_kernels import LAYOUTS, ONE, results
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +32,7 @@ small = [layout for layout in LAYOUTS if torch.Size(layout[0]).numel() < 6000]
 compared = 0
 for layout, grid, law in itertools.product(small, Grid, ("uniform", "empirical", "rounding")):
     for leaf, origin in itertools.product((True, False), (0, 70_003, 3 << 30)):
-        key = None if law == "rounding" else placed(0xDEADBEEFCAFE1234, origin)
+        key = None if law == "rounding" else with_origin(0xDEADBEEFCAFE1234, origin)
         fast, slow = (
             results(
                 lambda x, b, backend=backend: quantize(backend, x, b, key, law == "empirical"),
@@ -94,7 +95,7 @@ for kernel in (cuda._forward_kernel, cuda._tensor_backward_kernel, cuda._channel
 
 
 def run_apart(code, **environment):
-    """Run in a process of its own: when Triton is imported it is decided whether it interprets."""
+    """Run in a separate process, because Triton selects the interpreter at import time."""
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -121,7 +122,7 @@ def test_noise_of_triton_follows_its_law():
 
 
 def test_kernels_compile_for_a_gpu_and_round_as_a_cpu_does(tmp_path):
-    """Neither an inexact division nor a product and a sum that are rounded as one."""
+    """The compiled code contains neither approximate division nor fused multiply-add."""
     found = run_apart(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
     assert found == ["False"] * 15
 

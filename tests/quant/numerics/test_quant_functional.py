@@ -1,4 +1,4 @@
-"""The pure functions: grids, gradients, rounding of bits."""
+"""Pure functions: grids, gradients, rounding of bit-widths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LN2 = math.log(2.0)
 
 
 def setting(grid, per_channel, seed=0):
-    """A tensor away from the kinks, boundaries, bits, noise; all float64."""
+    """Return a tensor without values near kinks, boundaries, bits and noise, all in float64."""
     x = normal(3, 40, seed=seed, dtype=torch.float64) * 1.5 + 0.3
     alpha = torch.tensor([1.1, 1.7, 2.3] if per_channel else [1.6], dtype=torch.float64)
     alpha = alpha[:, None] if per_channel else alpha
@@ -100,7 +100,7 @@ def test_hard_gradients_pass_straight_through(grid):
     F.hard_quantize(inputs[0], range_).sum().backward()
     inside = (x > range_.low) & (x < range_.high)
     torch.testing.assert_close(inputs[0].grad, inside.double())
-    # The derivative of the boundary's own expression, with every integer held fixed.
+    # The derivative of the expression for the boundary, with all integers held fixed.
     integers = (x / range_.step).round()
     per_step = torch.where(inside, integers - x / range_.step, 0.0)
     per_step = torch.where(x >= range_.high, range_.highest, per_step)

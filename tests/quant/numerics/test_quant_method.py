@@ -1,4 +1,4 @@
-"""What makes NIPQ work: the properties of the pseudo-quantization noise as a proxy."""
+"""Properties of pseudo-quantization noise as a proxy for rounding, on which NIPQ relies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def f64(*values):
 
 
 def test_straight_through_hops_and_the_proxy_settles():
-    """Scalar toy: minimize (y - target)**2 / 2, the target between two grid points."""
+    """Minimize (y - target)**2 / 2 for a scalar, with the target between two grid points."""
     range_ = signed(f64(1.0), f64(3.0))  # step 1/3
     target = 0.45
     hops, settled = [], []
@@ -46,7 +46,7 @@ def test_straight_through_hops_and_the_proxy_settles():
 
 
 def quadratic(dimension=8):
-    """A quadratic loss with a random positive Hessian, and pairs of opposite noise."""
+    """Return a quadratic loss with a random positive Hessian, and antithetic pairs of noise."""
     root = normal(dimension, dimension, seed=1, dtype=torch.float64)
     hessian = root @ root.T
     noise = torch.rand(
@@ -81,7 +81,7 @@ def test_layers_with_more_curvature_win_bits(width):
 
 
 def density(law):
-    """A fine lattice on the positive axis with its weights."""
+    """Return a fine lattice on the positive axis and its quadrature weights."""
     x = (torch.arange(40_000, dtype=torch.float64) + 0.5) * (24 / 40_000)
     weight = torch.exp(-x.square() / 2) if law == "gaussian" else torch.exp(-x * 2**0.5)
     return x, weight / weight.sum()
@@ -94,7 +94,7 @@ def density(law):
 def test_stationary_boundary_is_the_true_quantizers_best(law, bits, distance):
     x, weight = density(law)
     width = f64(float(bits))
-    # The slope is quadratic in the noise: its second moment, 1 / 12, is all that matters.
+    # The slope is quadratic in the noise, so only the second moment, 1 / 12, matters.
     noise = torch.full_like(x, 12**-0.5)
 
     def slope(value):

@@ -1,4 +1,4 @@
-"""Noise: its law, its independence, and that it is a function of (seed, step, tensor, element)."""
+"""Noise: distribution, independence, and dependence on (seed, step, tensor, element) only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_empirical_noise_follows_the_exact_residual_law(grid, bits):
     own = (x / range_.step).round() - x / range_.step
     noise, own = noise[inside], own[inside]
     assert distance(noise[:100_000], residual_cdf(range_)) < 0.01
-    # Independent of the element's own residual: of its value, its size and its sign.
+    # Independent of the element's own residual: of its value, magnitude and sign.
     for a, b in [(noise, own), (noise.abs(), own.abs()), (noise.sign(), own.sign())]:
         assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.015
 
@@ -107,7 +107,7 @@ def test_evaluation_moves_no_clock():
 
 
 class Blocks(nn.Module):
-    """One block called twice, recomputed in the backward if asked."""
+    """A model that calls one block twice, optionally with recomputation in the backward pass."""
 
     def __init__(self, recompute: bool, reentrant: bool = False) -> None:
         super().__init__()

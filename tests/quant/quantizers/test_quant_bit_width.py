@@ -1,4 +1,4 @@
-"""The learned bit-width: sampling, freezing, the running mean of its gradient."""
+"""Learned bit-widths: sampling, freezing, and the running mean of the gradient."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def test_frozen_bits_never_move(optimizer):
 
 def test_freezing_is_final():
     bits = BitWidth((2, 4, 8))
-    with pytest.raises(UserError, match=r"3 is not among the allowed \[2, 4, 8\]"):
+    with pytest.raises(UserError, match=r"3 is not allowed; choose from \[2, 4, 8\]"):
         bits.freeze(3)
     bits.freeze(4)
     bits.freeze(4)
-    with pytest.raises(UserError, match="frozen at 4 and cannot become 8"):
+    with pytest.raises(UserError, match="frozen at 4 and cannot change to 8"):
         bits.freeze(8)
     with pytest.raises(UserError, match="cannot be learned again"):
         bits.start_at(8)
@@ -99,7 +99,7 @@ def test_start_at_survives_a_state_dict():
 def test_a_checkpoint_with_other_widths_is_refused():
     source, target = BitWidth((3, 5)), BitWidth((4, 8))
     source.freeze(3)
-    with pytest.raises(RuntimeError, match=r"3 bits are not among \[4, 8\]"):
+    with pytest.raises(RuntimeError, match=r"3 bits are not allowed; choose from \[4, 8\]"):
         target.load_state_dict(source.state_dict())
 
 
@@ -107,12 +107,12 @@ def test_a_checkpoint_with_other_widths_is_refused():
     ("bits", "message"),
     [
         ((), "no bit-width is allowed"),
-        ((0, 4), "0 is no bit-width"),
-        ((4, 17), "17 is no bit-width"),
-        ((4.0,), "4.0 is no bit-width"),
-        (("4",), "'4' is no bit-width"),
-        ((True,), "True is no bit-width"),
-        ((4, 4), "stands twice"),
+        ((0, 4), "0 is not a bit-width"),
+        ((4, 17), "17 is not a bit-width"),
+        ((4.0,), "4.0 is not a bit-width"),
+        (("4",), "'4' is not a bit-width"),
+        ((True,), "True is not a bit-width"),
+        ((4, 4), "repeats a bit-width"),
     ],
 )
 def test_bad_sets_are_refused(bits, message):

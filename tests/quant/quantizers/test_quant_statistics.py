@@ -1,4 +1,4 @@
-"""Calibration: grids, boundaries, and what it must leave alone."""
+"""Calibration: grids, initial boundaries, and the state that must stay unchanged."""
 
 from __future__ import annotations
 

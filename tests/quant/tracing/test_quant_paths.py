@@ -1,4 +1,4 @@
-"""Models whose calls are not the same every time."""
+"""Models whose calls differ from one forward to the next."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ X = normal(4, 8)
 
 
 def watched(model):
-    """Shapes and magnitudes that reach each quantizer, filled while the model runs."""
+    """Return a dict that records the shapes and magnitudes of each quantizer's inputs."""
     seen: dict[str, list[tuple[tuple[int, ...], float]]] = {}
     for name, quantizer in quantizers(model).items():
         quantizer.observer = lambda x, name=name: seen.setdefault(name, []).append(
@@ -32,7 +32,11 @@ def watched(model):
 
 
 def same_as_float(prepared, model, *args):
-    """With its quantizers passing through, a prepared model computes what the float one does."""
+    """Compare a prepared model with bypassed quantizers to the float model.
+
+    Returns:
+        The shapes and magnitudes of each quantizer's inputs.
+    """
     prepared = copy.deepcopy(prepared)
     seen = watched(prepared)
     for training in (True, False):
@@ -44,7 +48,7 @@ def same_as_float(prepared, model, *args):
 
 
 class Norm(nn.Module):
-    """A residual block whose child adds to a counter in training."""
+    """A residual block with a child that increments a counter in training."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +67,7 @@ def test_children_do_not_take_their_parent_s_sites():
 
 
 class Sums(nn.Module):
-    """One residual sum, one with a parameter, one with a number; a mask that comes later."""
+    """Sums of two activations, of an activation and a parameter or number, and a late mask."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +117,7 @@ def test_calls_without_a_quantized_form_do_not_shift_others():
 
 
 class Product(nn.Module):
-    """Multiplies whatever it is given."""
+    """Multiplies the two tensors that it receives."""
 
     def forward(self, a, b):
         return a @ b
@@ -196,7 +200,7 @@ def test_reentrant_checkpoints_of_methods_are_warned_of():
 
 
 class Hook:
-    """A forward hook that multiplies."""
+    """A model with a forward hook that multiplies."""
 
     def __init__(self, weight):
         self.weight = weight
@@ -222,7 +226,7 @@ def test_hooks_that_multiply():
 
 
 class SpectralNorm(nn.Module):
-    """The power iteration of the old spectral norm multiplies in training alone."""
+    """A layer with the legacy spectral norm, whose power iteration runs in training only."""
 
     def __init__(self):
         super().__init__()
@@ -246,7 +250,7 @@ def test_products_of_training_alone_do_not_take_sites():
 
 
 class Counted(nn.Sequential):
-    """A container that looks at its own length."""
+    """A container whose forward depends on its own length."""
 
     def forward(self, x):
         for index, layer in enumerate(self):
@@ -346,11 +350,11 @@ def test_products_that_only_training_makes_draw_a_warning():
             return a @ b.t()
 
     prepared = prepare(Auxiliary(), X)
-    with pytest.warns(UserWarning, match=r"the model makes 2 products .* and 1 in the traced"):
+    with pytest.warns(UserWarning, match=r"the model computes 2 products .* but 1 in the traced"):
         prepared(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prepared(X)  # once is enough
+        prepared(X)  # the warning is issued only once
 
 
 def test_parameters_that_the_model_does_not_list():

@@ -1,4 +1,4 @@
-"""Multiplications that a model's own code writes out, quantized in place."""
+"""Quantization of multiplications in a model's own code."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import nipq_search as ns
 from nipq_search.cost import Budget, exact_costs, freeze, profile
 from nipq_search.errors import UserError
-from nipq_search.quant import QuantConfig, prepare, quantizers
-from nipq_search.quant.insertion.prepare import freeze_bits, param_groups, quant_state
+from nipq_search.quant import QuantConfig, param_groups, prepare, quantizers
+from nipq_search.quant.insertion.prepare import freeze_bits, quant_state
 
 
 def layers(model):
@@ -31,7 +31,7 @@ def with_quantizers_off(model):
 
 
 class Functional(nn.Module):
-    """`F.linear` on the weight of a layer that is never called."""
+    """Calls `F.linear` with the weight of a layer that is never called itself."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Functional(nn.Module):
 
 
 class Standardized(nn.Conv2d):
-    """Convolution whose weight is standardized in the forward."""
+    """A convolution whose weight is standardized in the forward."""
 
     def forward(self, x):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -51,7 +51,7 @@ class Standardized(nn.Conv2d):
 
 
 class Transposed(nn.Module):
-    """A linear layer with its weight stored input by output, as some language models do."""
+    """A linear layer with a weight of shape (inputs, outputs), as in some language models."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def test_written_out_multiplications(model, shape, name, kind, scales):
     x = normal(*shape)
     prepared = prepare(model, x)
     layer = layers(prepared)[name]
-    assert layer.kind == kind and layer.weight and layer.input and not layer.why
+    assert layer.kind == kind and layer.weight and layer.input and not layer.float_reason
     assert quant_state(prepared).graph.tensors[layer.weight].scales == scales
     off = with_quantizers_off(copy.deepcopy(prepared))
     torch.testing.assert_close(off(x), model(x))
@@ -108,7 +108,7 @@ def test_standardized_weights_are_quantized_after_standardization():
 
 
 class TinyLanguageModel(nn.Module):
-    """Embedding and output layer share their weight."""
+    """A model whose embedding and output layer share a weight."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +154,7 @@ def test_rows_of_an_embedding_have_boundaries_of_their_own():
 
 
 class Loop(nn.Module):
-    """Its forward may multiply more often than the traced one did."""
+    """A model whose forward may multiply more often than the traced forward."""
 
     def __init__(self):
         super().__init__()
@@ -176,7 +176,7 @@ def test_longer_loops_stay_quantized():
 
 
 class Block(nn.Module):
-    """A residual block that adds in place, with a float layer and a product inside."""
+    """A residual block with an in-place sum, a float layer and a product of activations."""
 
     def __init__(self):
         super().__init__()
@@ -296,9 +296,9 @@ def test_constants_and_scripts_stay_in_float_and_are_listed():
 
     with pytest.warns(UserWarning, match="stay in float"):
         prepared = prepare(Odd(), normal(3, 4))
-    why = {name: x.why for name, x in layers(prepared).items()}
-    assert why["linear"] == "" and "constant" in why["matmul"]
-    assert "parameters alone" in why["matmul_1"]
+    reasons = {name: x.float_reason for name, x in layers(prepared).items()}
+    assert reasons["linear"] == "" and "constant" in reasons["matmul"]
+    assert "parameters only" in reasons["matmul_1"]
     low_rank = [x for x in layers(prepared).values() if x.kind == "linear"][1]
     assert low_rank.weight is not None, "the product itself is a weight"
     table = profile(prepared)
@@ -381,7 +381,7 @@ def test_padded_input_is_still_raw(padding):
 
 
 class Experts(nn.Module):
-    """Rows meet the matrix of their group; and a product with a vector."""
+    """A grouped matrix product and a product with a vector."""
 
     def __init__(self):
         super().__init__()
@@ -395,7 +395,7 @@ class Experts(nn.Module):
 def test_work_that_torch_does_not_count_is_counted():
     prepared = prepare(Experts(), normal(5, 8))
     found = layers(prepared)
-    assert {(x.kind, x.macs, x.why) for x in found.values()} == {
+    assert {(x.kind, x.macs, x.float_reason) for x in found.values()} == {
         ("grouped_mm", 8 * 16, ""),
         ("matmul", 16, ""),
     }
@@ -416,7 +416,7 @@ def test_owners_run_under_the_compiler():
     prepared = prepare(model, normal(2, 5, 16))
     plain = copy.deepcopy(prepared)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
+        warnings.simplefilter("ignore")  # warnings raised inside the compiler
         compiled = torch.compile(prepared, backend="eager")
         for _ in range(3):
             torch.testing.assert_close(compiled(normal(2, 5, 16)), plain(normal(2, 5, 16)))
@@ -436,5 +436,5 @@ def test_products_of_three_tensors_are_counted_in_float():
         prepared = prepare(Bilinear(), (normal(2, 4), normal(2, 5)))
     found = layers(prepared)
     assert found["b.bilinear"].macs == 4 * 5 * 3
-    assert "no quantized form" in found["b.bilinear"].why
-    assert "no quantized form" in found["einsum"].why and found["einsum"].macs > 0
+    assert "no quantized form" in found["b.bilinear"].float_reason
+    assert "no quantized form" in found["einsum"].float_reason and found["einsum"].macs > 0

@@ -1,4 +1,4 @@
-"""What `prepare` finds in a model: layers, MACs, shared tensors, additions."""
+"""The graph of a prepared model: layers, MACs, shared tensors, residual sums."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_branches_share_one_quantizer():
 
 
 class Twins(nn.Module):
-    """Two layers on one tensor."""
+    """Two layers that consume the same tensor."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ def test_bad_pins_are_named():
 
 
 def rows(model):
-    """Layers of a prepared model: name, kind, macs, operands."""
+    """Return the name, kind, MACs and operands of each layer of a prepared model."""
     graph = quant_state(model).graph
     return [(x.name, x.kind, x.macs, x.weight, x.input, x.second) for x in graph.layers]
 
@@ -145,10 +145,10 @@ def test_products_of_activations_are_layers():
         ("matmul_1", "matmul", work, None, "matmul_1.input", "matmul_1.second"),
     ]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nobody is warned of what he asked for
+        warnings.simplefilter("error")  # float layers on request cause no warning
         model = prepare(Attention(), normal(2, 5, 8), QuantConfig(products=False))
     last = quant_state(model).graph.layers[-1]
-    assert (last.macs, last.weight) == (work, None) and "quant.products" in last.why
+    assert (last.macs, last.weight) == (work, None) and "quant.products" in last.float_reason
     assert quant_state(model).graph.tensors[last.input].fixed_bits == 32
 
 
@@ -158,7 +158,7 @@ class Sdpa(nn.Module):
 
 
 class Attended(nn.Module):
-    """Something quantizable in front, so that `prepare` has work, and what is counted behind."""
+    """A linear layer, which `prepare` requires, followed by the module under test."""
 
     def __init__(self, kind):
         super().__init__()
@@ -215,7 +215,7 @@ def test_slices_of_one_tensor_do_not_share_a_quantizer():
 
 
 def test_transformer_layers_evaluate_quantized():
-    """The fused inference kernel would read the float weights."""
+    """The fused inference kernel would bypass the quantizers and read the float weights."""
     float_model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     x = normal(2, 5, 16)
     with warnings.catch_warnings():
@@ -251,7 +251,7 @@ def test_keyword_examples():
     [
         (nn.ReLU(), normal(2, 3), "nothing to quantize"),
         (nn.Linear(3, 2), normal(2, 4), "does not run on them"),
-        (nn.Linear(3, 2), (), "no tensor in it"),
+        (nn.Linear(3, 2), (), "contains no tensor"),
     ],
 )
 def test_bad_models_and_examples(model, example, message):
@@ -260,7 +260,7 @@ def test_bad_models_and_examples(model, example, message):
 
 
 def test_prepare_refuses_a_prepared_model():
-    with pytest.raises(UserError, match="prepared already"):
+    with pytest.raises(UserError, match="already prepared"):
         prepare(prepare(residual_net(), images()), images())
 
 

@@ -1,4 +1,4 @@
-"""Every executor keeps to the protocol: one suite over all of them."""
+"""Conformance suite of the `Executor` protocol, run against every executor."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from nipq_search.search.backend.tune import TuneExecutor, ray_cluster
 from nipq_search.search.backend.virtual import Died, VirtualExecutor
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.coordinator.coordinator import Verdict
-from nipq_search.search.jobs import Job
+from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind
 from nipq_search.search.worker import failures
-from nipq_search.search.worker.worker import HALT
 
 FINE, DIES_ONCE, NEVER_STARTS, UNFIT, UNSEEN = range(5)
 
 
 def work(job, task, report, *, die):
-    """A job of the kind that `params` says; an attempt with a record, as workers leave it."""
+    """Simulate a job that behaves as `params["mood"]` selects; write its attempt and record."""
     mood = job.params["mood"]
     if mood == NEVER_STARTS:
         die()
     attempt = jobs.open_attempt(job)
     if mood == UNFIT:
-        return f"{HALT}no room"
-    if mood == UNSEEN:  # its record lies in a folder of another node
-        return jobs.COMPLETE
+        return JobOutcome(kind=OutcomeKind.HALT, reason="no room")
+    if mood == UNSEEN:  # the record was written to the local disk of another node
+        return JobOutcome(kind=OutcomeKind.COMPLETE)
     if mood == DIES_ONCE and len(jobs.attempts(job.folder)) == 1:
         die()
     began = time.time()
@@ -43,7 +42,7 @@ def work(job, task, report, *, die):
     if not task.quick:
         time.sleep(0.5)
     jobs.commit(attempt, {"state": jobs.COMPLETE, "began": began, "ended": time.time()})
-    return jobs.COMPLETE
+    return JobOutcome(kind=OutcomeKind.COMPLETE)
 
 
 def die_for_real():
@@ -55,14 +54,14 @@ def die_in_words():
 
 
 class Plain:
-    """Stands in for a task."""
+    """Substitute for a task."""
 
     def __init__(self, quick):
         self.quick = quick
 
 
 class Script:
-    """Hands out jobs by their moods; the first one alone, as a float model."""
+    """Coordinator of scripted jobs; the first job runs alone, like the float model."""
 
     def __init__(self, out, moods):
         config = make_config().as_json()
@@ -104,7 +103,7 @@ class Script:
 
 
 def ray_cluster_here(patch, resources):
-    """A cluster whose workers can import this module."""
+    """Start a cluster whose workers can import this module."""
     here = Path(__file__).parent
     patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))
     return ray_cluster(None, resources)
@@ -112,15 +111,13 @@ def ray_cluster_here(patch, resources):
 
 @pytest.fixture(scope="module")
 def tune():
-    """Tune with two slots, on a cluster of its own."""
+    """A Tune executor with two slots on its own cluster, and a task."""
     resources = ResourcesSection(concurrent=2)
     with pytest.MonkeyPatch.context() as patch, ray_cluster_here(patch, resources):
         yield TuneExecutor(resources, functools.partial(work, die=die_for_real)), Plain(False)
 
 
-@pytest.fixture(
-    params=["virtual", pytest.param("tune", marks=[pytest.mark.cluster, pytest.mark.slow])]
-)
+@pytest.fixture(params=["virtual", pytest.param("tune", marks=pytest.mark.cluster)])
 def executor(request):
     """An executor with two slots, and a task."""
     if request.param == "tune":
@@ -170,7 +167,7 @@ class LostLease(RuntimeError):
 
 
 def test_what_the_end_of_a_job_raises_ends_the_run(executor, tmp_path, monkeypatch):
-    """As where the study's server is away while a result is told."""
+    """For example, the study's server is unavailable when a result is stored."""
     runner, task = executor
 
     def finished(self, job, lost=None):
@@ -182,17 +179,16 @@ def test_what_the_end_of_a_job_raises_ends_the_run(executor, tmp_path, monkeypat
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
 def test_a_node_that_does_not_share_the_folder_ends_the_run(tune, tmp_path, monkeypatch):
     runner, task = tune
-    monkeypatch.setattr(tune_callbacks, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(tune_callbacks, "_RECORD_VISIBILITY_SECONDS", 1.0)
     script = Script(tmp_path, [UNSEEN, FINE])
     runner.run(script, task, lambda: None)
     assert "all nodes must share" in script.reason and script.waiting
 
 
-def test_an_end_for_want_of_memory_keeps_its_name():
-    """Ray's manager of actors knows no such end, and would end the run."""
+def test_an_out_of_memory_kill_keeps_its_cause():
+    """Without the patch, Ray's actor manager aborts the whole run on this error."""
     from ray.air.execution._internal.actor_manager import RayActorManager
 
     seen = []
@@ -214,8 +210,8 @@ def test_an_end_for_want_of_memory_keeps_its_name():
         manager._actor_task_failed(Task, ended)
         manager._actor_task_failed(Task, ActorDiedError())
     assert [failures.classify(error, False) for error in seen] == [
-        failures.MEMORY,
-        failures.PROCESS,
+        jobs.Cause.MEMORY,
+        jobs.Cause.PROCESS,
     ]
     assert "running low on memory" in str(pickle.loads(pickle.dumps(seen[0])))
     with pytest.raises(RuntimeError, match="unexpected"):
@@ -234,10 +230,10 @@ def test_what_a_tick_raises_ends_the_run(executor, tmp_path):
     assert len(script.waiting) > 10
 
 
-def test_virtual_time_knows_when_slots_were_idle(tmp_path):
+def test_virtual_time_accounts_for_idle_slots(tmp_path):
     runner = VirtualExecutor(
         2, functools.partial(work, die=die_in_words), seconds=lambda job: 10.0 + job.number
     )
     runner.run(Script(tmp_path, [FINE] * 4), Plain(True), lambda: None)
-    # The first alone until 10; then two until 21 and 22; the last from 21 to 34.
+    # The first job runs alone until 10, the next two until 21 and 22, the last from 21 to 34.
     assert (runner.now, runner.busy) == (34.0, 46.0)

@@ -1,4 +1,4 @@
-"""What outlives a killed driver is ended, and nothing else."""
+"""The reaper kills the processes that outlive a killed driver, and no others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nipq_search.search.backend.reaper import descendants, process_tree
 DRIVER = """
 import subprocess, sys, time
 from nipq_search.search.backend.reaper import reaped
-# Stand-ins for a daemon of Ray's, which starts an agent, and for a child that is none of Ray's.
+# Substitutes for a Ray daemon that starts an agent, and for a child unrelated to Ray.
 sleep = "import time; time.sleep(600)"
 other = subprocess.Popen([sys.executable, "-c", sleep])
 with reaped():
@@ -54,7 +54,7 @@ def gone(pids):
 def check(mode, end):
     driver, others, ray = start(mode)
     try:
-        time.sleep(1.5)  # it looks once a second
+        time.sleep(1.5)  # the reaper scans once a second
         end(driver)
         driver.wait(timeout=20)
         gone(ray)

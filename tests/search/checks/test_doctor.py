@@ -1,4 +1,4 @@
-"""The doctor says by which path quantizers run; a missing compiler is no fault."""
+"""`doctor` reports how quantizers are executed; a missing compiler is not an error."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_kernels_that_cannot_be_built(monkeypatch, tmp_path):
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
     found = kernels()
     assert found["ok"] and "no-such-compiler" in found["detail"]
-    assert "A C compiler (cc, gcc or clang) mends this" in found["detail"]
+    assert "Install a C compiler (cc, gcc or clang)" in found["detail"]
 
 
 def test_kernels_that_are_switched_off(monkeypatch):
     monkeypatch.setenv("NIPQ_SEARCH_KERNELS", "eager")
-    assert kernels()["detail"] == "torch operations, as NIPQ_SEARCH_KERNELS says"
+    assert kernels()["detail"] == "torch operations, because NIPQ_SEARCH_KERNELS is set"
     monkeypatch.setenv("NIPQ_SEARCH_KERNELS", "on")
     found = kernels()
     assert not found["ok"] and "unknown value 'on'" in found["fix"]

@@ -1,4 +1,4 @@
-"""Trials run again from their records, compared bit by bit or within a tolerance."""
+"""Trials are replayed from their records and compared, bit by bit or within a tolerance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nipq_search.search.results.sweep import Sweep
 from nipq_search.version import __version__
 
 
-def test_every_trial_comes_out_the_same(finished):
+def test_every_replay_matches(finished):
     sweep, lines = Sweep.open(finished), []
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     records = sweep.trials()
@@ -29,7 +29,7 @@ def test_every_trial_comes_out_the_same(finished):
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
 
 
-def test_a_trial_that_paused_at_rungs_comes_out_the_same(tmp_path):
+def test_the_replay_of_a_trial_that_paused_at_rungs_matches(tmp_path):
     config = make_config(search__strategy="halving", search__baselines=[], search__trials=4)
     run_here(config, tmp_path / "sweep")
     ledger = ledger_of(tmp_path / "sweep", config)
@@ -42,27 +42,27 @@ def change(folder, trial, **changes):
     storage.write_sealed(file, storage.read_sealed(file) | changes)
 
 
-def test_what_differs_is_named_and_exits_4(sweep_copy, capsys):
+def test_differences_are_listed_and_exit_4(sweep_copy, capsys):
     change(sweep_copy, 1, steps=99, model_sha256="0" * 64)
     assert main(["replay", str(sweep_copy), "1", "--json"]) == 4
     document = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in document["differences"]] == ["model_sha256", "steps"]
     assert main(["replay", str(sweep_copy), "1"]) == 4
-    assert "came out otherwise" in capsys.readouterr().out
+    assert "the replay did not match the recorded trial" in capsys.readouterr().out
 
 
-def test_the_seed_and_the_threads_are_the_records(sweep_copy):
+def test_seed_and_threads_come_from_the_record(sweep_copy):
     change(sweep_copy, 0, seed=1)
     assert not replay(Sweep.open(sweep_copy), 0)["equal"]
 
 
-def test_what_cannot_be_replayed_is_refused(sweep_copy, capsys):
+def test_trials_that_cannot_be_replayed_are_rejected(sweep_copy, capsys):
     with pytest.raises(UserError, match="no such trial"):
         replay(Sweep.open(sweep_copy), 77)
     child = next(r for r in Sweep.open(sweep_copy).trials() if r.parent is not None)
     (sweep_copy / f"trials/{child.parent}/attempt-1/model.pt").unlink()
     assert main(["replay", str(sweep_copy), str(child.trial)]) == 2
-    assert "the trial started from it, and it is gone" in capsys.readouterr().err
+    assert "missing, but the trial started from this model" in capsys.readouterr().err
     change(sweep_copy, child.trial, state="FAIL")
     with pytest.raises(UserError, match="only COMPLETE trials can be replayed"):
         replay(Sweep.open(sweep_copy), child.trial)
@@ -140,4 +140,4 @@ def test_a_model_that_was_freed_is_not_compared(sweep_copy, capsys):
     change(sweep_copy, 0, provenance=None, model_sha256="0" * 64)
     (sweep_copy / "trials/0/attempt-1/model.pt").unlink()
     assert main(["replay", str(sweep_copy), "0"]) == 0
-    assert "its model is gone, not compared" in capsys.readouterr().out
+    assert "the recorded model was deleted" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a job is given, and what is refused before anything is sent."""
+"""The content of a submitted job, and the checks before submission."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nipq_search.search.commands import submit
 
 @pytest.fixture(autouse=True)
 def _no_token(monkeypatch, tmp_path):
-    """Ray makes one where it starts a cluster; its mode, read once, would stay in this process."""
+    """Hide any Ray token of this machine; Ray reads its authentication mode once per process."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
@@ -29,7 +29,7 @@ def test_the_command_is_quoted_for_a_shell():
     assert submit.command_of("x", "~/o ut/x", [], None).endswith("--out ~/'o ut'/x")
 
 
-def test_what_travels(tmp_path, monkeypatch):
+def test_shipped_code(tmp_path, monkeypatch):
     own = Path(nipq_search.__file__).parent
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lone_task.py").write_text("class T: ...\n")
@@ -49,23 +49,23 @@ def test_what_travels(tmp_path, monkeypatch):
         ("HEAD:8265", None, "http://HEAD:8265"),
         ("ray://HEAD:10001", None, "http://HEAD:8265"),
         ("http://127.0.0.1:9", "runs/x", "absolute folder"),
-        ("http://127.0.0.1:9", None, "no Ray dashboard takes jobs"),
+        ("http://127.0.0.1:9", None, "no Ray dashboard accepts jobs"),
     ],
 )
-def test_refused(address, out, fix, tmp_path):
+def test_invalid_arguments_are_rejected(address, out, fix, tmp_path):
     (tmp_path / "sweep.yaml").write_text("{}")
     with pytest.raises(UserError, match=fix):
         submit.submit(tmp_path / "sweep.yaml", make_config(), address, out=out)
 
 
-def test_without_ray_s_job_parts_the_fix_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(submit, "can_travel", lambda: False)
+def test_a_missing_job_client_names_the_fix(tmp_path, monkeypatch):
+    monkeypatch.setattr(submit, "can_ship_code", lambda: False)
     with pytest.raises(UserError, match="ray\\[default\\]"):
         submit.submit(tmp_path / "sweep.yaml", make_config(), "http://127.0.0.1:9")
-    assert code_shipping.can_travel()
+    assert code_shipping.can_ship_code()
 
 
-def test_a_head_that_has_just_started_is_given_time(monkeypatch):
+def test_submission_is_retried_while_the_head_starts(monkeypatch):
     class Client:
         answers = [RuntimeError("No available agent, please try again later"), "job-1"]
 

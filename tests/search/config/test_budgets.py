@@ -1,4 +1,4 @@
-"""Budgets as people write them, and what they come to."""
+"""Parsing of budgets, and their absolute targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from unit_helpers import digits, facts_of, make_config
 from nipq_search.cost import COSTS, exact_cost
 from nipq_search.cost.base import extreme_bits, uniform_bits
 from nipq_search.errors import UserError
-from nipq_search.search.config.budgets import check_budget, label_of, resolve
+from nipq_search.search.config.budgets import budget_label, check_budget, resolve_budget
 from nipq_search.search.coordinator.resolved import gather
 
 
@@ -19,9 +19,9 @@ def graph():
 
 @pytest.mark.parametrize("cost", sorted(COSTS))
 @pytest.mark.parametrize("bits", [4, 2.5])
-def test_uniform_is_the_formula_at_that_width(graph, cost, bits):
+def test_uniform_is_the_cost_at_that_width(graph, cost, bits):
     expected = exact_cost(cost, graph, uniform_bits(graph, bits))
-    resolved = resolve({cost: f"uniform {bits}"}, graph)
+    resolved = resolve_budget({cost: f"uniform {bits}"}, graph)
     assert resolved.targets == {cost: expected}
     assert resolved.label == f"{cost}: uniform {bits}"
 
@@ -41,34 +41,34 @@ def test_uniform_is_the_formula_at_that_width(graph, cost, bits):
 def test_numbers_and_percentages(graph, written, figure):
     uniform = exact_cost("bops", graph, uniform_bits(graph, 8))
     expected = uniform if figure == "uniform8" else figure
-    assert resolve({"bops": written}, graph).targets["bops"] == pytest.approx(expected)
+    assert resolve_budget({"bops": written}, graph).targets["bops"] == pytest.approx(expected)
 
 
 def test_percentages_are_of_the_uniform_8_bit_model(graph):
     uniform = exact_cost("weight_bytes", graph, uniform_bits(graph, 8))
-    resolved = resolve({"weight_bytes": "62.5 %"}, graph)
+    resolved = resolve_budget({"weight_bytes": "62.5 %"}, graph)
     assert resolved.targets["weight_bytes"] == pytest.approx(0.625 * uniform)
 
 
 def test_pinned_layers_keep_their_bits_in_uniform_budgets(graph):
     pinned = facts_of(make_config(quant__pin={"stem*": 8})).graph
-    low, high = (resolve({"bops": "uniform 3"}, g).targets["bops"] for g in (graph, pinned))
+    low, high = (resolve_budget({"bops": "uniform 3"}, g).targets["bops"] for g in (graph, pinned))
     assert high > low
 
 
-def test_several_costs_in_one_entry_hold_together(graph):
+def test_an_entry_may_limit_several_costs(graph):
     entry = {"bops": "uniform 4", "weight_bytes": "60 %"}
-    resolved = resolve(entry, graph)
+    resolved = resolve_budget(entry, graph)
     assert list(resolved.targets) == ["bops", "weight_bytes"]
-    assert resolved.label == "bops: uniform 4, weight_bytes: 60 %" == label_of(entry)
+    assert resolved.label == "bops: uniform 4, weight_bytes: 60 %" == budget_label(entry)
     assert resolved.entry == entry
 
 
 def test_an_unreachable_budget_names_the_least_cost_and_its_layers(graph):
     least = exact_cost("bops", graph, extreme_bits(graph, most=False))
-    assert resolve({"bops": least}, graph).targets == {"bops": least}
+    assert resolve_budget({"bops": least}, graph).targets == {"bops": least}
     with pytest.raises(UserError) as caught:
-        resolve({"bops": least - 1}, graph)
+        resolve_budget({"bops": least - 1}, graph)
     message = str(caught.value)
     assert message.startswith(f"budgets: {{bops: {least - 1}}}: bops: the target")
     assert f"{least:,.6g}" in message and "set by" in message
@@ -79,12 +79,12 @@ def test_an_unreachable_budget_names_the_least_cost_and_its_layers(graph):
 @pytest.mark.parametrize(
     "figure", [0, -1, True, float("inf"), "0", "nan", "uniform 0", "uniform 17"]
 )
-def test_figures_that_are_no_budget(figure):
+def test_invalid_targets(figure):
     with pytest.raises(UserError, match=r"^budgets\.bops: "):
         check_budget({"bops": figure})
 
 
-def test_budgets_that_come_to_the_same_are_refused():
+def test_budgets_with_equal_targets_are_rejected():
     config = make_config(budgets=[{"bops": "uniform 8"}, {"bops": "100 %"}])
     with pytest.raises(UserError, match="bops: uniform 8 and bops: 100 % are the same"):
         gather(config, digits())

@@ -7,9 +7,12 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from nipq_search.errors import UserError
 from nipq_search.search.config.space import check_space, distribution
-from nipq_search.search.strategies.strategies import Seen, least_served
+from nipq_search.search.strategies.strategies import (
+    SearchState,
+    least_served,
+)
 from nipq_search.train import HYPERPARAMETERS
-from nipq_search.train.config import STARTS, TUNINGS
+from nipq_search.train.config import BitStart, TuningMode
 
 
 @pytest.mark.parametrize(
@@ -37,14 +40,15 @@ def test_wrong_forms_name_the_hyperparameter(form):
 
 
 def test_every_hyperparameter_can_be_searched():
-    words = {"proxy": ["uniform", "empirical"], "start": list(STARTS), "tuning": list(TUNINGS)}
+    words = {"proxy": ["uniform", "empirical"]}
+    words |= {"start": [*map(str, BitStart)], "tuning": [*map(str, TuningMode)]}
     for name in HYPERPARAMETERS:
         check_space({name: {"choice": words.get(name, [0.1, 0.2])}})
 
 
 def test_the_least_served_budget_is_next():
     def served(assigned, budgets):
-        return least_served(Seen(budgets=[{"bops": 400.0}] * budgets, assigned=assigned))
+        return least_served(SearchState(budgets=[{"bops": 400.0}] * budgets, assigned=assigned))
 
     assert served([], 3) == 0
     assert served([0, 0, 1, 2, 2], 3) == 1

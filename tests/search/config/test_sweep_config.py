@@ -1,4 +1,4 @@
-"""Sweep files: what is read, and one clear line for whatever is wrong."""
+"""Sweep files: parsing, and one-line errors for invalid entries."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from unit_helpers import document, make_config, run_here
 
 from nipq_search.errors import UserError
 from nipq_search.search.commands.plan import plan
+from nipq_search.search.config.resume import check_resume, differences
 from nipq_search.search.config.sweep_config import (
     SweepConfig,
-    check_resume,
-    differences,
     load_config,
     parse_config,
 )
@@ -25,7 +24,7 @@ PIPELINES = sorted((Path(__file__).parents[3] / "pipelines").glob("*.yaml"))
 
 
 def refused(given, *fragments):
-    """The message with which a document is refused: one line that holds all fragments."""
+    """Check that a document is rejected with a one-line message that contains all fragments."""
     with pytest.raises(UserError) as caught:
         parse_config(given, "sweep.yaml")
     message = str(caught.value)
@@ -53,7 +52,7 @@ def refused(given, *fragments):
         ("limits", "hour", "hours"),
     ],
 )
-def test_misspelt_keys_suggest_the_nearest(key, misspelt, known):
+def test_misspelled_keys_suggest_the_nearest(key, misspelt, known):
     given = document()
     place = given
     for part in key.split(".") if key else []:
@@ -63,7 +62,7 @@ def test_misspelt_keys_suggest_the_nearest(key, misspelt, known):
     refused(given, f" {full}: unknown key", f"did you mean '{known}'")
 
 
-def test_a_key_like_no_other_lists_the_known_ones():
+def test_an_unknown_key_without_a_near_match_lists_the_valid_ones():
     refused(document(limits__zzzzz=1), "limits.zzzzz: unknown key", "hours", "trial_minutes")
 
 
@@ -77,9 +76,9 @@ def test_a_key_like_no_other_lists_the_known_ones():
         ({"budgets": []}, ["budgets: "]),
         ({"budgets": [{}]}, ["budgets: an entry is empty"]),
         ({"budgets": [{"bop": 3}]}, ["budgets: unknown cost 'bop'", "did you mean 'bops'"]),
-        ({"budgets": [{"bops": "uniform"}]}, ["budgets.bops: 'uniform' is no budget"]),
+        ({"budgets": [{"bops": "uniform"}]}, ["budgets.bops: 'uniform' is not a budget"]),
         ({"budgets": [{"bops": -1}]}, ["budgets.bops: -1 is not above 0"]),
-        ({"budgets": [{"bops": 5}, {"bops": 5}]}, ["a budget stands twice"]),
+        ({"budgets": [{"bops": 5}, {"bops": 5}]}, ["duplicate budget"]),
         ({"float": {"epochs": -1}}, ["float.epochs: must be above 0"]),
         ({"float": {"epochs": "many"}}, ["float.epochs: ", "'many'"]),
         ({"quant__quantizer": "nip"}, ["quant.quantizer: ", "did you mean 'nipq'"]),
@@ -90,15 +89,15 @@ def test_a_key_like_no_other_lists_the_known_ones():
         ({"quant__pin": {"stem": "int8"}}, ["quant.pin.stem"]),
         ({"train__lambda": -1}, ["train.lambda: must not be negative"]),
         ({"train__lambda": "big"}, ["train.lambda: ", "'big'"]),
-        ({"train__noise_share": 2}, ["train.noise_share: must lie between 0 and 1"]),
+        ({"train__noise_share": 2}, ["train.noise_share: must be between 0 and 1"]),
         ({"train__proxy": "normal"}, ["train.proxy: unknown value 'normal'"]),
         ({"search__bits": True, "train__start": "uniform"}, ["search.bits", "train.start"]),
         ({"search__strategy": "independant"}, ["search.strategy", "'independent'"]),
         ({"search__sampler": "tpee"}, ["search.sampler", "did you mean 'tpe'"]),
         ({"search__trials": 0}, ["search.trials: ", "got 0"]),
         ({"search__trials": 1.5}, ["search.trials: ", "1.5"]),
-        ({"search__baselines": [1]}, ["search.baselines: 1 is no bit-width"]),
-        ({"search__baselines": [4, 4]}, ["search.baselines: a bit-width stands twice"]),
+        ({"search__baselines": [1]}, ["search.baselines: 1 is not a valid baseline bit-width"]),
+        ({"search__baselines": [4, 4]}, ["search.baselines: duplicate bit-width"]),
         ({"search__front_cost": "flops"}, ["search.front_cost: unknown cost 'flops'"]),
         ({"search__space": {"lrr": {"log": [1, 2]}}}, ["search.space.lrr", "did you mean 'lr'"]),
         ({"search__space": {"lr": {"logg": [1, 2]}}}, ["search.space.lr: give one of log"]),
@@ -152,8 +151,8 @@ def test_yaml_numbers_are_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
-        (BASE + "name: y\n", ["line 4", "key 'name' stands twice"]),
-        (BASE + "train: {lr: 1, lr: 2}\n", ["line 4", "key 'lr' stands twice"]),
+        (BASE + "name: y\n", ["line 4", "duplicate key 'name'"]),
+        (BASE + "train: {lr: 1, lr: 2}\n", ["line 4", "duplicate key 'lr'"]),
         (BASE + "train: [\n", ["line 5"]),
         (BASE + "name:\ty: z: [\n", ["line "]),
         ("- a\n- b\n", ["is a mapping"]),
@@ -213,7 +212,7 @@ def test_overrides_from_the_command_line(tmp_path):
         ("search.trials", "write KEY=VALUE"),
         ("=3", "write KEY=VALUE"),
         ("search.trials=[", "not valid YAML"),
-        ("name.first=x", "name is no section"),
+        ("name.first=x", "name is not a section"),
         ("budgets.7.bops=3", "budgets has entries 0 to 0"),
         ("search.trails=3", "search.trails: unknown key (did you mean 'trials'?)"),
     ],
@@ -282,14 +281,14 @@ def test_a_resume_may_change_the_extent(changes):
         ({"search__space": {}}, "search.space.lr"),
         ({"search__baselines": [8]}, "search.baselines: [4] -> [8]"),
         ({"search__reference": 0.5}, "search.reference: None -> 0.5"),
-        ({"budgets": [{"bops": "uniform 4"}]}, "{'bops': 'uniform 3'} was part of this sweep"),
+        ({"budgets": [{"bops": "uniform 4"}]}, "{'bops': 'uniform 3'} belongs to this sweep"),
         (
             {"budgets": [{"weight_bytes": 9}, {"bops": "uniform 4"}, {"bops": "uniform 3"}]},
             "front cost: 'bops' -> 'weight_bytes'",
         ),
     ],
 )
-def test_a_resume_may_change_nothing_else(changes, fragment):
+def test_a_resume_rejects_other_changes(changes, fragment):
     with pytest.raises(UserError) as caught:
         check_resume(make_config().as_json(), make_config(**changes))
     assert fragment in str(caught.value) and "another name" in str(caught.value)
@@ -325,15 +324,15 @@ def test_values_that_yaml_cannot_build_are_one_line(line, tmp_path):
         ({"search__space": {"noise_share": {"uniform": [0.0, 0.25]}}}, 45),
     ],
 )
-def test_a_plan_says_how_long_a_noise_phase_is(changes, steps):
-    """None where `fill` leaves it out, and with a quantizer that learns no bits."""
+def test_a_plan_reports_the_length_of_the_noise_phase(changes, steps):
+    """0 if `fill` skips the phase, and for quantizers that do not learn bits."""
     long = {"train__epochs": 20, "train__noise_share": 0.5}
     assert plan(make_config(**long | changes))["noise_steps"] == steps
 
 
 @pytest.mark.parametrize("start", ["budget", "sensitivity"])
-def test_a_plan_says_how_many_samples_are_processed(start, tmp_path):
-    """Calibration, scores, fitted ranges and normalization among them."""
+def test_a_plan_reports_the_number_of_samples(start, tmp_path):
+    """Including calibration, scores, fitted ranges and normalization statistics."""
     config = make_config(
         float__epochs=1,
         train__epochs=1,

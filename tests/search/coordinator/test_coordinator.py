@@ -1,4 +1,4 @@
-"""What runs next, and that a driver which dies anywhere loses and doubles nothing."""
+"""The order of jobs, and drivers that crash at any point without losing or repeating work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from unit_helpers import Bench, Crash, digits, make_config
 
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
-from nipq_search.search.coordinator.coordinator import Verdict
+from nipq_search.search.coordinator.coordinator import Coordinator, Verdict
 from nipq_search.search.jobs import TEST_FILE, Job
 from nipq_search.search.results import documents
+from nipq_search.search.run import open_ledger
 from nipq_search.search.study.ledger import BUDGET, Ledger
 
 EVERYTHING = ["float", "lsq-4", "trial-000", "trial-001", "trial-002", "trial-003", "test"]
@@ -32,7 +33,7 @@ def bench(tmp_path):
 
 
 def figures(bench):
-    """What the ledger says of every trial, times and attempts apart."""
+    """Return the ledger's entries of all trials, except times and attempts."""
     return [
         (t.number, t.state.name, t.params, t.values, t.user_attrs.get("budget"), t.constraints)
         for t in bench.ledger.trials()
@@ -41,7 +42,7 @@ def figures(bench):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The figures of a sweep that nothing disturbed."""
+    """The entries of an undisturbed sweep."""
     bench = Bench(tmp_path_factory.mktemp("whole"), make_config())
     bench.sweep()
     return figures(bench)
@@ -71,14 +72,14 @@ def test_a_whole_sweep(bench):
     assert coordinator.front() == front and 0 < len(front) < 4
 
 
-def test_the_test_split_is_read_for_what_is_shown_alone(bench):
+def test_the_test_split_is_evaluated_for_shown_results_only(bench):
     coordinator = bench.sweep()
     front = {f"trials/{number}" for number in coordinator.front()}
     assert with_test_figures(bench) == {"float", "baselines/lsq-4", *front}
 
 
 def crash_after(patch, owner, name, *, when, before=False):
-    """Let the driver die in the `when`-th call of a method, before or after its work."""
+    """Crash the driver in the `when`-th call of a method, before or after the call's work."""
     original, calls = getattr(owner, name), []
 
     def method(*args, **kwargs):
@@ -107,7 +108,7 @@ BOUNDARIES = {
 
 @pytest.mark.parametrize("when", [1, 3])
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_a_crash_loses_and_doubles_nothing(boundary, when, bench, whole, monkeypatch):
+def test_a_crash_neither_loses_nor_repeats_work(boundary, when, bench, whole, monkeypatch):
     owner, name, before = BOUNDARIES[boundary]
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash_after(patch, owner, name, when=when, before=before)
@@ -117,7 +118,7 @@ def test_a_crash_loses_and_doubles_nothing(boundary, when, bench, whole, monkeyp
     assert sorted(bench.executed) == sorted(EVERYTHING)
 
 
-def test_a_committed_record_is_told_before_anything_runs(bench, monkeypatch):
+def test_a_committed_record_is_told_before_any_job_runs(bench, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash_after(patch, Bench, "execute", when=3)
         bench.sweep()
@@ -125,7 +126,20 @@ def test_a_committed_record_is_told_before_anything_runs(bench, monkeypatch):
     assert [t.state for t in bench.ledger.trials()] == [TrialState.COMPLETE]
 
 
-def test_a_driver_that_dies_again_and_again(bench, whole, monkeypatch):
+def test_a_coordinator_writes_nothing_before_it_reconciles(bench, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_after(patch, Bench, "execute", when=3)
+        bench.sweep()
+    ledger, resolved = open_ledger(bench.config, digits(), bench.out)
+    coordinator = Coordinator(
+        config=bench.config, resolved=resolved, ledger=ledger, out=bench.out, run="later"
+    )
+    assert [t.state for t in ledger.trials()] == [TrialState.RUNNING]
+    coordinator.reconcile()
+    assert [t.state for t in ledger.trials()] == [TrialState.COMPLETE]
+
+
+def test_repeated_crashes_of_the_driver(bench, whole, monkeypatch):
     for owner, name, before in BOUNDARIES.values():
         with monkeypatch.context() as patch, pytest.raises(Crash):
             crash_after(patch, owner, name, when=1, before=before)
@@ -135,7 +149,7 @@ def test_a_driver_that_dies_again_and_again(bench, whole, monkeypatch):
     assert sorted(bench.executed) == sorted(EVERYTHING)
 
 
-def test_running_jobs_that_a_stop_cut_short_keep_their_number(bench, whole):
+def test_stopped_jobs_keep_their_number(bench, whole):
     coordinator = bench.open()
     for _ in range(2):
         job = coordinator.next_job()
@@ -159,7 +173,7 @@ def test_running_jobs_that_a_stop_cut_short_keep_their_number(bench, whole):
     assert figures(bench) == whole
 
 
-def test_a_trial_whose_worker_was_stopped_alone_is_started_again(bench):
+def test_a_trial_whose_worker_alone_was_stopped_is_restarted(bench):
     coordinator = bench.open()
     for _ in range(2):
         job = coordinator.next_job()
@@ -170,7 +184,7 @@ def test_a_trial_whose_worker_was_stopped_alone_is_started_again(bench):
     assert coordinator.next_job().name == job.name
 
 
-def test_nothing_else_runs_beside_the_float_model(bench):
+def test_nothing_runs_concurrently_with_the_float_model(bench):
     coordinator = bench.open()
     job = coordinator.next_job()
     assert job.kind == "float" and coordinator.stage == "float model"
@@ -180,7 +194,7 @@ def test_nothing_else_runs_beside_the_float_model(bench):
     assert coordinator.next_job().kind == "baseline" and coordinator.stage == "baselines"
 
 
-def test_failing_trials_are_recorded_and_the_sweep_goes_on(bench):
+def test_failing_trials_are_recorded_and_the_sweep_continues(bench):
     bench.fail = lambda job: "loss became NaN" if job.name == "trial-001" else None
     bench.sweep()
     states = [t.state.name for t in bench.ledger.trials()]
@@ -213,10 +227,10 @@ def test_after_a_failed_float_model_the_configuration_may_change(bench):
     bench.fail = lambda job: "no such weights" if job.kind == "float" else None
     coordinator = bench.sweep()
     folder = bench.out / "float"
-    assert f"then remove {folder} to begin anew" in coordinator.failure
+    assert f"then remove {folder} to start over" in coordinator.failure
     budgets = [{"bops": "uniform 5"}]
     bench.config = make_config(budgets=budgets, search__space={"lr": {"log": [0.1, 0.2]}})
-    with pytest.raises(UserError, match=f"budgets: .*; or remove {folder}, which"):
+    with pytest.raises(UserError, match=f"budgets: .*; or remove the failed {folder}"):
         bench.open()
     shutil.rmtree(folder)
     bench.fail = lambda job: None
@@ -232,11 +246,11 @@ def test_after_a_failed_float_model_the_configuration_may_change(bench):
 def test_a_study_for_the_other_direction_is_refused(bench, monkeypatch):
     bench.open()
     monkeypatch.setattr(digits(), "metric", ("loss", "min"))
-    with pytest.raises(UserError, match="was made for a metric with 'max', and loss has 'min'"):
+    with pytest.raises(UserError, match="was created with mode 'max', but loss has mode 'min'"):
         bench.open()
 
 
-def test_processes_that_die_before_they_leave_a_trace(bench):
+def test_processes_that_die_before_their_attempt_begins(bench):
     coordinator, started = bench.open(), []
     while isinstance(job := coordinator.next_job(), Job):
         started.append(job.name)
@@ -263,7 +277,7 @@ def test_a_record_without_the_metric_is_a_failure(metrics, reason, bench, monkey
     assert {t.user_attrs["reason"] for t in bench.ledger.trials()} == {reason}
 
 
-def test_no_trial_starts_once_the_samples_are_used_up(bench):
+def test_no_trial_starts_after_the_sample_limit(bench):
     bench.enough = lambda: documents.total_samples(bench.out) >= 400
     coordinator = bench.sweep()
     assert bench.executed == [*EVERYTHING[:4], "test"]
@@ -273,12 +287,12 @@ def test_no_trial_starts_once_the_samples_are_used_up(bench):
     assert [name for name in bench.executed if name != "test"] == EVERYTHING[:-1]
 
 
-def test_more_trials_and_budgets_train_nothing_again(bench):
+def test_adding_trials_and_budgets_repeats_no_training(bench):
     bench.sweep()
     before = figures(bench)
     bench.sweep()
     assert bench.executed == EVERYTHING, "the sweep was finished"
-    # The order of the file is free: the ledger's order counts, and new budgets come last.
+    # Budgets keep the ledger's order regardless of the file's, and new ones are appended.
     budgets = [{"weight_bytes": "uniform 4"}, *bench.config.budgets[::-1]]
     bench.config = make_config(search__trials=7, search__front_cost="bops", budgets=budgets)
     bench.executed.clear()
@@ -295,7 +309,7 @@ def test_trials_enqueued_with_optuna_are_run(bench):
     study.enqueue_trial({"lr": 0.08})
     bench.sweep()
     trials = bench.ledger.trials()
-    assert len(trials) == 4, "they count among search.trials"
+    assert len(trials) == 4, "they count toward search.trials"
     assert [t.params["lr"] for t in trials[:2]] == [0.09, 0.08]
     assert [t.params[BUDGET] for t in trials[:2]] == [1, 0]
     study.enqueue_trial({"lr": 0.07})
@@ -324,7 +338,7 @@ def test_enqueued_trials_that_cannot_be_used_fail_with_a_reason(wanted, reason, 
     assert "trial-000" not in bench.executed
 
 
-def test_changed_data_stop_a_resume(bench, monkeypatch):
+def test_changed_data_prevents_a_resume(bench, monkeypatch):
     bench.sweep()
     monkeypatch.setattr(
         "nipq_search.search.run.dataset",
@@ -334,7 +348,7 @@ def test_changed_data_stop_a_resume(bench, monkeypatch):
         bench.sweep()
 
 
-def test_a_relative_float_checkpoint_is_absolute_in_jobs_alone(tmp_path, monkeypatch):
+def test_a_relative_float_checkpoint_is_absolute_only_in_jobs(tmp_path, monkeypatch):
     """Ray's workers have a working directory of their own."""
     monkeypatch.chdir(tmp_path)
     torch.save(digits().build_model().state_dict(), tmp_path / "float.pt")
@@ -344,18 +358,18 @@ def test_a_relative_float_checkpoint_is_absolute_in_jobs_alone(tmp_path, monkeyp
     assert bench.ledger.recall("config")["float"]["checkpoint"] == "float.pt"
 
 
-def test_the_ladder_starts_from_finished_trials_and_keeps_what_it_decided(tmp_path):
+def test_the_ladder_starts_from_finished_trials_and_keeps_its_decisions(tmp_path):
     search = {"trials": 4, "strategy": "ladder", "baselines": [], "sampler": "random"}
     bench = Bench(tmp_path / "sweep", make_config(search=search))
     coordinator = bench.open()
     bench.execute(first := coordinator.next_job())
     coordinator.finished(first)  # the float model
-    stopped = coordinator.next_job()  # asked while nothing is finished
+    stopped = coordinator.next_job()  # proposed before any trial has finished
     other = coordinator.next_job()
     assert stopped.parent is None and other.parent is None
     bench.execute(other)
     coordinator.finished(other)
-    coordinator.finished(stopped)  # it was stopped and has no record
+    coordinator.finished(stopped)  # stopped without a record
     parents = {}
     bench.sweep(lambda job: parents.update({job.name: job.parent}) or bench.execute(job))
     assert parents["trial-000"] is None, "decided before the stop"

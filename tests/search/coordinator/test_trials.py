@@ -1,4 +1,4 @@
-"""Which trial runs next: targets that survive a kill, failures, enqueued budgets."""
+"""The next trial: its targets after a crash, failing budgets, enqueued trials, scores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nipq_search.search.jobs import Job
 from nipq_search.search.study.ledger import BUDGET
 
 
-def test_a_trial_that_was_cut_off_before_its_target_was_noted_gets_it_again(tmp_path):
-    """`fill` between budgets: killed between `ask` and the note, which follows it."""
+def test_a_trial_interrupted_before_its_target_was_noted_gets_the_same_target(tmp_path):
+    """Kill the driver between `ask` and the note with the targets that `fill` chose."""
     options = {"search__strategy": "fill", "search__trials": 6, "search__baselines": []}
     config = make_config(**options)
 
@@ -49,7 +49,7 @@ def test_a_trial_that_was_cut_off_before_its_target_was_noted_gets_it_again(tmp_
     assert cut.runs > 6
 
 
-def test_a_budget_whose_trials_always_fail_does_not_take_all_others(tmp_path):
+def test_a_budget_whose_trials_always_fail_does_not_use_up_all_trials(tmp_path):
     bench = Bench(tmp_path / "sweep", make_config(search__trials=10, search__baselines=[]))
     bench.open()
     dear = dict(bench.facts.budgets[0].targets)
@@ -59,7 +59,7 @@ def test_a_budget_whose_trials_always_fail_does_not_take_all_others(tmp_path):
     assert states.count(TrialState.COMPLETE) >= 3
 
 
-def test_an_enqueued_budget_is_what_is_sampled_for(tmp_path):
+def test_the_sampler_uses_the_enqueued_budget(tmp_path):
     bench = Bench(tmp_path / "sweep", make_config(search__sampler="tpe"))
     coordinator = bench.open()
     bench.ledger.study.enqueue_trial({BUDGET: 1})
@@ -76,16 +76,16 @@ def test_scores_come_between_the_float_model_and_the_trials(tmp_path):
     assert bench.executed.count("sensitivity") == 1
 
 
-def test_without_scores_no_trial_starts_and_one_line_says_why(tmp_path):
+def test_failed_scores_end_the_sweep_with_a_reason(tmp_path):
     bench = Bench(tmp_path / "sweep", make_config(train__start="sensitivity"))
     bench.fail = lambda job: "no luck" if job.kind == "sensitivity" else None
     coordinator = bench.sweep()
     folder = bench.out / "sensitivity"
     assert coordinator.failure == (
-        f"the sensitivity scores failed: no luck; mend that, then remove {folder} to begin anew"
+        f"the sensitivity scores failed: no luck; fix this, then remove {folder} to start over"
     )
     assert not any(name.startswith("trial") for name in bench.executed)
-    assert bench.open().failure == coordinator.failure, "a later run says so too"
+    assert bench.open().failure == coordinator.failure, "a later run fails the same way"
 
 
 def test_only_sweeps_that_may_need_scores_measure_them(tmp_path):

@@ -1,4 +1,4 @@
-"""What jobs leave on disk, torn and doubled pieces included."""
+"""The files of jobs, including torn and duplicate ones."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_lost_attempt_folder_is_not_taken_twice(tmp_path):
     assert jobs.open_attempt(job).name == "attempt-3"
 
 
-def test_a_record_counts_once_it_is_whole(tmp_path):
+def test_only_complete_records_count(tmp_path):
     job = job_in(tmp_path)
     first, second = jobs.open_attempt(job), jobs.open_attempt(job)
     assert jobs.committed(job.folder) is None
@@ -69,24 +69,26 @@ def test_a_record_counts_once_it_is_whole(tmp_path):
     assert jobs.commit(third, {"state": "COMPLETE", "metrics": {"accuracy": 0.5}})
     assert jobs.committed(job.folder)["metrics"] == {"accuracy": 0.5}
     assert jobs.model_file(job.folder) == third / MODEL_FILE
-    assert not jobs.commit(first, {"state": "FAIL"}) and not jobs.superseded(job.folder / "none")
+    assert not jobs.commit(first, {"state": "FAIL"}) and not jobs.is_superseded(
+        job.folder / "none"
+    )
     assert jobs.committed(job.folder)["metrics"] == {"accuracy": 0.5}
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_an_attempt_ends_by_its_own_record_or_by_the_next_attempt(tmp_path, monkeypatch, links):
+def test_an_attempt_ends_with_its_record_or_is_superseded(tmp_path, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", without_links)
     job = job_in(tmp_path)
     first = jobs.open_attempt(job)
     second = jobs.open_attempt(job)
-    assert jobs.superseded(first) and not jobs.superseded(second)
+    assert jobs.is_superseded(first) and not jobs.is_superseded(second)
     assert not jobs.commit(first, {"state": "COMPLETE"}) and jobs.committed(job.folder) is None
     assert jobs.commit(second, {"state": "COMPLETE"})
-    with pytest.raises(jobs.Committed):
+    with pytest.raises(jobs.AlreadyCommitted):
         jobs.open_attempt(job)
     assert jobs.attempts(job.folder) == [first, second]
-    # What reads the test split is run again whenever the front has changed.
+    # The `test` job runs again whenever the front has changed.
     again = job_in(tmp_path, "test", 0)
     assert jobs.commit(jobs.open_attempt(again), {"state": "COMPLETE"})
     assert jobs.open_attempt(again).name == "attempt-2"
@@ -96,8 +98,8 @@ def without_links(*args):
     raise OSError(errno.EPERM, "Operation not permitted")
 
 
-def test_of_a_commit_and_a_take_over_at_once_one_wins(tmp_path):
-    """Whoever comes first: there is a record, or there is a next attempt, and never both."""
+def test_either_a_concurrent_commit_or_a_take_over_succeeds(tmp_path):
+    """The attempt commits its record or the next attempt takes over, but never both."""
     with ThreadPoolExecutor(2) as pool:
         for number in range(100):
             job = job_in(tmp_path, number=number)
@@ -111,7 +113,7 @@ def test_of_a_commit_and_a_take_over_at_once_one_wins(tmp_path):
                 gate.wait()
                 try:
                     return bool(jobs.open_attempt(job))
-                except jobs.Committed:
+                except jobs.AlreadyCommitted:
                     return False
 
             done, taken = pool.submit(commit), pool.submit(take_over)
@@ -120,27 +122,29 @@ def test_of_a_commit_and_a_take_over_at_once_one_wins(tmp_path):
             assert len(jobs.attempts(job.folder)) == 1 + taken.result()
 
 
-def test_models_beside_no_record_are_spare(tmp_path):
+def test_models_without_the_committed_record_are_obsolete(tmp_path):
     job = job_in(tmp_path)
     opened = [jobs.open_attempt(job) for _ in range(3)]
     for attempt in opened:
         (attempt / MODEL_FILE).write_bytes(b"weights")
-    assert jobs.models(job.folder, spare=True) == [], "nobody knows yet which one counts"
+    assert jobs.model_files(job.folder, obsolete=True) == [], (
+        "no record determines yet which one is current"
+    )
     jobs.commit(opened[-1], {"state": "COMPLETE"})
-    assert jobs.models(job.folder, spare=True) == [a / MODEL_FILE for a in opened[:2]]
-    assert len(jobs.models(job.folder)) == 3
+    assert jobs.model_files(job.folder, obsolete=True) == [a / MODEL_FILE for a in opened[:2]]
+    assert len(jobs.model_files(job.folder)) == 3
 
 
-def test_the_first_figures_of_a_rung_stay_unless_they_are_damaged(tmp_path):
-    jobs.note_rung(tmp_path, 0, {"samples": 1})
-    jobs.note_rung(tmp_path, 0, {"samples": 2})
-    assert jobs.rungs(tmp_path) == [{"samples": 1}]
+def test_the_first_record_of_a_rung_is_kept_unless_damaged(tmp_path):
+    jobs.record_rung(tmp_path, 0, {"samples": 1})
+    jobs.record_rung(tmp_path, 0, {"samples": 2})
+    assert jobs.rung_records(tmp_path) == [{"samples": 1}]
     jobs.rung_file(tmp_path, 0).write_text("{")
-    jobs.note_rung(tmp_path, 0, {"samples": 3})
-    assert jobs.rungs(tmp_path) == [{"samples": 3}]
+    jobs.record_rung(tmp_path, 0, {"samples": 3})
+    assert jobs.rung_records(tmp_path) == [{"samples": 3}]
 
 
-def test_an_altered_record_is_no_record(tmp_path):
+def test_an_altered_record_is_ignored(tmp_path):
     job = job_in(tmp_path)
     attempt = jobs.open_attempt(job)
     jobs.commit(attempt, {"state": "COMPLETE", "metrics": {"accuracy": 0.5}})
@@ -149,24 +153,28 @@ def test_an_altered_record_is_no_record(tmp_path):
     assert jobs.committed(job.folder) is None
 
 
-def test_crashes_of_this_run_are_counted_apart_from_hangs_and_stops(tmp_path):
+def test_crashes_hangs_and_stops_are_counted_separately(tmp_path):
     job = job_in(tmp_path)
     for marker in (None, None, jobs.STOPPED, jobs.HANG, jobs.RESULT):
         attempt = jobs.open_attempt(job)
         if marker is not None:
             (attempt / marker).write_text("{}")
     jobs.open_attempt(job_in(tmp_path, run="two"))
-    assert len(jobs.crashes(job.folder, "one")) == 2
-    assert len(jobs.crashes(job.folder, "two")) == 1
-    assert jobs.hangs(job.folder) == 1
-    assert len(jobs.crashes(tmp_path / "none", "one")) == jobs.hangs(tmp_path / "none") == 0
+    assert len(jobs.crash_causes(job.folder, "one")) == 2
+    assert len(jobs.crash_causes(job.folder, "two")) == 1
+    assert jobs.count_hangs(job.folder) == 1
+    assert (
+        len(jobs.crash_causes(tmp_path / "none", "one"))
+        == jobs.count_hangs(tmp_path / "none")
+        == 0
+    )
 
 
-def test_an_empty_hang_marker_is_a_watchdog_that_did_not_bite(tmp_path):
+def test_an_empty_hang_marker_does_not_count_as_a_hang(tmp_path):
     attempt = jobs.open_attempt(job_in(tmp_path))
     (attempt / jobs.HANG).touch()
-    assert jobs.hangs(attempt.parent) == 0
-    assert len(jobs.crashes(attempt.parent, "one")) == 1
+    assert jobs.count_hangs(attempt.parent) == 0
+    assert len(jobs.crash_causes(attempt.parent, "one")) == 1
 
 
 def test_the_live_attempt_is_the_last_one_of_this_run(tmp_path):
@@ -180,7 +188,7 @@ def test_the_live_attempt_is_the_last_one_of_this_run(tmp_path):
     assert jobs.live_attempt(job.folder, "one") is None
 
 
-def test_the_curve_has_each_epoch_once_and_no_torn_line(tmp_path):
+def test_the_curve_contains_each_epoch_once_and_skips_torn_lines(tmp_path):
     job = job_in(tmp_path)
     first, second = jobs.open_attempt(job), jobs.open_attempt(job)
     jobs.open_attempt(job)
@@ -188,7 +196,7 @@ def test_the_curve_has_each_epoch_once_and_no_torn_line(tmp_path):
     write_curve(second, [point(2, timestamp=9.0), point(3)], torn='{"epoch": 4}\n')
     found = jobs.curve(job.folder)
     assert [p.epoch for p in found] == [1, 2, 3]
-    assert found[1].timestamp == 0.0, "the first measurement stays"
+    assert found[1].timestamp == 0.0, "the first measurement counts"
 
 
 def test_samples_and_seconds_of_all_attempts_count(tmp_path):

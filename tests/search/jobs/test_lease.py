@@ -1,4 +1,4 @@
-"""One driver at a time, whatever becomes of it."""
+"""The folder's lock admits one driver at a time and is released however the driver ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ with driver_lease(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the sweep in `tmp_path`; it ends with its standard input."""
+    """A process that locks the sweep in `tmp_path` until its standard input is closed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -39,7 +39,7 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_second_driver_is_told_host_and_pid(holder, tmp_path):
+def test_a_second_driver_gets_an_error_with_host_and_pid(holder, tmp_path):
     with pytest.raises(UserError) as caught, driver_lease(tmp_path):
         pass
     message = str(caught.value)
@@ -48,7 +48,7 @@ def test_a_second_driver_is_told_host_and_pid(holder, tmp_path):
     assert live_driver(tmp_path)["pid"] == holder.pid
 
 
-def test_the_lease_goes_with_a_killed_driver(holder, tmp_path):
+def test_a_killed_driver_releases_the_lease(holder, tmp_path):
     holder.kill()
     holder.wait()
     assert live_driver(tmp_path) is None
@@ -64,10 +64,10 @@ def test_stop_requests_reach_live_drivers_only(holder, tmp_path):
     holder.wait()
     assert request_stop(tmp_path) is None
     with driver_lease(tmp_path):
-        assert not stop_requested(tmp_path), "an old request does not stop a new driver"
+        assert not stop_requested(tmp_path), "an earlier request does not stop a new driver"
 
 
-def test_every_lease_has_a_token_of_its_own(tmp_path):
+def test_every_lease_has_a_unique_token(tmp_path):
     with driver_lease(tmp_path / "sweep") as first:
         assert (tmp_path / "sweep" / LOCK_FILE).exists()
     with driver_lease(tmp_path / "sweep") as second:
@@ -76,7 +76,7 @@ def test_every_lease_has_a_token_of_its_own(tmp_path):
     assert live_driver(tmp_path / "sweep") is None
 
 
-def test_the_lease_ends_with_an_error(tmp_path):
+def test_an_error_releases_the_lease(tmp_path):
     with pytest.raises(RuntimeError), driver_lease(tmp_path):
         raise RuntimeError
     with driver_lease(tmp_path):

@@ -1,4 +1,4 @@
-"""Documents of the reading commands, as the contract has them."""
+"""The documents of the reading commands follow the contract."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.jobs.lease import driver_lease
 from nipq_search.search.results import documents
+from nipq_search.search.results.best import best_document
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.strategies.pareto import hypervolume
 
@@ -32,7 +33,7 @@ POINT = {
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """A finished sweep of five trials, of which one failed."""
+    """A finished sweep of five trials, one of which failed."""
     bench = Bench(tmp_path_factory.mktemp("sweep"), make_config(search__trials=5))
     bench.fail = lambda job: "no luck" if job.name == "trial-002" else None
     bench.sweep()
@@ -89,7 +90,7 @@ def test_hypervolumes_of_the_front_document(bench, sweep):
     assert document["reference"]["metric"] == pytest.approx(0.72)
 
 
-def test_a_reference_of_ones_own(bench):
+def test_a_configured_reference(bench):
     facts, records = bench.view().facts, bench.view().trials()
     config = make_config(search__reference=0.5).as_json()
     document = documents.front_document(records, facts, config, bench.out)
@@ -133,7 +134,7 @@ def test_show_document(sweep):
     assert sweep.show(2)["layers"] == [] and sweep.show(2)["reason"] == "no luck"
     for number in (-1, 5):
         with pytest.raises(
-            UserError, match=rf"trial {number}: no such trial \(there are 0 to 4\)"
+            UserError, match=rf"trial {number}: no such trial \(existing trials: 0 to 4\)"
         ):
             sweep.show(number)
 
@@ -148,9 +149,9 @@ def test_best_document(sweep):
     blocked = sweep.best({"bops": 0.9 * cheapest})
     assert blocked["point"] is None and blocked["nearest"]["cost"]["bops"] == cheapest
     (block,) = blocked["blocks"]
-    assert "add a budget at or below what was asked" in block
+    assert "add a budget at or below the limit" in block
     least = sweep.facts["costs"]["bops"]["least"]
-    assert f"{least:,.6g} is the least reachable (set by " in block
+    assert f"the least reachable cost is {least:,.6g} (set by " in block
     least = sweep.best({"bops": 1.0, "weight_bytes": 1e12})
     assert "below the least reachable cost" in least["blocks"][0] and len(least["blocks"]) == 1
     with pytest.raises(
@@ -161,7 +162,7 @@ def test_best_document(sweep):
 
 def test_best_names_the_layers_that_set_the_least_cost(sweep):
     facts = {**sweep.facts, "least_set_by": {"bops": "stem: 80 %, head: 20 %"}}
-    (block,) = documents.best_document([], {"bops": 1.0}, facts)["blocks"][:1]
+    (block,) = best_document([], {"bops": 1.0}, facts)["blocks"][:1]
     assert block.endswith("with the allowed bit-widths (set by stem: 80 %, head: 20 %)")
 
 
@@ -171,13 +172,13 @@ def test_best_names_the_layers_that_make_up_most_of_the_nearest(sweep):
         {"name": name, "bops": cost} for name, cost in zip("abcd", (10, 60, 25, 5), strict=True)
     ]
     limit = {"bops": 0.9 * min(point["cost"]["bops"] for point in points)}
-    (block,) = documents.best_document(points, limit, sweep.facts, lambda trial: rows)["blocks"]
+    (block,) = best_document(points, limit, sweep.facts, lambda trial: rows)["blocks"]
     assert " (most of it b: 60 %, c: 25 %, a: 10 %), " in block
 
 
-def test_best_of_nothing(sweep):
-    document = documents.best_document([], {"bops": 1e12}, sweep.facts)
-    assert document["point"] is None and document["blocks"] == ["no trial is complete yet"]
+def test_best_without_a_complete_trial(sweep):
+    document = best_document([], {"bops": 1e12}, sweep.facts)
+    assert document["point"] is None and document["blocks"] == ["no trial has completed yet"]
 
 
 def test_best_of_a_metric_that_is_minimized(sweep):
@@ -186,7 +187,7 @@ def test_best_of_a_metric_that_is_minimized(sweep):
         {"trial": 1, "validation": 1.0, "cost": {"bops": 2.0}},
     ]
     facts = {**sweep.facts, "mode": "min"}
-    assert documents.best_document(points, {"bops": 5.0}, facts)["point"]["trial"] == 1
+    assert best_document(points, {"bops": 5.0}, facts)["point"]["trial"] == 1
 
 
 def test_records_of_every_state(bench, sweep):
@@ -232,7 +233,7 @@ def test_summary_for_the_report(sweep):
 
 
 @pytest.mark.parametrize("state", ["missing", "empty", "no facts", "damaged", "no mapping"])
-def test_folders_that_are_no_sweep(state, bench, tmp_path):
+def test_folders_without_a_sweep(state, bench, tmp_path):
     folder = tmp_path / "sweep"
     if state != "missing":
         folder.mkdir()

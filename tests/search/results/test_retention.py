@@ -1,4 +1,4 @@
-"""What `gc` frees, and that nothing is missed afterwards."""
+"""`gc` deletes only files that the sweep no longer needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nipq_search.errors import UserError
 from nipq_search.records import TrialRecord
 from nipq_search.search.commands.replay import replay
 from nipq_search.search.jobs.lease import driver_lease
-from nipq_search.search.results.progress import Silent
+from nipq_search.search.results.progress import SilentProgress
 from nipq_search.search.results.retention import collect, needed
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.study.ledger import Ledger
@@ -33,7 +33,7 @@ def record(number, metric, bops, **changes):
 
 def test_what_is_needed():
     records = [
-        record(0, 0.90, 100.0),  # on nobody's way
+        record(0, 0.90, 100.0),  # dominated, and not a parent
         record(1, 0.95, 100.0, on_front=True, parent=2),
         record(2, 0.94, 101.0),
         record(3, 0.10, 50.0, on_front=True),
@@ -63,11 +63,11 @@ def sizes(folder):
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_only_what_nothing_needs_goes_and_the_sweep_goes_on(sweep_copy, capsys):
-    for left in ("trials/0/checkpoints/9", "trials/1/checkpoints/7"):  # as a kill leaves them
+def test_only_unneeded_files_are_deleted_and_the_sweep_continues(sweep_copy, capsys):
+    for left in ("trials/0/checkpoints/9", "trials/1/checkpoints/7"):  # left over after a kill
         (sweep_copy / left).mkdir(parents=True)
         (sweep_copy / left / "state.pt").write_bytes(b"x" * 1000)
-    # Two far behind the others, at their places: nobody's parents.
+    # Two dominated trials at the costs of others, which are not parents.
     ledger = ledger_of(sweep_copy, make_config(search__strategy="fill", search__trials=5))
     for _ in range(2):
         first, asked = ledger.trials()[0], ledger.ask(0, 2)
@@ -103,7 +103,7 @@ def test_only_what_nothing_needs_goes_and_the_sweep_goes_on(sweep_copy, capsys):
     assert run_here(config, sweep_copy).complete == 8
 
 
-def test_a_look_at_what_would_go_writes_nothing(sweep_copy, capsys):
+def test_a_dry_run_writes_nothing(sweep_copy, capsys):
     lock = sweep_copy / "driver.lock"
     lock.write_text("as it was")
     assert main(["gc", str(sweep_copy), "--dry-run"]) == 0
@@ -113,18 +113,18 @@ def test_a_look_at_what_would_go_writes_nothing(sweep_copy, capsys):
     assert "a driver is running this sweep on host" in capsys.readouterr().err
 
 
-def test_a_freed_model_says_so_and_is_no_parent(sweep_copy):
+def test_a_deleted_model_is_reported_and_is_never_a_parent(sweep_copy):
     sweep = Sweep.open(sweep_copy)
     for trial in sweep.trials():
         (sweep_copy / f"trials/{trial.trial}/attempt-1/model.pt").unlink()
-    with pytest.raises(UserError, match="no trained model .`nipq-search gc` freed it"):
+    with pytest.raises(UserError, match="no trained model .deleted by `nipq-search gc`"):
         sweep.load_model(0)
     run_here(make_config(search__strategy="fill", search__trials=6), sweep_copy)
     assert Sweep.open(sweep_copy).trials()[5].parent is None
 
 
-def test_what_best_answers_with_stays():
-    """Also for costs that are not the front's."""
+def test_models_that_best_returns_are_kept():
+    """Also for costs other than the front cost."""
     plain = {"bops": 100.0, "weight_bytes": 50.0}
     records = [
         record(0, 0.95, 100.0, on_front=True, cost=plain, budget={"bops": 100.0}),
@@ -137,22 +137,22 @@ def test_what_best_answers_with_stays():
     kept = needed(records, make_config(search__strategy="independent"), "max", both)
     assert kept == {
         0: "on the front",
-        1: "the best within a limit of weight_bytes",
-        3: "the best within a limit of bops",
+        1: "the best for a limit on weight_bytes",
+        3: "the best for a limit on bops",
         4: "the best within a budget",
     }
 
 
-def test_best_and_show_say_why_there_is_no_model(sweep_copy, caplog):
+def test_best_and_show_explain_a_missing_model(sweep_copy, caplog):
     (sweep_copy / "trials/0/attempt-1/model.pt").unlink()
     assert main(["show", str(sweep_copy), "0"]) == 0
-    assert "trial 0: it has no trained model (`nipq-search gc` freed it)" in caplog.text
+    assert "trial 0: no trained model (deleted by `nipq-search gc`)" in caplog.text
     shutil.rmtree(sweep_copy / "trials")
     assert main(["best", str(sweep_copy), "--max", "bops=1e9"]) == 0
-    assert "it has no trained model (its record is gone; restore" in caplog.text
+    assert "no trained model (its record is missing; restore" in caplog.text
 
 
-def test_a_live_sweep_is_left_alone(sweep_copy):
+def test_a_running_sweep_is_rejected(sweep_copy):
     with driver_lease(sweep_copy), pytest.raises(UserError, match="a driver is running"):
         collect(sweep_copy)
 
@@ -175,7 +175,7 @@ ADDED = {
 
 @pytest.fixture
 def added_to(sweep_copy):
-    """A sweep to whose study somebody has added trials by Optuna's own means; its front before."""
+    """A sweep with trials that were added to its study through Optuna, and its front before."""
     before = Sweep.open(sweep_copy).front_document()
     ledger = ledger_of(sweep_copy, make_config(search__strategy="fill"))
     for trial in ADDED.values():
@@ -184,7 +184,7 @@ def added_to(sweep_copy):
     return sweep_copy, before
 
 
-def test_trials_that_somebody_added_have_no_model_and_disturb_nothing(added_to, capsys):
+def test_foreign_trials_have_no_model_and_change_nothing(added_to, capsys):
     out, before = added_to
     now = Sweep.open(out).front_document()
     assert (now["points"], now["hypervolume"]) == (before["points"], before["hypervolume"])
@@ -198,29 +198,28 @@ def test_trials_that_somebody_added_have_no_model_and_disturb_nothing(added_to, 
     assert sorted(point["trial"] for point in done["points"]) == [0, 1, 2, 3, 4, 11, 12]
     assert done["test_hypervolume"] is not None
     assert main(["replay", str(out), "5"]) == 2
-    assert "its record is gone" in capsys.readouterr().err
+    assert "its record is missing" in capsys.readouterr().err
 
 
-def test_a_record_that_is_gone_is_told(sweep_copy):
-    said = []
+def test_a_missing_record_is_reported(sweep_copy):
+    messages = []
 
-    class Listening(Silent):
+    class Recorder(SilentProgress):
         def message(self, text):
-            said.append(text)
+            messages.append(text)
 
     config = make_config(search__strategy="fill", search__trials=5)
-    run_here(config, sweep_copy, progress=Listening())
-    assert not any("gone" in text for text in said)
+    run_here(config, sweep_copy, progress=Recorder())
+    assert not any("missing" in text for text in messages)
     shutil.rmtree(sweep_copy / "trials/1")
     (sweep_copy / "trials/2/attempt-1/result.json").write_text('{"garb')
-    run_here(config, sweep_copy, progress=Listening())
-    assert (
-        sum("records of finished trials (1, 2; 2 in all) are gone" in text for text in said) == 1
-    )
+    run_here(config, sweep_copy, progress=Recorder())
+    warning = "records of finished trials (1, 2; 2 in total) are missing"
+    assert sum(warning in text for text in messages) == 1
 
 
-def test_another_study_of_the_same_name_is_refused(sweep_copy, tmp_path, monkeypatch, capsys):
-    """As the environment may name it: by what it says, `gc` would free what this sweep needs."""
+def test_another_study_of_the_same_name_is_rejected(sweep_copy, tmp_path, monkeypatch, capsys):
+    """The environment may name such a study, with which `gc` would delete needed files."""
     url = f"sqlite:///{tmp_path / 'other.db'}"
     monkeypatch.setenv("NIPQ_STORAGE_URL", url)
     config = make_config(search__strategy="fill", search__trials=1)
@@ -238,7 +237,7 @@ def test_another_study_of_the_same_name_is_refused(sweep_copy, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("what", ["no study", "an empty one", "only a torn line"])
-def test_a_study_that_is_gone_is_told_and_nothing_is_overwritten(sweep_copy, what, capsys):
+def test_a_missing_study_is_reported_and_nothing_is_overwritten(sweep_copy, what, capsys):
     journal = sweep_copy / "study.log"
     journal.unlink()
     if what != "no study":
@@ -256,7 +255,7 @@ def test_a_study_that_is_gone_is_told_and_nothing_is_overwritten(sweep_copy, wha
 
 
 def test_an_empty_study_adopts_no_trials(sweep_copy):
-    """Also where nothing is left that says which study it was."""
+    """Even if no record of the study's identity is left."""
     (sweep_copy / "study.log").unlink()
     (sweep_copy / "facts.json").unlink()
     Ledger.open(sweep_copy, "unit", "max", space={}, sampler="random", seed=0).close()
@@ -265,7 +264,7 @@ def test_an_empty_study_adopts_no_trials(sweep_copy):
         run_here(config, sweep_copy)
 
 
-def test_what_a_kill_left_of_the_start_goes_too(sweep_copy, capsys):
+def test_leftovers_of_float_and_baseline_trainings_are_deleted(sweep_copy, capsys):
     left = [
         sweep_copy / f"{place}/checkpoints/9/state.pt" for place in ("float", "baselines/lsq-4")
     ]
@@ -282,14 +281,14 @@ def test_what_a_kill_left_of_the_start_goes_too(sweep_copy, capsys):
     assert replay(Sweep.open(sweep_copy), 0)["equal"]
 
 
-def test_what_cannot_be_deleted_is_not_called_freed(sweep_copy, monkeypatch, capsys):
+def test_files_that_cannot_be_deleted_are_not_reported_as_freed(sweep_copy, monkeypatch, capsys):
     (sweep_copy / "trials/1/checkpoints/9").mkdir(parents=True)
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
     assert main(["gc", str(sweep_copy)]) == 1
     assert "checkpoints: could not be deleted" in capsys.readouterr().err
 
 
-def test_foreign_files_in_attempts_disturb_nothing(sweep_copy, capsys):
+def test_foreign_files_in_attempts_are_ignored(sweep_copy, capsys):
     trial = sweep_copy / "trials/0"
     for name in ("attempt-x", "attempt-1.bak", "attempt-01"):
         shutil.copytree(trial / "attempt-1", trial / name)

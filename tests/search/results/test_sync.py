@@ -1,4 +1,4 @@
-"""`sync`: what a tracking server lacks of a sweep is sent, once."""
+"""`sync` sends missing data to the tracking server exactly once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nipq_search.search.results.sweep import Sweep
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A database of somebody's, as `MLFLOW_TRACKING_URI` names it."""
+    """An external database, set by `MLFLOW_TRACKING_URI`."""
     uri = f"sqlite:///{tmp_path / 'tracking.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
@@ -24,10 +24,10 @@ def runs(uri):
     return client, client.search_runs(experiments)
 
 
-def test_a_server_that_was_away_gets_everything_once(sweep_copy, server, capsys):
+def test_a_server_that_was_unavailable_gets_everything_once(sweep_copy, server, capsys):
     for _ in range(2):
         assert main(["sync", str(sweep_copy)]) == 0
-        assert "has all of the sweep: 5 trials" in capsys.readouterr().err
+        assert "is up to date: 5 trials" in capsys.readouterr().err
     client, found = runs(server)
     (parent,) = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
     children = {r.data.tags["nipq.trial"]: r for r in found if r is not parent}
@@ -42,16 +42,16 @@ def test_a_server_that_was_away_gets_everything_once(sweep_copy, server, capsys)
         assert run.data.tags["on_front"] == str(trial.on_front).lower()
 
 
-def test_a_server_that_is_away_is_one_line(sweep_copy, monkeypatch, capsys):
+def test_an_unavailable_server_is_a_one_line_error(sweep_copy, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
     assert main(["sync", str(sweep_copy)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the tracking server http://127.0.0.1:9 does not answer")
+    assert error.startswith("error: the tracking server http://127.0.0.1:9 did not respond")
     assert "secret" not in error
 
 
-def test_a_live_sweep_sends_by_itself(sweep_copy, server, capsys):
+def test_a_running_sweep_syncs_by_itself(sweep_copy, server, capsys):
     with driver_lease(sweep_copy):
         assert main(["sync", str(sweep_copy)]) == 2
     assert "a driver is running this sweep" in capsys.readouterr().err

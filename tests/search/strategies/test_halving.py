@@ -1,4 +1,4 @@
-"""Successive halving: who goes on, and sweeps that pause, promote and prune."""
+"""Successive halving: which trial is promoted, and sweeps that pause, promote and prune."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def standing(number, *metrics, bracket=0, paused=True, pruned=False):
     return Standing(number=number, bracket=bracket, metrics=metrics, paused=paused, pruned=pruned)
 
 
-def test_one_of_three_goes_on():
+def test_one_of_three_trials_is_promoted():
     two = [standing(0, 0.5), standing(1, 0.7)]
     assert to_promote(two, last=False) is None
     assert to_promote([*two, standing(2, 0.6)], last=False) == 1
@@ -29,29 +29,29 @@ def test_one_of_three_goes_on():
     assert to_promote([*gone, *(standing(n, 0.1) for n in (3, 4, 5))], last=False) == 2
 
 
-def test_trials_compete_only_inside_their_budget():
+def test_trials_compete_only_within_their_budget():
     cheap = [standing(n, 0.1 * n, bracket=1) for n in range(3)]
     dear = [standing(n, 0.5 + 0.1 * n, bracket=0) for n in range(3, 5)]
     assert to_promote([*cheap, *dear], last=False) == 2
     assert to_promote(dear, last=False) is None
 
 
-def test_higher_rungs_go_first():
+def test_higher_rungs_are_promoted_first():
     low = [standing(n, 0.5) for n in range(3)]
     high = [standing(n, 0.6, 0.7 + n / 100) for n in range(3, 6)]
     assert to_promote([*low, *high], last=False) == 5
 
 
-def test_at_the_end_every_budget_finishes_one():
+def test_at_the_end_one_trial_per_budget_finishes():
     assert to_promote([standing(0, 0.5), standing(1, 0.7)], last=True) == 1
     assert to_promote([standing(0, 0.5), standing(1, 0.7, paused=False)], last=True) is None
     assert to_promote([standing(0, 0.5), standing(1, 0.7, 0.8)], last=True) == 1
     failed_later = [standing(0, 0.5), standing(1, 0.4, paused=False, pruned=True)]
-    assert to_promote(failed_later, last=True) == 0, "the one that had gone on failed"
+    assert to_promote(failed_later, last=True) == 0, "the promoted one failed later"
 
 
 class Rungs(Bench):
-    """A sweep whose trials pause at rungs, with a learning rate that says how good they are."""
+    """A sweep whose trials pause at rungs and whose metric is a function of the learning rate."""
 
     def execute(self, job):
         rungs = STRATEGIES[self.config.search.strategy].rungs
@@ -66,7 +66,7 @@ class Rungs(Bench):
             jobs.rung_file(job.folder, job.rung), {"metrics": metrics, "samples": 0}
         )
         storage.write_json(attempt / jobs.STOPPED, {"time": 0})
-        return "PAUSED"
+        return jobs.JobOutcome(kind=jobs.OutcomeKind.PAUSED)
 
 
 @pytest.fixture
@@ -76,18 +76,18 @@ def bench(tmp_path):
 
 
 def check(bench):
-    """Each budget: nine trials, three promoted once, one of them twice and finished."""
+    """Check that of nine trials per budget three are promoted and the best one finishes."""
     trials = bench.ledger.trials()
     assert {t.state for t in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
     for budget in (0, 1):
         own = [t for t in trials if t.params[BUDGET] == budget]
-        reached = {t.number: len(jobs.rungs(bench.out / f"trials/{t.number}")) for t in own}
+        reached = {t.number: len(jobs.rung_records(bench.out / f"trials/{t.number}")) for t in own}
         assert len(own) == 9
         assert sum(count == 2 for count in reached.values()) >= 3
         complete = [t for t in own if t.state is TrialState.COMPLETE]
         assert complete and all(reached[t.number] == 2 for t in complete)
         best = max(own, key=lambda t: t.params["lr"])
-        assert best.state is TrialState.COMPLETE, "a made-up metric that never lies"
+        assert best.state is TrialState.COMPLETE, "the synthetic metric has no noise"
         for trial in own:
             if trial.state is TrialState.PRUNED:
                 assert "was not among the best of its budget" in trial.user_attrs["reason"]
@@ -105,8 +105,8 @@ def test_a_sweep_of_rungs(bench):
 
 
 @pytest.mark.parametrize("every", [1, 4])
-def test_rungs_are_rebuilt_after_a_crash(bench, every):
-    """A new driver every few jobs: what paused, went on or ended is what files and study say."""
+def test_rungs_are_restored_after_a_crash(bench, every):
+    """Start a new driver every few jobs; it restores paused, promoted and finished trials."""
     for _ in range(200):
         coordinator = bench.open()
         for _ in range(every):
@@ -122,7 +122,7 @@ def test_rungs_are_rebuilt_after_a_crash(bench, every):
 
 
 def test_a_crash_between_promotion_and_start(bench):
-    """The promotion is in the study: the trial goes on to the rung that it was promised."""
+    """The study stores the promotion, so the trial continues to the same rung."""
     coordinator = bench.open()
     while True:
         job = coordinator.next_job()
@@ -137,14 +137,14 @@ def test_a_crash_between_promotion_and_start(bench):
     check(bench)
 
 
-def test_a_rung_without_a_number_is_the_worst_where_less_is_better(bench, monkeypatch):
-    trials = bench.open().trials
-    monkeypatch.setattr(trials, "_sign", -1)
-    ranked = [trials._ranked(metrics) for metrics in ({"accuracy": 0.3}, {"accuracy": 0.4}, {})]
+def test_a_missing_rung_metric_ranks_worst_if_the_metric_is_minimized(bench, monkeypatch):
+    history = bench.open().trials.history
+    monkeypatch.setattr(history, "_sign", -1)
+    ranked = [history.ranked(metrics) for metrics in ({"accuracy": 0.3}, {"accuracy": 0.4}, {})]
     assert ranked == sorted(ranked, reverse=True)
 
 
-def test_more_trials_later_do_not_wake_pruned_ones(bench):
+def test_adding_trials_does_not_revive_pruned_ones(bench):
     bench.sweep()
     pruned = {t.number for t in bench.ledger.trials() if t.state is TrialState.PRUNED}
     section = bench.config.search.model_copy(update={"trials": 24})

@@ -1,4 +1,4 @@
-"""The front and its hypervolume, against Optuna's and by hand."""
+"""The front, compared with Optuna's, and its hypervolume, computed by hand."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def optuna_front(points, mode):
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 @pytest.mark.parametrize("seed", range(8))
-def test_front_equals_optunas_ties_included(mode, seed):
+def test_the_front_equals_optunas_including_ties(mode, seed):
     generator = random.Random(seed)
-    # Few distinct values, so that ties and equal points abound.
+    # Few distinct values produce many ties and equal points.
     points = {
         index: (generator.randrange(6) / 6, float(generator.randrange(1, 7)))
         for index in range(generator.randrange(1, 25))
@@ -30,7 +30,7 @@ def test_front_equals_optunas_ties_included(mode, seed):
     assert non_dominated(points, mode) == optuna_front(points, mode)
 
 
-def test_fronts_of_nothing_and_of_equals():
+def test_fronts_of_no_points_and_of_equal_points():
     assert non_dominated({}, "max") == set()
     assert non_dominated({3: (1.0, 2.0), 4: (1.0, 2.0), 5: (1.0, 3.0)}, "max") == {3, 4}
 
@@ -41,7 +41,7 @@ def volume(points, mode="max", **changes):
 
 
 def test_hypervolume_by_hand():
-    # log2 axis from 2 to 6; heights above 0.5 out of 0.4.
+    # The log2 axis spans 2 to 6; heights are measured from 0.5 and divided by 0.4.
     assert volume([(0.9, 4.0)]) == pytest.approx(1.0)
     assert volume([(0.7, 16.0)]) == pytest.approx(2 * 0.2 / (4 * 0.4))
     points = [(0.8, 32.0), (0.6, 8.0)]
@@ -65,7 +65,7 @@ def test_hypervolume_of_a_metric_that_is_minimized():
     assert volume([(3.0, 4.0)], **options) == 0.0
 
 
-def test_empty_rectangles_have_no_share():
+def test_an_empty_rectangle_has_no_hypervolume():
     assert volume([(0.9, 4.0)], axis=(4.0, 4.0)) is None
     assert volume([(0.9, 4.0)], reference=0.9) is None
     assert volume([(0.9, 4.0)], reference=0.1, mode="min") is None
@@ -74,6 +74,6 @@ def test_empty_rectangles_have_no_share():
 def test_default_reference():
     assert default_reference(0.9, "max") == pytest.approx(0.72)
     assert default_reference(0.8, "min") == pytest.approx(1.0)
-    # Worse than the float model's, also where metrics are negative.
+    # The reference is worse than the float model's metric even if that is negative.
     assert default_reference(-1.2, "max") == pytest.approx(-1.44)
     assert default_reference(-3.0, "min") == pytest.approx(-2.25)

@@ -1,4 +1,4 @@
-"""Where the best `lambda` depends on the budget, the default sampler beats its rivals."""
+"""The default sampler against its rivals, on a surrogate whose best `lambda` depends on budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPACE = {
 
 
 def metric(budget, params):
-    """Best at lambda 3 for the largest budget, up to 100 for the smallest; one lr for all."""
+    """Return a metric whose best `lambda` is 3 to 100 by budget, with one best learning rate."""
     best = math.log(3) + math.log(100 / 3) * budget / (BUDGETS - 1)
     return (
         0.9
@@ -41,7 +41,7 @@ def metric(budget, params):
 
 
 def searched(sampler, seed, sign=1):
-    """Mean over the budgets of the true metric of what looks best after a search."""
+    """Search, and return the true metric of the apparently best trials, averaged over budgets."""
     noise = random.Random(seed)
     study = optuna.create_study(directions=["maximize" if sign > 0 else "minimize", "minimize"])
     ledger = Ledger(study, space=SPACE, sampler=sampler, seed=seed)
@@ -85,7 +85,7 @@ def test_a_metric_that_is_minimized_is_searched_the_same_way(default):
 
 @pytest.mark.filterwarnings("ignore:Fixed parameter lr")
 def test_foreign_trials_do_not_disturb():
-    """Failed, pruned, enqueued and running ones, and such of another space."""
+    """Failed, pruned, enqueued and running trials, and trials from another space."""
     study = optuna.create_study(directions=["maximize", "minimize"])
     ledger = Ledger(study, space=SPACE, sampler="tpe", seed=0)
     study.enqueue_trial({BUDGET: 1, "lr": 77.0})
@@ -120,17 +120,17 @@ def test_the_first_trial_under_a_budget_takes_the_middle(sampler):
 
 
 SHARES = (1 / 9, 1 / 3, 1.0)
-"""Of the training, at each rung and at the end."""
+"""Fractions of the training at each rung and at the end."""
 
 
 def early(budget, params, share):
-    """The metric after a share of the training: lower, and best at a higher learning rate."""
+    """Return the metric after part of the training: lower, with a higher best learning rate."""
     rate = {**params, "lr": params["lr"] / math.exp(1 - share)}
     return metric(budget, rate) - 0.1 * (1 - share)
 
 
 def halved(taught, seed, allowance=24):
-    """As `searched`, by successive halving within an allowance of whole trainings."""
+    """Search as `searched` does, by successive halving, for `allowance` full trainings in all."""
     noise = random.Random(seed)
     study = optuna.create_study(directions=["maximize", "minimize"])
     ledger = Ledger(study, space=SPACE, sampler="tpe", seed=seed)
@@ -163,13 +163,13 @@ def halved(taught, seed, allowance=24):
 
 
 def test_rungs_teach_the_sampler(default):
-    """Otherwise only the few trials that finish would: most of a halving search were random."""
+    """Without rung metrics, only the few finished trials would inform a halving search."""
     leads = [halved(True, seed) - halved(False, seed) for seed in range(10)]
     assert statistics.fmean(leads) > 2 * statistics.stdev(leads) / len(leads) ** 0.5
 
 
 def test_a_rung_without_a_number_is_the_worst():
-    """Also where no trial under the budget has one."""
+    """This holds even if no trial with the budget has a finite metric."""
     shown = []
 
     class Spy(type(tpe(0))):

@@ -1,4 +1,4 @@
-"""The ladder: which finished trial a new one starts from, and what it takes along."""
+"""Strategies: the assignment of budgets and parents, and what a warm start copies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nipq_search.cost.projection import freeze, usage
 from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.search.strategies.expected_gain import Axes
-from nipq_search.search.strategies.strategies import Fill, Finished, Ladder, Seen
+from nipq_search.search.strategies.strategies import Fill, Finished, Ladder, SearchState
 from nipq_search.train.starts.start import bits_at_budget, start_at_budget, warm_start
 
 
@@ -33,7 +33,7 @@ def test_ladder_takes_the_better_of_two_equally_near():
     assert Ladder().parent({"bops": 100}, trials) == 1
 
 
-def test_ladder_asks_every_target_of_a_budget():
+def test_ladder_considers_every_target_of_a_budget():
     trials = [finished(0, 200, 0.9, weight_bytes=10), finished(1, 300, 0.8, weight_bytes=40)]
     assert Ladder().parent({"bops": 100, "weight_bytes": 20}, trials) == 1
 
@@ -47,8 +47,8 @@ def test_ladder_asks_every_target_of_a_budget():
     ],
     ids=["another target binds", "coarse widths"],
 )
-def test_a_trial_is_parent_under_its_own_budget(strategy, targets, cost):
-    """Though it could not use it up."""
+def test_a_trial_can_be_a_parent_for_its_own_budget(strategy, targets, cost):
+    """A trial counts as being at its target even if it cannot use the target up."""
     trial = Finished(number=3, cost=cost, metric=0.9, targets=targets)
     assert strategy.parent(targets, [trial]) == 3
     assert strategy.parent({**targets, "bops": 110.0}, [trial]) is None
@@ -56,13 +56,13 @@ def test_a_trial_is_parent_under_its_own_budget(strategy, targets, cost):
     assert again == (1.0 if isinstance(strategy, Fill) else 1 / 3)
 
 
-def test_fill_serves_budgets_that_leave_the_front_s_cost_free():
+def test_fill_serves_budgets_without_a_target_for_the_fronts_cost():
     axes = Axes(cost="bops", least=2.0, most=64.0, reference=0.7, best=0.9)
     budgets = [{"bops": 16.0}, {"bops": 8.0}, {"weight_bytes": 50.0}]
     assigned, trials = [], []
     for number in range(20):
-        target = Fill().target(
-            Seen(budgets=budgets, assigned=list(assigned), finished=list(trials), axes=axes)
+        target = Fill().assign(
+            SearchState(budgets=budgets, assigned=list(assigned), finished=list(trials), axes=axes)
         )
         asked = dict(target.targets or budgets[target.budget])
         assert 8.0 <= asked.get("bops", 8.0) <= 16.0
@@ -72,8 +72,8 @@ def test_fill_serves_budgets_that_leave_the_front_s_cost_free():
     assert 6 <= assigned.count(2) <= 8
 
 
-def test_fill_serves_budgets_that_share_the_front_s_cost():
-    """Each has its turns, and a repeat keeps the other targets of the trial that it repeats."""
+def test_fill_serves_budgets_with_equal_targets_for_the_fronts_cost():
+    """Each budget is served, and a repeat keeps the other targets of the repeated trial."""
     axes = Axes(cost="bops", least=2.0, most=64.0, reference=0.7, best=0.9)
     budgets = [
         {"bops": 16.0, "weight_bytes": 50.0},
@@ -82,8 +82,8 @@ def test_fill_serves_budgets_that_share_the_front_s_cost():
     ]
     assigned, trials = [], []
     for number in range(24):
-        target = Fill().target(
-            Seen(budgets=budgets, assigned=list(assigned), finished=list(trials), axes=axes)
+        target = Fill().assign(
+            SearchState(budgets=budgets, assigned=list(assigned), finished=list(trials), axes=axes)
         )
         asked = dict(target.targets or budgets[target.budget])
         there = [t for t in trials if t.cost["bops"] == asked["bops"]]
@@ -112,7 +112,7 @@ def prepared(quantizer, seed):
 
 
 @pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
-def test_warm_start_takes_everything_but_noise_and_phase(quantizer):
+def test_warm_start_copies_everything_except_noise_and_phase(quantizer):
     parent, inputs = prepared(quantizer, 1)
     parent.train()(inputs)
     graph = quant_state(parent).graph

@@ -1,4 +1,4 @@
-"""What a driver keeps of a growing study equals what it would find by looking at all of it."""
+"""Incremental reading of a growing study gives the same results as reading all of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from unit_helpers import Bench, make_config
 
-from nipq_search.search.coordinator import trials as trials_module
+from nipq_search.search.coordinator import history as history_module
 from nipq_search.search.results import documents
 from nipq_search.search.strategies.pareto import non_dominated
-from nipq_search.search.strategies.unseen_trials import News
+from nipq_search.search.strategies.unseen_trials import UnseenTrials
 
 
 def trial(number: int, state: TrialState) -> FrozenTrial:
@@ -20,20 +20,20 @@ def trial(number: int, state: TrialState) -> FrozenTrial:
     return found
 
 
-def test_finished_trials_are_told_once_and_others_each_time():
-    news = News()
+def test_finished_trials_are_returned_once_and_others_every_time():
+    unseen = UnseenTrials()
     states = [TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL, TrialState.WAITING]
     found = [trial(number, state) for number, state in enumerate(states)]
-    assert [t.number for t in news.of(found)] == [0, 1, 2, 3]
-    assert [t.number for t in news.of(found)] == [1, 3]
+    assert [t.number for t in unseen.take(found)] == [0, 1, 2, 3]
+    assert [t.number for t in unseen.take(found)] == [1, 3]
     found = [*found[:1], trial(1, TrialState.PRUNED), *found[2:], trial(4, TrialState.COMPLETE)]
-    assert [t.number for t in news.of(found)] == [1, 3, 4]
-    assert [t.number for t in news.of(found)] == [3]
+    assert [t.number for t in unseen.take(found)] == [1, 3, 4]
+    assert [t.number for t in unseen.take(found)] == [3]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A sweep of a dozen trials, of which two failed, and its trials."""
+    """A finished sweep of twelve trials, two of which failed."""
     config = make_config(search__trials=12, search__strategy="fill")
     bench = Bench(tmp_path_factory.mktemp("sweep"), config)
     bench.fail = lambda job: "no luck" if job.name in ("trial-002", "trial-005") else None
@@ -41,7 +41,7 @@ def finished(tmp_path_factory):
     return bench
 
 
-def test_records_that_were_kept_are_those_that_are_made_anew(finished):
+def test_incremental_records_equal_fresh_ones(finished):
     found = finished.ledger.trials()
     kept = documents.Records(finished.view().facts, finished.out)
     for end in (1, 2, 5, 9, len(found)):
@@ -52,7 +52,7 @@ def test_records_that_were_kept_are_those_that_are_made_anew(finished):
         assert (kept.states, kept.best) == (fresh.states, fresh.best)
 
 
-def test_a_front_that_grows_is_the_front_of_all():
+def test_an_incremental_front_equals_the_front_of_all_points():
     luck = random.Random(3)
     points = {n: (round(luck.random(), 1), round(luck.random(), 1)) for n in range(300)}
     front: set[int] = set()
@@ -62,29 +62,29 @@ def test_a_front_that_grows_is_the_front_of_all():
         assert front == non_dominated({n: points[n] for n in range(number + 1)}, "max")
 
 
-def test_a_strategy_is_shown_the_newest_and_the_front(finished, monkeypatch):
+def test_a_strategy_sees_the_newest_trials_and_the_front(finished, monkeypatch):
     own = finished.open().trials
-    own._learn(own.ledger.trials())
-    whole = own._finished()
+    own.history.update(own.ledger.trials())
+    whole = own.history.recent()
     assert [t.number for t in whole] == [n for n in range(12) if n not in (2, 5)]
-    monkeypatch.setattr(trials_module, "MOST", 3)
-    shown = [t.number for t in own._finished()]
+    monkeypatch.setattr(history_module, "MAX_FINISHED", 3)
+    shown = [t.number for t in own.history.recent()]
     front = {r.trial for r in finished.view().trials() if r.on_front}
     assert shown == sorted({*shown[-3:], *front}) and shown[-3:] == [9, 10, 11]
 
 
-def test_a_resumed_trial_trains_as_long_however_old_its_parent_is(finished, monkeypatch):
+def test_the_epochs_of_a_resumed_trial_do_not_depend_on_its_parents_age(finished, monkeypatch):
     own = finished.open().trials
-    own._learn(own.ledger.trials())
+    own.history.update(own.ledger.trials())
     budget = finished.facts.budgets[0].targets
-    before = own._share(budget, 0)
-    assert before != own._share(budget, None)
-    monkeypatch.setattr(trials_module, "MOST", 1)
-    monkeypatch.setattr(own, "_front", [])
-    assert own._share(budget, 0) == before
+    before = own._epochs_share(budget, 0)
+    assert before != own._epochs_share(budget, None)
+    monkeypatch.setattr(history_module, "MAX_FINISHED", 1)
+    monkeypatch.setattr(own.history, "_front", [])
+    assert own._epochs_share(budget, 0) == before
 
 
-def test_a_person_s_own_finished_trial_does_not_end_the_reading(finished):
+def test_records_include_a_finished_trial_added_by_a_user(finished):
     found = finished.ledger.trials()
     found = [*found, trial(len(found), TrialState.COMPLETE)]
     found[-1].values = [0.7, 1.0]

@@ -1,4 +1,4 @@
-"""One driver at a time on a study in PostgreSQL, whatever becomes of drivers and server."""
+"""The lease of a study in PostgreSQL, when drivers die and the server is unreachable."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ STUDY = "a-study"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A hundredth of a driver's patience."""
+    """Shorten the intervals of the lease."""
     for name, seconds in {"BEAT": 0.1, "SILENT": 0.8, "EXPIRY": 1.6}.items():
         monkeypatch.setattr(database_lease, f"{name}_SECONDS", seconds)
 
 
 @pytest.fixture
 def table(database):
-    """The table of leases, to look at and to change."""
+    """An engine through which tests read and change the table of leases."""
     engine = sa.create_engine(database)
     database_lease._make_table(engine)
     yield engine
@@ -57,8 +57,8 @@ def wait_for(condition, seconds=20):
         time.sleep(0.02)
 
 
-def test_of_simultaneous_starts_one_wins(database):
-    """Even the table is not there yet."""
+def test_one_of_several_concurrent_starts_succeeds(database):
+    """The table does not exist yet."""
     outcomes, together = [], threading.Barrier(5)
     done = threading.Event()
 
@@ -84,14 +84,14 @@ def test_of_simultaneous_starts_one_wins(database):
     assert len(lost) == 4
     assert all("a driver is running the sweep 'a-study' on host" in text for text in lost)
     engine = sa.create_engine(database)
-    assert row(engine) is None, "it was given back"
+    assert row(engine) is None, "the lease was released"
     with study_lease(STUDY, "later") as check:
         check()
         assert row(engine).token.endswith(".later")
     engine.dispose()
 
 
-def test_a_lease_that_nobody_moves_expires(table, caplog):
+def test_a_lease_without_heartbeat_expires(table, caplog):
     put(table)
     began = time.monotonic()
     with caplog.at_level(logging.WARNING, "nipq_search"), study_lease(STUDY, "mine") as check:
@@ -102,7 +102,21 @@ def test_a_lease_that_nobody_moves_expires(table, caplog):
     assert row(table) is None
 
 
-def test_the_lease_of_a_dead_process_of_this_host_is_free_at_once(table, monkeypatch):
+def test_a_lease_writes_nothing_before_it_starts(tmp_path):
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/study.db")
+    database_lease._make_table(engine)
+    put(engine, token="mine")
+    lease = StorageLease(engine, STUDY, "mine")
+    time.sleep(5 * database_lease.BEAT_SECONDS)
+    assert row(engine).beat == 3
+    lease.start()
+    wait_for(lambda: row(engine).beat > 3)
+    lease.close()
+    assert row(engine) is None
+    engine.dispose()
+
+
+def test_the_lease_of_a_dead_local_process_is_available_immediately(table, monkeypatch):
     monkeypatch.setattr(database_lease, "EXPIRY_SECONDS", 1000.0)
     script = (
         "import os, sys\nfrom nipq_search.search.study.database_lease import study_lease\n"
@@ -117,16 +131,18 @@ def test_the_lease_of_a_dead_process_of_this_host_is_free_at_once(table, monkeyp
     monkeypatch.setattr(database_lease, "EXPIRY_SECONDS", 0.5)
     began = time.monotonic()
     with study_lease(STUDY, "mine"):
-        assert time.monotonic() - began > 0.5, "a machine of the same name is another"
+        assert time.monotonic() - began > 0.5, (
+            "a machine with the same host name is not the same machine"
+        )
 
 
-def test_a_driver_that_lost_it_must_not_write(table):
+def test_a_driver_that_lost_its_lease_must_not_write(table):
     with study_lease(STUDY, "mine") as check:
         check()
         put(table)
         wait_for(lambda: not_held(check))
         time.sleep(3 * database_lease.BEAT_SECONDS)
-    assert row(table).token == "theirs", "and does not give back what is another's"
+    assert row(table).token == "theirs", "it does not release another driver's lease"
 
 
 def not_held(check):
@@ -138,18 +154,18 @@ def not_held(check):
     return False
 
 
-def test_without_its_server_a_driver_counts_the_lease_as_lost(database, postgres):
+def test_a_driver_without_its_server_considers_the_lease_lost(database, postgres):
     with study_lease(STUDY, "mine") as check:
         postgres.stop()
         try:
             wait_for(lambda: not_held(check))
         finally:
             postgres.start()
-        wait_for(lambda: not not_held(check))  # nobody took it meanwhile
+        wait_for(lambda: not not_held(check))  # no other driver took it in the meantime
 
 
-def test_a_lease_is_not_taken_by_who_looked_away(table):
-    """The counter moved while the other one slept: the swap sees it."""
+def test_a_lease_renewed_in_the_meantime_is_not_taken(table):
+    """The swap fails if the counter has moved since it was read."""
     put(table, beat=3)
     old = row(table)
     put(table, beat=4)
@@ -160,7 +176,7 @@ def test_a_lease_is_not_taken_by_who_looked_away(table):
 
 
 @pytest.mark.parametrize("change", ["password", "port", "database", "scheme", "text"])
-def test_storage_that_cannot_be_used_is_one_line_without_the_password(
+def test_unusable_storage_gives_a_one_line_error_without_the_password(
     change, database, postgres, monkeypatch, tmp_path, capsys
 ):
     bad = {
@@ -182,7 +198,7 @@ def test_storage_that_cannot_be_used_is_one_line_without_the_password(
     assert not out.exists()
 
 
-def test_a_sweep_on_postgres_goes_on_and_stops_when_its_lease_is_gone(
+def test_a_sweep_on_postgres_resumes_and_stops_without_its_lease(
     database, table, tmp_path, monkeypatch
 ):
     config = make_config(search__trials=2, search__baselines=[])
@@ -209,8 +225,8 @@ def test_a_sweep_on_postgres_goes_on_and_stops_when_its_lease_is_gone(
     assert run_here(more, out).complete == 4
 
 
-def test_a_server_that_vanishes_does_not_hold_a_query_for_minutes(database):
-    """A cut cable cannot be tested here: that libpq is told to look for one can."""
+def test_queries_time_out_if_the_connection_is_cut(database):
+    """A cut cable cannot be simulated here, so check the timeouts that libpq receives."""
     engine = database_lease.make_engine(database)
     with engine.connect() as connection:
         told = connection.connection.driver_connection.info.get_parameters()

@@ -1,4 +1,4 @@
-"""The ledger: decisions survive crashes, are never doubled and never repeated."""
+"""The ledger: decisions survive crashes and are never duplicated."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ from optuna.trial import TrialState
 from nipq_search.errors import UserError
 from nipq_search.search.config.space import distribution
 from nipq_search.search.study.journal import mend_journal
-from nipq_search.search.study.ledger import (
-    BUDGET,
-    Ledger,
-    Refused,
-)
+from nipq_search.search.study.ledger import BUDGET, Ledger
+from nipq_search.search.study.proposals import Refused
 from nipq_search.search.study.storage import JOURNAL, open_storage, storage_url
 
 SPACE = {
@@ -31,7 +28,7 @@ SPACE = {
 
 @pytest.fixture(params=["journal", "sqlite"])
 def home(request, tmp_path, monkeypatch):
-    """A folder whose study is a journal file, or a database named by the environment."""
+    """A folder whose study is a journal file or a database given by the environment."""
     monkeypatch.delenv("NIPQ_STORAGE_URL", raising=False)
     monkeypatch.delenv("NIPQ_STORAGE_URL_FILE", raising=False)
     if request.param == "sqlite":
@@ -51,7 +48,7 @@ def states(ledger):
     return [trial.state for trial in ledger.trials()]
 
 
-def test_life_of_a_trial(home):
+def test_life_cycle_of_a_trial(home):
     ledger = open_ledger(home)
     asked = ledger.ask(1, 2)
     assert (asked.number, asked.budget) == (0, 1)
@@ -87,8 +84,8 @@ def test_finishing_twice_changes_nothing(home):
     assert ledger.trials()[1].user_attrs == {"reason": "it broke", "samples": 3}
 
 
-def test_an_end_that_was_cut_short_is_taken_up(home, monkeypatch):
-    """A crash between the attributes and the tell."""
+def test_an_interrupted_tell_is_repeated(home, monkeypatch):
+    """Crash between the attributes and `tell`."""
     ledger = open_ledger(home)
     ledger.ask(0, 2)
 
@@ -112,13 +109,13 @@ def test_a_running_trial_is_resumed_as_it_was(home):
     assert len(again.trials()) == 1
 
 
-def test_a_trial_that_was_cut_within_the_ask_gets_the_rest(home):
+def test_a_trial_interrupted_during_ask_gets_the_missing_parameters(home):
     open_ledger(home).study.ask()  # a crash before any parameter was proposed
     asked = open_ledger(home).resume(0, 1, 2)
     assert asked.budget == 1 and set(asked.params) == set(SPACE)
 
 
-def test_equal_seeds_propose_the_same_wherever_the_search_was_cut(tmp_path):
+def test_proposals_do_not_depend_on_where_the_search_was_interrupted(tmp_path):
     def search(folder, cuts):
         folder.mkdir()
         ledger, proposed = open_ledger(folder, sampler="tpe"), []
@@ -133,10 +130,10 @@ def test_equal_seeds_propose_the_same_wherever_the_search_was_cut(tmp_path):
     whole = search(tmp_path / "whole", ())
     assert search(tmp_path / "cut", (3, 4, 12)) == whole
     rates = [(asked.budget, asked.params["lr"]) for asked in whole]
-    assert len(set(rates)) == len(rates), "nothing is repeated under a budget"
+    assert len(set(rates)) == len(rates), "no proposal is repeated for a budget"
 
 
-def test_other_seeds_propose_otherwise(tmp_path):
+def test_different_seeds_give_different_proposals(tmp_path):
     proposals = []
     for seed in (1, 2):
         (tmp_path / str(seed)).mkdir()
@@ -145,7 +142,7 @@ def test_other_seeds_propose_otherwise(tmp_path):
 
 
 @pytest.mark.parametrize(("wanted", "budget"), [({}, 1), ({BUDGET: 0}, 0)])
-def test_enqueued_trials_are_honoured(home, wanted, budget):
+def test_enqueued_trials_are_used(home, wanted, budget):
     ledger = open_ledger(home)
     ledger.study.enqueue_trial({"lr": 0.02, **wanted})
     assert states(ledger) == [TrialState.WAITING]
@@ -154,7 +151,7 @@ def test_enqueued_trials_are_honoured(home, wanted, budget):
     assert len(ledger.trials()) == 1
 
 
-def test_what_enqueued_trials_leave_out_is_proposed_anew_for_each(home):
+def test_missing_parameters_of_enqueued_trials_are_proposed_separately(home):
     ledger = open_ledger(home)
     for _ in range(3):
         ledger.study.enqueue_trial({BUDGET: 0})
@@ -181,7 +178,7 @@ def test_enqueued_trials_may_lie_outside_the_space(home):
 @pytest.mark.parametrize(
     "wanted", [{"lr": "fast"}, {"lr": -1.0}, {"lr": None}, {"distill_weight": 7}, {BUDGET: "x"}]
 )
-def test_enqueued_values_that_fit_nothing_are_refused_by_number(home, wanted):
+def test_unusable_enqueued_values_are_refused_with_the_trial_number(home, wanted):
     ledger = open_ledger(home)
     ledger.study.enqueue_trial(wanted)
     with pytest.raises(Refused) as caught:
@@ -193,7 +190,7 @@ def test_enqueued_values_that_fit_nothing_are_refused_by_number(home, wanted):
     assert ledger.ask(0, 2).number == 1
 
 
-def test_more_budgets_later(home):
+def test_budgets_can_be_added(home):
     ledger = open_ledger(home)
     finish(ledger, ledger.ask(0, 1).number)
     again = open_ledger(home)
@@ -201,7 +198,7 @@ def test_more_budgets_later(home):
     assert again.ask(0, 4).budget == 0
 
 
-def test_facts_are_remembered(home):
+def test_remembered_values_survive(home):
     ledger = open_ledger(home)
     assert ledger.recall("config") is None
     ledger.remember("config", {"b": [1, None], "a": 2.5})
@@ -212,7 +209,7 @@ def test_facts_are_remembered(home):
     assert again.study.metric_names == ["accuracy", "bops"]
 
 
-def test_the_study_is_optunas_own(home):
+def test_the_study_can_be_loaded_with_optuna(home):
     ledger = open_ledger(home)
     finish(ledger, ledger.ask(0, 2).number)
     study = optuna.load_study(study_name="sweep", storage=open_storage(home))
@@ -229,7 +226,7 @@ def journal(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("torn", ['{"op_code": 4, "tri', "{", "x" * 70_000])
-def test_a_torn_last_line_is_cut_off(journal, torn):
+def test_a_torn_last_line_is_removed(journal, torn):
     whole = journal.read_bytes()
     journal.write_bytes(whole + torn.encode())
     mend_journal(journal)
@@ -241,7 +238,7 @@ def test_a_torn_last_line_is_cut_off(journal, torn):
     assert states(open_ledger(journal.parent)) == [TrialState.COMPLETE] * 2
 
 
-def test_whole_empty_and_missing_journals_stay_as_they_are(journal, tmp_path):
+def test_complete_empty_and_missing_journals_are_unchanged(journal, tmp_path):
     whole = journal.read_bytes()
     mend_journal(journal)
     assert journal.read_bytes() == whole
@@ -253,7 +250,7 @@ def test_whole_empty_and_missing_journals_stay_as_they_are(journal, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["study.log", "/moved/away/study.log"])
-def test_a_lock_that_a_dead_process_left_is_broken(target, tmp_path, monkeypatch):
+def test_an_orphaned_lock_is_removed(target, tmp_path, monkeypatch):
     monkeypatch.delenv("NIPQ_STORAGE_URL", raising=False)
     open_ledger(tmp_path).ask(0, 2)
     lock = tmp_path / "study.log.lock"
@@ -265,7 +262,7 @@ def test_a_lock_that_a_dead_process_left_is_broken(target, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("garbage", [b"garbage\n", b"[1]\n", b"\xff\xfe\x00\n"])
-def test_a_damaged_journal_is_named(garbage, tmp_path, monkeypatch):
+def test_the_error_for_a_damaged_journal_names_the_line(garbage, tmp_path, monkeypatch):
     monkeypatch.delenv("NIPQ_STORAGE_URL", raising=False)
     open_ledger(tmp_path).ask(0, 2)
     journal = tmp_path / JOURNAL
@@ -275,7 +272,7 @@ def test_a_damaged_journal_is_named(garbage, tmp_path, monkeypatch):
         open_storage(tmp_path)
 
 
-def test_the_storage_url_may_stand_in_a_file(tmp_path, monkeypatch):
+def test_the_storage_url_can_be_read_from_a_file(tmp_path, monkeypatch):
     monkeypatch.delenv("NIPQ_STORAGE_URL", raising=False)
     secret = tmp_path / "secret"
     secret.write_text(f"sqlite:///{tmp_path}/x.db\n")
@@ -289,7 +286,9 @@ def test_the_storage_url_may_stand_in_a_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/x.db", "foo://u:pw@h/d"])
-def test_a_storage_that_does_not_answer_is_one_line_without_password(url, tmp_path, monkeypatch):
+def test_an_unreachable_storage_gives_a_one_line_error_without_password(
+    url, tmp_path, monkeypatch
+):
     monkeypatch.setenv("NIPQ_STORAGE_URL", url)
     with pytest.raises(UserError, match=r"^NIPQ_STORAGE_URL: .*does not answer") as caught:
         open_storage(tmp_path)
@@ -312,7 +311,7 @@ def test_the_optuna_command_shows_the_journal(journal):
     assert json.loads(found.stdout)[0]["state"] == "COMPLETE"
 
 
-def test_a_trial_that_is_enqueued_a_moment_before_the_ask_is_taken_as_it_is(home):
+def test_a_trial_enqueued_just_before_ask_keeps_its_values(home):
     ledger = open_ledger(home)
     finish(ledger, ledger.ask(1, 2).number)
     before = ledger.look()
@@ -322,7 +321,7 @@ def test_a_trial_that_is_enqueued_a_moment_before_the_ask_is_taken_as_it_is(home
     assert not ledger.ask(1, 2).enqueued
 
 
-def test_a_look_is_taken_again_once_something_was_written(home):
+def test_a_write_invalidates_the_cached_trials(home):
     ledger = open_ledger(home)
     number = ledger.ask(1, 2).number
     before = ledger.look()
@@ -331,8 +330,8 @@ def test_a_look_is_taken_again_once_something_was_written(home):
     assert [t.state for t in ledger.look()] == [TrialState.COMPLETE]
 
 
-def test_only_the_torn_part_goes_where_somebody_wrote_behind_it(journal):
-    """As `optuna-dashboard` does, which knows nothing of a torn line."""
+def test_only_the_torn_part_of_a_line_is_removed(journal):
+    """`optuna-dashboard` appends to a torn line, for example."""
     whole = journal.read_bytes()
     entry = whole.splitlines(keepends=True)[-1]
     journal.write_bytes(whole + entry[: len(entry) // 2] + entry)
@@ -340,10 +339,12 @@ def test_only_the_torn_part_goes_where_somebody_wrote_behind_it(journal):
     assert journal.read_bytes() == whole + entry
     journal.write_bytes(whole + b"garbage\n")
     mend_journal(journal)
-    assert journal.read_bytes() == whole + b"garbage\n", "that is for a person to judge"
+    assert journal.read_bytes() == whole + b"garbage\n", (
+        "garbage in a complete line needs a manual repair"
+    )
 
 
-def test_a_line_that_a_full_disk_tore_goes_when_the_driver_ends(journal):
+def test_closing_the_ledger_removes_a_torn_line(journal):
     ledger = open_ledger(journal.parent)
     whole = journal.read_bytes()
     with journal.open("ab") as file:

@@ -1,30 +1,47 @@
-"""A study's server that is away for a moment."""
+"""Retries during an outage of the study's server."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-import time
 
 import pytest
 from optuna.exceptions import StorageInternalError
-from unit_helpers import Bench, make_config
+from unit_helpers import digits, make_config
 
+from nipq_search.search.run import open_ledger
 from nipq_search.search.study import retry
 from nipq_search.search.study.database_lease import LeaseLost
 
 
+class Lease:
+    """A lease that a test can revoke."""
+
+    def __init__(self):
+        self.lost, self.checks = False, 0
+
+    def check(self):
+        self.checks += 1
+        if self.lost:
+            raise LeaseLost("held by another driver")
+
+
 @pytest.fixture
-def ledger(database, tmp_path):
-    """A ledger in PostgreSQL with one trial that runs."""
-    bench = Bench(tmp_path / "sweep", make_config())
-    bench.open()
-    with contextlib.closing(bench.ledger):
-        bench.ledger.ask(0, 2)
-        yield bench.ledger
+def lease():
+    return Lease()
 
 
-def test_an_outage_of_seconds_is_waited_for(ledger, postgres):
+@pytest.fixture
+def ledger(database, tmp_path, lease):
+    """A ledger in PostgreSQL with one running trial."""
+    (tmp_path / "sweep").mkdir()
+    ledger, _ = open_ledger(make_config(), digits(), tmp_path / "sweep", lease.check)
+    with contextlib.closing(ledger):
+        ledger.ask(0, 2)
+        yield ledger
+
+
+def test_a_short_outage_is_waited_out(ledger, postgres):
     postgres.stop()
     later = threading.Timer(1.5, postgres.start)
     later.start()
@@ -36,24 +53,17 @@ def test_an_outage_of_seconds_is_waited_for(ledger, postgres):
     assert trial.state.name == "COMPLETE" and trial.user_attrs["samples"] == 1
 
 
-def test_a_longer_one_is_not_and_without_the_lease_nothing_is_tried_again(
-    ledger, postgres, monkeypatch
+def test_long_outages_raise_and_a_lost_lease_ends_the_retries(
+    ledger, lease, postgres, monkeypatch
 ):
-    monkeypatch.setattr(retry, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(retry, "OUTAGE_SECONDS", 1.0)
     postgres.stop()
     try:
         with pytest.raises(StorageInternalError):
             ledger.trials()
-        tried = []
-
-        def lost():
-            tried.append(time.monotonic())
-            raise LeaseLost("another's")
-
-        ledger.guard = lost
+        lease.lost, before = True, lease.checks
         with pytest.raises(LeaseLost):
             ledger.trials()
-        assert len(tried) == 1
+        assert lease.checks == before + 1
     finally:
         postgres.start()
-        ledger.guard = lambda: None

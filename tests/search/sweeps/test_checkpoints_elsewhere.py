@@ -14,11 +14,11 @@ from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.checks.doctor import doctor
 from nipq_search.search.commands.replay import replay
-from nipq_search.search.jobs import Job, job_folder
+from nipq_search.search.jobs import Job, OutcomeKind, job_folder
 from nipq_search.search.results.retention import collect
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.worker.train_spec import train_spec
-from nipq_search.search.worker.worker import HALT, execute
+from nipq_search.search.worker.worker import execute
 from nipq_search.train import Hooks, Interrupted, train
 
 
@@ -72,7 +72,7 @@ def test_a_training_goes_on_from_there(tmp_path, s3):
     whole = in_one_go(spec, tmp_path)
     interrupted(spec, job.folder)
     assert any("/checkpoints/" in key for key in s3.objects())
-    assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+    assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
     record = jobs.committed(job.folder)
     assert record["model_sha256"] == whole.model_sha256
     assert not any("/checkpoints/" in key for key in s3.objects())
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, s3):
     for key in s3.objects():
         s3.put(key, b"torn")
     whole = in_one_go(spec, tmp_path)
-    assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+    assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
     assert jobs.committed(job.folder)["model_sha256"] == whole.model_sha256
 
 
@@ -95,8 +95,9 @@ def test_a_store_that_is_away_is_no_trials_fault(tmp_path, s3):
     job, spec = spec_of(bench, s3.home)
     interrupted(spec, job.folder)
     s3.close()
-    state = execute(job, digits(), lambda report: None)
-    assert state.startswith(HALT) and "some%20sweeps" in state and "\n" not in state
+    outcome = execute(job, digits(), lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT
+    assert "some%20sweeps" in outcome.reason and "\n" not in outcome.reason
     assert jobs.committed(job.folder) is None
     with pytest.raises(StoreAway):
         train(digits(), spec, job.folder, torch.device("cpu"))

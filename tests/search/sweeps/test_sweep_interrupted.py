@@ -23,7 +23,7 @@ from sweep_helpers import (
     write_sweep,
 )
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 MODULE = '''
 import os
 import time

@@ -9,86 +9,18 @@ import pandas as pd
 import pytest
 from sweep_helpers import Command, Runs, attempts, ended, result, results, states, write_sweep
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-KILLER = '''
-"""The command, but the n-th passage of a boundary kills the driver."""
-import os
-import signal
-import sys
-
-import optuna
-from nipq_search.cli import main
-from nipq_search.search import projections
-from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.jobs import committed
-from nipq_search.search.backend.tune_callbacks import JobSearcher
-from nipq_search.tracking import MlflowRecorder
-
-boundary, left = sys.argv[1], int(sys.argv[2])
-ask, tell, finished = optuna.Study.ask, optuna.Study.tell, Coordinator.finished
-
-
-def passed(name):
-    global left
-    if name == boundary:
-        left -= 1
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killing_ask(self, *args, **kwargs):
-    trial = ask(self, *args, **kwargs)
-    passed("ask")
-    return trial
-
-
-def killing_tell(self, *args, **kwargs):
-    passed("attributes")
-    trial = tell(self, *args, **kwargs)
-    passed("tell")
-    return trial
-
-
-def killing_finished(self, job, *args, **kwargs):
-    if job.kind == "trial" and committed(job.folder):
-        passed("record")
-    return finished(self, job, *args, **kwargs)
-
-
-def after(owner, name, boundary, wanted=lambda *args: True):
-    """Let a call of `owner` be a boundary, once it has returned."""
-    call = getattr(owner, name)
-
-    def killing(*args, **kwargs):
-        found = call(*args, **kwargs)
-        if wanted(*args):
-            passed(boundary)
-        return found
-
-    setattr(owner, name, killing)
-
-
-optuna.Study.ask, optuna.Study.tell, Coordinator.finished = (
-    killing_ask, killing_tell, killing_finished
-)
-after(JobSearcher, "suggest", "launch")
-ended = lambda self, trial, *rest: trial.state == "COMPLETE"
-after(MlflowRecorder, "record", "mlflow", ended)
-after(projections, "write_table", "parquet", lambda path, frame: len(frame) > 1)
-sys.exit(main(sys.argv[3:]))
-'''
+SCRIPT = Path(__file__).with_name("killing_driver.py")
 TRIALS = 9
 
 
 def test_sigkill_of_the_driver_at_every_boundary_loses_and_doubles_nothing(tmp_path: Path) -> None:
     write_sweep(tmp_path, search__trials=TRIALS)
-    script = tmp_path / "killer.py"
-    script.write_text(KILLER)
     command, out = Command(tmp_path), tmp_path / "out"
 
-    def killed(boundary: str, passage: int) -> dict[str, int]:
-        process = command.popen(boundary, str(passage), *command.arguments(), script=script)
+    def killed(boundary: str, passage: int, executor: str = "virtual") -> dict[str, int]:
+        process = command.popen(executor, boundary, str(passage), script=SCRIPT)
         with ended(process):
             _, stderr = process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, stderr
@@ -111,7 +43,7 @@ def test_sigkill_of_the_driver_at_every_boundary_loses_and_doubles_nothing(tmp_p
     assert after_record.items() <= after_attributes.items()
     assert len(untold()) >= 1
 
-    after_tell = killed("tell", 2)
+    after_tell = killed("tell", 2, "tune")
     assert after_attributes.items() <= after_tell.items()
     assert states(out).count("COMPLETE") >= 3
 
@@ -201,7 +133,7 @@ def test_sigkill_of_a_worker_around_its_files(file: str, after: bool, tmp_path: 
         resources__concurrent=1,
     )
     command, out = Command(tmp_path), tmp_path / "out"
-    command.run()
+    command("virtual", "none", "0", script=SCRIPT)
     assert (tmp_path / "mark").exists() and states(out) == ["COMPLETE"]
     tries = attempts(out, 0)
     assert len(tries) == (1 if (file, after) == ("result.json", True) else 2)

@@ -9,7 +9,7 @@ import optuna
 import pytest
 from sweep_helpers import Command, write_sweep
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 MODULE = '''
 """A task that notes every time it reads its data."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sweep_helpers import Command, states, write_sweep
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def test_workers_find_what_relative_paths_name(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from nipq_search.search.config.sweep_config import load_config
 from nipq_search.search.coordinator.resolved import model_graph
 from nipq_search.tasks import make_task
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 TRIALS = 4
 
 

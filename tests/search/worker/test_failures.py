@@ -1,4 +1,4 @@
-"""Whose fault it was that a process ended: judged from Ray's word and the state of its node."""
+"""Causes of lost attempts, from Ray's error and the state of the node."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unit_helpers import make_config
 
 from nipq_search import storage
 from nipq_search.search import jobs
-from nipq_search.search.backend.base import STARTS
+from nipq_search.search.backend.base import MAX_FAILED_STARTS
 from nipq_search.search.backend.tune_callbacks import JobSearcher
 from nipq_search.search.jobs import Job
 from nipq_search.search.worker import failures
@@ -24,7 +24,7 @@ def job_in(folder):
 
 
 class OutOfMemoryError(Exception):
-    """Named as Ray's."""
+    """Has the name of Ray's exception."""
 
 
 @pytest.mark.parametrize(
@@ -42,58 +42,59 @@ def test_causes(error, dead, cause):
     assert failures.classify(error, dead) == cause
 
 
-def test_a_node_s_end_eats_no_retries_and_is_told_apart_later(tmp_path, monkeypatch):
+def test_dead_nodes_use_up_no_retries_even_if_reported_late(tmp_path, monkeypatch):
     job = job_in(tmp_path)
     first, second = (jobs.open_attempt(job, node) for node in ("a", "b"))
     monkeypatch.setattr(failures, "dead_nodes", lambda: {"b"})
-    assert failures.judge(job.folder, "now", OutOfMemoryError("no room")) == "node"
+    assert failures.record_causes(job.folder, "now", OutOfMemoryError("no room")) == "node"
     assert (jobs.cause_of(first), jobs.cause_of(second)) == ("process", "node")
-    assert jobs.crashes(job.folder, "now") == ["process"]
-    # The news of the first one's node come late.
+    assert jobs.crash_causes(job.folder, "now") == ["process"]
+    # The death of the first node is reported late.
     monkeypatch.setattr(failures, "dead_nodes", lambda: {"a", "b"})
-    assert failures.judge(job.folder, "now") == "node"
-    assert jobs.crashes(job.folder, "now") == []
+    assert failures.record_causes(job.folder, "now") == "node"
+    assert jobs.crash_causes(job.folder, "now") == []
     assert _give_up(job, 1, None) is None
 
 
-def test_crashes_add_up_and_memory_names_the_fix(tmp_path):
+def test_crashes_add_up_and_out_of_memory_names_the_fix(tmp_path):
     job = job_in(tmp_path)
     for _ in range(2):
         jobs.open_attempt(job)
-        assert failures.judge(job.folder, "now") == "process"
+        assert failures.record_causes(job.folder, "now") == "process"
     assert _give_up(job, 3, None) is None
     jobs.open_attempt(job)
-    assert failures.judge(job.folder, "now", OutOfMemoryError("no room")) == "memory"
+    assert failures.record_causes(job.folder, "now", OutOfMemoryError("no room")) == "memory"
     reason = _give_up(job, 3, None)
     assert "died 3 times" in reason and "resources.memory_gb" in reason
     assert storage.read_json(jobs.attempts(job.folder)[2] / jobs.LOST)["detail"] == "no room"
 
 
-def test_attempts_of_an_earlier_driver_and_ended_ones_are_not_judged(tmp_path):
+def test_attempts_of_an_earlier_driver_and_ended_ones_are_not_lost(tmp_path):
     job = job_in(tmp_path)
     jobs.open_attempt(Job(**{**job.as_json(), "run": "before"}))
     stopped = jobs.open_attempt(job)
     storage.write_json(stopped / jobs.STOPPED, {"time": 0})
-    assert failures.judge(job.folder, "now") is None
+    assert failures.record_causes(job.folder, "now") is None
     assert not list(tmp_path.rglob(jobs.LOST))
 
 
-def test_what_cannot_be_read_is_no_reason_to_stop(tmp_path):
+def test_an_unreadable_error_is_ignored(tmp_path):
     (tmp_path / "error.pkl").write_bytes(b"no pickle")
     for file in (tmp_path / "error.pkl", tmp_path / "absent.pkl", None):
         assert failures.error_of(SimpleNamespace(pickled_error_file=file)) is None
 
 
-def test_a_node_that_dies_before_its_job_began_is_not_the_job_s_fault(tmp_path):
-    """However often it happens; of a process that dies there, Tune is told when to give up."""
+def test_nodes_that_die_before_their_job_begins_do_not_count_against_it(tmp_path):
+    """Deaths of nodes are retried without limit, deaths of processes are not."""
     searcher = JobSearcher(SimpleNamespace(next_job=lambda: job_in(tmp_path)))
     searcher.suggest("a")
     trial = SimpleNamespace(trial_id="a", pickled_error_file=str(tmp_path / "error.pkl"))
 
     def dies(text):
         Path(trial.pickled_error_file).write_bytes(pickle.dumps(RuntimeError(text)))
-        searcher.recovers(trial)
+        searcher.on_process_restart(trial)
         return trial.max_failures
 
-    assert {dies("its node has died") for _ in range(2 * STARTS)} == {-1}
-    assert [dies("exit code 1") for _ in range(STARTS)] == [-1] * (STARTS - 1) + [0]
+    assert {dies("its node has died") for _ in range(2 * MAX_FAILED_STARTS)} == {-1}
+    deaths = [dies("exit code 1") for _ in range(MAX_FAILED_STARTS)]
+    assert deaths == [-1] * (MAX_FAILED_STARTS - 1) + [0]

@@ -1,4 +1,4 @@
-"""Faults of the place where a trial runs: its GPU has no room or is lost, its node has no data."""
+"""Faults of the environment: a full or lost GPU, data that a node lacks, a failing disk."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from unit_helpers import Bench, digits, make_config
 
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
-from nipq_search.search.jobs import LOCK_FILE
+from nipq_search.search.jobs import LOCK_FILE, OutcomeKind
 from nipq_search.search.worker import failures
-from nipq_search.search.worker.worker import HALT, execute
+from nipq_search.search.worker.worker import execute
 from nipq_search.tasks.vision.digits import Digits
 
 
 class Left(BaseException):
-    """The process ended itself."""
+    """The process would have ended."""
 
 
 class Failing(Digits):
-    """Digits that fails on demand when it is evaluated."""
+    """A digits task whose evaluation raises `error` if it is set."""
 
     def __init__(self) -> None:
         super().__init__(width=4)
@@ -50,7 +50,7 @@ def bench(tmp_path):
 
 @pytest.fixture
 def job(bench, task):
-    """The first trial, the float model being there."""
+    """The first trial of a sweep that has its float model."""
     coordinator = bench.open()
     while (found := coordinator.next_job()).kind != "trial":
         execute(found, task, lambda report: None)
@@ -60,7 +60,7 @@ def job(bench, task):
 
 @pytest.fixture
 def left(monkeypatch):
-    """Lets a test see that a process ended itself."""
+    """Raise `Left` instead of ending the process."""
 
     def leave(status):
         raise Left(status)
@@ -68,40 +68,42 @@ def left(monkeypatch):
     monkeypatch.setattr(os, "_exit", leave)
 
 
-def test_a_gpu_without_room_ends_the_process_and_not_the_trial(task, job, left):
+def test_gpu_out_of_memory_ends_the_process_but_not_the_trial(task, job, left):
     task.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(Left):
         execute(job, task, lambda report: None)
     assert jobs.committed(job.folder) is None
-    assert failures.judge(job.folder, job.run) == failures.GPU_MEMORY, "whatever Ray says of it"
-    assert jobs.crashes(job.folder, job.run) == [failures.GPU_MEMORY]
+    assert failures.record_causes(job.folder, job.run) == jobs.Cause.GPU_MEMORY, (
+        "regardless of Ray's error"
+    )
+    assert jobs.crash_causes(job.folder, job.run) == [jobs.Cause.GPU_MEMORY]
     assert "Tried to allocate" in (jobs.attempts(job.folder)[0] / jobs.TRACEBACK).read_text()
     task.error = None
-    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
 
 
-def test_a_trial_that_never_fits_on_a_gpu_is_given_up_with_the_fix(task, job, left):
+def test_a_trial_too_large_for_a_gpu_is_given_up_with_the_fix(task, job, left):
     task.error = torch.OutOfMemoryError("CUDA out of memory")
     for _ in range(3):
         with pytest.raises(Left):
             execute(job, task, lambda report: None)
-    assert execute(job, task, lambda report: None) == jobs.FAIL
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
     reason = jobs.committed(job.folder)["reason"]
     assert reason.startswith("its process died 3 times (limits.max_failures): its GPU ran out")
     assert "resources.gpus" in reason and "train.batch_size" in reason
 
 
-def test_a_lost_gpu_takes_no_further_trial_along(task, job, left, monkeypatch):
-    """Every later call on it would fail: the record stays, the process goes."""
+def test_a_lost_gpu_affects_no_further_trial(task, job, left, monkeypatch):
+    """Every later call on the GPU would fail, so the process ends after the record is written."""
     task.error = RuntimeError("CUDA error: device-side assert triggered")
     monkeypatch.setattr(failures, "gpu_is_lost", lambda: True)
     with pytest.raises(Left):
         execute(job, task, lambda report: None)
     assert "device-side assert" in jobs.committed(job.folder)["reason"]
-    assert execute(job, task, lambda report: None) == jobs.FAIL, "from its record"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, "read from the record"
 
 
-def test_without_a_gpu_none_is_lost():
+def test_no_gpu_is_lost_without_a_gpu():
     assert not failures.gpu_is_lost() or torch.cuda.is_available()
 
 
@@ -110,14 +112,14 @@ def sign(bench, host):
 
 
 def raised_from(error):
-    """As the project's own readers say it."""
+    """Wrap an error as the project's own readers do."""
     said = UserError("/data/train/7.png: cannot be read")
     said.__cause__ = error
     return said
 
 
 def from_worker(error):
-    """As torch's `DataLoader` raises what one of its workers raised."""
+    """Re-raise an error as `DataLoader` does for its workers."""
     try:
         raise error
     except OSError:
@@ -130,38 +132,38 @@ def from_worker(error):
 
 @pytest.mark.parametrize("told", [lambda error: error, raised_from, from_worker])
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EACCES])
-def test_data_that_are_not_on_a_node_fail_no_trial(bench, task, job, monkeypatch, number, told):
-    """The driver's host has them; the node that has not would else draw trial after trial."""
+def test_data_missing_on_one_node_fails_no_trial(bench, task, job, monkeypatch, number, told):
+    """Only this node lacks the data. Failing fast, it would otherwise consume all trials."""
     task.error = told(OSError(number, os.strerror(number), "/data/train/7.png"))
     sign(bench, "the-driver-s-host")
     there = ("the-driver-s-host", "/data/train/7.png")
-    monkeypatch.setattr(failures, "is_on", lambda host, file: (host, file) == there)
-    state = execute(job, task, lambda report: None)
-    assert state.startswith(f"{HALT}node {os.uname().nodename}: ")
-    assert "/data/train/7.png" in state and "mount it there" in state
-    assert jobs.committed(job.folder) is None and jobs.crashes(job.folder, job.run) == []
+    monkeypatch.setattr(failures, "file_exists_on", lambda host, file: (host, file) == there)
+    outcome = execute(job, task, lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT
+    assert outcome.reason.startswith(f"node {os.uname().nodename}: ")
+    assert "/data/train/7.png" in outcome.reason and "mount the file there" in outcome.reason
+    assert jobs.committed(job.folder) is None and jobs.crash_causes(job.folder, job.run) == []
     task.error = None
-    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
 
 
 @pytest.mark.parametrize("host", [os.uname().nodename, "another-host"])
-def test_a_file_that_is_missing_on_the_driver_s_host_too_is_the_trial_s_fault(
-    bench, task, job, host
-):
+def test_a_file_missing_on_the_drivers_host_too_fails_the_trial(bench, task, job, host):
     task.error = FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/7.png")
     sign(bench, host)
-    assert execute(job, task, lambda report: None) == jobs.FAIL
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
 
 
 @pytest.mark.parametrize("told", [raised_from, from_worker])
-def test_a_disk_that_fails_below_another_error_is_no_trial_s_fault(task, job, told):
+def test_a_disk_error_behind_another_error_fails_no_trial(task, job, told):
     task.error = told(OSError(errno.EIO, "Input/output error", "/data/train/7.png"))
-    state = execute(job, task, lambda report: None)
-    assert state.startswith(f"{HALT}/data/train/7.png: Input/output error")
+    outcome = execute(job, task, lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT
+    assert outcome.reason.startswith("/data/train/7.png: Input/output error")
     assert jobs.committed(job.folder) is None
 
 
-def test_what_a_worker_process_could_not_read_keeps_its_cause():
+def test_a_pickled_error_keeps_its_attributes():
     error = raised_from(FileNotFoundError(2, "No such file or directory", "/data/7.png"))
     error.below = error.__cause__
     there = pickle.loads(pickle.dumps(error))
@@ -178,12 +180,12 @@ def test_what_a_worker_process_could_not_read_keeps_its_cause():
         (ValueError("CUDA error: out of memory"), True),
     ],
 )
-def test_every_word_for_a_full_gpu_is_known(error, room):
+def test_all_gpu_memory_errors_are_recognized(error, room):
     assert failures.is_gpu_memory(error) is not room
 
 
 class Unfit(Failing):
-    """It fails on the test split alone."""
+    """A digits task that fails on the test split only."""
 
     def evaluate(self, model, split):
         if split == "test" and self.error is not None:
@@ -193,7 +195,7 @@ class Unfit(Failing):
 
 @pytest.fixture
 def evaluation(tmp_path):
-    """Task and job of the evaluation on the test split, every trial being there."""
+    """The task and `test` job of a sweep whose trials have finished."""
     task = Unfit()
     bench = Bench(tmp_path / "whole", make_config(search__trials=2))
     coordinator = bench.open()
@@ -203,17 +205,18 @@ def evaluation(tmp_path):
     return task, found
 
 
-def test_a_gpu_that_is_lost_to_the_test_split_is_said_once(evaluation, left, monkeypatch):
-    """The process would begin the same evaluation for ever."""
+def test_a_gpu_lost_on_the_test_split_fails_the_evaluation_once(evaluation, left, monkeypatch):
+    """Otherwise the evaluation would be restarted forever."""
     task, job = evaluation
     task.error = RuntimeError("CUDA error: device-side assert triggered")
     monkeypatch.setattr(failures, "gpu_is_lost", lambda: True)
-    assert execute(job, task, lambda report: None) == jobs.FAIL
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
 
 
-def test_a_disk_that_fails_under_the_test_split_ends_the_sweep(evaluation):
+def test_a_disk_error_on_the_test_split_ends_the_sweep(evaluation):
     task, job = evaluation
     task.error = OSError(errno.EIO, "Input/output error", "/data/test/7.png")
-    assert execute(job, task, lambda report: None).startswith(f"{HALT}/data/test/7.png")
+    outcome = execute(job, task, lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT and outcome.reason.startswith("/data/test/7.png")
     task.error = None
-    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE

@@ -1,4 +1,4 @@
-"""Trials that several processes train: in a sweep, killed, failing."""
+"""Trainings in several processes: in a sweep, with errors, and killed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from unit_helpers import make_config, run_here
 
 from nipq_search.blobs import StoreAway
-from nipq_search.search.backend.reaper import children_now
+from nipq_search.search.backend.reaper import children_now, process_tree
 from nipq_search.search.commands.replay import replay
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.worker import process_group
-from nipq_search.search.worker.process_group import MemberFailed, MemberKilled, leading
+from nipq_search.search.worker.process_group import RankFailed, RankKilled, launch_group
 from nipq_search.tasks.vision.digits import Digits
 from nipq_search.train import FloatConfig, Hooks, Interrupted, TrainSpec, train
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 class Faulty(Digits):
-    """Digits whose loss fails, or kills its process, in every process but the leader's."""
+    """A digits task whose loss raises, or kills its process, in all ranks except 0."""
 
     def __init__(self, error: Exception | None, everywhere: bool = False) -> None:
         super().__init__(width=4)
@@ -44,30 +44,30 @@ class Faulty(Digits):
 
 
 class Unreadable(Digits):
-    """Digits that no other process can take in."""
+    """A digits task that cannot be unpickled."""
 
     def __reduce__(self):
         return exec, ("raise RuntimeError('cannot be unpickled')",)
 
 
 def together(task, folder, hooks=None, size=2):
-    """Train a float model with `size` processes."""
+    """Train a float model in `size` processes."""
     config = FloatConfig(epochs=1, batch_size=64)
     spec = TrainSpec(train=config.as_training(), seed=1)
     folder.mkdir(exist_ok=True)
-    with leading(task, spec, folder, size=size, threads=1, gpu=False, log=folder) as team:
+    with launch_group(task, spec, folder, size=size, threads=1, gpu=False, log=folder) as team:
         return train(task, spec, folder, CPU, hooks or Hooks(), team)
 
 
 @pytest.fixture(autouse=True)
-def _nobody_is_left():
+def _no_child_is_left():
     before = children_now()
     yield
     assert children_now() <= before
 
 
-def test_a_sweep_of_such_trials_replays_bit_by_bit(tmp_path):
-    """Float model, baseline and trials: of half batches each, as the record says."""
+def test_a_sweep_in_two_processes_replays_bit_by_bit(tmp_path):
+    """Float model, baseline and trials all train in two processes, as the replay does."""
     config = make_config(
         resources__workers=2, search__trials=2, search__baselines=[4], search__strategy="ladder"
     )
@@ -80,40 +80,45 @@ def test_a_sweep_of_such_trials_replays_bit_by_bit(tmp_path):
     assert (attempt / "log-1.txt").exists()
 
 
-def test_an_exception_elsewhere_is_the_trainings(tmp_path):
-    with pytest.raises(MemberFailed, match="process 1: ValueError: half of a batch is too little"):
+def test_an_exception_in_another_rank_is_raised(tmp_path):
+    with pytest.raises(RankFailed, match="process 1: ValueError: half of a batch is too little"):
         together(Faulty(ValueError("half of a batch\nis too little")), tmp_path)
     assert "Traceback" in (tmp_path / "log-1.txt").read_text()
 
 
-def test_of_three_the_cause_is_named_and_not_its_echo(tmp_path):
-    with pytest.raises(MemberFailed, match="process [12]: ValueError: too little"):
+def test_the_root_cause_is_raised_with_three_ranks(tmp_path):
+    with pytest.raises(RankFailed, match="process [12]: ValueError: too little"):
         together(Faulty(ValueError("too little")), tmp_path, size=3)
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_a_fault_of_the_machine_is_not_the_trainings(tmp_path, everywhere):
-    """Wherever it is seen: a full disk, a store that is away."""
+def test_a_machine_fault_in_any_rank_is_raised_as_such(tmp_path, everywhere):
+    """A full disk or an unreachable store is reported as such by every rank."""
     error = StoreAway(errno.EIO, "s3://b/x: no answer")
     with pytest.raises(OSError, match="s3://b/x: no answer") as raised:
         together(Faulty(error, everywhere), tmp_path)
     assert raised.value.errno == errno.EIO
 
 
-def test_a_gpu_without_room_is_told_apart(tmp_path):
+def test_gpu_out_of_memory_in_another_rank_is_raised_as_such(tmp_path):
     with pytest.raises(torch.OutOfMemoryError, match="process 1: .*CUDA out of memory"):
         together(Faulty(torch.OutOfMemoryError("CUDA out of memory")), tmp_path)
 
 
-def test_a_killed_leader_leaves_nothing_in_memory(tmp_path):
-    """Its data would fill a node's RAM, kill by kill."""
+def rendezvous_of(pid):
+    """Return the rendezvous folder of rank 0, from the command line of rank 1."""
+    (child,) = [child for child, (parent, _) in process_tree().items() if parent == pid]
+    return Path(Path(f"/proc/{child}/cmdline").read_text().split("\0")[-3])
+
+
+def test_killing_rank_0_leaves_no_shared_memory(tmp_path):
+    """Otherwise the shared memory would fill up with every killed trial."""
     code = (
         "import sys, time, torch; from pathlib import Path; import test_process_group as t\n"
         "task = t.Digits(width=4); task.load_data()\n"
         "def wait(point): print('begun', flush=True); time.sleep(600)\n"
         "t.together(task, Path(sys.argv[1]), t.Hooks(on_epoch=wait))\n"
     )
-    before = set(Path("/dev/shm").glob("nipq-members-*"))
     leader = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "run")],
         cwd=Path(__file__).parent,
@@ -122,8 +127,9 @@ def test_a_killed_leader_leaves_nothing_in_memory(tmp_path):
         text=True,
     )
     assert leader.stdout is not None and leader.stdout.readline() == "begun\n"
-    (own,) = set(Path("/dev/shm").glob("nipq-members-*")) - before
-    assert not list(own.glob("buffer-*")), "gone as soon as every process has them open"
+    own = rendezvous_of(leader.pid)
+    assert own.parent == Path("/dev/shm") and own.is_dir()
+    assert not list(own.glob("buffer-*")), "deleted once every process has opened them"
     leader.kill()
     leader.wait()
     leader.stdout.close()
@@ -133,17 +139,17 @@ def test_a_killed_leader_leaves_nothing_in_memory(tmp_path):
         time.sleep(0.1)
 
 
-def test_a_killed_process_is_told_apart(tmp_path):
-    with pytest.raises(MemberKilled, match="process 1 was killed"):
+def test_a_killed_rank_is_recognized(tmp_path):
+    with pytest.raises(RankKilled, match="process 1 was killed"):
         together(Faulty(None), tmp_path)
 
 
-def test_a_process_that_does_not_start_is_told(tmp_path):
-    with pytest.raises(MemberFailed, match="did not start.*cannot be unpickled"):
+def test_a_rank_that_does_not_start_is_reported(tmp_path):
+    with pytest.raises(RankFailed, match="did not start.*cannot be unpickled"):
         together(Unreadable(width=4), tmp_path)
 
 
-def test_an_exception_of_the_leader_ends_the_others(tmp_path):
+def test_an_exception_in_rank_0_ends_the_others(tmp_path):
     def fails(point):
         raise OSError("the disk is full")
 
@@ -153,8 +159,8 @@ def test_an_exception_of_the_leader_ends_the_others(tmp_path):
         together(task, tmp_path, Hooks(on_epoch=fails))
 
 
-def test_the_leader_may_take_its_time_once_the_others_are_done(tmp_path, monkeypatch, caplog):
-    """Nobody takes their end for a failure."""
+def test_rank_0_may_continue_after_the_others_have_finished(tmp_path, monkeypatch, caplog):
+    """The end of the other ranks is not mistaken for a failure."""
     monkeypatch.setattr(process_group, "_GRACE_SECONDS", 0.5)
 
     class Slow(Digits):
@@ -169,7 +175,7 @@ def test_the_leader_may_take_its_time_once_the_others_are_done(tmp_path, monkeyp
     assert (tmp_path / "log-1.txt").read_text() == ""
 
 
-def test_a_stop_is_everybodys(tmp_path):
+def test_a_stop_ends_all_ranks(tmp_path):
     task = Digits(width=4)
     task.load_data()
     threads = threading.active_count()

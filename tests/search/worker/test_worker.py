@@ -1,4 +1,4 @@
-"""Real workers on digits, a few steps each: records, failures, and the test split."""
+"""Real workers that train for a few steps: records, failures and the test split."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nipq_search.search import jobs
 from nipq_search.search.commands.replay import replay
 from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.coordinator.resolved import gather
-from nipq_search.search.jobs import TEST_FILE, Job
-from nipq_search.search.worker.worker import HALT, execute
+from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
+from nipq_search.search.worker.worker import execute
 from nipq_search.tasks.vision.digits import Digits
 from nipq_search.train import trial as training
 from nipq_search.train.models import MODEL_FILE
@@ -25,7 +25,7 @@ ACCURACY = "accuracy"
 
 
 class Spied(Digits):
-    """Digits that remembers which splits were read, and fails on demand."""
+    """A digits task that records the evaluated splits, and can return or raise on demand."""
 
     def __init__(self) -> None:
         super().__init__(width=4)
@@ -52,14 +52,14 @@ def bench(tmp_path):
 
 
 def run(bench, task, until=None):
-    """Run the sweep with real workers; each job's name with its reports and splits read."""
+    """Run the sweep with real workers; return the coordinator and the splits read by each job."""
     seen: dict[str, list[str]] = {}
 
-    def worker(job: Job) -> str:
+    def worker(job: Job) -> JobOutcome:
         task.read.clear()
-        state = execute(job, task, lambda report: None)
+        outcome = execute(job, task, lambda report: None)
         seen[job.name] = list(task.read)
-        return state
+        return outcome
 
     return bench.sweep(worker), seen
 
@@ -99,7 +99,7 @@ def test_a_committed_job_is_not_trained_again(bench, task):
     coordinator = bench.open()
     job = coordinator.next_job()
     for _ in range(2):
-        assert execute(job, task, lambda report: None) == "COMPLETE"
+        assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
     assert len(jobs.attempts(job.folder)) == 1
 
 
@@ -113,7 +113,7 @@ def test_equal_sweeps_have_equal_models(tmp_path, task):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_figure_that_is_no_number_fails_the_trial(value, bench, task):
+def test_a_non_finite_metric_fails_the_trial(value, bench, task):
     bench.sweep(lambda job: _float_first(bench, job, task, answer={ACCURACY: value, "loss": 1.0}))
     reasons = {t.user_attrs["reason"] for t in bench.ledger.trials()}
     assert reasons == {f"ValueError: the validation accuracy is {value}"}
@@ -121,12 +121,12 @@ def test_a_figure_that_is_no_number_fails_the_trial(value, bench, task):
 
 
 def _float_first(bench, job, task, answer=None, error=None):
-    """The float model trains well; every other job meets a task that answers like this."""
+    """Run a job; the task misbehaves in all jobs except the float model and the test split."""
     task.answer, task.error = (None, None) if job.kind in ("float", "test") else (answer, error)
     return execute(job, task, lambda report: None)
 
 
-def test_other_figures_that_are_no_numbers_are_left_out(bench, task):
+def test_other_non_finite_metrics_are_omitted(bench, task):
     answer = {ACCURACY: 0.5, "loss": float("nan")}
     bench.sweep(lambda job: _float_first(bench, job, task, answer=answer))
     trials = bench.ledger.trials()
@@ -142,12 +142,12 @@ def test_a_task_that_raises_fails_the_trial_with_its_traceback(bench, task):
     assert {t.user_attrs["reason"] for t in trials} == {"RuntimeError: the data are gone"}
     texts = {path.name: path.read_text() for path in bench.view().log_files(0)}
     assert "the data\nare gone" in texts[jobs.TRACEBACK]
-    assert "are gone" not in texts.get(jobs.LOG, ""), "shown once"
-    assert trials[0].user_attrs["samples"] > 0, "what a failure processed counts"
+    assert "are gone" not in texts.get(jobs.LOG, ""), "the error appears in one file only"
+    assert trials[0].user_attrs["samples"] > 0, "samples of failed trials count"
 
 
 def open_trial(bench, task):
-    """The coordinator and its first trial, the float model being there."""
+    """Return the first trial of a sweep after training its float model."""
     coordinator: Coordinator = bench.open()
     while (job := coordinator.next_job()).kind != "trial":
         execute(job, task, lambda report: None)
@@ -159,15 +159,15 @@ def test_a_stop_request_saves_the_state_and_ends_the_attempt(bench, task):
     job = open_trial(bench, task)
     stop = bench.out / "stop.request"
     stop.touch()
-    assert execute(job, task, lambda report: None) == "STOPPED"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.STOPPED
     attempt = jobs.attempts(job.folder)[0]
     assert (attempt / jobs.STOPPED).exists() and jobs.committed(job.folder) is None
     assert (job.folder / "checkpoints").is_dir()
     stop.unlink()
-    assert execute(job, task, lambda report: None) == "COMPLETE"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
     record = jobs.committed(job.folder)
-    assert record["attempts"] == 2 and len(jobs.crashes(job.folder, job.run)) == 0
-    assert jobs.samples_processed(job.folder) == record["samples"], "no step was taken twice"
+    assert record["attempts"] == 2 and len(jobs.crash_causes(job.folder, job.run)) == 0
+    assert jobs.samples_processed(job.folder) == record["samples"], "no step was repeated"
 
 
 @pytest.mark.parametrize("minutes", [3, None])
@@ -176,7 +176,7 @@ def test_a_job_that_hung_twice_is_given_up(minutes, bench, task):
     job = open_trial(bench, task)
     for _ in range(2):
         (jobs.open_attempt(job) / jobs.HANG).write_text("stack")
-    assert execute(job, task, lambda report: None) == "FAIL"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
     reason = jobs.committed(job.folder)["reason"]
     assert reason.startswith("hung: killed") and "limits.trial_minutes" in reason
     assert ("3 minutes" in reason) == (minutes is not None)
@@ -186,7 +186,7 @@ def test_a_job_whose_process_died_too_often_is_given_up(bench, task):
     job = open_trial(bench, task)
     for _ in range(3):
         jobs.open_attempt(job)
-    assert execute(job, task, lambda report: None) == "FAIL"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
     record = jobs.committed(job.folder)
     assert record["reason"] == "its process died 3 times (limits.max_failures)"
     assert record["attempts"] == 4
@@ -208,7 +208,7 @@ def test_a_float_model_from_a_file(tmp_path, task):
 @pytest.mark.parametrize(
     ("write", "problem"),
     [
-        (lambda path, state: path.write_bytes(b"nothing"), "pt: not a file of torch.save'd weigh"),
+        (lambda path, state: path.write_bytes(b"nothing"), "pt: not saved by torch.save"),
         (lambda path, state: path.mkdir(), "float.pt is a folder; name a file in it"),
         (lambda path, state: None, "float.pt: no such file"),
         (lambda path, state: torch.save({}, path), "entries are missing, such as stem"),
@@ -223,7 +223,7 @@ def test_a_float_model_from_a_file(tmp_path, task):
     ],
     ids=["text", "folder", "nothing", "empty", "shapes", "nan"],
 )
-def test_a_float_file_that_does_not_fit_is_refused_at_once(tmp_path, task, write, problem):
+def test_an_unusable_float_checkpoint_is_refused_before_the_start(tmp_path, task, write, problem):
     write(tmp_path / "float.pt", task.build_model().state_dict())
     config = make_config(float={"checkpoint": str(tmp_path / "float.pt")})
     for start in (lambda: gather(config, task), Bench(tmp_path / "sweep", config).open):
@@ -236,10 +236,10 @@ def test_a_float_file_that_does_not_fit_is_refused_at_once(tmp_path, task, write
 def test_a_full_disk_leaves_the_trial_open_and_ends_the_sweep(bench, task):
     job = open_trial(bench, task)
     task.error = OSError(errno.ENOSPC, "No space left on device")
-    state = execute(job, task, lambda report: None)
-    assert state.startswith(HALT) and "No space left on device" in state
+    outcome = execute(job, task, lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT and "No space left on device" in outcome.reason
     coordinator = bench.open()
-    coordinator.halt(state.removeprefix(HALT))
+    coordinator.halt(outcome.reason)
     assert not isinstance(coordinator.next_job(), Job)
     task.error = None
     run(bench, task)
@@ -260,7 +260,7 @@ def test_a_damaged_float_model_fails_no_trial(damage, bench, task):
     assert seen == {} and len(bench.ledger.trials()) == 3
 
 
-def test_one_damaged_model_does_not_keep_the_others_from_the_test_split(bench, task):
+def test_one_damaged_model_does_not_prevent_the_evaluation_of_others(bench, task):
     coordinator, _ = run(bench, task)
     for path in bench.out.rglob(TEST_FILE):
         path.unlink()
@@ -274,7 +274,7 @@ def test_one_damaged_model_does_not_keep_the_others_from_the_test_split(bench, t
     assert record["state"] == "FAIL" and f"trial-{broken:03d}" in record["reason"]
 
 
-def test_a_metric_that_evaluate_does_not_return_stops_at_the_float_model(bench, task):
+def test_a_missing_metric_ends_the_sweep_at_the_float_model(bench, task):
     task.answer = {"acuracy": 0.5}
     coordinator, seen = run(bench, task)
     assert "no 'accuracy' (did you mean 'acuracy'?)" in coordinator.failure
@@ -282,8 +282,8 @@ def test_a_metric_that_evaluate_does_not_return_stops_at_the_float_model(bench, 
 
 
 @pytest.mark.parametrize("place", ["evaluation", "model", "record"])
-def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch, place):
-    """Its process was stopped somewhere near its end, and another one has finished meanwhile."""
+def test_a_superseded_attempt_changes_nothing(bench, task, monkeypatch, place):
+    """Its process was suspended near its end, and another attempt finished in the meantime."""
     coordinator = bench.open()
     job = coordinator.next_job()
     evaluate, write, write_once = task.evaluate, storage.write_bytes, storage.write_once
@@ -292,8 +292,8 @@ def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch
     def stopped(here):
         if here and not after:
             after.append({})
-            with torch.enable_grad():  # in a process of its own
-                assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+            with torch.enable_grad():  # as in a separate process
+                assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
             after[0] |= contents(job.folder / "attempt-2")
 
     def stopped_evaluate(model, split):
@@ -311,8 +311,10 @@ def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch
     monkeypatch.setattr(task, "evaluate", stopped_evaluate)
     monkeypatch.setattr(storage, "write_bytes", stopped_write)
     monkeypatch.setattr(storage, "write_once", stopped_write_once)
-    monkeypatch.setattr(jobs, "superseded", lambda attempt: False)  # not noticed while it trains
-    assert execute(job, task, lambda report: None) == "SUPERSEDED"
+    monkeypatch.setattr(
+        jobs, "is_superseded", lambda attempt: False
+    )  # not noticed during the training
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.SUPERSEDED
     first, second = jobs.attempts(job.folder)
     assert after == [contents(second)] and {jobs.RESULT, MODEL_FILE} <= after[0].keys()
     assert (first / jobs.STOPPED).exists() and not (first / MODEL_FILE).exists()
@@ -320,7 +322,7 @@ def test_an_attempt_that_was_superseded_changes_nothing(bench, task, monkeypatch
     assert record == storage.read_sealed(second / jobs.RESULT) and record["attempts"] == 2
     model = jobs.model_file(job.folder)
     assert model.parent == second and storage.digest(model.read_bytes()) == record["model_sha256"]
-    assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+    assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
     assert jobs.attempts(job.folder) == [first, second]
 
 
@@ -328,7 +330,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_folder_that_may_not_be_written_is_no_trials_fault(bench, task, monkeypatch):
+def test_an_unwritable_folder_fails_no_trial(bench, task, monkeypatch):
     job = open_trial(bench, task)
 
     def refused(job, node=None, **more):
@@ -336,20 +338,23 @@ def test_a_folder_that_may_not_be_written_is_no_trials_fault(bench, task, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "open_attempt", refused)
-        state = execute(job, task, lambda report: None)
-    assert state == (
-        f"{HALT}{job.folder}/attempt-1: Permission denied; mend that, the same command resumes"
+        outcome = execute(job, task, lambda report: None)
+    assert outcome.kind is OutcomeKind.HALT
+    assert outcome.reason == (
+        f"{job.folder}/attempt-1: Permission denied; fix this, the same command resumes"
     )
     task.error = PermissionError(errno.EACCES, "Permission denied", "/somebody/elses")
-    assert execute(job, task, lambda report: None) == jobs.FAIL, "the task's own file"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, (
+        "the file belongs to the task"
+    )
 
 
 class Killed(BaseException):
-    """The process ended here."""
+    """The process was killed."""
 
 
 def interrupted(bench, task, **changes):
-    """A trial that was killed after its first checkpoint; then the sweep resumes, changed."""
+    """Return a trial that was killed after its first checkpoint, and change the configuration."""
     bench.config = make_config(train__epochs=3, search__trials=2, **changes.pop("first", {}))
     job = open_trial(bench, task)
 
@@ -365,20 +370,20 @@ def interrupted(bench, task, **changes):
 
 
 @pytest.mark.parametrize("resources", [{"cpus": 2}, {"cpus": 1, "workers": 2}])
-def test_a_continued_trial_is_replayed_though_resources_changed(bench, task, resources):
-    """It goes on with the threads of its checkpoint; other workers make it begin anew."""
+def test_a_resumed_trial_replays_even_if_resources_changed(bench, task, resources):
+    """It continues with the threads of its checkpoint; with other workers it starts over."""
     job = interrupted(bench, task, resources=resources)
     run(bench, task)
     record, several = jobs.committed(job.folder), resources.get("workers", 1)
     assert (record["threads"], record["workers"], record["attempts"]) == (1, several, 2)
-    epoch = 1_097  # of training samples
+    epoch = 1_097  # training samples in an epoch
     repeated = jobs.samples_processed(job.folder) - record["samples"]
     assert epoch * several <= repeated < epoch * several + 150
     assert replay(bench.view(), job.number)["equal"]
     assert jobs.committed(bench.out / "trials/1")["threads"] == resources["cpus"]
 
 
-def test_a_trial_whose_parent_is_gone_begins_anew(bench, task):
+def test_a_trial_whose_parent_is_gone_starts_over(bench, task):
     bench.config = make_config(search__strategy="fill", search__baselines=[])
     run_until_second(bench, task)
     child = bench.open().next_job()
@@ -388,13 +393,13 @@ def test_a_trial_whose_parent_is_gone_begins_anew(bench, task):
     jobs.model_file(bench.out / "trials/0").unlink()
     job = bench.open().next_job()
     assert (job.number, job.parent) == (1, None)
-    assert execute(job, task, lambda report: None) == jobs.COMPLETE
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
     assert jobs.committed(job.folder)["parent"] is None
     assert replay(bench.view(), 1)["equal"]
 
 
 def run_until_second(bench, task):
-    """Float model and first trial, and the second one asked for."""
+    """Train the float model and the first trial, and propose the second one."""
     coordinator = bench.open()
     while True:
         job = coordinator.next_job()
@@ -404,8 +409,8 @@ def run_until_second(bench, task):
         coordinator.finished(job)
 
 
-def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
-    """It was stopped between the look whether it is superseded and its checkpoint."""
+def test_a_superseded_process_removes_its_late_checkpoints(bench, task, monkeypatch):
+    """The process was suspended after the check in `before_write`, before its checkpoint."""
     job = interrupted(bench, task)
     save, late = training.save_checkpoint, []
 
@@ -413,16 +418,19 @@ def test_a_late_process_takes_its_checkpoints_along(bench, task, monkeypatch):
         if not late:
             late.append(folder)
             with torch.enable_grad():
-                assert execute(job, digits(), lambda report: None) == jobs.COMPLETE
+                assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
         save(folder, *arguments, **more)
 
     monkeypatch.setattr(training, "save_checkpoint", stopped)
-    assert execute(job, task, lambda report: None) in ("STOPPED", "SUPERSEDED")
+    assert execute(job, task, lambda report: None).kind in (
+        OutcomeKind.STOPPED,
+        OutcomeKind.SUPERSEDED,
+    )
     assert late and not late[0].exists()
 
 
-def test_giving_up_a_job_that_another_process_took_over_says_so(bench, task, monkeypatch):
-    """The driver would look for a record that is not there."""
+def test_giving_up_a_job_that_was_taken_over_returns_superseded(bench, task, monkeypatch):
+    """Otherwise the driver would expect a record that does not exist."""
     job = open_trial(bench, task)
     for _ in range(3):
         jobs.open_attempt(job)
@@ -433,5 +441,5 @@ def test_giving_up_a_job_that_another_process_took_over_says_so(bench, task, mon
         return commit(attempt, record)
 
     monkeypatch.setattr(jobs, "commit", late)
-    assert execute(job, task, lambda report: None) == "SUPERSEDED"
+    assert execute(job, task, lambda report: None).kind is OutcomeKind.SUPERSEDED
     assert jobs.committed(job.folder) is None

@@ -1,4 +1,4 @@
-"""Places in installed packages, and what is said where there is nothing."""
+"""Paths inside installed packages, and messages about missing files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 from nipq_search.errors import UserError
 from nipq_search.tasks.base import load_data
-from nipq_search.tasks.common.package_files import files_below, needed, resolve, resolve_file
+from nipq_search.tasks.common.package_files import list_files, resolve_file, resolve_path
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An importable package that fails when it is imported, with a file in it."""
+    """An importable package with a data file, whose import would raise."""
     folder = tmp_path / "own_data_package"
     (folder / "data").mkdir(parents=True)
     (folder / "__init__.py").write_text("raise RuntimeError('imported')\n")
@@ -27,22 +27,22 @@ def package(tmp_path, monkeypatch):
 def test_a_file_in_a_package_is_found_without_importing_it(package):
     wanted = package / "data" / "table.csv"
     assert resolve_file("package://own_data_package/data/table.csv", "path") == wanted
-    assert resolve("package://own_data_package[own-data==1.0]/data", "path") == wanted.parent
+    assert resolve_path("package://own_data_package[own-data==1.0]/data", "path") == wanted.parent
     assert "own_data_package" not in sys.modules
 
 
 def test_plain_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve("~/x", "path") == tmp_path / "x"
+    assert resolve_path("~/x", "path") == tmp_path / "x"
     monkeypatch.chdir(tmp_path)
-    assert resolve("a/b", "path") == tmp_path / "a" / "b"
+    assert resolve_path("a/b", "path") == tmp_path / "a" / "b"
 
 
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
         ("package://own_data_package/data/tabel.csv", r"has no .* \(did you mean 'table.csv'\?\)"),
-        ("package://own_data_package/date/t", "has no 'date/t'; there is no folder"),
+        ("package://own_data_package/date/t", "has no 'date/t'; the folder .* does not exist"),
         ("package://own_absent_package/x", "pip install own-absent-package$"),
         ("package://own_absent_package[own-data==1.0]/x", "pip install own-data==1.0$"),
         ("package://own_data_package/../x", "is not of the form package://NAME/FILE"),
@@ -55,7 +55,7 @@ def test_plain_paths_become_absolute(tmp_path, monkeypatch):
 )
 def test_what_is_wrong_is_said_in_one_line(package, path, problem):
     with pytest.raises(UserError, match=problem) as error:
-        resolve(path, "task_args.path")
+        resolve_path(path, "task_args.path")
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("task_args.path: ")
 
@@ -73,7 +73,7 @@ def test_files_below_a_folder_without_hidden_ones(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "b" / "round").symlink_to(tmp_path)
-    assert files_below(tmp_path) == [tmp_path / "a", tmp_path / "b" / "c"]
+    assert list_files(tmp_path) == [tmp_path / "a", tmp_path / "b" / "c"]
     shut, scandir = str(tmp_path / "b"), os.scandir
 
     def guarded(path="."):
@@ -83,12 +83,4 @@ def test_files_below_a_folder_without_hidden_ones(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", guarded)
     with pytest.raises(UserError, match=f"{shut}: cannot be read: permission denied"):
-        load_data(SimpleNamespace(load_data=lambda: files_below(tmp_path)))
-
-
-def test_a_missing_library_is_named_with_its_extra():
-    with (
-        pytest.raises(UserError, match=r"task x needs no_such_lib: pip install .*\[text\]'"),
-        needed("task x", "text"),
-    ):
-        import no_such_lib.part  # noqa: F401
+        load_data(SimpleNamespace(load_data=lambda: list_files(tmp_path)))

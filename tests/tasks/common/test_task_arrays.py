@@ -1,4 +1,4 @@
-"""Splits, shifts and batches as pure functions."""
+"""Splits, shifts and batches in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nipq_search.tasks.common.arrays import (
     Normalization,
     Split,
     digest_splits,
-    shifted,
+    shift_images,
     stratified,
 )
 
@@ -72,7 +72,7 @@ def test_without_a_seed_nothing_moves():
 def test_shift_moves_whole_images():
     images = torch.zeros(200, 2, 7, 7, dtype=torch.uint8)
     images[:, 0, 3, 3], images[:, 1, 3, 3] = 1, 2
-    moved = shifted(images, 2, torch.Generator().manual_seed(0))
+    moved = shift_images(images, 2, torch.Generator().manual_seed(0))
     assert moved.shape == images.shape
     assert (moved.sum(dim=(2, 3)) == torch.tensor([1, 2])).all()
     assert torch.equal(moved[:, 0] * 2, moved[:, 1])

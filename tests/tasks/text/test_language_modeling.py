@@ -1,4 +1,4 @@
-"""Language models beyond what every task must do."""
+"""Language modeling, beyond the conformance tests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nipq_search.quant import QuantConfig, prepare
 from nipq_search.tasks import make_task
 from nipq_search.tasks.text.corpus import IGNORED, Masking, split_blocks
 from nipq_search.tasks.text.language_models import ModelSource, load_tokenizer
+from nipq_search.tasks.text.splits import TextSplits
 
 CLS, SEP, MASK = (SPECIAL.index(word) for word in ("[CLS]", "[SEP]", "[MASK]"))
 NAMES = ("masked_lm", "causal_lm")
@@ -36,7 +37,7 @@ def test_blocks_hold_the_text_in_order(make, arguments, tmp_path):
     (tmp_path / "c.txt").write_text(prose(900, 7))
     own = {"validation": str(tmp_path / "b.txt"), "test": [str(tmp_path / "a.txt")]}
     task = make("causal_lm", path=str(tmp_path), **own)
-    tokenizer = load_tokenizer(ModelSource(name=arguments["causal_lm"]["model"]))
+    tokenizer = load_tokenizer(ModelSource(model=arguments["causal_lm"]["model"]))
     blocks = task.split("validation")
     assert (blocks[:, 0] == CLS).all() and (blocks[:, -1] == SEP).all()
     wanted = tokenizer(prose(900, 6), add_special_tokens=False)["input_ids"]
@@ -57,13 +58,14 @@ def test_a_long_file_is_cut_at_lines(make, monkeypatch, arguments):
 
 def test_shares_are_contiguous_runs():
     blocks = np.arange(1000, dtype=np.int32)[:, None]
-    found = split_blocks(blocks, 0.1, 0.2, None, 0, {})
+    found = split_blocks(blocks, TextSplits(validation=0.1, test=0.2), {})
     assert [len(part) for part in found.values()] == [700, 100, 200]
     for part in found.values():
         assert np.array_equal(part, np.sort(part, axis=0))
         assert (np.diff(part[:, 0]) == 1).mean() >= 0.9
     assert sorted(np.concatenate(list(found.values()))[:, 0]) == list(range(1000))
-    fewer = split_blocks(blocks, 0.1, 0.2, 50, 0, {})
+    limited = TextSplits(validation=0.1, test=0.2, train_samples=50)
+    fewer = split_blocks(blocks, limited, {})
     assert len(fewer["train"]) == 50
     assert np.array_equal(fewer["test"], found["test"])
 
@@ -134,7 +136,7 @@ def test_hidden_states_are_matched(make):
 def test_a_prepared_model_learns(make, name):
     task = make(name, hidden_weight=0.0)
     torch.manual_seed(0)
-    # A warning would tell of multiplications that stay in float.
+    # A warning, which fails the test, would report multiplications that stay in float.
     model = prepare(task.build_model(), task.example_inputs(), QuantConfig())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = task.evaluate(model, "validation")
@@ -165,13 +167,17 @@ def test_text_is_found_in_folders_and_patterns(make, tmp_path):
         ("causal_lm", {"path": []}, "task_args.path: .* neither a path nor a list"),
         ("causal_lm", {"validation": "no.txt"}, "task_args.validation: no file .*/no.txt"),
         ("causal_lm", {"block": 3}, "task_args.block: 3 leaves 1 tokens of text"),
-        ("causal_lm", {"block": 65}, "task_args.block: the model takes 64 tokens"),
-        ("causal_lm", {"encoding": "ascii-9"}, "no encoding is called 'ascii-9'"),
-        ("causal_lm", {"config": {"model_type": "bert", **TINY}}, "it sees the tokens that it is"),
+        ("causal_lm", {"block": 65}, "task_args.block: the model accepts at most 64 tokens"),
+        ("causal_lm", {"encoding": "ascii-9"}, "'ascii-9' is not a known encoding"),
+        (
+            "causal_lm",
+            {"config": {"model_type": "bert", **TINY}},
+            "its predictions depend on later",
+        ),
         (
             "causal_lm",
             {"config": {"model_type": "distilbert"}},
-            "distilbert models are no kind of",
+            "AutoModelForCausalLM does not support distilbert models",
         ),
         (
             "masked_lm",
@@ -179,12 +185,12 @@ def test_text_is_found_in_folders_and_patterns(make, tmp_path):
             "task_args.mask_share: 2 is not a number from 0.001 to 1",
         ),
         ("masked_lm", {"mask_share": 0}, "task_args.mask_share: 0 is not a number from 0.001"),
-        ("causal_lm", {"train_samples": 9999}, "task_args.train_samples: 9999 is more than the"),
+        ("causal_lm", {"train_samples": 9999}, "task_args.train_samples: 9999 exceeds the"),
         ("masked_lm", {"mask_shre": 1}, "no such argument .did you mean 'mask_share'"),
         (
             "masked_lm",
             {"config": {"model_type": "gpt2"}},
-            "gpt2 models are no kind of AutoModelForMas",
+            "AutoModelForMaskedLM does not support gpt2 models",
         ),
     ],
 )
@@ -204,7 +210,9 @@ def test_too_little_text_and_wrong_bytes_are_named(make, tmp_path):
     with pytest.raises(UserError, match="too little text: 0 blocks"):
         make("causal_lm", path=str(tmp_path / "short.txt")).load_data()
     (tmp_path / "latin.txt").write_bytes("a film, né .".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin.txt: byte 9 is not utf-8; .*encoding: latin-1"):
+    with pytest.raises(
+        UserError, match=r"latin.txt: byte 9 is not valid utf-8; .*encoding: latin-1"
+    ):
         make("causal_lm", path=str(tmp_path / "latin.txt")).load_data()
 
 
@@ -212,16 +220,20 @@ def test_a_file_belongs_to_one_split(make, tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(prose(300))
     last = str(tmp_path / "c.txt")
-    with pytest.raises(UserError, match="task_args.test: .*c.txt validates already"):
+    with pytest.raises(
+        UserError, match="task_args.test: .*c.txt is in the validation split already"
+    ):
         make("causal_lm", path=str(tmp_path), validation=last, test=last)
-    with pytest.raises(UserError, match="task_args.test: .*c.txt validates already"):
+    with pytest.raises(
+        UserError, match="task_args.test: .*c.txt is in the validation split already"
+    ):
         make("causal_lm", path=str(tmp_path), validation=last, test=f"{last}*").load_data()
     with pytest.raises(UserError, match="task_args.path: no file is left to train"):
         make("causal_lm", path=last, validation=last).load_data()
 
 
 def test_an_encoder_is_no_masked_language_model(make, tmp_path):
-    """transformers would give it a random output layer."""
+    """transformers would initialize its output layer at random."""
     write_checkpoint(tmp_path)
     task = make("masked_lm", model=str(tmp_path), train_from_scratch=False, config=None)
     with pytest.raises(UserError, match="lacks . weights of BertForMaskedLM: cls.predictions"):
@@ -229,7 +241,7 @@ def test_an_encoder_is_no_masked_language_model(make, tmp_path):
 
 
 def test_a_model_without_mask_token_is_refused(make, tmp_path):
-    tokenizer = load_tokenizer(ModelSource(name=str(write_tokenizer(tmp_path / "old"))))
+    tokenizer = load_tokenizer(ModelSource(model=str(write_tokenizer(tmp_path / "old"))))
     tokenizer.mask_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no mask token"):

@@ -1,4 +1,4 @@
-"""Text classification beyond what every task must do."""
+"""Text classification, beyond the conformance tests."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_example_has_the_length_that_costs_count(arguments):
 
 def test_train_samples_is_a_cap(arguments):
     assert len(make(arguments, train_samples=20).split("train")) == 20
-    with pytest.raises(UserError, match="train_samples: 10000 is more than the 144 there are"):
+    with pytest.raises(UserError, match="train_samples: 10000 exceeds the 144 available"):
         make(arguments, train_samples=10_000).load_data()
 
 
@@ -130,11 +130,11 @@ def test_hidden_states_are_matched_where_tokens_are(arguments):
 
 
 def test_a_prepared_model_learns(arguments):
-    """Quantized layers under transformers' modules: gradients flow, the loss falls."""
+    """Training reduces the loss of quantized layers inside modules of transformers."""
     task = make(arguments)
     torch.manual_seed(0)
     teacher = task.build_model().eval()
-    # A warning would tell of multiplications that stay in float.
+    # A warning, which fails the test, would report multiplications that stay in float.
     model = prepare(teacher, task.example_inputs(), QuantConfig())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -181,26 +181,29 @@ def test_the_task_ships_arrays_and_no_tokenizer(arguments):
     [
         (
             {"path": "no/such.csv"},
-            "task_args.path: no file .*/no/such.csv; there is no folder .*/no ",
+            "task_args.path: no file .*/no/such.csv; the folder .*/no does not exist",
         ),
         ({"text": "revew"}, r"task_args.text: .* no column 'revew' \(did you mean 'review'\?\)"),
         ({"group": "movie"}, "task_args.group: .* has no column 'movie'"),
         ({"metric": "f2"}, r"task_args.metric: 'f2' is unknown \(did you mean 'f1'\?\)"),
-        ({"validation": 1.5}, "task_args.validation: 1.5 is not a share between 0 and 1"),
-        ({"validation": 0.6, "test": 0.4}, "leaves nothing to train"),
+        (
+            {"validation": 1.5},
+            "validation: 1.5 is neither a share between 0 and 1 nor a path",
+        ),
+        ({"validation": 0.6, "test": 0.4}, "leaves no training data"),
         ({"max_length": 0}, "task_args.max_length: 0 is not an integer from 8"),
-        ({"max_length": 65}, "task_args.max_length: the model takes 64 tokens"),
+        ({"max_length": 65}, "task_args.max_length: the model accepts at most 64 tokens"),
         ({"max_length": 4}, "task_args.max_length: 4 is not an integer from 8"),
         ({"example_length": 99}, "task_args.example_length: 99 is not an integer from 1 to 24"),
         ({"example_length": 0}, "task_args.example_length: 0 is not an integer from 1 to 24"),
-        ({"validation": "a.csv", "test": ["b.csv", "./a.csv"]}, "test: .*a.csv validates already"),
+        ({"validation": "a.csv", "test": ["b.csv", "./a.csv"]}, "test: .*a.csv is in the valid"),
         ({"labels": "good"}, "task_args.labels: 'good' is not a list"),
-        ({"labels": ["bad", "bad"]}, "task_args.labels: .* not a list of different names"),
+        ({"labels": ["bad", "bad"]}, "task_args.labels: .* not a list of distinct names"),
         ({"columns": [1.5]}, "task_args.columns: 1.5 is not a name"),
         ({"group": ["film"]}, "task_args.group: .'film'. is not a name"),
         ({"split_seed": -1}, "task_args.split_seed: -1 is not an integer from 0 to"),
         ({"deduplicate": "no"}, "task_args.deduplicate: 'no' is neither true nor false"),
-        ({"labels": ["good", "bad", "okay"]}, "task_args.labels: no row is labelled 'okay'"),
+        ({"labels": ["good", "bad", "okay"]}, "task_args.labels: no row has the label 'okay'"),
         ({"hidden_weight": -1}, "task_args.hidden_weight: -1 is not a number of 0 or more"),
         ({"dropout": 2}, "task_args.dropout: 2 is not a number from 0 to 1"),
         ({"config": [1]}, "task_args.config: .* is not a mapping"),
@@ -213,7 +216,7 @@ def test_the_task_ships_arrays_and_no_tokenizer(arguments):
         ({"config": {"model_type": "bert", **TINY, "hidden_size": 15}}, "the model cannot be"),
         ({"model": "./nowhere"}, "task_args.model: no folder .*/nowhere"),
         ({"model": "package://no_such_model/x"}, "pip install no-such-model"),
-        ({"model": "no-org/no-model"}, "is no folder here, and the hub did not give its tokeni"),
+        ({"model": "no-org/no-model"}, "is not a local folder, and its tokenizer could"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, changes, problem, monkeypatch):

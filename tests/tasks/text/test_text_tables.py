@@ -1,9 +1,10 @@
-"""Tables of labelled texts: formats, splits, and what is said about bad ones."""
+"""Tables of labeled texts: formats, splits and error messages."""
 
 from __future__ import annotations
 
 import bz2
 import gzip
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -11,22 +12,22 @@ import pytest
 from tiny_language import reviews, write_table
 
 from nipq_search.errors import UserError
-from nipq_search.tasks.text.splits import SplitRules, split_rows
-from nipq_search.tasks.text.table import Columns, Row, read_rows
+from nipq_search.tasks.text.splits import TextSplits, split_rows
+from nipq_search.tasks.text.table import Row, TextTable, read_rows
 
-COLUMNS = Columns(text="text", label="label")
 CSV = 'text,label,other\n"one, two\nthree ""four""",1,5.5\nplain,0,x\n'
 ROWS = [Row(text='one, two\nthree "four"', label="1"), Row(text="plain", label="0")]
 
 
-def rules(**changes):
-    """Rules of a split with defaults."""
-    given = {"labels": None, "validation": 0.2, "test": 0.2, "deduplicate": True}
-    return SplitRules(**{**given, "train_samples": None, "seed": 0, **changes})
+def table(path, **changes):
+    return TextTable(path=str(path), **{"text": "text", "label": "label", **changes})
 
 
-def split(rows, *, files=None, **changes):
-    return split_rows(rows, rules(**changes), lambda path, key: (files or {})[path])
+def split(rows, *, files=None, labels=None, **changes):
+    used = table("unused.csv", labels=labels)
+    splits = TextSplits(**{"validation": 0.2, "test": 0.2, **changes})
+    given = {str(Path(name).absolute()): rows for name, rows in (files or {}).items()}
+    return split_rows(rows, used, splits, lambda path, key: given[path])
 
 
 def as_rows(count=200):
@@ -38,49 +39,48 @@ def test_csv_with_quotes_and_line_breaks(tmp_path, end):
     pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress}[end]
     path = tmp_path / f"table.csv{end}"
     path.write_bytes(pack(CSV.encode()))
-    assert read_rows(str(path), "path", COLUMNS) == ROWS
+    assert read_rows(table(path)) == ROWS
 
 
 def test_quotes_in_tsv_are_characters(tmp_path):
     (tmp_path / "dev.tsv").write_text('1\t"a\n0\tb "c"\n')
-    columns = Columns(text="text", label="label", names=("label", "text"))
-    found = read_rows(str(tmp_path / "dev.tsv"), "path", columns)
+    found = read_rows(table(tmp_path / "dev.tsv", columns=["label", "text"]))
     assert found == [Row(text='"a', label="1"), Row(text='b "c"', label="0")]
 
 
 def test_parquet(tmp_path):
-    table = pyarrow.table({"text": ["a", None], "label": [3, 4], "more": [1.0, 2.0]})
-    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
-    found = read_rows(str(tmp_path / "t.parquet"), "path", COLUMNS)
+    content = pyarrow.table({"text": ["a", None], "label": [3, 4], "more": [1.0, 2.0]})
+    pyarrow.parquet.write_table(content, tmp_path / "t.parquet")
+    found = read_rows(table(tmp_path / "t.parquet"))
     assert found == [Row(text="a", label="3"), Row(text="", label="4")]
 
 
 def test_a_lone_quote_inside_a_value_is_a_character(tmp_path):
     (tmp_path / "t.csv").write_text('text,label\n5" wide,1\n')
-    assert read_rows(str(tmp_path / "t.csv"), "path", COLUMNS)[0].text == '5" wide'
+    assert read_rows(table(tmp_path / "t.csv"))[0].text == '5" wide'
 
 
 @pytest.mark.parametrize("name", ["text", "label"])
 @pytest.mark.parametrize("values", [[["a"], ["b"]], [b"a", b"b"], [0.0, 1.0]])
 def test_columns_of_other_kinds_are_named(tmp_path, name, values):
-    table = pyarrow.table({"text": ["a", "b"], "label": [0, 1], name: values})
-    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=f"args.{name}: column '{name}' of .*, and not text or i"):
-        read_rows(str(tmp_path / "t.parquet"), "path", COLUMNS)
+    content = pyarrow.table({"text": ["a", "b"], "label": [0, 1], name: values})
+    pyarrow.parquet.write_table(content, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=f"{name}: column .{name}. of .*, not text or in"):
+        read_rows(table(tmp_path / "t.parquet"))
 
 
 def test_a_file_in_utf_16_is_read(tmp_path):
     (tmp_path / "t.csv").write_bytes("text,label\na,1\n".encode("utf-16"))
-    assert read_rows(str(tmp_path / "t.csv"), "path", COLUMNS, "utf-16")[0].text == "a"
+    assert read_rows(table(tmp_path / "t.csv", encoding="utf-16"))[0].text == "a"
 
 
 def test_another_encoding(tmp_path):
     (tmp_path / "t.csv").write_bytes("text,label\nné,1\n".encode("latin-1"))
-    assert read_rows(str(tmp_path / "t.csv"), "path", COLUMNS, "latin-1")[0].text == "né"
-    with pytest.raises(UserError, match=r"t.csv: byte 12 is not utf-8; .* latin-1"):
-        read_rows(str(tmp_path / "t.csv"), "path", COLUMNS)
-    with pytest.raises(UserError, match="no encoding is called 'utf8000'"):
-        read_rows(str(tmp_path / "t.csv"), "path", COLUMNS, "utf8000")
+    assert read_rows(table(tmp_path / "t.csv", encoding="latin-1"))[0].text == "né"
+    with pytest.raises(UserError, match=r"t.csv: byte 12 is not valid utf-8; .* latin-1"):
+        read_rows(table(tmp_path / "t.csv"))
+    with pytest.raises(UserError, match="'utf8000' is not a known encoding"):
+        read_rows(table(tmp_path / "t.csv", encoding="utf8000"))
 
 
 @pytest.mark.parametrize(
@@ -102,19 +102,19 @@ def test_another_encoding(tmp_path):
             "cannot be decompressed as .gz",
         ),
         ("t.parquet", b"PAR1", "cannot be read as a table"),
-        ("t.csv", b"text,label\n", "t.csv has columns and no rows"),
+        ("t.csv", b"text,label\n", "t.csv has columns but no rows"),
         ("t.csv", b"text,text,label\na,b,1\n", "args.text: .* has 2 columns 'text'"),
-        ("t.csv", b'text,label\na,1\n"b,0\nc,1\n', "a quote in line 3 is never closed"),
-        ("t.csv", b'label,text\n1,a\n0,"b\n1,c\n', "a quote in line 3 is never closed"),
-        ("t.csv", "text,label\n".encode("utf-16"), "this is UTF-16; .*encoding: utf-16"),
-        ("t.csv", "text,label\na,1\n".encode("utf-16-le"), "this is no text file"),
-        ("t.csv", b"\x89PNG\x00\xff\xfe", "this is no text file: it has zero bytes"),
+        ("t.csv", b'text,label\na,1\n"b,0\nc,1\n', "the quote in line 3 is not closed"),
+        ("t.csv", b'label,text\n1,a\n0,"b\n1,c\n', "the quote in line 3 is not closed"),
+        ("t.csv", "text,label\n".encode("utf-16"), "encoded as UTF-16; .*encoding: utf-16"),
+        ("t.csv", "text,label\na,1\n".encode("utf-16-le"), "not a text file"),
+        ("t.csv", b"\x89PNG\x00\xff\xfe", "not a text file, because it contains zero bytes"),
     ],
 )
 def test_bad_tables_are_named_in_one_line(tmp_path, name, data, problem):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=problem) as error:
-        read_rows(str(tmp_path / name), "path", COLUMNS)
+        read_rows(table(tmp_path / name))
     assert "\n" not in str(error.value)
 
 
@@ -128,7 +128,7 @@ def test_no_group_and_no_text_is_in_two_splits():
     for sets in (groups, texts):
         assert len(set.union(*sets)) == sum(map(len, sets))
     assert [len(names) for names in groups] == [12, 4, 4]
-    assert split(rows, seed=1).rows != found.rows
+    assert split(rows, split_seed=1).rows != found.rows
 
 
 def test_rows_without_groups_keep_the_classes_in_proportion():
@@ -167,13 +167,17 @@ def test_other_labels_are_dropped_and_whole_numbers_sort_as_such():
         ([Row(text=str(n), label=str(n)) for n in range(1001)], {}, "1001 distinct values"),
         ([Row(text=str(n), label="x") for n in range(50)], {}, "one class, x; two are needed"),
         (as_rows(), {"labels": ("Good", "bad")}, r"labels: .* 'Good' \(did you mean 'good'\?\)"),
-        ([Row(text=str(n), label=f"{n % 9}.5") for n in range(99)], {}, "numbers such as 0.5, a"),
+        (
+            [Row(text=str(n), label=f"{n % 9}.5") for n in range(99)],
+            {},
+            "such as 0.5 instead",
+        ),
         (
             [*as_rows(), *(Row(text=f"{n % 2}", label="rare") for n in range(8))],
             {"validation": 0.01},
-            "class 'rare' has no row .*rows were left out: .*6 with a text that came before",
+            "class 'rare' has no row .*dropped rows: .*6 with a duplicate text",
         ),
-        (as_rows(), {"train_samples": 999}, "train_samples: 999 is more than the 1"),
+        (as_rows(), {"train_samples": 999}, "train_samples: 999 exceeds the 1"),
         (as_rows(4), {}, "class 'bad' has no row in the (train|validation|test) split"),
         (as_rows(), {"train_samples": 1}, "train_samples: class '.*' has no row in the train"),
     ],
@@ -191,6 +195,6 @@ def test_rows_without_text_are_dropped():
 
 def test_all_columns_are_read(tmp_path):
     path = write_table(tmp_path / "r.csv", reviews(3))
-    columns = Columns(text="review", label="verdict", text_pair="film", group="film")
-    row = read_rows(str(path), "path", columns)[0]
+    columns = {"text": "review", "label": "verdict", "text_pair": "film", "group": "film"}
+    row = read_rows(table(path, **columns))[0]
     assert (row.text_pair, row.group, row.label) == ("film 0", "film 0", "bad")

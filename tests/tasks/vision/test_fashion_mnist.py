@@ -1,4 +1,4 @@
-"""IDX files, whole and broken, and the Fashion-MNIST folder."""
+"""Valid and damaged IDX files, and the Fashion-MNIST folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def idx(array):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder of 120 + 20 images in the published format, the test files not compressed."""
+    """A folder of 120 and 20 images in the published format, with uncompressed test files."""
     monkeypatch.setattr(FashionMnist, "validation_samples", 20)
     for part, count in [("train", 120), ("t10k", 20)]:
         images = np.random.RandomState(count).randint(0, 256, (count, 28, 28))
@@ -55,9 +55,9 @@ WHOLE = idx(np.zeros((2, 3, 4)))
         ("a", b"", "starts with nothing"),
         ("a", b"\x00\x00\x09\x03" + WHOLE[4:], "starts with 00000903"),
         ("a", idx(np.zeros((2, 3))), "starts with 00000802"),
-        ("a", WHOLE[:10], "ends in its header"),
-        ("a", WHOLE[:-1], "holds 39 bytes where its header promises 40"),
-        ("a", WHOLE + b"\x00", "holds 41 bytes"),
+        ("a", WHOLE[:10], "ends within its header"),
+        ("a", WHOLE[:-1], "has 39 bytes, but its header specifies 40"),
+        ("a", WHOLE + b"\x00", "has 41 bytes"),
         ("a.gz", gzip.compress(WHOLE, mtime=0)[:-9], "cannot be read"),
         ("a.gz", WHOLE, "cannot be read"),
         ("a.gz", gzip.compress(WHOLE, mtime=0)[:12] + b"\xff" * 20, "cannot be read"),

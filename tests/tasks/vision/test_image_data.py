@@ -1,4 +1,4 @@
-"""Images from folders, Parquet and IDX files: splits, batches, and what is said of bad ones."""
+"""Images from folders, Parquet and IDX files: splits, batches and error messages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tiny_images import image_tree
 
 from nipq_search.errors import UserError
 from nipq_search.tasks import base, make_task
-from nipq_search.tasks.vision.image_folder.batches import stack
-from nipq_search.tasks.vision.image_folder.sources import Packed
+from nipq_search.tasks.vision.image_folder.batches import stack_images
+from nipq_search.tasks.vision.image_folder.sources import PackedBytes
 from nipq_search.tasks.vision.image_folder.transforms import (
     ChannelNormalization,
     Crop,
-    displaced,
     random_box,
+    shift_image,
 )
 
 MODEL = "test_efficientnet"
@@ -49,7 +49,7 @@ def same(one, other):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """10, 4 and 3 images of each of 6 classes, in folders of their own."""
+    """10, 4 and 3 images of each of 6 classes, in one folder per split."""
     return image_tree(tmp_path_factory.mktemp("tree"), {"train": 10, "val": 4, "test": 3})
 
 
@@ -57,9 +57,9 @@ def own_tree(tmp_path, **counts):
     return image_tree(tmp_path / "own", counts or {"train": 3, "val": 2, "test": 2}, classes=2)
 
 
-def png(colour):
+def png(color):
     file = io.BytesIO()
-    Image.new("RGB", (32, 32), colour).save(file, "PNG")
+    Image.new("RGB", (32, 32), color).save(file, "PNG")
     return file.getvalue()
 
 
@@ -126,7 +126,7 @@ def test_augmentation_is_for_training_alone(tree, augment):
     assert same(batches(plain, seed=None), batches(task, seed=None)), "nor without a seed"
 
 
-def test_grey_images_take_a_third_of_the_memory(tmp_path):
+def test_gray_images_take_a_third_of_the_memory(tmp_path):
     place = own_tree(tmp_path)
     for path in place.rglob("*.png"):
         Image.open(path).convert("L").save(path)
@@ -193,7 +193,7 @@ def test_parquet_files_are_splits_by_their_names(tmp_path):
             [0.5, 1.0],
             {},
             {},
-            "label: column 'label' of .* holds double; labels are integers",
+            "label: column 'label' of .* contains double; labels are integers",
         ),
         ([0, None], {}, {}, "task_args.label: .* has rows without a value"),
         ([], {}, {}, "no images in it"),
@@ -206,7 +206,7 @@ def test_bad_parquet_files_are_named(tmp_path, labels, names, args, problem):
 
 def test_a_column_without_images_is_named(tmp_path):
     pq.write_table(pa.table({"image": [1, 2], "label": [0, 1]}), tmp_path / "x.parquet")
-    refused("task_args.image: column 'image' of .* holds int64, not the bytes", tmp_path)
+    refused("task_args.image: column 'image' of .* contains int64, not the bytes", tmp_path)
 
 
 def test_files_that_are_no_parquet_are_named(tmp_path):
@@ -243,7 +243,7 @@ def test_idx_files_that_do_not_fit_are_named(tmp_path):
 
 
 def refused(problem, path, **args):
-    """Loading fails with one line that says so."""
+    """Assert that loading raises this error, in one line."""
     with pytest.raises(UserError, match=problem) as error:
         task_of(path, **args).load_data()
     assert "\n" not in str(error.value)
@@ -296,12 +296,12 @@ def test_images_that_do_not_fit_into_memory_are_refused(tree, monkeypatch):
         ({"size": 0}, "task_args.size: 0 is not an integer from 8"),
         ({"size": "big"}, "task_args.size: 'big' is not an integer"),
         ({"crop_pct": 1.5}, "task_args.crop_pct"),
-        ({"validation": 1.5}, "task_args.validation: 1.5 is no share"),
-        ({"test": True}, "task_args.test: True is no share"),
+        ({"validation": 1.5}, "task_args.validation: 1.5 is not a share"),
+        ({"test": True}, "task_args.test: True is not a share"),
         ({"label_smoothing": 1}, "task_args.label_smoothing"),
         ({"mean": [0.5, 0.5]}, "task_args.mean: give one number, or one for each of 3"),
-        ({"mean": "grey"}, "task_args.mean: give one number, or one for each of 3"),
-        ({"std": 0}, "task_args.std: must be above 0"),
+        ({"mean": "gray"}, "task_args.mean: give one number, or one for each of 3"),
+        ({"std": 0}, "task_args.std: must be greater than 0"),
         ({"std": float("nan")}, "task_args.std: give one number"),
         ({"size": 4}, "task_args.size: 4 is not an integer from 8"),
         ({"train_samples": "ten"}, "task_args.train_samples: 'ten' is not an integer"),
@@ -314,11 +314,17 @@ def test_images_that_do_not_fit_into_memory_are_refused(tree, monkeypatch):
         ({"weights": 3}, "task_args.weights: 3 is not a name"),
         ({"model": 18}, "task_args.model: 18 is not a name"),
         ({"workers": 1.5}, "task_args.workers: 1.5 is not an integer"),
-        ({"validation": ["val"]}, r"task_args.validation: \['val'\] is no share"),
-        ({"model": "test_vit"}, "task_args.size: test_vit takes images of 160 .* size: 160"),
-        ({"teacher": "test_vit"}, "task_args.size: test_vit takes images of 160 .* size: 160"),
+        ({"validation": ["val"]}, r"task_args.validation: \['val'\] is not a share"),
+        (
+            {"model": "test_vit"},
+            "task_args.size: test_vit accepts only .* of 160 .* size: 160",
+        ),
+        (
+            {"teacher": "test_vit"},
+            "task_args.size: test_vit accepts only .* of 160 .* size: 160",
+        ),
         ({"train_samples": 0}, "task_args.train_samples: 0 is not an integer of 1"),
-        ({"test_samples": 19}, "task_args.test_samples: 19 is more than the 18"),
+        ({"test_samples": 19}, "task_args.test_samples: 19 exceeds the 18"),
         ({"validation": 0.5, "test": 0.5}, "none is left to train"),
     ],
 )
@@ -337,7 +343,7 @@ def test_a_missing_library_says_how_to_install(tree, monkeypatch, module):
 
 def test_packed_bytes_come_back():
     items = [b"", b"abc", b"", b"\x00\xff"]
-    packed = Packed.of(items)
+    packed = PackedBytes.of(items)
     assert [packed[index] for index in range(len(packed))] == items
 
 
@@ -355,9 +361,9 @@ def test_random_boxes_lie_inside_and_have_the_asked_shape():
 
 def test_displacement_moves_the_whole_image():
     image = np.arange(1, 13, dtype=np.uint8).reshape(1, 3, 4)
-    assert displaced(image, 1, 0)[0].tolist() == [[0, 1, 2, 3], [0, 5, 6, 7], [0, 9, 10, 11]]
-    assert displaced(image, 0, -2)[0].tolist() == [[9, 10, 11, 12], [0] * 4, [0] * 4]
-    assert np.array_equal(displaced(image, 0, 0), image)
+    assert shift_image(image, 1, 0)[0].tolist() == [[0, 1, 2, 3], [0, 5, 6, 7], [0, 9, 10, 11]]
+    assert shift_image(image, 0, -2)[0].tolist() == [[9, 10, 11, 12], [0] * 4, [0] * 4]
+    assert np.array_equal(shift_image(image, 0, 0), image)
 
 
 @pytest.mark.parametrize("side", [(40, 64), (65, 33), (20, 20), (100, 37)])
@@ -371,12 +377,15 @@ def test_evaluation_crops_as_timm_does(side, interpolation):
     theirs = create_transform(32, mean=mean, std=std, interpolation=interpolation, crop_pct=0.875)(
         image
     )
-    ours = np.asarray(Crop(size=32, share=0.875, interpolation=interpolation).centre(image))
+    ours = np.asarray(Crop(size=32, share=0.875, interpolation=interpolation).center(image))
     raw = torch.from_numpy(ours.copy()).permute(2, 0, 1)[None]
     assert torch.allclose(ChannelNormalization(mean=mean, std=std)(raw)[0], theirs, atol=1e-6)
 
 
-def test_grey_images_among_coloured_ones():
-    grey, coloured = np.ones((1, 2, 2), np.uint8), np.zeros((3, 2, 2), np.uint8)
-    assert stack([grey, grey]).shape == (2, 1, 2, 2)
-    assert stack([grey, coloured]).tolist() == [np.ones((3, 2, 2)).tolist(), coloured.tolist()]
+def test_gray_images_among_colored_ones():
+    gray, colored = np.ones((1, 2, 2), np.uint8), np.zeros((3, 2, 2), np.uint8)
+    assert stack_images([gray, gray]).shape == (2, 1, 2, 2)
+    assert stack_images([gray, colored]).tolist() == [
+        np.ones((3, 2, 2)).tolist(),
+        colored.tolist(),
+    ]

@@ -1,4 +1,4 @@
-"""timm's models in the image task: weights, teachers, and layers fit to be quantized."""
+"""Models of timm in the image task: weights, teachers, and quantizable layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.tasks import make_task
 from nipq_search.tasks.common.package_files import resolve_file
-from nipq_search.tasks.vision.image_folder.models import read_state
+from nipq_search.tasks.vision.image_folder.weights import read_state
 from nipq_search.train import Hooks, Interrupted, TrainConfig, TrainSpec, train
 
 MODEL = "test_efficientnet"
@@ -129,9 +129,9 @@ def test_entries_can_be_taken_in_order(task_of, tmp_path):
         (lambda s: {**s, "z": torch.ones(1)}, {}, "it has z, unknown to the model"),
         (lambda s: {**s, "bn1.bias": torch.ones(3)}, {}, r"bn1.bias has shape \(3,\), not"),
         (lambda s: {**s, "bn1.bias": s["bn1.bias"] / 0}, {}, "weights are not finite: bn1.bias"),
-        (lambda s: {**s, "z": 1}, {}, "holds no state dict"),
-        (lambda s: [1], {}, "holds no state dict"),
-        (lambda s: {**s, "z": torch.ones(1)}, {"weights_order": True}, "needs as many"),
+        (lambda s: {**s, "z": 1}, {}, "contains no state dict"),
+        (lambda s: [1], {}, "contains no state dict"),
+        (lambda s: {**s, "z": torch.ones(1)}, {"weights_order": True}, "needs equal numbers"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(task_of, tmp_path, wrap, args, problem):
@@ -147,8 +147,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(task_of, tmp_path, wrap, args
         ("nowhere.pt", "nowhere.pt"),
         ("package://no_such_package/x.pt", "no_such_package.* installed"),
         ("package://timm/none.pt", "none.pt"),
-        ("text.pt", "no readable file of weights"),
-        ("text.safetensors", "no readable file of weights"),
+        ("text.pt", "cannot be read as a file of weights"),
+        ("text.safetensors", "cannot be read as a file of weights"),
     ],
 )
 def test_a_missing_checkpoint_is_named(task_of, tmp_path, monkeypatch, weights, problem):
@@ -165,11 +165,10 @@ def test_weights_that_timm_cannot_give_are_said_so(task_of, monkeypatch):
         raise OSError("no connection\nat all")
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
-    with pytest.raises(
-        UserError, match="weights: timm has no weights of test_eff.*no connec"
-    ) as e:
+    message = "weights: no pretrained weights of test_eff.* from timm .*no connection"
+    with pytest.raises(UserError, match=message) as error:
         task_of(weights="timm").build_model()
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(error.value)
 
 
 def test_options_reach_the_model(task_of):
@@ -303,7 +302,7 @@ def test_every_multiplication_is_quantized(task_of, name):
 
 
 def test_lite0_s_package_fits_timm_s_model(task_of):
-    """The package calls its entries otherwise; in order they fit."""
+    """The entries of the package have other names but the same order."""
     task = task_of(model="tf_efficientnet_lite0", weights=LITE0, weights_order=True)
     built, file = task.build_model().state_dict(), read_state(resolve_file(LITE0, "weights"))
     assert len(built) == len(file) == 296

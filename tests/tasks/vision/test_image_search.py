@@ -1,4 +1,4 @@
-"""What is taken for a split or a class, and data in which something is amiss."""
+"""Detection of splits and classes, and errors about invalid data."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_split_is_no_class(tree, name):
 
 def test_two_folders_of_one_name_are_refused(tree):
     (tree / "val").rename(tree / "TRAIN")
-    refused("'TRAIN' and 'train' are both there", tree)
+    refused("'TRAIN' and 'train' differ only in case", tree)
 
 
 def test_one_class_is_refused(tmp_path):
@@ -74,7 +74,7 @@ def test_files_of_other_splits_do_not_train(tmp_path):
     table = pa.table({"image": images, "label": ["a", "b"] * 10})
     for name in ("Validation", "test"):
         pq.write_table(table, tmp_path / f"{name}-0.parquet")
-    refused("holds files for test and validation|validation and test", tmp_path)
+    refused("has files for (test and validation|validation and test), but none", tmp_path)
     pq.write_table(table, tmp_path / "data.parquet")
     assert sizes(task_of(tmp_path)) == (20, 20, 20)
 
@@ -82,7 +82,7 @@ def test_files_of_other_splits_do_not_train(tmp_path):
 def test_odd_parquet_columns_are_named(tmp_path):
     file = tmp_path / "x.parquet"
     pq.write_table(pa.table({"image": [b"a", b"b"], "label": [[1], [2]]}), file)
-    refused(r"task_args.label: column 'label' of .* holds list<.*; labels are integers", file)
+    refused(r"task_args.label: column 'label' of .* contains list<.*; labels are integers", file)
     columns = [pa.array([b"a"]), pa.array([1]), pa.array([2])]
     pq.write_table(pa.table(columns, names=["image", "label", "label"]), file)
     refused("task_args.label: .* has 2 columns 'label'", file)

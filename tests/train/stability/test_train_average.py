@@ -1,4 +1,4 @@
-"""The moving average of the weights: its arithmetic, when it begins, what it is used for."""
+"""The moving average of the weights: its formula, its start and its uses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def floats(state):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.15, 0.9])
-def test_the_average_is_what_the_formula_says(decay):
+def test_the_average_follows_its_formula(decay):
     model = network()
     average, expected = Average(model, decay), floats(model.state_dict())
     assert expected.keys() == average.values.keys()
@@ -43,7 +43,7 @@ def test_the_average_is_what_the_formula_says(decay):
     assert all(torch.allclose(average.values[k], v, atol=1e-6) for k, v in expected.items())
 
 
-def test_a_swap_and_back_leaves_everything_as_it_was():
+def test_swapping_twice_restores_everything():
     model = network()
     average = Average(model, 0.5)
     disturbed(model)
@@ -80,7 +80,7 @@ def test_a_state_of_another_model_is_refused():
 
 
 def watched(monkeypatch):
-    """After every step: the phase, the model's and the averaged weights, the updates."""
+    """Record after every step the phase, the model's and the averaged weights, and the updates."""
     seen = []
     run = Trainer._train_step
 
@@ -95,19 +95,19 @@ def watched(monkeypatch):
     return seen
 
 
-def test_it_begins_with_the_tuning_phase(tmp_path, monkeypatch):
+def test_averaging_begins_with_the_tuning_phase(tmp_path, monkeypatch):
     seen = watched(monkeypatch)
     train(Regression(), mlp_spec(ema=0.9, noise_share=0.5), tmp_path, CPU)
     assert [updates for *_, updates in seen] == [0] * 9 + list(range(1, 10))
     assert all(values is None for phase, _, values, _ in seen if phase == "noise")
     last_of_noise, (_, first, average, _) = seen[8][1], seen[9]
     for name in average.keys() & last_of_noise.keys():
-        # It starts at the weights of the freeze, of which the first update keeps a tenth.
+        # It starts at the weights of the freeze; the first update keeps a tenth of them.
         expected = 0.1 * last_of_noise[name] + 0.9 * first[name]
         assert torch.allclose(average[name], expected, atol=1e-6), name
 
 
-def test_of_a_float_model_it_begins_at_once(tmp_path, monkeypatch):
+def test_averaging_of_a_float_model_begins_immediately(tmp_path, monkeypatch):
     seen = watched(monkeypatch)
     config = FloatConfig(ema=0.9, epochs=2, batch_size=32, lr=0.01)
     train(Regression(), TrainSpec(train=config.as_training(), seed=1), tmp_path, CPU)
@@ -115,7 +115,7 @@ def test_of_a_float_model_it_begins_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["float", "nipq", "lsq"])
-def test_what_is_validated_and_stored_is_the_average(kind, digits, tmp_path, monkeypatch):
+def test_the_average_is_validated_and_stored(kind, digits, tmp_path, monkeypatch):
     seen, curve, tested = watched(monkeypatch), [], []
     if kind == "float":
         config = FloatConfig(ema=0.8, epochs=2)
@@ -136,8 +136,8 @@ def test_what_is_validated_and_stored_is_the_average(kind, digits, tmp_path, mon
     assert any(not torch.equal(average[name], own[name]) for name in average)
     stored = floats(from_bytes((tmp_path / "model.pt").read_bytes())["model"])
     for name, value in average.items():
-        assert torch.equal(tested[-2][name], value), "the last epoch's point of the curve"
-        if kind == "float" or "running" not in name:  # these were estimated anew
+        assert torch.equal(tested[-2][name], value), "validated for the last point of the curve"
+        if kind == "float" or "running" not in name:  # these were re-estimated
             assert torch.equal(tested[-1][name], value) and torch.equal(stored[name], value)
     if kind != "float":
         assert any(
@@ -157,7 +157,7 @@ def test_without_a_tuning_phase_there_is_no_average(tmp_path):
     assert len(shas) == 1
 
 
-def test_it_is_in_the_checkpoints_of_its_phase_alone(tmp_path):
+def test_only_checkpoints_of_the_tuning_phase_contain_the_average(tmp_path):
     spec = mlp_spec(ema=0.9)
     for steps, updates in ((9, None), (1, 1), (4, 5)):
         interrupted(Regression(), spec, tmp_path, steps)

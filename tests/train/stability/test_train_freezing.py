@@ -1,4 +1,4 @@
-"""The tuning phase otherwise: weights that are fixed once they oscillate, and noise to the end."""
+"""Options of the tuning phase: iterative weight freezing, and noise until the end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from nipq_search.train.stability.freezing import Freezing
 from nipq_search.train.stability.oscillation import MOMENTUM
 
 
-def test_a_weight_that_keeps_turning_back_is_fixed_where_it_was_most():
+def test_an_oscillating_weight_is_fixed_at_its_most_frequent_grid_point():
     model, freezing = layer(), Freezing(2.5 * MOMENTUM)
     assert freezing.share() is None
-    #              hops, more often at 2   climbs   rests
+    # The first weight oscillates, mostly at 2; the second rises; the third always rounds to 0.
     for number in range(12):
-        hops = 1.0 if number % 3 == 1 else 2.0
-        place(model, hops, 0.5 * number, 0.2)
+        oscillating = 1.0 if number % 3 == 1 else 2.0
+        place(model, oscillating, 0.5 * number, 0.2)
         freezing.update(model)
     weight = model[0].weight.detach().view(-1)[:3] / step_of(model)
     assert weight.tolist() == pytest.approx([2.0, 5.5, 0.2], abs=1e-5)
@@ -30,7 +30,7 @@ def test_a_weight_that_keeps_turning_back_is_fixed_where_it_was_most():
     place(model, 7.0, 7.0)
     freezing.update(model)
     weight = model[0].weight.detach().view(-1)[:2] / step_of(model)
-    assert weight.tolist() == pytest.approx([2.0, 7.0], abs=1e-5), "fixed for good"
+    assert weight.tolist() == pytest.approx([2.0, 7.0], abs=1e-5), "the weight stays fixed"
 
 
 def test_a_fixed_weight_follows_its_boundary():
@@ -64,9 +64,7 @@ def test_freezing_ends_oscillation(float_model, digits, tmp_path):
     assert frozen[-1]["oscillating_weights"] < 0.5 * plain[-1]["oscillating_weights"]
 
 
-def test_noise_to_the_end_rounds_only_when_it_is_evaluated(
-    float_model, digits, tmp_path, monkeypatch
-):
+def test_noise_tuning_rounds_only_in_evaluation(float_model, digits, tmp_path, monkeypatch):
     hard, noisy = set(), set()
     before = FakeQuantizer.forward
 
@@ -79,7 +77,7 @@ def test_noise_to_the_end_rounds_only_when_it_is_evaluated(
 
     monkeypatch.setattr(FakeQuantizer, "forward", forward)
     result, _ = curve_of(digits, float_model, tmp_path / "noise", tuning="noise")
-    assert noisy and result.metrics["accuracy"] > 0.2, "twice chance"
+    assert noisy and result.metrics["accuracy"] > 0.2, "twice the chance level"
     seen = len(noisy)
     noisy.clear()
     curve_of(digits, float_model, tmp_path / "hard")

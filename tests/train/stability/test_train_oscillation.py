@@ -1,4 +1,4 @@
-"""Weights that hop between grid points: counted, logged, and dampened."""
+"""Oscillating weights: their measurement, their share in the curve, and dampening."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def step_of(model):
 
 
 def place(model, *levels):
-    """Put the first weights at these multiples of the step."""
+    """Set the first weights to these multiples of the step."""
     step = step_of(model)
     with torch.no_grad():
         model[0].weight.view(-1)[: len(levels)] = torch.tensor(levels) * step
 
 
-def test_only_turning_back_counts():
+def test_only_reversals_count():
     model, seen = layer(), Oscillation()
     assert seen.share() is None
     place(model, 0.0, 0.0, 0.0, 0.0)
     seen.update(model)
     assert seen.share() == 0.0
-    #               hops   climbs  rests  leaves for good
+    # Integers of the four weights: oscillating, rising, constant, changing once.
     for levels in ((1.0, 1.0, 0.2, 1.0), (0.0, 2.0, 0.4, 1.0), (1.0, 3.0, -0.4, 1.0)):
         place(model, *levels)
         seen.update(model)
@@ -50,11 +50,11 @@ def test_only_turning_back_counts():
 
 
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
-def test_what_is_followed_are_the_grid_integers(granularity):
+def test_grid_integers_are_tracked(granularity):
     config = QuantConfig(weights=WeightConfig(bits=(3,), granularity=granularity))
     layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)]
     if granularity == "per_channel":
-        layers.append(nn.ConvTranspose2d(4, 4, 2))  # its channels are not first: left out
+        layers.append(nn.ConvTranspose2d(4, 4, 2))  # skipped: channels not in dimension 0
     model = nn.Sequential(*layers)
     model = freeze_bits(prepare(model, torch.randn(1, 3, 6, 6), config))
     seen = Oscillation()
@@ -67,13 +67,13 @@ def test_what_is_followed_are_the_grid_integers(granularity):
     assert torch.equal(seen.integers, torch.cat(expected).detach())
 
 
-def test_a_model_that_is_one_layer_is_seen_too():
+def test_a_single_layer_model_is_tracked():
     seen = Oscillation()
     seen.update(layer(wrapped=False))
     assert seen.share() == 0.0
 
 
-def test_a_saved_state_goes_on(tmp_path):
+def test_a_saved_state_continues(tmp_path):
     model, whole, half = layer(), Oscillation(), Oscillation()
     for number, level in enumerate((0.0, 1.0, 0.0, 1.0)):
         place(model, level)
@@ -86,14 +86,14 @@ def test_a_saved_state_goes_on(tmp_path):
     assert torch.equal(whole.frequencies, half.frequencies)
 
 
-def test_dampening_draws_weights_to_their_grid_points():
+def test_dampening_pulls_weights_to_their_grid_points():
     model = layer()
     place(model, 0.3, -1.4, 50.0)
     before = model[0].weight.detach().clone()
     loss = dampening(model)
     loss.backward()
     gradient = model[0].weight.grad.view(-1) / step_of(model)
-    assert gradient[:3] == pytest.approx([0.6, -0.8, 0.0], abs=1e-5), "nothing beyond the range"
+    assert gradient[:3] == pytest.approx([0.6, -0.8, 0.0], abs=1e-5), "zero outside the range"
     assert torch.equal(model[0].weight, before)
     assert all(p.grad is None for p in model[0].weight_quantizer.parameters())
     with torch.no_grad():

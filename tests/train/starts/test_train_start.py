@@ -1,4 +1,4 @@
-"""Where bit-widths start: scores, one width for all, and profiles."""
+"""Starting bit-widths: sensitivity scores, a single width, and profiles."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_scoring_can_be_stopped(digits, float_file):
         score(digits, spec_of(float_file), CPU, Hooks(should_stop=lambda: True))
 
 
-def test_noise_does_not_make_a_wider_tensor_worse():
+def test_scores_do_not_increase_with_the_width():
     assert monotone({2: 0.5, 3: 0.1, 4: 0.2, 8: -0.3}) == {2: 0.5, 3: 0.2, 4: 0.2, 8: 0.0}
     for ruined in (float("nan"), float("inf")):
         found = monotone({2: ruined, 4: 0.2, 8: 0.1})
@@ -129,10 +129,10 @@ def test_scores_seed_what_is_learned(digits, float_file, losses):
 
 def test_missing_or_foreign_scores_are_refused(digits, float_file, losses):
     spec = spec_of(float_file, bops(digits, float_file, 3), start="sensitivity")
-    with pytest.raises(UserError, match="scores of a sweep"):
+    with pytest.raises(UserError, match="needs scores, which only a sweep"):
         prepared_for(digits, spec)
     some = dict(list(losses.items())[1:])
-    with pytest.raises(UserError, match="another model's"):
+    with pytest.raises(UserError, match="another model"):
         prepared_for(digits, dataclasses.replace(spec, losses=some))
 
 
@@ -149,7 +149,7 @@ def test_one_width_stays_the_same_for_all(digits, float_file, tmp_path, quantize
     assert result.metrics["accuracy"] > 0.5
 
 
-def test_one_width_goes_on_from_a_wider_parent(digits, float_file, tmp_path):
+def test_one_width_starts_from_a_wider_parent(digits, float_file, tmp_path):
     lsq = dataclasses.replace(QUANT, quantizer="lsq")
     wide = dataclasses.replace(
         spec_of(float_file, bops(digits, float_file, 5), start="uniform"), quant=lsq
@@ -170,19 +170,19 @@ def test_one_width_goes_on_from_a_wider_parent(digits, float_file, tmp_path):
                 q.boundary_for(x).range(4).high.mean()
                 for q in (quantizer, quantizers(parent)[name])
             )
-            assert 0.15 * theirs < mine < theirs, "fewer levels want a narrower range"
+            assert 0.15 * theirs < mine < theirs, "fewer levels need a narrower range"
 
 
 def starts(model):
-    """Where bit-widths start; learned ones keep clear of their ends."""
+    """Return the starting bit-widths, rounded: learned ones avoid the ends of their range."""
     return {name: round(float(q.bits.soft().detach())) for name, q in quantizers(model).items()}
 
 
 @pytest.mark.parametrize("noise_share", [0.0, 0.5])
-def test_a_child_keeps_the_widths_of_a_parent_that_is_there_already(
+def test_a_child_keeps_the_widths_of_a_parent_at_the_same_budget(
     digits, float_file, tmp_path, noise_share
 ):
-    """They may have been learned: the plain projection knows nothing of the data."""
+    """They may have been learned, whereas a new projection would ignore the data."""
     budget = bops(digits, float_file, 3)
     parent = spec_of(float_file, budget, noise_share=0.5, epochs=3, lr_bits=0.5)
     train(digits, parent, tmp_path, CPU)
@@ -195,7 +195,7 @@ def test_a_child_keeps_the_widths_of_a_parent_that_is_there_already(
     )
     assert starts(prepared_for(digits, child)) == learned
     plain = prepared_for(digits, spec_of(float_file, {"bops": cost}, noise_share=0.0))
-    assert hard_bits(plain) != learned, "else this test shows nothing"
+    assert hard_bits(plain) != learned, "otherwise the test is vacuous"
     smaller = prepared_for(
         digits, dataclasses.replace(child, budget=bops(digits, float_file, 2.5))
     )
@@ -204,7 +204,7 @@ def test_a_child_keeps_the_widths_of_a_parent_that_is_there_already(
 
 @pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
 def test_fitted_ranges_lower_the_error_of_rounding(digits, float_file, quantizer):
-    """Of every weight, from a float model (NIPQ) and from a parent at another width."""
+    """Check every weight, from a float model (NIPQ) and from a parent at another width."""
     quant = dataclasses.replace(QUANT, quantizer=quantizer)
 
     def errors(model):
@@ -229,10 +229,10 @@ def test_fitted_ranges_lower_the_error_of_rounding(digits, float_file, quantizer
     if quantizer == "nipq":
         assert all(fitted[name] < plain[name] for name in plain)
     else:
-        assert fitted == plain, "LSQ starts as published"
+        assert fitted == plain, "LSQ keeps its published starting values"
 
 
-def test_no_single_width_may_keep_the_budget(digits, float_file):
+def test_no_single_width_meets_the_budget(digits, float_file):
     pinned = dataclasses.replace(QUANT, weights=WeightConfig(bits=(4, 6)))
     spec = spec_of(float_file, bops(digits, float_file, 3), start="uniform")
     with pytest.raises(UserError, match=r"no single bit-width of \[4, 6\]"):
@@ -248,7 +248,7 @@ def test_a_profile_is_shifted_onto_the_budget(digits, float_file):
     model = prepared_for(digits, dataclasses.replace(spec, quant=lsq, profile=profile))
     bits = hard_bits(model)
     assert is_tight(quant_state(model).graph, bits, Budget(**budget))
-    # What is left of the budget goes to small tensors, whatever their profile.
+    # The rest of the budget goes to small tensors, independently of their profile.
     low, high = (
         statistics.median(bits[unit] for unit in units if profile[unit] == width)
         for width in (2, 6)

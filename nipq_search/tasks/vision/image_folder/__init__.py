@@ -1,5 +1,5 @@
 """The task `image_folder`: timm models on images in class folders, Parquet or IDX files.
 
-Start reading in `task.py`. `search.py` finds the images, `splits.py` divides them, `batches.py`
-loads them, `models.py` builds the model and its teacher.
+Start reading in `task.py`. `data.py`, `preprocessing.py` and `models.py` define the sections of
+its arguments; `search.py` finds the images, `splits.py` divides them, and `batches.py` loads them.
 """

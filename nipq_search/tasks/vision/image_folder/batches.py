@@ -1,4 +1,4 @@
-"""Batches of images as functions of a seed, decoded by worker processes or kept in memory."""
+"""Batches of images as functions of a seed, decoded by worker processes or read from memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nipq_search.tasks.vision.image_folder.splits import ImageSplit
 from nipq_search.tasks.vision.image_folder.transforms import (
     ChannelNormalization,
     Crop,
-    augmented,
+    augment_image,
     to_array,
 )
 
@@ -35,16 +35,16 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatches:
-    """One epoch of a split, the last partial batch included; each iteration gives the same.
+    """One epoch of a split, including the last partial batch; every iteration is the same.
 
     Attributes:
-        split: images to decode, or decoded ones (N, 1 or 3, size, size).
-        crop: how an image gets its size.
-        normalization: bytes to inputs.
-        batch_size: images in a batch.
-        seed: order and augmentation; None keeps the order and changes nothing.
+        split: images to decode, or decoded images (N, 1 or 3, size, size).
+        crop: size and interpolation of the images.
+        normalization: map from bytes to inputs.
+        batch_size: images per batch.
+        seed: seed of order and augmentation; None keeps the order and augments nothing.
         augment: one of `AUGMENTATIONS`.
-        workers: processes that decode; 0 decodes in this one.
+        workers: processes that decode; 0 decodes in the calling process.
     """
 
     split: ImageSplit | Split
@@ -56,26 +56,26 @@ class ImageBatches:
     workers: int = 0
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Images (B, 3, size, size) float32 and labels (B,) int64, batch by batch."""
+        """Yield images (B, 3, size, size) float32 and labels (B,) int64."""
         order = np.arange(len(self.split))
         generator = torch.Generator()
         if self.seed is not None:
             order = torch.randperm(len(order), generator=generator.manual_seed(self.seed)).numpy()
         size = self.batch_size
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
         if self.workers == 0:
-            yield from map(self.batch, parts)
+            yield from map(self.batch, batches)
             return
-        # Each item is a whole batch, so nothing depends on which process makes it. A generator of
-        # its own keeps the loader from drawing a seed from the global one.
+        # Each item is a whole batch, so results do not depend on the number of workers. Without
+        # its own generator, the loader would draw a seed from the global one.
         loader: DataLoader[Batch | UserError] = DataLoader(
-            _Whole(self, parts),
+            _BatchDataset(self, batches),
             batch_size=None,
-            num_workers=min(self.workers, len(parts), cores()),
+            num_workers=min(self.workers, len(batches), available_cores()),
             generator=generator,
             pin_memory=torch.cuda.is_available(),
         )
@@ -84,100 +84,108 @@ class ImageBatches:
                 raise batch from batch.below
             yield batch[0], batch[1]
 
-    def batch(self, numbers: NDArray[np.int64]) -> Batch:
-        """Inputs and labels of the images with these positions in the split."""
+    def batch(self, positions: NDArray[np.int64]) -> Batch:
+        """Return the inputs and labels of the images at these positions of the split."""
         if isinstance(self.split, Split) and (self.seed is None or self.augment == "none"):
-            raw = self.split.images[numbers]
+            raw = self.split.images[positions]
         else:
-            with quiet():
-                raw = stack([self._image(int(number)) for number in numbers])
-        # Indexing by an array copies, so torch may own the result.
+            with ignore_warnings():
+                raw = stack_images([self._image(int(position)) for position in positions])
+        # Indexing with an array copies, so torch can own the result.
         return self.normalization(torch.from_numpy(raw)), torch.from_numpy(
-            self.split.labels[numbers]
+            self.split.labels[positions]
         )
 
-    def _image(self, number: int) -> NDArray[np.uint8]:
-        """One image (1 or 3, size, size), augmented as the seed says."""
+    def _image(self, position: int) -> NDArray[np.uint8]:
+        """Return one image (1 or 3, size, size), augmented according to the seed."""
         generator = None
         if self.seed is not None and self.augment != "none":
-            # By image rather than by position: whatever worker makes it, it is the same.
-            generator = torch.Generator().manual_seed(mix(self.seed, number) & 0x7FFFFFFF)
+            # A seed per image makes the result independent of the worker and the batch.
+            generator = torch.Generator().manual_seed(mix(self.seed, position) & 0x7FFFFFFF)
         if isinstance(self.split, ImageSplit):
-            image = self.split.source.open(int(self.split.index[number]))
+            image = self.split.source.open(int(self.split.index[position]))
         else:
-            image = as_image(self.split.images[number])
-        return augmented(image, self.crop, self.augment, generator)
+            image = to_image(self.split.images[position])
+        return augment_image(image, self.crop, self.augment, generator)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without Pillow's warnings, such as that an image is large. Not for several threads."""
+def ignore_warnings() -> Iterator[None]:
+    """Suppress Pillow's warnings, such as those about large images. Not thread-safe."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def cores() -> int:
-    """Cores that this process may use. More workers only take turns, and torch warns of them."""
+def available_cores() -> int:
+    """Return the number of cores this process can use; torch warns about more workers."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-class _Whole(Dataset[Batch | UserError]):
-    """Whole batches by number, for worker processes; what is wrong comes back as a value.
+class _BatchDataset(Dataset[Batch | UserError]):
+    """Whole batches by index, for worker processes; a `UserError` is returned as a value.
 
-    A raised error would reach the caller with the worker's traceback in its message.
+    If a worker raised it, its message in the calling process would contain a traceback.
     """
 
-    def __init__(self, batches: ImageBatches, parts: list[NDArray[np.int64]]) -> None:
-        self.batches, self.parts = batches, parts
+    def __init__(self, batches: ImageBatches, positions: list[NDArray[np.int64]]) -> None:
+        self.batches, self.positions = batches, positions
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.positions)
 
     def __getitem__(self, index: int) -> Batch | UserError:
         try:
-            return self.batches.batch(self.parts[index])
+            return self.batches.batch(self.positions[index])
         except UserError as error:
-            error.below = error.__cause__  # a pickle leaves the cause behind
+            error.below = error.__cause__  # pickling drops the cause
             return error
 
 
-def stack(images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """(N, C, H, W); grey images among coloured ones get three equal channels."""
+def stack_images(images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Return images as (N, C, H, W); gray images among colored ones get three equal channels."""
     channels = max(len(image) for image in images)
     return np.stack([image if len(image) == channels else image.repeat(3, 0) for image in images])
 
 
-def decoded(split: ImageSplit, crop: Crop, threads: int = 1) -> Split:
-    """The whole split in memory as (N, 1 or 3, size, size): one channel where all are grey.
+def decode_split(split: ImageSplit, crop: Crop, threads: int = 1) -> Split:
+    """Decode all images of a split into memory.
+
+    Args:
+        split: the images.
+        crop: their size; the center crop is kept.
+        threads: number of threads that decode.
+
+    Returns:
+        Images (N, 1 or 3, size, size), with one channel if all are gray.
 
     Raises:
-        UserError: an image cannot be read, or all of them together do not fit into memory.
+        UserError: an image cannot be read, or the images do not fit into memory.
     """
-    needed = len(split) * 3 * crop.size**2
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there // 2:
+    required = len(split) * 3 * crop.size**2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if required > memory // 2:
         raise UserError(
-            f"task_args.cache: {len(split)} decoded images take {needed / 1e9:.0f} GB, and this "
-            f"machine has {there / 1e9:.0f} GB of memory; use cache: none"
+            f"task_args.cache: {len(split)} decoded images take {required / 1e9:.0f} GB, and this "
+            f"machine has {memory / 1e9:.0f} GB of memory; use cache: none"
         )
     images = np.empty((len(split), 3, crop.size, crop.size), dtype=np.uint8)
 
-    def put(number: int) -> bool:
-        """Decode one image; whether it is grey."""
-        array = to_array(crop.centre(split.source.open(int(split.index[number]))))
-        images[number] = array
+    def put(position: int) -> bool:
+        """Decode one image and return whether it is gray."""
+        array = to_array(crop.center(split.source.open(int(split.index[position]))))
+        images[position] = array
         return len(array) == 1
 
-    with quiet(), ThreadPoolExecutor(max_workers=threads) as pool:
-        grey = all(list(pool.map(put, range(len(split)))))
-    return Split(images=images[:, :1].copy() if grey else images, labels=split.labels)
+    with ignore_warnings(), ThreadPoolExecutor(max_workers=threads) as pool:
+        gray = all(list(pool.map(put, range(len(split)))))
+    return Split(images=images[:, :1].copy() if gray else images, labels=split.labels)
 
 
-def as_image(array: NDArray[np.uint8]) -> Image:
-    """The image of an array (1 or 3, H, W)."""
+def to_image(array: NDArray[np.uint8]) -> Image:
+    """Return an array (1 or 3, H, W) as an image."""
     from PIL import Image
 
     return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))

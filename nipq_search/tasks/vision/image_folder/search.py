@@ -1,4 +1,4 @@
-"""Finds the images at a path: class folders, Parquet files or IDX files."""
+"""Search for the images at a path: class folders, Parquet files or IDX files."""
 
 from __future__ import annotations
 
@@ -11,43 +11,57 @@ import numpy as np
 from nipq_search.errors import UserError
 from nipq_search.tasks.vision.idx import read_idx
 from nipq_search.tasks.vision.image_folder.sources import (
-    NAMES,
     SUFFIXES,
-    Files,
-    Found,
-    Grey,
-    Packed,
-    Part,
-    Wanted,
+    USUAL_NAMES,
+    FoundImages,
+    GrayImages,
+    ImageFiles,
+    LabeledImages,
+    PackedBytes,
+    SplitNames,
     check_classes,
 )
 
-SPLIT_NAMES = {name for names in NAMES.values() for name in names}
-"""What no class is called: such folders are splits."""
+RESERVED_NAMES = {name for names in USUAL_NAMES.values() for name in names}
+"""Folder names, in lower case, that denote a split and cannot be classes."""
+
+IDX_NAMES = {"train": "train", "test": "t10k"}
+"""Prefix of the IDX files of each split."""
 
 
-def find(path: Path, wanted: Wanted, format: str | None, columns: tuple[str, str]) -> Found:
-    """Everything at `path`, in the named format or in the one that it looks like.
+def find_images(
+    path: Path, names: SplitNames, format: str | None, columns: tuple[str, str]
+) -> FoundImages:
+    """Find all images at a path.
+
+    Args:
+        path: a folder or a Parquet file.
+        names: names to search for, by split.
+        format: `folder`, `parquet` or `idx`; None detects it.
+        columns: Parquet columns of the images and labels.
+
+    Returns:
+        The images of each split.
 
     Raises:
-        UserError: nothing there, no images, an empty class folder, one class alone, other classes
-            in another split, missing columns.
+        UserError: there are no images, a class folder is empty, there is only one class, a split
+            has other classes, or a column is missing.
     """
     if not path.exists():
         raise UserError(f"task_args.path: {path}: no such file or folder")
     if path.is_file() and path.suffix != ".parquet":
         raise UserError(
-            f"task_args.path: {path}: give a folder, or a Parquet file (its name ends in .parquet)"
+            f"task_args.path: {path}: give a folder, or a Parquet file whose name ends in .parquet"
         )
     kind = format or guess_format(path)
     if kind == "parquet":
         from nipq_search.tasks.vision.image_folder.parquet import find_parquet
 
-        found = find_parquet(path, wanted, columns)
+        found = find_parquet(path, names, columns)
     elif not path.is_dir():
-        raise UserError(f"task_args.path: {path}: not a folder, as format {kind} needs one")
+        raise UserError(f"task_args.path: {path}: format {kind} needs a folder")
     else:
-        found = find_folders(path, wanted) if kind == "folder" else find_idx(path, wanted)
+        found = find_folders(path, names) if kind == "folder" else find_idx(path, names)
     if len(found.classes) < 2:
         raise UserError(
             f"task_args.path: {path}: there is one class, {found.classes[0]!r}; two are needed"
@@ -56,67 +70,71 @@ def find(path: Path, wanted: Wanted, format: str | None, columns: tuple[str, str
 
 
 def guess_format(path: Path) -> str:
-    """`parquet`, `idx` or `folder`, from the names of the files."""
+    """Return `parquet`, `idx` or `folder`, depending on the names of the files."""
     if path.is_file() or any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
         return "parquet"
     return "idx" if any(path.glob("*-idx3-ubyte*")) else "folder"
 
 
-def find_folders(path: Path, wanted: Wanted) -> Found:
-    """A tree of class folders, below a folder for each split or directly at `path`."""
-    places = {split: split_folder(path, names) for split, names in wanted.items()}
+def find_folders(path: Path, names: SplitNames) -> FoundImages:
+    """Find class folders, either below one folder per split or directly in `path`.
+
+    Raises:
+        UserError: a class folder is empty or has the name of a split, or classes differ.
+    """
+    places = {split: split_folder(path, known) for split, known in names.items()}
     direct = places["train"] is None
     if direct:
         places = {"train": path}
-    trees = {split: scan(place) for split, place in places.items() if place is not None}
+    trees = {split: list_classes(place) for split, place in places.items() if place is not None}
     classes = tuple(trees["train"])
-    splits = [name for name in classes if name.lower() in SPLIT_NAMES]
-    if splits and (direct or len(splits) == len(classes)):
+    reserved = [name for name in classes if name.lower() in RESERVED_NAMES]
+    if reserved and (direct or len(reserved) == len(classes)):
         raise UserError(
-            f"task_args.path: {places['train']}: '{splits[0]}' is the name of a split, not of a "
-            "class, and there is no folder 'train' beside it; name the training images' so"
+            f"task_args.path: {places['train']}: '{reserved[0]}' is the name of a split, not of a "
+            "class, and there is no folder 'train'; create it for the training images"
         )
-    parts = {}
+    splits = {}
     for split, tree in trees.items():
         check_classes(str(places[split]), tree, classes)
-        parts[split] = Part(
-            source=Files(
+        splits[split] = LabeledImages(
+            source=ImageFiles(
                 folder=str(places[split]),
-                paths=Packed.of([name for names in tree.values() for name in names]),
+                paths=PackedBytes.of([name for files in tree.values() for name in files]),
             ),
-            labels=np.repeat(np.arange(len(classes)), [len(names) for names in tree.values()]),
+            labels=np.repeat(np.arange(len(classes)), [len(files) for files in tree.values()]),
         )
-    return Found(parts=parts, classes=classes)
+    return FoundImages(splits=splits, classes=classes)
 
 
 def split_folder(path: Path, names: Sequence[str]) -> Path | None:
-    """The folder in `path` that has one of the names, in any case; the first name counts most.
+    """Return the folder in `path` with one of the names, in any case; earlier names win.
 
     Raises:
-        UserError: two folders differ in case alone.
+        UserError: two folders differ only in case.
     """
     folders = [entry.name for entry in os.scandir(path) if entry.is_dir()]
     for name in names:
         found = sorted(folder for folder in folders if folder.lower() == name.lower())
         if len(found) > 1:
             raise UserError(
-                f"task_args.path: {path}: '{found[0]}' and '{found[1]}' are both there; which is "
-                "it? Rename one"
+                f"task_args.path: {path}: '{found[0]}' and '{found[1]}' differ only in case; "
+                "rename one of them"
             )
         if found:
             return path / found[0]
     return None
 
 
-def scan(folder: Path) -> dict[str, list[bytes]]:
-    """Image files below each class folder, by class, relative to `folder`; all sorted.
+def list_classes(folder: Path) -> dict[str, list[bytes]]:
+    """Return the image files of each class folder, relative to `folder`; everything is sorted.
 
-    A class folder may be a link. Links to folders inside of it are not followed, for they may lead
-    in a circle. What begins with a dot is left out.
+    A class folder can be a link. Links to folders inside it are not followed, because they can
+    form a cycle. Names that start with a dot are ignored.
 
     Raises:
-        UserError: no class folder, or one without images.
-        PermissionError: something below may not be read.
+        UserError: there is no class folder, or one without images.
+        PermissionError: a folder cannot be read.
     """
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     classes = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
@@ -140,25 +158,25 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def find_idx(path: Path, wanted: Wanted) -> Found:
-    """A folder of IDX files named as in the MNIST family, compressed or plain."""
-    names = {split: name for split, name in IDX_NAMES.items() if wanted[split]}
-    parts = {split: read_idx_pair(path, name) for split, name in names.items()}
-    classes = [str(label) for label in range(int(parts["train"].labels.max(initial=0)) + 1)]
-    for split, part in parts.items():
-        check_classes(f"{path}: {split}", map(str, np.unique(part.labels)), classes)
-    return Found(parts=parts, classes=tuple(classes))
+def find_idx(path: Path, names: SplitNames) -> FoundImages:
+    """Find IDX files, compressed or plain, with the names of the MNIST family."""
+    prefixes = {split: prefix for split, prefix in IDX_NAMES.items() if names[split]}
+    splits = {split: read_idx_pair(path, prefix) for split, prefix in prefixes.items()}
+    classes = [str(label) for label in range(int(splits["train"].labels.max(initial=0)) + 1)]
+    for split, images in splits.items():
+        check_classes(f"{path}: {split}", map(str, np.unique(images.labels)), classes)
+    return FoundImages(splits=splits, classes=tuple(classes))
 
 
-IDX_NAMES = {"train": "train", "test": "t10k"}
-"""What the files of a split begin with."""
+def read_idx_pair(folder: Path, prefix: str) -> LabeledImages:
+    """Read the images and labels of one split.
 
-
-def read_idx_pair(folder: Path, name: str) -> Part:
-    """Images and labels of one split, checked against each other."""
+    Raises:
+        UserError: a file is missing or invalid, or the numbers of images and labels differ.
+    """
 
     def file(rest: str) -> Path:
-        places = [folder / f"{name}-{rest}{suffix}" for suffix in (".gz", "")]
+        places = [folder / f"{prefix}-{rest}{suffix}" for suffix in (".gz", "")]
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise UserError(f"{places[1]}: no such file, compressed or not")
@@ -167,5 +185,5 @@ def read_idx_pair(folder: Path, name: str) -> Part:
     images = read_idx(file("images-idx3-ubyte"), 3)
     labels = read_idx(file("labels-idx1-ubyte"), 1).astype(np.int64)
     if len(images) != len(labels):
-        raise UserError(f"{folder}: {name} has {len(labels)} labels for {len(images)} images")
-    return Part(source=Grey(images=images), labels=labels)
+        raise UserError(f"{folder}: {prefix} has {len(labels)} labels for {len(images)} images")
+    return LabeledImages(source=GrayImages(images=images), labels=labels)

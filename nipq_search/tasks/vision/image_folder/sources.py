@@ -1,4 +1,4 @@
-"""Where images come from: class folders, IDX files or encoded bytes, opened one at a time."""
+"""Sources of images: files in class folders, IDX arrays or encoded bytes, opened one by one."""
 
 from __future__ import annotations
 
@@ -20,60 +20,60 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-"""File names that are taken for images, in any case."""
+"""Suffixes of image files, in lower case; files are matched in any case."""
 
-NAMES = {
+USUAL_NAMES = {
     "train": ("train", "training"),
     "validation": ("val", "validation", "valid", "dev"),
     "test": ("test", "testing"),
 }
-"""What folders and files of a split are called, in order of preference."""
+"""Usual names of the folders and files of each split, in order of preference."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
-    """Many byte strings in one array: two numpy arrays cost no copies between processes."""
+class PackedBytes:
+    """A sequence of byte strings in two numpy arrays, which processes can share without a copy."""
 
     data: NDArray[np.uint8]
     ends: NDArray[np.int64]
 
     @classmethod
-    def of(cls, items: Sequence[bytes]) -> Packed:
-        """The items, one behind the other."""
+    def of(cls, items: Sequence[bytes]) -> PackedBytes:
+        """Concatenate byte strings."""
         ends = np.cumsum([len(item) for item in items], dtype=np.int64)
         return cls(data=np.frombuffer(b"".join(items), dtype=np.uint8), ends=ends)
 
     def __len__(self) -> int:
-        """Number of items."""
+        """Return the number of items."""
         return len(self.ends)
 
     def __getitem__(self, index: int) -> bytes:
-        """One item."""
+        """Return one item."""
         start = self.ends[index - 1] if index else 0
         return self.data[start : self.ends[index]].tobytes()
 
 
-class Source(Protocol):
-    """Images by number."""
+class ImageSource(Protocol):
+    """A sequence of images."""
 
     def open(self, index: int) -> Image:
-        """The decoded image; `UserError` names one that cannot be read."""
+        """Return a decoded image, or raise `UserError` with its name if it cannot be read."""
         ...
 
     def fingerprint(self) -> bytes:
-        """Tells other data apart, as far as that takes no reading of every image."""
+        """Return bytes that change with the data, without reading every image file."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files:
-    """Image files below a folder. Only their names travel to other processes."""
+class ImageFiles:
+    """Image files below a folder. Pickles contain only their names."""
 
     folder: str
-    paths: Packed
+    paths: PackedBytes
 
     def open(self, index: int) -> Image:
-        """The decoded file."""
+        """Return a decoded file."""
         path = os.path.join(self.folder, os.fsdecode(self.paths[index]))
         try:
             with open(path, "rb") as file:
@@ -84,65 +84,65 @@ class Files:
         return decode(data, path)
 
     def fingerprint(self) -> bytes:
-        """Names of the files."""
+        """Return the names of the files."""
         return self.paths.data.tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """Encoded images in memory; `place` says where they were read."""
+class EncodedImages:
+    """Encoded images in memory; `origin` names their file in messages."""
 
-    place: str
-    items: Packed
+    origin: str
+    items: PackedBytes
 
     def open(self, index: int) -> Image:
-        """The decoded image."""
-        return decode(self.items[index], f"{self.place}: image {index}")
+        """Return a decoded image."""
+        return decode(self.items[index], f"{self.origin}: image {index}")
 
     def fingerprint(self) -> bytes:
-        """Every byte."""
+        """Return a hash of all bytes."""
         return hashlib.sha256(self.items.data.data).digest()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grey:
-    """Grey images (N, H, W) of one size in memory."""
+class GrayImages:
+    """Gray images (N, H, W) of equal size in memory."""
 
     images: NDArray[np.uint8]
 
     def open(self, index: int) -> Image:
-        """The image, in mode L."""
+        """Return an image in mode L."""
         from PIL import Image
 
         return Image.fromarray(self.images[index])
 
     def fingerprint(self) -> bytes:
-        """Every byte."""
+        """Return a hash of all bytes."""
         return hashlib.sha256(np.ascontiguousarray(self.images).data).digest()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """Images and their class numbers (N,)."""
+class LabeledImages:
+    """The images of a source and their class indices (N,)."""
 
-    source: Source
+    source: ImageSource
     labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a path holds: parts by split (`train` at least), and the classes' names in order."""
+class FoundImages:
+    """The images at a path by split, at least `train`, and the names of the classes in order."""
 
-    parts: Mapping[str, Part]
+    splits: Mapping[str, LabeledImages]
     classes: tuple[str, ...]
 
 
-Wanted = Mapping[str, Sequence[str]]
-"""Names to look for by split; none where a share of the training images is taken instead."""
+SplitNames = Mapping[str, Sequence[str]]
+"""Names to search for, by split; empty for a split that is a share of the training images."""
 
 
 def decode(data: bytes, name: str) -> Image:
-    """The image in `data`, grey or RGB; `UserError` with its `name` where it is none."""
+    """Return an encoded image as gray or RGB, or raise `UserError` with its name."""
     from PIL import Image
 
     try:
@@ -152,20 +152,30 @@ def decode(data: bytes, name: str) -> Image:
         raise UserError(f"{name}: not a readable image; replace or remove it") from error
 
 
-def check_classes(place: str, found: Iterable[str], classes: Sequence[str]) -> None:
-    """Raise `UserError` where a split does not have exactly the classes of the training images."""
+def check_classes(origin: str, found: Iterable[str], classes: Sequence[str]) -> None:
+    """Check that a split has exactly the classes of the training images.
+
+    Args:
+        origin: folder or file of the split, for messages.
+        found: classes of the split.
+        classes: classes of the training images.
+
+    Raises:
+        UserError: a class is missing, or there is an additional one.
+    """
     missing, more = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
     if missing or more:
-        said = [f"lacks class {missing[0]!r}"] if missing else []
-        said += [f"has class {more[0]!r}, which the training images lack"] if more else []
-        raise UserError(f"{place}: {' and '.join(said)}; every split needs the same classes")
+        problems = [f"lacks class {missing[0]!r}"] if missing else []
+        problems += [f"has class {more[0]!r}, which the training images lack"] if more else []
+        raise UserError(f"{origin}: {' and '.join(problems)}; every split needs the same classes")
 
 
-def split_of(relative: Path, wanted: Wanted) -> str | None:
-    """The split that a file's name, or else that of a folder above it, begins with."""
+def split_of(relative: Path, names: SplitNames) -> str | None:
+    """Return the split whose name begins the file's name, or that of the nearest parent folder."""
     for name in reversed(relative.parts):
         word = re.split(r"[^A-Za-z]", name, maxsplit=1)[0].lower()
-        for split, names in wanted.items():
-            if word in names or name.lower().partition(".")[0] in [n.lower() for n in names]:
+        stem = name.lower().partition(".")[0]
+        for split, known in names.items():
+            if word in known or stem in [entry.lower() for entry in known]:
                 return split
     return None

@@ -1,4 +1,4 @@
-"""Which images train, validate and test: folders of their own, or shares of the training ones."""
+"""Division of images into train, validation and test splits: own folders, or held-out shares."""
 
 from __future__ import annotations
 
@@ -11,100 +11,112 @@ from numpy.typing import NDArray
 
 from nipq_search.errors import UserError
 from nipq_search.tasks.base import SPLITS
-from nipq_search.tasks.common.arguments import check_most
+from nipq_search.tasks.common.arguments import check_limit
 from nipq_search.tasks.common.arrays import stratified
-from nipq_search.tasks.vision.image_folder.sources import NAMES, Found, Source, Wanted
+from nipq_search.tasks.vision.image_folder.sources import (
+    USUAL_NAMES,
+    FoundImages,
+    ImageSource,
+    SplitNames,
+)
 
-SHARE = 0.1
-"""Share of the training images that validates, or tests, where neither data nor file say so."""
+DEFAULT_SHARE = 0.1
+"""Share of the training images that forms a split without data of its own."""
 
-Place = str | float | None
-"""Where a split is: a folder's name, a share of the training images, or found by itself."""
+ImageSplitSource = str | float | None
+"""Origin of a split: name of a folder, share of the training images, or None to detect it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSplit:
-    """Some images of a source: their numbers (N,) there, and their class numbers (N,)."""
+    """Images of a source: their indices (N,) in it, and their class indices (N,)."""
 
-    source: Source
+    source: ImageSource
     index: NDArray[np.int64]
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.labels)
 
 
-def wanted_names(validation: Place, test: Place) -> Wanted:
-    """Names to look for; none for a split that is a share.
+def split_names(validation: ImageSplitSource, test: ImageSplitSource) -> SplitNames:
+    """Return the names to search for, by split; empty for a split that is a share.
 
     Raises:
-        UserError: a share outside of 0..1.
+        UserError: an origin is neither a name nor a share between 0 and 1.
     """
-    names: dict[str, tuple[str, ...]] = {"train": NAMES["train"]}
-    for split, place in (("validation", validation), ("test", test)):
-        if isinstance(place, str):
-            names[split] = (place,)
-        elif place is None:
-            names[split] = NAMES[split]
-        elif isinstance(place, bool) or not isinstance(place, float | int) or not 0 < place < 1:
+    names: dict[str, tuple[str, ...]] = {"train": USUAL_NAMES["train"]}
+    for split, source in (("validation", validation), ("test", test)):
+        if isinstance(source, str):
+            names[split] = (source,)
+        elif source is None:
+            names[split] = USUAL_NAMES[split]
+        elif isinstance(source, bool) or not isinstance(source, float | int) or not 0 < source < 1:
             raise UserError(
-                f"task_args.{split}: {place!r} is no share; use a number between 0 and 1, or the "
-                "name of a folder"
+                f"task_args.{split}: {source!r} is not a share; use a number between 0 and 1, or "
+                "the name of a folder"
             )
         else:
             names[split] = ()
     return names
 
 
-def choose(
-    found: Found, *, validation: Place, test: Place, caps: Mapping[str, int | None], seed: int
+def choose_images(
+    found: FoundImages,
+    *,
+    validation: ImageSplitSource,
+    test: ImageSplitSource,
+    limits: Mapping[str, int | None],
+    seed: int,
 ) -> dict[str, ImageSplit]:
-    """The three splits, stratified and disjoint.
+    """Return the three splits, stratified and disjoint.
 
-    Shares are taken from the training images first, so that they are the same whatever
-    `train_samples` says.
+    Shares are held out before `train_samples` applies, so they do not depend on it.
 
     Args:
-        found: the data.
-        validation: as in the task's arguments.
-        test: as in the task's arguments.
-        caps: how many images of a split to use, or None for all.
-        seed: decides which.
+        found: the images.
+        validation: origin of the validation split.
+        test: origin of the test split.
+        limits: maximum number of images by split; None means no limit.
+        seed: seed of all draws.
+
+    Returns:
+        The images of each split.
 
     Raises:
-        UserError: a named folder is missing, or there are fewer images than asked for.
+        UserError: a named folder is missing, or there are too few images.
     """
-    train = found.parts["train"]
+    train = found.splits["train"]
     shares = {}
-    for split, place in (("validation", validation), ("test", test)):
-        if split not in found.parts:
-            if isinstance(place, str):
-                raise UserError(f"task_args.{split}: the data have no '{place}'")
-            shares[split] = max(1, round((place or SHARE) * len(train.labels)))
+    for split, source in (("validation", validation), ("test", test)):
+        if split not in found.splits:
+            if isinstance(source, str):
+                raise UserError(f"task_args.{split}: the data have no '{source}'")
+            shares[split] = max(1, round((source or DEFAULT_SHARE) * len(train.labels)))
     rest = len(train.labels) - sum(shares.values())
     if rest < 1:
         raise UserError(
-            f"task_args.path: {len(train.labels)} training images are too few: "
-            f"{sum(shares.values())} of them validate or test, and none is left to train"
+            f"task_args.path: {len(train.labels)} training images are too few: the validation and "
+            f"test splits take {sum(shares.values())} of them, and none is left to train"
         )
     sizes = {**shares, "train": rest}
-    parts = dict(zip(sizes, stratified(train.labels, list(sizes.values()), seed), strict=True))
+    drawn = dict(zip(sizes, stratified(train.labels, list(sizes.values()), seed), strict=True))
     splits = {}
     for split in SPLITS:
-        part = train if split in parts else found.parts[split]
-        index, cap = parts.get(split), caps[split]
-        there = len(part.labels) if index is None else len(index)
-        check_most(f"{split}_samples", cap, there)
+        images = train if split in drawn else found.splits[split]
+        index, limit = drawn.get(split), limits[split]
+        available = len(images.labels) if index is None else len(index)
+        check_limit(f"{split}_samples", limit, available)
         if index is None:
-            (index,) = stratified(part.labels, [cap or there], seed)
-        index = np.sort(index[: cap or there])
-        splits[split] = ImageSplit(source=part.source, index=index, labels=part.labels[index])
+            (index,) = stratified(images.labels, [limit or available], seed)
+        index = np.sort(index[: limit or available])
+        splits[split] = ImageSplit(source=images.source, index=index, labels=images.labels[index])
     return splits
 
 
 def fingerprint(splits: Mapping[str, ImageSplit]) -> str:
-    """SHA-256 over what tells the splits apart without decoding them, in hexadecimal."""
+    """Return the SHA-256 of the splits without decoding any image, in hexadecimal."""
     total = hashlib.sha256()
     for name, split in splits.items():
         total.update(name.encode() + split.source.fingerprint())

@@ -1,4 +1,4 @@
-"""From a decoded image to the network's input: crop, augmentation, normalization."""
+"""Transforms from a decoded image to the network's input: crop, augmentation, normalization."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""Ways to resize, and Pillow's number of each."""
+"""Resizing filters, with Pillow's number of each."""
 
 AUGMENTATIONS = ("none", "light", "imagenet")
-"""What may be done to training images."""
+"""Augmentations of training images."""
 
 ATTEMPTS = 10
 AREA = (0.08, 1.0)
@@ -27,11 +27,11 @@ RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """How an image becomes `size` by `size` pixels.
+    """Reduction of an image to `size` by `size` pixels.
 
     Attributes:
-        size: pixels of either side.
-        share: the shorter side becomes `size / share` before the centre is cut out.
+        size: height and width of the result in pixels.
+        share: the shorter side is resized to `size / share` before the center crop.
         interpolation: a key of `INTERPOLATIONS`.
     """
 
@@ -39,8 +39,8 @@ class Crop:
     share: float
     interpolation: str
 
-    def centre(self, image: Image) -> Image:
-        """The middle of the image, as in evaluation."""
+    def center(self, image: Image) -> Image:
+        """Return the center crop, which evaluation uses."""
         shorter = math.floor(self.size / self.share)
         width, height = image.size
         if width <= height:
@@ -53,12 +53,22 @@ class Crop:
         return image.crop((left, top, left + self.size, top + self.size))
 
     def box(self, image: Image, box: tuple[int, int, int, int]) -> Image:
-        """The part (left, top, right, bottom) of the image, resized."""
+        """Return the region (left, top, right, bottom) of the image, resized."""
         return image.resize((self.size, self.size), INTERPOLATIONS[self.interpolation], box)
 
 
 def random_box(width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """A random part of 8 to 100 % of the area and a ratio of 3/4 to 4/3: Inception's crop."""
+    """Draw a random region of an image, as in Inception's random resized crop.
+
+    Args:
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        generator: source of randomness.
+
+    Returns:
+        Left, top, right and bottom of a region with 8 to 100 % of the area and an aspect ratio of
+        3/4 to 4/3. After ten failed attempts, the largest central region with a valid ratio.
+    """
     draws = torch.rand(ATTEMPTS, 4, generator=generator, dtype=torch.float64).tolist()
     for area, ratio, x, y in draws:
         wanted = width * height * (AREA[0] + area * (AREA[1] - AREA[0]))
@@ -75,50 +85,66 @@ def random_box(width: int, height: int, generator: torch.Generator) -> tuple[int
 
 
 def to_array(image: Image) -> NDArray[np.uint8]:
-    """(1 or 3, H, W) uint8."""
+    """Return an image as an array (1 or 3, H, W)."""
     array = np.asarray(image, dtype=np.uint8)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def augmented(
+def augment_image(
     image: Image, crop: Crop, augment: str, generator: torch.Generator | None
 ) -> NDArray[np.uint8]:
-    """The image as an array (1 or 3, size, size), changed at random where a generator says how.
+    """Crop an image and augment it at random.
 
-    `imagenet` cuts out a random part and mirrors; `light` mirrors and displaces the centre by up
-    to a sixteenth of its size, black moving in.
+    Args:
+        image: a decoded image.
+        crop: size and interpolation of the result.
+        augment: `none`; `imagenet`, a random resized crop, mirrored or not; or `light`, the center
+            crop, mirrored or not and shifted by up to a sixteenth of its size.
+        generator: source of randomness; None returns the center crop.
+
+    Returns:
+        An array (1 or 3, size, size). Black fills the border that a shift uncovers.
     """
     if generator is None or augment == "none":
-        return to_array(crop.centre(image))
+        return to_array(crop.center(image))
     if augment == "imagenet":
         array = to_array(crop.box(image, random_box(*image.size, generator)))
     else:
-        array = to_array(crop.centre(image))
-        most = max(1, crop.size // 16)
-        x, y = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
-        array = displaced(array, x, y)
+        array = to_array(crop.center(image))
+        max_shift = max(1, crop.size // 16)
+        x, y = torch.randint(-max_shift, max_shift + 1, (2,), generator=generator).tolist()
+        array = shift_image(array, x, y)
     mirror = torch.rand((), generator=generator) < 0.5
     return array[..., ::-1] if mirror else array
 
 
-def displaced(array: NDArray[np.uint8], x: int, y: int) -> NDArray[np.uint8]:
-    """The image (C, H, W) moved right by `x` and down by `y` pixels, zeros moving in."""
+def shift_image(array: NDArray[np.uint8], x: int, y: int) -> NDArray[np.uint8]:
+    """Shift an image; zeros fill the uncovered border.
+
+    Args:
+        array: an image (C, H, W).
+        x: shift to the right in pixels.
+        y: shift downwards in pixels.
+
+    Returns:
+        A new array of the same shape.
+    """
     _, height, width = array.shape
-    moved = np.zeros_like(array)
-    moved[:, max(0, y) : height + min(0, y), max(0, x) : width + min(0, x)] = array[
+    shifted = np.zeros_like(array)
+    shifted[:, max(0, y) : height + min(0, y), max(0, x) : width + min(0, x)] = array[
         :, max(0, -y) : height + min(0, -y), max(0, -x) : width + min(0, -x)
     ]
-    return moved
+    return shifted
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelNormalization:
-    """Bytes to network inputs: `(value / 255 - mean) / std`, by channel."""
+    """Map from bytes to network inputs, per channel: `(value / 255 - mean) / std`."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """float32 inputs (B, 3, H, W) of bytes (B, 1 or 3, H, W); grey becomes three channels."""
+        """Map bytes (B, 1 or 3, H, W) to float32 inputs (B, 3, H, W); gray is repeated."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (raw.float().mul_(1 / 255) - mean) / std

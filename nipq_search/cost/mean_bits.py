@@ -1,4 +1,4 @@
-"""Mean bit-widths of the tensors that have a quantizer, weighted by their elements."""
+"""Mean bit-widths of the quantized tensors, weighted by their number of elements."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a sweep and its trials look like in MLflow: pure functions from records to plain values.
+"""The view of a sweep and its trials in MLflow, as pure functions from records to plain values.
 
-Nothing here talks to a server. Keys are cleaned to what MLflow accepts and values cut to what
-every one of its stores can hold.
+Keys are restricted to the characters that MLflow accepts, and values are truncated to the limits
+of all its stores. No function here accesses a server.
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ from typing import Any
 from nipq_search.records import CurvePoint, TrialRecord
 
 PARAM_LIMIT = 500
-"""Characters of a param's value that every store holds."""
+"""Maximum number of characters in the value of a param."""
 TAG_LIMIT = 5000
-"""Characters of a tag's value that every store holds."""
+"""Maximum number of characters in the value of a tag."""
 KEY_LIMIT = 250
-"""Characters of a key."""
+"""Maximum number of characters in a key."""
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "FINISHED", "FAIL": "FAILED", "RUNNING": "RUNNING"}
-"""MLflow's run status by trial state. A trial that waits has no run."""
+"""MLflow run status by trial state. A waiting trial has no run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One metric value: its key, its step (an epoch, or 0 for a final figure), when, and what.
+    """One metric value.
 
-    `timestamp` is Unix time in milliseconds, as MLflow has it.
+    Attributes:
+        key: name of the metric.
+        step: the epoch, or 0 for a final figure.
+        timestamp: Unix time in milliseconds.
+        value: the value.
     """
 
     key: str
@@ -40,29 +44,32 @@ class Row:
 
 
 def clean_key(name: str) -> str:
-    """`name` with every character that MLflow refuses in a key replaced by `_`.
+    """Replace every character that MLflow rejects in a key with `_`.
 
-    Slashes go too: MLflow refuses keys that look like paths such as `a//b` or `../a`.
+    Slashes are replaced as well, because MLflow rejects keys such as `a//b` or `../a`.
     """
     key = re.sub(r"[^\w\-. :]", "_", name)[:KEY_LIMIT]
     return key if key.strip(". ") else "_"
 
 
 def milliseconds(seconds: float) -> int:
-    """Unix time in seconds as MLflow's milliseconds."""
+    """Convert Unix time from seconds to milliseconds."""
     return round(seconds * 1000)
 
 
 def value_text(value: Any, limit: int = PARAM_LIMIT) -> str:
-    """`value` as a param or tag: text as it is, anything else as JSON, cut to `limit`."""
+    """Convert `value` to text for a param or tag: strings verbatim, other types as JSON.
+
+    The text is truncated to `limit` characters.
+    """
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested configuration as flat params: `{"train": {"epochs": 4}}` gives `train.epochs`.
+    """Flatten a nested configuration to params: `{"train": {"epochs": 4}}` to `train.epochs`.
 
-    Lists of mappings are numbered (`budgets.0.bops`); lists of plain values are JSON text.
+    Lists of mappings are numbered (`budgets.0.bops`); lists of plain values become JSON text.
     """
     flat: dict[str, str] = {}
     for name, value in config.items():
@@ -77,18 +84,18 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def run_name(trial: TrialRecord) -> str:
-    """A name that reads well in a list and sorts by number: `trial-003 bops: uniform 4`."""
+    """Return the run's name, which sorts by trial number: `trial-003 bops: uniform 4`."""
     return f"trial-{trial.trial:03d} {trial.budget_label}".strip()[:KEY_LIMIT]
 
 
 def trial_params(trial: TrialRecord) -> dict[str, str]:
-    """Params of a trial's run: its hyperparameters, and what they were drawn for."""
+    """Return the params of a trial's run: hyperparameters, budget label and seed."""
     params = {clean_key(name): value_text(value) for name, value in trial.params.items()}
     return params | {"budget": value_text(trial.budget_label), "seed": str(trial.seed)}
 
 
 def trial_tags(trial: TrialRecord) -> dict[str, str]:
-    """Tags of a trial's run. `on_front` is apart, because it changes with other trials."""
+    """Return the tags of a trial's run, except `on_front`, which depends on other trials."""
     tags = {
         "nipq.trial": str(trial.trial),
         "nipq.state": trial.state,
@@ -106,10 +113,10 @@ def trial_tags(trial: TrialRecord) -> dict[str, str]:
 
 
 def trial_rows(trial: TrialRecord, curve: Sequence[CurvePoint]) -> list[Row]:
-    """Metric rows of a trial's run, one per (key, step): its curve, then its final figures.
+    """Return the metric rows of a trial's run, one per (key, step).
 
-    Epochs count as steps. Final figures stand at step 0 and exist once the trial has ended:
-    `validation`, `test`, `metrics_<name>`, `cost_<name>`, `samples`, `seconds`.
+    The learning curve uses the epoch as step. A trial that has ended also has final figures at
+    step 0: `validation`, `test`, `metrics_<name>`, `cost_<name>`, `samples`, `seconds`.
     """
     rows: dict[tuple[str, int], Row] = {}
     for point in sorted(curve, key=lambda point: (point.epoch, point.timestamp)):
@@ -131,11 +138,11 @@ def trial_rows(trial: TrialRecord, curve: Sequence[CurvePoint]) -> list[Row]:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short digest of plain values, to recognize what a server already holds."""
+    """Return a short digest of plain values, used to detect what a server already stores."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def chunks(rows: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    """`rows` in pieces of at most `size`."""
+    """Split `rows` into pieces of at most `size` elements."""
     return (rows[start : start + size] for start in range(0, len(rows), size))

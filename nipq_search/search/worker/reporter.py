@@ -1,0 +1,78 @@
+"""The progress of an attempt on disk, and the requests that it must react to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nipq_search import storage
+from nipq_search.records import CurvePoint
+from nipq_search.search import jobs
+from nipq_search.search.jobs import Job
+from nipq_search.search.jobs.lease import stop_requested
+from nipq_search.train import Interrupted
+
+_POLL_SECONDS = 0.5
+_WRITE_SECONDS = 2.0
+
+
+class Reporter:
+    """Writes an attempt's learning curve, sample count and progress; the hooks of its training.
+
+    Args:
+        job: the job.
+        attempt: the attempt's folder.
+        report: receives a small dictionary after every epoch.
+    """
+
+    def __init__(self, job: Job, attempt: Path, report: Callable[[dict[str, Any]], None]) -> None:
+        """Write nothing yet."""
+        self.job, self.attempt, self.report = job, attempt, report
+        self._samples = 0
+        self._epoch = 0
+        self._polled = 0.0
+        self._written = 0.0
+        self._stopping = False
+
+    def on_epoch(self, point: CurvePoint) -> None:
+        """Append a point to the learning curve."""
+        self._epoch = point.epoch
+        with (self.attempt / jobs.CURVE).open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(point)) + "\n")
+        self.write()
+        self.report({"epoch": point.epoch, "job": self.job.name})
+
+    def on_samples(self, count: int) -> None:
+        """Count processed training samples."""
+        self._samples += count
+        if time.monotonic() - self._written > _WRITE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write the progress file."""
+        self._written = time.monotonic()
+        storage.write_json(
+            self.attempt / jobs.PROGRESS,
+            {"samples": self._samples, "epoch": self._epoch, "time": time.time()},
+        )
+
+    def before_write(self) -> None:
+        """Protect the checkpoints of a later attempt from this one.
+
+        Raises:
+            Interrupted: a later attempt has taken the job over.
+        """
+        if jobs.is_superseded(self.attempt):
+            raise Interrupted
+
+    def should_stop(self) -> bool:
+        """Return whether the sweep was asked to stop or a later attempt took the job over."""
+        if not self._stopping and time.monotonic() - self._polled > _POLL_SECONDS:
+            self._polled = time.monotonic()
+            superseded = jobs.is_superseded(self.attempt)
+            self._stopping = stop_requested(Path(self.job.out)) or superseded
+        return self._stopping

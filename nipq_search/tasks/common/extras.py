@@ -1,0 +1,29 @@
+"""Imports of optional libraries, which the extras of this project install."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from nipq_search.errors import UserError
+
+
+@contextlib.contextmanager
+def requires_extra(user: str, extra: str) -> Iterator[None]:
+    """Turn the `ImportError` of an optional library into a message about its installation.
+
+    Args:
+        user: what needs the library, for the message: `task text_classification`.
+        extra: extra of this project that installs it.
+
+    Yields:
+        Nothing; the block imports the library.
+
+    Raises:
+        UserError: the library is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        library = (error.name or "a library").partition(".")[0]
+        raise UserError(f"{user} needs {library}: pip install 'nipq-search[{extra}]'") from error

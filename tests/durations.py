@@ -1,0 +1,115 @@
+"""How long each test takes, and from that the marker `slow`.
+
+A pytest plugin that `tests/conftest.py` loads. `make durations` runs every test and writes
+`tests/durations.json`; at collection each test that took longer than `SLOW_SECONDS` then is marked
+`slow`, which `make test-fast` leaves out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FILE = Path(__file__).with_name("durations.json")
+SLOW_SECONDS = 2.0
+"""A test that takes longer, with the fixtures that it shares with others, is slow."""
+LEAST_SECONDS = 0.3
+"""Shorter tests are not listed."""
+
+
+def recorded(file: Path = FILE) -> dict[str, dict[str, float]]:
+    """Return the recorded seconds, of `tests` without their parameters, and of whole `files`."""
+    return json.loads(file.read_text()) if file.exists() else {"tests": {}, "files": {}}
+
+
+def without_parameters(nodeid: str) -> str:
+    """Return `tests/a.py::test_b` for `tests/a.py::test_b[c]`."""
+    return nodeid.partition("[")[0]
+
+
+class Durations:
+    """Measure tests in the process that runs them, and collect the figures in the one that leads.
+
+    The setup of a module- or session-scoped fixture runs within the first test that requests it.
+    Its time is counted for every test that requests it, since any of them may come first.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        """Measure, and write the figures to `file` at the end unless it is None."""
+        self.file = file
+        self.shared: dict[str, float] = {}
+        self.own: dict[str, float] = defaultdict(float)
+        self.within = 0.0
+        self.tests: dict[str, float] = {}
+        self.files: dict[str, float] = defaultdict(float)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Iterator[None]:
+        """Measure fixtures that several tests share."""
+        began, inner = time.monotonic(), self.within
+        try:
+            return (yield)
+        finally:
+            spent = time.monotonic() - began
+            if fixturedef.scope != "function":
+                # Fixtures that this one requested are counted by themselves.
+                self.shared[fixturedef.argname] = spent - (self.within - inner)
+                self.within = inner + spent
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Iterator[None]:
+        """Attach a test's seconds to its last report."""
+        report: Any = yield
+        if call.when == "setup":
+            self.own[item.nodeid] = -self.within
+            self.within = 0.0
+        self.own[item.nodeid] += call.duration
+        if call.when == "teardown":
+            names = getattr(item, "fixturenames", ())
+            shared = sum(self.shared.get(name, 0.0) for name in names)
+            report.user_properties.append(("seconds", self.own.pop(item.nodeid) + shared))
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the longest of a test's parameters, and the sum of a file's tests."""
+        self.files[report.nodeid.partition("::")[0]] += report.duration
+        for name, value in report.user_properties:
+            if name == "seconds" and report.when == "teardown":
+                test = without_parameters(report.nodeid)
+                self.tests[test] = max(self.tests.get(test, 0.0), float(value))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write the record; workers of xdist leave it to the process that leads."""
+        if self.file is not None and not hasattr(session.config, "workerinput"):
+            record = {
+                kind: {k: round(v, 1) for k, v in sorted(found.items()) if v >= LEAST_SECONDS}
+                for kind, found in (("files", self.files), ("tests", self.tests))
+            }
+            self.file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--write-durations`."""
+    parser.addoption(
+        "--write-durations", action="store_true", help=f"write {FILE.name} beside the tests"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure in every run that writes the record."""
+    if config.getoption("--write-durations"):
+        config.pluginmanager.register(Durations(FILE), "nipq-durations")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow tests."""
+    seconds = recorded()["tests"]
+    for item in items:
+        if seconds.get(without_parameters(item.nodeid), 0.0) > SLOW_SECONDS:
+            item.add_marker(pytest.mark.slow)

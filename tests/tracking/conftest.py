@@ -1,0 +1,12 @@
+"""MLflow's tables for the tests of the recorder."""
+
+from __future__ import annotations
+
+import pytest
+from mlflow_template import use_template
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _mlflow_template() -> None:
+    """Recorders of this process copy MLflow's empty database."""
+    use_template()

@@ -78,7 +78,7 @@ def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
         failures.kill_on(added[0].node_id, victim.pid)
         assert victim.wait(timeout=60) == -signal.SIGKILL
         assert nodes._problem(lacking, 8, str(tmp_path / "other"), "") is not None
-        assert "another one" in str(nodes._problem(lacking, 8, str(tmp_path), "0"))
+        assert "a different folder" in str(nodes._problem(lacking, 8, str(tmp_path), "0"))
     finally:
         ray.shutdown()
 

@@ -113,7 +113,7 @@ def test_killed_before_the_checkpoint_of_an_epoch(whole, float_model, digits, tm
 def test_killed_after_the_last_step(kind, whole, float_model, digits, tmp_path, monkeypatch):
     spec = digits_spec(float_model, **KINDS[kind])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trial, "_finish", _die)
+        patch.setattr(trial._Training, "_finish", _die)
         train(digits, spec, tmp_path, CPU)
     assert load_checkpoint(tmp_path / "checkpoints")["step"] == whole[kind][0].steps
     assert outcome(train(digits, spec, tmp_path, CPU)) == outcome(whole[kind][0])

@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     def poison(point):
         task.poison = True
 
-    message = r"loss became nan within step 1[0-2] \(tuning phase\).*lower lr"
+    message = r"loss became nan by step 1[0-2] \(tuning phase\).*lower lr"
     with pytest.raises(NonFiniteLoss, match=message):
         train(task, spec, tmp_path, CPU, Hooks(on_epoch=poison))
 

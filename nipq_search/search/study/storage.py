@@ -113,7 +113,7 @@ def load_study(
         if identity is not None and own != identity:
             raise UserError(
                 f"{folder}: holds trials of another study; use another folder, or set "
-                "the NIPQ_STORAGE_URL that the sweep began with (unset it for a study in the folder)"
+                "the NIPQ_STORAGE_URL that the sweep began with (unset if it had none)"
             )
     except KeyError as error:
         close_storage(storage)

@@ -51,7 +51,7 @@ def test_limits_end_a_run_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
         return sum(trial.state.name == "COMPLETE" for trial in study.get_trials())
 
     done = command.run("--set", "limits.hours=0.0001")
-    assert "limits.hours (0.0001) reached with 3 trials to go" in done.stderr
+    assert "limits.hours (0.0001) reached with 3 trials remaining" in done.stderr
     assert "the same command continues" in done.stderr
     assert complete() == 0
 

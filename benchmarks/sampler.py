@@ -22,7 +22,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
 from nipq_search.search.config.sweep_config import SearchSection
 from nipq_search.search.strategies.halving import Standing, to_promote
-from nipq_search.search.strategies.samplers import RUNGS, SAMPLERS
+from nipq_search.search.strategies.samplers import RUNGS, SAMPLERS, SamplerFactory
 from nipq_search.search.study.ledger import Ledger
 
 BUDGETS, TRIALS = 5, 60
@@ -119,9 +119,12 @@ def lead(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
 
 def leads_over_rivals(seeds: int) -> dict[str, tuple[float, float]]:
     """Return the lead of the default sampler over each rival, over paired seeds."""
-    SAMPLERS.update({name: rival for name, rival in RIVALS.items() if name not in SAMPLERS})
     ours = [searched(SearchSection().sampler, seed) for seed in range(seeds)]
-    return {name: lead(ours, [searched(name, seed) for seed in range(seeds)]) for name in RIVALS}
+    leads = {}
+    for name, rival in RIVALS.items():
+        with SAMPLERS.temporarily("rival", SamplerFactory(rival)):
+            leads[name] = lead(ours, [searched("rival", seed) for seed in range(seeds)])
+    return leads
 
 
 def lead_of_rungs(seeds: int) -> tuple[float, float]:

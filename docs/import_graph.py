@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
-        ("errors", "records", "storage", "blobs"),
+        ("errors", "records", "registry", "storage", "blobs", "version"),
         ("quant",),
         ("cost",),
         ("tasks",),
@@ -23,6 +23,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("tracking", "report"),
         ("search",),
         ("cli",),
+        ("testing",),
     ),
     "quant": (
         ("numerics",),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nipq_search.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from nipq_search.cost import Budget, cost_penalty, freeze, profile
     from nipq_search.errors import UserError
@@ -62,7 +64,6 @@ __all__ = [
     "reestimate_norm_stats",
     "search",
 ]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -31,10 +31,10 @@ from nipq_search.quant import QUANTIZERS
 from nipq_search.quant.config import ActivationStart, Granularity, Proxy, Start
 from nipq_search.records import TrialRecord
 from nipq_search.search import jobs
+from nipq_search.search.config.resume import check_resume
 from nipq_search.search.config.space import FORMS, distribution
 from nipq_search.search.config.sweep_config import (
     SweepConfig,
-    check_resume,
     load_config,
     parse_config,
 )

@@ -25,12 +25,14 @@ MOST_FILES = 15
 
 ONLY_IN = {
     "ray": {"search"},
-    "optuna": {"search"},
+    "optuna": {"search", "testing"},
     "pydantic": {"search"},
     "mlflow": {"tracking"},
     "plotly": {"report"},
     "sklearn": {"tasks"},
     "typer": {"cli"},
+    "pytest": {"testing"},
+    "hypothesis": {"testing"},
     "rich": {"cli"},
 }
 """The only folders that may import these libraries."""

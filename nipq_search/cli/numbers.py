@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeGuard
 
 NOTHING = "-"
@@ -60,14 +60,26 @@ def share(value: float | None) -> str:
     return f"{100 * value:.1f} %" if known(value) else NOTHING
 
 
+def mean_bits(value: float | None) -> str:
+    """Format a mean bit-width with its unit: `3.42 bits`."""
+    return f"{value:.2f} bits" if known(value) else NOTHING
+
+
+COST_FORMATS: Mapping[str, Callable[[float | None], str]] = {
+    "bops": bops,
+    "bytes": kilobytes,
+    "bits": mean_bits,
+}
+"""Format of a cost by its unit, which is the last word of its name: `weight_bytes` is in bytes.
+
+Costs in any other unit, such as those of plug-ins, are printed with four significant digits.
+"""
+
+
 def cost(name: str, value: float | None) -> str:
-    """Format a cost in the unit that its name implies: `bops`, `..._bytes`, `..._bits`."""
-    if name == "bops":
-        return bops(value)
-    if name.endswith("_bytes"):
-        return kilobytes(value)
-    if name.endswith("_bits"):
-        return f"{value:.2f} bits" if known(value) else NOTHING
+    """Format a cost in the unit that its name ends with; see `COST_FORMATS`."""
+    if form := COST_FORMATS.get(name.rpartition("_")[2]):
+        return form(value)
     return f"{value:.4g}" if known(value) else NOTHING
 
 

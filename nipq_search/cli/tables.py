@@ -281,7 +281,8 @@ def replay(document: Document) -> RenderableType:
     """Render whether a replay matches its trial, and the differences."""
     trial, sha = document["trial"], str(document["model_sha256"])[:12]
     if document["equal"]:
-        return _line(f"trial {trial}: identical bit by bit (model {sha})")
+        agreement = "identical bit by bit" if document["exact"] else _within(document)
+        return _line(f"trial {trial}: {agreement} (model {sha})")
     rows = [
         [entry["name"], _word(entry["recorded"]), _word(entry["replayed"])]
         for entry in document["differences"]
@@ -290,6 +291,14 @@ def replay(document: Document) -> RenderableType:
         _line(f"trial {trial}: the replay did not match the recorded trial"),
         _table(["name", "recorded", "replayed"], rows),
     )
+
+
+def _within(document: Document) -> str:
+    """Describe how closely a replay matches its trial if bits may differ."""
+    weights, metrics = document["tolerance"]["weights"], document["tolerance"]["metrics"]
+    if not document["weights_compared"]:
+        return f"metrics within {numbers.share(metrics)}; the recorded model was deleted"
+    return f"weights within {numbers.share(weights)}, metrics within {numbers.share(metrics)}"
 
 
 def gc(document: Document) -> RenderableType:

@@ -6,7 +6,7 @@ Start reading in `base.py`: a cost is a single formula, evaluated exactly on int
 """
 
 from nipq_search.cost import activations, bops, mean_bits, size
-from nipq_search.cost.base import COSTS, cost_estimate, exact_cost, exact_costs, register
+from nipq_search.cost.base import COSTS, Cost, cost_estimate, exact_cost, exact_costs
 
 for _cost in (
     bops.BOPS,
@@ -16,7 +16,7 @@ for _cost in (
     mean_bits.MEAN_WEIGHT_BITS,
     mean_bits.MEAN_ACTIVATION_BITS,
 ):
-    register(_cost)
+    COSTS.register(_cost.name, _cost)
 
 from nipq_search.cost.bops import CONVENTION  # noqa: E402
 from nipq_search.cost.budget import Budget, cost_penalty  # noqa: E402
@@ -27,6 +27,7 @@ __all__ = [
     "CONVENTION",
     "COSTS",
     "Budget",
+    "Cost",
     "cost_estimate",
     "cost_penalty",
     "exact_cost",
@@ -35,5 +36,4 @@ __all__ = [
     "layer_rows",
     "profile",
     "project",
-    "register",
 ]

@@ -1,6 +1,7 @@
 """Costs: formulas over bit-widths, estimated for the loss and counted exactly for reports.
 
-To add a cost, write a file that defines a `Cost` and register it in `cost/__init__.py`.
+To add a cost, write a file that defines a `Cost` and register it in `cost/__init__.py`. Other
+packages offer an entry point instead.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq_search.errors import UserError, nearest
 from nipq_search.quant.graph import FLOAT_BITS, Graph
 from nipq_search.quant.insertion.prepare import quant_state, quantizers
+from nipq_search.registry import Registry
 
 Bits = Mapping[str, Any]
 """Bit-widths by tensor name: integers, floats, or tensors with a gradient."""
@@ -49,29 +50,22 @@ def largest_term(terms: dict[str, Any]) -> Any:
     return max(terms.values(), key=lambda t: float(t.detach() if isinstance(t, Tensor) else t))
 
 
-COSTS: dict[str, Cost] = {}
-"""Costs by name."""
+def _problem(name: str, value: Any) -> str | None:
+    if not isinstance(value, Cost):
+        return "not a nipq_search.cost.Cost"
+    return None if value.name == name else f"the cost calls itself '{value.name}'"
 
 
-def register(cost: Cost) -> None:
-    """Register a cost.
-
-    Raises:
-        KeyError: the name is already registered.
-    """
-    if cost.name in COSTS:
-        raise KeyError(f"cost {cost.name!r} is registered already")
-    COSTS[cost.name] = cost
+COSTS: Registry[Cost] = Registry("cost", group="nipq_search.costs", check=_problem)
+"""Costs by name. A plug-in's cost is computed and reported once a configuration names it."""
 
 
 def get_cost(name: str) -> Cost:
     """Return the cost registered as `name`.
 
     Raises:
-        UserError: no cost has this name.
+        UserError: no cost has this name, or its plug-in cannot be used.
     """
-    if name not in COSTS:
-        raise UserError(f"unknown cost '{name}'{nearest(name, COSTS)}")
     return COSTS[name]
 
 

@@ -6,14 +6,14 @@ multiplication of a model), `insertion` (placing quantizers in a model), `tools`
 prepared model). This layer imports no other layer of the project and depends only on torch.
 """
 
-from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer, register
+from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer
 from nipq_search.quant.quantizers.diffq import DiffQ
 from nipq_search.quant.quantizers.lsq import LSQ
 from nipq_search.quant.quantizers.nipq import NIPQ
 
-register("nipq", NIPQ)
-register("lsq", LSQ)
-register("diffq", DiffQ)
+QUANTIZERS.register("nipq", NIPQ)
+QUANTIZERS.register("lsq", LSQ)
+QUANTIZERS.register("diffq", DiffQ)
 
 from nipq_search.quant.config import (  # noqa: E402
     ActivationConfig,
@@ -47,7 +47,6 @@ __all__ = [
     "param_groups",
     "prepare",
     "quantizers",
-    "register",
     "reestimate_norm_stats",
     "unwrap",
 ]

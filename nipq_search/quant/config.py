@@ -180,9 +180,7 @@ class QuantConfig:
         Raises:
             UserError: a field is invalid or contradicts another; the message names its key.
         """
-        if self.quantizer not in QUANTIZERS:
-            hint = nearest(self.quantizer, QUANTIZERS)
-            raise UserError(f"quant.quantizer: unknown quantizer {self.quantizer!r}{hint}")
+        QUANTIZERS.lookup(self.quantizer, "quant.quantizer")
         object.__setattr__(self, "proxy", _choice(Proxy, self.proxy, "quant.proxy"))
         if not 1.0 <= self.start_bits <= 16.0:
             raise UserError("quant.start_bits: must be between 1 and 16")

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from nipq_search.registry import Registry
 from nipq_search.report import bits, curves, movement, pareto, tables
 from nipq_search.report.data import ReportData
 
-FIGURES: dict[str, Callable[[ReportData], str]] = {
-    "pareto": pareto.section,
-    "bits": bits.section,
-    "movement": movement.section,
-    "curves": curves.section,
-    "failures": tables.failures,
-    "trials": tables.trials,
-}
+FIGURES: Registry[Callable[[ReportData], str]] = Registry("figure")
 """Figures by name, in page order. A figure without data returns ``""``."""
+
+FIGURES.register("pareto", pareto.section)
+FIGURES.register("bits", bits.section)
+FIGURES.register("movement", movement.section)
+FIGURES.register("curves", curves.section)
+FIGURES.register("failures", tables.failures)
+FIGURES.register("trials", tables.trials)

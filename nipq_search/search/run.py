@@ -26,7 +26,7 @@ from nipq_search.search import jobs
 from nipq_search.search.backend.base import Executor
 from nipq_search.search.backend.code_shipping import sources
 from nipq_search.search.backend.logs import driver_log
-from nipq_search.search.backend.nodes import check_data
+from nipq_search.search.backend.nodes import check_data, check_plugins
 from nipq_search.search.backend.tune import TuneExecutor, check_place, ray_cluster
 from nipq_search.search.checks.preflight import (
     check_checkpoints,
@@ -34,10 +34,11 @@ from nipq_search.search.checks.preflight import (
     check_folder,
     load_task,
 )
+from nipq_search.search.config.plugins import plugin_changes
+from nipq_search.search.config.resume import check_resume
 from nipq_search.search.config.space import bits_space, distribution
 from nipq_search.search.config.sweep_config import (
     SweepConfig,
-    check_resume,
     load_config,
     parse_config,
 )
@@ -136,6 +137,8 @@ def open_ledger(
     if begun or ledger.trials():
         if before is not None:
             _check_same(ledger, config, data, out)
+            for change in plugin_changes(before.get("plugins", {}), config.plugins):
+                _log.warning("plug-ins changed since the sweep began: %s", change)
         facts = gather(config, task, ledger.recall("budgets"))
     elif before is not None:
         # No job has been started, so the earlier configuration need not match.
@@ -247,6 +250,7 @@ def run_sweep(
             raise UserError("--trials: must be at least 1")
         section = config.search.model_copy(update={"trials": trials})
         config = config.model_copy(update={"search": section})
+    config = config.with_plugins()
     check_folder(out, config.name)
     check_databases(out)
     check_checkpoints(config.checkpoints)
@@ -309,6 +313,7 @@ def _drive(
                 if executor is None and address is not None:
                     size = monitor.config.train.batch_size
                     stopping = monitor.stop.is_set
+                    check_plugins(monitor.config.plugins, resources, stopping=stopping)
                     check_data(task, size, monitor.out, resources, stopping=stopping)
                 runner = executor or TuneExecutor(resources)
                 runner.run(coordinator, task, monitor.tick)

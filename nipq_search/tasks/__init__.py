@@ -1,9 +1,9 @@
 """Tasks: the model, the data, the loss and the metric of a sweep.
 
-A sweep file names a task by its key in `TASKS`, or a user-defined class as
-`package.module:Class`; `task_args` are the keyword arguments of the class. Start reading in
-`base.py`, the protocol, and `vision/digits.py`, the smallest task. Imports only `quant` and
-`errors`.
+A sweep file names a task by its key in `TASKS`, which other packages extend by entry points, or a
+user-defined class as `package.module:Class`; `task_args` are the keyword arguments of the class.
+Start reading in `base.py`, the protocol, and `vision/digits.py`, the smallest task. Imports only
+`quant`, `registry` and `errors`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.registry import Registry
 from nipq_search.tasks.base import Task, check_task, unreadable
 from nipq_search.tasks.common.sections import flat_parameters, group_arguments
 from nipq_search.tasks.text.classification import TextClassification
@@ -28,24 +29,27 @@ from nipq_search.tasks.vision.digits import Digits
 from nipq_search.tasks.vision.fashion_mnist import FashionMnist
 from nipq_search.tasks.vision.image_folder.task import ImageFolder
 
-__all__ = ["TASKS", "Task", "check_task", "make_task", "register"]
+__all__ = ["TASKS", "Task", "check_task", "make_task"]
 
-TASKS: dict[str, Callable[..., Task]] = {
-    "digits": Digits,
-    "fashion_mnist": FashionMnist,
-    "image_folder": ImageFolder,
-    "text_classification": TextClassification,
-    "masked_lm": MaskedLanguageModeling,
-    "causal_lm": CausalLanguageModeling,
-}
+
+def _problem(name: str, value: Any) -> str | None:
+    return None if callable(value) else "not a class or function that builds a task"
+
+
+TASKS: Registry[Callable[..., Task]] = Registry(
+    "task",
+    group="nipq_search.tasks",
+    check=_problem,
+    hint="; name a user-defined class as package.module:Class",
+)
 """Tasks that a sweep file can name without a module."""
 
-
-def register(name: str, factory: Callable[..., Task]) -> None:
-    """Add a task under `name`, or raise `ValueError` if the name is in use."""
-    if name in TASKS:
-        raise ValueError(f"a task named '{name}' exists already")
-    TASKS[name] = factory
+TASKS.register("digits", Digits)
+TASKS.register("fashion_mnist", FashionMnist)
+TASKS.register("image_folder", ImageFolder)
+TASKS.register("text_classification", TextClassification)
+TASKS.register("masked_lm", MaskedLanguageModeling)
+TASKS.register("causal_lm", CausalLanguageModeling)
 
 
 def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
@@ -61,15 +65,7 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
         UserError: the name, module or class is unknown, an argument is invalid, or the class is
             not a task.
     """
-    if ":" in name:
-        factory = _import_class(name)
-    elif name in TASKS:
-        factory = TASKS[name]
-    else:
-        raise UserError(
-            f"task: no task named '{name}'{nearest(name, TASKS)}; "
-            "name a user-defined class as package.module:Class"
-        )
+    factory = _import_class(name) if ":" in name else TASKS.lookup(name, "task")
     arguments = dict(args or {})
     _check_arguments(name, factory, arguments)
     try:

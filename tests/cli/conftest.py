@@ -65,9 +65,14 @@ class FakeSearch:
     def replay(self, sweep: Any, trial: int, report: Any) -> dict[str, Any]:
         report("epoch 1")
         sha = {"model_sha256": "0" * 64}
-        return {"schema": 1, "trial": trial, "equal": True, "differences": [], **sha} | (
-            self.replayed
-        )
+        return {
+            "schema": 1,
+            "trial": trial,
+            "equal": True,
+            "exact": True,
+            "differences": [],
+            **sha,
+        } | (self.replayed)
 
     def collect(self, folder: Path, dry_run: bool) -> dict[str, Any]:
         self.open(folder)

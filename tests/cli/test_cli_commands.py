@@ -91,7 +91,7 @@ def test_ctrl_c_exits_130(search, capsys):
         ["run", "sweep.yaml", "--trials", "0"],
         ["run", "sweep.yaml", "--address", "ray://head:10001"],
         ["run", "sweep.yaml", "--address", "head"],
-        ["best", ".", "--max", "bpos=1"],
+        ["best", ".", "--max", "bops=many"],
     ],
 )
 def test_wrong_usage_is_one_line_and_exits_2(command_line, search, capsys):

@@ -10,7 +10,7 @@ from cli_documents import FRONT, LAYER, POINT
 from rich.console import Console
 
 from nipq_search.cli import numbers, tables
-from nipq_search.cli.arguments import COST_NAMES, check_address, parse_limits
+from nipq_search.cli.arguments import check_address, parse_limits
 from nipq_search.cli.progress import ProgressLine, ProgressLog, progress_line, progress_sink
 from nipq_search.errors import UserError
 
@@ -125,7 +125,6 @@ def test_limits_are_parsed():
         (["bops=nan"], "not a positive number"),
         (["bops=-1"], "not a positive number"),
         (["bops=1", "bops=2"], "given twice"),
-        (["size=1"], ", ".join(COST_NAMES)),
     ],
 )
 def test_wrong_limits_name_the_fix(texts, words):

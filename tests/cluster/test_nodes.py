@@ -61,6 +61,11 @@ def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
         with pytest.raises(UserError, match="node .*: the data cannot be read there .*/train"):
             nodes.check_data(lacking, 8, tmp_path, ONE, own_host=True)
         nodes.check_data(lacking, 8, tmp_path, ONE, own_host=True, stopping=lambda: True)
+        with pytest.raises(
+            UserError, match="node .*: quantizer 'x' needs fake 1, found none: .*;"
+        ):
+            nodes.check_plugins({"quantizer.x": "fake 1"}, ONE, own_host=True)
+        nodes.check_plugins({}, ONE, own_host=True)
         more = ResourcesSection(cpus=2)  # no node that lacks the data would get such a trial
         nodes.check_data(lacking, 8, tmp_path, more, own_host=True)
         host, here = os.uname().nodename, str(tmp_path / "facts.json")

@@ -8,56 +8,9 @@ from hypothesis import strategies as st
 
 from nipq_search.cost import COSTS, Budget, exact_cost
 from nipq_search.cost.projection import usage
-from nipq_search.quant.graph import Graph, LayerInfo, TensorInfo
+from nipq_search.testing.graphs import ends, graphs
 
-allowed_sets = st.sets(st.integers(2, 8), min_size=1, max_size=5).map(
-    lambda widths: tuple(sorted(widths))
-)
-
-
-@st.composite
-def graphs(draw):
-    """Draw up to five layers with shared inputs, raw and float tensors, and gaps in the widths."""
-    tensors, layers, inputs = {}, [], []
-
-    def add(name, role, numel, **rest):
-        tensors[name] = TensorInfo(name=name, role=role, numel=numel, **rest)
-        return name
-
-    for index in range(draw(st.integers(1, 5))):
-        name = f"layer{index}"
-        weight = add(
-            f"{name}.weight",
-            "weight",
-            draw(st.integers(1, 500)),
-            scales=draw(st.integers(1, 8)),
-            allowed=draw(allowed_sets),
-        )
-        if inputs and draw(st.booleans()):
-            source = draw(st.sampled_from(inputs))
-        else:
-            kind = draw(st.sampled_from(["searched", "searched", "raw", "float"]))
-            rest = {
-                "searched": {"allowed": draw(allowed_sets), "scales": 1},
-                "raw": {"fixed_bits": 8},
-                "float": {"fixed_bits": 32},
-            }[kind]
-            source = add(f"{name}.input", "activation", draw(st.integers(1, 500)), **rest)
-            inputs.append(source)
-        macs = draw(st.integers(1, 10_000))
-        layers.append(LayerInfo(name=name, kind="linear", macs=macs, weight=weight, input=source))
-    if draw(st.booleans()):
-        add("(addition 0)", "addition", draw(st.integers(1, 50)), fixed_bits=32)
-        layers.append(
-            LayerInfo(name="(unconverted)", kind="functional", macs=7, weight=None, input=None)
-        )
-    return Graph(layers=tuple(layers), tensors=tensors, float_parameters=draw(st.integers(0, 9)))
-
-
-def ends(graph):
-    """Return the smallest and the largest width of every searched tensor."""
-    searched = {name: t.allowed for name, t in graph.tensors.items() if t.allowed}
-    return {n: a[0] for n, a in searched.items()}, {n: a[-1] for n, a in searched.items()}
+__all__ = ["combinations", "ends", "graphs", "problems"]
 
 
 @st.composite

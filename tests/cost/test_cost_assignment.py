@@ -12,7 +12,7 @@ from random_graphs import combinations, problems
 
 from nipq_search.cost import COSTS, Budget, exact_cost
 from nipq_search.cost.assignment import GAP, Assignment
-from nipq_search.cost.base import Cost, complete_bits, largest_term, register, sum_terms
+from nipq_search.cost.base import Cost, complete_bits, largest_term, sum_terms
 from nipq_search.cost.polynomial import Polynomial, polynomial, variable
 from nipq_search.cost.projection import (
     MIN_USAGE,
@@ -154,11 +154,9 @@ def test_non_polynomial_costs_are_projected_greedily():
     }
     for name, terms in formulas.items():
         combine = (lambda t: sum(t.values()) / len(t)) if name == "means" else sum_terms
-        register(Cost(name=name, terms=terms, combine=combine, whole=False))
-        try:
+        cost = Cost(name=name, terms=terms, combine=combine, whole=False)
+        with COSTS.temporarily(name, cost):
             assert Assignment(graph, Budget(**{name: 1e9}), losses, units).min_loss() is None
-        finally:
-            del COSTS[name]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300])

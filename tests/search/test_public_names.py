@@ -10,8 +10,6 @@ import pytest
 from unit_helpers import make_config
 
 import nipq_search
-from nipq_search.cli.arguments import COST_NAMES
-from nipq_search.cost import COSTS
 
 PUBLIC = [
     "ActivationConfig",
@@ -72,7 +70,3 @@ def test_search_runs_a_sweep(monkeypatch, tmp_path):
 
 def test_unknown_names_are_no_attributes():
     assert not hasattr(nipq_search, "export")
-
-
-def test_the_command_line_knows_every_cost():
-    assert set(COST_NAMES) == set(COSTS)

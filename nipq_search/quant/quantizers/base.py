@@ -5,7 +5,7 @@ batches; `initialize` sets grid and boundary from the observed statistics; the q
 `freeze` fixes its bit-width; training with hard quantization and evaluation follow.
 
 To add a quantizer, write one file like `nipq.py` and register the class in
-`nipq_search/quant/__init__.py`.
+`nipq_search/quant/__init__.py`. Other packages offer an entry point instead.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from nipq_search.quant.numerics.functional import GRID_CODES, Boundary, Grid
 from nipq_search.quant.numerics.noise import NoiseClock, with_origin
 from nipq_search.quant.quantizers.bit_width import BitWidth
 from nipq_search.quant.quantizers.statistics import TensorStatistics
+from nipq_search.registry import Registry
 
 
 class TensorRole(enum.StrEnum):
@@ -228,16 +229,12 @@ class FakeQuantizer(nn.Module, abc.ABC):
         return f"{self.name}, {self.grid.value}, channels={self.channels}"
 
 
-QUANTIZERS: dict[str, type[FakeQuantizer]] = {}
+def _problem(name: str, value: Any) -> str | None:
+    fits = isinstance(value, type) and issubclass(value, FakeQuantizer)
+    return None if fits else "not a subclass of nipq_search.quant.FakeQuantizer"
+
+
+QUANTIZERS: Registry[type[FakeQuantizer]] = Registry(
+    "quantizer", group="nipq_search.quantizers", check=_problem
+)
 """Registered quantizers by the name used in configurations."""
-
-
-def register(name: str, quantizer: type[FakeQuantizer]) -> None:
-    """Register a quantizer under `name`.
-
-    Raises:
-        KeyError: the name is already registered.
-    """
-    if name in QUANTIZERS:
-        raise KeyError(f"quantizer {name!r} is already registered")
-    QUANTIZERS[name] = quantizer

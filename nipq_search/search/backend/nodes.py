@@ -15,6 +15,7 @@ import yaml
 
 from nipq_search import storage
 from nipq_search.errors import UserError
+from nipq_search.search.config.plugins import plugin_mismatches
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.jobs import FACTS_FILE
 from nipq_search.tasks import Task
@@ -126,26 +127,70 @@ def check_data(
         UserError: a check failed on a node; the message names the node and the fix.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    if nodes := _candidates(resources, own_host):
+        facts_digest = storage.digest((out / FACTS_FILE).read_bytes())
+        arguments = (ray.put(task), batch_size, str(out), facts_digest)
+        fix = "mount the same folders there, or remove the node"
+        _check_each(nodes, _problem, arguments, fix, stopping)
+
+
+def check_plugins(
+    plugins: Mapping[str, str],
+    resources: ResourcesSection,
+    own_host: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
+) -> None:
+    """Check that every node large enough for a trial has the sweep's plug-ins at their versions.
+
+    Args:
+        plugins: `package version` by entry, as in `SweepConfig.plugins`.
+        resources: resources of one trial.
+        own_host: also check nodes on this host.
+        stopping: whether to stop waiting, for example after Ctrl-C.
+
+    Raises:
+        UserError: a plug-in is missing or has another version; the message names the node and
+            the fix.
+    """
+    if plugins and (nodes := _candidates(resources, own_host)):
+        fix = "install it there, or remove the node"
+        _check_each(nodes, _plugin_problem, (dict(plugins),), fix, stopping)
+
+
+def _plugin_problem(plugins: Mapping[str, str]) -> str | None:
+    """Return how a node's plug-ins differ from the driver's, or None; executed on that node."""
+    return "; ".join(plugin_mismatches(plugins)) or None
+
+
+def _candidates(resources: ResourcesSection, own_host: bool) -> list[dict[str, Any]]:
+    """Return the nodes that are large enough for a trial."""
     wanted = resources.ray_resources()
-    nodes = [
+    return [
         node
         for node in alive_nodes()
         if _holds(node["Resources"], wanted)
         and (own_host or node["NodeManagerHostname"] != socket.gethostname())
     ]
-    if not nodes:
-        return
-    shared_task = ray.put(task)
-    facts_digest = storage.digest((out / FACTS_FILE).read_bytes())
-    remote: Any = ray.remote(_problem)
+
+
+def _check_each(
+    nodes: Sequence[Mapping[str, Any]],
+    find_problem: Callable[..., str | None],
+    arguments: tuple[Any, ...],
+    fix: str,
+    stopping: Callable[[], bool],
+) -> None:
+    """Run a check on every node and raise `UserError` for the first problem."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    remote: Any = ray.remote(find_problem)
     answers = {}
     for node in nodes:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": place, "max_retries": 0}
-        answer = remote.options(**options).remote(shared_task, batch_size, str(out), facts_digest)
-        answers[answer] = node
+        answers[remote.options(**options).remote(*arguments)] = node
     left, limit = list(answers), time.monotonic() + _NODE_TIMEOUT_SECONDS
     while left and time.monotonic() < limit:
         if stopping():
@@ -161,8 +206,7 @@ def check_data(
         if problem is not None:
             raise UserError(
                 f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {problem}; "
-                "mount the same folders there, or remove the node; `nipq-search doctor` checks "
-                "all nodes"
+                f"{fix}; `nipq-search doctor` checks all nodes"
             )
 
 

@@ -47,6 +47,7 @@ def doctor(
         ("disk", _disk),
         ("study storage", _storage),
         ("tracking", _tracking),
+        ("plug-ins", _plugins),
     ]
     if config is not None:
         checks += [
@@ -145,6 +146,15 @@ def _tracking() -> str:
             "the URI, user and password, and that the server is running"
         ) from error
     return "the server at MLFLOW_TRACKING_URI responds"
+
+
+def _plugins() -> str:
+    from nipq_search.search.config.plugins import FAMILIES, installed_plugins
+
+    if clashes := [line for registry in FAMILIES.values() for line in registry.clashes()]:
+        raise UserError(f"{'; '.join(clashes)}: rename the entry points, or uninstall a package")
+    found = [f"{entry} ({plugin})" for entry, plugin in installed_plugins()]
+    return ", ".join(found) or "none installed"
 
 
 def _task(config: SweepConfig) -> str:

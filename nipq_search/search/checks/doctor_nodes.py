@@ -8,6 +8,7 @@ import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nipq_search import blobs
@@ -15,6 +16,7 @@ from nipq_search.errors import UserError
 from nipq_search.search.backend.code_shipping import sources
 from nipq_search.search.backend.nodes import alive_nodes
 from nipq_search.search.backend.tune import ray_cluster
+from nipq_search.search.config.plugins import plugin_mismatches
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.config.sweep_config import SweepConfig
 
@@ -30,6 +32,7 @@ def inspect_node(
     task: str | None,
     arguments: Mapping[str, Any],
     home: str | None = None,
+    plugins: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Inspect the machine that this function runs on.
 
@@ -39,6 +42,7 @@ def inspect_node(
         task: the task whose data to read, or None.
         arguments: keyword arguments of the task.
         home: URI of the storage for models and checkpoints, or None.
+        plugins: `package version` of the sweep's plug-ins, by entry.
 
     Returns:
         Host name, versions, devices, digest of the data, and error messages.
@@ -51,6 +55,7 @@ def inspect_node(
         "versions": {name: _version(name) for name in SAME_VERSION},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "data": None,
+        "plugins": plugin_mismatches(plugins),
     }
     try:
         found["read"] = (Path(folder) / token).read_text() == token
@@ -100,6 +105,7 @@ def differences(node: Mapping[str, Any], own: Mapping[str, Any], folder: str) ->
         there, here = node["versions"].get(name), own["versions"].get(name)
         if there != here:
             wrong.append(f"{name} {there}, here {here}: install the same")
+    wrong += node["plugins"]
     if not node["read"]:
         reason = f" ({node['error']})" if node.get("error") else ""
         wrong.append(f"{folder} is not the same folder as on this machine{reason}: mount it there")
@@ -129,6 +135,7 @@ def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[
     task = None if config is None else config.task
     arguments = {} if config is None else dict(config.task_args)
     home = None if config is None else config.checkpoints
+    plugins = {} if config is None else config.with_plugins().plugins
     code = sources(task or "")
     token = f".doctor-{uuid.uuid4().hex}"
     try:
@@ -138,7 +145,7 @@ def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[
     try:
         own = inspect_node(str(folder), token, task, arguments)
         with ray_cluster(address, ResourcesSection(cpus=1), code, check=False):
-            arguments_there = (str(folder), token, task, arguments, home)
+            arguments_there = (str(folder), token, task, arguments, home, plugins)
             return [_check(node, folder, own, arguments_there) for node in alive_nodes()]
     finally:
         for file in folder.glob(f"{token}*"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,9 @@ from pydantic import (
 from nipq_search.blobs import check_home
 from nipq_search.errors import UserError, nearest
 from nipq_search.quant import QuantConfig
+from nipq_search.registry import Registry
 from nipq_search.search.config.budgets import BudgetEntry, check_budget
+from nipq_search.search.config.plugins import check_installed, plugin_versions
 from nipq_search.search.config.resources import LimitsSection, ResourcesSection, Section
 from nipq_search.search.config.space import check_space
 from nipq_search.search.config.yaml_loader import parse_yaml
@@ -58,9 +59,8 @@ class SearchSection(Section):
     @field_validator("strategy", "sampler")
     @classmethod
     def _registered(cls, value: str, info: ValidationInfo) -> str:
-        known = STRATEGIES if info.field_name == "strategy" else SAMPLERS
-        if value not in known:
-            raise ValueError(f"unknown {info.field_name} {value!r}{nearest(value, known)}")
+        known: Registry[Any] = STRATEGIES if info.field_name == "strategy" else SAMPLERS
+        known[value]
         return value
 
     @field_validator("baselines")
@@ -98,6 +98,8 @@ class SweepConfig(Section):
         limits: when to stop.
         checkpoints: URI of a file system for models and checkpoints, such as `s3://BUCKET/FOLDER`;
             None stores them in the sweep's folder.
+        plugins: `package version` of every plug-in in use, by `<family>.<name>`. `run` writes it;
+            it is not part of the sweep's identity.
 
     Example:
         >>> from nipq_search import SweepConfig
@@ -125,6 +127,7 @@ class SweepConfig(Section):
     resources: ResourcesSection = Field(default_factory=ResourcesSection)
     limits: LimitsSection = Field(default_factory=LimitsSection)
     checkpoints: str | None = None
+    plugins: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("checkpoints")
     @classmethod
@@ -141,6 +144,15 @@ class SweepConfig(Section):
         if len({json.dumps(entry, sort_keys=True) for entry in value}) != len(value):
             raise ValueError("duplicate budget; remove one")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plugins(cls, document: Any) -> Any:
+        """Name the package of a missing plug-in before its name is reported as unknown."""
+        wanted = document.get("plugins") if isinstance(document, dict) else None
+        if isinstance(wanted, dict):
+            check_installed(wanted)
+        return document
 
     @model_validator(mode="before")
     @classmethod
@@ -173,10 +185,34 @@ class SweepConfig(Section):
         """Name of the cost of the Pareto front."""
         return self.search.front_cost or next(iter(self.budgets[0]))
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Registry entries that the sweep uses, as `<family>.<name>`."""
+        costs = dict.fromkeys(
+            [self.front_cost, *(cost for entry in self.budgets for cost in entry)]
+        )
+        return (
+            f"quantizer.{self.quant.quantizer}",
+            *(f"cost.{name}" for name in costs),
+            *([] if ":" in self.task else [f"task.{self.task}"]),
+            f"strategy.{self.search.strategy}",
+            f"sampler.{self.search.sampler}",
+        )
+
+    def with_plugins(self) -> SweepConfig:
+        """Return the configuration with the packages and versions that are installed here.
+
+        Raises:
+            UserError: an entry is unknown, or several packages offer it.
+        """
+        return self.model_copy(update={"plugins": plugin_versions(self.entries)})
+
     def as_json(self) -> dict[str, Any]:
         """Return the resolved configuration as JSON types, with the keys of a sweep file."""
         document: dict[str, Any] = json.loads(self.model_dump_json(by_alias=True))
         document["train"]["lambda"] = document["train"].pop("lambda_")
+        if not self.plugins:
+            del document["plugins"]
         return document
 
 
@@ -310,60 +346,3 @@ def _one_line(error: ValidationError) -> str:
     if kind not in ("value_error",):
         message = f"{message}, got {first['input']!r}"
     return f"{key}: {message}"
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List every leaf in which two documents differ.
-
-    Args:
-        old: a nested mapping of plain types.
-        new: the mapping to compare it with.
-        prefix: prepended to the keys.
-
-    Returns:
-        One `key: old -> new` per difference.
-    """
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        name = f"{prefix}{key}"
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{name}.")
-        elif a != b:
-            found.append(f"{name}: {a!r} -> {b!r}")
-    return found
-
-
-def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
-    """Check that a configuration may resume a sweep that began with another one.
-
-    Added budgets and changes of `search.trials`, `resources` and `limits` are allowed.
-
-    Raises:
-        UserError: anything else differs; the message lists the differences.
-    """
-    document = new.as_json()
-    with contextlib.suppress(UserError):  # adds defaults for keys introduced since then
-        old = parse_config(dict(old)).as_json()
-    lost = [entry for entry in old["budgets"] if entry not in document["budgets"]]
-    if lost:
-        raise UserError(
-            f"budgets: {lost[0]} belongs to this sweep but is missing now; budgets can only be "
-            "added (or give the sweep another name)"
-        )
-
-    def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in config.items() if k not in ("budgets", "resources", "limits")}
-        free = ("trials", "front_cost")  # the effective front cost is compared below
-        kept["search"] = {k: v for k, v in config["search"].items() if k not in free}
-        return kept
-
-    found = differences(fixed(old), fixed(document))
-    old_cost = old["search"].get("front_cost") or next(iter(old["budgets"][0]))
-    if old_cost != new.front_cost:
-        found.append(f"front cost: {old_cost!r} -> {new.front_cost!r}; set search.front_cost")
-    if found:
-        raise UserError(
-            f"the sweep '{new.name}' began with a different configuration: {'; '.join(found)} "
-            "(change it back, or give the sweep another name and --out)"
-        )

@@ -13,11 +13,12 @@ import yaml
 from torch import nn
 
 from nipq_search import blobs, storage
-from nipq_search.cost import CONVENTION, COSTS
+from nipq_search.cost import CONVENTION
 from nipq_search.errors import UserError, nearest
 from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
 from nipq_search.report.movement import never_moved
 from nipq_search.search import jobs
+from nipq_search.search.config.plugins import check_installed
 from nipq_search.search.config.space import split
 from nipq_search.search.config.sweep_config import parse_config
 from nipq_search.search.jobs import (
@@ -116,6 +117,9 @@ class Sweep:
         needed = {"metric", "mode", "costs", "axis", "front_cost", "budgets"}
         if not isinstance(facts, dict) or not needed <= facts.keys():
             raise UserError(f"{folder / FACTS_FILE}: damaged; run it again to rewrite the file")
+        plugins = config.get("plugins") if isinstance(config, dict) else None
+        if isinstance(plugins, dict):
+            check_installed(plugins)
         try:
             if not isinstance(config, dict):
                 raise UserError("not a mapping")
@@ -271,8 +275,11 @@ class Sweep:
             UserError: a limit names an unknown cost.
         """
         for name in limits:
-            if name not in COSTS:
-                raise UserError(f"--max {name}: no such cost{nearest(name, COSTS)}")
+            if name not in self.facts["costs"]:
+                raise UserError(
+                    f"--max {name}: unknown cost{nearest(name, self.facts['costs'])}; the costs "
+                    f"of this sweep are {', '.join(self.facts['costs'])}"
+                )
         document = best_document(self.front_document()["points"], limits, self.facts, self.layers)
         point = document["point"]
         return {**document, "model": point and self._shown_file(point["trial"])}

@@ -1,6 +1,7 @@
 """Optuna's samplers by their names in sweep files, and how they learn across budgets.
 
-To add one, write a function from a seed to a sampler and add a line to `SAMPLERS`.
+To add one, write a function from a seed to a sampler and register it in `SAMPLERS`. Other packages
+offer an entry point instead.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import datetime
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optuna
@@ -33,7 +35,27 @@ from optuna.samplers import (
 from optuna.samplers.nsgaii import BLXAlphaCrossover
 from optuna.trial import FrozenTrial, TrialState
 
+from nipq_search.registry import Registry
 from nipq_search.search.strategies.unseen_trials import UnseenTrials
+
+
+@dataclass(frozen=True)
+class SamplerFactory:
+    """An entry of `SAMPLERS`: how to build a sampler, and what it learns from.
+
+    Attributes:
+        build: takes the seed of one trial and returns a sampler. A new sampler is built for every
+            trial, so a resumed search neither repeats nor skips a proposal.
+        learns_by_regret: whether the sampler has one objective, the regret within a budget (see
+            `RegretSampler`), instead of the metric and the cost.
+    """
+
+    build: Callable[[int], BaseSampler]
+    learns_by_regret: bool = False
+
+    def __call__(self, seed: int) -> BaseSampler:
+        """Build a sampler."""
+        return self.build(seed)
 
 
 def tpe(seed: int) -> BaseSampler:
@@ -69,16 +91,20 @@ def nsga2(seed: int) -> BaseSampler:
         return NSGAIISampler(seed=seed, population_size=10, crossover=blend, crossover_prob=1.0)
 
 
-SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
-    "tpe": tpe,
-    "random": random,
-    "gp": gp,
-    "nsga2": nsga2,
-}
+def _problem(name: str, value: Any) -> str | None:
+    fits = isinstance(value, SamplerFactory)
+    return None if fits else "not a nipq_search.search.strategies.samplers.SamplerFactory"
+
+
+SAMPLERS: Registry[SamplerFactory] = Registry(
+    "sampler", group="nipq_search.samplers", check=_problem
+)
 """Samplers by name. Each takes the trial's own seed, so a resumed search repeats nothing."""
 
-LEARN_BY_REGRET = frozenset({"tpe", "gp"})
-"""Samplers that learn from regrets instead of metric and cost; see `RegretSampler`."""
+SAMPLERS.register("tpe", SamplerFactory(tpe, learns_by_regret=True))
+SAMPLERS.register("random", SamplerFactory(random))
+SAMPLERS.register("gp", SamplerFactory(gp, learns_by_regret=True))
+SAMPLERS.register("nsga2", SamplerFactory(nsga2))
 
 RUNGS = "rung_metrics"
 """Trial attribute: the metric at each rung so far; None if it was not a finite number."""

@@ -1,6 +1,7 @@
 """Strategies: which budget and which starting point the next trial gets.
 
-To add one, derive a class from `Strategy` and add a line to `STRATEGIES`.
+To add one, derive a class from `Strategy` and register it in `STRATEGIES`. Other packages offer an
+entry point instead.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from nipq_search.registry import Registry
 from nipq_search.search.strategies.expected_gain import SAME, Axes, most_promising_cost
 
 
@@ -251,10 +254,17 @@ class Fill(Strategy):
         return 1.0 if math.log2(nearest) <= SAME else self._NEW_PLACE
 
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    "independent": Independent,
-    "ladder": Ladder,
-    "fill": Fill,
-    "halving": Halving,
-}
+def _problem(name: str, value: Any) -> str | None:
+    fits = isinstance(value, type) and issubclass(value, Strategy)
+    return None if fits else "not a subclass of nipq_search.search.strategies.strategies.Strategy"
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry(
+    "strategy", group="nipq_search.strategies", check=_problem
+)
 """Strategies, by their names in sweep files."""
+
+STRATEGIES.register("independent", Independent)
+STRATEGIES.register("ladder", Ladder)
+STRATEGIES.register("fill", Fill)
+STRATEGIES.register("halving", Halving)

@@ -25,12 +25,7 @@ from optuna.samplers import PartialFixedSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from nipq_search.search.strategies.samplers import (
-    LEARN_BY_REGRET,
-    SAMPLERS,
-    History,
-    RegretSampler,
-)
+from nipq_search.search.strategies.samplers import SAMPLERS, History, RegretSampler
 from nipq_search.search.study.journal import free_journal, mend_journal
 from nipq_search.search.study.proposals import Asked, Refused, suggest
 from nipq_search.search.study.retry import retry_outages
@@ -277,8 +272,9 @@ class Ledger:
     def _use_sampler(
         self, budget: int, number: int, budgets: int, trials: Sequence[FrozenTrial]
     ) -> None:
-        base = SAMPLERS[self.sampler](seed_for(self.seed, number, 1))
-        if self.sampler in LEARN_BY_REGRET:
+        factory = SAMPLERS[self.sampler]
+        base = factory(seed_for(self.seed, number, 1))
+        if factory.learns_by_regret:
             self.study.sampler = RegretSampler(
                 base,
                 history=self._history,

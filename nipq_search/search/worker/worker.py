@@ -21,6 +21,7 @@ from nipq_search.search.config.sweep_config import SweepConfig, parse_config
 from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind
 from nipq_search.search.worker import failures
 from nipq_search.search.worker.process_group import RankKilled
+from nipq_search.search.worker.provenance import provenance
 from nipq_search.search.worker.reporter import Reporter
 from nipq_search.search.worker.run_job import failure_record, run_job
 from nipq_search.search.worker.watchdog import captured, watchdog
@@ -116,7 +117,8 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     except jobs.AlreadyCommitted:
         return _attempt(job, task, report)
     if gave_up:
-        is_mine = jobs.commit(attempt, failure_record(job, gave_up))
+        failure = {**failure_record(job, gave_up), "provenance": provenance(config)}
+        is_mine = jobs.commit(attempt, failure)
         return JobOutcome(kind=OutcomeKind.FAIL if is_mine else OutcomeKind.SUPERSEDED)
     minutes = config.limits.trial_minutes if job.kind in ("trial", "baseline") else None
     reporter = Reporter(job, attempt, report)
@@ -135,7 +137,8 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
             raise _EndProcess(ExitReason.RANK_KILLED) from error
         except Exception as error:
             record = _record_of_error(job, reporter, error)
-    return _commit(job, reporter, {**record, "threads": threads, "workers": workers})
+    setup_of_result = {"threads": threads, "workers": workers, "provenance": provenance(config)}
+    return _commit(job, reporter, {**record, **setup_of_result})
 
 
 # Ends of an attempt

@@ -13,6 +13,7 @@ OWN = {
     "gpus": [],
     "data": "abc",
     "read": True,
+    "plugins": [],
 }
 
 

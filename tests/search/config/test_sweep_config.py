@@ -10,10 +10,9 @@ from unit_helpers import document, make_config, run_here
 
 from nipq_search.errors import UserError
 from nipq_search.search.commands.plan import plan
+from nipq_search.search.config.resume import check_resume, differences
 from nipq_search.search.config.sweep_config import (
     SweepConfig,
-    check_resume,
-    differences,
     load_config,
     parse_config,
 )

@@ -19,7 +19,7 @@ import sampler
 from sampler import SPACE, searched
 
 from nipq_search.search.config.sweep_config import SearchSection
-from nipq_search.search.strategies.samplers import RUNGS, SAMPLERS, tpe
+from nipq_search.search.strategies.samplers import RUNGS, SAMPLERS, SamplerFactory, tpe
 from nipq_search.search.study.ledger import BUDGET, Ledger
 
 SEEDS = 6
@@ -31,9 +31,7 @@ def _quiet():
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def test_the_default_sampler_beats_its_rivals(monkeypatch):
-    for name, rival in sampler.RIVALS.items():
-        monkeypatch.setitem(SAMPLERS, name, rival)
+def test_the_default_sampler_beats_its_rivals():
     for name, (mean, error) in sampler.leads_over_rivals(SEEDS).items():
         assert mean > 2 * error, name
 
@@ -85,7 +83,7 @@ def test_rungs_teach_the_sampler():
     assert mean > 2 * error
 
 
-def test_a_rung_without_a_number_is_the_worst(monkeypatch):
+def test_a_rung_without_a_number_is_the_worst():
     """This holds even if no trial with the budget has a finite metric."""
     shown = []
 
@@ -94,12 +92,13 @@ def test_a_rung_without_a_number_is_the_worst(monkeypatch):
             shown.extend(t.value for t in study.trials if t.state.is_finished())
             return super().sample_relative(study, trial, search_space)
 
-    monkeypatch.setitem(SAMPLERS, "tpe", lambda seed: Spy(seed=seed))
-    study = optuna.create_study(directions=["minimize", "minimize"])
-    ledger = Ledger(study, space=SPACE, sampler="tpe", seed=0)
-    for rungs in ([None], [None, 0.5], [0.3]):
-        ledger.note(ledger.ask(0, 2).number, {RUNGS: rungs})
-    ledger.note(ledger.ask(1, 2).number, {RUNGS: [None]})
-    shown.clear()
-    ledger.ask(0, 2)
+    spy = SamplerFactory(lambda seed: Spy(seed=seed), learns_by_regret=True)
+    with SAMPLERS.temporarily("tpe", spy):
+        study = optuna.create_study(directions=["minimize", "minimize"])
+        ledger = Ledger(study, space=SPACE, sampler="tpe", seed=0)
+        for rungs in ([None], [None, 0.5], [0.3]):
+            ledger.note(ledger.ask(0, 2).number, {RUNGS: rungs})
+        ledger.note(ledger.ask(1, 2).number, {RUNGS: [None]})
+        shown.clear()
+        ledger.ask(0, 2)
     assert shown == [float("-inf"), 0.0, 0.0, float("-inf")]

@@ -1,0 +1,212 @@
+"""Registries: the values that configurations select by name, this package's own and plug-ins.
+
+Each family (quantizers, costs, tasks, strategies, samplers) has one `Registry`. Other packages
+add entries through Python entry points in the registry's group. A plug-in is imported when its
+name is looked up and not before, so a broken one affects only those who select it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from nipq_search.errors import UserError, nearest, one_line
+
+T = TypeVar("T")
+
+
+class RegistrationError(ValueError):
+    """The name is taken, or the value is not of the registry's kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """An entry that an installed package offers through an entry point.
+
+    Attributes:
+        name: the name that configurations use.
+        package: name of the distribution, as pip shows it.
+        version: version of the distribution.
+        target: the object that the entry point refers to, `module:attribute`.
+    """
+
+    name: str
+    package: str
+    version: str
+    target: str
+
+    def __str__(self) -> str:
+        """The package and its version."""
+        return f"{self.package} {self.version}"
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Values of one family by name.
+
+    Own entries are registered explicitly and take precedence over plug-ins. Iteration yields the
+    own entries and the plug-ins that have been looked up; `in` and `names` also cover plug-ins
+    that are only installed.
+
+    Args:
+        kind: singular noun for the entries, used in messages.
+        group: entry point group of the family; None if other packages cannot add entries.
+        check: takes a name and a value, and returns what is wrong with the value or None.
+        hint: text appended to the message for an unknown name.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        group: str | None = None,
+        check: Callable[[str, Any], str | None] = lambda name, value: None,
+        hint: str = "",
+    ) -> None:
+        """Create an empty registry."""
+        self.kind, self.group = kind, group
+        self._check, self._hint = check, hint
+        self._own: dict[str, T] = {}
+        self._loaded: dict[str, T] = {}
+
+    def register(self, name: str, value: T) -> None:
+        """Add an own entry.
+
+        Raises:
+            RegistrationError: the name is taken, or the value is of another kind.
+        """
+        if name in self._own:
+            raise RegistrationError(f"{self.kind} '{name}' is already registered")
+        if problem := self._check(name, value):
+            raise RegistrationError(f"{self.kind} '{name}': {problem}")
+        self._own[name] = value
+
+    @contextlib.contextmanager
+    def temporarily(self, name: str, value: T) -> Iterator[None]:
+        """Register or replace an own entry for the duration of a `with` block, as tests do."""
+        before = dict(self._own)
+        self._own.pop(name, None)
+        try:
+            self.register(name, value)
+            yield
+        finally:
+            self._own = before
+
+    def __getitem__(self, name: str) -> T:
+        """Return the value, importing the plug-in that offers it if there is no own entry.
+
+        Raises:
+            UserError: the name is unknown, several packages offer it, or the plug-in is broken.
+        """
+        if name in self._own:
+            return self._own[name]
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def lookup(self, name: str, key: str) -> T:
+        """Return the value; errors name the configuration key that selects it.
+
+        Raises:
+            UserError: as for indexing.
+        """
+        try:
+            return self[name]
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the own entries and of the plug-ins in use."""
+        return iter([*self._own, *(name for name in self._loaded if name not in self._own)])
+
+    def __len__(self) -> int:
+        """Return the number of entries that iteration yields."""
+        return len(self._own.keys() | self._loaded.keys())
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the name is an own entry or one that a package offers; imports nothing."""
+        if name in self._own or name in self._loaded:
+            return True
+        return isinstance(name, str) and bool(self._offers(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value, or the default for an unknown name."""
+        return self[name] if name in self else default
+
+    def names(self) -> list[str]:
+        """Return every name that can be looked up, sorted; imports nothing."""
+        return sorted({*self, *(plugin.name for plugin in self.plugins())})
+
+    def plugins(self) -> list[Plugin]:
+        """Return what the installed packages offer, usable or not; imports nothing."""
+        return [_plugin(entry) for entry in self._entries()]
+
+    def plugin(self, name: str) -> Plugin | None:
+        """Return the plug-in that a name selects, or None for an own entry; imports nothing.
+
+        Raises:
+            UserError: the name is unknown, or several packages offer it.
+        """
+        return None if name in self._own else _plugin(self._offer(name))
+
+    def clashes(self) -> list[str]:
+        """Return one line per plug-in name that is taken by an own entry or another package."""
+        found = []
+        offered = self.plugins()
+        for name in sorted({plugin.name for plugin in offered}):
+            packages = [str(plugin) for plugin in offered if plugin.name == name]
+            if name in self._own:
+                found.append(
+                    f"{self.kind} '{name}' of {' and '.join(packages)} is ignored: nipq_search "
+                    "has its own"
+                )
+            elif len(packages) > 1:
+                found.append(f"{self.kind} '{name}' is offered by {' and '.join(packages)}")
+        return found
+
+    def _entries(self) -> list[importlib.metadata.EntryPoint]:
+        if self.group is None:
+            return []
+        return sorted(importlib.metadata.entry_points(group=self.group))
+
+    def _offers(self, name: str) -> list[importlib.metadata.EntryPoint]:
+        return [entry for entry in self._entries() if entry.name == name]
+
+    def _offer(self, name: str) -> importlib.metadata.EntryPoint:
+        """Return the one entry point that offers a name."""
+        offers = self._offers(name)
+        if not offers:
+            close = nearest(str(name), self.names())
+            raise UserError(f"unknown {self.kind} '{name}'{close}{self._hint}")
+        if len(offers) > 1:
+            packages = " and ".join(str(_plugin(entry)) for entry in offers)
+            raise UserError(
+                f"{self.kind} '{name}' is offered by {packages}; uninstall all but one of them"
+            )
+        return offers[0]
+
+    def _load(self, name: str) -> T:
+        entry = self._offer(name)
+        plugin = _plugin(entry)
+        what = f"{self.kind} '{name}' of {plugin} (entry point {plugin.target})"
+        fix = f"update or uninstall {plugin.package}"
+        try:
+            value: T = entry.load()
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"{what} cannot be loaded ({reason}); {fix}") from error
+        if problem := self._check(name, value):
+            raise UserError(f"{what}: {problem}; {fix}")
+        return value
+
+
+def _plugin(entry: importlib.metadata.EntryPoint) -> Plugin:
+    package = entry.dist
+    return Plugin(
+        name=entry.name,
+        package="unknown package" if package is None else package.name,
+        version="" if package is None else package.version,
+        target=entry.value,
+    )

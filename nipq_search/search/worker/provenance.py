@@ -1,0 +1,43 @@
+"""Provenance of a result: the software and the processor that computed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nipq_search.search.config.plugins import plugin_versions
+from nipq_search.search.config.sweep_config import SweepConfig
+from nipq_search.version import __version__
+
+
+def provenance(config: SweepConfig) -> dict[str, Any]:
+    """Return the versions and the CPU capability with which this process computes.
+
+    Equal provenance means that a repeated training on CPUs has equal bits.
+
+    Args:
+        config: the sweep, whose plug-ins are listed.
+    """
+    return {
+        "nipq_search": __version__,
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "plugins": plugin_versions(config.entries),
+    }
+
+
+def provenance_changes(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two provenances, as `torch 2.13.0, here 2.14.1`."""
+    before, now = _flat(recorded), _flat(here)
+    return [
+        f"{key} {before.get(key, 'unknown')}, here {now.get(key, 'none')}"
+        for key in [*before, *(key for key in now if key not in before)]
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a provenance without nesting; plug-ins as further keys."""
+    return {**{k: v for k, v in found.items() if k != "plugins"}, **found.get("plugins", {})}

@@ -1,0 +1,1 @@
+"""A quantizer, a cost, a task, a strategy and a sampler for nipq_search."""

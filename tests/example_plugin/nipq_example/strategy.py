@@ -1,0 +1,13 @@
+"""A strategy: budgets take turns, and every trial starts from the float model."""
+
+from __future__ import annotations
+
+from nipq_search.search.strategies.strategies import Strategy, Target
+
+
+class RoundRobin(Strategy):
+    """Assigns the budgets in turn, regardless of the results of earlier trials."""
+
+    def assign(self, state):
+        """Return the next budget in turn."""
+        return Target(budget=len(state.assigned) % len(state.budgets))

@@ -15,7 +15,7 @@ from nipq_search import storage
 from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.coordinator.resolved import Facts
+from nipq_search.search.coordinator.resolved import ResolvedSweep
 from nipq_search.search.jobs import STOP_FILE, Job
 from nipq_search.search.jobs.lease import stop_requested
 from nipq_search.search.results import documents
@@ -46,7 +46,7 @@ class Monitor:
     Args:
         out: the sweep's folder.
         config: the sweep configuration.
-        facts: the resolved graph, budgets and costs.
+        resolved: the resolved graph, budgets and costs.
         coordinator: schedules the jobs of the sweep.
         progress: receives progress updates and messages.
         stop: set by a signal handler.
@@ -63,14 +63,14 @@ class Monitor:
         *,
         out: Path,
         config: SweepConfig,
-        facts: Facts,
+        resolved: ResolvedSweep,
         coordinator: Coordinator,
         progress: ProgressSink,
         stop: threading.Event,
         guard: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the clock for `limits.hours`."""
-        self.out, self.config, self.facts, self.coordinator = out, config, facts, coordinator
+        self.out, self.config, self.resolved, self.coordinator = out, config, resolved, coordinator
         self.progress, self.stop, self.guard = progress, stop, guard
         self.outputs = Outputs(out, config)
         self.limit = ""
@@ -213,7 +213,7 @@ class Monitor:
         state = str(done["state"]) if done else ("paused at a rung" if paused else "stopped")
         text = f"{job.name} {state}"
         if done and done.get("metrics"):
-            metric, cost = self.facts.metric, self.facts.front_cost
+            metric, cost = self.resolved.metric, self.resolved.front_cost
             text += f": {metric} {done['metrics'].get(metric, float('nan')):.4f}"
             if cost in done.get("cost", {}):
                 text += f", {cost} {full_figure(done['cost'][cost])}"
@@ -243,8 +243,8 @@ class Monitor:
             stage=self.coordinator.stage,
             best=dict(self.outputs.cache.best),
             seconds_left=left,
-            metric=self.facts.metric,
-            front_cost=self.facts.front_cost,
+            metric=self.resolved.metric,
+            front_cost=self.resolved.front_cost,
         )
 
     def finish(self, status: RunStatus) -> None:

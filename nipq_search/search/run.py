@@ -43,7 +43,7 @@ from nipq_search.search.config.sweep_config import (
     parse_config,
 )
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.coordinator.resolved import Facts, gather
+from nipq_search.search.coordinator.resolved import ResolvedSweep, resolve_sweep
 from nipq_search.search.jobs import FACTS_FILE, FAIL, SWEEP_FILE, committed, job_folder
 from nipq_search.search.jobs.lease import driver_lease
 from nipq_search.search.monitor import Monitor
@@ -94,7 +94,7 @@ class Outcome:
 
 def open_ledger(
     config: SweepConfig, task: Task, out: Path, guard: Callable[[], None] = lambda: None
-) -> tuple[Ledger, Facts]:
+) -> tuple[Ledger, ResolvedSweep]:
     """Open the ledger, check it against an earlier run, and write the sweep's files.
 
     Args:
@@ -111,10 +111,10 @@ def open_ledger(
             data have changed since.
     """
     # Budgets are checked before the study is created, so a rejected start leaves no study behind.
-    facts, data = gather(config, task), dataset(task)
+    resolved, data = resolve_sweep(config, task), dataset(task)
     space = {name: distribution(name, form) for name, form in config.search.space.items()}
     if config.search.bits:
-        space |= bits_space(facts.graph)
+        space |= bits_space(resolved.graph)
     begun = jobs.any_attempt_exists(out)
     if begun:
         # Job numbers come from the study, so jobs of another study would be taken for this one's.
@@ -139,31 +139,33 @@ def open_ledger(
             _check_same(ledger, config, data, out)
             for change in plugin_changes(before.get("plugins", {}), config.plugins):
                 _log.warning("plug-ins changed since the sweep began: %s", change)
-        facts = gather(config, task, ledger.recall("budgets"))
+        resolved = resolve_sweep(config, task, ledger.recall("budgets"))
     elif before is not None:
         # No job has been started, so the earlier configuration need not match.
         _check_mode(ledger, task)
-    _store_sweep(ledger, config, facts, data, out, guard)
-    return ledger, facts
+    _store_sweep(ledger, config, resolved, data, out, guard)
+    return ledger, resolved
 
 
 def _store_sweep(
     ledger: Ledger,
     config: SweepConfig,
-    facts: Facts,
+    resolved: ResolvedSweep,
     data: Mapping[str, Any],
     out: Path,
     guard: Callable[[], None],
 ) -> None:
     """Store configuration, budgets and data set in the study and in the sweep's folder."""
-    ledger.name_metrics(facts.metric, facts.front_cost)
-    ledger.remember("budgets", [dict(b.entry) for b in facts.budgets])
+    ledger.name_metrics(resolved.metric, resolved.front_cost)
+    ledger.remember("budgets", [dict(b.entry) for b in resolved.budgets])
     ledger.remember("dataset", data)
     ledger.remember("config", config.as_json())
     identity = ledger.recall(IDENTITY) or uuid.uuid4().hex
     ledger.remember(IDENTITY, identity)
     guard()
-    storage.write_json(out / FACTS_FILE, {**facts.as_json(), "dataset": data, "study": identity})
+    storage.write_json(
+        out / FACTS_FILE, {**resolved.as_json(), "dataset": data, "study": identity}
+    )
     text = yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True)
     storage.write_bytes(out / SWEEP_FILE, text.encode())
 
@@ -263,12 +265,12 @@ def run_sweep(
         signals_to(stop, progress),
     ):
         task = load_task(config)
-        ledger, facts = open_ledger(config, task, out, guard)
+        ledger, resolved = open_ledger(config, task, out, guard)
         with contextlib.closing(ledger):
             # The monitor reads the coordinator, which calls the monitor once jobs run.
             coordinator = Coordinator(
                 config=config,
-                resolved=facts,
+                resolved=resolved,
                 ledger=ledger,
                 out=out,
                 run=run,
@@ -278,7 +280,7 @@ def run_sweep(
             monitor = Monitor(
                 out=out,
                 config=config,
-                facts=facts,
+                resolved=resolved,
                 coordinator=coordinator,
                 progress=progress,
                 stop=stop,

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from nipq_search.search.strategies.expected_gain import Axes
-from nipq_search.search.strategies.strategies import Finished, SearchState, Strategy
+from nipq_search.search.strategies.strategies import FinishedTrial, SearchState, Strategy
 
 BUDGETS = ({"bops": 400.0}, {"bops": 200.0}, {"bops": 100.0}, {"bops": 80.0}, {"bops": 70.0})
 AXES = Axes(cost="bops", least=60.0, most=1600.0, reference=0.7, best=0.9)
@@ -27,7 +27,7 @@ class StrategyConformance:
         """Every budget is served, targets and parents are valid, and no state is hidden."""
         strategy = self.strategy()
         assigned: list[int] = []
-        finished: list[Finished] = []
+        finished: list[FinishedTrial] = []
         served = []
         for number in range(3 * budgets):
             state = SearchState(
@@ -48,7 +48,7 @@ class StrategyConformance:
             assigned.append(target.budget)
             served.append(targets)
             metric = 0.9 - 5.0 / targets["bops"]
-            finished.append(Finished(number=number, cost=targets, metric=metric))
+            finished.append(FinishedTrial(number=number, cost=targets, metric=metric))
         assert set(assigned) == set(range(budgets))
         assert all(budget in served for budget in BUDGETS[:budgets])
 

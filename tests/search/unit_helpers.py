@@ -15,7 +15,7 @@ from nipq_search.search import jobs
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.coordinator.resolved import Facts, gather
+from nipq_search.search.coordinator.resolved import ResolvedSweep, resolve_sweep
 from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.run import Outcome, open_ledger, run_sweep
@@ -71,11 +71,11 @@ def digits() -> Digits:
 
 
 @functools.lru_cache(maxsize=8)
-def _facts(text: str) -> Facts:
-    return gather(parse_config(json.loads(text)), digits())
+def _facts(text: str) -> ResolvedSweep:
+    return resolve_sweep(parse_config(json.loads(text)), digits())
 
 
-def facts_of(config: SweepConfig) -> Facts:
+def facts_of(config: SweepConfig) -> ResolvedSweep:
     """The facts of a sweep on digits, gathered once."""
     return _facts(json.dumps(config.as_json()))
 

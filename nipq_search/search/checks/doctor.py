@@ -167,7 +167,7 @@ def _task(config: SweepConfig) -> str:
 
 def _budgets(config: SweepConfig) -> str:
     from nipq_search.search.checks.preflight import load_task
-    from nipq_search.search.coordinator.resolved import gather
+    from nipq_search.search.coordinator.resolved import resolve_sweep
 
-    facts = gather(config, load_task(config))
-    return f"{len(facts.budgets)} budgets, all reachable"
+    resolved = resolve_sweep(config, load_task(config))
+    return f"{len(resolved.budgets)} budgets, all reachable"

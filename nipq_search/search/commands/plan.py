@@ -16,7 +16,7 @@ from nipq_search.search.checks.preflight import load_task
 from nipq_search.search.config.budgets import REFERENCE_BITS
 from nipq_search.search.config.space import distribution, ends
 from nipq_search.search.config.sweep_config import SweepConfig
-from nipq_search.search.coordinator.resolved import gather
+from nipq_search.search.coordinator.resolved import resolve_sweep
 from nipq_search.search.strategies.strategies import STRATEGIES
 from nipq_search.tasks.base import dataset
 from nipq_search.train.loop import steps_in
@@ -31,8 +31,8 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         UserError: the configuration would prevent a run from starting.
     """
     task = load_task(config)
-    facts = gather(config, task)
-    graph = facts.graph
+    resolved = resolve_sweep(config, task)
+    graph = resolved.graph
     uniform = {n: int(b) for n, b in uniform_bits(graph, REFERENCE_BITS).items()}
     layers = layer_rows(graph, uniform)
     searched = {name for name, tensor in graph.tensors.items() if len(tensor.allowed) > 1}
@@ -40,7 +40,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         row["searched"] = bool(searched & {layer.weight, layer.input, layer.second})
     flat = {name: 0.0 for name in uniform}
     budgets = []
-    for budget in facts.budgets:
+    for budget in resolved.budgets:
         targets = Budget(**budget.targets)
         bits = max_usage_bits(graph, targets) or project(
             graph, targets, bits_at_budget(graph, targets), flat
@@ -61,14 +61,17 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "data": _data(task),
         "layers": layers,
         "reachable": {
-            name: {"least": facts.costs[name]["least"], "greatest": facts.costs[name]["greatest"]}
+            name: {
+                "least": resolved.costs[name]["least"],
+                "greatest": resolved.costs[name]["greatest"],
+            }
             for name in COSTS
         },
         "budgets": budgets,
         "trials": config.search.trials,
         "samples": _samples(config, task, graph),
         "noise_steps": _noise_steps(config, task),
-        "disk_bytes": _disk(config, facts.costs["weight_bytes"]["float"]),
+        "disk_bytes": _disk(config, resolved.costs["weight_bytes"]["float"]),
     }
 
 

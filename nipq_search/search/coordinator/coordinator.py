@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from nipq_search import blobs
 from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig
-from nipq_search.search.coordinator.resolved import Facts
+from nipq_search.search.coordinator.resolved import ResolvedSweep
 from nipq_search.search.coordinator.trials import Trials
 from nipq_search.search.jobs import SCORES, TEST_FILE, Job, committed, job_folder
 from nipq_search.search.strategies.pareto import non_dominated
@@ -65,7 +65,7 @@ class Coordinator:
         self,
         *,
         config: SweepConfig,
-        resolved: Facts,
+        resolved: ResolvedSweep,
         ledger: Ledger,
         out: Path,
         run: str,

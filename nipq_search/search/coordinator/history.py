@@ -10,11 +10,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.cost import COSTS
 from nipq_search.search.config.sweep_config import SweepConfig
-from nipq_search.search.coordinator.resolved import Facts
+from nipq_search.search.coordinator.resolved import ResolvedSweep
 from nipq_search.search.jobs import committed, job_folder
 from nipq_search.search.strategies.expected_gain import Axes
 from nipq_search.search.strategies.pareto import default_reference, non_dominated
-from nipq_search.search.strategies.strategies import Finished, SearchState
+from nipq_search.search.strategies.strategies import FinishedTrial, SearchState
 from nipq_search.search.strategies.unseen_trials import UnseenTrials, is_foreign
 from nipq_search.search.study.ledger import BUDGET
 
@@ -45,7 +45,7 @@ def targets_of(trial: FrozenTrial) -> dict[str, float]:
     return {name: float(value) for name, value in found if name in COSTS}
 
 
-def _number(trial: Finished) -> int:
+def _number(trial: FinishedTrial) -> int:
     return trial.number
 
 
@@ -58,13 +58,13 @@ class TrialHistory:
         out: absolute path of the sweep's folder.
     """
 
-    def __init__(self, config: SweepConfig, resolved: Facts, out: Path) -> None:
+    def __init__(self, config: SweepConfig, resolved: ResolvedSweep, out: Path) -> None:
         """Start without trials."""
         self._config, self._resolved, self._out = config, resolved, out
         self._sign = 1 if resolved.mode == "max" else -1
         self._unseen = UnseenTrials()
-        self._finished: list[Finished] = []
-        self._front: list[Finished] = []
+        self._finished: list[FinishedTrial] = []
+        self._front: list[FinishedTrial] = []
         self._asked: list[tuple[int, dict[str, float]]] = []
         self._assigned: list[int] = []
         self._failures: dict[int, int] = {}
@@ -89,7 +89,7 @@ class TrialHistory:
             self._count_for_budget(trial)
             if trial.state is TrialState.COMPLETE:
                 new.append(
-                    Finished(
+                    FinishedTrial(
                         number=trial.number,
                         metric=self._sign * trial.values[0],
                         cost=costs_of(trial),
@@ -108,7 +108,7 @@ class TrialHistory:
             if not failed or self._failures[index] > FREE_FAILURES:
                 self._assigned.append(int(index))
 
-    def _add(self, new: Sequence[Finished]) -> None:
+    def _add(self, new: Sequence[FinishedTrial]) -> None:
         for trial in new:
             bisect.insort(self._finished, trial, key=_number)
         rivals = {t.number: t for t in [*self._front, *new]}
@@ -116,16 +116,16 @@ class TrialHistory:
         points = {n: (t.metric, t.cost[cost]) for n, t in rivals.items() if cost in t.cost}
         self._front = [rivals[number] for number in sorted(non_dominated(points, "max"))]
 
-    def recent(self) -> list[Finished]:
+    def recent(self) -> list[FinishedTrial]:
         """Return the newest `MAX_FINISHED` finished trials, and of the others the front."""
         newest = self._finished[-MAX_FINISHED:]
         return [*(t for t in self._front if t.number < newest[0].number), *newest]
 
-    def all_but(self, numbers: Container[int]) -> list[Finished]:
+    def all_but(self, numbers: Container[int]) -> list[FinishedTrial]:
         """Return all finished trials except those with these numbers."""
         return [t for t in self._finished if t.number not in numbers]
 
-    def find(self, number: int) -> Finished | None:
+    def find(self, number: int) -> FinishedTrial | None:
         """Return a finished trial by its number, or None."""
         at = bisect.bisect_left(self._finished, number, key=_number)
         found = self._finished[at : at + 1]

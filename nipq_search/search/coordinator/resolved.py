@@ -31,7 +31,7 @@ from nipq_search.train.models import load_float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ResolvedSweep:
     """A sweep's configuration resolved against its model.
 
     Attributes:
@@ -118,7 +118,9 @@ def float_cost(graph: Graph, name: str) -> float:
     )
 
 
-def gather(config: SweepConfig, task: Task, order: list[Mapping[str, Any]] | None = None) -> Facts:
+def resolve_sweep(
+    config: SweepConfig, task: Task, order: list[Mapping[str, Any]] | None = None
+) -> ResolvedSweep:
     """Resolve and check a configuration before the sweep starts.
 
     Args:
@@ -155,7 +157,7 @@ def gather(config: SweepConfig, task: Task, order: list[Mapping[str, Any]] | Non
         for name in COSTS
     }
     front = costs[config.front_cost]
-    return Facts(
+    return ResolvedSweep(
         graph=graph,
         budgets=budgets,
         front_cost=config.front_cost,

@@ -20,7 +20,7 @@ from nipq_search.search import jobs
 from nipq_search.search.config.space import split
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.history import TARGET, TrialHistory, targets_of
-from nipq_search.search.coordinator.resolved import Facts
+from nipq_search.search.coordinator.resolved import ResolvedSweep
 from nipq_search.search.jobs import Job, committed, job_folder, model_file, rung_records
 from nipq_search.search.strategies.halving import Standing, to_promote
 from nipq_search.search.strategies.samplers import RUNGS
@@ -53,7 +53,7 @@ class Trials:
         self,
         *,
         config: SweepConfig,
-        resolved: Facts,
+        resolved: ResolvedSweep,
         ledger: Ledger,
         out: Path,
         make_job: Callable[..., Job],

@@ -22,7 +22,7 @@ def best_document(
     Args:
         points: points of the front document.
         limits: maximum by cost name, in the unit of the cost.
-        facts: the sweep's resolved facts, `Facts.as_json()`.
+        facts: the sweep's resolved facts, `ResolvedSweep.as_json()`.
         layers_of: returns the bits and costs of each layer of a trial.
 
     Returns:

@@ -41,7 +41,7 @@ class Records:
     """Records of a study's trials, updated incrementally: unchanged records are reused.
 
     Args:
-        facts: the sweep's resolved facts, `Facts.as_json()`.
+        facts: the sweep's resolved facts, `ResolvedSweep.as_json()`.
         out: the sweep's folder.
 
     Attributes:
@@ -195,7 +195,7 @@ def front_document(
 
     Args:
         records: records of all trials.
-        facts: the sweep's resolved facts, `Facts.as_json()`.
+        facts: the sweep's resolved facts, `ResolvedSweep.as_json()`.
         config: the resolved configuration.
         out: the sweep's folder.
 

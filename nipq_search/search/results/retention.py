@@ -15,7 +15,7 @@ from nipq_search.search.jobs import job_folder
 from nipq_search.search.jobs.lease import check_free, driver_lease
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.strategies.pareto import non_dominated
-from nipq_search.search.strategies.strategies import STRATEGIES, Finished
+from nipq_search.search.strategies.strategies import STRATEGIES, FinishedTrial
 from nipq_search.search.study.database_lease import study_lease
 
 _OPEN = ("RUNNING", "WAITING")
@@ -49,7 +49,7 @@ def needed(
             found.setdefault(record.parent, f"parent of {what} ({record.trial})")
     sign = 1 if mode == "max" else -1
     finished = [
-        Finished(
+        FinishedTrial(
             number=r.trial, cost=r.cost, metric=sign * (r.validation or 0.0), targets=r.budget
         )
         for r in records
@@ -69,7 +69,9 @@ def needed(
 
 
 def _best_trials(
-    finished: Sequence[Finished], targets: Sequence[Mapping[str, float]], names: Collection[str]
+    finished: Sequence[FinishedTrial],
+    targets: Sequence[Mapping[str, float]],
+    names: Collection[str],
 ) -> dict[int, str]:
     """Find the trials that `best` returns for limits on one cost or on a budget's costs."""
     found: dict[int, str] = {}

@@ -54,7 +54,7 @@ class Sweep:
     Args:
         folder: the sweep's folder.
         config: the resolved configuration.
-        facts: the resolved facts of the last run, `Facts.as_json()`.
+        facts: the resolved facts of the last run, `ResolvedSweep.as_json()`.
 
     Example:
         Open the folder of a sweep, here a minimal one that runs without Ray.

@@ -16,7 +16,7 @@ from nipq_search.search.strategies.expected_gain import SAME, Axes, most_promisi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished:
+class FinishedTrial:
     """A COMPLETE trial.
 
     Attributes:
@@ -49,7 +49,7 @@ class SearchState:
     assigned: Sequence[int] = ()
     running: Sequence[Mapping[str, float]] = ()
     asked: Sequence[Mapping[str, float]] = ()
-    finished: Sequence[Finished] = ()
+    finished: Sequence[FinishedTrial] = ()
     axes: Axes | None = None
 
 
@@ -98,7 +98,7 @@ class Strategy:
         """Return the budget of the next trial."""
         return Assignment(budget=least_served(state))
 
-    def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
+    def parent(self, budget: Mapping[str, float], finished: Sequence[FinishedTrial]) -> int | None:
         """Return the number of the trial that a new one starts from; None for the float model.
 
         Args:
@@ -107,7 +107,7 @@ class Strategy:
         """
         return None
 
-    def epochs_share(self, budget: Mapping[str, float], parent: Finished | None) -> float:
+    def epochs_share(self, budget: Mapping[str, float], parent: FinishedTrial | None) -> float:
         """Return the fraction of `train.epochs` for which a trial trains.
 
         Args:
@@ -131,7 +131,7 @@ _AT_TARGET = 0.97
 """A trial counts as being at a target if it uses at least this fraction of it."""
 
 
-def _ratios(trial: Finished, budget: Mapping[str, float]) -> list[float]:
+def _ratios(trial: FinishedTrial, budget: Mapping[str, float]) -> list[float]:
     """Return the fraction of each target that a trial uses.
 
     A trial cannot always use up its target: another target may bind, coarse bit-widths leave a
@@ -156,7 +156,7 @@ class Ladder(Strategy):
     _SHARE = 1 / 3
     _STEP_OCTAVES = 0.1
 
-    def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
+    def parent(self, budget: Mapping[str, float], finished: Sequence[FinishedTrial]) -> int | None:
         """Return the best of the nearest trials; costs within a tenth of an octave are equal."""
         best: tuple[int, float, int] | None = None
         for trial in finished:
@@ -169,7 +169,7 @@ class Ladder(Strategy):
                 best = key
         return None if best is None else best[2]
 
-    def epochs_share(self, budget: Mapping[str, float], parent: Finished | None) -> float:
+    def epochs_share(self, budget: Mapping[str, float], parent: FinishedTrial | None) -> float:
         """Return one third for a trial with a parent, else 1."""
         return 1.0 if parent is None else self._SHARE
 
@@ -239,11 +239,11 @@ class Fill(Strategy):
         share = len(state.assigned) / len(state.budgets)
         return index not in targets and state.assigned.count(index) < share
 
-    def parent(self, budget: Mapping[str, float], finished: Sequence[Finished]) -> int | None:
+    def parent(self, budget: Mapping[str, float], finished: Sequence[FinishedTrial]) -> int | None:
         """Return the parent that `Ladder` would choose."""
         return self._ladder.parent(budget, finished)
 
-    def epochs_share(self, budget: Mapping[str, float], parent: Finished | None) -> float:
+    def epochs_share(self, budget: Mapping[str, float], parent: FinishedTrial | None) -> float:
         """Return a small fraction at a new place, and 1 if the parent is at the same place.
 
         A repeat must train in full, because a shorter one gains nothing.

@@ -9,7 +9,7 @@ from nipq_search.cost import COSTS, exact_cost
 from nipq_search.cost.base import extreme_bits, uniform_bits
 from nipq_search.errors import UserError
 from nipq_search.search.config.budgets import budget_label, check_budget, resolve_budget
-from nipq_search.search.coordinator.resolved import gather
+from nipq_search.search.coordinator.resolved import resolve_sweep
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_invalid_targets(figure):
 def test_budgets_with_equal_targets_are_rejected():
     config = make_config(budgets=[{"bops": "uniform 8"}, {"bops": "100 %"}])
     with pytest.raises(UserError, match="bops: uniform 8 and bops: 100 % are equal"):
-        gather(config, digits())
+        resolve_sweep(config, digits())
 
 
 def test_facts_of_a_sweep():
@@ -106,5 +106,5 @@ def test_facts_of_a_sweep():
 
 def test_budgets_keep_the_order_of_an_earlier_run():
     config = make_config(budgets=[{"weight_bytes": "uniform 4"}, {"bops": "uniform 3"}])
-    facts = gather(config, digits(), [{"bops": "uniform 3"}])
+    facts = resolve_sweep(config, digits(), [{"bops": "uniform 3"}])
     assert [b.label for b in facts.budgets] == ["bops: uniform 3", "weight_bytes: uniform 4"]

@@ -16,7 +16,7 @@ from nipq_search.search.config.sweep_config import (
     load_config,
     parse_config,
 )
-from nipq_search.search.coordinator.resolved import gather
+from nipq_search.search.coordinator.resolved import resolve_sweep
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.tasks import TASKS, make_task
 
@@ -246,7 +246,7 @@ def test_every_shipped_sweep_builds(path):
     config = load_config(path)
     assert isinstance(config, SweepConfig) and config.task in TASKS
     task = make_task(config.task, config.task_args)
-    facts = gather(config, task)
+    facts = resolve_sweep(config, task)
     assert len(facts.budgets) == len(config.budgets)
 
 

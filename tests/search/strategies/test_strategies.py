@@ -11,12 +11,12 @@ from nipq_search.cost.projection import freeze, usage
 from nipq_search.quant import QuantConfig, prepare, quantizers
 from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.search.strategies.expected_gain import Axes
-from nipq_search.search.strategies.strategies import Fill, Finished, Ladder, SearchState
+from nipq_search.search.strategies.strategies import Fill, FinishedTrial, Ladder, SearchState
 from nipq_search.train.starts.start import bits_at_budget, start_at_budget, warm_start
 
 
 def finished(number, bops, metric, **cost):
-    return Finished(number=number, cost={"bops": bops, **cost}, metric=metric)
+    return FinishedTrial(number=number, cost={"bops": bops, **cost}, metric=metric)
 
 
 def test_ladder_takes_the_nearest_at_an_equal_or_larger_budget():
@@ -49,7 +49,7 @@ def test_ladder_considers_every_target_of_a_budget():
 )
 def test_a_trial_can_be_a_parent_for_its_own_budget(strategy, targets, cost):
     """A trial counts as being at its target even if it cannot use the target up."""
-    trial = Finished(number=3, cost=cost, metric=0.9, targets=targets)
+    trial = FinishedTrial(number=3, cost=cost, metric=0.9, targets=targets)
     assert strategy.parent(targets, [trial]) == 3
     assert strategy.parent({**targets, "bops": 110.0}, [trial]) is None
     again = strategy.epochs_share(targets, trial)
@@ -68,7 +68,7 @@ def test_fill_serves_budgets_without_a_target_for_the_fronts_cost():
         assert 8.0 <= asked.get("bops", 8.0) <= 16.0
         assigned.append(target.budget)
         cost = {"bops": 12.0, "weight_bytes": 100.0} | asked
-        trials.append(Finished(number=number, cost=cost, metric=0.9 - 1 / cost["bops"]))
+        trials.append(FinishedTrial(number=number, cost=cost, metric=0.9 - 1 / cost["bops"]))
     assert 6 <= assigned.count(2) <= 8
 
 
@@ -92,7 +92,7 @@ def test_fill_serves_budgets_with_equal_targets_for_the_fronts_cost():
             assert best.targets["weight_bytes"] == asked["weight_bytes"]
         assigned.append(target.budget)
         metric = 0.9 - 1 / asked["bops"] - 0.1 / asked["weight_bytes"]
-        trials.append(Finished(number=number, cost=asked, metric=metric, targets=asked))
+        trials.append(FinishedTrial(number=number, cost=asked, metric=metric, targets=asked))
     assert min(assigned.count(index) for index in range(3)) >= 3
 
 

@@ -14,7 +14,7 @@ from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.commands.replay import replay
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.coordinator.resolved import gather
+from nipq_search.search.coordinator.resolved import resolve_sweep
 from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
 from nipq_search.search.worker.worker import execute
 from nipq_search.tasks.vision.digits import Digits
@@ -226,7 +226,7 @@ def test_a_float_model_from_a_file(tmp_path, task):
 def test_an_unusable_float_checkpoint_is_refused_before_the_start(tmp_path, task, write, problem):
     write(tmp_path / "float.pt", task.build_model().state_dict())
     config = make_config(float={"checkpoint": str(tmp_path / "float.pt")})
-    for start in (lambda: gather(config, task), Bench(tmp_path / "sweep", config).open):
+    for start in (lambda: resolve_sweep(config, task), Bench(tmp_path / "sweep", config).open):
         with pytest.raises(UserError, match=f"^float.checkpoint: .*{problem}") as error:
             start()
         assert "\n" not in str(error.value)

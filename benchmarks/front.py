@@ -32,6 +32,7 @@ from front_figures import accuracies, plot, summary, table
 from pages import write_table
 
 from nipq_search.errors import UserError, nearest
+from nipq_search.file_io import digest, write_json
 from nipq_search.search import jobs
 from nipq_search.search.backend.tune import quiet_environment
 from nipq_search.search.backend.virtual import VirtualExecutor
@@ -42,7 +43,6 @@ from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.run import run_sweep
 from nipq_search.search.strategies.pareto import non_dominated
 from nipq_search.search.worker.worker import execute as run_job
-from nipq_search.storage import digest, write_json
 from nipq_search.tasks import Task, make_task
 from nipq_search.tasks.base import load_data
 

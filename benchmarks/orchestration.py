@@ -31,7 +31,8 @@ from typing import Any
 
 from pages import write_table
 
-from nipq_search import storage
+from nipq_search import file_io
+from nipq_search.file_io import write_json
 from nipq_search.search import jobs
 from nipq_search.search.backend.tune import TuneExecutor, quiet_environment
 from nipq_search.search.backend.virtual import VirtualExecutor
@@ -40,7 +41,6 @@ from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
 from nipq_search.search.results.outputs import Outputs
 from nipq_search.search.run import run_sweep
 from nipq_search.search.study.ledger import Ledger
-from nipq_search.storage import write_json
 from nipq_search.train.loop import seed_for
 from nipq_search.train.models import MODEL_FILE
 
@@ -81,9 +81,9 @@ def stub(
     (attempt / jobs.CURVE).write_text(json.dumps(point) + "\n")
     write_json(attempt / jobs.PROGRESS, {"samples": 100, "epoch": 1, "time": time.time()})
     for entry in job.jobs:
-        storage.write_sealed(Job(**entry).folder / TEST_FILE, {"metrics": {"accuracy": 0.9}})
+        file_io.write_sealed(Job(**entry).folder / TEST_FILE, {"metrics": {"accuracy": 0.9}})
     model = job.name.encode()
-    storage.write_bytes(attempt / MODEL_FILE, model)
+    file_io.write_bytes(attempt / MODEL_FILE, model)
     luck = seed_for(job.seed, 1) / 2**31
     jobs.commit(
         attempt,
@@ -103,7 +103,7 @@ def stub(
             "seconds": 60.0,
             "threads": 1,
             "attempts": 1,
-            "model_sha256": storage.digest(model),
+            "model_sha256": file_io.digest(model),
         },
     )
     return JobOutcome(kind=OutcomeKind.COMPLETE)
@@ -222,8 +222,8 @@ def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, fl
     spans = []
     for number in range(slots * waves):
         (attempt,) = jobs.attempts(jobs.job_folder(folder / "sweep", "trial", number))
-        began = storage.read_json(attempt / jobs.STARTED)["time"]
-        ended = (storage.read_sealed(attempt / jobs.RESULT) or {})["ended"]
+        began = file_io.read_json(attempt / jobs.STARTED)["time"]
+        ended = (file_io.read_sealed(attempt / jobs.RESULT) or {})["ended"]
         spans.append((began, ended))
     spans.sort()
     first, last = spans[0][0], spans[-slots][0]  # without the last wave

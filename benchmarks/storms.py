@@ -24,8 +24,8 @@ sys.path[:0] = [str(TESTS), str(TESTS / "search"), str(TESTS / "cluster")]
 from postgres_server import Postgres  # noqa: E402
 from storm import Storm  # noqa: E402
 
+from nipq_search.file_io import write_json  # noqa: E402
 from nipq_search.search.backend.tune import quiet_environment  # noqa: E402
-from nipq_search.storage import write_json  # noqa: E402
 
 
 def one(seed: int, postgres: Postgres) -> dict[str, Any]:

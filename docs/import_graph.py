@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (
-        ("errors", "records", "registry", "storage", "blobs", "version"),
+        ("errors", "records", "registry", "file_io", "blobs", "version"),
         ("quant",),
         ("cost",),
         ("tasks",),

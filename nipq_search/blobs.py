@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.errors import UserError
 
 _POINTER = ".at"
@@ -93,14 +93,14 @@ def write(path: Path, data: bytes, home: str | None) -> None:
     Raises:
         OSError: writing failed; the previous content is intact.
     """
-    old = storage.read_sealed(_pointer(path))
+    old = file_io.read_sealed(_pointer(path))
     if home is None:
-        storage.write_bytes(path, data)
+        file_io.write_bytes(path, data)
         _pointer(path).unlink(missing_ok=True)
     else:
-        digest = storage.digest(data)
+        digest = file_io.digest(data)
         uri = _put(home, f"{path.name}-{digest[:12]}-{uuid.uuid4().hex[:12]}", data)
-        storage.write_sealed(_pointer(path), {"uri": uri, "digest": digest, "bytes": len(data)})
+        file_io.write_sealed(_pointer(path), {"uri": uri, "digest": digest, "bytes": len(data)})
         path.unlink(missing_ok=True)
     if old is not None:
         _forget(old["uri"])
@@ -125,19 +125,19 @@ def read(path: Path) -> bytes:
         StoreAway: the object store cannot be reached.
         OSError: the file or object is missing, unreadable or damaged.
     """
-    pointer = storage.read_sealed(_pointer(path))
+    pointer = file_io.read_sealed(_pointer(path))
     if pointer is None:
         return path.read_bytes()
     with _store(pointer["uri"]) as (files, place), files.open_input_stream(place) as stream:
         data: bytes = stream.read()
-    if storage.digest(data) != pointer["digest"]:
+    if file_io.digest(data) != pointer["digest"]:
         raise OSError(errno.EBADMSG, f"{pointer['uri'].partition('?')[0]}: damaged")
     return data
 
 
 def exists(path: Path) -> bool:
     """Whether the file, or a pointer in its place, exists."""
-    return path.is_file() or storage.read_sealed(_pointer(path)) is not None
+    return path.is_file() or file_io.read_sealed(_pointer(path)) is not None
 
 
 def can_be_read(path: Path) -> bool:
@@ -146,7 +146,7 @@ def can_be_read(path: Path) -> bool:
     Raises:
         StoreAway: the object store cannot be reached.
     """
-    pointer = storage.read_sealed(_pointer(path))
+    pointer = file_io.read_sealed(_pointer(path))
     if pointer is None:
         return path.is_file()
     with _store(pointer["uri"]) as (files, place):
@@ -155,19 +155,19 @@ def can_be_read(path: Path) -> bool:
 
 def digest_of(path: Path) -> str | None:
     """Return the digest of the content, or None if it does not exist; objects are not read."""
-    pointer = storage.read_sealed(_pointer(path))
+    pointer = file_io.read_sealed(_pointer(path))
     if pointer is not None:
         return str(pointer["digest"])
-    return storage.digest(path.read_bytes()) if path.is_file() else None
+    return file_io.digest(path.read_bytes()) if path.is_file() else None
 
 
 def size_of(path: Path) -> int:
     """Return the size in bytes of a file or folder, including the objects of its pointers."""
     if not path.is_dir():
-        pointer = storage.read_sealed(_pointer(path))
+        pointer = file_io.read_sealed(_pointer(path))
         return int(pointer["bytes"]) if pointer is not None else path.stat().st_size
     files = [file for file in path.rglob("*") if file.is_file()]
-    pointers = [storage.read_sealed(file) or {} for file in files if file.suffix == _POINTER]
+    pointers = [file_io.read_sealed(file) or {} for file in files if file.suffix == _POINTER]
     elsewhere = sum(int(pointer.get("bytes", 0)) for pointer in pointers)
     return elsewhere + sum(file.stat().st_size for file in files)
 
@@ -181,7 +181,7 @@ def remove(path: Path) -> bool:
     done = True
     pointers = sorted(path.rglob(f"*{_POINTER}")) if path.is_dir() else [_pointer(path)]
     for pointer in pointers:
-        known = storage.read_sealed(pointer)
+        known = file_io.read_sealed(pointer)
         if known is None or _forget(known["uri"]):
             pointer.unlink(missing_ok=True)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nipq_search import blobs, storage
+from nipq_search import blobs, file_io
 from nipq_search.errors import UserError
 
 
@@ -22,7 +22,7 @@ def test_written_content_is_read_back(tmp_path, home):
     for data in (b"first", b"second" * 1000):
         blobs.write(path, data, blobs.within(home, "a name", "trials", "3"))
         assert blobs.exists(path) and blobs.read(path) == data
-        assert blobs.digest_of(path) == storage.digest(data)
+        assert blobs.digest_of(path) == file_io.digest(data)
         assert blobs.size_of(path) == len(data)
     assert path.exists() == (home is None)
     assert len(list(path.parent.iterdir())) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.errors import UserError
 from nipq_search.search.checks.preflight import check_databases, check_folder
 from nipq_search.search.study.database_lease import make_engine
@@ -18,8 +18,8 @@ from nipq_search.tracking.server import given_uri
 
 def test_a_written_file_is_whole_and_readable_by_others(tmp_path):
     path = tmp_path / "new" / "file.json"
-    storage.write_json(path, {"a": [1, 2.5, None]})
-    assert storage.read_json(path) == {"a": [1, 2.5, None]}
+    file_io.write_json(path, {"a": [1, 2.5, None]})
+    assert file_io.read_json(path) == {"a": [1, 2.5, None]}
     assert path.stat().st_mode & 0o777 == 0o644
     assert os.listdir(path.parent) == ["file.json"]
 
@@ -27,14 +27,14 @@ def test_a_written_file_is_whole_and_readable_by_others(tmp_path):
 @pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
 def test_a_failed_write_keeps_the_old_file_and_no_other(step, tmp_path, monkeypatch):
     path = tmp_path / "file"
-    storage.write_bytes(path, b"old")
+    file_io.write_bytes(path, b"old")
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(os, step, full)
-        storage.write_bytes(path, b"new")
+        file_io.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -47,8 +47,8 @@ def test_the_first_of_several_writers_wins(refusal, tmp_path, monkeypatch):
     if refusal is not None:
         monkeypatch.setattr(os, "link", no_links)
     path = tmp_path / "new" / "file"
-    assert storage.write_once(path, b"one")
-    assert not storage.write_once(path, b"two")
+    assert file_io.write_once(path, b"one")
+    assert not file_io.write_once(path, b"two")
     assert path.read_bytes() == b"one" and path.stat().st_mode & 0o777 == 0o644
     assert os.listdir(path.parent) == ["file"]
 
@@ -62,7 +62,7 @@ def test_a_link_whose_reply_was_lost_counts_as_created(tmp_path, monkeypatch):
         link(source, target)
 
     monkeypatch.setattr(os, "link", twice)
-    assert storage.write_once(tmp_path / "file", b"one")
+    assert file_io.write_once(tmp_path / "file", b"one")
 
 
 def test_a_full_disk_is_not_a_lost_race(tmp_path, monkeypatch):
@@ -71,39 +71,39 @@ def test_a_full_disk_is_not_a_lost_race(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", full)
     with pytest.raises(OSError, match="No space"):
-        storage.write_once(tmp_path / "file", b"one")
+        file_io.write_once(tmp_path / "file", b"one")
     assert os.listdir(tmp_path) == []
 
 
 def test_nan_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError):
-        storage.write_json(tmp_path / "file", {"a": float("nan")})
+        file_io.write_json(tmp_path / "file", {"a": float("nan")})
     with pytest.raises(ValueError):
-        storage.write_sealed(tmp_path / "file", {"a": float("inf")})
+        file_io.write_sealed(tmp_path / "file", {"a": float("inf")})
     assert os.listdir(tmp_path) == []
 
 
 def test_missing_and_incomplete_json_is_none(tmp_path):
-    assert storage.read_json(tmp_path / "none") is None
+    assert file_io.read_json(tmp_path / "none") is None
     (tmp_path / "torn").write_bytes(b'{"a": \xff')
-    assert storage.read_json(tmp_path / "torn") is None
-    assert storage.read_json(tmp_path) is None
+    assert file_io.read_json(tmp_path / "torn") is None
+    assert file_io.read_json(tmp_path) is None
 
 
 def test_a_seal_holds_and_breaks(tmp_path):
     path = tmp_path / "record.json"
-    storage.write_sealed(path, {"b": 1, "a": {"c": [0.1]}})
-    assert storage.read_sealed(path) == {"b": 1, "a": {"c": [0.1]}}
+    file_io.write_sealed(path, {"b": 1, "a": {"c": [0.1]}})
+    assert file_io.read_sealed(path) == {"b": 1, "a": {"c": [0.1]}}
     whole = path.read_text()
     for broken in (whole.replace("0.1", "0.2"), whole.replace("sha256", "sha"), whole[:-9], "[]"):
         path.write_text(broken)
-        assert storage.read_sealed(path) is None
-    assert storage.read_sealed(tmp_path / "none") is None
+        assert file_io.read_sealed(path) is None
+    assert file_io.read_sealed(tmp_path / "none") is None
 
 
 def test_canonical_bytes_do_not_depend_on_order():
-    assert storage.canonical({"a": 1, "b": 2}) == storage.canonical({"b": 2, "a": 1})
-    assert storage.digest(b"") == (
+    assert file_io.canonical({"a": 1, "b": 2}) == file_io.canonical({"b": 2, "a": 1})
+    assert file_io.digest(b"") == (
         "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     )
 
@@ -119,7 +119,7 @@ me@host:/x /home/me/far fuse.sshfs rw 0 0
 
 def test_network_file_systems_are_detected_from_mounts(tmp_path, monkeypatch):
     (tmp_path / "mounts").write_text(MOUNTS)
-    monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(file_io, "_MOUNTS", tmp_path / "mounts")
     kinds = {
         "/runs/digits": None,
         "/mnt/shared/runs": "nfs4",
@@ -128,13 +128,13 @@ def test_network_file_systems_are_detected_from_mounts(tmp_path, monkeypatch):
         "/home/me/far/away": "fuse.sshfs",
         "/home/me/farther": None,
     }
-    assert {p: storage.network_file_system(Path(p)) for p in kinds} == kinds
-    monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "absent")
-    assert storage.network_file_system(Path("/mnt/shared")) is None
+    assert {p: file_io.network_file_system(Path(p)) for p in kinds} == kinds
+    monkeypatch.setattr(file_io, "_MOUNTS", tmp_path / "absent")
+    assert file_io.network_file_system(Path("/mnt/shared")) is None
 
 
 def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "network_file_system", lambda path: "nfs")
+    monkeypatch.setattr(file_io, "network_file_system", lambda path: "nfs")
     for name in ("NIPQ_STORAGE_URL", "NIPQ_STORAGE_URL_FILE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="mlflow.db: SQLite on .* set MLFLOW_TRACKING_URI"):

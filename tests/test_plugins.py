@@ -15,7 +15,7 @@ import pytest
 import yaml
 from fake_packages import install
 
-from nipq_search import storage, testing
+from nipq_search import file_io, testing
 from nipq_search.errors import UserError
 from nipq_search.search.backend.nodes import _plugin_problem
 from nipq_search.search.backend.virtual import VirtualExecutor
@@ -180,7 +180,7 @@ def test_a_sweep_of_plugins_alone(swept, site, path, tmp_path, caplog, monkeypat
     document = yaml.safe_load((swept / "sweep.yaml").read_text())
     assert document["plugins"] == PLUGINS
     for record in swept.rglob("attempt-*/result.json"):
-        assert storage.read_sealed(record)["provenance"]["plugins"] == PLUGINS
+        assert file_io.read_sealed(record)["provenance"]["plugins"] == PLUGINS
     sweep = Sweep.open(swept)
     assert [t.state for t in sweep.trials()] == ["COMPLETE", "COMPLETE"]
     point = sweep.front_document()["points"][0]

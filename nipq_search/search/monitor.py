@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.coordinator import Coordinator
@@ -155,7 +155,7 @@ class Monitor:
     def _stop_workers(self) -> None:
         self.coordinator.stop()
         if not stop_requested(self.out):
-            storage.write_bytes(self.out / STOP_FILE, b"stop\n")
+            file_io.write_bytes(self.out / STOP_FILE, b"stop\n")
 
     def _kill_hung(self) -> None:
         """Kill attempts that exceed `limits.trial_minutes` and failed to end themselves."""
@@ -173,7 +173,7 @@ class Monitor:
             if time.monotonic() - since < 60 * minutes + _KILL_GRACE_SECONDS:
                 continue
             marker = Path(attempt["folder"]) / jobs.HANG
-            storage.write_bytes(marker, b"killed by the driver: did not end in time\n")
+            file_io.write_bytes(marker, b"killed by the driver: did not end in time\n")
             if attempt["host"] == socket.gethostname():
                 try:
                     os.kill(attempt["pid"], signal.SIGKILL)
@@ -205,7 +205,7 @@ class Monitor:
         done = jobs.committed(job.folder)
         if job.kind == "test":  # test jobs share a folder; the last attempt is this job's
             last = jobs.attempts(job.folder)[-1:]
-            done = storage.read_sealed(last[0] / jobs.RESULT) if last else None
+            done = file_io.read_sealed(last[0] / jobs.RESULT) if last else None
             if done and done["state"] == jobs.FAIL:
                 self.problem = f"the test split: {done['reason']}"
             self.outputs.invalidate()  # records now include test metrics

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from optuna.trial import TrialState
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.backend.base import Executor
@@ -118,7 +118,7 @@ def open_ledger(
     begun = jobs.any_attempt_exists(out)
     if begun:
         # Job numbers come from the study, so jobs of another study would be taken for this one's.
-        known = storage.read_json(out / FACTS_FILE)
+        known = file_io.read_json(out / FACTS_FILE)
         identity = known.get("study") if isinstance(known, dict) else None
         Ledger.load(out, config.name, identity).close()
     guard()
@@ -163,11 +163,11 @@ def _store_sweep(
     identity = ledger.recall(IDENTITY) or uuid.uuid4().hex
     ledger.remember(IDENTITY, identity)
     guard()
-    storage.write_json(
+    file_io.write_json(
         out / FACTS_FILE, {**resolved.as_json(), "dataset": data, "study": identity}
     )
     text = yaml.safe_dump(config.as_json(), sort_keys=False, allow_unicode=True)
-    storage.write_bytes(out / SWEEP_FILE, text.encode())
+    file_io.write_bytes(out / SWEEP_FILE, text.encode())
 
 
 def _check_same(ledger: Ledger, config: SweepConfig, data: Mapping[str, Any], out: Path) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nipq_search.storage import setting, write_bytes
+from nipq_search.file_io import setting, write_bytes
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nipq_search.errors import UserError
+from nipq_search.file_io import write_bytes
 from nipq_search.records import CurvePoint, TrialRecord
-from nipq_search.storage import write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nipq_search import blobs, storage
+from nipq_search import blobs, file_io
 
 KEEP = 2
 """Number of checkpoints that are kept."""
@@ -57,8 +57,8 @@ def save_checkpoint(
     try:
         inside = blobs.within(home, "checkpoints", target.name)
         blobs.write(target / "state.pt", data, inside)
-        manifest = {"step": step, "state": storage.digest(data), "bytes": len(data)}
-        storage.write_sealed(target / "manifest.json", manifest)
+        manifest = {"step": step, "state": file_io.digest(data), "bytes": len(data)}
+        file_io.write_sealed(target / "manifest.json", manifest)
     except OSError:
         blobs.remove(target)
         raise
@@ -68,7 +68,7 @@ def save_checkpoint(
     whole = []
     for other in _checkpoints(folder):
         ahead = int(other.name) > step
-        if ahead or storage.read_sealed(other / "manifest.json") is None:
+        if ahead or file_io.read_sealed(other / "manifest.json") is None:
             blobs.remove(other)
         else:
             whole.append(other)
@@ -85,14 +85,14 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         blobs.StoreAway: the object store cannot be reached.
     """
     for candidate in _checkpoints(folder):
-        manifest = storage.read_sealed(candidate / "manifest.json")
+        manifest = file_io.read_sealed(candidate / "manifest.json")
         try:
             data = blobs.read(candidate / "state.pt")
         except blobs.StoreAway:
             raise  # not damaged: starting over would lose work
         except OSError:
             data = b""
-        if manifest is not None and storage.digest(data) == manifest["state"]:
+        if manifest is not None and file_io.digest(data) == manifest["state"]:
             return from_bytes(data)
         _log.warning("checkpoint %s is damaged; using the previous one", candidate)
     return None

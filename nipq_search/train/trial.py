@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nipq_search import blobs, storage
+from nipq_search import blobs, file_io
 from nipq_search.cost import Budget, exact_costs, freeze
 from nipq_search.quant import QUANTIZERS, bit_config, reestimate_norm_stats
 from nipq_search.records import CurvePoint
@@ -222,7 +222,7 @@ class _Training:
             bits=bit_config(model) if self.spec.quant is not None else {},
             samples=samples,
             steps=steps,
-            model_sha256=storage.digest(data),
+            model_sha256=file_io.digest(data),
             history=tuple(history),
         )
 

@@ -25,7 +25,7 @@ import pandas as pd
 from postgres_server import Postgres
 from sweep_helpers import BIN, Command, attempts, epochs, result, wait_for, write_sweep
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.search import jobs
 from nipq_search.tracking.tables import read_table
 
@@ -182,7 +182,7 @@ class Storm:
         for folder in sorted((self.out / "trials").glob("*")):
             last = jobs.attempts(folder)[-1:]
             if last and not any((last[0] / n).exists() for n in (jobs.RESULT, jobs.LOST)):
-                living.append((storage.read_json(last[0] / jobs.STARTED) or {}).get("pid"))
+                living.append((file_io.read_json(last[0] / jobs.STARTED) or {}).get("pid"))
         for pid in [pid for pid in living if pid][:1]:
             try:
                 os.kill(pid, signal.SIGKILL)

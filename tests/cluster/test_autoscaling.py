@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from sweep_helpers import BIN, Command, states, wait_for, write_sweep
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.search import jobs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -97,7 +97,7 @@ def test_nodes_come_while_trials_wait(tmp_path, autoscaling):
     command(*arguments)
     assert states(command.out) == ["COMPLETE"] * 4
     started = [
-        storage.read_json(attempt / jobs.STARTED)
+        file_io.read_json(attempt / jobs.STARTED)
         for number in range(4)
         for attempt in jobs.attempts(jobs.job_folder(command.out, "trial", number))
     ]

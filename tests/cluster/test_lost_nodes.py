@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sweep_helpers import Command, ended, states, wait_for, write_sweep
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.search import jobs
 from nipq_search.search.jobs import job_folder
 
@@ -20,8 +20,8 @@ def in_training(folder: Path) -> str | None:
     found = jobs.attempts(folder)
     if not found or any((found[-1] / name).exists() for name in (jobs.RESULT, jobs.LOST)):
         return None
-    progress = storage.read_json(found[-1] / jobs.PROGRESS) or {}
-    started = storage.read_json(found[-1] / jobs.STARTED) or {}
+    progress = file_io.read_json(found[-1] / jobs.PROGRESS) or {}
+    started = file_io.read_json(found[-1] / jobs.STARTED) or {}
     return started.get("node") if progress.get("samples", 0) > 0 else None
 
 

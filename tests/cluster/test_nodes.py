@@ -15,12 +15,12 @@ from sweep_helpers import Command, ended, reach, states, wait_for, write_sweep
 from unit_helpers import digits
 
 from nipq_search.errors import UserError
+from nipq_search.file_io import write_json
 from nipq_search.search import jobs
 from nipq_search.search.backend import nodes
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.jobs import job_folder
 from nipq_search.search.worker import failures
-from nipq_search.storage import write_json
 from nipq_search.tasks.vision.digits import Digits
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]

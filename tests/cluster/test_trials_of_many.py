@@ -8,7 +8,7 @@ import signal
 import pytest
 from sweep_helpers import Command, attempts, ended, states, wait_for, write_sweep
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.search import jobs
 from nipq_search.search.backend.nodes import slots
 from nipq_search.search.backend.reaper import process_tree
@@ -23,8 +23,8 @@ def members_of(folder):
     found = jobs.attempts(folder)
     if not found or (found[-1] / jobs.RESULT).exists() or (found[-1] / jobs.LOST).exists():
         return []
-    progress = storage.read_json(found[-1] / jobs.PROGRESS) or {}
-    leader = (storage.read_json(found[-1] / jobs.STARTED) or {}).get("pid")
+    progress = file_io.read_json(found[-1] / jobs.PROGRESS) or {}
+    leader = (file_io.read_json(found[-1] / jobs.STARTED) or {}).get("pid")
     if not progress.get("epoch"):
         return []
     return [pid for pid, (parent, _) in process_tree().items() if parent == leader]

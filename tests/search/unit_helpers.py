@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.search import jobs
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
@@ -135,10 +135,10 @@ class Bench:
         self.executed.append(job.name)
         attempt = jobs.open_attempt(job)
         progress = {"samples": 100, "epoch": 1, "time": time.time()}
-        storage.write_json(attempt / jobs.PROGRESS, progress)
+        file_io.write_json(attempt / jobs.PROGRESS, progress)
         for entry in job.jobs:
             figures = {"metrics": {"accuracy": 0.5, "loss": 1.0}}
-            storage.write_sealed(Job(**entry).folder / TEST_FILE, figures)
+            file_io.write_sealed(Job(**entry).folder / TEST_FILE, figures)
         record = self.record(job)
         jobs.commit(attempt, record)
         return JobOutcome(kind=OutcomeKind(record["state"]))
@@ -161,9 +161,9 @@ class Bench:
         }
         if reason is None:
             model = job.name.encode()
-            storage.write_bytes(jobs.attempts(job.folder)[-1] / MODEL_FILE, model)
+            file_io.write_bytes(jobs.attempts(job.folder)[-1] / MODEL_FILE, model)
             record |= {
-                "model_sha256": storage.digest(model),
+                "model_sha256": file_io.digest(model),
                 "metrics": {"accuracy": accuracy, "loss": 1 - accuracy},
                 "cost": cost,
                 "params": dict(job.params),

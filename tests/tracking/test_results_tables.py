@@ -10,8 +10,8 @@ import pytest
 from made_up_sweep import complete, curve, failed, running
 
 from nipq_search.errors import UserError
+from nipq_search.file_io import write_bytes
 from nipq_search.records import TrialRecord
-from nipq_search.storage import write_bytes
 from nipq_search.tracking import curves_table, read_table, results_table, write_table
 from nipq_search.tracking.tables import CURVES, RESULTS
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from train_tasks import CPU, Regression, SpiedDigits, digits_spec, interrupted, mlp_spec, outcome
 
+from nipq_search.file_io import digest
 from nipq_search.quant import QuantConfig
-from nipq_search.storage import digest
 from nipq_search.train import FloatConfig, Hooks, Interrupted, TrainSpec, train, trial
 from nipq_search.train.checkpoint import load_checkpoint, save_checkpoint
 
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr("nipq_search.storage.write_bytes", full)
+        patch.setattr("nipq_search.file_io.write_bytes", full)
         train(Regression(), spec, tmp_path, CPU)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000000002"]
     train(Regression(), spec, tmp_path, CPU)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.errors import UserError
 from nipq_search.search.config.plugins import plugin_mismatches
 from nipq_search.search.config.resources import ResourcesSection
@@ -129,7 +129,7 @@ def check_data(
     import ray
 
     if nodes := _candidates(resources, own_host):
-        facts_digest = storage.digest((out / FACTS_FILE).read_bytes())
+        facts_digest = file_io.digest((out / FACTS_FILE).read_bytes())
         arguments = (ray.put(task), batch_size, str(out), facts_digest)
         fix = "mount the same folders there, or remove the node"
         _check_each(nodes, _problem, arguments, fix, stopping)
@@ -213,7 +213,7 @@ def _check_each(
 def _problem(task: Task, batch_size: int, out: str, facts_digest: str) -> str | None:
     """Return why trials cannot run on a node, or None; executed on that node."""
     try:
-        found = storage.digest((Path(out) / FACTS_FILE).read_bytes())
+        found = file_io.digest((Path(out) / FACTS_FILE).read_bytes())
     except OSError as error:
         return f"the sweep's folder {out} is not visible there ({error.strerror})"
     if found != facts_digest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nipq_search import blobs, storage
+from nipq_search import blobs, file_io
 from nipq_search.errors import UserError
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.jobs import FACTS_FILE, SWEEP_FILE
@@ -17,7 +17,7 @@ from nipq_search.tracking.server import tracking_uri
 
 _IGNORED_FILES = {"driver.lock", "stop.request"}
 _UNFINISHED = (f".{FACTS_FILE}.", f".{SWEEP_FILE}.")
-"""Prefixes of temporary files that remain after a kill; see `storage.write_bytes`."""
+"""Prefixes of temporary files that remain after a kill; see `file_io.write_bytes`."""
 
 
 def _sweep_name(out: Path) -> str | None:
@@ -70,7 +70,7 @@ def check_databases(out: Path) -> None:
         file = Path(place.partition("?")[0]) if sqlite else None
         if not uri and (out / name).exists():
             file = out / name
-        if file is not None and (kind := storage.network_file_system(file)):
+        if file is not None and (kind := file_io.network_file_system(file)):
             raise UserError(
                 f"{file}: SQLite on a network file system ({kind}) can lose data; set {variable} "
                 "to a database server, such as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, "

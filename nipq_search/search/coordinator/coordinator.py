@@ -15,6 +15,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from nipq_search import blobs
+from nipq_search.file_io import read_sealed
 from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.resolved import ResolvedSweep
@@ -22,7 +23,6 @@ from nipq_search.search.coordinator.trials import Trials
 from nipq_search.search.jobs import SCORES, TEST_FILE, Job, committed, job_folder
 from nipq_search.search.strategies.pareto import non_dominated
 from nipq_search.search.study.ledger import Ledger
-from nipq_search.storage import read_sealed
 from nipq_search.train.loop import seed_for
 
 _SALTS = {"float": 2, "baseline": 3, "trial": 4, "test": 5, SCORES: 6}

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nipq_search import blobs, storage
+from nipq_search import blobs, file_io
 from nipq_search.records import CurvePoint
 from nipq_search.search.jobs.job import Job
 from nipq_search.search.jobs.paths import (
@@ -79,7 +79,7 @@ def attempts(folder: Path) -> list[Path]:
 
 def read_document(path: Path) -> dict[str, Any]:
     """Read a JSON object of an attempt; empty if it is missing, torn or not an object."""
-    document = storage.read_json(path)
+    document = file_io.read_json(path)
     return document if isinstance(document, dict) else {}
 
 
@@ -92,7 +92,7 @@ def _number(document: Mapping[str, Any], key: str) -> float | None:
 def committed(folder: Path) -> dict[str, Any] | None:
     """Return the result record that an attempt of the job committed, or None."""
     for attempt in reversed(attempts(folder)):
-        if (record := storage.read_sealed(attempt / RESULT)) is not None:
+        if (record := file_io.read_sealed(attempt / RESULT)) is not None:
             return record
     return None
 
@@ -103,13 +103,13 @@ def commit(attempt: Path, record: dict[str, Any]) -> bool:
     Returns:
         False if a later attempt has taken the job over; nothing is written then.
     """
-    return storage.seal_once(attempt / RESULT, record)
+    return file_io.seal_once(attempt / RESULT, record)
 
 
 def model_file(folder: Path) -> Path:
     """Return the path of a job's trained model, next to its committed record."""
     for attempt in reversed(attempts(folder)):
-        if storage.read_sealed(attempt / RESULT) is not None:
+        if file_io.read_sealed(attempt / RESULT) is not None:
             return attempt / MODEL_FILE
     return folder / "attempt-1" / MODEL_FILE
 
@@ -141,14 +141,14 @@ def record_rung(folder: Path, rung: int, measured: dict[str, Any]) -> None:
         measured: `metrics`, and `samples`: the training samples processed up to the rung.
     """
     file = rung_file(folder, rung)
-    if not storage.seal_once(file, measured) and storage.read_sealed(file) is None:
-        storage.write_sealed(file, measured)
+    if not file_io.seal_once(file, measured) and file_io.read_sealed(file) is None:
+        file_io.write_sealed(file, measured)
 
 
 def rung_records(folder: Path) -> list[dict[str, Any]]:
     """Return what a trial measured at its rungs, in order; see `record_rung`."""
     found: list[dict[str, Any]] = []
-    while (record := storage.read_sealed(rung_file(folder, len(found)))) is not None:
+    while (record := file_io.read_sealed(rung_file(folder, len(found)))) is not None:
         found.append(record)
     return found
 
@@ -194,7 +194,7 @@ def open_attempt(job: Job, node: str | None = None, **more: Any) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
-        storage.write_json(
+        file_io.write_json(
             folder / STARTED,
             {
                 "pid": os.getpid(),
@@ -211,8 +211,8 @@ def open_attempt(job: Job, node: str | None = None, **more: Any) -> Path:
 def _supersede(attempt: Path) -> bool:
     """Prevent an attempt from committing; False if it has committed already."""
     file = attempt / RESULT
-    closed = storage.write_once(file, storage.as_json(_TAKEN_OVER))
-    return closed or storage.read_sealed(file) is None  # superseded before, or damaged
+    closed = file_io.write_once(file, file_io.as_json(_TAKEN_OVER))
+    return closed or file_io.read_sealed(file) is None  # superseded before, or damaged
 
 
 def is_superseded(attempt: Path) -> bool:
@@ -237,7 +237,7 @@ def _has_ended(attempt: Path) -> bool:
     """Return whether an attempt left any sign of its own end, even a damaged one."""
     if (attempt / STOPPED).exists() or _hung(attempt):
         return True
-    return (attempt / RESULT).exists() and storage.read_json(attempt / RESULT) != _TAKEN_OVER
+    return (attempt / RESULT).exists() and file_io.read_json(attempt / RESULT) != _TAKEN_OVER
 
 
 def lost_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -275,7 +275,7 @@ def record_cause(attempt: Path, cause: Cause, detail: str) -> None:
         cause: the cause, as `nipq_search.search.worker.failures` classifies it.
         detail: text of the error, if one is available.
     """
-    storage.write_json(attempt / LOST, {"cause": cause, "detail": detail, "time": time.time()})
+    file_io.write_json(attempt / LOST, {"cause": cause, "detail": detail, "time": time.time()})
 
 
 def cause_of(attempt: Path) -> Cause | None:

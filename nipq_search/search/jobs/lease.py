@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.errors import UserError
 from nipq_search.search.jobs.paths import LOCK_FILE, STOP_FILE
 
@@ -61,14 +61,14 @@ def driver_host(folder: Path) -> str | None:
 
     For workers: some file systems do not show other nodes the lock itself.
     """
-    owner = storage.read_json(folder / LOCK_FILE)
+    owner = file_io.read_json(folder / LOCK_FILE)
     return str(owner["host"]) if isinstance(owner, dict) and "host" in owner else None
 
 
 def _owner(path: Path) -> dict[str, Any]:
     """Return host and pid of the lock's holder, waiting briefly for a new one to write them."""
     for _ in range(20):
-        if isinstance(owner := storage.read_json(path), dict):
+        if isinstance(owner := file_io.read_json(path), dict):
             return owner
         time.sleep(0.05)
     return {"host": "unknown", "pid": 0}
@@ -156,7 +156,7 @@ def request_stop(folder: Path) -> str | None:
     owner = live_driver(folder)
     if owner is None:
         return None
-    storage.write_bytes(folder / STOP_FILE, b"stop\n")
+    file_io.write_bytes(folder / STOP_FILE, b"stop\n")
     return f"host {owner['host']}, pid {owner['pid']}"
 
 

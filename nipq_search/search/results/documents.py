@@ -15,13 +15,13 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.cost import CONVENTION
+from nipq_search.file_io import read_sealed
 from nipq_search.records import SCHEMA, Baseline, TrialRecord
 from nipq_search.search import jobs
 from nipq_search.search.jobs import TEST_FILE, committed, job_folder
 from nipq_search.search.strategies.pareto import default_reference, hypervolume, non_dominated
 from nipq_search.search.strategies.unseen_trials import UnseenTrials, is_foreign
 from nipq_search.search.study.ledger import BUDGET
-from nipq_search.storage import read_sealed
 
 ENDED_STATES = ("COMPLETE", "PRUNED", "FAIL")
 STATES = (*ENDED_STATES, "RUNNING", "WAITING")

@@ -10,7 +10,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.records import CurvePoint, TrialRecord
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
 from nipq_search.search.jobs import CURVES_FILE, FRONT_FILE, RESULTS_FILE
@@ -137,7 +137,7 @@ class Outputs:
         """
         self.write_tables(force=True)
         document = self.sweep.front_document()
-        storage.write_json(self.out / FRONT_FILE, document)
+        file_io.write_json(self.out / FRONT_FILE, document)
         self.sweep.write_report()
         front = self.out / "front.parquet"
         write_table(front, results_table([r for r in self.records if r.on_front]))

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from nipq_search import blobs, storage
+from nipq_search import blobs, file_io
 from nipq_search.cost import CONVENTION
 from nipq_search.errors import UserError, nearest
 from nipq_search.records import SCHEMA, CurvePoint, SweepRecord, TrialRecord
@@ -113,7 +113,7 @@ class Sweep:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{folder / SWEEP_FILE}: cannot be read ({reason})") from error
-        facts = storage.read_json(folder / FACTS_FILE)
+        facts = file_io.read_json(folder / FACTS_FILE)
         needed = {"metric", "mode", "costs", "axis", "front_cost", "budgets"}
         if not isinstance(facts, dict) or not needed <= facts.keys():
             raise UserError(f"{folder / FACTS_FILE}: damaged; run it again to rewrite the file")
@@ -331,5 +331,5 @@ class Sweep:
         page = render(
             self.summary(), results_table(records), curves_table(curves), layers, histories
         )
-        storage.write_bytes(self.folder / REPORT_FILE, page.encode())
+        file_io.write_bytes(self.folder / REPORT_FILE, page.encode())
         return self.folder / REPORT_FILE

@@ -23,8 +23,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from nipq_search.errors import UserError
+from nipq_search.file_io import digest
 from nipq_search.search.study.storage import engine_options, storage_url
-from nipq_search.storage import digest
 
 _log = logging.getLogger("nipq_search")
 

@@ -12,7 +12,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.errors import UserError
 
 JOURNAL, DATABASE = "study.log", "study.db"
@@ -36,7 +36,7 @@ def storage_url() -> str | None:
     Raises:
         UserError: `NIPQ_STORAGE_URL_FILE` cannot be read.
     """
-    return storage.setting("NIPQ_STORAGE_URL")
+    return file_io.setting("NIPQ_STORAGE_URL")
 
 
 def engine_options(url: str) -> dict[str, Any]:

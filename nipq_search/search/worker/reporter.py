@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.records import CurvePoint
 from nipq_search.search import jobs
 from nipq_search.search.jobs import Job
@@ -55,7 +55,7 @@ class Reporter:
     def write(self) -> None:
         """Write the progress file."""
         self._written = time.monotonic()
-        storage.write_json(
+        file_io.write_json(
             self.attempt / jobs.PROGRESS,
             {"samples": self._samples, "epoch": self._epoch, "time": time.time()},
         )

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.cost import layer_rows
 from nipq_search.cost.base import hard_bits
 from nipq_search.errors import UserError, nearest
@@ -146,7 +146,7 @@ def _run_test(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> 
     for entry in job.jobs:
         subject = Job(**entry)
         target = subject.folder / TEST_FILE
-        if storage.read_sealed(target) is not None:
+        if file_io.read_sealed(target) is not None:
             continue
         try:
             spec = train_spec(config, subject)
@@ -159,7 +159,7 @@ def _run_test(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> 
             failed.append(f"{subject.name} ({' '.join(str(error).split())[:120]})")
             continue
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        storage.write_sealed(target, {"metrics": metrics})
+        file_io.write_sealed(target, {"metrics": metrics})
         if reporter.should_stop():
             raise Interrupted
     if failed:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nipq_search import blobs, storage
+from nipq_search import blobs, file_io
 from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
 from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind
@@ -197,7 +197,7 @@ def _commit(job: Job, reporter: Reporter, record: dict[str, Any]) -> JobOutcome:
 
 def _mark_stopped(attempt: Path) -> None:
     """Record that an attempt ended in an orderly way without a result."""
-    storage.write_json(attempt / jobs.STOPPED, {"time": time.time()})
+    file_io.write_json(attempt / jobs.STOPPED, {"time": time.time()})
 
 
 def _clean_up(job: Job) -> None:

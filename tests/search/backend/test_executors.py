@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from unit_helpers import make_config
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.search import jobs
 from nipq_search.search.backend import ray_compat, tune_callbacks
 from nipq_search.search.backend.tune import TuneExecutor, ray_cluster
@@ -145,7 +145,7 @@ def test_every_job_ends_once_whatever_befalls_it(executor, tmp_path):
         "it was waited for"
     )
     first, second = jobs.attempts(tmp_path / "trials/2")
-    assert storage.read_json(first / jobs.LOST)["cause"] == "process"
+    assert file_io.read_json(first / jobs.LOST)["cause"] == "process"
     assert not jobs.attempts(tmp_path / "trials/3")
 
 

@@ -9,7 +9,7 @@ import torch
 from optuna.trial import TrialState
 from unit_helpers import ledger_of, make_config, run_here
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.cli import main
 from nipq_search.errors import UserError
 from nipq_search.search.commands.replay import replay
@@ -39,7 +39,7 @@ def test_the_replay_of_a_trial_that_paused_at_rungs_matches(tmp_path):
 
 def change(folder, trial, **changes):
     file = folder / f"trials/{trial}/attempt-1/result.json"
-    storage.write_sealed(file, storage.read_sealed(file) | changes)
+    file_io.write_sealed(file, file_io.read_sealed(file) | changes)
 
 
 def test_differences_are_listed_and_exit_4(sweep_copy, capsys):
@@ -69,7 +69,7 @@ def test_trials_that_cannot_be_replayed_are_rejected(sweep_copy, capsys):
 
 
 def provenance_of(folder, trial):
-    return storage.read_sealed(folder / f"trials/{trial}/attempt-1/result.json")["provenance"]
+    return file_io.read_sealed(folder / f"trials/{trial}/attempt-1/result.json")["provenance"]
 
 
 def test_records_carry_the_versions_that_computed_them(finished):
@@ -97,7 +97,7 @@ def test_other_versions_are_named_and_compared_within_a_tolerance(
     sweep_copy, capsys, recorded, reason
 ):
     known = provenance_of(sweep_copy, 0)
-    metrics = storage.read_sealed(sweep_copy / "trials/0/attempt-1/result.json")["metrics"]
+    metrics = file_io.read_sealed(sweep_copy / "trials/0/attempt-1/result.json")["metrics"]
     change(
         sweep_copy,
         0,

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.records import CurvePoint
 from nipq_search.search import jobs
 from nipq_search.search.jobs import Job
@@ -49,7 +49,7 @@ def test_attempts_are_numbered_past_nine(tmp_path):
         f"attempt-{number}" for number in range(1, 12)
     ]
     assert jobs.attempts(job.folder) == opened
-    started = storage.read_json(opened[0] / jobs.STARTED)
+    started = file_io.read_json(opened[0] / jobs.STARTED)
     assert started.keys() == {"pid", "host", "node", "run", "time"} and started["run"] == "one"
 
 
@@ -203,9 +203,9 @@ def test_samples_and_seconds_of_all_attempts_count(tmp_path):
     job = job_in(tmp_path)
     for samples in (100, 250):
         attempt = jobs.open_attempt(job)
-        start = storage.read_json(attempt / jobs.STARTED)["time"]
+        start = file_io.read_json(attempt / jobs.STARTED)["time"]
         progress = {"samples": samples, "epoch": 1, "time": start + 2}
-        storage.write_json(attempt / jobs.PROGRESS, progress)
+        file_io.write_json(attempt / jobs.PROGRESS, progress)
     jobs.open_attempt(job)
     assert jobs.samples_processed(job.folder) == 350
     assert jobs.seconds_spent(job.folder) == pytest.approx(4)

@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 from unit_helpers import Bench, make_config
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.search import jobs
 from nipq_search.search.strategies.halving import Standing, to_promote
 from nipq_search.search.strategies.samplers import RUNGS
@@ -60,12 +60,12 @@ class Rungs(Bench):
         self.executed.append(f"{job.name}, rung {job.rung}")
         attempt = jobs.open_attempt(job)
         progress = {"samples": 10, "epoch": 1, "time": time.time()}
-        storage.write_json(attempt / jobs.PROGRESS, progress)
+        file_io.write_json(attempt / jobs.PROGRESS, progress)
         metrics = {"accuracy": 0.4 + float(job.params["lr"])}
-        storage.write_sealed(
+        file_io.write_sealed(
             jobs.rung_file(job.folder, job.rung), {"metrics": metrics, "samples": 0}
         )
-        storage.write_json(attempt / jobs.STOPPED, {"time": 0})
+        file_io.write_json(attempt / jobs.STOPPED, {"time": 0})
         return jobs.JobOutcome(kind=jobs.OutcomeKind.PAUSED)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from unit_helpers import Bench, digits, make_config, run_here
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.blobs import StoreAway
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
@@ -121,7 +121,7 @@ def test_sealed_pointers_are_the_only_ones(tmp_path, s3):
     config = make_config(checkpoints=s3.home, search__trials=1, search__baselines=[])
     run_here(config, tmp_path / "sweep")
     pointer = tmp_path / "sweep/trials/0/attempt-1/model.pt.at"
-    document = storage.read_sealed(pointer)
-    storage.write_json(pointer, document | {"uri": "s3://elsewhere/x"})
+    document = file_io.read_sealed(pointer)
+    file_io.write_json(pointer, document | {"uri": "s3://elsewhere/x"})
     with pytest.raises(UserError, match="no trained model"):
         Sweep.open(tmp_path / "sweep").load_model(0)

@@ -75,10 +75,10 @@ WORKER = '''
 import os
 import signal
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.tasks.vision.digits import Digits
 
-write, write_once = storage.write_bytes, storage.write_once
+write, write_once = file_io.write_bytes, file_io.write_once
 
 
 class Doomed(Digits):
@@ -104,7 +104,7 @@ class Doomed(Digits):
 
             return around
 
-        storage.write_bytes, storage.write_once = killing(write), killing(write_once)
+        file_io.write_bytes, file_io.write_once = killing(write), killing(write_once)
         return super().build_model()
 
 '''

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from unit_helpers import make_config
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.search import jobs
 from nipq_search.search.backend.base import MAX_FAILED_STARTS
 from nipq_search.search.backend.tune_callbacks import JobSearcher
@@ -66,14 +66,14 @@ def test_crashes_add_up_and_out_of_memory_names_the_fix(tmp_path):
     assert failures.record_causes(job.folder, "now", OutOfMemoryError("no room")) == "memory"
     reason = _give_up(job, 3, None)
     assert "died 3 times" in reason and "resources.memory_gb" in reason
-    assert storage.read_json(jobs.attempts(job.folder)[2] / jobs.LOST)["detail"] == "no room"
+    assert file_io.read_json(jobs.attempts(job.folder)[2] / jobs.LOST)["detail"] == "no room"
 
 
 def test_attempts_of_an_earlier_driver_and_ended_ones_are_not_lost(tmp_path):
     job = job_in(tmp_path)
     jobs.open_attempt(Job(**{**job.as_json(), "run": "before"}))
     stopped = jobs.open_attempt(job)
-    storage.write_json(stopped / jobs.STOPPED, {"time": 0})
+    file_io.write_json(stopped / jobs.STOPPED, {"time": 0})
     assert failures.record_causes(job.folder, "now") is None
     assert not list(tmp_path.rglob(jobs.LOST))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from unit_helpers import Bench, digits, make_config
 
-from nipq_search import storage
+from nipq_search import file_io
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.commands.replay import replay
@@ -199,7 +199,7 @@ def test_a_float_model_from_a_file(tmp_path, task):
     run(bench, task)
     record = jobs.committed(bench.out / "float")
     assert (record["samples"], record["steps"], record["state"]) == (0, 0, "COMPLETE")
-    assert storage.read_sealed(bench.out / "float" / TEST_FILE)["metrics"].keys() == {
+    assert file_io.read_sealed(bench.out / "float" / TEST_FILE)["metrics"].keys() == {
         ACCURACY,
         "loss",
     }
@@ -270,7 +270,7 @@ def test_one_damaged_model_does_not_prevent_the_evaluation_of_others(bench, task
     found = {path.parent.name for path in bench.out.rglob(TEST_FILE)}
     assert "float" in found and str(broken) not in found
     last = jobs.attempts(bench.out / "test")[-1]
-    record = storage.read_sealed(last / jobs.RESULT)
+    record = file_io.read_sealed(last / jobs.RESULT)
     assert record["state"] == "FAIL" and f"trial-{broken:03d}" in record["reason"]
 
 
@@ -286,7 +286,7 @@ def test_a_superseded_attempt_changes_nothing(bench, task, monkeypatch, place):
     """Its process was suspended near its end, and another attempt finished in the meantime."""
     coordinator = bench.open()
     job = coordinator.next_job()
-    evaluate, write, write_once = task.evaluate, storage.write_bytes, storage.write_once
+    evaluate, write, write_once = task.evaluate, file_io.write_bytes, file_io.write_once
     after: list[dict[str, bytes]] = []
 
     def stopped(here):
@@ -309,8 +309,8 @@ def test_a_superseded_attempt_changes_nothing(bench, task, monkeypatch, place):
         return write_once(path, data)
 
     monkeypatch.setattr(task, "evaluate", stopped_evaluate)
-    monkeypatch.setattr(storage, "write_bytes", stopped_write)
-    monkeypatch.setattr(storage, "write_once", stopped_write_once)
+    monkeypatch.setattr(file_io, "write_bytes", stopped_write)
+    monkeypatch.setattr(file_io, "write_once", stopped_write_once)
     monkeypatch.setattr(
         jobs, "is_superseded", lambda attempt: False
     )  # not noticed during the training
@@ -319,9 +319,9 @@ def test_a_superseded_attempt_changes_nothing(bench, task, monkeypatch, place):
     assert after == [contents(second)] and {jobs.RESULT, MODEL_FILE} <= after[0].keys()
     assert (first / jobs.STOPPED).exists() and not (first / MODEL_FILE).exists()
     record = jobs.committed(job.folder)
-    assert record == storage.read_sealed(second / jobs.RESULT) and record["attempts"] == 2
+    assert record == file_io.read_sealed(second / jobs.RESULT) and record["attempts"] == 2
     model = jobs.model_file(job.folder)
-    assert model.parent == second and storage.digest(model.read_bytes()) == record["model_sha256"]
+    assert model.parent == second and file_io.digest(model.read_bytes()) == record["model_sha256"]
     assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
     assert jobs.attempts(job.folder) == [first, second]
 

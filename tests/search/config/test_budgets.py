@@ -86,7 +86,7 @@ def test_invalid_targets(figure):
 
 def test_budgets_with_equal_targets_are_rejected():
     config = make_config(budgets=[{"bops": "uniform 8"}, {"bops": "100 %"}])
-    with pytest.raises(UserError, match="bops: uniform 8 and bops: 100 % are the same"):
+    with pytest.raises(UserError, match="bops: uniform 8 and bops: 100 % are equal"):
         gather(config, digits())
 
 

@@ -41,6 +41,8 @@ _GRACE_SECONDS = 20.0
 """Time that rank 0 has to leave a training in which another rank has ended."""
 _CAUSE_SECONDS = 10.0
 """Time that rank 0 waits, after a connection error, for another rank's failure to explain it."""
+_CLEANUP_SECONDS = 5.0
+"""Time that another rank waits, after a connection error, for the end of rank 0 to show."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -346,6 +348,9 @@ def run_rank(group: GroupSpec, rank: int) -> int:
     except Exception as error:
         traceback.print_exc()
         group.error_file(rank).write_text(json.dumps(_describe(error)))
+        if _is_echo(error):
+            # If rank 0 was killed, `_end_with_rank_0` must delete the folder before this ends.
+            time.sleep(_CLEANUP_SECONDS)
         return 1
     return 0
 

@@ -1,0 +1,147 @@
+"""The default sampler against its rivals, on a surrogate whose best `lambda` depends on budget.
+
+    python benchmarks/sampler.py
+
+Prints the mean lead of the default over each rival, with its standard error, over paired seeds,
+and the lead of successive halving whose rungs inform the sampler over one whose rungs do not.
+`tests/search/strategies/test_sampler_surrogate.py` runs a few of the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+
+from nipq_search.search.config.sweep_config import SearchSection
+from nipq_search.search.strategies.halving import Standing, to_promote
+from nipq_search.search.strategies.samplers import RUNGS, SAMPLERS, SamplerFactory
+from nipq_search.search.study.ledger import Ledger
+
+BUDGETS, TRIALS = 5, 60
+SPACE = {
+    "lambda": FloatDistribution(1, 300, log=True),
+    "lr": FloatDistribution(0.005, 0.5, log=True),
+    "noise_share": FloatDistribution(0, 1),
+}
+
+
+def metric(budget: int, params: dict[str, Any]) -> float:
+    """Return a metric whose best `lambda` is 3 to 100 by budget, with one best learning rate."""
+    best = math.log(3) + math.log(100 / 3) * budget / (BUDGETS - 1)
+    return (
+        0.9
+        - 0.01 * budget
+        - 0.02 * (math.log(params["lambda"]) - best) ** 2
+        - 0.02 * (math.log(params["lr"] / 0.05)) ** 2
+        - 0.05 * (params["noise_share"] - 0.25) ** 2
+    )
+
+
+def searched(sampler: str, seed: int, sign: int = 1) -> float:
+    """Search, and return the true metric of the apparently best trials, averaged over budgets."""
+    noise = random.Random(seed)
+    study = optuna.create_study(directions=["maximize" if sign > 0 else "minimize", "minimize"])
+    ledger = Ledger(study, space=SPACE, sampler=sampler, seed=seed)
+    best = {}
+    for number in range(TRIALS):
+        asked = ledger.ask(number % BUDGETS, BUDGETS)
+        assert asked.budget == number % BUDGETS
+        seen = metric(asked.budget, asked.params) + noise.gauss(0, 0.001)
+        ledger.complete(asked.number, (sign * seen, 2.0**-asked.budget), {}, 0.0)
+        best[asked.budget] = max(
+            best.get(asked.budget, (-1, {})), (seen, dict(asked.params)), key=lambda b: b[0]
+        )
+    return statistics.fmean(metric(budget, params) for budget, (_, params) in best.items())
+
+
+SHARES = (1 / 9, 1 / 3, 1.0)
+"""Fractions of the training at each rung and at the end."""
+
+
+def early(budget: int, params: dict[str, Any], share: float) -> float:
+    """Return the metric after part of the training: lower, with a higher best learning rate."""
+    rate = {**params, "lr": params["lr"] / math.exp(1 - share)}
+    return metric(budget, rate) - 0.1 * (1 - share)
+
+
+def halved(taught: bool, seed: int, allowance: float = 24) -> float:
+    """Search as `searched` does, by successive halving, for `allowance` full trainings in all."""
+    noise = random.Random(seed)
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    ledger = Ledger(study, space=SPACE, sampler="tpe", seed=seed)
+    asked, reached, ended, spent = {}, {}, {}, 0.0
+    while spent < allowance:
+        standings = [
+            Standing(
+                number=n, bracket=asked[n].budget, metrics=reached[n][:2], paused=n not in ended
+            )
+            for n in asked
+        ]
+        number = to_promote(standings, last=False)
+        if number is None:
+            new = ledger.ask(len(asked) % BUDGETS, BUDGETS)
+            number, asked[new.number], reached[new.number] = new.number, new, []
+        budget, params, metrics = asked[number].budget, asked[number].params, reached[number]
+        rung = len(metrics)
+        spent += SHARES[rung] - (SHARES[rung - 1] if rung else 0)
+        metrics.append(early(budget, params, SHARES[rung]) + noise.gauss(0, 0.002))
+        if rung == 2:
+            ended[number] = metrics[-1]
+            ledger.complete(number, (metrics[-1], 2.0**-budget), {}, 0.0)
+        elif taught:
+            ledger.note(number, {RUNGS: metrics})
+    best = {}
+    for number, seen in ended.items():
+        one = (seen, metric(asked[number].budget, asked[number].params))
+        best[asked[number].budget] = max(best.get(asked[number].budget, (-1, 0)), one)
+    return statistics.fmean(true for _, true in best.values())
+
+
+RIVALS: dict[str, Callable[[int], BaseSampler]] = {
+    "random": lambda seed: RandomSampler(seed=seed),
+    "univariate TPE": lambda seed: TPESampler(seed=seed, n_startup_trials=10),
+}
+
+
+def lead(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Return the mean difference of paired values and its standard error."""
+    leads = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return statistics.fmean(leads), statistics.stdev(leads) / len(leads) ** 0.5
+
+
+def leads_over_rivals(seeds: int) -> dict[str, tuple[float, float]]:
+    """Return the lead of the default sampler over each rival, over paired seeds."""
+    ours = [searched(SearchSection().sampler, seed) for seed in range(seeds)]
+    leads = {}
+    for name, rival in RIVALS.items():
+        with SAMPLERS.temporarily("rival", SamplerFactory(rival)):
+            leads[name] = lead(ours, [searched("rival", seed) for seed in range(seeds)])
+    return leads
+
+
+def lead_of_rungs(seeds: int) -> tuple[float, float]:
+    """Return the lead of halving whose rungs inform the sampler, over paired seeds."""
+    return lead(*([halved(taught, seed) for seed in range(seeds)] for taught in (True, False)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=24)
+    seeds = parser.parse_args().seeds
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    rows = {**leads_over_rivals(seeds), "halving without rungs": lead_of_rungs(seeds)}
+    print(f"| lead over | mean, {seeds} seeds | standard error |\n|---|---|---|")
+    for name, (mean, error) in rows.items():
+        print(f"| {name} | {mean:+.4f} | {error:.4f} |")
+
+
+if __name__ == "__main__":
+    main()

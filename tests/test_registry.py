@@ -180,5 +180,5 @@ def test_a_cost_is_offered_under_its_own_name(site):
     source = "from nipq_search.cost import COSTS\ncost = COSTS['bops']\n"
     points = {COSTS.group: {"fake_bops": "fake_words:cost"}}
     install(site, "fake-words", points=points, modules={"fake_words": source})
-    with pytest.raises(UserError, match="the cost calls itself 'bops'; update or uninstall"):
+    with pytest.raises(UserError, match="its name is 'bops'; update or uninstall"):
         COSTS["fake_bops"]

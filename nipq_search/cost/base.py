@@ -53,7 +53,7 @@ def largest_term(terms: dict[str, Any]) -> Any:
 def _problem(name: str, value: Any) -> str | None:
     if not isinstance(value, Cost):
         return "not a nipq_search.cost.Cost"
-    return None if value.name == name else f"the cost calls itself '{value.name}'"
+    return None if value.name == name else f"its name is '{value.name}'"
 
 
 COSTS: Registry[Cost] = Registry("cost", group="nipq_search.costs", check=_problem)

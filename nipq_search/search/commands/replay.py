@@ -149,7 +149,7 @@ def _record(sweep: Sweep, trial: int) -> dict[str, Any]:
 def _origin(recorded: Mapping[str, Any] | None, here: Mapping[str, Any]) -> str:
     """Describe why the bits of a replay may differ from the record's."""
     if recorded is None:
-        return "the record does not contain the versions that computed it"
+        return "recorded without version information"
     return f"recorded with {'; '.join(provenance_changes(recorded, here))}"
 
 

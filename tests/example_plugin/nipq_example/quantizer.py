@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq_search.quant import FakeQuantizer
-from nipq_search.quant.numerics.functional import LEAST_BOUNDARY
+from nipq_search.quant.numerics.functional import MIN_BOUNDARY
 
 
 class Clip(FakeQuantizer):
@@ -14,9 +14,9 @@ class Clip(FakeQuantizer):
 
     learns_bits = False
 
-    def __init__(self, name, bits, channels, clock, key, proxy):
-        """Build an uninitialized quantizer with a boundary of 1."""
-        super().__init__(name, bits, channels, clock, key, proxy)
+    def __init__(self, name, bits, channels, *args, **kwargs):
+        """Create a quantizer with a boundary of 1."""
+        super().__init__(name, bits, channels, *args, **kwargs)
         self.boundary = nn.Parameter(torch.ones(channels))
 
     def set_boundary(self, statistics):
@@ -25,7 +25,7 @@ class Clip(FakeQuantizer):
 
     def alpha(self, served: float = 1.0) -> Tensor:
         """Return the truncation boundary, shape (channels,)."""
-        return self.boundary.abs().clamp(min=LEAST_BOUNDARY)
+        return self.boundary.abs().clamp(min=MIN_BOUNDARY)
 
     @torch.no_grad()
     def scale_range(self, factor: Tensor) -> None:

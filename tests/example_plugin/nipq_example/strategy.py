@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nipq_search.search.strategies.strategies import Strategy, Target
+from nipq_search.search.strategies.strategies import Assignment, Strategy
 
 
 class RoundRobin(Strategy):
@@ -10,4 +10,4 @@ class RoundRobin(Strategy):
 
     def assign(self, state):
         """Return the next budget in turn."""
-        return Target(budget=len(state.assigned) % len(state.budgets))
+        return Assignment(budget=len(state.assigned) % len(state.budgets))

@@ -162,12 +162,12 @@ def test_flat_arguments_and_sections_build_the_same_task(tmp_path):
     assert base.dataset(task) == base.dataset(flat)
 
 
-def test_own_tasks_can_have_sections(monkeypatch):
-    monkeypatch.setitem(TASKS, "noisy", Noisy)
-    task = make_task("noisy", {"deviation": 0.5, "width": 8})
-    assert (task.noise, task.width) == (Noise(deviation=0.5), 8)
-    with pytest.raises(UserError, match=r"task_args.deviation: noisy needs this argument"):
-        make_task("noisy")
+def test_own_tasks_can_have_sections():
+    with TASKS.temporarily("noisy", Noisy):
+        task = make_task("noisy", {"deviation": 0.5, "width": 8})
+        assert (task.noise, task.width) == (Noise(deviation=0.5), 8)
+        with pytest.raises(UserError, match=r"task_args.deviation: noisy needs this argument"):
+            make_task("noisy")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ NODES = 2000
 
 GAP = 1e-4
 """Relative optimality gap at which the solver stops."""
+_LOSS_DIGITS = 10
+"""Digits of a loss that the solver sees; the order of floating-point sums changes later ones, and
+within its gap the solver may then return another assignment."""
 
 _MARGINS = (0.0, 2e-6)
 """Relative safety margins, tried in order: the solver meets a budget only up to rounding."""
@@ -211,7 +214,9 @@ def _solved(
     span = max(max(row.values()) - min(row.values()) for row in losses.values()) or 1.0
     chosen = {
         unit: {
-            w: program.column(loss / span if maximize is None else 0.0, binary=True)
+            w: program.column(
+                round(loss / span, _LOSS_DIGITS) if maximize is None else 0.0, binary=True
+            )
             for w, loss in own.items()
         }
         for unit, own in losses.items()

@@ -122,6 +122,7 @@ class Storm:
             url = {"NIPQ_STORAGE_URL_FILE": str(folder / "storage-url")}
         self.command = Command(
             folder,
+            cold=True,
             **url,
             MLFLOW_TRACKING_URI=self.tracking.uri,
             MLFLOW_TRACKING_USERNAME="somebody",

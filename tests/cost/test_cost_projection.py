@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from random_graphs import combinations, ends, problems
 from torch import nn
 
@@ -56,6 +56,7 @@ def test_tightness_agrees_with_brute_force(problem):
         used(graph, {name: chosen[unit] for name, unit in units.items()}, budget)
         for chosen in combinations(graph, units, budget)
     )
+    assume(most > 0)  # some generated costs are 0 at every width
     for bits in ends(graph):
         inside, share = fits(graph, bits, budget), used(graph, bits, budget) / most
         if not inside or abs(share - 0.97) > 1e-3:  # beyond the solver's optimality gap

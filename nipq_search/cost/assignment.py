@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -91,22 +92,35 @@ class _Program:
         return np.asarray(found.x) if found.status == 0 else None
 
 
-def _limits(graph: Graph, budget: Budget) -> list[Limit] | None:
-    """Return each cost as a polynomial with its upper bound; None if one is not a polynomial."""
+Share = Callable[[float], float]
+
+
+def _share(value: float, target: float, whole: bool) -> float:
+    """Return the share of a target that a cost uses; a cost in whole bytes is rounded up first."""
+    return (math.ceil(value * (1 - 1e-12)) if whole else value) / target
+
+
+def _limits(graph: Graph, budget: Budget) -> list[tuple[Limit, Share]] | None:
+    """Return each cost as a polynomial with its upper bound and its share of the target.
+
+    Returns:
+        None if a cost is not a polynomial.
+    """
     widths = {name: variable(name) for name, tensor in graph.tensors.items() if tensor.allowed}
-    found = []
+    found: list[tuple[Limit, Share]] = []
     for name, target in budget.targets.items():
         cost = get_cost(name)
         most = math.floor(target) if cost.whole else target
+        share = partial(_share, target=target, whole=cost.whole)
         try:
             values = cost.terms(graph, complete_bits(graph, widths)).values()
             terms = [polynomial(value) for value in values]
         except Exception:  # a custom formula may raise anything when called with non-numbers
             return None
         if cost.combine is sum_terms:
-            found.append((sum(terms, Polynomial({})), most))
+            found.append(((sum(terms, Polynomial({})), most), share))
         elif cost.combine is largest_term:
-            found += [(term, most) for term in terms]
+            found += [((term, most), share) for term in terms]
         else:
             return None
     return found
@@ -131,7 +145,8 @@ class Assignment:
     ) -> None:
         """Express the budget's costs as polynomials in the widths of the units."""
         limits = _limits(graph, budget) or []
-        self._limits: list[Limit] = [(p.renamed(units), most) for p, most in limits]
+        self._limits: list[Limit] = [(p.renamed(units), most) for (p, most), _ in limits]
+        self._shares = [share for _, share in limits]
         counted = {name for p, _ in self._limits for monomial in p.terms for name in monomial}
         self._losses = {unit: losses[unit] for unit in sorted(counted)}
         self._solvable = bool(counted) and all(
@@ -160,16 +175,20 @@ class Assignment:
             `min_loss` would return None.
         """
         best: tuple[float, Limit, dict[str, int]] | None = None
-        bounded = [(self._bound(*limit), limit) for limit in self._limits if limit[1] > 0]
-        for bound, (cost, most) in sorted(bounded, key=lambda entry: -entry[0]):
+        bounded = [
+            (share(self._bound(*limit) * limit[1]), limit, share)
+            for limit, share in zip(self._limits, self._shares, strict=True)
+            if limit[1] > 0
+        ]
+        for bound, (cost, _), share in sorted(bounded, key=lambda entry: -entry[0]):
             if best is not None and best[0] >= bound:
                 break
             widths = self._solve(maximize=cost)
             if widths is None:
                 return None
             value = _value(cost, widths)
-            if best is None or value / most > best[0]:
-                best = value / most, (cost, value), widths
+            if best is None or share(value) > best[0]:
+                best = share(value), (cost, value), widths
         return None if best is None else best[1:]
 
     def _bound(self, cost: Polynomial, most: float) -> float:

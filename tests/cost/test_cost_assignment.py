@@ -225,6 +225,26 @@ def test_what_is_reachable_is_used(problem):
         assert usage(graph, found, budget) >= (1 - 2 * GAP) * most
 
 
+def test_whole_bytes_are_compared_with_other_costs_as_they_are_counted():
+    """1.75 of 2.5 bytes count as 2: their share is below that of the BOPs."""
+    graph = Graph(
+        layers=(
+            LayerInfo(name="a", kind="linear", macs=2, weight="a.weight", input="a.input"),
+            LayerInfo(name="b", kind="linear", macs=1, weight="b.weight", input="b.input"),
+        ),
+        tensors={
+            "a.weight": TensorInfo(name="a.weight", role="weight", numel=1, allowed=(2, 3)),
+            "a.input": TensorInfo(name="a.input", role="activation", numel=3, allowed=(2, 3)),
+            "b.weight": TensorInfo(name="b.weight", role="weight", numel=1, allowed=(2,)),
+            "b.input": TensorInfo(
+                name="b.input", role="activation", numel=1, allowed=(), scales=0, fixed_bits=8
+            ),
+        },
+    )
+    budget = Budget(activation_sum_bytes=2.5, bops=34)
+    assert max_usage_bits(graph, budget) == {"a.weight": 3, "a.input": 2, "b.weight": 2}
+
+
 def test_room_that_requires_two_simultaneous_changes_is_used():
     sizes = {"a": 600, "b": 1000, "c": 800}
     tensors = {

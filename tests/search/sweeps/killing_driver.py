@@ -19,12 +19,11 @@ from typing import Any
 import optuna
 
 from nipq_search.cli import main
-from nipq_search.search import jobs
 from nipq_search.search.backend.tune_callbacks import JobSearcher
 from nipq_search.search.backend.virtual import Died, VirtualExecutor
 from nipq_search.search.config.sweep_config import load_config
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.jobs import Job, committed
+from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind, committed
 from nipq_search.search.results import outputs
 from nipq_search.search.run import run_sweep
 from nipq_search.search.worker.worker import execute
@@ -69,7 +68,7 @@ def after(owner: Any, name: str, boundary: str, wanted: Callable[..., bool] | No
     setattr(owner, name, killing)
 
 
-def in_a_process(job: Job, task: Any, report: Any) -> Any:
+def in_a_process(job: Job, task: Any, report: Any) -> JobOutcome:
     """Do a job in a forked process, as Ray does it in one of its own."""
     process = os.fork()
     if process == 0:
@@ -78,8 +77,7 @@ def in_a_process(job: Job, task: Any, report: Any) -> Any:
     _, status = os.waitpid(process, 0)
     if status:
         raise Died(f"its process ended with {os.waitstatus_to_exitcode(status)}")
-    record = committed(job.folder)
-    return record["state"] if record is not None else jobs.COMPLETE
+    return JobOutcome(kind=OutcomeKind.COMPLETE)
 
 
 after(optuna.Study, "ask", "ask")

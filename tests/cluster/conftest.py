@@ -11,6 +11,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "search"))
 
+from sweep_helpers import wait_for  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def head() -> Iterator[Any]:
@@ -37,4 +39,11 @@ def cluster(head: Any) -> Iterator[Any]:
         yield head
     finally:
         for node in list(head.worker_nodes):
-            head.remove_node(node, allow_graceful=False)
+            head.remove_node(node)
+        # Ray notices a killed node after some seconds; the next test would be offered its CPUs.
+        wait_for(lambda: len(_alive(head)) == 1, "killed nodes to be declared dead")
+
+
+def _alive(head: Any) -> list[dict[str, Any]]:
+    """Return the nodes that the cluster regards as alive."""
+    return [node for node in head.global_state.node_table() if node["Alive"]]

@@ -60,7 +60,7 @@ _log = logging.getLogger("nipq_search")
 
 
 class RunEnd(StrEnum):
-    """Why a run ended.
+    """Reason for the end of a run.
 
     Attributes:
         FINISHED: no work is left.

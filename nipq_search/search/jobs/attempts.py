@@ -39,7 +39,7 @@ MAX_HANGS = 2
 
 
 class Cause(enum.StrEnum):
-    """Why an attempt was lost, as `lost.json` stores it."""
+    """Cause of the loss of an attempt, as stored in `lost.json`."""
 
     NODE = "node"
     """Its node died, which never counts as a failure of the job."""

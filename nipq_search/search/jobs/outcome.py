@@ -9,7 +9,7 @@ from typing import Any
 
 
 class OutcomeKind(enum.Enum):
-    """How an attempt of a job ended."""
+    """Outcome of an attempt of a job."""
 
     COMPLETE = "COMPLETE"
     """The job succeeded; its result record is committed."""

@@ -1,4 +1,4 @@
-"""Why a worker process failed, and whether the job is to blame.
+"""Causes of failed worker processes, and whether they count against the job.
 
 A trial that keeps crashing is given up after `limits.max_failures`. A node that dies, as
 preemptible machines do, must not count against the trial. Ray only reports that a process ended;

@@ -34,7 +34,7 @@ TEST_PACKAGES := chromium dataset-fashion-mnist postgresql shellcheck
 .PHONY: demo install check test test-fast test-all durations venv test-packages
 
 # A full installation also runs the demo. The command runs without a shell, so Ctrl-C reaches it
-# directly; the same `make demo` then resumes the sweep.
+# directly; running `make demo` again then resumes the sweep.
 demo: $(if $(wildcard $(ALL)),$(ALL),$(DEMO))
 	$(BIN)/nipq-search run pipelines/digits.yaml --out runs/digits
 
@@ -45,7 +45,7 @@ check: $(ALL)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes share the tests; tests/conftest.py says how.
+# Two processes share the tests; see tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
 
 test: test-packages $(ALL) check

@@ -40,7 +40,7 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: a variant, or the float model, with one seed."""
+    """One training run: a variant, or the float model, with one seed."""
 
     plan: dict[str, Any]
     name: str

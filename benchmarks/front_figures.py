@@ -54,7 +54,7 @@ def curve(run: Run, allowance: float) -> list[tuple[float, float]]:
 
 
 def samples_to(run: Run, wanted: float, allowance: float) -> float | None:
-    """Return the samples needed for a test hypervolume, or None if it is never reached.
+    """Return the number of samples needed for a test hypervolume, or None if it is never reached.
 
     Args:
         run: the result of a method and seed.

@@ -67,13 +67,13 @@ SHARES = (1 / 9, 1 / 3, 1.0)
 
 
 def early(budget: int, params: dict[str, Any], share: float) -> float:
-    """Return the metric after part of the training: lower, with a higher best learning rate."""
+    """Return the metric after part of a training run: lower, with a higher best learning rate."""
     rate = {**params, "lr": params["lr"] / math.exp(1 - share)}
     return metric(budget, rate) - 0.1 * (1 - share)
 
 
 def halved(taught: bool, seed: int, allowance: float = 24) -> float:
-    """Search as `searched` does, by successive halving, for `allowance` full trainings in all."""
+    """Search by successive halving, for `allowance` full training runs in total."""
     noise = random.Random(seed)
     study = optuna.create_study(directions=["maximize", "minimize"])
     ledger = Ledger(study, space=SPACE, sampler="tpe", seed=seed)

@@ -47,7 +47,7 @@ COLUMNS = [
     "tags.`on_front`",
     "params.`lambda`",
 ]
-"""Columns shown in MLflow's table, the same as in the README."""
+"""Columns shown in MLflow's table: those listed in dashboards/README.md except `lr`."""
 
 
 def main() -> int:

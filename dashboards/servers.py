@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def answers(url: str) -> bool:
-    """Return whether `url` answers with any HTTP status."""
+    """Return whether `url` responds with any HTTP status."""
     try:
         with urllib.request.urlopen(url, timeout=5):
             return True
@@ -39,7 +39,7 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
-    """Run a server, wait until it answers, yield its address, and terminate it on exit.
+    """Run a server, wait until it responds, yield its address, and terminate it on exit.
 
     Args:
         command: the command line of the server.
@@ -50,7 +50,7 @@ def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
         The address of the server.
 
     Raises:
-        RuntimeError: the server stopped or did not answer in time; includes its output.
+        RuntimeError: the server stopped or did not respond in time; includes its output.
     """
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
     address = f"http://127.0.0.1:{port}"
@@ -69,7 +69,7 @@ def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     output.seek(0)
                     printed = output.read().decode(errors="replace")[-1000:]
-                    raise RuntimeError(f"{' '.join(command)} does not answer: {printed}")
+                    raise RuntimeError(f"{' '.join(command)} does not respond: {printed}")
                 time.sleep(0.2)
             yield address
         finally:

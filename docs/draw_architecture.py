@@ -49,7 +49,7 @@ class Box:
 
     Attributes:
         name: the title, in bold; empty for a list of files.
-        purpose: one line that says what the code is for.
+        purpose: one-line description of the code.
         uses: the packages that it imports, from the top to the bottom.
         rows: the boxes inside, row by row from the top.
     """

@@ -24,7 +24,7 @@ class RegistrationError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Plugin:
-    """An entry that an installed package offers through an entry point.
+    """An entry that an installed package provides through an entry point.
 
     Attributes:
         name: the name that configurations use.
@@ -46,9 +46,9 @@ class Plugin:
 class Registry(Mapping[str, T], Generic[T]):
     """Values of one family by name.
 
-    Own entries are registered explicitly and take precedence over plug-ins. Iteration yields the
-    own entries and the plug-ins that have been looked up; `in` and `names` also cover plug-ins
-    that are only installed.
+    Built-in entries are registered explicitly and take precedence over plug-ins. Iteration yields
+    the built-in entries and the plug-ins that have been looked up; `in` and `names` also cover
+    plug-ins that are only installed.
 
     Args:
         kind: singular noun for the entries, used in messages.
@@ -72,7 +72,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._loaded: dict[str, T] = {}
 
     def register(self, name: str, value: T) -> None:
-        """Add an own entry.
+        """Add a built-in entry.
 
         Raises:
             RegistrationError: the name is taken, or the value is of another kind.
@@ -85,7 +85,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @contextlib.contextmanager
     def temporarily(self, name: str, value: T) -> Iterator[None]:
-        """Register or replace an own entry for the duration of a `with` block, as tests do."""
+        """Register or replace a built-in entry for the duration of a `with` block, as tests do."""
         before = dict(self._own)
         self._own.pop(name, None)
         try:
@@ -95,10 +95,10 @@ class Registry(Mapping[str, T], Generic[T]):
             self._own = before
 
     def __getitem__(self, name: str) -> T:
-        """Return the value, importing the plug-in that offers it if there is no own entry.
+        """Return the value; if it is not built in, import the plug-in that provides it.
 
         Raises:
-            UserError: the name is unknown, several packages offer it, or the plug-in is broken.
+            UserError: the name is unknown, several packages provide it, or the plug-in is broken.
         """
         if name in self._own:
             return self._own[name]
@@ -118,7 +118,7 @@ class Registry(Mapping[str, T], Generic[T]):
             raise UserError(f"{key}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the own entries and of the plug-ins in use."""
+        """Iterate over the names of the built-in entries and of the plug-ins in use."""
         return iter([*self._own, *(name for name in self._loaded if name not in self._own)])
 
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._own.keys() | self._loaded.keys())
 
     def __contains__(self, name: object) -> bool:
-        """Whether the name is an own entry or one that a package offers; imports nothing."""
+        """Whether the name is built in or provided by a package; imports nothing."""
         if name in self._own or name in self._loaded:
             return True
         return isinstance(name, str) and bool(self._offers(name))
@@ -140,19 +140,19 @@ class Registry(Mapping[str, T], Generic[T]):
         return sorted({*self, *(plugin.name for plugin in self.plugins())})
 
     def plugins(self) -> list[Plugin]:
-        """Return what the installed packages offer, usable or not; imports nothing."""
+        """Return all plug-ins of the installed packages, usable or not; imports nothing."""
         return [_plugin(entry) for entry in self._entries()]
 
     def plugin(self, name: str) -> Plugin | None:
-        """Return the plug-in that a name selects, or None for an own entry; imports nothing.
+        """Return the plug-in that a name selects, or None for a built-in entry; imports nothing.
 
         Raises:
-            UserError: the name is unknown, or several packages offer it.
+            UserError: the name is unknown, or several packages provide it.
         """
         return None if name in self._own else _plugin(self._offer(name))
 
     def clashes(self) -> list[str]:
-        """Return one line per plug-in name that is taken by an own entry or another package."""
+        """Return one line per plug-in name that a built-in entry or another package uses."""
         found = []
         offered = self.plugins()
         for name in sorted({plugin.name for plugin in offered}):
@@ -163,7 +163,7 @@ class Registry(Mapping[str, T], Generic[T]):
                     "has its own"
                 )
             elif len(packages) > 1:
-                found.append(f"{self.kind} '{name}' is offered by {' and '.join(packages)}")
+                found.append(f"{self.kind} '{name}' is provided by {' and '.join(packages)}")
         return found
 
     def _entries(self) -> list[importlib.metadata.EntryPoint]:
@@ -175,7 +175,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return [entry for entry in self._entries() if entry.name == name]
 
     def _offer(self, name: str) -> importlib.metadata.EntryPoint:
-        """Return the one entry point that offers a name."""
+        """Return the only entry point with a name."""
         offers = self._offers(name)
         if not offers:
             close = nearest(str(name), self.names())
@@ -183,7 +183,7 @@ class Registry(Mapping[str, T], Generic[T]):
         if len(offers) > 1:
             packages = " and ".join(str(_plugin(entry)) for entry in offers)
             raise UserError(
-                f"{self.kind} '{name}' is offered by {packages}; uninstall all but one of them"
+                f"{self.kind} '{name}' is provided by {packages}; uninstall all but one of them"
             )
         return offers[0]
 

@@ -36,7 +36,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts a server, and sort: Ray's files, longest first; others, longest last."""
+    """Mark tests that start a server; sort Ray's files longest first, the others longest last."""
     from durations import recorded  # once the plugin is loaded
 
     ray = {item.path for item in items if item.get_closest_marker("cluster")}

@@ -1,8 +1,8 @@
-"""How long each test takes, and from that the marker `slow`.
+"""Records test durations and marks slow tests.
 
 A pytest plugin that `tests/conftest.py` loads. `make durations` runs every test and writes
-`tests/durations.json`; at collection each test that took longer than `SLOW_SECONDS` then is marked
-`slow`, which `make test-fast` leaves out.
+`tests/durations.json`. At collection, tests recorded as slower than `SLOW_SECONDS` are marked
+`slow`; `make test-fast` skips them.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Durations:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--write-durations`."""
     parser.addoption(
-        "--write-durations", action="store_true", help=f"write {FILE.name} beside the tests"
+        "--write-durations", action="store_true", help=f"write {FILE.name} next to the tests"
     )
 
 

@@ -2,7 +2,7 @@
 
 The 68 migrations of an empty database take longer than a tiny sweep. They run once in a process,
 for the template; every other empty database gets a copy of it. Servers and commands that are
-started as people start them migrate theirs.
+started from the command line migrate their own.
 """
 
 from __future__ import annotations

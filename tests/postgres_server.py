@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own: Debian's programs, a data folder and a free port."""
+"""A PostgreSQL server for the tests: Debian's programs, a data folder and a free port."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 
 
 def _programs() -> Path:
-    """Where Debian keeps the newest server's programs."""
+    """Return Debian's folder of the newest server's programs."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name))
     assert found, "postgresql is not installed: make test-packages"
     return found[-1]
 
 
 class Postgres:
-    """A running server; `url` has a password in it. Stop it, start it again, or close it."""
+    """A running server that can be stopped, restarted and closed; `url` contains a password."""
 
     password = "s3cret-word"
 
@@ -66,7 +66,7 @@ class Postgres:
         subprocess.run(command, check=True, **self._options())
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it responds."""
         command = [str(_programs() / "postgres"), "-D", str(self.folder / "data")]
         command += ["-p", str(self.port), "-k", str(self.folder), "-F"]
         command += ["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=50"]
@@ -76,7 +76,7 @@ class Postgres:
         limit = time.monotonic() + 60
         while not self.answers():
             assert self.process.poll() is None, (self.folder / "log.txt").read_text()
-            assert time.monotonic() < limit, "PostgreSQL does not answer"
+            assert time.monotonic() < limit, "PostgreSQL does not respond"
             time.sleep(0.05)
 
     def answers(self) -> bool:
@@ -86,11 +86,11 @@ class Postgres:
 
     @property
     def url(self) -> str:
-        """Of the database that is there from the start."""
+        """Return the URL of the database that exists from the start."""
         return f"postgresql://nipq:{self.password}@127.0.0.1:{self.port}/postgres"
 
     def new_database(self, name: str) -> str:
-        """Make a database and give its URL."""
+        """Create a database and return its URL."""
         import psycopg
 
         with psycopg.connect(self.url, autocommit=True) as connection:
@@ -98,22 +98,22 @@ class Postgres:
         return self.url.removesuffix("postgres") + name
 
     def stop(self) -> None:
-        """End it at once, as a crash would."""
+        """Kill the server, as a crash would."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
         self._wait_for_children()
 
     def _wait_for_children(self) -> None:
-        """Its children hold the data folder's lock for a moment."""
+        """Wait for the child processes, which briefly hold the data folder's lock."""
         lock = self.folder / "data" / "postmaster.pid"
         time.sleep(0.5)
         lock.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End it, so that it gives back its shared memory, and remove its folder."""
+        """Shut the server down so that it frees its shared memory, and remove its folder."""
         assert self.process is not None
-        if self.process.poll() is not None:  # what a crash left is found by the next start
+        if self.process.poll() is not None:  # restarting recovers from a crash
             self.start()
         self.process.send_signal(signal.SIGQUIT)
         try:

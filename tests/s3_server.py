@@ -1,4 +1,4 @@
-"""A local S3, by moto, with a bucket in it."""
+"""A local S3 server, provided by moto, with one bucket."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ BUCKET = "models"
 
 
 class S3:
-    """A server that can go away.
+    """A server that can be stopped.
 
     Attributes:
-        home: URI of a folder in a bucket there.
-        client: of boto3, to look at it.
+        home: URI of a folder in its bucket.
+        client: boto3 client for inspection.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ class S3:
         self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self.server.start()
         host, port = self.server.get_host_and_port()
-        # Servers of one process share what they hold.
+        # Servers in one process share their contents.
         reset = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
         urllib.request.urlopen(reset, timeout=10).close()
         self.client = boto3.client(
@@ -40,14 +40,14 @@ class S3:
         self.home = f"s3://{BUCKET}/some%20sweeps?{query}"
 
     def objects(self) -> list[str]:
-        """Keys of everything in the bucket but the empty objects that stand for folders."""
+        """Return the keys of all objects except the empty ones that represent folders."""
         found = self.client.list_objects_v2(Bucket=BUCKET).get("Contents", [])
         return sorted(entry["Key"] for entry in found if not entry["Key"].endswith("/"))
 
     def put(self, key: str, data: bytes) -> None:
-        """Write over an object, as a fault would."""
+        """Overwrite an object, as a fault would."""
         self.client.put_object(Bucket=BUCKET, Key=key, Body=data)
 
     def close(self) -> None:
-        """End the server."""
+        """Stop the server."""
         self.server.stop()

@@ -47,7 +47,7 @@ def is_overload(function: Function) -> bool:
 
 
 def gaps(function: Function) -> Iterator[str]:
-    """What the docstring of a function lacks."""
+    """Yield the sections that the docstring of a function lacks."""
     text = ast.get_docstring(function) or ""
     if "Args:" not in text:
         yield "Args"

@@ -54,7 +54,7 @@ def test_the_first_of_several_writers_wins(refusal, tmp_path, monkeypatch):
 
 
 def test_a_link_whose_reply_was_lost_counts_as_created(tmp_path, monkeypatch):
-    """If a reply is lost, an NFS client repeats the request and is told that the name exists."""
+    """An NFS client repeats a request without reply; the server then reports an existing name."""
     link = os.link
 
     def twice(source, target):

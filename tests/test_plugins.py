@@ -151,8 +151,8 @@ from nipq_search.quant.quantizers.lsq import LSQ
 from nipq_search.testing import QuantizerConformance
 
 class Deaf(LSQ):
-    def alpha(self, served=1.0):
-        return super().alpha(served).detach()
+    def alpha(self, elements_per_boundary=1.0):
+        return super().alpha(elements_per_boundary).detach()
 
 class TestDeaf(QuantizerConformance):
     quantizer = Deaf
@@ -189,7 +189,7 @@ def test_a_sweep_of_plugins_alone(swept, site, path, tmp_path, caplog, monkeypat
     assert sweep.best({"traffic_bytes": 1e9})["point"] is not None
     assert replay(sweep, 0)["equal"] and replay(sweep, 0)["exact"]
 
-    # The written file is a sweep file; another version of the package resumes, and says so.
+    # The written file is a sweep file; a resume with another version reports it.
     newer = tmp_path / "newer"
     shutil.copytree(site, newer)
     (info,) = newer.glob("*.dist-info")
@@ -272,8 +272,8 @@ def test_doctor_lists_plugins_and_names_clashes(site, path, tmp_path):
     found = plugins_check()
     assert not found["ok"]
     assert "quantizer 'nipq' of other-package 3 is ignored: nipq_search has its" in found["fix"]
-    assert "quantizer 'clip' is offered by" in found["fix"]
-    with pytest.raises(UserError, match="quantizer 'clip' is offered by .*; uninstall all but"):
+    assert "quantizer 'clip' is provided by" in found["fix"]
+    with pytest.raises(UserError, match="quantizer 'clip' is provided by .*; uninstall all but"):
         parse_config(SWEEP)
 
 

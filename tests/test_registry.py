@@ -1,4 +1,4 @@
-"""The registry: own entries, and entries of other packages, imported when they are looked up."""
+"""The registry: built-in entries, and entries of other packages, imported on lookup."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def site(tmp_path, monkeypatch):
 
 @pytest.fixture
 def registry():
-    """A registry of words with one own entry."""
+    """A registry of words with one built-in entry."""
     found = Registry("word", group=GROUP, check=is_a_word, hint="; see a dictionary")
     found.register("own", "own word")
     return found
@@ -126,7 +126,7 @@ def test_two_packages_with_one_name_are_an_error_for_those_who_use_it(site, regi
     offer(site, good="good", also="also")
     offer(site, "more-words", "3", "fake_words_more", good="good")
     for use in (registry.__getitem__, registry.plugin):
-        with pytest.raises(UserError, match="word 'good' is offered by") as caught:
+        with pytest.raises(UserError, match="word 'good' is provided by") as caught:
             use("good")
         assert "fake-words 1.2" in str(caught.value) and "more-words 3" in str(caught.value)
         assert "uninstall all but one" in str(caught.value)

@@ -128,7 +128,7 @@ def best(
 
 @app.command()
 def stop(folder: Folder) -> int:
-    """Ask the driver of the sweep to stop; the same run command resumes the sweep."""
+    """Request the driver to stop; running the same run command again resumes the sweep."""
     from nipq_search.cli import run as command
 
     return command.stop(folder)

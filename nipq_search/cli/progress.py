@@ -42,7 +42,8 @@ class ProgressLine:
         from rich.live import Live
 
         self._console = console(stream)
-        # Redrawing only on update needs no thread and freezes if the driver hangs.
+        # Redraw only on update: no thread is needed, and a hung driver shows as a line that no
+        # longer changes.
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> ProgressLine:

@@ -54,7 +54,7 @@ def run(
             )
     code = exit_code(outcome)
     if code == INTERRUPTED:
-        print_message(outcome.message or "stopped; the same command resumes the sweep")
+        print_message(outcome.message or "stopped; run the same command again to resume the sweep")
         return code
     document = _front_document(folder) if outcome.complete else None
     if document is not None:
@@ -155,7 +155,10 @@ def _example_limit(front: Mapping[str, Any]) -> str:
 
 
 def stop(folder: Path) -> int:
-    """Ask the sweep's driver to stop after saving checkpoints; the same `run` command resumes."""
+    """Request the sweep's driver to stop after saving checkpoints.
+
+    Running the same `run` command again resumes the sweep.
+    """
     with library_output_on_stderr():
         from nipq_search.search.jobs.lease import request_stop
         from nipq_search.search.results.sweep import Sweep
@@ -166,7 +169,8 @@ def stop(folder: Path) -> int:
         print_message(f"nothing to stop: no driver is running on {folder}")
     else:
         print_message(
-            f"sent a stop request to the driver ({driver}); the same run command resumes the sweep"
+            f"sent a stop request to the driver ({driver}); run the same run command again to "
+            "resume the sweep"
         )
     return SUCCESS
 

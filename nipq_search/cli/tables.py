@@ -129,7 +129,7 @@ def status(document: Document) -> RenderableType:
     driver = document.get("driver")
     by = f"driver on {driver['host']}, pid {driver['pid']}" if driver else "no driver is running"
     if driver is None and states.get("RUNNING"):
-        by += "; RUNNING trials were interrupted, the same `nipq-search run` resumes them"
+        by += "; RUNNING trials were interrupted; `nipq-search run` resumes them"
     counts = ", ".join(f"{number} {state}" for state, number in states.items() if number)
     rows = [
         [

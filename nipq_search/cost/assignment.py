@@ -27,7 +27,7 @@ NODES = 2000
 GAP = 1e-4
 """Relative optimality gap at which the solver stops."""
 _LOSS_DIGITS = 10
-"""Digits of a loss that the solver sees; the order of floating-point sums changes later ones, and
+"""Digits of a loss passed to the solver; the order of floating-point sums changes later ones, and
 within its gap the solver may then return another assignment."""
 
 _MARGINS = (0.0, 2e-6)

@@ -1,7 +1,7 @@
 """Costs: formulas over bit-widths, estimated for the loss and counted exactly for reports.
 
 To add a cost, write a file that defines a `Cost` and register it in `cost/__init__.py`. Other
-packages offer an entry point instead.
+packages declare an entry point instead.
 """
 
 from __future__ import annotations

@@ -104,7 +104,10 @@ Losses = Mapping[str, Mapping[int, float]]
 
 
 class _Projection:
-    """Bit-widths from the solver, or else from greedy descent, completed by greedy ascent."""
+    """Projects bit-widths onto a budget.
+
+    The solver comes first, greedy descent if it fails, then greedy ascent.
+    """
 
     def __init__(self, graph: Graph, budget: Budget, losses: Losses) -> None:
         self.graph, self.budget, self.losses = graph, budget, losses
@@ -373,7 +376,8 @@ def is_tight(graph: Graph, bits: dict[str, int], budget: Budget) -> bool:
         budget: the targets.
 
     Returns:
-        True if the bit-widths are within the budget and use it up.
+        True if no target is exceeded and either at least `MIN_USAGE` of what is reachable is used
+        or, if that is unknown, no single tensor can be raised.
     """
     if (used := usage(graph, bits, budget)) > 1:
         return False

@@ -23,14 +23,14 @@ class Granularity(enum.StrEnum):
 
 
 class ActivationStart(enum.StrEnum):
-    """How calibration chooses the initial truncation boundary of an activation."""
+    """Calibration method for the initial truncation boundary of an activation."""
 
     PERCENTILE = "percentile"
     MSE = "mse"
 
 
 class Start(enum.StrEnum):
-    """How the initial truncation boundary of a weight is chosen."""
+    """Method that determines the initial truncation boundary of a weight."""
 
     ABSMAX = "absmax"
     MSE = "mse"

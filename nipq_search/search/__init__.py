@@ -2,8 +2,8 @@
 
 Start reading in `run.py`, the driver of a sweep. Subpackages from bottom to top: `jobs` (jobs on
 disk) and `strategies` (trial selection); `config` and `study`; `worker`, `coordinator` and
-`results`; `backend` (Ray); `checks`; `commands`. Only this package imports ray, optuna and
-pydantic.
+`results`; `backend` (Ray); `checks`; `commands`. Apart from
+`testing`, only this package imports ray, optuna and pydantic.
 """
 
 from __future__ import annotations

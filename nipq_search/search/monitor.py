@@ -260,5 +260,5 @@ class Monitor:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self.problem = (
                 f"all trials are saved, but tables or report could not be written ({reason}); "
-                "the same command writes them again"
+                "run the same command again to write them"
             )

@@ -60,7 +60,7 @@ _log = logging.getLogger("nipq_search")
 
 
 class RunEnd(StrEnum):
-    """Why a run ended.
+    """Reason for the end of a run.
 
     Attributes:
         FINISHED: no work is left.
@@ -336,11 +336,14 @@ def _outcome(coordinator: Coordinator, monitor: Monitor, idle: bool) -> Outcome:
     complete, failed = counts[TrialState.COMPLETE], counts[TrialState.FAIL]
     state, message = RunEnd.FINISHED, ""
     if monitor.interrupted:
-        state, message = RunEnd.INTERRUPTED, "stopped; the same command resumes the sweep"
+        state, message = (
+            RunEnd.INTERRUPTED,
+            "stopped; run the same command again to resume the sweep",
+        )
     elif monitor.limit and coordinator.open_trials():
         state = RunEnd.LIMIT
         message = f"{monitor.limit} reached with {coordinator.open_trials()} trials remaining; "
-        message += "the same command continues the sweep"
+        message += "run the same command again to continue the sweep"
         if "hours" in monitor.limit:
             message += " (the test split is evaluated once it completes)"
     elif idle:

@@ -217,7 +217,7 @@ def to_device(task: object, batch: Any, device: torch.device | str) -> Any:
     """Return a batch on a device.
 
     Args:
-        task: the task. Its own method is used if it has one.
+        task: the task. If it defines `take`, that method is used.
         batch: a batch of the task's loader.
         device: the target.
 
@@ -297,7 +297,7 @@ def take(task: object, batch: Any, part: slice) -> Any:
     """Return the samples of a batch that a slice selects.
 
     Args:
-        task: the task. Its own method is used if it has one.
+        task: the task. If it defines `take`, that method is used.
         batch: a batch of the task's loader.
         part: samples to select.
 
@@ -305,7 +305,8 @@ def take(task: object, batch: Any, part: slice) -> Any:
         A smaller batch; by default with these rows of every tensor as long as the first one.
 
     Raises:
-        UserError: the task has no method, and its first tensor does not have one row per sample.
+        UserError: the task does not define `take`, and its first tensor does not have one row per
+            sample.
     """
     own = getattr(task, "take", None)
     if own is not None:

@@ -71,7 +71,7 @@ class CostConformance:
     @_SETTINGS
     @given(graph=graphs())
     def test_exact_costs_are_plain_numbers(self, graph: Graph) -> None:
-        """Exact costs are integers where `whole` says so, and fractional widths interpolate."""
+        """Exact costs are integers if `whole` is set, and fractional widths interpolate."""
         name, (least, _) = self.cost.name, ends(graph)
         value = exact_cost(name, graph, least)
         assert type(value) is (int if self.cost.whole else float)

@@ -198,7 +198,7 @@ class QuantizerConformance:
         assert source.state_dict().keys() == target.state_dict().keys()
         assert bit_config(source) == bit_config(target)
         source.zero_grad()
-        for _ in range(2):  # noise and phase continue alike
+        for _ in range(2):  # both models continue with the same noise and phase
             outputs = [source(images()), target(images())]
             assert torch.equal(*outputs)
             for y in outputs:

@@ -24,7 +24,7 @@ class StrategyConformance:
 
     @pytest.mark.parametrize("budgets", [1, 2, 5])
     def test_strategies_serve_every_budget(self, budgets: int) -> None:
-        """Every budget is served, targets and parents are valid, and no state is hidden."""
+        """Every budget is assigned, targets and parents are valid, and no state is hidden."""
         strategy = self.strategy()
         assigned: list[int] = []
         finished: list[FinishedTrial] = []

@@ -207,7 +207,7 @@ class MlflowRecorder:
             if not self._unavailable:
                 fix = ""
                 if self._uri == server.own_uri(self._out):
-                    fix = "; if this persists, remove mlflow.db: the same command writes it again"
+                    fix = "; if this persists, remove mlflow.db and run the same command again"
                 log.warning("MLflow is not up to date, nothing is lost: %s%s", _line(error), fix)
             self._unavailable = True
         else:

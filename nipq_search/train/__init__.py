@@ -1,9 +1,9 @@
 """The training of one model: phases, loop, checkpoints.
 
-Start reading in `trial.py`, which runs the phases of a training, then in `loop.py`, which runs
-its steps. `config.py` defines the settings, `models.py` creates and loads the models. `stability/`
-contains methods against oscillation, `starts/` the starting values of bit-widths. Imports `tasks`,
-`cost` and `quant`; requires only torch.
+Start reading in `trial.py`, which runs the phases of a training run, then in `loop.py`, which
+runs its steps. `config.py` defines the settings; `models.py` creates and loads the models.
+`stability/` contains methods that reduce oscillation; `starts/` chooses the initial bit-widths.
+Imports `tasks`, `cost` and `quant`; requires only torch.
 """
 
 from nipq_search.train.config import HYPERPARAMETERS, FloatConfig, TrainConfig

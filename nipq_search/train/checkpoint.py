@@ -1,4 +1,4 @@
-"""Checkpoints of a training: hashed, written atomically; the newest two are kept."""
+"""Checkpoints of a training run: hashed, written atomically; the newest two are kept."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def save_checkpoint(
     """Write `<folder>/<step>/state.pt`, then the manifest that makes it valid.
 
     Args:
-        folder: folder of the training's checkpoints.
+        folder: folder of the run's checkpoints.
         step: optimizer step of the state.
         state: see `to_bytes`.
-        home: URI of the training's home in an object store, which then holds the state instead.
-        fence: raises if another process has taken over the training. It is called after the
+        home: URI of the run's home in an object store, which then holds the state instead.
+        fence: raises if another process has taken over the training run. It is called after the
             write, which may have hung for a long time, and before old checkpoints are removed.
 
     Raises:
@@ -99,7 +99,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Delete all checkpoints of a finished training."""
+    """Delete all checkpoints of a finished training run."""
     blobs.remove(folder)
 
 

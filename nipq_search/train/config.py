@@ -40,7 +40,7 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 class BitStart(enum.StrEnum):
-    """Where bit-widths start; see `TrainConfig.start`."""
+    """Source of the initial bit-widths; see `TrainConfig.start`."""
 
     BUDGET = "budget"
     PARENT = "parent"
@@ -50,7 +50,7 @@ class BitStart(enum.StrEnum):
 
 
 class TuningMode(enum.StrEnum):
-    """What quantizers compute in the tuning phase; see `TrainConfig.tuning`."""
+    """Quantization in the tuning phase; see `TrainConfig.tuning`."""
 
     HARD = "hard"
     NOISE = "noise"
@@ -121,9 +121,9 @@ class TrainConfig:
         fit_ranges: whether truncation boundaries start where the squared rounding error at the
             starting bit-width is least; meant for NIPQ, since LSQ has its own starting values.
             Boundaries that a parent learned at another width are always rescaled.
-        score_batches: batches for the scores of `sensitivity`, measured once per sweep.
-        calibration_batches: batches that determine the starting boundaries of activations.
-        norm_batches: batches for the final estimate of the normalization statistics.
+        score_batches: number of batches for the scores of `sensitivity`, measured once per sweep.
+        calibration_batches: number of batches that determine the initial activation boundaries.
+        norm_batches: number of batches for the final estimate of the normalization statistics.
         dampening: strength of the pull of weights towards their grid points in the tuning phase,
             which reduces oscillation; 0 disables it.
         freezing: frequency of reversals per step above which the tuning phase freezes a weight at

@@ -44,7 +44,7 @@ def seed_for(*words: int) -> int:
 
 
 def steps_in(loader: Iterable[Any]) -> int:
-    """Return the batches per epoch: the loader's length, or a count from one pass over it.
+    """Return the number of batches per epoch: the loader's length, or a count over one pass.
 
     Raises:
         UserError: the loader is empty.
@@ -133,7 +133,7 @@ class Trainer:
             on_epoch: called with a point of the learning curve after every epoch.
             save: called with the complete state after every epoch, every
                 `config.checkpoint_minutes` and before a stop.
-            should_stop: called after every step; True stops the training.
+            should_stop: called after every step; True stops the training run.
 
         Returns:
             Whether training ran to the end. Otherwise, its state is saved.

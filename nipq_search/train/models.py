@@ -1,4 +1,4 @@
-"""The models of a training: float model, teacher, prepared model and trained model."""
+"""The models of a training run: float model, teacher, prepared model and trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer of a training: SGD or AdamW, with a learning rate per parameter group."""
+"""The optimizer of a training run: SGD or AdamW, with a learning rate per parameter group."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _TIMEOUT = datetime.timedelta(days=7)
 
 
 class Team:
-    """The processes of a training, from the perspective of one of them.
+    """The processes of a training run, from the perspective of one of them.
 
     A team of one exchanges nothing.
 
@@ -104,7 +104,10 @@ class Team:
         return [bool(value) for value in decided.tolist()]
 
     def given(self, value: Any) -> Any:
-        """Return the leader's object, made of plain types and tensors on the CPU."""
+        """Broadcast the leader's object to all processes; every process must call this.
+
+        Tensors must be on the CPU.
+        """
         if self.size == 1:
             return value
         box = [value if self.leads else None]
@@ -238,7 +241,7 @@ ALONE = Team()
 
 @contextlib.contextmanager
 def joined(store: Any, rank: int, size: int) -> Iterator[Team]:
-    """Join the processes of a training until the context exits.
+    """Join the processes of a training run until the context exits.
 
     Args:
         store: `torch.distributed` store through which the processes connect.
@@ -257,7 +260,7 @@ def joined(store: Any, rank: int, size: int) -> Iterator[Team]:
         dist.destroy_process_group()
         raise
     except BaseException:
-        # NCCL would wait for the other processes, which are unaware of the failure.
+        # NCCL would block on the other processes, which have not failed.
         abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
         if torch.cuda.is_available() and abort is not None:
             abort()

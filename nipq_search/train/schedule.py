@@ -1,4 +1,4 @@
-"""Steps, phases and learning rate of a training, as pure functions of the step."""
+"""Steps, phases and learning rate of a training run, as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Phases and learning rate of a training, in optimizer steps.
+    """Phases and learning rate of a training run, in optimizer steps.
 
     Attributes:
         batches_per_epoch: batches per epoch.
@@ -61,7 +61,7 @@ def make_schedule(
     quantized: bool,
     learns_bits: bool,
 ) -> Schedule:
-    """Return the schedule of a training.
+    """Return the schedule of a training run.
 
     Args:
         epochs: passes over the training split; may be fractional.
@@ -70,7 +70,7 @@ def make_schedule(
         noise_share: fraction of the steps in the noise phase.
         warmup: fraction of the steps in the warm-up.
         quantized: whether the model is prepared.
-        learns_bits: whether its quantizer learns bit-widths; without, there is no noise phase.
+        learns_bits: whether its quantizer learns bit-widths; if not, there is no noise phase.
 
     Returns:
         The schedule, with at least one step.

@@ -1,4 +1,4 @@
-"""The specification of a training, its hooks and its result."""
+"""The specification of a training run, its hooks and its result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class Released(Exception):
-    """This process has done its share; the leader completes the training. See `parallel.py`."""
+    """This process has done its share; the leader completes the run. See `parallel.py`."""
 
 
 class Paused(Exception):
@@ -26,7 +26,7 @@ class Paused(Exception):
 
     Args:
         metrics: validation metrics of a copy of the model, projected onto the budget.
-        samples: training samples used to re-estimate the copy's normalization statistics.
+        samples: number of training samples used for the copy's normalization statistics.
     """
 
     def __init__(self, metrics: Mapping[str, float], samples: int) -> None:
@@ -37,7 +37,7 @@ class Paused(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """What to train.
+    """Specification of a training run.
 
     Attributes:
         train: learning rates, phases and distillation.
@@ -71,14 +71,14 @@ class TrainSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """Result of a training.
+    """Result of a training run.
 
     Attributes:
         metrics: the task's metrics on the validation split.
         cost: exact costs by name; empty for the float model.
         bits: the bit configuration (see `bit_config`); empty for the float model.
-        samples: training samples processed, including calibration.
-        steps: optimizer steps taken.
+        samples: number of training samples processed, including calibration.
+        steps: number of optimizer steps taken.
         model_sha256: digest of the model file.
         history: at some steps of the noise phase and at its end, the learned bit-widths by tensor
             and the task loss's derivatives with respect to them.
@@ -95,12 +95,12 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Callbacks of a training; the defaults do nothing.
+    """Callbacks of a training run; the defaults do nothing.
 
     Attributes:
         on_epoch: called with a point of the learning curve after every epoch.
         on_samples: called with the number of training samples processed since the last call.
-        should_stop: called after every step; True stops the training.
+        should_stop: called after every step; True stops the training run.
         before_write: called before a checkpoint or the trained model is written; may raise
             `Interrupted`.
     """

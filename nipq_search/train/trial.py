@@ -1,8 +1,8 @@
-"""A complete training from its specification: the float model, a trial or a baseline.
+"""A complete training run from its specification: the float model, a trial or a baseline.
 
 A trial's phases: calibrate, noise phase, project and freeze the bit-widths, tuning phase,
-re-estimate normalization statistics, evaluate. A training may be killed at any point; when it is
-started again, it resumes from its last checkpoint and produces bit-identical results.
+re-estimate normalization statistics, evaluate. A training run may be killed at any point; when
+it is started again, it resumes from its last checkpoint and produces bit-identical results.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def train(
 
     Args:
         task: model and data.
-        spec: what to train.
-        folder: the training's own folder.
+        spec: the specification of the training run.
+        folder: working folder of this training run.
         device: device to train on.
         hooks: progress reports and stop requests; in a team, only the leader's hooks matter.
         team: the processes that train together; each of them calls this function.
@@ -82,7 +82,7 @@ def train(
 
 @dataclass(frozen=True, kw_only=True)
 class _Training:
-    """One training: the arguments of `train`, and a method for each phase."""
+    """One training run: the arguments of `train`, and a method for each phase."""
 
     task: Task
     spec: TrainSpec
@@ -267,7 +267,7 @@ class _Progress:
     Args:
         trainer: prepared; its samples so far have been reported.
         hooks: the caller's.
-        folder: folder of the training, which contains its checkpoints.
+        folder: folder of the training run, which contains its checkpoints.
         home: see `TrainSpec.home`.
         pause: step at which to stop.
     """
@@ -303,7 +303,7 @@ class _Progress:
 
 
 def _schedule(spec: TrainSpec, batches_per_epoch: int) -> Schedule:
-    """Return the steps of a training's phases."""
+    """Return the schedule of a training run."""
     return make_schedule(
         epochs=spec.train.epochs,
         batches_per_epoch=batches_per_epoch,

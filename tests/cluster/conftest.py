@@ -16,7 +16,7 @@ from sweep_helpers import wait_for  # noqa: E402
 
 @pytest.fixture(scope="session")
 def head() -> Iterator[Any]:
-    """The head of a cluster, which takes no trials, so that it is never in the way."""
+    """The head of a cluster, without resources for trials."""
     from nipq_search.search.backend.tune import quiet_environment
 
     quiet_environment()
@@ -34,7 +34,7 @@ def head() -> Iterator[Any]:
 
 @pytest.fixture
 def cluster(head: Any) -> Iterator[Any]:
-    """The cluster with its head alone; a test adds the nodes that it needs."""
+    """The cluster without other nodes than its head; each test adds the nodes it needs."""
     try:
         yield head
     finally:

@@ -1,7 +1,7 @@
-"""A sweep through a storm: processes, nodes, the driver and the servers die at seeded moments.
+"""Fault injection: processes, nodes, the driver and the servers are killed at seeded times.
 
-Everything is real: Ray on several nodes, PostgreSQL for the study and for MLflow, MLflow's server.
-Used by the tests, and by `benchmarks/storms.py` for many seeds.
+Nothing is simulated: Ray runs on several nodes, with PostgreSQL and MLflow's server. Used by the
+tests, and by `benchmarks/storms.py` for many seeds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRIALS, EPOCHS = 5, 40
 ACTIONS = ("worker", "worker", "node", "driver", "driver and node", "tracking", "everything")
 CALM_SECONDS = (2.0, 12.0)
 TRACKING_PASSWORD = "an0ther-w0rd"
-"""The server asks for none, the client sends it all the same."""
+"""The server requires no password; the client sends one anyway."""
 
 
 def free_port() -> int:
@@ -87,14 +87,14 @@ class Tracking:
 
 
 class Storm:
-    """One sweep and what befalls it.
+    """One sweep and the faults injected into it.
 
     Args:
         folder: a new folder.
-        seed: of what happens, and when.
-        cluster: a head without room for trials.
+        seed: seed of the faults and their times.
+        cluster: a head without resources for trials.
         postgres: a running server.
-        actions: how many things happen.
+        actions: number of faults.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Storm:
                 raise AssertionError(f"the driver ended after {self.done}\n{stdout}\n{stderr}")
 
     def _worker(self) -> None:
-        """A process that trains."""
+        """Kill a process that trains."""
         living = []
         for folder in sorted((self.out / "trials").glob("*")):
             last = jobs.attempts(folder)[-1:]
@@ -191,13 +191,13 @@ class Storm:
                 pass
 
     def _node(self) -> None:
-        """A machine; another one comes."""
+        """Remove a node and add a new one."""
         victim = self.nodes.pop(self.random.randrange(len(self.nodes)))
         self.cluster.remove_node(victim, allow_graceful=False)
         self.nodes.append(self.cluster.add_node(num_cpus=1))
 
     def _driver(self) -> None:
-        """The driver, and the same command again."""
+        """Kill the driver, then run the same command again."""
         if self.driver.poll() is None:
             self.driver.kill()
         self.driver.communicate()
@@ -211,7 +211,7 @@ class Storm:
         self._start()
 
     def _tracking(self) -> None:
-        """MLflow's server is away for some seconds."""
+        """Stop MLflow's server for a few seconds."""
         self.tracking.kill()
         self._calm(self.random.uniform(1, 5))
         self.tracking.start()
@@ -229,7 +229,7 @@ class Storm:
     # What must hold
 
     def check(self, replays: int = 1) -> None:
-        """Nothing lost, nothing doubled, nothing renumbered, nothing secret told."""
+        """Check that no trial is lost, duplicated or renumbered, and that no password leaks."""
         study = optuna.load_study(study_name="tiny", storage=self.study_url)
         trials = study.get_trials()
         study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
@@ -277,7 +277,7 @@ class Storm:
         assert self.postgres.password not in tags
 
     def _check_secrets(self) -> None:
-        """No password is in a file of the sweep, of Tune or of Ray, or in arguments."""
+        """Check that no file of the sweep, Tune or Ray and no command line contains a password."""
         session = Path(self.cluster.head_node.get_session_dir_path())
         for place in (self.out, self.folder / "tmp", session):
             for file in place.rglob("*"):
@@ -288,7 +288,7 @@ class Storm:
         assert not any(word in line for line in self.seen for word in self.secrets)
 
     def close(self) -> None:
-        """End what was started; the cluster and the database server are the caller's."""
+        """End everything started here; the caller closes the cluster and the database server."""
         driver = getattr(self, "driver", None)
         ends: list[Callable[[], object]] = [self.tracking.kill]
         ends += [driver.kill] if driver is not None else []

@@ -1,4 +1,4 @@
-"""Nodes appear because trials wait: Ray's real autoscaler over nodes of this machine."""
+"""Ray's autoscaler adds nodes on this machine for waiting trials."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 @pytest.fixture
 def autoscaling(tmp_path: Path) -> Iterator[str]:
-    """Address of a head without room for trials, to which nodes of one core can be added.
+    """Yield the address of a head without resources for trials; nodes of one core can be added.
 
     What `ray.cluster_utils.AutoscalingCluster` does, but for `ray stop`, which ends everybody's.
     """

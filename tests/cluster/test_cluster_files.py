@@ -1,4 +1,4 @@
-"""The files that launch clusters: by Ray's own schema, by structure, and by a fake `srun`."""
+"""The files that launch clusters, checked by Ray's schema, by structure and by a fake `srun`."""
 
 from __future__ import annotations
 

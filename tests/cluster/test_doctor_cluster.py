@@ -1,4 +1,4 @@
-"""`doctor` asks every node, and says what is wrong with which."""
+"""`doctor` checks every node and reports problems by node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nodes that die under trials, as spot machines do."""
+"""Nodes that die while trials run, as spot instances do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 
 def in_training(folder: Path) -> str | None:
-    """Node of the job's attempt that has processed samples and not ended."""
+    """Return the node of a job's attempt that has processed samples and not ended."""
     found = jobs.attempts(folder)
     if not found or any((found[-1] / name).exists() for name in (jobs.RESULT, jobs.LOST)):
         return None
@@ -26,7 +26,7 @@ def in_training(folder: Path) -> str | None:
 
 
 def test_a_dead_node_costs_a_trial_nothing_but_time(tmp_path, cluster):
-    """Twice, where one crash would be the last; another node takes the trial over."""
+    """Two nodes die, although one crash would fail the trial; other nodes continue it."""
     added = [cluster.add_node(num_cpus=1) for _ in range(3)]
     nodes = {node.node_id: node for node in added}
     write_sweep(

@@ -1,4 +1,4 @@
-"""Nodes that cannot run trials, nodes that never come, and clusters that nobody can reach."""
+"""Nodes that cannot run trials, nodes that never join, and unreachable clusters."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_stop_does_not_wait_for_nodes_that_never_come(tmp_path, cluster):
     with ended(process):
         reach(process, lambda: jobs.samples_processed(trial) > 0, "the trial to train")
         cluster.remove_node(node, allow_graceful=False)
-        wait_for(lambda: jobs.attempts(trial) and _lost(trial), "its end to be noticed", 60)
+        wait_for(lambda: jobs.attempts(trial) and _lost(trial), "the lost node to be detected", 60)
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         stdout, stderr = process.communicate(timeout=60)
@@ -108,7 +108,7 @@ def _lost(trial: Path) -> bool:
 
 
 def test_a_type_of_node_that_is_too_small_is_refused(tmp_path, monkeypatch):
-    """Which nodes a cluster can add stands in the file that `ray up` leaves on its head."""
+    """The file that `ray up` writes on the head lists the types of nodes a cluster can add."""
     monkeypatch.setattr(nodes, "alive_nodes", lambda: [{"Resources": {"CPU": 2.0}}])
     monkeypatch.setattr(nodes, "BOOTSTRAP_FILE", tmp_path / "bootstrap.yaml")
     more = {"autoscale": True, "concurrent": 2}

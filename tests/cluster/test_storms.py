@@ -1,4 +1,4 @@
-"""A sweep on several nodes with PostgreSQL and MLflow's server, through a seeded storm.
+"""A sweep on several nodes with PostgreSQL and MLflow's server, under seeded faults.
 
 `make test-all` runs twenty of them: `benchmarks/storms.py`.
 """
@@ -9,7 +9,7 @@ import pytest
 from storm import Storm
 
 SEED = 9
-"""Of the twenty a short one that kills every kind of thing; odd: the URL is in the environment."""
+"""A short storm that kills every kind of process; odd seeds set the URL in the environment."""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -1,4 +1,4 @@
-"""A sweep as a Ray job: on a head with a dashboard, from a folder that the head does not know."""
+"""A sweep as a Ray job, submitted to a head from a folder that does not exist on the head."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def left(temporary: str) -> list[str]:
-    """Processes of the Ray cluster that has this folder."""
+    """Return the processes of the Ray cluster that uses this folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -39,7 +39,7 @@ def left(temporary: str) -> list[str]:
 
 @pytest.fixture
 def head(tmp_path: Path):
-    """Address of a head's dashboard; its home is a folder of its own."""
+    """Yield the address of the dashboard of a head with a separate home folder."""
     (tmp_path / "home").mkdir()
     port, dashboard = free_port(), free_port()
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("NIPQ_", "RAY_", "MLFLOW_"))}
@@ -72,7 +72,7 @@ def head(tmp_path: Path):
         wait_for(lambda: subprocess.run(probe, capture_output=True).returncode == 0, "a head")
         yield address
     finally:
-        # At once: asked to end, a head waits for half a minute.
+        # Kill it: on SIGTERM, a head waits half a minute.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=60)
         wait_for(lambda: not left(f"/tmp/nipq-{os.getpid()}"), "the head's processes to end", 60)

@@ -1,4 +1,4 @@
-"""Trials with several processes, or a part of a GPU, on a cluster with declared GPUs."""
+"""Trials with several processes or a fraction of a GPU, on a cluster with declared GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 
 def members_of(folder):
-    """Processes below that of a job's running attempt."""
+    """Return the child processes of a job's running attempt."""
     found = jobs.attempts(folder)
     if not found or (found[-1] / jobs.RESULT).exists() or (found[-1] / jobs.LOST).exists():
         return []
@@ -31,7 +31,7 @@ def members_of(folder):
 
 
 def test_two_trials_of_two_processes_share_three_slots(tmp_path, cluster):
-    """They run one after another and wait for nothing of each other's; one loses a process."""
+    """They run in sequence without a deadlock, and one of them loses a process."""
     cluster.add_node(num_cpus=3)
     write_sweep(
         tmp_path,
@@ -58,7 +58,7 @@ def test_two_trials_of_two_processes_share_three_slots(tmp_path, cluster):
 
 @pytest.mark.parametrize(("gpus", "processes", "at_once"), [(0.25, 1, 4), (2, 2, 2)])
 def test_trials_get_parts_of_gpus_and_several(tmp_path, cluster, gpus, processes, at_once):
-    """Declared GPUs: what is placed where is Ray's, what is trained here is on CPUs."""
+    """The GPUs are only declared: Ray places the trials, which train on CPUs."""
     cluster.add_node(num_cpus=4, num_gpus=4)
     resources = {"gpus": gpus}
     write_sweep(tmp_path, search__trials=2, resources=resources)

@@ -1,4 +1,4 @@
-"""A finished sweep of real, tiny trainings, made once and copied by the tests that change it."""
+"""A finished sweep of tiny training runs, created once and copied by tests that change it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _mlflow_template() -> None:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a sweep of four trials under `fill`; look, do not touch."""
+    """Folder of a read-only sweep of four trials under `fill`."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [n for n in os.environ if n.startswith(("NIPQ_STORAGE", "MLFLOW_"))]:
             patch.delenv(name)

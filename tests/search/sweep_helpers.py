@@ -1,4 +1,4 @@
-"""Sweeps as people run them: the real command in a process of its own, and what it left behind."""
+"""Helpers that run sweeps with the real command in a separate process and read their files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial
 
 BIN = Path(sys.executable).parent
 TOKEN = "NIPQ_TEST_TOKEN"
-"""Environment variable by which a test knows every process that its sweep started."""
+"""Environment variable that marks every process of a test's sweep."""
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -97,7 +97,7 @@ class WarmProcess:
 
     @classmethod
     def _address(cls) -> str:
-        """Socket of this process's server, which starts with the first command."""
+        """Socket of this process's warm server, which starts with the first command."""
         if cls._server is None:
             cls._folder = tempfile.TemporaryDirectory(prefix="nipq-warm-", dir="/tmp")
             command = [sys.executable, str(Path(__file__).with_name("warm_server.py"))]
@@ -116,7 +116,7 @@ class WarmProcess:
         return f"{cls._folder.name}/socket"
 
     def _answer(self) -> int:
-        """The next number that the server sends; not a byte more is read, for `select`."""
+        """Return the next number from the server without reading ahead, as `select` requires."""
         line = b""
         while not line.endswith(b"\n"):
             byte = self._connection.recv(1)
@@ -125,7 +125,7 @@ class WarmProcess:
         return int(line)
 
     def poll(self) -> int | None:
-        """The exit status, or None while the process runs."""
+        """Return the exit status, or None while the process runs."""
         if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
             self.returncode = self._answer()
         return self.returncode
@@ -172,7 +172,7 @@ class Command:
 
     Args:
         folder: working directory of the commands.
-        cold: start the installed command, as people do, instead of forking a warm server.
+        cold: start the installed command, as a user does, instead of forking a warm server.
         environment: variables added to those of this process.
     """
 
@@ -222,13 +222,13 @@ class Command:
         return self(*self.arguments(*more), code=code)
 
     def document(self, *arguments: str) -> dict[str, Any]:
-        """The document that a reading command prints with `--json`."""
+        """Return the document that a reading command prints with `--json`."""
         document: dict[str, Any] = json.loads(self(*arguments, "--json").stdout)
         assert document["schema"] == 1
         return document
 
     def processes(self) -> list[int]:
-        """Every living process that descends from one of this object's commands."""
+        """Return all running descendants of this object's commands."""
         mark = f"{TOKEN}={self.token}".encode()
         found = []
         for folder in Path("/proc").iterdir():
@@ -245,13 +245,13 @@ class Command:
         return found
 
     def no_orphans(self) -> None:
-        """Assert that nothing that the commands started lives on."""
+        """Assert that no process started by the commands is still running."""
         wait_for(lambda: not self.processes(), "the sweep's processes to end", 30)
 
 
 @contextmanager
 def ended(process: Process) -> Iterator[None]:
-    """See to it that a process of ours does not outlive a failing test."""
+    """Kill a process that is still running when a test fails."""
     try:
         yield
     except BaseException:
@@ -270,13 +270,13 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90) -> No
 
 
 def reach(process: Process, condition: Callable[[], Any], what: str) -> None:
-    """Return as soon as `condition()` holds; fail at once if the process ends before that."""
+    """Return as soon as `condition()` holds; fail immediately if the process ends first."""
     wait_for(lambda: process.poll() is not None or condition(), what)
     assert process.poll() is None, f"ended before {what}:\n{process.communicate()[1]}"
 
 
 def study(out: Path, name: str = "tiny") -> optuna.Study:
-    """The sweep's study, opened by Optuna alone."""
+    """Return the sweep's study, opened by Optuna alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         backend = JournalFileBackend(str((out / "study.log").resolve()))
@@ -284,25 +284,25 @@ def study(out: Path, name: str = "tiny") -> optuna.Study:
 
 
 def trials(out: Path) -> list[FrozenTrial]:
-    """The study's trials."""
+    """Return the study's trials."""
     return study(out).get_trials()
 
 
 def states(out: Path) -> list[str]:
-    """States by trial number."""
+    """Return the states of the trials, by number."""
     found = trials(out)
     assert [trial.number for trial in found] == list(range(len(found)))
     return [trial.state.name for trial in found]
 
 
 def attempts(out: Path, trial: int) -> list[Path]:
-    """Attempt folders of a trial, first to last."""
+    """Return the attempt folders of a trial, first to last."""
     folders = (out / "trials" / str(trial)).glob("attempt-*")
     return sorted(folders, key=lambda path: int(path.name.removeprefix("attempt-")))
 
 
 def epochs(attempt: Path) -> list[int]:
-    """Epochs in an attempt's learning curve."""
+    """Return the epochs in an attempt's learning curve."""
     try:
         lines = (attempt / "curve.jsonl").read_text().splitlines()
     except OSError:
@@ -311,20 +311,20 @@ def epochs(attempt: Path) -> list[int]:
 
 
 def result(out: Path, trial: int) -> dict[str, Any] | None:
-    """A trial's result record, from whichever attempt committed one; never two."""
+    """Return a trial's result record; assert that only one attempt committed one."""
     found = [record for a in attempts(out, trial) if (record := _record(a / "result.json"))]
     assert len(found) <= 1
     return found[0] if found else None
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    """A committed record; None where there is none, or a later attempt took its place."""
+    """Return a committed record; None if there is none or a later attempt superseded it."""
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return record if record.get("state", "TAKEN_OVER") != "TAKEN_OVER" else None
 
 
 def results(out: Path) -> dict[str, int]:
-    """Every committed result and when it was written: equal again if nothing was repeated."""
+    """Return all committed results with their times, which change if work is repeated."""
     files = out.glob("*/**/attempt-*/result.json")
     return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files if _record(path)}
 

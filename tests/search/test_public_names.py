@@ -1,4 +1,4 @@
-"""The names that people import, and the copies of names that must agree."""
+"""Public names, and copies of names that must agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny sweep for the tests of the search layer: no Ray, and mostly no training either."""
+"""A tiny sweep for the tests of the search layer, without Ray and mostly without training."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DOCUMENT: dict[str, Any] = {
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    """The tiny sweep with changes, `section__key=value`."""
+    """Return the tiny sweep with changes, `section__key=value`."""
     found = copy.deepcopy(DOCUMENT)
     for name, value in changes.items():
         *sections, key = name.split("__")
@@ -58,13 +58,13 @@ def document(**changes: Any) -> dict[str, Any]:
 
 
 def make_config(**changes: Any) -> SweepConfig:
-    """The tiny sweep, checked."""
+    """Return the validated configuration of the tiny sweep."""
     return parse_config(document(**changes))
 
 
 @functools.lru_cache(maxsize=1)
 def digits() -> Digits:
-    """The task of the tiny sweep, its data read once."""
+    """Return the task of the tiny sweep; its data are read once."""
     task = Digits(width=4)
     task.load_data()
     return task
@@ -76,17 +76,17 @@ def _facts(text: str) -> ResolvedSweep:
 
 
 def facts_of(config: SweepConfig) -> ResolvedSweep:
-    """The facts of a sweep on digits, gathered once."""
+    """Return the facts of a sweep on digits, computed once."""
     return _facts(json.dumps(config.as_json()))
 
 
 def run_here(config: SweepConfig, out: Path, **options: Any) -> Outcome:
-    """A whole sweep of real trainings in this process."""
+    """Run a whole sweep with real training in this process."""
     return run_sweep(config, out, executor=VirtualExecutor(), **options)
 
 
 class Crash(BaseException):
-    """The driver dies here."""
+    """Simulates the death of the driver."""
 
 
 class Bench:
@@ -105,7 +105,7 @@ class Bench:
         self.runs = 0
 
     def open(self) -> Coordinator:
-        """Ledger and coordinator as a new driver builds them."""
+        """Return ledger and coordinator as a new driver creates them."""
         self.out.mkdir(exist_ok=True)
         self.runs += 1
         self.ledger, self.facts = open_ledger(self.config, digits(), self.out)
@@ -129,7 +129,7 @@ class Bench:
         return coordinator
 
     def execute(self, job: Job) -> JobOutcome:
-        """What a worker does, with made-up figures."""
+        """Execute a job as a worker would, with invented figures."""
         if job.kind != "test" and (done := jobs.committed(job.folder)) is not None:
             return JobOutcome(kind=OutcomeKind(done["state"]))
         self.executed.append(job.name)
@@ -144,7 +144,7 @@ class Bench:
         return JobOutcome(kind=OutcomeKind(record["state"]))
 
     def record(self, job: Job) -> dict[str, Any]:
-        """A made-up record; dearer and faster-learning trials are better."""
+        """Return an invented record whose accuracy increases with the learning rate."""
         reason = self.fail(job)
         uniform = {name: costs["uniform8"] for name, costs in self.facts.costs.items()}
         cost = {**uniform, **{name: 0.98 * target for name, target in job.budget.items()}}
@@ -173,10 +173,10 @@ class Bench:
         return record
 
     def view(self) -> Sweep:
-        """The sweep as reading commands see it."""
+        """Return the sweep as reading commands open it."""
         return Sweep.open(self.out)
 
 
 def ledger_of(out: Path, config: SweepConfig) -> Ledger:
-    """The ledger of a sweep that has been opened before."""
+    """Return the ledger of a sweep that has been opened before."""
     return open_ledger(config, digits(), out)[0]

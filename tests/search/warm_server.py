@@ -1,4 +1,4 @@
-"""A process that has imported everything, and forks a new process for every command.
+"""A process that has imported all modules and forks a new process for every command.
 
 Importing torch, Ray, Optuna and MLflow takes a command longer than what most tests have it do.
 Each fork is a real process in a session of its own, with its own environment, folder and output;
@@ -47,7 +47,7 @@ MODULES = [
 
 
 def import_everything() -> None:
-    """Import what the commands import, in the environment in which they would."""
+    """Import the modules of the commands in the environment of a command."""
     from nipq_search.search.backend.tune import quiet_environment
 
     quiet_environment()
@@ -56,7 +56,7 @@ def import_everything() -> None:
 
 
 def become(request: dict[str, Any], descriptors: list[int]) -> None:
-    """Turn this process into the one that a request describes."""
+    """Apply a request's descriptors, directory and environment to this process."""
     import random
 
     import numpy
@@ -98,7 +98,7 @@ def run(request: dict[str, Any]) -> int:
 
 
 def end(status: int) -> None:
-    """What the interpreter does at its end; `sys.exit` would return into the server."""
+    """Exit as the interpreter does; `sys.exit` would return into the server."""
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -108,7 +108,7 @@ def end(status: int) -> None:
 
 
 def serve_one(connection: socket.socket) -> None:
-    """Fork for one request, and answer with the id and the exit status of the new process."""
+    """Fork for one request and reply with the new process's ID and exit status."""
     data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     while not data.endswith(b"\n"):
         data += connection.recv(1 << 20)

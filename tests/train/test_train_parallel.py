@@ -48,7 +48,7 @@ class Precise(Digits):
 
 
 def member(rank: int, size: int, folder: str, task: Any, spec: TrainSpec, stop: int) -> None:
-    """Run one process of a training; the leader stores its result next to the model."""
+    """Run one process of a training run; the leader stores its result next to the model."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store-{stop}", size)
     hooks = stop_after(stop) if stop and rank == 0 else Hooks()
@@ -64,7 +64,7 @@ def member(rank: int, size: int, folder: str, task: Any, spec: TrainSpec, stop: 
 
 
 def together(folder: Path, task: Any, spec: TrainSpec, size: int = 2, stop: int = 0) -> Any:
-    """Return the result of a training by `size` processes; None if it was stopped."""
+    """Return the result of a training run by `size` processes; None if it was stopped."""
     folder.mkdir(exist_ok=True)
     mp.spawn(member, (size, str(folder), task, spec, stop), nprocs=size)
     path = folder / "result.pt"

@@ -1,4 +1,4 @@
-"""Resuming: an interrupted training ends bit-identical to an uninterrupted one."""
+"""Resuming: an interrupted training run is bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MOMENTS = {
 
 @pytest.fixture(scope="module")
 def whole(float_model, tmp_path_factory):
-    """Result and curve of an uninterrupted training, for each kind."""
+    """Result and curve of an uninterrupted training run, for each kind."""
     found = {}
     for kind, changes in KINDS.items():
         folder, curve = tmp_path_factory.mktemp(kind), []
@@ -184,7 +184,7 @@ def test_kills_during_checkpoint_writes_keep_valid_ones(tmp_path):
 
 
 def test_a_hung_write_removes_no_checkpoint_of_the_next_process(tmp_path):
-    """The write completes after another process has taken over the training."""
+    """The write completes after another process has taken over the training run."""
 
     class Superseded(Exception):
         pass

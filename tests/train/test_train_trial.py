@@ -1,4 +1,4 @@
-"""Complete trainings: their phases, hooks, sample counts and results."""
+"""Complete training runs: their phases, hooks, sample counts and results."""
 
 from __future__ import annotations
 

@@ -133,5 +133,5 @@ def interrupted(task: Any, spec: TrainSpec, folder: Path, steps: int) -> None:
 
 
 def outcome(result: TrainResult) -> dict[str, Any]:
-    """Return everything that must be equal between a resumed and an uninterrupted training."""
+    """Return everything that must be equal between a resumed and an uninterrupted run."""
     return vars(result)

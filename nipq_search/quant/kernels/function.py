@@ -89,7 +89,7 @@ class Backend(Protocol):
 
 
 def plain(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return `tensor` as plain memory in the given layout.
+    """Return `tensor` as an ordinary strided tensor with the given strides and dtype.
 
     Gradients and saved tensors may arrive in other layouts, dtypes or as lazy tensors.
 

@@ -81,7 +81,7 @@ class _Lean(nn.Module):
     inplace: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the lean kernel if it supports the input, else the float layer."""
+        """Apply the memory-saving kernel if it supports the input, otherwise torch's ReLU."""
         found = lean_relu(input, self.cap, self.inplace)
         return super().forward(input) if found is None else found
 

@@ -5,7 +5,8 @@ batches; `initialize` sets grid and boundary from the observed statistics; the q
 `freeze` fixes its bit-width; training with hard quantization and evaluation follow.
 
 To add a quantizer, write one file like `nipq.py` and register the class in
-`nipq_search/quant/__init__.py`. Other packages offer an entry point instead.
+`nipq_search/quant/__init__.py`. Other packages declare an entry point in its registry's group
+instead (see docs/extending.md).
 """
 
 from __future__ import annotations
@@ -191,7 +192,13 @@ class FakeQuantizer(nn.Module, abc.ABC):
         self.bits = bits
 
     def freeze(self, bits: int | None = None) -> None:
-        """Fix the bit-width; training continues with hard quantization."""
+        """Fix the bit-width at `bits` (default: the nearest allowed width).
+
+        From then on, training rounds if `rounds_once_frozen`.
+
+        Raises:
+            UserError: `bits` is not allowed, or the width is already frozen at another value.
+        """
         self.bits.freeze(bits)
 
     def start_at(self, bits: float) -> None:

@@ -46,7 +46,7 @@ class ParameterLocation(NamedTuple):
 
 
 class ParameterTable:
-    """Identifies the parameter that a tensor is, or is a slice of, by its memory address."""
+    """Finds, by memory address, the parameter that a tensor is equal to or a slice of."""
 
     def __init__(self, locations: Iterable[ParameterLocation]) -> None:
         """Read the current addresses of the parameters, which may have moved since the trace."""

@@ -228,7 +228,10 @@ def unchanged_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Run attention and recurrent layers as products, because fused kernels count no FLOPs."""
+    """Run attention and recurrent layers as separate matrix products.
+
+    The FLOP counter does not cover the fused kernels.
+    """
     fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)  # `backends.mkldnn.flags` warns about Intel's GPUs

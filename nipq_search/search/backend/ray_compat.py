@@ -82,7 +82,7 @@ def loopback_only() -> Iterator[None]:
 
 
 def connect_to_gcs(address: str) -> None:
-    """Check that a Ray head answers at `HOST:PORT`.
+    """Check that a Ray head responds at `HOST:PORT`.
 
     `ray.init` waits forever if something other than Ray listens there; the GCS client gives up
     after 40 seconds. Uses `ray._raylet.GcsClient`; tested with Ray 2.60.
@@ -91,7 +91,7 @@ def connect_to_gcs(address: str) -> None:
         address: `HOST:PORT` of the head.
 
     Raises:
-        Exception: the client's error if no head answers.
+        Exception: the client's error if no head responds.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 

@@ -114,7 +114,7 @@ def check_place(address: str | None, resources: ResourcesSection) -> None:
 
 def _no_cluster(address: str, reason: str) -> UserError:
     return UserError(
-        f"--address {address}: no Ray cluster answers there ({reason}); start one with "
+        f"--address {address}: no Ray cluster is reachable there ({reason}); start one with "
         "`ray start --head`, or omit --address"
     )
 
@@ -138,7 +138,7 @@ def ray_cluster(
         Nothing; Ray is connected within the context.
 
     Raises:
-        UserError: no cluster answers at the address, or no node is large enough for a trial.
+        UserError: no cluster is reachable at the address, or no node is large enough for a trial.
     """
     quiet_environment()
     if address is not None:
@@ -229,7 +229,7 @@ class TuneExecutor:
         Args:
             coordinator: source of the jobs.
             task: the sweep's task with its data loaded.
-            tick: called about every second and after every report.
+            tick: called at most every 0.5 s, after an iteration of Tune's event loop.
 
         Raises:
             BaseException: an error that the coordinator raised at the end of a job.

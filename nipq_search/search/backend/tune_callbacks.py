@@ -149,7 +149,9 @@ class JobSearcher(Searcher):
 
 
 class Ticker(Callback):
-    """Calls `tick` about every second and after every report; reports restarts of processes.
+    """Calls `tick` periodically and reports restarts of processes.
+
+    `tick` is called at most every 0.5 s, after an iteration of Tune's event loop.
 
     Args:
         tick: the function to call.

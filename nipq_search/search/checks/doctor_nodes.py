@@ -130,7 +130,7 @@ def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[
         One check per node, in the format of `doctor`.
 
     Raises:
-        UserError: no cluster answers, or the folder is not writable on this machine.
+        UserError: no cluster is reachable, or the folder is not writable on this machine.
     """
     task = None if config is None else config.task
     arguments = {} if config is None else dict(config.task_args)

@@ -84,7 +84,7 @@ def _data(task: Any) -> dict[str, Any]:
 
 
 def _samples(config: SweepConfig, task: Any, graph: Graph) -> int:
-    """Return the training samples that the whole sweep would process without failures."""
+    """Return the number of training samples that the sweep would process without failures."""
     size: int | None = dataset(task)["splits"].get("train")
     if size is None:
         size = steps_in(task.loader("train", config.train.batch_size, 0)) * config.train.batch_size
@@ -94,18 +94,18 @@ def _samples(config: SweepConfig, task: Any, graph: Graph) -> int:
     norm_batches = train.norm_batches if norm_layers(task.build_model()) else 0
     calibration = min(train.calibration_batches, batches)
     extra = train.batch_size * (calibration + min(norm_batches, batches))
-    trainings = config.search.trials + len(config.search.baselines)
+    runs = config.search.trials + len(config.search.baselines)
     floats: float = 0 if config.float_model.checkpoint else config.float_model.epochs * size
     fitted = train.batch_size * config.search.trials if train.fit_ranges else 0
     scores = 0
     if config.needs_scores:  # one pass for the float model, and one per width of each unit
         passes = 1 + sum(len(graph.tensors[unit].allowed) for unit in units_of(graph))
         scores = train.batch_size * (calibration + passes * min(train.score_batches, batches))
-    return round(floats + trainings * (trained + extra) + fitted + scores)
+    return round(floats + runs * (trained + extra) + fitted + scores)
 
 
 def _noise_steps(config: SweepConfig, task: Any) -> int:
-    """Return the steps of the longest noise phase of a trial; 0 if the strategy skips it."""
+    """Return the number of steps of a trial's longest noise phase; 0 if the strategy skips it."""
     train, strategy = config.train, STRATEGIES[config.search.strategy]()
     form = config.search.space.get("noise_share")
     shares = [train.noise_share] if form is None else ends(distribution("noise_share", form))
@@ -122,6 +122,6 @@ def _noise_steps(config: SweepConfig, task: Any) -> int:
 
 
 def _disk(config: SweepConfig, float_bytes: float) -> int:
-    """Estimate the final size on disk in bytes: a float model and records per training."""
-    trainings = 1 + config.search.trials + len(config.search.baselines)
-    return round(trainings * (1.1 * float_bytes + 50_000) + 10_000_000)
+    """Estimate the final size on disk in bytes: a float model and records per training run."""
+    runs = 1 + config.search.trials + len(config.search.baselines)
+    return round(runs * (1.1 * float_bytes + 50_000) + 10_000_000)

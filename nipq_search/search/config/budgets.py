@@ -23,7 +23,7 @@ REFERENCE_BITS = 8
 
 
 class _TargetForm(Enum):
-    """How a target is written."""
+    """Notation of a target in the sweep file."""
 
     UNIFORM = "uniform"
     PERCENT = "percent"

@@ -23,10 +23,10 @@ FAMILIES: Mapping[str, Registry[Any]] = {
 
 
 def plugin_versions(entries: Iterable[str]) -> dict[str, str]:
-    """Return package and version of each entry that a plug-in provides; own entries are left out.
+    """Return package and version of each entry that a plug-in provides; omit built-in entries.
 
     Raises:
-        UserError: an entry is unknown, or several packages offer it.
+        UserError: an entry is unknown, or several packages provide it.
     """
     found = {}
     for entry in entries:
@@ -75,7 +75,7 @@ def plugin_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[st
 
 
 def installed_plugins() -> Iterator[tuple[str, Plugin]]:
-    """Yield every entry that an installed package offers, with its plug-in; imports none."""
+    """Yield every entry that an installed package provides, with its plug-in; imports none."""
     for family, registry in FAMILIES.items():
         for plugin in registry.plugins():
             yield f"{family}.{plugin.name}", plugin
@@ -92,7 +92,7 @@ def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tupl
 
 
 def _installed(entry: str) -> str:
-    """What provides an entry here."""
+    """Return the installed package or packages that provide an entry, or "none"."""
     family, _, name = entry.partition(".")
     try:
         return str(FAMILIES[family].plugin(name) or "nipq_search")

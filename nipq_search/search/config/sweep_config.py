@@ -203,7 +203,7 @@ class SweepConfig(Section):
         """Return the configuration with the packages and versions that are installed here.
 
         Raises:
-            UserError: an entry is unknown, or several packages offer it.
+            UserError: an entry is unknown, or several packages provide it.
         """
         return self.model_copy(update={"plugins": plugin_versions(self.entries)})
 

@@ -37,7 +37,7 @@ _STAGES = (
 
 
 class Verdict(enum.Enum):
-    """What an executor does if there is no next job."""
+    """Action of an executor if there is no next job."""
 
     WAIT = "wait"
     DONE = "done"
@@ -57,7 +57,7 @@ class Coordinator:
 
     Attributes:
         running: jobs that an executor is running, by name.
-        stopping: whether no further job may start because the sweep was asked to stop.
+        stopping: whether no further job may start because a stop was requested.
         failure: why the sweep cannot continue, or None.
     """
 
@@ -161,7 +161,7 @@ class Coordinator:
         Args:
             job: a job that is no longer running.
             lost: why it ended without a record; None if it has one, or if it stays open because
-                it paused or was asked to stop.
+                it paused or a stop was requested.
         """
         self.running.pop(job.name, None)
         record = committed(job.folder)
@@ -197,8 +197,8 @@ class Coordinator:
         same = blobs.digest_of(file) == record["model_sha256"]
         if not same or not blobs.can_be_read(file):
             self.failure = (
-                f"{file}: missing or damaged; remove {folder} and the same command "
-                "trains the float model again"
+                f"{file}: missing or damaged; remove {folder} and run the same command "
+                "again to train a new float model"
             )
 
     def _check_scores(self, record: Mapping[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""The trials of a study as a strategy sees them, updated incrementally."""
+"""The trials of a study in the form that strategies receive, updated incrementally."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TARGET = "budget_"
 """Prefix of the attributes that hold a trial's absolute targets."""
 
 FREE_FAILURES = 2
-"""Failed trials of a budget that do not count as having served it; further ones do."""
+"""Number of failed trials per budget that do not count toward it; further ones do."""
 
 MAX_FINISHED = 500
-"""Newest finished trials that a strategy sees in addition to the front.
+"""Number of newest finished trials that a strategy receives in addition to the front.
 
 Without a limit, each decision would take longer than the one before.
 """
@@ -101,7 +101,10 @@ class TrialHistory:
         return unfinished
 
     def _count_for_budget(self, trial: FrozenTrial) -> None:
-        """Count a finished trial as having served its budget, unless it failed."""
+        """Count a finished trial toward its budget.
+
+        The first `FREE_FAILURES` failed ones do not count.
+        """
         failed = trial.state is TrialState.FAIL
         if (index := trial.params.get(BUDGET)) is not None:
             self._failures[index] = self._failures.get(index, 0) + failed

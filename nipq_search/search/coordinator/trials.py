@@ -68,7 +68,7 @@ class Trials:
         self.open: list[int] = []
 
     def reconcile(self) -> None:
-        """Enter into the ledger what workers committed before this driver started.
+        """Record in the ledger the results that workers committed before this driver started.
 
         Running trials without a record are resumed first.
         """
@@ -272,7 +272,7 @@ class Trials:
     def _promote(self, number: int) -> Job:
         """Return the job that continues a paused trial to its next rung.
 
-        The promotion is noted first, so that it survives a crash.
+        The promotion is recorded first, so that it survives a crash.
         """
         self.history.update(self.ledger.trials())
         trial = self.ledger.trial(number)

@@ -1,4 +1,4 @@
-"""The attempts of a job: each start gets a folder of its own below the job's.
+"""The attempts of a job: each start creates its own folder below the job's folder.
 
 An attempt's result is final once its `result.json` is complete, with the model next to it; nothing
 is reported earlier. An attempt ends with its own `result.json`, or with one that the next attempt
@@ -39,7 +39,7 @@ MAX_HANGS = 2
 
 
 class Cause(enum.StrEnum):
-    """Why an attempt was lost, as `lost.json` stores it."""
+    """Cause of the loss of an attempt, as stored in `lost.json`."""
 
     NODE = "node"
     """Its node died, which never counts as a failure of the job."""
@@ -157,7 +157,7 @@ def rung_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def training_setup(folder: Path) -> dict[str, Any]:
-    """Return the threads, workers and parent of a job's last attempt; empty if it has none."""
+    """Return thread count, worker count and parent of a job's last attempt; empty without one."""
     keys = ("threads", "workers", "parent")
     for attempt in reversed(attempts(folder)):
         started = read_document(attempt / STARTED)
@@ -307,7 +307,7 @@ def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
 
 
 def samples_processed(folder: Path) -> int:
-    """Return the training samples that all attempts of a job processed, repeated ones included."""
+    """Return the number of training samples processed by all attempts, repeated ones included."""
     found = (_number(read_document(a / PROGRESS), "samples") for a in attempts(folder))
     return sum(int(samples or 0) for samples in found)
 

@@ -1,4 +1,4 @@
-"""A job: one training or evaluation that a worker runs."""
+"""A job: one training run or evaluation in a worker."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Job:
         out: absolute path of the sweep's folder.
         config: the resolved sweep configuration.
         run: token of the driver's run.
-        seed: seed of all randomness in the training.
+        seed: seed of all randomness in the training run.
         params: hyperparameters of a trial.
         budget: absolute targets of a trial, by cost name.
         parent: number of the trial whose model a trial starts from, or None.

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class OutcomeKind(enum.Enum):
-    """How an attempt of a job ended."""
+    """Outcome of an attempt of a job."""
 
     COMPLETE = "COMPLETE"
     """The job succeeded; its result record is committed."""
@@ -21,7 +21,7 @@ class OutcomeKind(enum.Enum):
     """The trial reached its rung and recorded its metrics; the job stays open."""
 
     STOPPED = "STOPPED"
-    """The attempt was asked to stop and saved its state; the job stays open."""
+    """The attempt received a stop request and saved its state; the job stays open."""
 
     SUPERSEDED = "SUPERSEDED"
     """A later attempt took the job over; this one committed nothing."""
@@ -32,7 +32,7 @@ class OutcomeKind(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class JobOutcome:
-    """How an attempt ended, and why where the sweep must end with it.
+    """How an attempt ended, with the reason if it ends the sweep.
 
     Attributes:
         kind: how the attempt ended.

@@ -173,7 +173,10 @@ def baselines(bits: Sequence[int], metric: str, out: Path) -> list[Baseline]:
 
 
 def samples_by_job(out: Path) -> dict[Path, int]:
-    """Return the training samples of each job, including failed and repeated attempts."""
+    """Return the number of training samples processed by each job, by job folder.
+
+    Failed and repeated attempts are included.
+    """
     folders = [job_folder(out, kind, 0) for kind in ("float", jobs.SCORES)]
     for parent in (out / "baselines", out / "trials"):
         folders += [parent / name for name in os.listdir(parent)] if parent.is_dir() else []
@@ -181,7 +184,10 @@ def samples_by_job(out: Path) -> dict[Path, int]:
 
 
 def total_samples(out: Path) -> int:
-    """Return the training samples of the whole sweep, including failed and repeated attempts."""
+    """Return the number of training samples processed by the whole sweep.
+
+    Failed and repeated attempts are included.
+    """
     return sum(samples_by_job(out).values())
 
 

@@ -31,7 +31,7 @@ RUN_STATUS_ATTRIBUTE = "ended"
 
 
 class RunStatus(StrEnum):
-    """How a run of the driver ended, in MLflow's terms.
+    """Final status of a run of the driver, in MLflow's terms.
 
     Attributes:
         FINISHED: completed, or reached a limit.

@@ -147,7 +147,7 @@ def _garbage(folder: Path, record: TrialRecord, kept: bool) -> list[Path]:
 
 
 def _initial_garbage(out: Path) -> list[Path]:
-    """List leftovers of finished float and baseline trainings whose cleanup was interrupted."""
+    """List leftovers of finished float and baseline runs whose cleanup was interrupted."""
     folders = [out / "float", *sorted((out / "baselines").glob("*"))]
     done = [folder for folder in folders if jobs.committed(folder) is not None]
     checkpoints = [folder / "checkpoints" for folder in done]

@@ -102,7 +102,7 @@ class Sweep:
         missing = [n for n in (SWEEP_FILE, FACTS_FILE) if not (folder / n).is_file()]
         if len(missing) == 1:
             raise UserError(
-                f"{folder}: {missing[0]} is missing; the same `run` command writes it again"
+                f"{folder}: {missing[0]} is missing; run the same `run` command again to write it"
             )
         if missing:
             raise UserError(

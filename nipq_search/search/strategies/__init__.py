@@ -1,4 +1,4 @@
-"""What to try next: budgets and parents of trials, samplers, and the Pareto front.
+"""Selection of trials: budgets and parents, samplers, and the Pareto front.
 
 Start reading in `strategies.py`, which assigns budgets and parents, and in `samplers.py`, which
 proposes the other hyperparameters. The remaining files are pure functions of points and trials.

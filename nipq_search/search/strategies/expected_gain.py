@@ -1,4 +1,4 @@
-"""The cost at which the next trial is expected to improve a front most, as pure functions."""
+"""Pure functions that find the cost at which a trial is expected to improve the front most."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def most_promising_cost(
     """Return the cost at which one more trial is expected to add most to the hypervolume.
 
     Between neighboring points of the front, and between its ends and the corners of the rectangle,
-    the metric is assumed to be linear in log2 cost. Fronts are concave, so this assumption is
-    conservative. A trial at the place of an earlier one starts from it, and its expected gain
-    follows `REPEAT_OF_LEAD` and `REPEAT_OF_SPAN`. Running trials count as points on the
-    interpolated front. Each earlier request for a place lowers its expected gain, because the
-    place may be unreachable or every trial there may fail. Metrics below the reference count as
-    the reference, so a collapsed trial does not attract further ones.
+    the metric is interpolated linearly in log2 cost. Fronts are usually concave in log2 cost,
+    where linear interpolation underestimates the metric. A trial at the place of an earlier one
+    starts from it, and its expected gain follows `REPEAT_OF_LEAD` and `REPEAT_OF_SPAN`. Running
+    trials count as points on the interpolated front. Each earlier request for a place lowers its
+    expected gain, because the place may be unreachable or every trial there may fail. Metrics
+    below the reference count as the reference, so a collapsed trial does not attract further ones.
 
     Args:
         points: (metric, cost) of every finished trial; at least one.

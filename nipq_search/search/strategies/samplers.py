@@ -1,7 +1,7 @@
 """Optuna's samplers by their names in sweep files, and how they learn across budgets.
 
 To add one, write a function from a seed to a sampler and register it in `SAMPLERS`. Other packages
-offer an entry point instead.
+declare an entry point instead.
 """
 
 from __future__ import annotations
@@ -127,12 +127,12 @@ def middle(distribution: BaseDistribution) -> Any:
 
 
 class Observation(NamedTuple):
-    """What was measured of a trial.
+    """Measurements of a trial.
 
     Attributes:
         number: trial number.
         budget: index of the trial's budget.
-        levels: the metric at each rung, then at the end of the training; greater is better.
+        levels: the metric at each rung, then at the end of training; greater is better.
         trial: the trial.
     """
 
@@ -248,7 +248,7 @@ class RegretSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Return nothing; see `infer_relative_search_space`.
+        """Return an empty mapping; see `infer_relative_search_space`.
 
         Args:
             study: the study.
@@ -343,7 +343,7 @@ class RegretSampler(BaseSampler):
         return sorted(found, key=lambda observation: observation.number)
 
     def _copy(self, trial: FrozenTrial, value: float | None = None) -> FrozenTrial:
-        """Return a copy of a trial with another value; without one, the copy is running."""
+        """Return a copy of a trial: COMPLETE with `value`, or RUNNING if `value` is None."""
         now = datetime.datetime.now()
         return _ImmutableTrial(
             number=-1,

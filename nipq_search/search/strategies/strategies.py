@@ -1,7 +1,7 @@
-"""Strategies: which budget and which starting point the next trial gets.
+"""Strategies, which select budget and starting point of the next trial.
 
-To add one, derive a class from `Strategy` and register it in `STRATEGIES`. Other packages offer an
-entry point instead.
+To add one, derive a class from `Strategy` and register it in `STRATEGIES`. Other packages declare
+an entry point instead.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SearchState:
 
     Attributes:
         budgets: absolute targets of the sweep's budgets.
-        assigned: budget index of every trial that has not failed.
+        assigned: budget index of every trial that counts toward its budget; see `FREE_FAILURES`.
         running: absolute targets of the running trials.
         asked: absolute targets of all trials, however they ended.
         finished: COMPLETE trials.
@@ -79,13 +79,13 @@ class Strategy:
     """Assigns budgets and parents to trials.
 
     A strategy has no state of its own: it depends on the ledger alone, so a resumed sweep makes
-    the same decisions. By default the least served budget is next, and every trial starts from the
-    float model, trains for all epochs and has a noise phase.
+    the same decisions. By default, the budget with the fewest trials comes next, and every trial
+    starts from the float model, trains for all epochs and has a noise phase.
 
     Attributes:
         noise_factor: factor on the noise phase's share of the steps in a trial with a parent.
-        least_noise_steps: noise phases with fewer steps are skipped, because bit-widths learn
-            nothing in them.
+        least_noise_steps: noise phases with fewer steps are skipped, because bit-widths barely
+            change in them.
         rungs: fractions of the training after which a trial pauses. It continues only if it is
             among the best with its budget; see `halving`.
     """
@@ -118,7 +118,7 @@ class Strategy:
 
 
 class Independent(Strategy):
-    """Starts every trial from the float model; budgets take turns, least served first."""
+    """Starts every trial from the float model; budgets with the fewest trials come first."""
 
 
 class Halving(Strategy):
@@ -149,7 +149,7 @@ class Ladder(Strategy):
     """Starts a trial from the nearest finished one at an equal or larger budget, and shortens it.
 
     It never waits for a trial to finish. Trials with a parent have no noise phase, which costs
-    more than it gains in so short a training (docs/front-quality.md).
+    more than it gains in so short a training run (docs/front-quality.md).
     """
 
     noise_factor = 0.0
@@ -213,8 +213,8 @@ class Fill(Strategy):
     def _nearest(cost: float, targets: Mapping[int, float], state: SearchState, name: str) -> int:
         """Return the budget nearest to a cost.
 
-        Of several equally near budgets, the one whose other targets equal those of the trial at
-        this cost, then the least served one.
+        Ties go to the budget whose other targets equal those of the trial at this cost, then to
+        the one with the fewest trials.
         """
         at_cost = [t for t in state.finished if t.cost.get(name) == cost]
         repeated = max(at_cost, key=lambda t: t.metric).targets if at_cost else {}
@@ -232,7 +232,7 @@ class Fill(Strategy):
         """Return whether a budget has no target for the front's cost and fewer trials than most.
 
         Args:
-            index: the least served budget.
+            index: the budget with the fewest trials.
             targets: targets of the front's cost, by the index of the budgets that have one.
             state: what the strategy bases its decisions on.
         """

@@ -88,8 +88,9 @@ class StorageLease:
         """Raise `LeaseLost` unless this driver may write."""
         if not self.held():
             raise LeaseLost(
-                "this driver lost its lease: the study's server did not answer, or another "
-                "driver took the sweep over; no results are lost, the same command resumes"
+                "this driver lost its lease: the study's server did not respond, or another "
+                "driver took the sweep over; no results are lost, run the same command again to "
+                "resume the sweep"
             )
 
     def _beat(self) -> None:
@@ -119,7 +120,7 @@ class StorageLease:
 
 
 def make_engine(url: str) -> Engine:
-    """Return an engine that gives up on a server that does not answer.
+    """Return an engine that gives up on a server that does not respond.
 
     Raises:
         UserError: the URL is invalid, or the database driver is not installed.
@@ -253,7 +254,7 @@ def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
         A function that raises `LeaseLost` once this process must not write any more.
 
     Raises:
-        UserError: another driver holds the lease, or the server does not answer; the message
+        UserError: another driver holds the lease, or the server is unreachable; the message
             contains no password.
     """
     url = storage_url()
@@ -266,7 +267,7 @@ def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
             _acquire(engine, study, token)
         except (sa.exc.SQLAlchemyError, OSError) as error:
             raise UserError(
-                f"NIPQ_STORAGE_URL: the study's storage does not answer ({type(error).__name__}); "
+                f"NIPQ_STORAGE_URL: the study's storage is unreachable ({type(error).__name__}); "
                 "check scheme, host, user, password and that the server runs"
             ) from error
         lease = StorageLease(engine, study, token)

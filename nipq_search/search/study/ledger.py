@@ -2,7 +2,7 @@
 
 Only the driver writes to it. The life cycle of a trial is `ask` (RUNNING), a worker's result
 record, attributes and constraint, and `tell` (COMPLETE, FAIL or PRUNED). After a crash between any
-two of these steps, the remaining ones are repeated: finished trials are never told twice, and
+two of these steps, the remaining ones are repeated: no trial is finished twice, and
 running ones keep their number.
 """
 
@@ -48,7 +48,7 @@ _FIXED = "fixed_params"
 """Optuna's system attribute of enqueued trials."""
 
 _FRESH_SECONDS = 0.5
-"""How long `look` returns the same list of trials."""
+"""Time for which `look` returns the same list of trials."""
 
 
 def _enqueued_budget(trial: FrozenTrial, default: int, budgets: int) -> int:
@@ -116,7 +116,7 @@ class Ledger:
             The ledger; a torn journal has been repaired.
 
         Raises:
-            UserError: the study's storage does not answer, or its journal is damaged.
+            UserError: the study's storage is unreachable, or its journal is damaged.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         if storage_url() is None:

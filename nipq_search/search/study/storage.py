@@ -50,8 +50,8 @@ def open_storage(folder: Path) -> BaseStorage:
     """Open the study's storage.
 
     Raises:
-        UserError: the server does not answer (the message contains no password), or the journal
-            is damaged.
+        UserError: the storage is unreachable or cannot be opened (the message contains no
+            password), or the journal is damaged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -63,8 +63,13 @@ def open_storage(folder: Path) -> BaseStorage:
                 return RDBStorage(f"sqlite:///{(folder / DATABASE).resolve()}")
         except Exception as error:
             kind = type(error).__name__
+            if url is None:
+                raise UserError(
+                    f"{folder / DATABASE}: the study's database cannot be opened ({kind}); "
+                    "restore the file from a copy"
+                ) from error
             raise UserError(
-                f"NIPQ_STORAGE_URL: the study's storage does not answer ({kind}); check scheme, "
+                f"NIPQ_STORAGE_URL: the study's storage is unreachable ({kind}); check scheme, "
                 "host, user, password and that the server runs"
             ) from error
         journal = (folder / JOURNAL).resolve()

@@ -1,4 +1,4 @@
-"""Why a worker process failed, and whether the job is to blame.
+"""Causes of failed worker processes, and whether they count against the job.
 
 A trial that keeps crashing is given up after `limits.max_failures`. A node that dies, as
 preemptible machines do, must not count against the trial. Ray only reports that a process ended;
@@ -58,7 +58,7 @@ FIXES = {
     Cause.GPU_MEMORY: "its GPU ran out of memory; raise resources.gpus, or lower train.batch_size "
     "(raise train.accumulate to keep the effective batch size)",
 }
-"""What to change in the sweep file when a job was given up, by cause."""
+"""Reason and suggested change to the sweep file for a job that was given up, by cause."""
 
 _OS_ERROR_TEXT = re.compile(r"\[Errno (\d+)\] [^:\n]*(?:: '([^'\n]+)')?")
 
@@ -183,7 +183,7 @@ def dead_nodes() -> set[str]:
 
 
 def file_exists_on(host: str, file: str) -> bool:
-    """Return whether a file exists on a host of the cluster; False if the host does not answer."""
+    """Return whether a file exists on a host of the cluster; False if the host is unreachable."""
     if own_node() is None:
         return False
     import ray

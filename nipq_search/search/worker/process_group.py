@@ -38,11 +38,11 @@ from nipq_search.train.spec import Released
 
 _log = logging.getLogger("nipq_search")
 _GRACE_SECONDS = 20.0
-"""Time that rank 0 has to leave a training in which another rank has ended."""
+"""Time that rank 0 has to leave a training run in which another rank has exited."""
 _CAUSE_SECONDS = 10.0
 """Time that rank 0 waits, after a connection error, for another rank's failure to explain it."""
 _CLEANUP_SECONDS = 5.0
-"""Time that another rank waits, after a connection error, for the end of rank 0 to show."""
+"""Time that another rank waits, after a connection error, for rank 0's exit to become visible."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -52,9 +52,9 @@ class GroupSpec:
 
     Attributes:
         task: the task, with its data loaded.
-        spec: what to train.
-        folder: folder of the training.
-        threads: torch threads of each process.
+        spec: the specification of the training run.
+        folder: folder of the training run.
+        threads: number of torch threads of each process.
         gpu: whether each process has a GPU of its own.
         rendezvous: folder through which the processes find each other.
         size: number of processes.
@@ -87,11 +87,14 @@ class GroupSpec:
 
 
 class RankFailed(RuntimeError):
-    """Another rank of the training raised an exception; the message quotes it."""
+    """Another rank of the training run raised an exception; the message quotes it."""
 
 
 class RankKilled(RuntimeError):
-    """Another rank of the training ended without an error: it was killed or out of memory."""
+    """Another rank exited without reporting an exception.
+
+    For example, it was killed or ran out of memory.
+    """
 
 
 def _save_spec(group: GroupSpec) -> None:
@@ -186,7 +189,7 @@ class _OtherRanks:
                 self._poll()
                 self.kill()  # their closed connections raise an error in rank 0
                 if not self.over.wait(_GRACE_SECONDS):
-                    _log.error("a process of this training has ended: %s", self._errors())
+                    _log.error("a process of this training run has ended: %s", self._errors())
                     # Rank 0 is stuck in a collective operation, which no exception can interrupt.
                     os._exit(1)
                 return
@@ -273,10 +276,10 @@ def launch_group(
 
     Args:
         task: the task, with its data loaded.
-        spec: what to train.
-        folder: folder of the training.
+        spec: the specification of the training run.
+        folder: folder of the training run.
         size: number of processes; 1 starts no other process.
-        threads: torch threads of each other process.
+        threads: number of torch threads of each other process.
         gpu: whether each process uses a GPU of its own.
         log: folder for the output of the other ranks.
 

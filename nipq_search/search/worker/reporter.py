@@ -21,7 +21,7 @@ _WRITE_SECONDS = 2.0
 
 
 class Reporter:
-    """Writes an attempt's learning curve, sample count and progress; the hooks of its training.
+    """Writes an attempt's learning curve, sample count and progress; hooks of its training run.
 
     Args:
         job: the job.
@@ -70,7 +70,7 @@ class Reporter:
             raise Interrupted
 
     def should_stop(self) -> bool:
-        """Return whether the sweep was asked to stop or a later attempt took the job over."""
+        """Return whether a stop was requested or a later attempt took the job over."""
         if not self._stopping and time.monotonic() - self._polled > _POLL_SECONDS:
             self._polled = time.monotonic()
             superseded = jobs.is_superseded(self.attempt)

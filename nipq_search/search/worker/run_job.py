@@ -40,7 +40,7 @@ def run_job(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> di
         The job's result record.
 
     Raises:
-        Interrupted: the job was asked to stop.
+        Interrupted: the job received a stop request.
         Paused: a trial reached its rung.
     """
     if job.kind == "test":
@@ -99,7 +99,7 @@ def _run_training(job: Job, config: SweepConfig, task: Task, reporter: Reporter)
 
 
 def _record(job: Job, result: TrainResult) -> dict[str, Any]:
-    """Return the record of a training that succeeded."""
+    """Return the record of a training run that succeeded."""
     return {
         "state": jobs.COMPLETE,
         "reason": None,

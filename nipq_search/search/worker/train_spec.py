@@ -1,4 +1,4 @@
-"""The arguments of a job's training: its `TrainSpec`, storage location and device."""
+"""The arguments of a job's training run: its `TrainSpec`, storage location and device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nipq_search.train import TrainConfig, TrainSpec
 
 
 def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
-    """Return the specification of a job's training."""
+    """Return the specification of a job's training run."""
     if job.kind == "float":
         file = config.float_model.checkpoint
         return TrainSpec(

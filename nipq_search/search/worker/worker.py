@@ -34,9 +34,9 @@ _log = logging.getLogger("nipq_search")
 
 
 class ExitReason(enum.Enum):
-    """Why a worker process ends itself instead of taking another job."""
+    """Reason for which a worker process exits instead of taking another job."""
 
-    RANK_KILLED = "another process of its training was killed"
+    RANK_KILLED = "another process of its training run was killed"
     GPU_MEMORY = "its GPU ran out of memory"
     GPU_LOST = "its GPU is no longer usable"
 
@@ -57,7 +57,7 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> J
     """Run one attempt of a job, unless the job has a committed record.
 
     Ends the process instead of returning if its GPU must be released or another rank of the
-    training was killed; the executor then restarts the job.
+    training run was killed; the executor then restarts the job.
 
     Args:
         job: the job to run.
@@ -78,11 +78,14 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> J
         if not failures.is_machine_fault(error, Path(job.out)):
             raise
         place = error.filename or job.out
-        return _halt(f"{place}: {error.strerror}; fix this, the same command resumes")
+        return _halt(
+            f"{place}: {error.strerror}; fix this, then run the same command again to resume the "
+            "sweep"
+        )
     except _MissingHere as error:
         return _halt(
             f"node {socket.gethostname()}: {error}; copy or mount the file there, or remove the "
-            "node; the same command resumes"
+            "node, then run the same command again to resume the sweep"
         )
 
 
@@ -212,10 +215,11 @@ def _clean_up(job: Job) -> None:
 
 
 def _threads(job: Job, config: SweepConfig) -> int:
-    """Return the threads of a job's next attempt: those of the checkpoint that it continues.
+    """Return the number of threads of a job's next attempt, as in the checkpoint it continues.
 
-    A resumed training is bit-identical to an uninterrupted one only with the same threads, workers
-    and parent. Checkpoints written with other workers or another parent are deleted.
+    A resumed training run is bit-identical to an uninterrupted one only with the same number of
+    threads and workers and the same parent. Checkpoints written with another number of workers or
+    another parent are deleted.
     """
     checkpoints, before = job.folder / "checkpoints", jobs.training_setup(job.folder)
     if not checkpoints.is_dir() or not before:

@@ -211,7 +211,10 @@ class TextClassification:
         return EncoderClassifier(encoder, encoder.config.hidden_size, len(data.classes))
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """Return a text of `example_length` tokens without padding; costs have this length."""
+        """Return one text, cut or repeated to `example_length` tokens.
+
+        Costs are counted at this length.
+        """
         split, length = self.split("train"), self.lengths.cost_length
         ids = torch.from_numpy(np.resize(split.ids[:length], length).astype(np.int64))[None]
         example = (ids, torch.ones_like(ids))

@@ -1,4 +1,4 @@
-"""The tasks `masked_lm` and `causal_lm`: masked or next tokens of running text."""
+"""The tasks `masked_lm` and `causal_lm`: masked-token and next-token prediction on plain text."""
 
 from __future__ import annotations
 
@@ -163,7 +163,10 @@ class LanguageModeling(abc.ABC):
         return (block.tobytes() for block in self.split(split))
 
     def build_model(self) -> nn.Module:
-        """Return the checkpoint's model."""
+        """Return the wrapped language model.
+
+        It is pretrained or, with `train_from_scratch`, randomly initialized.
+        """
         model: Any = load_model(self.source, self.factory, self.tokenized().vocabulary)
         self._check_length(getattr(model.config, "max_position_embeddings", None))
         return self.wrap(model)

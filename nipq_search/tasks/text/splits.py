@@ -29,7 +29,7 @@ MAX_CLASSES = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSplits:
-    """How texts are divided into splits.
+    """Division of texts into splits.
 
     Attributes:
         validation: share of the samples to hold out, or of the groups if there are any; or the

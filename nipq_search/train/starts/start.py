@@ -148,14 +148,15 @@ def start_at_scores(
 def start_at_profile(
     model: nn.Module, budget: Budget, profile: Mapping[str, float], learning: bool = True
 ) -> None:
-    """Start at a profile of bit-widths, shifted onto the budget.
+    """Start at `profile` plus the constant shift that makes the cost equal the budget.
 
     Args:
         model: a prepared model.
         budget: the targets.
-        profile: bit-widths by unit (see `units_of`); pinned tensors keep their own width.
-        learning: whether widths are learned; otherwise they are frozen at the allowed widths
-            within the budget with the least squared distance.
+        profile: bit-widths by unit (see `units_of`); missing units start from their smallest
+            allowed width, and pinned tensors keep their own width.
+        learning: whether widths are learned; otherwise they are frozen at the assignment within
+            the budget that is closest in squared distance.
     """
     graph = quant_state(model).graph
     units = units_of(graph)

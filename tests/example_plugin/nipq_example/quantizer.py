@@ -23,7 +23,7 @@ class Clip(FakeQuantizer):
         """Start at the calibrated boundary."""
         self.boundary.copy_(statistics.alpha.expand(self.channels))
 
-    def alpha(self, served: float = 1.0) -> Tensor:
+    def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
         """Return the truncation boundary, shape (channels,)."""
         return self.boundary.abs().clamp(min=MIN_BOUNDARY)
 

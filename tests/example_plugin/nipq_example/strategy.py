@@ -1,4 +1,4 @@
-"""A strategy: budgets take turns, and every trial starts from the float model."""
+"""A strategy that cycles through the budgets and starts every trial from the float model."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_what_is_computed_again_is_what_was(monkeypatch, name, phase):
 
 
 def held_after(model, x):
-    """Return the number of bytes that stay allocated after a forward while its output lives."""
+    """Return the number of bytes that remain allocated after a forward while its output exists."""
     model.train()(x)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:

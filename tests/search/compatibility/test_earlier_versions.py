@@ -1,7 +1,7 @@
-"""A sweep folder that an earlier version wrote: it is read, and the sweep resumes.
+"""A sweep folder written by an earlier version can be read, and its sweep can be resumed.
 
 `sweep-ba9aa43` was written by `write_folder.py` with the version of that commit. It has three
-finished trials, one that failed, and one whose driver and worker were killed during its training.
+finished trials, one that failed, and one whose driver and worker were killed during training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def command(tmp_path: Path) -> Command:
 
 
 def states(out: Path) -> list[str]:
-    """States by trial number."""
+    """Return the states of the trials, by number."""
     return [trial.state.name for trial in study(out, "earlier").get_trials()]
 
 
@@ -51,7 +51,7 @@ def test_it_is_read(command: Command) -> None:
 
 
 def test_its_trials_are_replayed_within_a_tolerance(command: Command) -> None:
-    """Its records do not say which versions computed them."""
+    """Its records do not contain the versions that computed them."""
     document = command.document("replay", "out", "0")
     assert document["equal"] and document["provenance"]["recorded"] is None
 

@@ -4,7 +4,7 @@
     PYTHONPATH=/tmp/earlier python tests/search/compatibility/write_folder.py sweep-ba9aa43
 
 It uses only what every version has: the command line and the sweep file. The sweep has finished
-trials, one that failed, and one whose training was cut off by SIGKILL with a checkpoint behind it.
+trials, one that failed, and one whose training was killed by SIGKILL after a checkpoint.
 What can be rebuilt or only repeats the figures is removed: MLflow's database and artifacts, the
 report and the logs.
 """
@@ -37,7 +37,7 @@ SWEEP = {
     "resources": {"concurrent": 1},
 }
 TASK = '''
-"""Digits, but trainings go wrong while a file says so."""
+"""Digits, but training runs fail while a file named `fail` exists."""
 import pathlib
 
 from nipq_search.tasks import TASKS
@@ -68,12 +68,12 @@ def command(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def attempts(folder: Path, trial: int) -> list[Path]:
-    """Attempt folders of a trial."""
+    """Return the attempt folders of a trial."""
     return sorted((folder / "out" / "trials" / str(trial)).glob("attempt-*"))
 
 
 def anonymize(out: Path) -> None:
-    """Remove logs, and what names the machine."""
+    """Remove logs and every name of the machine."""
     for file in (*out.rglob("log*.txt"), *out.rglob("traceback.txt")):
         file.unlink()
     for file in out.rglob("started.json"):
@@ -99,7 +99,7 @@ def main() -> None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(5)  # the worker notices that its driver is gone
+    time.sleep(5)  # until the worker detects that its driver has died
     for name in LEFT_OUT:
         place = folder / "out" / name
         shutil.rmtree(place, ignore_errors=True)

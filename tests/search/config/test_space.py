@@ -1,4 +1,4 @@
-"""Search spaces, and the order in which budgets are served."""
+"""Search spaces, and the order in which budgets are assigned."""
 
 from __future__ import annotations
 
@@ -53,4 +53,4 @@ def test_the_least_served_budget_is_next():
     assert served([], 3) == 0
     assert served([0, 0, 1, 2, 2], 3) == 1
     assert served([0, 1], 3) == 2
-    assert served([0, 1, 7, -1], 2) == 0, "somebody enqueued unknown budgets"
+    assert served([0, 1, 7, -1], 2) == 0, "enqueued trials with unknown budgets are ignored"

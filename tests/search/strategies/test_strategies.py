@@ -73,7 +73,7 @@ def test_fill_serves_budgets_without_a_target_for_the_fronts_cost():
 
 
 def test_fill_serves_budgets_with_equal_targets_for_the_fronts_cost():
-    """Each budget is served, and a repeat keeps the other targets of the repeated trial."""
+    """Each budget is assigned, and a repeat keeps the other targets of the repeated trial."""
     axes = Axes(cost="bops", least=2.0, most=64.0, reference=0.7, best=0.9)
     budgets = [
         {"bops": 16.0, "weight_bytes": 50.0},

@@ -149,7 +149,7 @@ def not_held(check):
     try:
         check()
     except LeaseLost as error:
-        assert "the same command resumes" in str(error)
+        assert "run the same command again" in str(error)
         return True
     return False
 

@@ -290,9 +290,16 @@ def test_an_unreachable_storage_gives_a_one_line_error_without_password(
     url, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("NIPQ_STORAGE_URL", url)
-    with pytest.raises(UserError, match=r"^NIPQ_STORAGE_URL: .*does not answer") as caught:
+    with pytest.raises(UserError, match=r"^NIPQ_STORAGE_URL: .*is unreachable") as caught:
         open_storage(tmp_path)
     assert "\n" not in str(caught.value) and "pw" not in str(caught.value)
+
+
+def test_a_damaged_database_in_the_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("NIPQ_STORAGE_URL", raising=False)
+    (tmp_path / "study.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(UserError, match=r"study\.db: .*cannot be opened \(\w+\); restore"):
+        open_storage(tmp_path)
 
 
 def test_a_database_in_the_folder_is_used(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def after(owner: Any, name: str, boundary: str, wanted: Callable[..., bool] | No
 
 
 def in_a_process(job: Job, task: Any, report: Any) -> JobOutcome:
-    """Do a job in a forked process, as Ray does it in one of its own."""
+    """Execute a job in a forked process, as Ray does in a worker process."""
     process = os.fork()
     if process == 0:
         execute(job, task, lambda report: None)

@@ -1,4 +1,4 @@
-"""Sweeps whose models and checkpoints lie in S3 or another file system."""
+"""Sweeps whose models and checkpoints are stored in S3 or another file system."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nipq_search.train import Hooks, Interrupted, train
 
 
 def test_a_whole_sweep_in_s3(tmp_path, s3):
-    """Warm starts, test figures, models for people, replay, gc: with no model in the folder."""
+    """Warm starts, test metrics, `models/`, replay and gc work with no model in the folder."""
     config = make_config(checkpoints=s3.home, search__strategy="ladder", search__trials=4)
     out = tmp_path / "sweep"
     run_here(config, out)
@@ -61,7 +61,7 @@ def interrupted(spec, folder):
 
 
 def in_one_go(spec, folder):
-    """What the training comes to, in a folder."""
+    """Return the result of training in a folder."""
     spec = dataclasses.replace(spec, home=None)
     return train(digits(), spec, folder / "whole", torch.device("cpu"))
 
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, s3):
 
 
 def test_a_store_that_is_away_is_no_trials_fault(tmp_path, s3):
-    """The sweep ends with one line; nothing is recorded of the job, and nothing begun anew."""
+    """The sweep ends with one line; the job is neither recorded nor restarted."""
     bench = Bench(tmp_path / "sweep", make_config())
     job, spec = spec_of(bench, s3.home)
     interrupted(spec, job.folder)
@@ -117,7 +117,7 @@ def test_wrong_homes_are_refused_before_anything_starts(tmp_path, s3):
 
 
 def test_sealed_pointers_are_the_only_ones(tmp_path, s3):
-    """A pointer that somebody changed counts as none."""
+    """A modified pointer is ignored."""
     config = make_config(checkpoints=s3.home, search__trials=1, search__baselines=[])
     run_here(config, tmp_path / "sweep")
     pointer = tmp_path / "sweep/trials/0/attempt-1/model.pt.at"

@@ -1,4 +1,4 @@
-"""Trials that fail, in every way they can: the sweep goes on and says why."""
+"""Failing trials: the sweep continues and reports the cause."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nipq_search.train.loop import seed_for
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 MODULE = '''
-"""A task of somebody's own, in the directory where the command is run."""
+"""A user-defined task in the working directory of the command."""
 import os
 import signal
 import time
@@ -21,7 +21,7 @@ from nipq_search.tasks.vision.digits import Digits
 
 
 class Moody(Digits):
-    """Digits, but the first epoch of some trainings goes wrong: seed of the epoch to how."""
+    """Digits whose first epoch fails in some runs; `moods` maps its seed to the failure."""
 
     def __init__(self, *, moods=None, width=4):
         super().__init__(width=width)

@@ -1,4 +1,4 @@
-"""Ctrl-C, `stop`, SIGTERM and dying workers: the same command finishes with the same models."""
+"""A sweep interrupted by Ctrl-C, `stop`, SIGTERM or dead workers resumes with the same result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from nipq_search.tasks.vision.digits import Digits
 
 
 class Held(Digits):
-    """Digits, but no evaluation ends while a certain file exists."""
+    """Digits whose evaluation waits while a certain file exists."""
 
     def __init__(self, *, hold):
         super().__init__(width=4)
@@ -56,7 +56,7 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 
 
 def listening(pid: int) -> list[str]:
-    """Local addresses, as the kernel writes them, on which a process listens."""
+    """Return the local addresses on which a process listens, in the kernel's notation."""
     sockets = set()
     try:
         for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -73,7 +73,7 @@ def listening(pid: int) -> list[str]:
 
 
 def held_sweep(folder: Path) -> Command:
-    """A sweep of trials that are long enough to be disturbed; `folder/hold` holds them up."""
+    """Write a sweep whose trials are long enough to be interrupted; `folder/hold` blocks them."""
     (folder / "my_module.py").write_text(MODULE)
     arguments = {"hold": str(folder / "hold")}
     write_sweep(folder, task="my_module:Held", task_args=arguments, **LONG)
@@ -81,14 +81,14 @@ def held_sweep(folder: Path) -> Command:
 
 
 def models(out: Path) -> list[str]:
-    """Digests of the trained models by trial number."""
+    """Return the digests of the trained models, by trial number."""
     records = [result(out, number) for number in range(TRIALS)]
     return [record["model_sha256"] for record in records if record is not None]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Digests of the models that the sweep ends with if nothing happens to it."""
+    """Digests of the models of an uninterrupted sweep."""
     command = held_sweep(tmp_path_factory.mktemp("undisturbed"))
     command.run()
     found = models(command.out)
@@ -114,7 +114,7 @@ def test_a_sweep_that_is_interrupted_three_times_ends_with_the_same_models(
             _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert time.monotonic() - asked < 30
-        assert "the same command resumes" in stderr
+        assert "run the same command again to resume" in stderr
         assert (folder / "stopped.json").exists() and result(out, trial) is None
         assert states(out)[trial] == "RUNNING"
         runs = Runs(out)
@@ -126,7 +126,7 @@ def test_a_sweep_that_is_interrupted_three_times_ends_with_the_same_models(
     interrupt(0, 1, lambda pid: os.killpg(pid, signal.SIGINT))
 
     def stop(pid: int) -> None:
-        # Meanwhile nobody else may drive the sweep.
+        # Meanwhile, no other driver may run the sweep.
         refused = command.run(code=2)
         owner = json.loads((out / "driver.lock").read_text())
         assert owner["pid"] == pid
@@ -159,7 +159,7 @@ def test_a_trial_whose_worker_is_killed_ends_with_the_same_model(
         folder = out / "trials" / "1" / "attempt-1"
         reach(process, lambda: len(epochs(folder)) >= 3, "3 epochs")
         found = [address for pid in command.processes() for address in listening(pid)]
-        assert len(found) > 4 and set(found) <= LOOPBACK, "nobody else can reach Ray's processes"
+        assert len(found) > 4 and set(found) <= LOOPBACK, "Ray's processes listen on loopback only"
         os.kill(json.loads((folder / "started.json").read_text())["pid"], signal.SIGKILL)
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr

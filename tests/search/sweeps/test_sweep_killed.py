@@ -1,4 +1,4 @@
-"""SIGKILL of the driver between deciding and recording: nothing is lost and nothing doubled."""
+"""SIGKILL of the driver between decision and record: no work is lost or duplicated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_sigkill_of_the_driver_at_every_boundary_loses_and_doubles_nothing(tmp_p
         return results(out)
 
     def untold() -> list[int]:
-        """Trials whose result is committed while the study still says RUNNING."""
+        """Trials whose result is committed while the trial is still RUNNING in the study."""
         running = [n for n, state in enumerate(states(out)) if state == "RUNNING"]
         return [n for n in running if result(out, n) is not None]
 
@@ -47,7 +47,7 @@ def test_sigkill_of_the_driver_at_every_boundary_loses_and_doubles_nothing(tmp_p
     assert after_attributes.items() <= after_tell.items()
     assert states(out).count("COMPLETE") >= 3
 
-    # Launched, but nobody saw it start; shown in MLflow, but not in the tables; then the tables.
+    # Launched, but not observed to start; shown in MLflow, but not in the tables; then the tables.
     after_launch = killed("launch", 2)
     assert after_tell.items() <= after_launch.items()
     after_mlflow = killed("mlflow", len(states(out)))
@@ -82,7 +82,7 @@ write, write_once = file_io.write_bytes, file_io.write_once
 
 
 class Doomed(Digits):
-    """Digits, but a worker dies once right before or after it has written a certain file."""
+    """Digits whose worker dies once, right before or after it writes a certain file."""
 
     def __init__(self, *, file, mark, after):
         super().__init__(width=4)

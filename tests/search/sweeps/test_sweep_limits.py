@@ -1,4 +1,4 @@
-"""Limits, a task and a storage of the user's own."""
+"""Limits, and a user-defined task and storage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sweep_helpers import Command, write_sweep
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 MODULE = '''
-"""A task that notes every time it reads its data."""
+"""A task that records each time it reads its data."""
 from nipq_search.tasks.vision.digits import Digits
 
 
@@ -52,7 +52,7 @@ def test_limits_end_a_run_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
 
     done = command.run("--set", "limits.hours=0.0001")
     assert "limits.hours (0.0001) reached with 3 trials remaining" in done.stderr
-    assert "the same command continues" in done.stderr
+    assert "run the same command again to continue" in done.stderr
     assert complete() == 0
 
     # Enough for the float model, and used up by the first trial.

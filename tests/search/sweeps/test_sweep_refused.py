@@ -1,4 +1,4 @@
-"""Bad starts: one line that names the fix, exit 2, and nothing started or left behind."""
+"""Rejected starts: one line that names the fix, exit code 2, no process and no file left."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def test_an_address_where_nothing_listens_is_refused_at_once(
     tmp_path: Path, refused: Refused
 ) -> None:
     write_sweep(tmp_path)
-    with socket.socket() as bound:  # nobody else takes the port, and nobody listens there
+    with socket.socket() as bound:  # the port is taken, but no server listens on it
         bound.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         line = refused("--address", address)
-    assert f"--address {address}: no Ray cluster answers there" in line
+    assert f"--address {address}: no Ray cluster is reachable there" in line
     assert "`ray start --head`" in line
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Relative paths of a sweep file mean the directory of the command, in every process."""
+"""Relative paths of a sweep file refer to the command's directory in every process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole sweep by the real command, what it leaves behind, and how it goes on later."""
+"""A whole sweep with the real command: its files and its continuation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def front(sweep: tuple[Command, str]) -> dict[str, Any]:
 
 
 def optuna(command: Command, *arguments: str) -> Any:
-    """The `optuna` command on the sweep's study, its answer as plain types."""
+    """Run `optuna` on the sweep's study and return its output as plain types."""
     done = subprocess.run(
         [BIN / "optuna", *arguments, "--storage", "out/study.log", "-f", "json"],
         cwd=command.folder,
@@ -181,7 +181,7 @@ def test_a_second_run_repeats_nothing_and_more_trials_and_budgets_go_on(
     assert states(out) == ["COMPLETE"] * (TRIALS + 2)
     assert before.items() <= results(out).items()
     assert all(len(attempts(out, number)) == 1 for number in range(TRIALS + 2))
-    assert trials(out)[TRIALS].params["budget"] == 2  # the new budget is served first
+    assert trials(out)[TRIALS].params["budget"] == 2  # the new budget comes first
     runs = Runs(out)
     assert runs.parent == "FINISHED"
     assert runs.children == dict.fromkeys(range(TRIALS + 2), "FINISHED")
@@ -193,7 +193,7 @@ def test_a_second_run_repeats_nothing_and_more_trials_and_budgets_go_on(
     refused = command.run("--set", final, "--set", "train.lr=0.06", code=2)
     assert "train.lr: 0.05 -> 0.06" in refused.stderr
     now = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    # Optuna notes in its journal that somebody opened the study; that changes nothing in it.
+    # Opening the study adds an entry to Optuna's journal, but does not change the study.
     changed = {path.name for path in kept if now.get(path) != kept[path]}
     assert changed <= {"driver.lock", "study.log"} and now.keys() == kept.keys()
     assert (trials(out), study(out).user_attrs) == decided

@@ -1,4 +1,4 @@
-"""Trainings in several processes: in a sweep, with errors, and killed."""
+"""Training runs in several processes: in a sweep, with errors, and killed."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_an_exception_in_rank_0_ends_the_others(tmp_path):
 
 
 def test_rank_0_may_continue_after_the_others_have_finished(tmp_path, monkeypatch, caplog):
-    """The end of the other ranks is not mistaken for a failure."""
+    """The exit of the other ranks is not treated as a failure."""
     monkeypatch.setattr(process_group, "_GRACE_SECONDS", 0.5)
 
     class Slow(Digits):

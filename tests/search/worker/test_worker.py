@@ -313,7 +313,7 @@ def test_a_superseded_attempt_changes_nothing(bench, task, monkeypatch, place):
     monkeypatch.setattr(file_io, "write_once", stopped_write_once)
     monkeypatch.setattr(
         jobs, "is_superseded", lambda attempt: False
-    )  # not noticed during the training
+    )  # not noticed during training
     assert execute(job, task, lambda report: None).kind is OutcomeKind.SUPERSEDED
     first, second = jobs.attempts(job.folder)
     assert after == [contents(second)] and {jobs.RESULT, MODEL_FILE} <= after[0].keys()
@@ -341,7 +341,8 @@ def test_an_unwritable_folder_fails_no_trial(bench, task, monkeypatch):
         outcome = execute(job, task, lambda report: None)
     assert outcome.kind is OutcomeKind.HALT
     assert outcome.reason == (
-        f"{job.folder}/attempt-1: Permission denied; fix this, the same command resumes"
+        f"{job.folder}/attempt-1: Permission denied; fix this, then run the same command again to "
+        "resume the sweep"
     )
     task.error = PermissionError(errno.EACCES, "Permission denied", "/somebody/elses")
     assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, (

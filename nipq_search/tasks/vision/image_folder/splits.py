@@ -41,10 +41,12 @@ class ImageSplit:
 
 
 def split_names(validation: ImageSplitSource, test: ImageSplitSource) -> SplitNames:
-    """Return the names to search for, by split; empty for a split that is a share.
+    """Return the folder names to search for, by split.
+
+    The names are empty for a split held out from the training images.
 
     Raises:
-        UserError: an origin is neither a name nor a share between 0 and 1.
+        UserError: a source is not a name, a fraction between 0 and 1, or None.
     """
     names: dict[str, tuple[str, ...]] = {"train": USUAL_NAMES["train"]}
     for split, source in (("validation", validation), ("test", test)):

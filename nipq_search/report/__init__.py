@@ -1,6 +1,6 @@
 """The HTML report: figures and tables as pure functions of a sweep's results.
 
-Start reading in `html.py`. Imports only `records`.
+Start reading in `html.py`. Imports `records` and `registry`.
 
     html      `render`: the self-contained page
     figures   `FIGURES`: the registry of figures, in page order

@@ -1,7 +1,7 @@
 """Views of a sweep: parquet tables and MLflow runs. Only this package imports mlflow.
 
 Both are derived from the sweep's records and can be deleted and rebuilt, so the search never reads
-them. Start reading in `recorder.py`. Imports `records`, `storage` and `errors`.
+them. Start reading in `recorder.py`. Imports `records`, `file_io` and `errors`.
 
     tables    results and curves tables as pure functions of the records
     run_view  params, tags and metrics of a trial's MLflow run as pure functions

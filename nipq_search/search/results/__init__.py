@@ -2,5 +2,5 @@
 
 Start reading in `sweep.py`. `documents.py` and `best.py` build the JSON documents, `outputs.py`
 writes tables, report and MLflow runs, `retention.py` deletes models that are no longer needed.
-Imports `jobs`, `strategies`, `config` and `study`.
+Imports `tracking`, `report`, and of the search `jobs`, `strategies`, `config` and `study`.
 """

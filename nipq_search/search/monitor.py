@@ -118,14 +118,9 @@ class Monitor:
     def tick(self) -> None:
         """Handle stop requests, limits, hung trials and progress; called once a second."""
         self.guard()
-        # The hours limit stops workers through the same file, which is not an interruption.
-        stopping = self.coordinator.stopping
+        self._handle_stop_request()
         if not self._trials_began and self.coordinator.stage == "trials":
             self._trials_began = time.monotonic()
-        requested = self.stop.is_set() or (not stopping and stop_requested(self.out))
-        if requested and not self.interrupted:
-            self.interrupted = True
-            self._stop_workers()
         if time.monotonic() - self._checked > _CHECK_INTERVAL_SECONDS:
             self._checked = time.monotonic()
             for job in [*self.coordinator.running.values(), *self._uncommitted.values()]:
@@ -151,6 +146,14 @@ class Monitor:
             now = jobs.samples_processed(job.folder)
             self._total_samples += now - self._samples.get(job.folder, 0)
             self._samples[job.folder] = now
+
+    def _handle_stop_request(self) -> None:
+        # The hours limit stops workers through the same file, which is not an interruption.
+        stopping = self.coordinator.stopping
+        requested = self.stop.is_set() or (not stopping and stop_requested(self.out))
+        if requested and not self.interrupted:
+            self.interrupted = True
+            self._stop_workers()
 
     def _stop_workers(self) -> None:
         self.coordinator.stop()
@@ -202,6 +205,9 @@ class Monitor:
     def job_finished(self, job: Job) -> None:
         """Report a job whose result has just entered the ledger, and update the outputs."""
         self._count_samples(job)  # `enough` is evaluated before the next trial starts
+        # Workers see the request themselves and may stop before the next call of `tick`; without
+        # this, their jobs would start again.
+        self._handle_stop_request()
         done = jobs.committed(job.folder)
         if job.kind == "test":  # test jobs share a folder; the last attempt is this job's
             last = jobs.attempts(job.folder)[-1:]

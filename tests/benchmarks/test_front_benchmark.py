@@ -15,9 +15,11 @@ import yaml
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+sys.path.append(str(ROOT / "tests" / "search"))
 
 import front  # noqa: E402
 import front_figures as figures  # noqa: E402
+from sweep_helpers import warm_start  # noqa: E402
 
 METHODS = ["fill", "independent", "lsq ilp", "nsga2"]
 
@@ -34,10 +36,12 @@ def ran(tmp_path_factory):
     page.write_text(
         "".join(f"<!-- front-{n} -->\n<!-- /front-{n} -->\n" for n in ("volumes", "accuracies"))
     )
+    warm = warm_start()
     environment = {
         **os.environ,
+        **warm,
         "COUNTED": str(folder / "counted"),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT), warm["PYTHONPATH"]]),
     }
     command = [sys.executable, str(BENCHMARKS / "front.py"), str(folder / "front.yaml"), "--quick"]
     command += ["--json", str(folder / "front.json"), "--workers", "2", "--page", str(page)]

@@ -18,6 +18,7 @@ from nipq_search.errors import UserError
 from nipq_search.file_io import write_json
 from nipq_search.search import jobs
 from nipq_search.search.backend import nodes
+from nipq_search.search.backend.tune import ray_cluster
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.jobs import job_folder
 from nipq_search.search.worker import failures
@@ -81,6 +82,18 @@ def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
         assert "a different folder" in str(nodes._problem(lacking, 8, str(tmp_path), "0"))
     finally:
         ray.shutdown()
+
+
+def test_an_open_cluster_is_reached_after_a_local_one(cluster, monkeypatch):
+    """The local cluster requires a token, and Ray sets that mode for the rest of the process."""
+    import ray
+
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    cluster.add_node(num_cpus=1)
+    for address in (None, cluster.address):
+        with ray_cluster(address, ONE):
+            assert ray.get(ray.remote(lambda: 7).remote(), timeout=60) == 7
+        assert "RAY_AUTH_MODE" not in os.environ
 
 
 def test_a_stop_does_not_wait_for_nodes_that_never_come(tmp_path, cluster):

@@ -14,7 +14,8 @@ SEED = 9
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
-def test_a_sweep_does_not_notice(tmp_path, cluster, postgres):
+def test_a_sweep_does_not_notice(tmp_path, cluster, postgres, monkeypatch):
+    monkeypatch.delenv("NIPQ_TEST_WARM_SERVER")  # the nodes' processes start as they do for users
     storm = Storm(tmp_path, SEED, cluster, postgres)
     try:
         storm.run()

@@ -86,7 +86,7 @@ class WarmProcess:
             "environment": environment,
         }
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._connection.connect(self._address())
+        self._connection.connect(self.address())
         with open(os.devnull) as nothing:
             files = [nothing.fileno(), *self._output]
             socket.send_fds(self._connection, [f"{json.dumps(request)}\n".encode()], files)
@@ -96,7 +96,7 @@ class WarmProcess:
         self.returncode: int | None = None
 
     @classmethod
-    def _address(cls) -> str:
+    def address(cls) -> str:
         """Socket of this process's warm server, which starts with the first command."""
         if cls._server is None:
             cls._folder = tempfile.TemporaryDirectory(prefix="nipq-warm-", dir="/tmp")
@@ -161,6 +161,18 @@ class WarmProcess:
         self.send_signal(signal.SIGKILL)
 
 
+def warm_start() -> dict[str, str]:
+    """Variables with which Ray's workers and the ranks of a training run are forked as well."""
+    folder = Path(__file__).with_name("warm_start")
+    search = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        "NIPQ_TEST_WARM_SERVER": WarmProcess.address(),
+        # Otherwise Ray's agents end, because the node is not the parent of the forked process.
+        "RAY_enable_pipe_based_agent_to_parent_health_check": "1",
+        "PYTHONPATH": os.pathsep.join(search),
+    }
+
+
 Process = WarmProcess | subprocess.Popen[str]
 
 OWN_VARIABLES = ("NIPQ_", "MLFLOW_", "RAY_", "PYTEST_")
@@ -172,7 +184,8 @@ class Command:
 
     Args:
         folder: working directory of the commands.
-        cold: start the installed command, as a user does, instead of forking a warm server.
+        cold: start the installed command, as a user does, instead of forking a warm server, and
+            Ray's workers as Ray does.
         environment: variables added to those of this process.
     """
 
@@ -181,6 +194,7 @@ class Command:
         self.token = uuid.uuid4().hex
         self.sessions: set[str] = set()
         kept = {k: v for k, v in os.environ.items() if not k.startswith(OWN_VARIABLES)}
+        kept |= {} if cold else warm_start()
         self.environment = {**kept, "OMP_NUM_THREADS": "1", TOKEN: self.token, **environment}
 
     def arguments(self, *more: str) -> list[str]:

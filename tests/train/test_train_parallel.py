@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from nipq_search.train.checkpoint import from_bytes
 from nipq_search.train.models import MODEL_FILE
 from nipq_search.train.parallel import Team, joined
 from nipq_search.train.spec import Released
+
+PRELOADED = ["nipq_search.train", "sklearn.datasets", "torch._dynamo", "torch.distributed"]
 
 
 class Precise(Digits):
@@ -66,7 +69,10 @@ def member(rank: int, size: int, folder: str, task: Any, spec: TrainSpec, stop: 
 def together(folder: Path, task: Any, spec: TrainSpec, size: int = 2, stop: int = 0) -> Any:
     """Return the result of a training run by `size` processes; None if it was stopped."""
     folder.mkdir(exist_ok=True)
-    mp.spawn(member, (size, str(folder), task, spec, stop), nprocs=size)
+    # Forked from a process that has imported torch; `mp.spawn` would import it in each.
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    arguments = (size, str(folder), task, spec, stop)
+    mp.start_processes(member, arguments, nprocs=size, start_method="forkserver")
     path = folder / "result.pt"
     return torch.load(path, weights_only=False) if path.exists() else None
 

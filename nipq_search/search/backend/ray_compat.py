@@ -96,3 +96,19 @@ def connect_to_gcs(address: str) -> None:
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     GcsClient(address=address)
+
+
+def reread_settings() -> None:
+    """Have Ray read its environment variables again, which it does once per process.
+
+    Uses `Config` and `AuthenticationTokenLoader` of `ray._raylet`; earlier versions of Ray, which
+    lack them, have no authentication. Tested with Ray 2.60.
+    """
+    with contextlib.suppress(ImportError):
+        from ray._raylet import (  # type: ignore[attr-defined]
+            AuthenticationTokenLoader,
+            Config,
+        )
+
+        Config.initialize("")  # first: a token is looked up according to the mode
+        AuthenticationTokenLoader.instance().reset_cache()

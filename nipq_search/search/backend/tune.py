@@ -28,6 +28,9 @@ from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.jobs import Job
 from nipq_search.tasks import Task
 
+AUTH_MODE = "RAY_AUTH_MODE"
+"""Environment variable that sets whether connections to a cluster carry a token."""
+
 
 def quiet_environment() -> None:
     """Disable Ray's telemetry and console output through the environment."""
@@ -60,7 +63,7 @@ def _is_open(address: str) -> bool:
     """
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
     command += [] if address == "auto" else ["--address", address]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    environment = {**os.environ, AUTH_MODE: "disabled"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
     except subprocess.TimeoutExpired:
@@ -143,15 +146,52 @@ def ray_cluster(
     quiet_environment()
     if address is not None:
         check_listening(address)
-    if address is not None and token_exists() and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "disabled" if _is_open(address) else "token"
+    if "ray" in sys.modules:
+        import ray
+
+        if ray.is_initialized():
+            yield
+            return
+    with _auth_mode(address):
+        yield from _connected(address, resources, code, check)
+
+
+@contextmanager
+def _auth_mode(address: str | None) -> Iterator[None]:
+    """Connect with a token only if the cluster requires one, and restore the mode on exit.
+
+    `ray.init` without an address sets the mode for the rest of the process, which could then no
+    longer connect to a cluster that requires no token.
+    """
+    before = os.environ.get(AUTH_MODE)
+    if address is not None and before is None and token_exists():
+        os.environ[AUTH_MODE] = "disabled" if _is_open(address) else "token"
+    if "ray" in sys.modules:
+        _reread_settings()
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(AUTH_MODE, None)
+        else:
+            os.environ[AUTH_MODE] = before
+        _reread_settings()
+
+
+def _reread_settings() -> None:
+    from nipq_search.search.backend.ray_compat import reread_settings
+
+    reread_settings()
+
+
+def _connected(
+    address: str | None, resources: ResourcesSection, code: Sequence[Path], check: bool
+) -> Iterator[None]:
+    """Connect, yield and disconnect; see `ray_cluster`."""
     import ray
 
     from nipq_search.search.backend.ray_compat import GCS_RECONNECT_TIMEOUT, loopback_only
 
-    if ray.is_initialized():
-        yield
-        return
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,

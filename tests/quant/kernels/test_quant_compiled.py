@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch._inductor.config
 from quant_models import images, normal, residual_net
 from torch import nn
 
@@ -58,8 +59,16 @@ def compare(compiled, plain, inner, x, steps=4):
     assert quant_state(inner).clock.step == quant_state(plain).clock.step == steps
 
 
-@pytest.mark.parametrize("kind", ["uniform", "empirical", "pinned", "lsq"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("residual", "uniform"),
+        ("residual", "lsq"),
+        ("two", "uniform"),
+        ("two", "empirical"),
+        ("two", "pinned"),
+    ],
+)
 def test_training_is_one_graph(name, kind):
     build_model, x = MODELS[name]
     config = {
@@ -135,7 +144,9 @@ def test_inductor_takes_what_the_operations_promise(kind):
         dtype = getattr(torch, kind)
         model, x = model.to(dtype), x.to(dtype)
     plain = copy.deepcopy(model)
-    outputs = [torch.compile(model, fullgraph=True)(x), plain(x)]
+    # With more threads, it starts processes that compile, each of which imports torch.
+    with torch._inductor.config.patch(compile_threads=1):
+        outputs = [torch.compile(model, fullgraph=True)(x), plain(x)]
     tolerance = 0.05 if kind == "bfloat16" else 1e-5
     torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
     for out in outputs:

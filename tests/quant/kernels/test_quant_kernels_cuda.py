@@ -29,9 +29,13 @@ if device == "cuda":
     there = {name: getattr(ONE, name).to(device) for name in ("alpha", "bits", "minimum")}
     assert K.backend_for(torch.ones(4, device=device), ONE._replace(**there)) is cuda
 small = [layout for layout in LAYOUTS if torch.Size(layout[0]).numel() < 6000]
+kinds = list(itertools.product(Grid, ("uniform", "empirical", "rounding")))
+places = list(itertools.product((True, False), (0, 70_003, 3 << 30)))
 compared = 0
-for layout, grid, law in itertools.product(small, Grid, ("uniform", "empirical", "rounding")):
-    for leaf, origin in itertools.product((True, False), (0, 70_003, 3 << 30)):
+for (row, layout), (column, (grid, law)) in itertools.product(enumerate(small), enumerate(kinds)):
+    # Triton's interpreter is slow: there, every pair of values is compared, but not every triple.
+    chosen = places if device == "cuda" else [places[(row + column) % len(places)]]
+    for leaf, origin in chosen:
         key = None if law == "rounding" else with_origin(0xDEADBEEFCAFE1234, origin)
         fast, slow = (
             results(
@@ -113,7 +117,7 @@ HOW = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
 
 def test_triton_agrees_with_c():
     (compared,) = run_apart(CHECK, **HOW)
-    assert int(compared) >= 120
+    assert int(compared) >= 60
 
 
 def test_noise_of_triton_follows_its_law():

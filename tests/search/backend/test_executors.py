@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
+from sweep_helpers import warm_start
 from unit_helpers import make_config
 
 from nipq_search import file_io
@@ -105,7 +106,10 @@ class Script:
 def ray_cluster_here(patch, resources):
     """Start a cluster whose workers can import this module."""
     here = Path(__file__).parent
-    patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))
+    warm = warm_start()
+    warm["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), warm["PYTHONPATH"]])
+    for name, value in warm.items():
+        patch.setenv(name, value)
     return ray_cluster(None, resources)
 
 

@@ -72,12 +72,12 @@ def listening(pid: int) -> list[str]:
     return [r[1].partition(":")[0] for r in rows if r[3] == "0A" and r[9] in sockets]
 
 
-def held_sweep(folder: Path) -> Command:
+def held_sweep(folder: Path, cold: bool = False) -> Command:
     """Write a sweep whose trials are long enough to be interrupted; `folder/hold` blocks them."""
     (folder / "my_module.py").write_text(MODULE)
     arguments = {"hold": str(folder / "hold")}
     write_sweep(folder, task="my_module:Held", task_args=arguments, **LONG)
-    return Command(folder)
+    return Command(folder, cold)
 
 
 def models(out: Path) -> list[str]:
@@ -153,7 +153,8 @@ def test_a_sweep_that_is_interrupted_three_times_ends_with_the_same_models(
 def test_a_trial_whose_worker_is_killed_ends_with_the_same_model(
     tmp_path: Path, undisturbed: list[str]
 ) -> None:
-    command, out = held_sweep(tmp_path), tmp_path / "out"
+    # With the processes of a user, whose sockets are looked at.
+    command, out = held_sweep(tmp_path, cold=True), tmp_path / "out"
     process = command.popen(*command.arguments())
     with ended(process):
         folder = out / "trials" / "1" / "attempt-1"

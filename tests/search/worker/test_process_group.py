@@ -60,7 +60,7 @@ def together(task, folder, hooks=None, size=2):
 
 
 @pytest.fixture(autouse=True)
-def _no_child_is_left():
+def _no_child_is_left(warm):
     before = children_now()
     yield
     assert children_now() <= before

@@ -1,0 +1,55 @@
+"""Hands the start of some Python programs over to the tests' warm server.
+
+Python imports this file before anything else when its folder is on PYTHONPATH. If the environment
+names a warm server, Ray's workers and the ranks of a training run are not started here: the server
+forks a process for them in which torch and Ray are imported already. This process, whose parent,
+arguments and environment are those of the program, waits and ends as the forked one does; killing
+it kills the forked one.
+"""
+
+import os
+import sys
+
+WORKERS = (
+    "ray/_private/workers/default_worker.py",
+    "ray/_private/workers/setup_worker.py",
+    "nipq_search.search.worker.process_group",
+)
+SERVICES = (
+    "ray/_private/log_monitor.py",
+    "ray/_private/runtime_env/agent/main.py",
+    "ray/autoscaler/_private/monitor.py",
+    "ray/dashboard/agent.py",
+    "ray/dashboard/dashboard.py",
+)
+
+
+def hand_over(address):
+    """Have the server run this process's program, and exit as it does."""
+    import json
+    import signal
+    import socket
+
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(address)
+    request = {"argv": sys.orig_argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ)}
+    line = json.dumps({**request, "program": True})
+    socket.send_fds(connection, [f"{line}\n".encode()], [0, 1, 2])
+    for number in (0, 1, 2):
+        os.close(number)  # a pipe ends when the forked process closes it
+    with connection.makefile() as answers:
+        numbers = [int(answer) for answer in answers]
+    status = numbers[1] if len(numbers) == 2 else 1
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL) if -status not in (9, 19) else None
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+server = os.environ.get("NIPQ_TEST_WARM_SERVER")
+if server:
+    program = " ".join(sys.orig_argv[1:3]).removeprefix("-u ").removeprefix("-m ").split(" ")[0]
+    if program.endswith(WORKERS):
+        hand_over(f"{server}.worker")
+    elif program.endswith(SERVICES):
+        hand_over(server)

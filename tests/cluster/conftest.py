@@ -13,7 +13,6 @@ sys.path.append(str(Path(__file__).parent.parent / "search"))
 
 from sweep_helpers import wait_for, warm_start  # noqa: E402
 
-
 HEALTH_CHECKS = {"health_check_period_ms": 300, "health_check_failure_threshold": 4}
 """Nodes that were killed are declared dead within two seconds instead of fifteen; a node that is
 only slow has ten seconds for each answer, as by default."""

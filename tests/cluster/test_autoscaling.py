@@ -86,14 +86,14 @@ def autoscaling(tmp_path: Path) -> Iterator[str]:
 def test_nodes_come_while_trials_wait(tmp_path, autoscaling):
     folder = tmp_path / "sweep"
     folder.mkdir()
-    write_sweep(folder, search__trials=4, train__epochs=60)
+    write_sweep(folder, search__trials=4, train__epochs=30)
     command = Command(folder, RAY_AUTH_MODE="disabled")
     arguments = command.arguments("--address", autoscaling)
     done = command(*arguments, code=2)
     assert "resources.cpus: one trial requests 1, the largest node has 0" in done.stderr
 
     more = {"cpus": 1, "concurrent": 2, "autoscale": True}
-    write_sweep(folder, search__trials=4, train__epochs=60, resources=more)
+    write_sweep(folder, search__trials=4, train__epochs=30, resources=more)
     command(*arguments)
     assert states(command.out) == ["COMPLETE"] * 4
     started = [

@@ -32,7 +32,7 @@ def test_a_dead_node_costs_a_trial_nothing_but_time(tmp_path, cluster):
     write_sweep(
         tmp_path,
         search__trials=1,
-        train__epochs=60,
+        train__epochs=40,
         train__checkpoint_minutes=0.01,
         resources__concurrent=1,
         limits={"max_failures": 1},

@@ -36,7 +36,7 @@ def test_two_trials_of_two_processes_share_three_slots(tmp_path, cluster):
     write_sweep(
         tmp_path,
         search__trials=2,
-        train__epochs=10,
+        train__epochs=4,
         train__checkpoint_minutes=0.01,
         resources={"workers": 2},
         limits={"max_failures": 2},

@@ -62,7 +62,7 @@ def test_failing_trials_are_recorded_and_the_others_finish(tmp_path: Path) -> No
         tmp_path,
         {(number, TRIAL): mood for number, mood in moods.items()},
         search__trials=7,
-        limits__trial_minutes=0.15,
+        limits__trial_minutes=0.1,
         limits__max_failures=2,
     )
     done = command.run(code=3)
@@ -73,7 +73,7 @@ def test_failing_trials_are_recorded_and_the_others_finish(tmp_path: Path) -> No
     assert reasons[1] is not None and "the loss became nan" in reasons[1]
     assert reasons[2] == "ValueError: these digits are rotten"
     for number in (3, 4):
-        assert reasons[number] == ("hung: killed after 0.15 minutes, twice (limits.trial_minutes)")
+        assert reasons[number] == ("hung: killed after 0.1 minutes, twice (limits.trial_minutes)")
         assert len([a for a in attempts(out, number) if (a / "hang.txt").exists()]) == 2
     assert reasons[5] == "its process died 2 times (limits.max_failures)"
     assert "5 failed" in done.stderr

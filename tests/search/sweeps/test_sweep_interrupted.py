@@ -43,7 +43,7 @@ class Held(Digits):
             time.sleep(0.02)
         return super().evaluate(model, split)
 '''
-TRIALS, EPOCHS = 3, 12
+TRIALS, EPOCHS = 3, 8
 LONG: dict[str, Any] = {
     "search__trials": TRIALS,
     "train__epochs": EPOCHS,

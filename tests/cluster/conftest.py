@@ -1,4 +1,4 @@
-"""Clusters of several nodes on this machine, each with processes of its own."""
+"""A cluster of several nodes on this machine, each node with its own processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).parent.parent / "search"))
 from sweep_helpers import wait_for, warm_start  # noqa: E402
 
 HEALTH_CHECKS = {"health_check_period_ms": 300, "health_check_failure_threshold": 4}
-"""Nodes that were killed are declared dead within two seconds instead of fifteen; a node that is
-only slow has ten seconds for each answer, as by default."""
+"""Declare killed nodes dead within two seconds instead of fifteen. A node that is merely slow
+still has ten seconds for each reply, as by default."""
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def head() -> Iterator[Any]:
 
 
 def _set_environment(patch: pytest.MonkeyPatch) -> None:
-    """Set what the processes of nodes inherit: an open cluster, with a warm start."""
+    """Set the environment that the nodes' processes inherit: no token, and a warm start."""
     patch.setenv("RAY_AUTH_MODE", "disabled")
     for name, value in warm_start().items():
         patch.setenv(name, value)
@@ -45,17 +45,17 @@ def _set_environment(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cluster(head: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The cluster without other nodes than its head; each test adds the nodes it needs."""
+    """The cluster with no nodes other than its head; each test adds the nodes that it needs."""
     _set_environment(monkeypatch)
     try:
         yield head
     finally:
         for node in list(head.worker_nodes):
             head.remove_node(node)
-        # The next test would be offered the CPUs of nodes whose death Ray has not noticed.
+        # Otherwise Ray could offer the next test CPUs of dead nodes that it still considers alive.
         wait_for(lambda: len(_alive(head)) == 1, "killed nodes to be declared dead")
 
 
 def _alive(head: Any) -> list[dict[str, Any]]:
-    """Return the nodes that the cluster regards as alive."""
+    """Return the nodes that Ray considers alive."""
     return [node for node in head.global_state.node_table() if node["Alive"]]

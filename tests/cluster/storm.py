@@ -1,7 +1,7 @@
 """Fault injection: processes, nodes, the driver and the servers are killed at seeded times.
 
-Nothing is simulated: Ray runs on several nodes, with PostgreSQL and MLflow's server. Used by the
-tests, and by `benchmarks/storms.py` for many seeds.
+Nothing is simulated: Ray runs on several nodes, with PostgreSQL and MLflow's server. The tests run
+one storm; `benchmarks/storms.py` runs storms with many seeds.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def free_port() -> int:
 
 
 class Tracking:
-    """An MLflow server; it can be killed and started again."""
+    """An MLflow server that can be killed and restarted."""
 
     def __init__(self, folder: Path, database: str) -> None:
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
-        # The URL is in a variable, for everybody can read arguments.
+        # The URL is passed in a variable, because all users can read command-line arguments.
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("NIPQ_", "MLFLOW_"))},
             "MLFLOW_BACKEND_STORE_URI": database.replace("postgresql:", "postgresql+psycopg:"),
@@ -135,10 +135,10 @@ class Storm:
         self.out = self.command.out
         self.done: list[str] = []
 
-    # What happens
+    # Faults
 
     def run(self) -> None:
-        """Run the sweep to its end through everything."""
+        """Run the sweep to its end while injecting faults."""
         wait_for(self.tracking.answers, "MLflow's server", 120)
         self._start()
         for _ in range(self.actions):
@@ -163,9 +163,9 @@ class Storm:
         self.driver = self.command.popen(*arguments)
 
     def _calm(self, seconds: float) -> None:
-        """Wait; the results can be read all the while."""
+        """Wait, and check that the results stay readable in the meantime."""
         for pid in self.command.processes():
-            with contextlib.suppress(OSError):  # it ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended
                 self.seen.add(Path(f"/proc/{pid}/cmdline").read_bytes())
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.driver.poll() != 0:
@@ -178,7 +178,7 @@ class Storm:
                 raise AssertionError(f"the driver ended after {self.done}\n{stdout}\n{stderr}")
 
     def _worker(self) -> None:
-        """Kill a process that trains."""
+        """Kill a process that is training."""
         living = []
         for folder in sorted((self.out / "trials").glob("*")):
             last = jobs.attempts(folder)[-1:]
@@ -226,7 +226,7 @@ class Storm:
         self.tracking.start()
         self._start()
 
-    # What must hold
+    # Checks
 
     def check(self, replays: int = 1) -> None:
         """Check that no trial is lost, duplicated or renumbered, and that no password leaks."""
@@ -236,11 +236,11 @@ class Storm:
         assert [t.number for t in trials] == list(range(TRIALS))
         assert {t.state.name for t in trials} == {"COMPLETE"}, [t.user_attrs for t in trials]
         for trial in trials:
-            record = result(self.out, trial.number)  # asserts that there is one at most
+            record = result(self.out, trial.number)  # asserts that there is at most one
             assert record is not None and record["params"].items() <= trial.params.items()
             tries = attempts(self.out, trial.number)
             run = Counter(epoch for attempt in tries for epoch in epochs(attempt))
-            assert set(run) == set(range(1, max(run) + 1)), "every epoch, from the first"
+            assert set(run) == set(range(1, max(run) + 1)), "every epoch, starting with the first"
         table = pd.read_parquet(self.out / "results.parquet")
         assert list(table["trial"]) == list(range(TRIALS))
         assert set(table["state"]) == {"COMPLETE"}
@@ -272,7 +272,7 @@ class Storm:
             assert run.data.metrics["validation"] == values[number]
             for key in ("train_loss", "validation_accuracy", "validation"):
                 steps = [m.step for m in client.get_metric_history(run.info.run_id, key)]
-                assert len(steps) == len(set(steps)), f"{key} of trial {number} stands twice"
+                assert len(steps) == len(set(steps)), f"{key} of trial {number} was recorded twice"
         tags = " ".join(f"{k}={v}" for r in runs for k, v in r.data.tags.items())
         assert self.postgres.password not in tags
 
@@ -284,11 +284,13 @@ class Storm:
                 if file.is_file() and not file.is_symlink():
                     data = file.read_bytes()
                     assert not any(word in data for word in self.secrets), f"{file} has a secret"
-        assert any(b"nipq-search" in line for line in self.seen), "while it ran"
+        assert any(b"nipq-search" in line for line in self.seen), (
+            "no command line of the sweep was read"
+        )
         assert not any(word in line for line in self.seen for word in self.secrets)
 
     def close(self) -> None:
-        """End everything started here; the caller closes the cluster and the database server."""
+        """Stop everything started here; the caller closes the cluster and the database server."""
         driver = getattr(self, "driver", None)
         ends: list[Callable[[], object]] = [self.tracking.kill]
         ends += [driver.kill] if driver is not None else []

@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 def autoscaling(tmp_path: Path) -> Iterator[str]:
     """Yield the address of a head without resources for trials; nodes of one core can be added.
 
-    What `ray.cluster_utils.AutoscalingCluster` does, but for `ray stop`, which ends everybody's.
+    `ray.cluster_utils.AutoscalingCluster` does the same, but its `ray stop` would also stop
+    unrelated clusters on this machine.
     """
     import ray
 
@@ -50,7 +51,7 @@ def autoscaling(tmp_path: Path) -> Iterator[str]:
             "gcs_address": address,
             "disable_node_updaters": True,  # there is nothing to log in to
             "disable_launch_config_check": True,
-            "use_node_id_as_ip": True,  # all nodes have one address
+            "use_node_id_as_ip": True,  # all nodes share one address
         },
         "auth": {},
         "docker": {},
@@ -75,7 +76,7 @@ def autoscaling(tmp_path: Path) -> Iterator[str]:
         wait_for(lambda: subprocess.run(health, env=command.environment).returncode == 0, "a head")
         yield address
     finally:
-        for _ in range(3):  # some start others while they end
+        for _ in range(3):  # some processes start others while they exit
             for pid in command.processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -90,7 +91,7 @@ def test_nodes_come_while_trials_wait(tmp_path, autoscaling):
     command = Command(folder, RAY_AUTH_MODE="disabled")
     arguments = command.arguments("--address", autoscaling)
     done = command(*arguments, code=2)
-    assert "resources.cpus: one trial requests 1, the largest node has 0" in done.stderr
+    assert "resources.cpus: one trial requests 1, but the largest node has 0" in done.stderr
 
     more = {"cpus": 1, "concurrent": 2, "autoscale": True}
     write_sweep(folder, search__trials=4, train__epochs=30, resources=more)

@@ -1,4 +1,4 @@
-"""The files that launch clusters, checked by Ray's schema, by structure and by a fake `srun`."""
+"""The files that launch clusters: Ray's schema, their structure, and runs with fake tools."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_ray_job_has_the_structure_of_kuberay():
     assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayJob")
     spec = document["spec"]
     shell, option, line = shlex.split(spec["entrypoint"])
-    assert (shell, option) == ("bash", "-c"), "one command: see below"
+    assert (shell, option) == ("bash", "-c"), "the entry point is a single command"
     words = line.partition(";")[0].split()
     assert words[:2] == ["nipq-search", "run"] and words[-2] == "--out"
     assert words[words.index("--address") + 1] == "auto"
@@ -59,7 +59,7 @@ def test_the_ray_job_has_the_structure_of_kuberay():
         (container,) = pod["containers"]
         variables = {entry["name"]: entry["value"] for entry in container["env"]}
         assert variables["RAY_USAGE_STATS_ENABLED"] == "0"
-        assert "NIPQ_STORAGE_URL" not in variables, "secrets come as files"
+        assert "NIPQ_STORAGE_URL" not in variables, "secrets are passed as files"
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
         roots = [mount["mountPath"] for mount in container["volumeMounts"]]
@@ -72,7 +72,7 @@ def test_the_ray_job_has_the_structure_of_kuberay():
 def test_the_ray_job_is_not_retried_where_somebody_stopped_it(tmp_path, code, told):
     (tmp_path / "nipq-search").write_text(f"#!/bin/sh\nexit {code}\n")
     (tmp_path / "nipq-search").chmod(0o755)
-    # A shell of KubeRay hands what follows `--` to Ray, which quotes it for the job's shell.
+    # KubeRay's shell passes the words after `--` to Ray, which quotes them for the job's shell.
     (tmp_path / "submit").write_text(
         f"#!{sys.executable}\nimport shlex, subprocess, sys\n"
         "sys.exit(subprocess.run(shlex.join(sys.argv[2:]), shell=True).returncode % 256)\n"
@@ -124,7 +124,7 @@ TOOLS = {
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Starts the script as Slurm would; what its tools were called with is in `log`."""
+    """A function that starts the script as Slurm would; its `log` records the tools' arguments."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, text in TOOLS.items():

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 
 def in_training(folder: Path) -> str | None:
-    """Return the node of a job's attempt that has processed samples and not ended."""
+    """Return the node of a job's latest attempt if that has processed samples and still runs."""
     found = jobs.attempts(folder)
     if not found or any((found[-1] / name).exists() for name in (jobs.RESULT, jobs.LOST)):
         return None
@@ -26,7 +26,7 @@ def in_training(folder: Path) -> str | None:
 
 
 def test_a_dead_node_costs_a_trial_nothing_but_time(tmp_path, cluster):
-    """Two nodes die, although one crash would fail the trial; other nodes continue it."""
+    """Two nodes die and others continue the trial, although a single crash would fail it."""
     added = [cluster.add_node(num_cpus=1) for _ in range(3)]
     nodes = {node.node_id: node for node in added}
     write_sweep(
@@ -50,4 +50,4 @@ def test_a_dead_node_costs_a_trial_nothing_but_time(tmp_path, cluster):
     assert states(command.out) == ["COMPLETE"]
     causes = [jobs.cause_of(attempt) for attempt in jobs.attempts(trial)]
     assert causes == ["node", "node", None]
-    command("replay", "out", "0")  # as if nothing had happened
+    command("replay", "out", "0")  # the same result as without faults

@@ -30,7 +30,7 @@ ONE = ResourcesSection(cpus=1)
 
 
 class Partly(Digits):
-    """Digits whose files are on every node but one."""
+    """A digits task whose files are on every node but one."""
 
     def __init__(self, lacking: str) -> None:
         super().__init__(width=4)
@@ -58,7 +58,7 @@ def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
     try:
         nodes.check_data(Partly("none"), 8, tmp_path, ONE, own_host=True)
         lacking = Partly(added[1].node_id)
-        nodes.check_data(lacking, 8, tmp_path, ONE)  # this host has shown that it has them
+        nodes.check_data(lacking, 8, tmp_path, ONE)  # this host has loaded the data before
         with pytest.raises(UserError, match="node .*: the data cannot be read there .*/train"):
             nodes.check_data(lacking, 8, tmp_path, ONE, own_host=True)
         nodes.check_data(lacking, 8, tmp_path, ONE, own_host=True, stopping=lambda: True)
@@ -113,7 +113,7 @@ def test_a_stop_does_not_wait_for_nodes_that_never_come(tmp_path, cluster):
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, f"{stdout}\n{stderr}"
     assert time.monotonic() - began < 60
-    assert set(states(command.out)) == {"RUNNING"}, "all is left to be resumed"
+    assert set(states(command.out)) == {"RUNNING"}, "all trials can be resumed"
 
 
 def _lost(trial: Path) -> bool:
@@ -121,17 +121,18 @@ def _lost(trial: Path) -> bool:
 
 
 def test_a_type_of_node_that_is_too_small_is_refused(tmp_path, monkeypatch):
-    """The file that `ray up` writes on the head lists the types of nodes a cluster can add."""
+    """The file that `ray up` writes on the head lists the node types that a cluster can add."""
     monkeypatch.setattr(nodes, "alive_nodes", lambda: [{"Resources": {"CPU": 2.0}}])
     monkeypatch.setattr(nodes, "BOOTSTRAP_FILE", tmp_path / "bootstrap.yaml")
     more = {"autoscale": True, "concurrent": 2}
     wanted = ResourcesSection(cpus=4, **more)
-    nodes.check_room(wanted, grows=True)  # nothing is known of what may come
+    nodes.check_room(wanted, grows=True)  # the types of nodes that may be added are unknown
     types = {"head": {"resources": {"CPU": 2}}, "worker": {"resources": {"CPU": 8, "GPU": 1}}}
     nodes.BOOTSTRAP_FILE.write_text(yaml.safe_dump({"available_node_types": types}))
     nodes.check_room(wanted, grows=True)
     nodes.check_room(ResourcesSection(cpus=4, gpus=1, memory_gb=99, **more), grows=True)
-    with pytest.raises(UserError, match="gpus: one trial requests 4, the largest node type has 1"):
+    message = "gpus: one trial requests 4, but the largest node type has 1"
+    with pytest.raises(UserError, match=message):
         nodes.check_room(ResourcesSection(cpus=1, gpus=4, **more), grows=True)
-    with pytest.raises(UserError, match="cpus: one trial requests 4, the largest node has 2"):
+    with pytest.raises(UserError, match="cpus: one trial requests 4, but the largest node has 2"):
         nodes.check_room(wanted, grows=False)

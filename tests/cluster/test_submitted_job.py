@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def left(temporary: str) -> list[str]:
-    """Return the processes of the Ray cluster that uses this folder."""
+    """Return the command lines of the Ray processes that use this temporary folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -72,7 +72,7 @@ def head(tmp_path: Path):
         wait_for(lambda: subprocess.run(probe, capture_output=True).returncode == 0, "a head")
         yield address
     finally:
-        # Kill it: on SIGTERM, a head waits half a minute.
+        # On SIGTERM, a head would take half a minute to exit.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=60)
         wait_for(lambda: not left(f"/tmp/nipq-{os.getpid()}"), "the head's processes to end", 60)
@@ -104,7 +104,7 @@ def test_a_job_runs_the_sweep_with_a_task_of_two_files(head, tmp_path):
     done = command("submit", "sweep.yaml", "--address", head, "--out", str(out))
     job = done.stdout.strip()
     assert f"ray job logs --follow {job}" in done.stderr
-    shutil.rmtree(away)  # this machine is gone
+    shutil.rmtree(away)  # as if the submitting machine were gone
     wait_for(lambda: job_status(head, job) not in ("PENDING", "RUNNING"), "the job", 200)
     assert job_status(head, job) == "SUCCEEDED"
     assert states(out) == ["COMPLETE"] * 2

@@ -31,7 +31,7 @@ def members_of(folder):
 
 
 def test_two_trials_of_two_processes_share_three_slots(tmp_path, cluster):
-    """They run in sequence without a deadlock, and one of them loses a process."""
+    """They run one after the other without a deadlock, although one of them loses a process."""
     cluster.add_node(num_cpus=3)
     write_sweep(
         tmp_path,
@@ -83,5 +83,5 @@ def test_more_gpus_than_any_node_has_are_refused(tmp_path, cluster):
     write_sweep(tmp_path, resources={"gpus": 4})
     command = Command(tmp_path)
     refused = command.run("--address", cluster.address, code=2).stderr
-    assert "resources.gpus: one trial requests 4, the largest node has 2" in refused
+    assert "resources.gpus: one trial requests 4, but the largest node has 2" in refused
     assert not (command.out / "trials").exists()

@@ -70,7 +70,7 @@ def write_sweep(folder: Path, **changes: Any) -> Path:
 
 
 class WarmProcess:
-    """A process that a warm server forked; it has the members of `subprocess.Popen` used here."""
+    """A process forked by a warm server, with the members of `subprocess.Popen` used here."""
 
     _server: subprocess.Popen[str] | None = None
     _folder: tempfile.TemporaryDirectory[str] | None = None
@@ -97,7 +97,7 @@ class WarmProcess:
 
     @classmethod
     def address(cls) -> str:
-        """Socket of this process's warm server, which starts with the first command."""
+        """Return the socket of this process's warm server, which the first command starts."""
         if cls._server is None:
             cls._folder = tempfile.TemporaryDirectory(prefix="nipq-warm-", dir="/tmp")
             command = [sys.executable, str(Path(__file__).with_name("warm_server.py"))]
@@ -134,7 +134,7 @@ class WarmProcess:
         """Wait for the exit status.
 
         Raises:
-            subprocess.TimeoutExpired: the process runs longer.
+            subprocess.TimeoutExpired: the process still runs after `timeout` seconds.
         """
         if self.poll() is None:
             if not select.select([self._connection], [], [], timeout)[0]:
@@ -144,7 +144,7 @@ class WarmProcess:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for the end, and return standard output and error."""
+        """Wait until the process ends, and return its standard output and standard error."""
         self.wait(timeout)
         stdout, stderr = (
             os.pread(number, os.fstat(number).st_size, 0).decode() for number in self._output
@@ -162,7 +162,7 @@ class WarmProcess:
 
 
 def warm_start() -> dict[str, str]:
-    """Variables with which Ray's workers and the ranks of a training run are forked as well."""
+    """Return variables with which Ray's workers and the ranks of training runs are forked too."""
     folder = Path(__file__).with_name("warm_start")
     search = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
@@ -180,12 +180,12 @@ OWN_VARIABLES = ("NIPQ_", "MLFLOW_", "RAY_", "PYTEST_")
 
 
 class Command:
-    """`nipq-search` in a folder of its own; `out` is the sweep's.
+    """Runs `nipq-search` in a folder; `out` is the folder of the sweep.
 
     Args:
         folder: working directory of the commands.
-        cold: start the installed command, as a user does, instead of forking a warm server, and
-            Ray's workers as Ray does.
+        cold: whether to start the installed command and Ray's workers as for a user, instead of
+            forking them from a warm server.
         environment: variables added to those of this process.
     """
 
@@ -198,11 +198,11 @@ class Command:
         self.environment = {**kept, "OMP_NUM_THREADS": "1", TOKEN: self.token, **environment}
 
     def arguments(self, *more: str) -> list[str]:
-        """`run` on the folder's sweep file."""
+        """Return the arguments of `run` for the folder's sweep file."""
         return ["run", "sweep.yaml", "--out", "out", *more]
 
     def popen(self, *arguments: str, script: Path | None = None) -> Process:
-        """Start the command, or a script in its place, as the leader of a session of its own."""
+        """Start the command, or a script instead, as the leader of a new session."""
         if not self.cold:
             process: Process = WarmProcess(arguments, script, self.folder, self.environment)
             self.sessions.add(str(process.pid))
@@ -232,11 +232,11 @@ class Command:
         return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
     def run(self, *more: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """`run` to the end."""
+        """Execute `run` to its end and check the exit code."""
         return self(*self.arguments(*more), code=code)
 
     def document(self, *arguments: str) -> dict[str, Any]:
-        """Return the document that a reading command prints with `--json`."""
+        """Return the document that a read-only command prints with `--json`."""
         document: dict[str, Any] = json.loads(self(*arguments, "--json").stdout)
         assert document["schema"] == 1
         return document
@@ -252,10 +252,13 @@ class Command:
                     stat = (folder / "stat").read_text().rpartition(")")[2].split()
                     ours = stat[3] in self.sessions
                     ours = ours or mark in (folder / "environ").read_bytes().split(b"\0")
+                    name = (folder / "comm").read_text()
                 except OSError:
                     continue
                 if ours and stat[0] != "Z":
                     found.append(int(folder.name))
+                    if name.startswith("warm "):  # see `warm_start/sitecustomize.py`
+                        found.append(int(name.removeprefix("warm ")))
         return found
 
     def no_orphans(self) -> None:
@@ -325,7 +328,7 @@ def epochs(attempt: Path) -> list[int]:
 
 
 def result(out: Path, trial: int) -> dict[str, Any] | None:
-    """Return a trial's result record; assert that only one attempt committed one."""
+    """Return a trial's result record; assert that at most one attempt committed one."""
     found = [record for a in attempts(out, trial) if (record := _record(a / "result.json"))]
     assert len(found) <= 1
     return found[0] if found else None

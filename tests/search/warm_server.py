@@ -1,15 +1,15 @@
 """A process that has imported all modules and forks a new process for every command.
 
-Importing torch, Ray, Optuna and MLflow takes a process longer than what most tests have it do.
+Importing torch, Ray, Optuna and MLflow takes longer than the actual work of most tests.
 Each fork is a real process in a session of its own, with its own environment, folder and output;
-only its imports are done already. There are two clients: `sweep_helpers.Command` for commands,
+only its imports are already done. There are two clients: `sweep_helpers.Command` for commands,
 `warm_start/sitecustomize.py` for Ray's workers and the ranks of a training run.
 
 Protocol, over a Unix socket: a request is one JSON line with `argv`, `cwd` and `environment`, and
-three file descriptors; the answers are two lines, the process id and the exit status as
-`subprocess` has it. A request for a command also has `script`, the path of a Python file or None
-for `nipq-search`. A request for a Python program has `program`: its `argv` are the interpreter's
-arguments, and the process is killed when the client disconnects.
+three file descriptors; the reply consists of two lines, the process ID and the exit status as
+reported by `subprocess`. A request for a command also has `script`, the path of a Python file or
+None for `nipq-search`. A request for a Python program has `program`; its `argv` are the
+interpreter's arguments, and the process is killed when the client disconnects.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ WORKER_MODULES = [
     "nipq_search.search.worker.worker",
     "nipq_search.tasks.vision.digits",
 ]
-"""Modules of Ray's workers and of ranks. Ray reads some variables of a worker when it is imported,
-so it is not among them."""
+"""Modules of Ray's workers and of ranks.
+
+Ray is not among them, because it reads some environment variables of a worker at import.
+"""
 COMMAND_MODULES = [
     "mlflow.pytorch",
     "mlflow.tracking",
@@ -66,10 +68,10 @@ COMMAND_MODULES = [
     "nipq_search.search.commands.replay",
     "nipq_search.search.run",
 ]
-"""What commands need besides."""
+"""Additional modules of commands."""
 PR_SET_PDEATHSIG = 1
 BASE_PATH = [path for path in sys.path[1:] if path]
-"""Where modules are looked up, but for the folder of the program."""
+"""The module search path without the folder of the program."""
 
 
 def import_all(names: list[str]) -> None:
@@ -108,7 +110,7 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
 
 
 def run(request: dict[str, Any]) -> int:
-    """Run the command, or a script in its place, and return the exit status."""
+    """Run the command, or a script instead, and return the exit status."""
     if request.get("program"):
         return run_program(request["argv"])
     argv, script = request["argv"], request["script"]
@@ -129,7 +131,7 @@ def run(request: dict[str, Any]) -> int:
 
 
 def run_program(argv: list[str]) -> int:
-    """Run `python ARGV`, which is a worker of Ray or a module, and return the exit status."""
+    """Run `python ARGV` for one of Ray's workers or a module, and return the exit status."""
     while argv[0].startswith("-") and argv[0] != "-m":
         argv = argv[1:]
     if argv[0].endswith("setup_worker.py"):

@@ -3,8 +3,8 @@
     killing_driver.py EXECUTOR BOUNDARY PASSAGE
 
 EXECUTOR is `tune`, or `virtual` for a sweep without Ray whose jobs run in forked processes. The
-process is killed by SIGKILL when it passes BOUNDARY for the PASSAGE-th time; 0 is never. The sweep
-file is `sweep.yaml` in the current folder, the sweep's folder is `out`.
+process is killed by SIGKILL when it passes BOUNDARY for the PASSAGE-th time; 0 means never. The
+sweep file is `sweep.yaml` in the current folder, and the sweep's folder is `out`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EXECUTOR, BOUNDARY, passages_left = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
 
 def passed(name: str) -> None:
-    """Count a passage of a boundary; the last one ends this process."""
+    """Count a passage of a boundary, and kill this process at the last one."""
     global passages_left
     if name == BOUNDARY and passages_left:
         passages_left -= 1
@@ -44,7 +44,7 @@ def passed(name: str) -> None:
 def before(
     owner: Any, name: str, boundary: str, wanted: Callable[..., bool] | None = None
 ) -> None:
-    """Make the moment before a call of `owner` a boundary."""
+    """Make the moment before every call of this method of `owner` a boundary."""
     call = getattr(owner, name)
 
     def killing(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,7 @@ def before(
 
 
 def after(owner: Any, name: str, boundary: str, wanted: Callable[..., bool] | None = None) -> None:
-    """Make the moment after a call of `owner` a boundary."""
+    """Make the moment after every call of this method of `owner` a boundary."""
     call = getattr(owner, name)
 
     def killing(*args: Any, **kwargs: Any) -> Any:

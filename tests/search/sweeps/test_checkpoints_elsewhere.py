@@ -32,7 +32,7 @@ def test_a_whole_sweep_in_s3(tmp_path, s3):
     assert [r.state for r in records] == ["COMPLETE"] * 4 and any(r.test for r in records)
     assert not list(out.rglob("*.pt"))
     models = s3.objects()
-    assert len(models) == len(list(out.rglob("model.pt.at"))), "and no checkpoint is left"
+    assert len(models) == len(list(out.rglob("model.pt.at"))), "no checkpoint is left"
     front = max(r.trial for r in records if r.on_front)
     assert isinstance(sweep.load_model(front), torch.nn.Module)
     assert replay(sweep, front)["equal"] and s3.objects() == models
@@ -61,12 +61,12 @@ def interrupted(spec, folder):
 
 
 def in_one_go(spec, folder):
-    """Return the result of training in a folder."""
+    """Return the result of training without interruption, with files in a local folder."""
     spec = dataclasses.replace(spec, home=None)
     return train(digits(), spec, folder / "whole", torch.device("cpu"))
 
 
-def test_a_training_goes_on_from_there(tmp_path, s3):
+def test_training_resumes_from_a_checkpoint_in_s3(tmp_path, s3):
     bench = Bench(tmp_path / "sweep", make_config())
     job, spec = spec_of(bench, s3.home)
     whole = in_one_go(spec, tmp_path)
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, s3):
     assert jobs.committed(job.folder)["model_sha256"] == whole.model_sha256
 
 
-def test_a_store_that_is_away_is_no_trials_fault(tmp_path, s3):
+def test_an_unreachable_store_fails_no_trial(tmp_path, s3):
     """The sweep ends with one line; the job is neither recorded nor restarted."""
     bench = Bench(tmp_path / "sweep", make_config())
     job, spec = spec_of(bench, s3.home)

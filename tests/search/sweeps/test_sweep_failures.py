@@ -47,7 +47,7 @@ FLOAT, TRIAL = 2, 4
 
 
 def moody(folder: Path, moods: dict[tuple[int, int], str], **changes: object) -> Command:
-    """A sweep with the task above; moods by (trial number, salt)."""
+    """Write a sweep of the task above, with moods by (trial number, salt)."""
     (folder / "my_module.py").write_text(MODULE)
     seeds = {
         str(seed_for(seed_for(0, number, salt), 0)): mood for (number, salt), mood in moods.items()

@@ -52,7 +52,7 @@ LONG: dict[str, Any] = {
 
 
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
-"""127.0.0.1, the same as IPv6 has it, and ::1, as the kernel writes them."""
+"""127.0.0.1, its IPv4-mapped IPv6 address and ::1, in the kernel's notation."""
 
 
 def listening(pid: int) -> list[str]:
@@ -63,7 +63,7 @@ def listening(pid: int) -> list[str]:
             target = os.readlink(link) if link.is_symlink() else ""
             if target.startswith("socket:["):
                 sockets.add(target[8:-1])
-    except OSError:  # it ended meanwhile
+    except OSError:  # the process has ended
         return []
     rows = []
     for file in ("tcp", "tcp6"):
@@ -72,12 +72,12 @@ def listening(pid: int) -> list[str]:
     return [r[1].partition(":")[0] for r in rows if r[3] == "0A" and r[9] in sockets]
 
 
-def held_sweep(folder: Path, cold: bool = False) -> Command:
+def held_sweep(folder: Path) -> Command:
     """Write a sweep whose trials are long enough to be interrupted; `folder/hold` blocks them."""
     (folder / "my_module.py").write_text(MODULE)
     arguments = {"hold": str(folder / "hold")}
     write_sweep(folder, task="my_module:Held", task_args=arguments, **LONG)
-    return Command(folder, cold)
+    return Command(folder)
 
 
 def models(out: Path) -> list[str]:
@@ -153,8 +153,7 @@ def test_a_sweep_that_is_interrupted_three_times_ends_with_the_same_models(
 def test_a_trial_whose_worker_is_killed_ends_with_the_same_model(
     tmp_path: Path, undisturbed: list[str]
 ) -> None:
-    # With the processes of a user, whose sockets are looked at.
-    command, out = held_sweep(tmp_path, cold=True), tmp_path / "out"
+    command, out = held_sweep(tmp_path), tmp_path / "out"
     process = command.popen(*command.arguments())
     with ended(process):
         folder = out / "trials" / "1" / "attempt-1"

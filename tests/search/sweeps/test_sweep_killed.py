@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("killing_driver.py")
 TRIALS = 9
 
 
-def test_sigkill_of_the_driver_at_every_boundary_loses_and_doubles_nothing(tmp_path: Path) -> None:
+def test_sigkill_of_the_driver_at_every_boundary_loses_and_repeats_nothing(tmp_path: Path) -> None:
     write_sweep(tmp_path, search__trials=TRIALS)
     command, out = Command(tmp_path), tmp_path / "out"
 
@@ -27,7 +27,7 @@ def test_sigkill_of_the_driver_at_every_boundary_loses_and_doubles_nothing(tmp_p
         return results(out)
 
     def untold() -> list[int]:
-        """Trials whose result is committed while the trial is still RUNNING in the study."""
+        """Return the trials with a committed result that are still RUNNING in the study."""
         running = [n for n, state in enumerate(states(out)) if state == "RUNNING"]
         return [n for n in running if result(out, n) is not None]
 
@@ -47,7 +47,7 @@ def test_sigkill_of_the_driver_at_every_boundary_loses_and_doubles_nothing(tmp_p
     assert after_attributes.items() <= after_tell.items()
     assert states(out).count("COMPLETE") >= 3
 
-    # Launched, but not observed to start; shown in MLflow, but not in the tables; then the tables.
+    # Kill the driver after a launch, after a record in MLflow, and after a table is written.
     after_launch = killed("launch", 2)
     assert after_tell.items() <= after_launch.items()
     after_mlflow = killed("mlflow", len(states(out)))
@@ -61,7 +61,7 @@ def test_sigkill_of_the_driver_at_every_boundary_loses_and_doubles_nothing(tmp_p
     assert before_the_end.items() <= results(out).items()
     trial_results = [name for name in results(out) if name.startswith("trials/")]
     assert len(trial_results) == TRIALS
-    for name in before_the_end:  # what had its result was never started again
+    for name in before_the_end:  # jobs that had a result were not restarted
         if name.startswith("trials/"):
             number = int(name.split("/")[1])
             assert str(attempts(out, number)[-1].relative_to(out)) == str(Path(name).parent)
@@ -88,7 +88,7 @@ class Doomed(Digits):
         super().__init__(width=4)
         self.file, self.mark, self.after = file, mark, after
 
-    def build_model(self):  # in the worker: tasks travel without their construction
+    def build_model(self):  # called in the worker, where tasks arrive already constructed
         def killing(write):
             def around(path, data):
                 doomed = path.name == self.file and "trials" in path.parts

@@ -55,7 +55,7 @@ def test_limits_end_a_run_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
     assert "run the same command again to continue" in done.stderr
     assert complete() == 0
 
-    # Enough for the float model, and used up by the first trial.
+    # The limit suffices for the float model and is used up by the first trial.
     done = command.run("--set", "limits.samples=2000", "--set", "resources.concurrent=1")
     assert "limits.samples" in done.stderr
     assert complete() == 1
@@ -64,6 +64,6 @@ def test_limits_end_a_run_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
     assert complete() == TRIALS
     assert not (command.out / "study.log").exists()
     assert command.document("status", "out")["states"]["COMPLETE"] == TRIALS
-    # Once a run, however many trials and workers there are.
+    # The data are read once per run, regardless of the number of trials and workers.
     assert notes.read_text().splitlines() == ["read"] * 3
     command.no_orphans()

@@ -1,4 +1,4 @@
-"""Rejected starts: one line that names the fix, exit code 2, no process and no file left."""
+"""Rejected starts: one line that names the fix, exit code 2, and no process or file is left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Refused = Callable[..., str]
 def refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Refused:
-    """Run the sweep file with arguments and return the single line that the refusal prints.
+    """A function that runs the sweep file with arguments and returns the one-line refusal.
 
     Nothing may have changed in the folder, and Ray must not have been started.
     """

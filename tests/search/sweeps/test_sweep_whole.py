@@ -1,4 +1,4 @@
-"""A whole sweep with the real command: its files and its continuation."""
+"""A whole sweep with the real command: its files, and adding trials to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRIALS = 4
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Command, str]:
-    """A finished sweep and what its run printed."""
+    """A finished sweep and the output of its run."""
     folder = tmp_path_factory.mktemp("whole")
     write_sweep(folder, search__sampler="tpe", search__baselines=[4])
     command = Command(folder)
@@ -73,7 +73,7 @@ def test_the_front_is_printed_and_the_tables_can_be_read(
 
 
 def recounted(graph: Graph, layers: list[dict[str, Any]]) -> dict[str, int]:
-    """Bits by tensor from the layers that `show` prints."""
+    """Return the bits by tensor, from the layers that `show` prints."""
     assert [layer["name"] for layer in layers] == [layer.name for layer in graph.layers]
     bits = {}
     for layer, shown in zip(graph.layers, layers, strict=True):
@@ -186,7 +186,7 @@ def test_a_second_run_repeats_nothing_and_more_trials_and_budgets_go_on(
     assert runs.parent == "FINISHED"
     assert runs.children == dict.fromkeys(range(TRIALS + 2), "FINISHED")
 
-    # Budgets that the sweep has had cannot be taken away, nor anything else changed.
+    # The budgets of a sweep cannot be removed, and no other setting can be changed.
     decided = trials(out), study(out).user_attrs
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert "uniform 4.5" in command.run(code=2).stderr
@@ -198,7 +198,7 @@ def test_a_second_run_repeats_nothing_and_more_trials_and_budgets_go_on(
     assert changed <= {"driver.lock", "study.log"} and now.keys() == kept.keys()
     assert (trials(out), study(out).user_attrs) == decided
 
-    # Anybody may put trials into the queue of a finished sweep, by Optuna's own means.
+    # Users can enqueue trials in the study of a finished sweep with Optuna itself.
     lr = trials(out)[0].params["lr"]
     study(out).enqueue_trial({"lr": 0.0321, "budget": 1}, user_attrs={"wish": "mine"})
     study(out).enqueue_trial({"lr": lr, "lambda": -5.0, "budget": 0})

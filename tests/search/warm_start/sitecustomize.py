@@ -1,10 +1,10 @@
-"""Hands the start of some Python programs over to the tests' warm server.
+"""Start some Python programs in the tests' warm server instead of in this process.
 
 Python imports this file before anything else when its folder is on PYTHONPATH. If the environment
-names a warm server, Ray's workers and the ranks of a training run are not started here: the server
-forks a process for them in which torch and Ray are imported already. This process, whose parent,
-arguments and environment are those of the program, waits and ends as the forked one does; killing
-it kills the forked one.
+names a warm server, Ray's workers and services and the ranks of a training run do not start here:
+the server forks a process that has already imported most of their modules. This process, whose
+parent, arguments and environment are those of the program, waits for the forked one and exits
+with its status; killing this process kills the forked one.
 """
 
 import os
@@ -38,8 +38,10 @@ def hand_over(address):
     for number in (0, 1, 2):
         os.close(number)  # a pipe ends when the forked process closes it
     with connection.makefile() as answers:
-        numbers = [int(answer) for answer in answers]
-    status = numbers[1] if len(numbers) == 2 else 1
+        process = answers.readline().strip()
+        with open("/proc/self/comm", "w") as name:
+            name.write(f"warm {process}")  # for `sweep_helpers.Command.processes`
+        status = int(answers.readline() or 1)
     if status < 0:
         signal.signal(-status, signal.SIG_DFL) if -status not in (9, 19) else None
         os.kill(os.getpid(), -status)

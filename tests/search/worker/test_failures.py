@@ -24,7 +24,7 @@ def job_in(folder):
 
 
 class OutOfMemoryError(Exception):
-    """Has the name of Ray's exception."""
+    """An exception with the same name as Ray's."""
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_an_unreadable_error_is_ignored(tmp_path):
 
 
 def test_nodes_that_die_before_their_job_begins_do_not_count_against_it(tmp_path):
-    """Deaths of nodes are retried without limit, deaths of processes are not."""
+    """Deaths of nodes are retried without limit; deaths of processes are not."""
     searcher = JobSearcher(SimpleNamespace(next_job=lambda: job_in(tmp_path)))
     searcher.suggest("a")
     trial = SimpleNamespace(trial_id="a", pickled_error_file=str(tmp_path / "error.pkl"))

@@ -1,4 +1,4 @@
-"""Faults of the environment: a full or lost GPU, data that a node lacks, a failing disk."""
+"""Faults of the environment: a full or lost GPU, data missing on a node, a failing disk."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def from_worker(error):
 @pytest.mark.parametrize("told", [lambda error: error, raised_from, from_worker])
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EACCES])
 def test_data_missing_on_one_node_fails_no_trial(bench, task, job, monkeypatch, number, told):
-    """Only this node lacks the data. Failing fast, it would otherwise consume all trials."""
+    """Otherwise, trials on the node without the data would fail quickly until none is left."""
     task.error = told(OSError(number, os.strerror(number), "/data/train/7.png"))
     sign(bench, "the-driver-s-host")
     there = ("the-driver-s-host", "/data/train/7.png")

@@ -1,4 +1,4 @@
-"""Training runs in several processes: in a sweep, with errors, and killed."""
+"""Training in several processes: in a sweep, with errors, and when processes are killed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _no_child_is_left(warm):
 
 
 def test_a_sweep_in_two_processes_replays_bit_by_bit(tmp_path):
-    """Float model, baseline and trials all train in two processes, as the replay does."""
+    """The float model, the baseline, the trials and the replay all train in two processes."""
     config = make_config(
         resources__workers=2, search__trials=2, search__baselines=[4], search__strategy="ladder"
     )

@@ -25,7 +25,7 @@ ACCURACY = "accuracy"
 
 
 class Spied(Digits):
-    """A digits task that records the evaluated splits, and can return or raise on demand."""
+    """A digits task that records the evaluated splits; may return `answer` or raise `error`."""
 
     def __init__(self) -> None:
         super().__init__(width=4)
@@ -64,7 +64,7 @@ def run(bench, task, until=None):
     return bench.sweep(worker), seen
 
 
-def test_a_whole_sweep_of_real_trainings(bench, task):
+def test_a_whole_sweep_of_real_training_runs(bench, task):
     torch.manual_seed(3)
     generator = torch.get_rng_state()
     coordinator, seen = run(bench, task)
@@ -283,7 +283,7 @@ def test_a_missing_metric_ends_the_sweep_at_the_float_model(bench, task):
 
 @pytest.mark.parametrize("place", ["evaluation", "model", "record"])
 def test_a_superseded_attempt_changes_nothing(bench, task, monkeypatch, place):
-    """Its process was suspended near its end, and another attempt finished in the meantime."""
+    """The attempt's process was suspended near the end, and another attempt finished meanwhile."""
     coordinator = bench.open()
     job = coordinator.next_job()
     evaluate, write, write_once = task.evaluate, file_io.write_bytes, file_io.write_once
@@ -371,8 +371,8 @@ def interrupted(bench, task, **changes):
 
 
 @pytest.mark.parametrize("resources", [{"cpus": 2}, {"cpus": 1, "workers": 2}])
-def test_a_resumed_trial_replays_even_if_resources_changed(bench, task, resources):
-    """It continues with the threads of its checkpoint; with other workers it starts over."""
+def test_a_resumed_trial_replays_even_if_resources_changed(bench, task, resources, warm):
+    """It keeps the threads of its checkpoint, but starts over if the workers have changed."""
     job = interrupted(bench, task, resources=resources)
     run(bench, task)
     record, several = jobs.committed(job.folder), resources.get("workers", 1)

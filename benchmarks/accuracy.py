@@ -1,13 +1,13 @@
-"""Accuracy of variants of a sweep file at one budget, paired over several seeds.
+"""Compare the accuracy of variants of a sweep file at one budget, paired over several seeds.
 
     python benchmarks/accuracy.py benchmarks/minilm.yaml --json minilm.json --workers 2
 
 The plan specifies a pipeline, a budget, seeds, and variants as overrides of the pipeline in the
-form of `--set`. Each seed trains its own float model, from which every variant of the seed starts.
-The columns contain the mean metric on validation and test, and the difference on test from the
-float model and from the first variant, as paired means with a 95 % interval (Student's t over
-seeds). Use the validation metric for selection. Finished training runs are kept in the JSON file
-and not repeated.
+form of `--set`. For each seed, one float model is trained, from which all variants start.
+The columns contain the mean metrics on the validation and test splits, and the differences on the
+test split from the float model and from the first variant, as paired means with a 95 % interval
+(Student's t over seeds). Use the validation metric for selection. Finished training runs are kept
+in the JSON file and are not repeated.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Run:
 
 
 def execute(run: Run) -> dict[str, Any]:
-    """Train, and evaluate on validation and test."""
+    """Train a model, evaluate it on the validation and test splits, and return the results."""
     torch.set_num_threads(1)
     started = time.perf_counter()
     config = run.config()
@@ -89,7 +89,7 @@ def execute(run: Run) -> dict[str, Any]:
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """Return the mean and half the width of the 95 % interval."""
+    """Return the mean of paired differences and half the width of its 95 % interval."""
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return mean, float("nan")
@@ -98,7 +98,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Format one row per variant."""
+    """Format the results as a Markdown table with one row per variant."""
     by_name: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
         by_name.setdefault(result["name"], {})[result["seed"]] = result

@@ -3,9 +3,9 @@
     git clone . ../planted
     python benchmarks/faults.py --faults benchmarks/faults.yaml --tree ../planted --json found.json
 
-Run it before and after a change of the test suite: every fault that was found must still be found.
-For each fault, the tests that `faults.yaml` lists run first, then the other tests of its layer and
-the remaining ones, until one fails.
+Run it before and after a change to the test suite: every fault that was found before must still be
+found. For each fault, the tests listed in `faults.yaml` run first, then the other tests of its
+layer and the remaining tests, until one fails.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 LAYERS = ("quant", "cost", "tasks", "train", "tracking", "report", "search", "cli")
-"""Layers of the package, lowest first; each has a folder of tests with the same name."""
+"""Layers of the package, lowest first; each has a folder with the same name in `tests`."""
 
 Fault = dict[str, Any]
 
@@ -57,7 +57,7 @@ def planted(fault: Fault, tree: Path) -> Iterator[None]:
 
 
 def further(fault: Fault, tree: Path) -> list[str]:
-    """Return further tests to run: those of the layer, of layers above it, then all others."""
+    """Return further tests to run: those of the fault's layer, of higher layers, then the rest."""
     folders = sorted(p.name for p in (tree / "tests").iterdir() if any(p.glob("test_*.py")))
     at = LAYERS.index(fault["layer"])
     order = [*LAYERS[at:], *(f for f in folders if f not in LAYERS), *LAYERS[:at]]
@@ -65,23 +65,24 @@ def further(fault: Fault, tree: Path) -> list[str]:
 
 
 def run_pytest(path: str, done: Sequence[str], tree: Path, minutes: float) -> str | None:
-    """Return the first failing test with its summary line; None if all tests pass.
+    """Run pytest until a test fails, and return the summary of that test.
 
     Args:
         path: a file, a folder or a test.
-        done: paths to leave out, because they ran before.
+        done: paths to skip because they have already run.
         tree: the clone.
-        minutes: time limit.
+        minutes: time limit; a run that exceeds it counts as a failure.
 
     Returns:
-        The test and the start of its message, or None.
+        The test and the start of its message, or None if all tests pass.
     """
     command = [sys.executable, "-m", "pytest", path, "-x", "-q", "-p", "no:cacheprovider"]
     command += ["--numprocesses", "0", "--tb", "no", "-rfE"]
     command += [f"--{'deselect' if '::' in each else 'ignore'}={each}" for each in done]
-    # Python identifies compiled code by the size and second of its source; a fault may keep both.
+    # Python matches cached bytecode to a source file by size and modification time in seconds. A
+    # planted fault may change neither, so no bytecode is cached.
     more = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "500"}
-    # A pipe would be kept open by processes that a test leaves behind.
+    # Processes that a test leaves behind would keep a pipe open, so the output goes to a file.
     with tempfile.TemporaryFile("w+") as output_file:
         process = subprocess.Popen(
             command,
@@ -111,7 +112,7 @@ def run_pytest(path: str, done: Sequence[str], tree: Path, minutes: float) -> st
 
 
 def find(fault: Fault, tests: Sequence[str], more: Sequence[str], options: Any) -> dict[str, Any]:
-    """Run tests with a planted fault until one fails, and return the record."""
+    """Run tests with a planted fault until one fails, and return a record of the result."""
     began, found, done = time.monotonic(), None, list[str]()
     with planted(fault, options.tree):
         for path in dict.fromkeys([*tests, *more]):
@@ -138,7 +139,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.tree = options.tree.resolve()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the file is restored
+    # Raise an exception on SIGTERM, so that `planted` restores the file.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     mapping = yaml.safe_load(options.tests.read_text()) if options.tests else {}
     faults = load_faults(options.faults, options.tree)
     records = json.loads(options.json.read_text()) if options.json.exists() else []

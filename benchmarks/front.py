@@ -1,4 +1,4 @@
-"""Hypervolumes of different methods at equal numbers of training samples, paired by seed.
+"""Compare hypervolumes of methods at equal numbers of training samples, paired by seed.
 
     python benchmarks/front.py benchmarks/front.yaml --json benchmarks/results/front.json
 
@@ -7,9 +7,9 @@ the pipeline in the form of `--set`. Each method and seed is a complete sweep wh
 sequentially in a Ray task, so its result does not depend on the speed of the machine. All methods
 of a seed start from the same float model. The allowance covers the training of the float model,
 sensitivity scores, calibration and failed trials. A point counts if its training ended within the
-allowance. Finished sweeps are kept, in the JSON file and in their folders, and not repeated. An
-interrupted sweep starts over, since repeated work would count against its method. The numbers in
-the tables are also written to `front.summary.json` next to the JSON file.
+allowance. Finished sweeps are kept, in the JSON file and in their folders, and are not repeated.
+An interrupted sweep starts over, since repeated work would count against its method. The numbers
+in the tables are also written to `front.summary.json` next to the JSON file.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from nipq_search.tasks import Task, make_task
 from nipq_search.tasks.base import load_data
 
 FLOAT = "float"
-"""Name of the float model from which all methods of a seed start, in place of a method."""
+"""Name used in place of a method for the float model from which all methods of a seed start."""
 
 ELSEWHERE = {"resources", "checkpoints"}
-"""Keys without effect on results: where a sweep runs and where its files are stored."""
+"""Keys that do not affect results: where a sweep runs and where its files are stored."""
 
 MANY = 100_000
-"""Number of trials beyond any allowance, so that the samples end a sweep."""
+"""More trials than any allowance permits, so that a sweep ends when its samples are used up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Unit:
     folder: Path
 
     def config(self, **more: Any) -> SweepConfig:
-        """Return the pipeline with the overrides of the plan and the method, and further ones."""
+        """Return the pipeline with the overrides of the plan and the method, and then `more`."""
         own = self.plan["methods"].get(self.method) or {}
         name = re.sub(r"[^\w.-]+", "-", f"front-{self.method}-{self.seed}")
         fixed = {"name": name, "seed": self.seed}
@@ -85,7 +85,7 @@ class Unit:
 
 
 def float_model(base: Path) -> Path:
-    """Return the file of a seed's float model."""
+    """Return the path of a seed's float model."""
     return jobs.model_file(job_folder(base / FLOAT, "float", 0))
 
 
@@ -119,7 +119,7 @@ def done(job: Job, task: Task) -> dict[str, Any]:
     """Run or resume a job and return its record.
 
     Raises:
-        RuntimeError: the job failed, or the machine cannot run it.
+        RuntimeError: the job failed, or this machine cannot run it.
     """
     outcome = run_job(job, task, lambda report: None)
     record = jobs.committed(job.folder) or {}
@@ -155,9 +155,9 @@ def execute(unit: Unit, trained: Mapping[str, Any]) -> dict[str, Any]:
         trained: result of `train_float` for the seed.
 
     Returns:
-        The result. `points` contains every finished trial in the order of completion, with the
-        samples processed until then in `ended_at`; `test` exists for trials that were ever on the
-        front.
+        The result. `points` contains every finished trial in the order of completion; `ended_at`
+        is the number of samples processed until then, and `test` is None for trials that were
+        never on the front.
 
     Raises:
         RuntimeError: the sweep ended before its allowance was used up.
@@ -259,7 +259,7 @@ def read_plan(file: Path, quick: bool, parts: bool = False) -> dict[str, Any]:
 
 
 def units_of(plan: Mapping[str, Any], folder: Path) -> list[Unit]:
-    """Return the float model and every method of each seed, by seed."""
+    """Return the units of a plan: for each seed, the float model and then every method."""
     return [
         Unit(plan, method, seed, folder / f"seed-{seed}" / re.sub(r"[^\w.-]+", "-", method))
         for seed in plan["seeds"]
@@ -268,17 +268,17 @@ def units_of(plan: Mapping[str, Any], folder: Path) -> list[Unit]:
 
 
 def check(plan: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
-    """Check that results belong to a plan, including those that are only tabulated.
+    """Check that all results, including those that will only be tabulated, belong to a plan.
 
     Raises:
-        UserError: the plan is invalid, or results belong to another plan.
+        UserError: the plan is invalid, or results belong to a different plan.
     """
     known = {(r["method"], r["seed"]): r.get("fingerprint") for r in results}
     for unit in units_of(plan, Path()):
         wanted = unit.fingerprint()
         if known.get((unit.method, unit.seed), wanted) != wanted:
             raise UserError(
-                f"the results of '{unit.method}', seed {unit.seed}, are of another plan or "
+                f"the results of '{unit.method}', seed {unit.seed}, belong to a different plan or "
                 "pipeline; choose another --json and --folder"
             )
 
@@ -290,17 +290,17 @@ def run_all(
     workers: int,
     save: Callable[[], None],
 ) -> None:
-    """Run all missing methods on Ray, by seed, and add their results.
+    """Run all missing methods on Ray, seed by seed, and add their results.
 
     Args:
         plan: the plan.
         results: known results, extended in place.
         folder: folder of the sweeps.
-        workers: concurrent sweeps.
+        workers: number of concurrent sweeps.
         save: called after each result.
 
     Raises:
-        UserError: the plan is invalid, or results belong to another plan; nothing was run.
+        UserError: the plan is invalid, or results belong to a different plan; nothing was run.
     """
     check(plan, results)
     units = units_of(plan, folder)
@@ -370,7 +370,7 @@ def main() -> None:
                 raise UserError(f"--only {name}: unknown method{nearest(name, plan['methods'])}")
             plan["methods"] = {name: plan["methods"][name] for name in options.only}
         if options.quick and options.page == Path("docs/front-quality.md"):
-            raise UserError("--page: the quick size is for tests; leave out --quick or --page")
+            raise UserError("--page: the quick size is only for tests; omit --quick or --page")
         results = json.loads(options.json.read_text()) if options.json.exists() else []
         folder = (options.folder or options.json.with_suffix("")).absolute()
         check(whole, results)

@@ -1,4 +1,4 @@
-"""Hypervolumes, intervals, tables and the plot of `front.py`."""
+"""Compute the hypervolumes, intervals, tables and plot of `front.py`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def front(run: Run, samples: float) -> list[Mapping[str, Any]]:
 
 
 def volume(run: Run, samples: float, split: str = "test") -> float:
-    """Return the hypervolume of that front, with the axes and reference of `nipq-search front`.
+    """Return the hypervolume of `front`, with the axes and reference of `nipq-search front`.
 
     Args:
         run: the result of a method and seed.
-        samples: allowance.
+        samples: number of samples after which points are ignored.
         split: `validation` or `test`.
     """
     best, given = run["float"][split], run.get("reference")
@@ -48,13 +48,13 @@ def volume(run: Run, samples: float, split: str = "test") -> float:
 
 
 def curve(run: Run, allowance: float) -> list[tuple[float, float]]:
-    """Return pairs of samples and test hypervolume, one after every finished trial."""
+    """Return pairs of samples and test hypervolume, one pair for every finished trial."""
     ends = [p["ended_at"] for p in kept(run, allowance)]
     return [(end, volume(run, end)) for end in ends]
 
 
 def samples_to(run: Run, wanted: float, allowance: float) -> float | None:
-    """Return the number of samples needed for a test hypervolume, or None if it is never reached.
+    """Return the samples needed to reach a test hypervolume, or None if it is never reached.
 
     Args:
         run: the result of a method and seed.
@@ -122,7 +122,7 @@ def _difference(ours: Mapping[int, Run], theirs: Mapping[int, Run], allowance: f
 def _reach(ours: Mapping[int, Run], goal: Mapping[int, Run], allowance: float) -> str:
     """Format the median share of the allowance at which a method reaches the goal's hypervolume.
 
-    For an even number of seeds, use the upper median, since a seed may never reach the goal.
+    For an even number of seeds, this is the upper median, since a seed may never reach the goal.
     """
     found = _shares(ours, goal, allowance)
     reached = [f for f in found if f is not None]
@@ -136,7 +136,7 @@ def _reach(ours: Mapping[int, Run], goal: Mapping[int, Run], allowance: float) -
 
 
 def table(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
-    """Format one row per method: hypervolume, lead of the default, samples to reach the goal."""
+    """Format a table with the hypervolume, the lead of the default and other figures by method."""
     allowance, default, goal = plan["allowance"], plan["default"], plan["goal"]
     methods = by_method(runs, list(plan["methods"]))
     lines = [
@@ -147,7 +147,7 @@ def table(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
     for name, seeds in methods.items():
         volumes = [volume(run, allowance) for run in seeds.values()]
         points = [p for run in seeds.values() for p in kept(run, allowance)]
-        if not points:  # for example if scores used up the allowance
+        if not points:  # for example if the sensitivity scores used up the allowance
             lines.append(f"| {name} | {len(seeds)} | no trial | | | 0 | | |")
             continue
         lead = ""
@@ -164,7 +164,7 @@ def table(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
 
 
 def accuracies(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
-    """Format the test metric, in percent, of the best validation point within each budget."""
+    """Format a table of the test metric, in percent, of the best point within each budget."""
     methods = by_method(runs, list(plan["methods"]))
     budgets = {label: cost for run in runs for label, cost in run["budgets"].items()}
     ordered = sorted(budgets, key=lambda label: -budgets[label])
@@ -183,7 +183,7 @@ def accuracies(runs: Sequence[Run], plan: Mapping[str, Any]) -> str:
 
 
 def summary(runs: Sequence[Run], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers in the tables by method, and within it by seed or budget."""
+    """Return the numbers in the tables by method, and within each method by seed or budget."""
     allowance, default, goal = plan["allowance"], plan["default"], plan["goal"]
     methods, found = by_method(runs, list(plan["methods"])), {}
     for name, seeds in methods.items():
@@ -208,7 +208,7 @@ def summary(runs: Sequence[Run], plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plot(runs: Sequence[Run], plan: Mapping[str, Any], file: Path) -> None:
-    """Plot the mean test hypervolume over processed samples, with one line per method.
+    """Plot the mean test hypervolume against the processed samples, with one line per method.
 
     Args:
         runs: results of all methods and seeds.

@@ -1,18 +1,18 @@
-"""Overhead of the driver: CPU time and latency per trial, memory, and idle slots.
+"""Measure the driver's overhead: CPU time and latency per trial, memory, and idle slots.
 
     python benchmarks/orchestration.py --json benchmarks/results/orchestration.json
 
 Trials are stubs that write records as workers do; the searcher, strategy, sampler, ledger, tables
-and MLflow are real. The benchmark has four parts, each a key of the JSON. Finished parts are not
-repeated:
+and MLflow are real. Parts that have finished are not repeated. The benchmark has four parts, each
+of which is a key of the JSON file:
 
-    growth      trials in virtual time: driver CPU and latencies around trials 100, 1,000 and
-                10,000
+    growth      trials in virtual time: CPU time of the driver and latencies around trials 100,
+                1,000 and 10,000
     concurrent  1,000 concurrent trials in virtual time: peak memory of the driver
-    idle        Ray Tune, four slots, trials of a minute: share of time in which a slot is idle
+    idle        Ray Tune, four slots, trials of a minute: share of the time that slots are idle
     many        Ray Tune, fifty slots: number of trials that ran concurrently
 
-The first two measure the driver's CPU; set TMPDIR=/dev/shm to exclude the disk.
+For the first two parts, set TMPDIR=/dev/shm to exclude the disk from the measurement.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SWEEP = {
 
 
 def config_of(trials: int, concurrent: int) -> SweepConfig:
-    """Return the sweep with a number of trials and of slots."""
+    """Return the configuration of the sweep for a given number of trials and slots."""
     document = json.loads(json.dumps(SWEEP))
     document["search"]["trials"] = trials
     document["resources"] = {"concurrent": concurrent}
@@ -73,7 +73,7 @@ def config_of(trials: int, concurrent: int) -> SweepConfig:
 def stub(
     job: Job, task: Any, report: Callable[[dict[str, Any]], None], seconds: float = 0
 ) -> JobOutcome:
-    """Write attempt, curve, model and record as a worker does, without training."""
+    """Write the attempt, curve, model and record as a worker does, without training."""
     attempt = jobs.open_attempt(job)
     time.sleep(seconds)
     point = {"epoch": 1, "step": 9, "phase": "tuning", "timestamp": time.time()}
@@ -110,7 +110,7 @@ def stub(
 
 
 class Clock:
-    """Measures the CPU time of this process without the stubs, and the wall time of calls."""
+    """Measures the CPU time of this process, excluding the stubs, and the wall time of calls."""
 
     def __init__(self) -> None:
         self.calls: dict[str, list[float]] = {"ask": [], "tell": [], "record": []}
@@ -191,10 +191,10 @@ def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, fl
     """Run sleeping trials through Ray Tune.
 
     Args:
-        folder: where the sweep is written.
-        slots: concurrent trials.
-        waves: trials per slot.
-        seconds: duration of a trial.
+        folder: the folder in which the sweep is stored.
+        slots: number of concurrent trials.
+        waves: number of trials per slot.
+        seconds: duration of each trial.
 
     Returns:
         The settings; `idle`, the share of slot time without an attempt between the first trial
@@ -226,7 +226,8 @@ def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, fl
         ended = (file_io.read_sealed(attempt / jobs.RESULT) or {})["ended"]
         spans.append((began, ended))
     spans.sort()
-    first, last = spans[0][0], spans[-slots][0]  # without the last wave
+    # Slots become idle one by one in the last wave, which is therefore excluded.
+    first, last = spans[0][0], spans[-slots][0]
     busy = sum(min(ended, last) - began for began, ended in spans if began < last)
     share = 1 - busy / (slots * (last - first))
     at_once = max(sum(a <= began < b for a, b in spans) for began, _ in spans)

@@ -1,4 +1,4 @@
-"""Writing of measured tables into the documentation."""
+"""Write measured tables into the documentation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def write_table(page: Path, mark: str, text: str) -> None:
 
     Args:
         page: the Markdown file.
-        mark: name in the two markers.
+        mark: the name in both markers.
         text: the new text.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Time of a forward and backward pass of quantizers, relative to `clone`.
+"""Measure the time of a forward and backward pass of quantizers, relative to `clone`.
 
     python benchmarks/quantizer.py --json quantizer.json [--table docs/performance.md]
 
-All kinds run alternately, and the results are medians. The baseline, `clone`, reads and writes a
-tensor in the forward pass and passes on the gradient in the backward pass. Memory is the peak
-beyond input and output until the end of the backward pass.
+All quantizers run alternately, and the results are medians. The baseline, `clone`, reads and
+writes a tensor in the forward pass and passes on the gradient in the backward pass. Memory is the
+peak beyond the input, the output and their gradients, until the end of the backward pass.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _HISTOGRAM_BINS = 256
 
 
 def grid_of(alpha: Tensor) -> Boundary:
-    """Return a signed grid with `BITS` bits."""
+    """Return the boundary of a signed grid with `BITS` bits."""
     bits = torch.full((1,), BITS, device=alpha.device)
     return Boundary(alpha, bits, Grid.SIGNED, torch.zeros(1, device=alpha.device))
 
 
 def reference(x: Tensor, boundary: Boundary, step: int) -> Tensor:
-    """Draw noise from a histogram of the residuals with `multinomial`.
+    """Add noise that `multinomial` draws from a histogram of the rounding residuals.
 
     Args:
         x: the tensor.
@@ -75,7 +75,7 @@ def diffq(x: Tensor, boundary: Boundary, step: int) -> Tensor:
 
 
 def eager(empirical: bool) -> Callable[[Tensor, Boundary, int], Tensor]:
-    """Return NIPQ in torch operations."""
+    """Return NIPQ implemented with torch operations."""
 
     def quantize(x: Tensor, boundary: Boundary, step: int) -> Tensor:
         range_ = boundary.range(x.dim())
@@ -114,7 +114,7 @@ def kinds(device: str) -> dict[str, Callable[[Tensor, Boundary, int], Tensor]]:
 
 
 class Case:
-    """One shape: an input, a boundary and a gradient."""
+    """An input of one shape, its boundary, and the gradient of its output."""
 
     def __init__(self, shape: tuple[int, ...], device: str) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ class Case:
 
     def run(self, kind: Callable[[Tensor, Boundary, int], Tensor], step: int) -> None:
         self.x.grad = self.alpha.grad = None
-        # An activation is a non-leaf tensor, so saving it for the backward takes memory.
+        # An activation is a non-leaf tensor, so saving it for the backward pass takes memory.
         x = self.x if self.is_weight else self.x.view_as(self.x)
         kind(x, grid_of(self.alpha), step).backward(self.grad)
 
@@ -142,7 +142,7 @@ class Case:
             torch.cuda.synchronize()
 
     def extra_memory(self, kind: Callable[[Tensor, Boundary, int], Tensor]) -> float:
-        """Return peak memory beyond input, gradients and output, in multiples of the tensor."""
+        """Return the peak memory beyond input, output and gradients, in multiples of the input."""
         self.run(kind, 0)
         size = self.x.numel() * 4
         if self.device == "cuda":
@@ -151,9 +151,8 @@ class Case:
             self.run(kind, 1)
             return (torch.cuda.max_memory_allocated() - before) / size - 1
         self.x.grad = self.alpha.grad = None
-        return (
-            peak_bytes(lambda: self.run(kind, 1)) / size - 2
-        )  # without the output and x's gradient
+        peak = peak_bytes(lambda: self.run(kind, 1))
+        return peak / size - 2  # excludes the output and the gradient of x
 
 
 def peak_bytes(function: Callable[[], None]) -> int:
@@ -169,7 +168,7 @@ def peak_bytes(function: Callable[[], None]) -> int:
 
 
 def measure(shape: tuple[int, ...], device: str, repeats: int) -> list[dict[str, Any]]:
-    """Measure all kinds for one shape.
+    """Measure all quantizers for one shape.
 
     Args:
         shape: shape of the tensor.
@@ -203,7 +202,7 @@ def measure(shape: tuple[int, ...], device: str, repeats: int) -> list[dict[str,
 def keep_memory() -> None:
     """Make glibc keep freed memory, as in the steady state of a training run.
 
-    Otherwise page faults, some milliseconds per tensor, dominate the measurement.
+    Otherwise, page faults, which take several milliseconds per tensor, dominate the measurement.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     library = ctypes.CDLL(None)
@@ -213,7 +212,7 @@ def keep_memory() -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return the hardware and software on which the results depend."""
+    """Describe the hardware and software on which the results depend."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -228,7 +227,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Format kinds as rows and shapes as columns, with `milliseconds (ratio to clone)`."""
+    """Format quantizers as rows and shapes as columns: milliseconds, and the ratio to `clone`."""
     shapes = [tuple(shape) for shape in dict.fromkeys(tuple(row["shape"]) for row in rows)]
     by_place = {(row["kind"], tuple(row["shape"])): row for row in rows}
     head = "| | " + " | ".join(str(shape) for shape in shapes) + " | extra memory |"

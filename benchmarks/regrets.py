@@ -1,4 +1,4 @@
-"""Corrections of regrets for the length of training runs, compared on a surrogate.
+"""Compare corrections of regrets for the length of training runs, on a surrogate.
 
     python benchmarks/regrets.py --page docs/front-quality.md
 
@@ -31,13 +31,13 @@ SPACE = {
     "noise_share": FloatDistribution(0.0, 0.3),
 }
 PLACES = {"middle": 0.05, "off it": 0.12, "edge": 0.3}
-"""Best learning rates by their position in the range."""
+"""Best learning rate of the surrogate, by its position in the range."""
 BUDGETS, SHORT, FIRST, NOISE = 5, 0.3, 0.75, 0.002
 COST = {1.0: 0.0, FIRST: 0.007, SHORT: 0.02}
-"""Loss of metric by the share of the epochs of a training run."""
+"""Reduction of the metric, by the share of the epochs that a training run uses."""
 
-Taught = list[tuple[float, FrozenTrial]]
-Variant = Callable[[Sequence[Observation], Mapping[tuple[int, int], float]], Taught]
+Regrets = list[tuple[float, FrozenTrial]]
+Variant = Callable[[Sequence[Observation], Mapping[tuple[int, int], float]], Regrets]
 plain: Variant = RegretSampler.regrets
 
 
@@ -45,24 +45,26 @@ def _share(trial: FrozenTrial) -> float:
     return float(trial.user_attrs["share"])
 
 
-def less_mean(lessons: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Taught:
+def less_mean(
+    observations: Sequence[Observation], best: Mapping[tuple[int, int], float]
+) -> Regrets:
     """Subtract the mean regret of each training length."""
     by_length: dict[float, list[float]] = {}
-    for regret, trial in plain(lessons, best):
+    for regret, trial in plain(observations, best):
         by_length.setdefault(_share(trial), []).append(regret)
     mean = {share: statistics.fmean(regrets) for share, regrets in by_length.items()}
-    return [(r - mean[_share(t)], t) for r, t in plain(lessons, best)]
+    return [(r - mean[_share(t)], t) for r, t in plain(observations, best)]
 
 
-def _fitted(lessons: Sequence[Observation]) -> tuple[list[float], dict[float, float]]:
-    """Return the residuals of a linear model of budget and length, and the effects of lengths."""
-    columns = sorted({("length", _share(x.trial)) for x in lessons})
-    columns += sorted({("budget", float(x.budget)) for x in lessons})
-    rows = np.zeros((len(lessons), len(columns)))
-    for row, lesson in zip(rows, lessons, strict=True):
-        row[columns.index(("length", _share(lesson.trial)))] = 1
-        row[columns.index(("budget", float(lesson.budget)))] = 1
-    metrics = np.array([lesson.levels[-1] for lesson in lessons])
+def _fitted(observations: Sequence[Observation]) -> tuple[list[float], dict[float, float]]:
+    """Fit a linear model in budget and length; return its residuals and the effects of lengths."""
+    columns = sorted({("length", _share(x.trial)) for x in observations})
+    columns += sorted({("budget", float(x.budget)) for x in observations})
+    rows = np.zeros((len(observations), len(columns)))
+    for row, observation in zip(rows, observations, strict=True):
+        row[columns.index(("length", _share(observation.trial)))] = 1
+        row[columns.index(("budget", float(observation.budget)))] = 1
+    metrics = np.array([observation.levels[-1] for observation in observations])
     ridge = 1e-3 * np.eye(len(columns))
     wanted = np.concatenate([metrics, np.zeros(len(columns))])
     fitted = np.linalg.lstsq(np.vstack([rows, ridge]), wanted, rcond=None)[0]
@@ -71,17 +73,19 @@ def _fitted(lessons: Sequence[Observation]) -> tuple[list[float], dict[float, fl
     return [float(left) for left in metrics - rows @ fitted], effects
 
 
-def linear(lessons: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Taught:
-    """Replace regrets by the residuals of a linear model of budget and length."""
-    left = _fitted(lessons)[0] if lessons else []
-    return [(r, x.trial) for r, x in zip(left, lessons, strict=True)]
+def linear(observations: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Regrets:
+    """Replace the regrets with the residuals of a linear model in budget and length."""
+    left = _fitted(observations)[0] if observations else []
+    return [(r, x.trial) for r, x in zip(left, observations, strict=True)]
 
 
-def less_fitted(lessons: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Taught:
-    """Subtract the effect of the length in that model; no change if all lengths are equal."""
-    effects = _fitted(lessons)[1] if lessons else {}
+def less_fitted(
+    observations: Sequence[Observation], best: Mapping[tuple[int, int], float]
+) -> Regrets:
+    """Subtract the fitted effect of the length; change nothing if all lengths are equal."""
+    effects = _fitted(observations)[1] if observations else {}
     longest = effects[max(effects)] if effects else 0.0
-    return [(r - effects[_share(t)] + longest, t) for r, t in plain(lessons, best)]
+    return [(r - effects[_share(t)] + longest, t) for r, t in plain(observations, best)]
 
 
 VARIANTS: dict[str, Variant] = {
@@ -93,7 +97,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def searched(seed: int, rate: float, trials: int) -> float:
-    """Return the mean over budgets of the true metric of the best-scoring full training run.
+    """Run a search; return the mean over budgets of the true metric of the best-scoring full run.
 
     Args:
         seed: seed of the study and of the noise.
@@ -114,11 +118,11 @@ def searched(seed: int, rate: float, trials: int) -> float:
         true = -0.01 * math.log(chosen["lr"] / rate) ** 2 - 0.01 * budget
         true -= 0.03 * (chosen["distill_weight"] - 0.7) ** 2
         true -= 0.05 * (chosen["noise_share"] - 0.1) ** 2
-        seen = 0.9 + true - COST[share] + generator.gauss(0, NOISE)
+        measured = 0.9 + true - COST[share] + generator.gauss(0, NOISE)
         ledger.note(asked.number, {"share": share})
-        ledger.complete(asked.number, (seen, 2.0**-budget), {}, 0.0)
+        ledger.complete(asked.number, (measured, 2.0**-budget), {}, 0.0)
         if share == 1.0:
-            best[budget] = max(best.get(budget, (-math.inf, 0.0)), (seen, true))
+            best[budget] = max(best.get(budget, (-math.inf, 0.0)), (measured, true))
     return statistics.fmean(true for _, true in best.values())
 
 

@@ -1,9 +1,10 @@
-"""The default sampler against its rivals, on a surrogate whose best `lambda` depends on budget.
+"""Compare the default sampler with others where the best `lambda` depends on the budget.
 
     python benchmarks/sampler.py
 
-Prints the mean lead of the default over each rival, with its standard error, over paired seeds,
-and the lead of successive halving whose rungs inform the sampler over one whose rungs do not.
+The metric of a trial comes from a surrogate, without training. The script prints the mean lead of
+the default over each rival with its standard error, over paired seeds. For successive halving, it
+prints the lead gained by passing the metrics at rungs to the sampler.
 `tests/search/strategies/test_sampler_surrogate.py` runs a few of the seeds.
 """
 
@@ -34,7 +35,7 @@ SPACE = {
 
 
 def metric(budget: int, params: dict[str, Any]) -> float:
-    """Return a metric whose best `lambda` is 3 to 100 by budget, with one best learning rate."""
+    """Return the metric of a trial; the best `lambda` grows from 3 to 100 over the budgets."""
     best = math.log(3) + math.log(100 / 3) * budget / (BUDGETS - 1)
     return (
         0.9
@@ -46,7 +47,7 @@ def metric(budget: int, params: dict[str, Any]) -> float:
 
 
 def searched(sampler: str, seed: int, sign: int = 1) -> float:
-    """Search, and return the true metric of the apparently best trials, averaged over budgets."""
+    """Run a search; return the true metric of the best-scoring trials, averaged over budgets."""
     noise = random.Random(seed)
     study = optuna.create_study(directions=["maximize" if sign > 0 else "minimize", "minimize"])
     ledger = Ledger(study, space=SPACE, sampler=sampler, seed=seed)
@@ -54,26 +55,26 @@ def searched(sampler: str, seed: int, sign: int = 1) -> float:
     for number in range(TRIALS):
         asked = ledger.ask(number % BUDGETS, BUDGETS)
         assert asked.budget == number % BUDGETS
-        seen = metric(asked.budget, asked.params) + noise.gauss(0, 0.001)
-        ledger.complete(asked.number, (sign * seen, 2.0**-asked.budget), {}, 0.0)
+        measured = metric(asked.budget, asked.params) + noise.gauss(0, 0.001)
+        ledger.complete(asked.number, (sign * measured, 2.0**-asked.budget), {}, 0.0)
         best[asked.budget] = max(
-            best.get(asked.budget, (-1, {})), (seen, dict(asked.params)), key=lambda b: b[0]
+            best.get(asked.budget, (-1, {})), (measured, dict(asked.params)), key=lambda b: b[0]
         )
     return statistics.fmean(metric(budget, params) for budget, (_, params) in best.items())
 
 
 SHARES = (1 / 9, 1 / 3, 1.0)
-"""Fractions of the training at each rung and at the end."""
+"""Fractions of the training completed at each rung and at the end."""
 
 
 def early(budget: int, params: dict[str, Any], share: float) -> float:
-    """Return the metric after part of a training run: lower, with a higher best learning rate."""
+    """Return the metric after part of a training run, which favors a higher learning rate."""
     rate = {**params, "lr": params["lr"] / math.exp(1 - share)}
     return metric(budget, rate) - 0.1 * (1 - share)
 
 
-def halved(taught: bool, seed: int, allowance: float = 24) -> float:
-    """Search by successive halving, for `allowance` full training runs in total."""
+def halved(with_rungs: bool, seed: int, allowance: float = 24) -> float:
+    """Run successive halving for `allowance` full training runs; return the same as `searched`."""
     noise = random.Random(seed)
     study = optuna.create_study(directions=["maximize", "minimize"])
     ledger = Ledger(study, space=SPACE, sampler="tpe", seed=seed)
@@ -96,11 +97,11 @@ def halved(taught: bool, seed: int, allowance: float = 24) -> float:
         if rung == 2:
             ended[number] = metrics[-1]
             ledger.complete(number, (metrics[-1], 2.0**-budget), {}, 0.0)
-        elif taught:
+        elif with_rungs:
             ledger.note(number, {RUNGS: metrics})
     best = {}
-    for number, seen in ended.items():
-        one = (seen, metric(asked[number].budget, asked[number].params))
+    for number, measured in ended.items():
+        one = (measured, metric(asked[number].budget, asked[number].params))
         best[asked[number].budget] = max(best.get(asked[number].budget, (-1, 0)), one)
     return statistics.fmean(true for _, true in best.values())
 
@@ -128,8 +129,10 @@ def leads_over_rivals(seeds: int) -> dict[str, tuple[float, float]]:
 
 
 def lead_of_rungs(seeds: int) -> tuple[float, float]:
-    """Return the lead of halving whose rungs inform the sampler, over paired seeds."""
-    return lead(*([halved(taught, seed) for seed in range(seeds)] for taught in (True, False)))
+    """Return the lead of halving if the sampler receives the rungs, over paired seeds."""
+    return lead(
+        *([halved(with_rungs, seed) for seed in range(seeds)] for with_rungs in (True, False))
+    )
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""Sweeps under seeded failures of processes, nodes, drivers and servers.
+"""Run sweeps under seeded failures of processes, nodes, drivers and servers.
 
     python benchmarks/storms.py --json benchmarks/results/storms.json --page docs/cluster.md
 
-`tests/cluster/test_storms.py` runs the same storms. Finished seeds are not repeated.
+`tests/cluster/test_storms.py` runs the same storms. Seeds that have finished without a
+problem are not repeated.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def one(seed: int, postgres: Postgres) -> dict[str, Any]:
         storm.check()
     except (AssertionError, OSError, RuntimeError) as error:
         text = str(error).strip() or type(error).__name__
-        (folder / "problem.txt").write_text(text)  # kept with the other files
+        (folder / "problem.txt").write_text(text)  # kept together with the sweep's files
         problem = f"{folder}: " + " ".join(text.split())[-300:]
     finally:
         if storm is not None:

@@ -1,11 +1,11 @@
-"""Time and memory of a training step with NIPQ and LSQ, relative to the float model.
+"""Measure time and memory of a training step with NIPQ and LSQ, relative to the float model.
 
     python benchmarks/train_step.py --json train_step.json [--table docs/performance.md]
 
-A step consists of forward, cross-entropy, backward and SGD. All variants run alternately, and the
-results are medians. All variants of a model use the memory format chosen by the training loop.
-`torch FakeQuantize` is torch.ao's fused module on every weight and input, without learned
-parameters.
+A step consists of the forward pass, cross-entropy, the backward pass and an SGD update. All
+variants run alternately, and the results are medians. All variants of a model use the memory
+format chosen by the training loop. `torch FakeQuantize` is torch.ao's fused module on every weight
+and input, without learned parameters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CLASSES = 10
 
 
 class Encoder(nn.Module):
-    """A transformer encoder of the small language models: 6 layers, 384 wide, 12 heads."""
+    """A transformer encoder as in small language models: 6 layers, width 384, 12 heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class FakeQuantized(nn.Module):
 
 
 def with_fake_quantize(model: nn.Module) -> nn.Module:
-    """Wrap every convolution and linear layer in place, except projections of attention."""
+    """Wrap every convolution and linear layer in place, except the projections of attention."""
     for module in list(model.modules()):
         if isinstance(module, nn.MultiheadAttention | FakeQuantized):
             continue
@@ -152,7 +152,7 @@ class Training:
         return time.perf_counter() - started
 
     def memory(self) -> int:
-        """Return the peak memory of a step beyond parameters, in bytes."""
+        """Return the peak memory of a step beyond the parameters, in bytes."""
         if self.x.is_cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -201,7 +201,7 @@ def measure(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Format models as rows and variants as columns, with ratios of time and memory to float."""
+    """Format models as rows and variants as columns: time and memory relative to float."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))[1:]
     lines = [
         "| model | precision | float step | " + " | ".join(kinds) + " |",

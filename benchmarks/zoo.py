@@ -1,14 +1,15 @@
-"""Test that models can be prepared, trained for a step, frozen and profiled.
+"""Test that models can be prepared, trained for one step, frozen and profiled.
 
     python benchmarks/zoo.py                    all timm families and transformers architectures
     python benchmarks/zoo.py --only vit swin    families whose names contain one of the words
-    python benchmarks/zoo.py --json FILE        write results after every model, and resume
-    python benchmarks/zoo.py --table docs/models.md    write the table between its markers
+    python benchmarks/zoo.py --json FILE        write the results after every model; also resumes
+    python benchmarks/zoo.py --table docs/models.md    update the table of that page
 
-A model passes if one training step produces a gradient for every parameter that has one in the
-float model and for every quantizer parameter, if its multiply-accumulates in `profile` equal half
-of torch's FLOP count before and after freezing, and if the frozen model runs within its budget.
-Weights are random, so nothing is downloaded.
+A model passes if all of the following hold: with its quantizers disabled, it computes the same
+outputs as the float model; one training step produces a gradient for every parameter that has one
+in the float model, and for every quantizer parameter; its multiply-accumulates in `profile` equal
+half of torch's FLOP count before and after freezing; the frozen model runs and satisfies its
+budget. Weights are random, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def any_loss(output: Any) -> Tensor:
 
 
 def twice(inputs: Any) -> Any:
-    """Return the inputs as a batch of two."""
+    """Return a batch of two samples, made from inputs with one sample."""
     if isinstance(inputs, Tensor):
         return torch.cat([inputs, inputs + 0.1 if inputs.is_floating_point() else inputs])
     return {key: twice(value) for key, value in inputs.items()}
@@ -79,7 +80,7 @@ def scale(output: Tensor) -> Tensor:
 
 
 def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
-    """Return the largest deviation from the float model's outputs with disabled quantizers.
+    """Return the largest deviation from the float model's outputs if quantizers are disabled.
 
     Args:
         model: the float model.
@@ -87,7 +88,7 @@ def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
         inputs: arguments of a forward pass.
 
     Returns:
-        The deviation relative to the `scale` of the output.
+        The deviation, relative to the `scale` of the output.
     """
     args, kwargs = as_arguments(inputs)
     found = quantizers(prepared).values()
@@ -105,7 +106,7 @@ def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
 
 
 def try_model(model: nn.Module, inputs: Any) -> dict[str, Any]:
-    """Test one model and return its statistics and failures; errors propagate."""
+    """Test one model and return its statistics and failures; exceptions propagate."""
     args, kwargs = as_arguments(inputs)
     macs = count_macs(model.eval(), inputs)
     with warnings.catch_warnings():
@@ -117,7 +118,8 @@ def try_model(model: nn.Module, inputs: Any) -> dict[str, Any]:
     budget = ns.Budget(bops=exact_cost("bops", graph, uniform_bits(graph, 4)))
     optimizer = torch.optim.SGD(ns.param_groups(prepared, lr=1e-4), lr=1e-4)
     prepared.train()
-    args, kwargs = as_arguments(twice(inputs))  # normalization needs more than one value
+    # In training, normalization needs more than one value per channel.
+    args, kwargs = as_arguments(twice(inputs))
     loss = any_loss(prepared(*args, **kwargs)) + ns.cost_penalty(prepared, budget)
     loss.backward()
     any_loss(model.train()(*args, **kwargs)).backward()
@@ -156,7 +158,7 @@ def try_model(model: nn.Module, inputs: Any) -> dict[str, Any]:
 
 
 def run(name: str, make: Any) -> dict[str, Any]:
-    """`try_model` with its errors as failures."""
+    """Build and test a model, and return its result; an exception counts as a failure."""
     started = time.perf_counter()
     try:
         with warnings.catch_warnings():
@@ -177,7 +179,7 @@ def short(number: int) -> str:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Format the table of each source, with the share of passing models."""
+    """Format one table per source, with the share of the models that pass."""
     lines = []
     for source in dict.fromkeys(result["source"] for result in results):
         mine = [r for r in results if r["source"] == source]

@@ -1,4 +1,4 @@
-"""Models of the zoo: the smallest of each timm family, and small transformers."""
+"""Models of the zoo: the smallest of each timm family, and small models of transformers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _smallest() -> dict[str, str]:
                 with torch.device("meta"), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-            except Exception:  # some cannot be built on the meta device
+            except Exception:  # some models cannot be built on the meta device
                 continue
         if sizes:
             models[family] = min(sizes, key=lambda name: (sizes[name], name))
@@ -44,7 +44,7 @@ def _smallest() -> dict[str, str]:
 
 
 def make_timm(name: str) -> Made:
-    """Return the name, a randomly initialized timm model and an input."""
+    """Return the name of a timm model, the model with random weights, and an input."""
     import timm
 
     model = timm.create_model(name, pretrained=False)
@@ -52,7 +52,7 @@ def make_timm(name: str) -> Made:
     size = config.get("min_input_size") or config["input_size"]
     if config.get("fixed_input_size"):
         size = config["input_size"]
-    elif min(size[1:]) > 320:  # large inputs would take half a minute
+    elif min(size[1:]) > 320:  # a larger input would take half a minute
         size = (size[0], 224, 224)
     return name, model, torch.randn(1, *size)
 
@@ -279,7 +279,7 @@ def _inputs(kind: str) -> dict[str, torch.Tensor]:
 
 
 def make_transformer(name: str) -> Made:
-    """Return the class name, a small transformers model and its inputs."""
+    """Return the class name of a small transformers model, the model, and its inputs."""
     import transformers
 
     config_class, model_class, values, kind = TRANSFORMERS[name]

@@ -3,8 +3,8 @@
     python dashboards/screenshots.py runs/digits --out dashboards/images
 
 Starts `mlflow ui` and `optuna-dashboard` in the sweep's folder, takes screenshots with Debian's
-Chromium, and terminates both. Ray's dashboard exists only while a sweep runs, so `--ray-url` gives
-its address. Requests to any other address are blocked.
+Chromium, and terminates both. Ray's dashboard exists only while Ray runs, so it is captured only
+if `--ray-url` gives its address. Requests to other machines are blocked.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ COLUMNS = [
 
 
 def main() -> int:
-    """Take all screenshots available for the sweep and print their paths."""
+    """Take all screenshots available for the sweep; print the path and size of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of a sweep")
     parser.add_argument("--out", type=Path, default=Path("dashboards/images"))
@@ -86,7 +86,7 @@ def browser() -> Iterator[BrowserContext]:
 
 
 def take_report(context: BrowserContext, folder: Path, out: Path) -> None:
-    """Take the top of the report, and its Pareto figure alone."""
+    """Take a screenshot of the top of the report, and one of its Pareto figure alone."""
     path = folder / "report.html"
     if not path.is_file():
         print(f"{path} is missing; run `nipq-search report {folder}`", file=sys.stderr)
@@ -101,7 +101,7 @@ def take_report(context: BrowserContext, folder: Path, out: Path) -> None:
 
 
 def take_mlflow(context: BrowserContext, folder: Path, out: Path) -> None:
-    """Take the table of runs, its charts, and the comparison of finished trials."""
+    """Take screenshots of the table of runs, the charts, and the comparison of finished trials."""
     port = free_port()
     with serve(mlflow_command(port), port, folder) as address:
         found = _mlflow(address, "experiments/search", {"max_results": 100})["experiments"]
@@ -130,7 +130,7 @@ def take_mlflow(context: BrowserContext, folder: Path, out: Path) -> None:
 
 
 def take_optuna(context: BrowserContext, folder: Path, out: Path) -> None:
-    """Take the study with its Pareto front, and the analysis of the hyperparameters."""
+    """Take screenshots of the study and its Pareto front, and of the hyperparameter analysis."""
     study = next((name for name in ("study.log", "study.db") if (folder / name).is_file()), None)
     if study is None:
         print(f"no study.log or study.db in {folder}; skipping Optuna", file=sys.stderr)
@@ -145,7 +145,7 @@ def take_optuna(context: BrowserContext, folder: Path, out: Path) -> None:
 
 
 def take_ray(context: BrowserContext, address: str, out: Path) -> None:
-    """Take Ray's dashboard: the cluster and its actors."""
+    """Take screenshots of Ray's dashboard: the cluster and its actors."""
     for name in ("cluster", "actors"):
         take(context, f"{address.rstrip('/')}/#/{name}", out / f"ray-{name}.png")
 
@@ -162,13 +162,13 @@ def take(
         context: the browser.
         url: address of the page.
         path: file of the screenshot.
-        arrange: called with the page before the screenshot.
+        arrange: called with the page before the screenshot is taken.
     """
     page = context.new_page()
     page.goto(url)
     with contextlib.suppress(PageTimeout):  # self-refreshing pages are never idle
         page.wait_for_load_state("networkidle", timeout=5_000)
-    page.wait_for_timeout(2_500)  # charts are drawn after the data arrive
+    page.wait_for_timeout(2_500)  # charts are drawn after their data have loaded
     if arrange is not None:
         try:
             arrange(page)
@@ -180,7 +180,7 @@ def take(
 
 
 def _compare_validation(page: Page) -> None:
-    """Replace the default metric of the parallel coordinates by cost and validation metric."""
+    """Show the cost and the validation metric, instead of the default, as parallel coordinates."""
     page.set_default_timeout(5_000)
     box = page.get_by_role("combobox").nth(1)
     box.click()
@@ -206,7 +206,7 @@ def _local(url: str) -> bool:
 def _mlflow_view(experiment: str, parents: list[str]) -> str:
     """Return a script that expands the parents, selects `COLUMNS` and hides the assistant.
 
-    A version of MLflow that stores its view elsewhere shows its default view instead.
+    The keys are internal to MLflow; a version that uses different ones shows its default view.
     """
     view = {"selectedColumns": COLUMNS, "runsExpanded": dict.fromkeys(parents, True)}
     key = f'MLflowLocalStorage-1.1-ExperimentPage-["{experiment}"]-ReactComponentState'

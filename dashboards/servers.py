@@ -50,7 +50,7 @@ def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
         The address of the server.
 
     Raises:
-        RuntimeError: the server stopped or did not respond in time; includes its output.
+        RuntimeError: the server stopped or did not respond in time; the message has its output.
     """
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
     address = f"http://127.0.0.1:{port}"
@@ -61,7 +61,7 @@ def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
             env=environment,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # one process group, to terminate its workers as well
+            start_new_session=True,  # a new process group, to terminate its workers as well
         )
         try:
             deadline = time.monotonic() + START_SECONDS
@@ -77,7 +77,7 @@ def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Terminate the process group of a server, with SIGTERM before SIGKILL."""
+    """Terminate the process group of a server: SIGTERM first, then SIGKILL if necessary."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

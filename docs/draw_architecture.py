@@ -45,13 +45,13 @@ STYLE = """\
 
 @dataclass(frozen=True)
 class Box:
-    """A package or a file of the picture.
+    """A package or a file in the picture.
 
     Attributes:
         name: the title, in bold; empty for a list of files.
         purpose: one-line description of the code.
-        uses: the packages that it imports, from the top to the bottom.
-        rows: the boxes inside, row by row from the top.
+        uses: the packages that it imports, from top to bottom.
+        rows: the boxes inside it, row by row from the top.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Box:
 
 
 def purpose(path: Path) -> str:
-    """Return the first line of a file's docstring, without markup and the final period."""
+    """Return the first line of a file's docstring, without markup or the final period."""
     text = ast.get_docstring(ast.parse(path.read_text(), str(path))) or ""
     return text.partition("\n")[0].removesuffix(".").replace("`", "")
 
@@ -122,7 +122,7 @@ def wrapped(text: str, width: float, size: float = TEXT_SIZE) -> list[str]:
 
 
 def content(box: Box, width: float) -> list[list[tuple[str, str]]]:
-    """Return the lines of a box: spans of text, each with its style class."""
+    """Return the lines of a box: spans of text, each preceded by its CSS class."""
     inner = width - 2 * PADDING
     texts = wrapped(box.purpose, inner)
     if len(wrapped(f"{box.name}  {box.purpose}", 0.9 * inner, TITLE_SIZE)) == 1:
@@ -137,7 +137,7 @@ def content(box: Box, width: float) -> list[list[tuple[str, str]]]:
 
 
 def column(width: float, boxes: Sequence[Box]) -> float:
-    """Return the width of each of the boxes that share a row."""
+    """Return the width of each box in a row of a given total width, in pixels."""
     return (width - GAP * (len(boxes) - 1)) / len(boxes)
 
 
@@ -156,7 +156,7 @@ def draw_box(box: Box, place: tuple[float, float, float, float], style: str) -> 
     Args:
         box: the box.
         place: left, top, width and height, in pixels.
-        style: class of its rectangle.
+        style: CSS class of its rectangle.
     """
     left, top, width, tall = place
     found = [
@@ -183,7 +183,7 @@ def draw_rows(
     Args:
         rows: the boxes, from the top row to the bottom.
         place: left, top and width, in pixels.
-        style: class of the boxes' rectangles.
+        style: CSS class of the boxes' rectangles.
 
     Returns:
         The SVG elements, and where the next row would begin, in pixels from the top.

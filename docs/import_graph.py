@@ -1,7 +1,7 @@
-"""Layers of the library, and its actual imports, read from the source.
+"""The layers of the library, and its actual imports, which are read from the source.
 
 `tests/test_layers.py` compares the imports with `LAYERS`, and `docs/draw_architecture.py` draws
-both. Imports inside functions count as well.
+both of them. Imports inside functions count as well.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 
 def imports(path: Path, root: Path = ROOT) -> Iterator[str]:
-    """Yield the dotted names that a file imports; `from a import b` gives `a.b` for a module b."""
+    """Yield the dotted names that a file imports: `a.b` for `from a import b` if b is a module."""
     package = [PACKAGE, *path.relative_to(root).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
@@ -90,7 +90,7 @@ def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
 
 
 def folder_graph(graph: Mapping[str, Iterable[str]], root: Path = ROOT) -> dict[str, set[str]]:
-    """Return the folders that each folder imports, except those that contain each other."""
+    """Return the folders that each folder imports from, except its own parents and subfolders."""
     known = modules(root)
 
     def folder(name: str) -> str:
@@ -106,7 +106,7 @@ def folder_graph(graph: Mapping[str, Iterable[str]], root: Path = ROOT) -> dict[
 
 
 def cycles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """Return the strongly connected components with several nodes (Tarjan's algorithm)."""
+    """Return the strongly connected components that have several nodes (Tarjan's algorithm)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -137,7 +137,7 @@ def rank(folder: str, part: str) -> int | None:
     """Return the layer of a part of a folder, or None if the folder has no layers.
 
     Raises:
-        KeyError: the part is missing in `LAYERS`.
+        KeyError: the part is missing from `LAYERS`.
     """
     layers = LAYERS.get(folder)
     if layers is None:

@@ -1,7 +1,7 @@
 """Mixed-precision quantization search: a Pareto front of trained models from one call.
 
-The quantizers, costs and training loop require only torch. Ray, Optuna, MLflow and the other
-dependencies are imported on first use of a name that needs them.
+The quantizers, costs and training loop require only torch, numpy and scipy. Ray, Optuna, MLflow
+and the other dependencies are imported on first use of a name that needs them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first access."""
-    if name == "search":  # a callable package, so that import order does not matter
+    # The package `search` is itself callable, so the result does not depend on import order.
+    if name == "search":
         return importlib.import_module(f"{__name__}.search")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ _POINTER = ".at"
 """Suffix of pointer files."""
 
 _SECRETS = ("secret", "key", "sig", "token", "password")
-"""Substrings in the names of query parameters that contain secrets."""
+"""Substrings of the names of query parameters whose values are secrets."""
 
 
 class StoreAway(OSError):
@@ -44,8 +44,8 @@ def check_home(uri: str) -> None:
     keys = parts.password or (parts.username and parts.scheme in ("s3", "gs", "gcs"))
     if keys or any(word in name for name in names for word in _SECRETS):
         raise UserError(
-            "leave keys out of the URI, which is written to files; for S3, set AWS_ACCESS_KEY_ID "
-            "and AWS_SECRET_ACCESS_KEY, or use the machine's role"
+            "leave keys out of the URI, because it is written to files; for S3, set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use the machine's role"
         )
 
 
@@ -59,14 +59,14 @@ def within(home: str | None, *names: str) -> str | None:
 
 @contextmanager
 def _store(uri: str) -> Iterator[tuple[Any, str]]:
-    """Open the file system of a URI and translate errors that the caller's operations raise.
+    """Open the file system of a URI; errors raised inside the context become `StoreAway`.
 
     Yields:
-        The pyarrow file system and the path in it.
+        The pyarrow file system and the path of the object in it.
 
     Raises:
         FileNotFoundError: the object does not exist.
-        StoreAway: any other operation failed.
+        StoreAway: an operation on the store failed for any other reason.
         UserError: pyarrow is not installed.
     """
     try:
@@ -87,7 +87,7 @@ def write(path: Path, data: bytes, home: str | None) -> None:
 
     Args:
         path: local path of the file.
-        data: content.
+        data: content of the file or object.
         home: URI of a folder in an object store; None writes a local file.
 
     Raises:
@@ -136,12 +136,12 @@ def read(path: Path) -> bytes:
 
 
 def exists(path: Path) -> bool:
-    """Whether the file, or a pointer in its place, exists."""
+    """Whether the file or a pointer in its place exists."""
     return path.is_file() or file_io.read_sealed(_pointer(path)) is not None
 
 
 def can_be_read(path: Path) -> bool:
-    """Whether the file, or the object that its pointer names, exists.
+    """Whether the file exists or, if a pointer replaces it, the object that the pointer names.
 
     Raises:
         StoreAway: the object store cannot be reached.
@@ -154,7 +154,7 @@ def can_be_read(path: Path) -> bool:
 
 
 def digest_of(path: Path) -> str | None:
-    """Return the digest of the content, or None if it does not exist; objects are not read."""
+    """Return the digest of the content, or None if there is none; objects are not downloaded."""
     pointer = file_io.read_sealed(_pointer(path))
     if pointer is not None:
         return str(pointer["digest"])
@@ -162,7 +162,7 @@ def digest_of(path: Path) -> str | None:
 
 
 def size_of(path: Path) -> int:
-    """Return the size in bytes of a file or folder, including the objects of its pointers."""
+    """Return the size of a file or folder in bytes, including objects that pointers refer to."""
     if not path.is_dir():
         pointer = file_io.read_sealed(_pointer(path))
         return int(pointer["bytes"]) if pointer is not None else path.stat().st_size
@@ -173,7 +173,7 @@ def size_of(path: Path) -> int:
 
 
 def remove(path: Path) -> bool:
-    """Delete a file, or a folder with all its content, and the objects of its pointers.
+    """Delete a file or a folder with all its content, and the objects that pointers refer to.
 
     Returns:
         Whether everything was deleted. Pointers to objects that could not be deleted are kept.
@@ -198,7 +198,7 @@ def probe(home: str) -> None:
     """Check an object store by writing an object, reading it back and deleting it.
 
     Raises:
-        OSError: an operation failed, or the content differs.
+        OSError: an operation failed, or the content read back differs from the content written.
     """
     word = uuid.uuid4().hex
     with _store(_put(home, f".probe-{word}", word.encode())) as (files, place):
@@ -206,7 +206,7 @@ def probe(home: str) -> None:
             same = stream.read() == word.encode()
         files.delete_file(place)
     if not same:
-        raise OSError(errno.EIO, f"{home.partition('?')[0]}: read back other content")
+        raise OSError(errno.EIO, f"{home.partition('?')[0]}: the content read back is different")
 
 
 def _pointer(path: Path) -> Path:
@@ -215,7 +215,7 @@ def _pointer(path: Path) -> Path:
 
 
 def _forget(uri: str) -> bool:
-    """Delete an object and return whether it is gone; a remaining one only wastes space."""
+    """Delete an object and return whether it is gone; an object left behind only wastes space."""
     try:
         with _store(uri) as (files, place):
             files.delete_file(place)

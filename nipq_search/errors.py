@@ -1,4 +1,4 @@
-"""User-facing errors: one line that names the key or file and the fix."""
+"""User-facing errors: each message is one line that names the key or file and the fix."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """An error in usage or configuration; the command line prints it in one line and exits 2.
+    """A usage or configuration error, which commands print on one line before exiting with code 2.
 
     Attributes:
-        below: the cause, if it must survive pickling, which drops `__cause__`.
+        below: the cause, set if it must survive pickling, which drops `__cause__`.
 
     Example:
         >>> import nipq_search as ns
@@ -26,12 +26,12 @@ class UserError(ValueError):
 
 
 def one_line(error: BaseException, most: int = 240) -> str:
-    """Return an error's message in one line, truncated between words to `most` characters."""
+    """Return an error's message on one line, truncated between words to `most` characters."""
     return textwrap.shorten(str(error), most, placeholder=" ...")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` with the closest known word, or list all known words."""
+    """Return ` (did you mean 'x'?)` for a similar known word; otherwise, list all known words."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if close:

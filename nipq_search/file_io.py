@@ -15,14 +15,14 @@ from typing import Any
 from nipq_search.errors import UserError
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-"""Errors that file systems without hard links raise."""
+"""Error numbers that file systems without hard links report."""
 
 
 @contextmanager
 def _flushed(path: Path, data: bytes) -> Iterator[str]:
     """Write `data` to a temporary file next to `path`, which the caller then renames or links.
 
-    The data are flushed to disk before the new name is created, and the folder afterwards.
+    The file is flushed to disk before the new name is created, and the folder is flushed later.
 
     Yields:
         The path of the temporary file.
@@ -38,7 +38,7 @@ def _flushed(path: Path, data: bytes) -> Iterator[str]:
         yield temporary
     except OSError as error:
         if error.filename in (None, temporary):
-            error.filename = str(path)  # the error of a full disk names no file
+            error.filename = str(path)  # "disk full" errors do not name a file
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_once(path: Path, data: bytes) -> bool:
     """Write `data` to `path` unless the file exists; the first of several writers wins.
 
-    On file systems without hard links, checking and writing are separate steps.
+    On file systems without hard links, the check and the write are not one atomic operation.
 
     Returns:
         Whether `path` now contains `data`.
@@ -114,7 +114,7 @@ def canonical(document: Any) -> bytes:
 
 
 def write_sealed(path: Path, document: dict[str, Any]) -> None:
-    """Write `document` with its own digest, for `read_sealed`."""
+    """Write `document` together with its digest, which `read_sealed` verifies."""
     write_bytes(path, as_json(_sealed(document)))
 
 
@@ -124,12 +124,12 @@ def seal_once(path: Path, document: dict[str, Any]) -> bool:
 
 
 def _sealed(document: dict[str, Any]) -> dict[str, Any]:
-    """Return `document` with its digest."""
+    """Return a copy of `document` that also contains its digest."""
     return {**document, "sha256": digest(canonical(document))}
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """Return a document written by `write_sealed`; None if missing, incomplete or altered."""
+    """Return the document that `write_sealed` wrote; None if missing, incomplete or altered."""
     document = read_json(path)
     if not isinstance(document, dict):
         return None
@@ -146,8 +146,8 @@ _MOUNTS = Path("/proc/self/mounts")
 def network_file_system(path: Path) -> str | None:
     """Return the type of the network file system that contains `path`; None for a local one.
 
-    SQLite's locks do not work on network file systems. `path` need not exist. The result is also
-    None on systems without `/proc`.
+    SQLite's locks are unreliable on network file systems. `path` need not exist. The result is
+    also None on systems without `/proc`.
     """
     try:
         lines = _MOUNTS.read_text().splitlines()

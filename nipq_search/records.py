@@ -1,7 +1,7 @@
 """Record types shared by several layers: the inputs and results of trials and sweeps.
 
-They are plain frozen dataclasses without dependencies. The search writes them; the tracking and
-report layers read them. All of them survive a round trip through JSON.
+They are plain frozen dataclasses without dependencies, and all of them survive a round trip
+through JSON. The search writes them; the tracking and report layers read them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class CurvePoint:
     """Metrics of one epoch of a job.
 
     Attributes:
-        epoch: finished epochs, counted from 1.
-        step: optimizer steps taken so far.
+        epoch: number of finished epochs.
+        step: number of optimizer steps taken so far.
         phase: `noise`, `tuning` or `float`.
         timestamp: Unix time of the measurement, in seconds.
         metrics: scalars such as `train_loss`, `validation_accuracy`, `bops_estimate`.
@@ -40,7 +40,7 @@ class TrialRecord:
     Attributes:
         trial: Optuna trial number, which identifies the trial everywhere.
         state: `COMPLETE`, `PRUNED`, `FAIL`, `RUNNING` or `WAITING`.
-        reason: one-line reason of a failure, or None.
+        reason: one-line reason for a failure, or None.
         budget_label: the budget as written in the sweep file, for example `bops: uniform 4`.
         budget: absolute targets by cost name, for example `{"bops": 5.3e9}`.
         params: hyperparameters of the trial.
@@ -48,15 +48,15 @@ class TrialRecord:
         test: the task's metric on the test split; only set for trials on the front.
         metrics: all validation metrics that the task returned.
         cost: exact costs by name (`bops`, `weight_bytes`, ...).
-        on_front: whether no other COMPLETE trial is at least as good and as cheap.
-        samples: training samples that the trial itself processed.
-        seconds: wall time of training, summed over the attempts that led to the result.
+        on_front: whether no other COMPLETE trial dominates it in validation metric and front cost.
+        samples: number of training samples that the trial itself processed.
+        seconds: wall-clock time of training, summed over the attempts that led to the result.
         parent: trial whose model this one started from, or None for the float model.
         attempts: number of times the trial was started.
         seed: seed of the trial, derived from the sweep's seed and the trial number.
         threads: number of torch threads.
-        started: Unix time of the first attempt, in seconds; None before it.
-        ended: Unix time of the result, in seconds, or None.
+        started: Unix time at the start of the first attempt, in seconds; None until then.
+        ended: Unix time of the result, in seconds; None until then.
         strategy: name of the strategy that assigned the budget.
         folder: folder of the last attempt, relative to the sweep's folder.
     """
@@ -93,8 +93,8 @@ class Baseline:
         validation: the task's metric on the validation split.
         test: the task's metric on the test split.
         cost: exact costs by name.
-        samples: training samples processed.
-        seconds: wall time of training.
+        samples: number of training samples processed.
+        seconds: wall-clock time of training.
     """
 
     bits: int
@@ -113,7 +113,7 @@ class SweepRecord:
         name: the sweep's name.
         config: the resolved configuration, as plain JSON types.
         task: the task's name in the configuration.
-        dataset: name, sizes of the splits and digest of the data, as plain JSON types.
+        dataset: name, split sizes and digest of the data, as plain JSON types.
         metric: name of the task's metric.
         mode: `max` or `min`, the direction in which the metric improves.
         front: the document that `front --json` prints.

@@ -1,8 +1,8 @@
-"""Registries: the values that configurations select by name, this package's own and plug-ins.
+"""Registries of the values that configurations select by name: built-in entries and plug-ins.
 
 Each family (quantizers, costs, tasks, strategies, samplers) has one `Registry`. Other packages
-add entries through Python entry points in the registry's group. A plug-in is imported when its
-name is looked up and not before, so a broken one affects only those who select it.
+add entries through Python entry points in the registry's group. A plug-in is imported only
+when its name is looked up, so a broken plug-in affects only configurations that select it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class RegistrationError(ValueError):
-    """The name is taken, or the value is not of the registry's kind."""
+    """The name is already registered, or the value is not of the registry's kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +39,21 @@ class Plugin:
     target: str
 
     def __str__(self) -> str:
-        """The package and its version."""
+        """Return the package and its version."""
         return f"{self.package} {self.version}"
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Values of one family by name.
+    """A mapping from names to the values of one family.
 
     Built-in entries are registered explicitly and take precedence over plug-ins. Iteration yields
     the built-in entries and the plug-ins that have been looked up; `in` and `names` also cover
-    plug-ins that are only installed.
+    installed plug-ins that have not been looked up.
 
     Args:
         kind: singular noun for the entries, used in messages.
         group: entry point group of the family; None if other packages cannot add entries.
-        check: takes a name and a value, and returns what is wrong with the value or None.
+        check: called with a name and a value; returns what is wrong with the value, or None.
         hint: text appended to the message for an unknown name.
     """
 
@@ -75,7 +75,7 @@ class Registry(Mapping[str, T], Generic[T]):
         """Add a built-in entry.
 
         Raises:
-            RegistrationError: the name is taken, or the value is of another kind.
+            RegistrationError: the name is taken, or the value is not of the registry's kind.
         """
         if name in self._own:
             raise RegistrationError(f"{self.kind} '{name}' is already registered")
@@ -85,7 +85,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @contextlib.contextmanager
     def temporarily(self, name: str, value: T) -> Iterator[None]:
-        """Register or replace a built-in entry for the duration of a `with` block, as tests do."""
+        """Register or replace a built-in entry for the duration of a `with` block, for tests."""
         before = dict(self._own)
         self._own.pop(name, None)
         try:
@@ -118,7 +118,7 @@ class Registry(Mapping[str, T], Generic[T]):
             raise UserError(f"{key}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the built-in entries and of the plug-ins in use."""
+        """Iterate over the names of the built-in entries and of the plug-ins looked up so far."""
         return iter([*self._own, *(name for name in self._loaded if name not in self._own)])
 
     def __len__(self) -> int:
@@ -152,7 +152,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return None if name in self._own else _plugin(self._offer(name))
 
     def clashes(self) -> list[str]:
-        """Return one line per plug-in name that a built-in entry or another package uses."""
+        """Return one line per plug-in name that a built-in entry or another package also uses."""
         found = []
         offered = self.plugins()
         for name in sorted({plugin.name for plugin in offered}):
@@ -175,7 +175,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return [entry for entry in self._entries() if entry.name == name]
 
     def _offer(self, name: str) -> importlib.metadata.EntryPoint:
-        """Return the only entry point with a name."""
+        """Return the entry point with this name; raise `UserError` unless there is exactly one."""
         offers = self._offers(name)
         if not offers:
             close = nearest(str(name), self.names())

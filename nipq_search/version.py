@@ -1,6 +1,6 @@
 """Version of the package, in a module of its own so that every layer can import it.
 
-`pyproject.toml` states it too.
+Keep it equal to the version in `pyproject.toml`.
 """
 
 __version__ = "0.1.0"

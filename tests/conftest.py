@@ -1,4 +1,4 @@
-"""Settings of the whole test run."""
+"""Settings for the whole test run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SERVERS = {"postgres", "s3"}
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Share the tests file by file: one process begins with Ray, the other with everything else.
+    """Distribute the tests by file: one process starts with the Ray tests, one with the rest.
 
-    Tests of Ray mostly wait for processes to start, so a core is free for the others. Each process
-    continues with the other's files when it runs out of its own.
+    Tests that use Ray mostly wait for processes to start, which leaves a core to the other tests.
+    A process that has finished its own files continues with those of the other process.
     """
     from xdist.scheduler import LoadFileScheduling
 
@@ -64,7 +64,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture
 def database(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of an empty database, as `NIPQ_STORAGE_URL` names it."""
+    """URL of an empty database; `NIPQ_STORAGE_URL` is set to it."""
     url = postgres.new_database(f"test_{uuid.uuid4().hex[:12]}")
     monkeypatch.setenv("NIPQ_STORAGE_URL", url)
     return url
@@ -72,7 +72,7 @@ def database(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    """A real S3 server with an empty bucket, and keys to it in the environment."""
+    """A local S3 server with an empty bucket; the environment contains its access keys."""
     server = S3(monkeypatch)
     try:
         yield server
@@ -82,5 +82,5 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """One torch thread: small tensors gain nothing from more, and results do not depend on it."""
+    """Use one torch thread: more threads neither speed up small tensors nor change results."""
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Records test durations and marks slow tests.
 
-A pytest plugin that `tests/conftest.py` loads. `make durations` runs every test and writes
+This is a pytest plugin, loaded by `tests/conftest.py`. `make durations` runs every test and writes
 `tests/durations.json`. At collection, tests recorded as slower than `SLOW_SECONDS` are marked
 `slow`; `make test-fast` skips them.
 """
@@ -18,13 +18,13 @@ import pytest
 
 FILE = Path(__file__).with_name("durations.json")
 SLOW_SECONDS = 2.0
-"""A test that takes longer, with the fixtures that it shares with others, is slow."""
+"""A test is slow if it takes longer than this, including the fixtures that it shares."""
 LEAST_SECONDS = 0.3
-"""Shorter tests are not listed."""
+"""Tests that take less than this are not recorded."""
 
 
 def recorded(file: Path = FILE) -> dict[str, dict[str, float]]:
-    """Return the recorded seconds, of `tests` without their parameters, and of whole `files`."""
+    """Return the recorded seconds of `tests`, by name without parameters, and of `files`."""
     return json.loads(file.read_text()) if file.exists() else {"tests": {}, "files": {}}
 
 
@@ -34,14 +34,14 @@ def without_parameters(nodeid: str) -> str:
 
 
 class Durations:
-    """Measure tests in the process that runs them, and collect the figures in the one that leads.
+    """Measure tests in the process that runs them, and collect the figures in the controller.
 
     The setup of a module- or session-scoped fixture runs within the first test that requests it.
     Its time is counted for every test that requests it, since any of them may come first.
     """
 
     def __init__(self, file: Path | None) -> None:
-        """Measure, and write the figures to `file` at the end unless it is None."""
+        """Write the figures to `file` at the end of the run, unless it is None."""
         self.file = file
         self.shared: dict[str, float] = {}
         self.own: dict[str, float] = defaultdict(float)
@@ -58,13 +58,13 @@ class Durations:
         finally:
             spent = time.monotonic() - began
             if fixturedef.scope != "function":
-                # Fixtures that this one requested are counted by themselves.
+                # Fixtures that this one requested are counted separately.
                 self.shared[fixturedef.argname] = spent - (self.within - inner)
                 self.within = inner + spent
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Iterator[None]:
-        """Attach a test's seconds to its last report."""
+        """Attach the duration of a test to its last report."""
         report: Any = yield
         if call.when == "setup":
             self.own[item.nodeid] = -self.within
@@ -77,7 +77,7 @@ class Durations:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the longest of a test's parameters, and the sum of a file's tests."""
+        """Update the longest duration among a test's parameters and the total of its file."""
         self.files[report.nodeid.partition("::")[0]] += report.duration
         for name, value in report.user_properties:
             if name == "seconds" and report.when == "teardown":
@@ -85,7 +85,7 @@ class Durations:
                 self.tests[test] = max(self.tests.get(test, 0.0), float(value))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write the record; workers of xdist leave it to the process that leads."""
+        """Write the record in xdist's controller, or in the only process without xdist."""
         if self.file is not None and not hasattr(session.config, "workerinput"):
             record = {
                 kind: {k: round(v, 1) for k, v in sorted(found.items()) if v >= LEAST_SECONDS}
@@ -102,7 +102,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Measure in every run that writes the record."""
+    """Measure durations only in runs that write the record."""
     if config.getoption("--write-durations"):
         config.pluginmanager.register(Durations(FILE), "nipq-durations")
 

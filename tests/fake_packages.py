@@ -14,14 +14,14 @@ def install(
     points: Mapping[str, Mapping[str, str]],
     modules: Mapping[str, str] | None = None,
 ) -> None:
-    """Write what an installer leaves of a package.
+    """Write the files that an installer would write for a package.
 
     Args:
         site: folder on the import path.
         package: name of the distribution.
         version: its version.
-        points: group of entry points to name to `module:attribute`.
-        modules: module name to source.
+        points: entry points as `module:attribute`, by group and name.
+        modules: source code by module name.
     """
     info = site / f"{package.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)

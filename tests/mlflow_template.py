@@ -1,8 +1,8 @@
 """MLflow's tables in a new SQLite database, copied instead of migrated.
 
-The 68 migrations of an empty database take longer than a tiny sweep. They run once in a process,
-for the template; every other empty database gets a copy of it. Servers and commands that are
-started from the command line migrate their own.
+The 68 migrations of an empty database take longer than a tiny sweep. Each process runs them once
+to create a template, which it copies into every other empty database. Servers and commands
+started from the command line migrate their own databases.
 """
 
 from __future__ import annotations

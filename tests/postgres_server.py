@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def _programs() -> Path:
-    """Return Debian's folder of the newest server's programs."""
+    """Return the folder in which Debian installs the programs of the newest server."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name))
     assert found, "postgresql is not installed: make test-packages"
     return found[-1]
@@ -80,13 +80,13 @@ class Postgres:
             time.sleep(0.05)
 
     def answers(self) -> bool:
-        """Whether it takes connections."""
+        """Return whether the server accepts connections."""
         command = [str(_programs() / "pg_isready"), "-h", "127.0.0.1", "-p", str(self.port), "-q"]
         return subprocess.run(command).returncode == 0
 
     @property
     def url(self) -> str:
-        """Return the URL of the database that exists from the start."""
+        """Return the URL of the server's default database."""
         return f"postgresql://nipq:{self.password}@127.0.0.1:{self.port}/postgres"
 
     def new_database(self, name: str) -> str:
@@ -105,7 +105,7 @@ class Postgres:
         self._wait_for_children()
 
     def _wait_for_children(self) -> None:
-        """Wait for the child processes, which briefly hold the data folder's lock."""
+        """Wait until the child processes have exited, and remove the data folder's lock."""
         lock = self.folder / "data" / "postmaster.pid"
         time.sleep(0.5)
         lock.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ class S3:
         self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self.server.start()
         host, port = self.server.get_host_and_port()
-        # Servers in one process share their contents.
+        # All servers of a process share their contents, so remove what earlier tests left.
         reset = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
         urllib.request.urlopen(reset, timeout=10).close()
         self.client = boto3.client(

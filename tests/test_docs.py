@@ -329,7 +329,7 @@ def test_a_new_study_does_not_adopt_the_trials_of_another(finished, tmp_path):
     shutil.copy(finished / "sweep.yaml", tmp_path / "sweep")
     shutil.copy(finished / "facts.json", tmp_path / "sweep")
     config = load_config(finished.parent / "my_sweep.yaml")
-    with pytest.raises(UserError, match="the study 'two-moons' of its trials is gone"):
+    with pytest.raises(UserError, match="the study 'two-moons' with its trials is gone"):
         run_sweep(config, tmp_path / "sweep", executor=InProcess())
 
 

@@ -14,15 +14,15 @@ import nipq_search
 
 ROOT = Path(__file__).parents[1] / "nipq_search"
 FILES = sorted(set(ROOT.rglob("*.py")) - {ROOT / "cli" / "app.py"})
-"""Commands document each parameter in the help of its option."""
+"""Python files, except the one in which the help of each option documents its parameter."""
 LEAST_PARAMETERS = 3
-"""A public function with as many parameters has every section."""
+"""A public function with at least this many parameters must have every section."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def public_functions(path: Path) -> Iterator[tuple[str, Function]]:
-    """Public functions and methods of public classes, at module level, with their names."""
+    """Yield the public functions of a module and the public methods of its public classes."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, Function) and not node.name.startswith("_"):
             yield node.name, node
@@ -33,7 +33,7 @@ def public_functions(path: Path) -> Iterator[tuple[str, Function]]:
 
 
 def parameters(function: Function) -> list[str]:
-    """Names of the parameters, the instance or class apart."""
+    """Return the names of all parameters except `self` and `cls`."""
     found = function.args
     names = [a.arg for a in (*found.posonlyargs, *found.args, *found.kwonlyargs)]
     names += [a.arg for a in (found.vararg, found.kwarg) if a is not None]
@@ -41,7 +41,7 @@ def parameters(function: Function) -> list[str]:
 
 
 def is_overload(function: Function) -> bool:
-    """Whether a function is a typing overload or overrides one that is documented elsewhere."""
+    """Return whether a function is a typing overload or overrides a documented one."""
     names = {getattr(d, "id", getattr(d, "attr", "")) for d in function.decorator_list}
     return bool(names & {"overload", "override"})
 

@@ -54,7 +54,7 @@ def test_the_first_of_several_writers_wins(refusal, tmp_path, monkeypatch):
 
 
 def test_a_link_whose_reply_was_lost_counts_as_created(tmp_path, monkeypatch):
-    """An NFS client repeats a request without reply; the server then reports an existing name."""
+    """An NFS client repeats a request whose reply was lost; the name then exists already."""
     link = os.link
 
     def twice(source, target):
@@ -199,6 +199,6 @@ def test_a_folder_with_interrupted_first_writes_is_accepted(tmp_path):
 def test_an_invalid_port_is_refused_without_quoting_it():
     """The text may be part of a password with a character that is invalid in a URL."""
     url = "postgresql+psycopg://somebody:open@secret:word/db"
-    with pytest.raises(UserError, match="NIPQ_STORAGE_URL: not the URL") as refused:
+    with pytest.raises(UserError, match="NIPQ_STORAGE_URL: not a database URL") as refused:
         make_engine(url)
     assert "secret" not in str(refused.value) and "word/" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Directions of imports between layers, and the only importers of third-party libraries.
+"""Directions of imports between layers, and the folders that may import each library.
 
 Imports are read from the source, so those inside functions count as well.
 """
@@ -21,7 +21,7 @@ import import_graph as graph  # noqa: E402
 ROOT = graph.ROOT
 FILES = sorted(ROOT.rglob("*.py"))
 MOST_FILES = 15
-"""Maximum number of Python files in a folder, without its `__init__`."""
+"""Maximum number of Python files in a folder, not counting `__init__.py`."""
 
 ONLY_IN = {
     "ray": {"search"},
@@ -106,7 +106,7 @@ def test_every_package_describes_its_content():
 
 
 def test_there_are_no_import_cycles():
-    """Check cycles between files and between packages, without facades, which gather names."""
+    """Check files and packages, ignoring facades, which only collect names."""
     files = graph.import_graph()
     assert graph.cycles(files) == []
     assert graph.cycles(graph.folder_graph(files)) == []

@@ -60,7 +60,7 @@ SWEEP = {
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The example package as pip installs it, without network."""
+    """A folder into which pip has installed the example package, without network access."""
     folder = tmp_path_factory.mktemp("example")
     source = shutil.copytree(EXAMPLE, folder / "source")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
@@ -86,7 +86,7 @@ def path(monkeypatch):
 
 
 def python(code: str, *places: Path, **options) -> subprocess.CompletedProcess[str]:
-    """Run code in a new process with further folders on its import path."""
+    """Run code in a new process with additional folders on its import path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*places, ROOT]))}
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -189,7 +189,7 @@ def test_a_sweep_of_plugins_alone(swept, site, path, tmp_path, caplog, monkeypat
     assert sweep.best({"traffic_bytes": 1e9})["point"] is not None
     assert replay(sweep, 0)["equal"] and replay(sweep, 0)["exact"]
 
-    # The written file is a sweep file; a resume with another version reports it.
+    # The written configuration is a sweep file; resuming with a different version is reported.
     newer = tmp_path / "newer"
     shutil.copytree(site, newer)
     (info,) = newer.glob("*.dist-info")
@@ -199,7 +199,7 @@ def test_a_sweep_of_plugins_alone(swept, site, path, tmp_path, caplog, monkeypat
     config = load_config(swept / "sweep.yaml")
     with caplog.at_level(logging.WARNING, "nipq_search"):
         run_sweep(config, swept, trials=3, executor=VirtualExecutor())
-    changes = [message for message in caplog.messages if "plug-ins changed" in message]
+    changes = [message for message in caplog.messages if "plug-ins have changed" in message]
     assert len(changes) == 1
     assert "nipq-example 1.2.0 -> nipq-example 1.3.0 (cost 'traffic_bytes', qu" in changes[0]
     document = yaml.safe_load((swept / "sweep.yaml").read_text())
@@ -209,7 +209,7 @@ def test_a_sweep_of_plugins_alone(swept, site, path, tmp_path, caplog, monkeypat
     assert found["equal"] and not found["exact"]
     assert "quantizer.clip nipq-example 1.2.0, here nipq-example 1.3.0" in lines[0]
 
-    # Without the package the sweep names it.
+    # Without the package, the error message names it.
     forget()
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in (str(site), str(newer))])
     missing = "quantizer 'clip' comes from nipq-example 1.3.0, which is not installed; run python"

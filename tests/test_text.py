@@ -28,7 +28,7 @@ PAGES = [
 ]
 MOST_LINES = 400
 MOST_WORDS = 45
-"""Words of a sentence in the documentation; a longer one is split."""
+"""Maximum number of words in a sentence of the documentation."""
 
 
 def name_of(path: Path) -> str:

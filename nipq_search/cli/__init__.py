@@ -1,4 +1,4 @@
-"""The command line `nipq-search`, which parses arguments, calls the library and prints results.
+"""The command `nipq-search`, which parses arguments, calls the library and prints results.
 
 Start reading in `app.py`, which declares the commands. `main` maps every outcome to an exit code
 of `exit_codes.py` and every error to one line on stderr. May import every other layer.
@@ -15,14 +15,14 @@ from nipq_search.cli.exit_codes import FAILURE, INTERRUPTED, SUCCESS, USAGE
 from nipq_search.errors import UserError
 
 DEBUG = "NIPQ_DEBUG"
-"""Environment variable that shows the traceback of every error if it is `1`."""
+"""Environment variable that, if set to `1`, shows the traceback of every error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; without arguments, print the help.
 
     Args:
-        argv: arguments without the program's name; default those of the process.
+        argv: arguments without the program's name; default `sys.argv[1:]`.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the parent process closed the stream
@@ -55,7 +55,7 @@ def _explain(error: Exception) -> int:
         if module != "nipq_search":
             fix = "install it with: python -m pip install 'nipq-search[all]'"
             return _fail(f"the package {module} is not installed; {fix}", FAILURE)
-    # The search raises RuntimeError with a message for users if it cannot continue.
+    # If the search cannot continue, it raises a RuntimeError whose message is meant for users.
     kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
     return _fail(f"{kind}{error} ({DEBUG}=1 shows the traceback)", FAILURE)
 

@@ -11,14 +11,14 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Search mixed-precision models for several budgets.",
+    help="Search for mixed-precision models under several budgets.",
     epilog="Exit codes: 0 success, 1 failure, 2 usage or configuration error, "
     "3 finished but some trials failed, 4 mismatch, 130 interrupted.",
 )
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Sweep file (YAML).")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the sweep.")]
-Trial = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="Number of the trial.")]
+Trial = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="Trial number.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Overrides = Annotated[
     list[str] | None,
@@ -97,7 +97,7 @@ def front(folder: Folder, as_json: Json = False) -> int:
 
 @app.command()
 def show(folder: Folder, trial: Trial, as_json: Json = False) -> int:
-    """Show one trial and its bits by layer."""
+    """Show one trial and its bit-widths by layer."""
     from nipq_search.cli import read
 
     return read.show(folder, trial, as_json)
@@ -128,7 +128,7 @@ def best(
 
 @app.command()
 def stop(folder: Folder) -> int:
-    """Request the driver to stop; running the same run command again resumes the sweep."""
+    """Send the driver a stop request; running the same run command again resumes the sweep."""
     from nipq_search.cli import run as command
 
     return command.stop(folder)
@@ -136,7 +136,7 @@ def stop(folder: Folder) -> int:
 
 @app.command()
 def replay(folder: Folder, trial: Trial, as_json: Json = False) -> int:
-    """Rerun one trial from its record and compare the results bit by bit."""
+    """Rerun one trial from its record and compare the results."""
     from nipq_search.cli import read
 
     return read.replay(folder, trial, as_json)
@@ -144,7 +144,7 @@ def replay(folder: Folder, trial: Trial, as_json: Json = False) -> int:
 
 @app.command()
 def sync(folder: Folder) -> int:
-    """Bring the tracking server up to date with the sweep."""
+    """Bring the tables, the report and the tracking server up to date."""
     from nipq_search.cli import run as command
 
     return command.sync(folder)
@@ -154,7 +154,7 @@ def sync(folder: Folder) -> int:
 def gc(
     folder: Folder,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be deleted, delete nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be deleted, without deleting it.")
     ] = False,
     as_json: Json = False,
 ) -> int:
@@ -180,12 +180,12 @@ def ui(
     folder: Folder,
     mlflow_port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Port of MLflow; default 5000 or a free port."),
+        typer.Option(min=1, max=65535, help="Port for MLflow; default 5000, or a free port."),
     ] = None,
     optuna_port: Annotated[
         int | None,
         typer.Option(
-            min=1, max=65535, help="Port of optuna-dashboard; default 8080 or a free port."
+            min=1, max=65535, help="Port for optuna-dashboard; default 8080, or a free port."
         ),
     ] = None,
 ) -> int:
@@ -203,11 +203,11 @@ def doctor(
     address: Annotated[
         str | None,
         typer.Option(
-            metavar="auto|HOST:PORT", help="Address of a Ray cluster whose nodes to check."
+            metavar="auto|HOST:PORT", help="Address of a Ray cluster whose nodes are checked."
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder that these nodes must share.")
+        Path | None, typer.Option(metavar="DIR", help="Folder that the nodes must share.")
     ] = None,
     as_json: Json = False,
 ) -> int:

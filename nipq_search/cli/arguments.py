@@ -12,12 +12,12 @@ _HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):(\d{1,5})")
 
 
 def parse_limits(texts: Sequence[str]) -> dict[str, float]:
-    """Parse the limits of `best`, such as `bops=5.3e9` or `weight_bytes=24_000`, by cost name.
+    """Parse limits for `best`, such as `bops=5.3e9`, and return them by cost name.
 
-    `Sweep.best` checks the names against the costs of its sweep.
+    `Sweep.best` checks the names against the costs of the sweep.
 
     Raises:
-        UserError: a limit is not NAME=NUMBER or not positive, or a cost is given twice.
+        UserError: a limit is not COST=NUMBER or not positive, or a cost is given twice.
     """
     limits: dict[str, float] = {}
     for text in texts:
@@ -43,18 +43,18 @@ def _positive(text: str, value: str) -> float:
 
 
 def check_address(address: str | None) -> str | None:
-    """Check the address of a Ray cluster: `auto`, HOST:PORT, or None for a local cluster.
+    """Check and return a cluster's address: `auto`, HOST:PORT, or None for a local cluster.
 
     Raises:
-        UserError: the address has another form. `ray://` is rejected because Ray Client would
+        UserError: the address has a different form. `ray://` is rejected because Ray Client would
             run the driver in another process.
     """
     if address is None or address == "auto":
         return address
     if address.startswith("ray://"):
         raise UserError(
-            f"--address {address}: Ray Client addresses are not supported; use the address of "
-            "the cluster's head (HOST:6379) from a machine of the cluster"
+            f"--address {address}: Ray Client addresses are not supported; run the command "
+            "on a machine in the cluster, with the address of its head (HOST:6379)"
         )
     match = _HOST_AND_PORT.fullmatch(address)
     if match is None or not 0 < int(match[2]) < 65536:

@@ -1,4 +1,4 @@
-"""Formatting of numbers for display. All functions format None and NaN as `-`."""
+"""Formatting of numbers for display; numbers that are missing or not finite become `-`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STEPS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def known(value: float | None) -> TypeGuard[float]:
-    """Whether a value is finite."""
+    """Whether a value exists and is finite."""
     return value is not None and math.isfinite(value)
 
 
@@ -27,14 +27,14 @@ def bops(value: float | None) -> str:
 
 
 def kilobytes(value: float | None) -> str:
-    """Format bytes in units of 1000, small values exactly: `24.0 kB`, `4,608 B`."""
+    """Format bytes in kilobytes (1000 bytes), but small values exactly: `24.0 kB`, `4,608 B`."""
     if not known(value):
         return NOTHING
     return f"{value:,.0f} B" if value < 10_000 else f"{value / 1000:,.1f} kB"
 
 
 def megabytes(value: float | None) -> str:
-    """Format bytes in units of a million, rounded up: `1,200 MB`."""
+    """Format bytes in megabytes (1,000,000 bytes), rounded up: `1,200 MB`."""
     return f"{math.ceil(value / 1e6):,} MB" if known(value) else NOTHING
 
 
@@ -51,12 +51,12 @@ def bits(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """Format a count with separators: `1,200,000`."""
+    """Format a count with thousands separators: `1,200,000`."""
     return f"{value:,.0f}" if known(value) else NOTHING
 
 
 def share(value: float | None) -> str:
-    """Format a fraction in percent: `98.2 %`."""
+    """Format a fraction as a percentage: `98.2 %`."""
     return f"{100 * value:.1f} %" if known(value) else NOTHING
 
 
@@ -70,14 +70,14 @@ COST_FORMATS: Mapping[str, Callable[[float | None], str]] = {
     "bytes": kilobytes,
     "bits": mean_bits,
 }
-"""Format of a cost by its unit, which is the last word of its name: `weight_bytes` is in bytes.
+"""Format of a cost by its unit, which ends its name: `weight_bytes` is in bytes.
 
 Costs in any other unit, such as those of plug-ins, are printed with four significant digits.
 """
 
 
 def cost(name: str, value: float | None) -> str:
-    """Format a cost in the unit that its name ends with; see `COST_FORMATS`."""
+    """Format a cost according to the unit at the end of its name; see `COST_FORMATS`."""
     if form := COST_FORMATS.get(name.rpartition("_")[2]):
         return form(value)
     return f"{value:.4g}" if known(value) else NOTHING
@@ -89,7 +89,7 @@ def costs(values: Mapping[str, float] | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Format a duration in hours and minutes, or in seconds: `2 h 5 min`, `45 s`."""
+    """Format a duration in hours and minutes, or in seconds if short: `2 h 5 min`, `45 s`."""
     if not known(seconds):
         return NOTHING
     if seconds < 60:
@@ -104,6 +104,6 @@ def setting(value: object) -> str:
 
 
 def one_line(text: str | None) -> str:
-    """Join `text` into one line and replace control characters, which a terminal would execute."""
+    """Put `text` on one line and replace control characters, which a terminal would interpret."""
     words = " ".join((text or NOTHING).split())
     return "".join(letter if letter.isprintable() else "?" for letter in words)

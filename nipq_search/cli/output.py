@@ -18,7 +18,7 @@ PIPE_COLUMNS = 1000
 
 
 def console(stream: TextIO) -> Console:
-    """Create a rich console that prints text verbatim, without markup, emoji or highlighting."""
+    """Create a Rich console that prints text verbatim, without markup, emoji or highlighting."""
     from rich.console import Console
 
     terminal = stream.isatty()

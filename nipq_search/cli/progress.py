@@ -18,7 +18,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def progress_line(progress: Progress) -> str:
-    """Format `progress` on one line, most important parts first in case the line is truncated."""
+    """Format `progress` as one line, most important parts first in case it is truncated."""
     done = f"{progress.done}/{progress.total} trials"
     if progress.stage != "trials":
         done = f"{progress.stage}, {done}"
@@ -35,7 +35,7 @@ def progress_line(progress: Progress) -> str:
 
 
 class ProgressLine:
-    """A `ProgressSink` that redraws the last line of a terminal while it is open."""
+    """A `ProgressSink` that keeps one line at the bottom of a terminal up to date."""
 
     def __init__(self, stream: TextIO) -> None:
         """Prepare the display for `stream`, which must be a terminal."""
@@ -73,7 +73,7 @@ class ProgressLine:
 
 
 class ProgressLog:
-    """A `ProgressSink` for files and pipes that writes all messages and occasional progress."""
+    """A `ProgressSink` for files and pipes: writes every message, and progress at intervals."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         """Write to `stream`; `clock` returns seconds."""
@@ -95,7 +95,7 @@ class ProgressLog:
         """Do nothing."""
 
     def update(self, progress: Progress) -> None:
-        """Write a line if it has changed and the interval since the last one has passed."""
+        """Write the progress if it has changed and the last line is at least 10 seconds old."""
         line = progress_line(progress)
         now = self._clock()
         if line == self._last_line or now - self._last_time < SECONDS_BETWEEN_LINES:

@@ -1,4 +1,4 @@
-"""The reading commands: each prints one document of the search layer."""
+"""The commands that do not modify a sweep: each prints one document from the search layer."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def front(folder: Path, as_json: bool) -> int:
 
 
 def show(folder: Path, trial: int, as_json: bool) -> int:
-    """Print one trial and its bits by layer.
+    """Print one trial and its bit-widths by layer.
 
     Args:
         folder: the sweep's folder.
@@ -96,7 +96,7 @@ def show(folder: Path, trial: int, as_json: bool) -> int:
 
 
 def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
-    """Print the best trained point within limits, or the nearest point if there is none.
+    """Print the best trained point within the limits, or the nearest point if there is none.
 
     Args:
         folder: the sweep's folder.
@@ -167,9 +167,9 @@ def doctor(config: Path | None, address: str | None, out: Path | None, as_json: 
     """Check the installation, and optionally a sweep file and a cluster.
 
     Args:
-        config: a sweep file whose data and storage to check, or None.
-        address: address of a Ray cluster whose nodes to check, or None.
-        out: the folder that these nodes must share; default the current folder.
+        config: if given, also check the data and storage of this sweep file.
+        address: if given, also check every node of the Ray cluster at this address.
+        out: the folder that all nodes must share; default the current folder.
         as_json: print JSON instead of a table.
 
     Returns:
@@ -180,7 +180,9 @@ def doctor(config: Path | None, address: str | None, out: Path | None, as_json: 
     """
     address = check_address(address)
     if out is not None and address is None:
-        raise UserError("--out: the folder that the nodes of --address must share; give both")
+        raise UserError(
+            "--out: the folder that all nodes must share; give it together with --address"
+        )
     with library_output_on_stderr():
         from nipq_search.search.checks.doctor import doctor as run_checks
 

@@ -117,12 +117,12 @@ def _front_document(folder: Path) -> dict[str, Any]:
 
 
 def next_steps(folder: Path, failed: int, front: Mapping[str, Any] | None) -> list[str]:
-    """List the next commands after a run.
+    """List the commands that a user may want to run next.
 
     Args:
         folder: the sweep's folder.
         failed: number of failed trials.
-        front: the front document; None without a COMPLETE trial.
+        front: the front document; None if no trial is COMPLETE.
 
     Returns:
         Lines for stderr.
@@ -131,7 +131,7 @@ def next_steps(folder: Path, failed: int, front: Mapping[str, Any] | None) -> li
     shown = shlex.quote(str(folder))
     if failed:
         lines.append(
-            f"{failed} failed: nipq-search status {shown} shows the reasons, "
+            f"{failed} failed: nipq-search status {shown} shows the reasons, and "
             f"nipq-search logs {shown} TRIAL shows a trial's output"
         )
     if front is not None:
@@ -155,7 +155,7 @@ def _example_limit(front: Mapping[str, Any]) -> str:
 
 
 def stop(folder: Path) -> int:
-    """Request the sweep's driver to stop after saving checkpoints.
+    """Send the sweep's driver a request to save checkpoints and stop.
 
     Running the same `run` command again resumes the sweep.
     """
@@ -163,7 +163,7 @@ def stop(folder: Path) -> int:
         from nipq_search.search.jobs.lease import request_stop
         from nipq_search.search.results.sweep import Sweep
 
-        # A new driver holds the folder's lease before it writes the sweep's files.
+        # A driver that has just started holds the lease but has not yet written the sweep's files.
         driver = request_stop(folder) or request_stop(Sweep.open(folder).folder)
     if driver is None:
         print_message(f"nothing to stop: no driver is running on {folder}")
@@ -176,7 +176,7 @@ def stop(folder: Path) -> int:
 
 
 def sync(folder: Path) -> int:
-    """Bring tables, report and tracking server up to date."""
+    """Bring the tables, the report and the tracking server up to date."""
     with library_output_on_stderr():
         from nipq_search.search.results.outputs import sync as bring_up_to_date
 

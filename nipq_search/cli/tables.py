@@ -45,7 +45,7 @@ def _line(text: str) -> Text:
 
 
 def _word(value: object) -> str:
-    """Convert a value to text; `-` if it is missing."""
+    """Convert a value to text; return `-` if it is missing."""
     return numbers.NOTHING if value is None or value == "" else str(value)
 
 
@@ -72,7 +72,7 @@ def front(document: Document) -> RenderableType:
         _line(f"hypervolume, validation: {numbers.metric(document.get('hypervolume'))}"),
         _line(f"hypervolume, test: {numbers.metric(document.get('test_hypervolume'))}"),
         _line(f"training samples: {numbers.count(document.get('total_samples'))}"),
-        _line("W bits and A bits are means, of weights and of activations"),
+        _line("W bits and A bits are the mean bit-widths of weights and activations"),
         _convention(document),
     )
 
@@ -124,7 +124,7 @@ def best(document: Document) -> RenderableType:
 
 
 def status(document: Document) -> RenderableType:
-    """Render the driver, the number of trials by state, and a row per trial."""
+    """Render the driver, the number of trials in each state, and one row per trial."""
     states = document.get("states") or {}
     driver = document.get("driver")
     by = f"driver on {driver['host']}, pid {driver['pid']}" if driver else "no driver is running"
@@ -144,7 +144,7 @@ def status(document: Document) -> RenderableType:
     ]
     return Group(
         _line(f"{_word(document.get('sweep'))}: {by}"),
-        _line(f"{counts or 'no trial yet'} of {_word(document.get('total'))} trials"),
+        _line(f"{counts or '0'} of {_word(document.get('total'))} trials"),
         *([_line(f"stage: {document['stage']}")] if document.get("stage") else []),
         _table(["trial", "state", "budget", "epoch", "time", "reason"], rows),
         _line(f"training samples: {numbers.count(document.get('total_samples'))}"),
@@ -152,7 +152,7 @@ def status(document: Document) -> RenderableType:
 
 
 def show(document: Document) -> RenderableType:
-    """Render one trial: its budget and parameters, its results, and its bits by layer."""
+    """Render one trial: its budget, parameters and results, and its bit-widths by layer."""
     params = ", ".join(
         f"{name} {numbers.setting(value)}"
         for name, value in (document.get("params") or {}).items()
@@ -175,7 +175,7 @@ def show(document: Document) -> RenderableType:
 
 
 def layers(rows: Sequence[Document]) -> RenderableType:
-    """Render bits and costs by layer; `float` for layers that are not quantized."""
+    """Render bit-widths and costs by layer; layers that are not quantized show `float`."""
     searched = any("searched" in row for row in rows)
     reasons = any(row.get("why") for row in rows)
     columns = ["layer", "kind", "MACs", "W bits", "A bits", "BOPs", "weight"]
@@ -199,14 +199,14 @@ def layers(rows: Sequence[Document]) -> RenderableType:
 
 
 def _weight_width(row: Document) -> str:
-    """Format the bits of the weight; `-` for a product of two activations."""
+    """Format the bit-width of the weight; `-` for a product of two activations."""
     if row.get("weight_bits") is None and row.get("second_activation_bits") is not None:
         return "-"
     return _width(row, "weight_bits")
 
 
 def _activation_width(row: Document) -> str:
-    """Format the bits of the input, or of both operands in a product of two activations."""
+    """Format the bit-width of the input, or of both operands of a product of two activations."""
     if row.get("kind") == "embedding":
         return "-"
     bits = _width(row, "activation_bits")
@@ -278,7 +278,7 @@ def doctor(checks: Sequence[Document]) -> RenderableType:
 
 
 def replay(document: Document) -> RenderableType:
-    """Render whether a replay matches its trial, and the differences."""
+    """Render whether a replay matches the recorded trial, and list any differences."""
     trial, sha = document["trial"], str(document["model_sha256"])[:12]
     if document["equal"]:
         agreement = "identical bit by bit" if document["exact"] else _within(document)
@@ -294,7 +294,7 @@ def replay(document: Document) -> RenderableType:
 
 
 def _within(document: Document) -> str:
-    """Describe how closely a replay matches its trial if bits may differ."""
+    """Describe the tolerances within which a replay matches the recorded trial."""
     weights, metrics = document["tolerance"]["weights"], document["tolerance"]["metrics"]
     if not document["weights_compared"]:
         return f"metrics within {numbers.share(metrics)}; the recorded model was deleted"

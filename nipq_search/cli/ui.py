@@ -46,7 +46,7 @@ class Server:
     """A dashboard to start.
 
     Attributes:
-        name: displayed name.
+        name: name to display.
         command: program and arguments.
         port: port on the loopback interface.
         environment: variables added to those of this process.
@@ -85,8 +85,9 @@ def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
 
     Args:
         folder: the sweep's folder.
-        mlflow_port: port of MLflow; None selects 5000 or a free port.
-        optuna_port: port of optuna-dashboard; None selects 8080 or a free port.
+        mlflow_port: port for MLflow; None selects 5000, or a free port if 5000 is in use.
+        optuna_port: port for optuna-dashboard; None selects 8080, or a free port if 8080 is in
+            use.
 
     Returns:
         The exit code.
@@ -115,8 +116,8 @@ def plan_servers(folder: Path, mlflow_port: int | None, optuna_port: int | None)
 
     Args:
         folder: the sweep's folder.
-        mlflow_port: port of MLflow, or None.
-        optuna_port: port of optuna-dashboard, or None.
+        mlflow_port: port for MLflow; None as in `ui`.
+        optuna_port: port for optuna-dashboard; None as in `ui`.
 
     Returns:
         The dashboards to start.
@@ -148,7 +149,7 @@ def plan_servers(folder: Path, mlflow_port: int | None, optuna_port: int | None)
 
 
 def _mlflow(port: int) -> Server:
-    # Paths relative to the sweep's folder, because absolute ones break if the folder is moved.
+    # Use paths relative to the sweep's folder: absolute ones break if the folder is moved.
     options = {
         "--backend-store-uri": "sqlite:///mlflow.db",
         "--artifacts-destination": "./mlartifacts",
@@ -163,7 +164,7 @@ def _mlflow(port: int) -> Server:
 
 
 def _optuna_dashboard(study: Path, port: int) -> Server:
-    # An absolute path: Optuna never releases a journal's stale lock under a relative path.
+    # Use an absolute path: with a relative one, Optuna never releases a journal's stale lock.
     place = str(study.resolve()) if study.suffix == ".log" else f"sqlite:///{study.resolve()}"
     command = [*_python("optuna_dashboard"), "-c", _OPTUNA_PROGRAM, place]
     command += ["--host", HOST, "--port", str(port)]
@@ -171,14 +172,14 @@ def _optuna_dashboard(study: Path, port: int) -> Server:
 
 
 def _python(module: str) -> list[str]:
-    """Return the command of the interpreter; raise ModuleNotFoundError if `module` is missing."""
+    """Return a command that runs Python; raise ModuleNotFoundError if `module` is missing."""
     if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(f"No module named '{module}'", name=module)
     return [sys.executable, "-P"]  # import nothing from the sweep's folder
 
 
 def _port(wanted: int | None, usual: int, option: str) -> int:
-    """Return the requested port; without a request, the usual port or any free one."""
+    """Return the requested port; if none was requested, the usual port or any free one."""
     for port in [wanted] if wanted else [usual, 0]:
         with socket.socket() as probe:
             # Like the servers, treat a port in the TIME_WAIT state as free.

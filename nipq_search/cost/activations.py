@@ -9,7 +9,10 @@ from nipq_search.quant.graph import Graph
 
 
 def activation_terms(graph: Graph, bits: Bits) -> dict[str, Any]:
-    """Return the bytes of each layer input, and of each residual sum, which stays in float."""
+    """Return the bytes of each layer input and of each residual sum.
+
+    Residual sums count as 32 bits per element unless they are quantized.
+    """
     return {
         name: tensor.numel * bits[name] / 8
         for name, tensor in graph.tensors.items()

@@ -2,8 +2,8 @@
 
 Each tensor, or group of tensors, takes one of its allowed widths, with a binary variable per
 width. A product of two widths, as in BOPs, is linearized: each pair of widths has a variable, and
-the sum of these variables over either width is the binary variable of the other width. HiGHS
-solves the program, through scipy.
+the sum of these variables over either width is the binary variable of the other width. The
+program is solved by HiGHS, which scipy provides.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ from nipq_search.cost.polynomial import Polynomial, polynomial, variable
 from nipq_search.quant.graph import Graph
 
 NODES = 2000
-"""Limit on the solver's branches; a time limit would make the result depend on the machine."""
+"""Limit on branch-and-bound nodes; a time limit would make results depend on the machine."""
 
 GAP = 1e-4
 """Relative optimality gap at which the solver stops."""
+
 _LOSS_DIGITS = 10
-"""Digits of a loss passed to the solver; the order of floating-point sums changes later ones, and
-within its gap the solver may then return another assignment."""
+"""Decimal places to which the solver's losses are rounded.
+
+Further digits depend on the order of floating-point sums, and could make the solver return a
+different assignment within its gap.
+"""
 
 _MARGINS = (0.0, 2e-6)
-"""Relative safety margins, tried in order: the solver meets a budget only up to rounding."""
+"""Relative safety margins, tried in order: the solver meets budgets only up to rounding."""
 
 
 Limit = tuple[Polynomial, float]
@@ -65,14 +69,14 @@ class _Program:
         self.rows.append((dict(entries), least, most))
 
     def solve(self) -> np.ndarray | None:
-        """Return the optimal variables, or None if optimality was not proven within `NODES`."""
+        """Return the optimal variables; None if scipy is missing or optimality is not proven."""
         try:
             from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
             from scipy.sparse import coo_array
         except ImportError:
             warnings.warn(
                 "scipy is missing: bit-widths are projected by a greedy search, which may miss "
-                "better ones; pip install scipy",
+                "better assignments; pip install scipy",
                 stacklevel=2,
             )
             return None
@@ -93,15 +97,16 @@ class _Program:
 
 
 Share = Callable[[float], float]
+"""Function from the value of a cost to the share of its target that it uses."""
 
 
 def _share(value: float, target: float, whole: bool) -> float:
-    """Return the share of a target that a cost uses; a cost in whole bytes is rounded up first."""
+    """Return the share of a target that a cost uses; `whole` costs are rounded up first."""
     return (math.ceil(value * (1 - 1e-12)) if whole else value) / target
 
 
 def _limits(graph: Graph, budget: Budget) -> list[tuple[Limit, Share]] | None:
-    """Return each cost as a polynomial with its upper bound and its share of the target.
+    """Return each cost as a polynomial, with its upper bound and its `Share` function.
 
     Returns:
         None if a cost is not a polynomial.
@@ -127,13 +132,13 @@ def _limits(graph: Graph, budget: Budget) -> list[tuple[Limit, Share]] | None:
 
 
 class Assignment:
-    """The choice of bit-widths for a graph under a budget, as mixed-integer programs.
+    """Chooses bit-widths for a graph under a budget by mixed-integer programming.
 
     Args:
         graph: the model's layers and tensors.
         budget: the targets, which must be reachable.
         losses: predicted loss by unit and allowed width; the tensors of a unit share one width.
-        units: unit of every tensor that has a quantizer.
+        units: unit of every tensor that has a quantizer, by tensor name.
     """
 
     def __init__(
@@ -157,11 +162,11 @@ class Assignment:
         """Return the widths with the least loss within the budget.
 
         Args:
-            at_least: a cost and the least amount of it that must be used.
+            at_least: a cost and the minimum value that it must reach.
 
         Returns:
             Widths of the units that contribute to the budget. None if a cost is not a polynomial
-            of degree two or less, or if the solver could not prove optimality.
+            of degree two or less, a loss is not finite, or the solver could not prove optimality.
         """
         if not all(math.isfinite(loss) for row in self._losses.values() for loss in row.values()):
             return None  # for example after training with a NaN loss
@@ -171,8 +176,8 @@ class Assignment:
         """Maximize the ratio of any single cost to its target within the budget.
 
         Returns:
-            The cost with its largest reachable value, and widths that reach it; None where
-            `min_loss` would return None.
+            The cost with its largest reachable value, and widths that reach it. None if a cost
+            is not a polynomial of degree two or less, or the solver could not prove optimality.
         """
         best: tuple[float, Limit, dict[str, int]] | None = None
         bounded = [
@@ -205,7 +210,7 @@ class Assignment:
     def _solve(
         self, at_least: Limit | None = None, maximize: Polynomial | None = None
     ) -> dict[str, int] | None:
-        """Solve with growing margins until the exact costs are within the budget."""
+        """Solve with increasing safety margins until the exact costs are within the budget."""
         if not self._solvable:
             return None
         for margin in _MARGINS:
@@ -228,7 +233,7 @@ def _solved(
     at_least: Limit | None,
     maximize: Polynomial | None,
 ) -> dict[str, int] | None:
-    """Return the widths that minimize the loss, or maximize a cost; None if unproven."""
+    """Return the widths that minimize the loss, or maximize a cost; None if not proven optimal."""
     program = _Program()
     span = max(max(row.values()) - min(row.values()) for row in losses.values()) or 1.0
     chosen = {

@@ -1,4 +1,4 @@
-"""Costs: formulas over bit-widths, estimated for the loss and counted exactly for reports.
+"""Costs: formulas over bit-widths, estimated for the loss and evaluated exactly for reports.
 
 To add a cost, write a file that defines a `Cost` and register it in `cost/__init__.py`. Other
 packages declare an entry point instead.
@@ -28,7 +28,7 @@ class Cost:
 
     Attributes:
         name: name in budgets and tables, including the unit.
-        terms: computes the contributions by layer or tensor from the bit-widths of *every*
+        terms: computes the contributions, by layer or tensor, from the bit-widths of *every*
             tensor. No contribution may decrease when a bit-width increases.
         combine: reduces the terms to the cost; `sum_terms` or `largest_term`.
         whole: whether the exact count is rounded up to an integer.
@@ -57,7 +57,7 @@ def _problem(name: str, value: Any) -> str | None:
 
 
 COSTS: Registry[Cost] = Registry("cost", group="nipq_search.costs", check=_problem)
-"""Costs by name. A plug-in's cost is computed and reported once a configuration names it."""
+"""Costs by name. The cost of a plug-in is reported only if a configuration names it."""
 
 
 def get_cost(name: str) -> Cost:
@@ -70,7 +70,7 @@ def get_cost(name: str) -> Cost:
 
 
 def complete_bits(graph: Graph, bits: Bits) -> dict[str, Any]:
-    """Return `bits`, extended by the fixed widths of the tensors without a quantizer."""
+    """Return `bits`, extended with the fixed widths of the tensors that have no quantizer."""
     fixed = {
         name: FLOAT_BITS if tensor.fixed_bits is None else tensor.fixed_bits
         for name, tensor in graph.tensors.items()
@@ -80,7 +80,7 @@ def complete_bits(graph: Graph, bits: Bits) -> dict[str, Any]:
 
 
 def exact_cost(name: str, graph: Graph, bits: Bits) -> float:
-    """Return the exact cost, which is reported and compared with budgets.
+    """Return the exact cost, the value that is reported and compared with budgets.
 
     Fractional widths are accepted for budgets such as `uniform 2.5`; only the cost of integer
     widths is rounded up to whole units.
@@ -100,17 +100,18 @@ def exact_cost(name: str, graph: Graph, bits: Bits) -> float:
     value = float(cost.combine(cost.terms(graph, complete_bits(graph, bits))))
     if cost.whole and all(float(b).is_integer() for b in bits.values()):
         return math.ceil(value)
-    return value if cost.whole else float(f"{value:.12g}")  # the mean of equal widths is exact
+    # Rounding to 12 digits makes the mean of equal widths exactly that width.
+    return value if cost.whole else float(f"{value:.12g}")
 
 
 def exact_costs(model: nn.Module) -> dict[str, float]:
-    """Return every registered cost of a prepared model at its hard bit-widths."""
+    """Return every registered cost of a prepared model at its hard bit-widths, by name."""
     graph, bits = quant_state(model).graph, hard_bits(model)
     return {name: exact_cost(name, graph, bits) for name in COSTS}
 
 
 def cost_estimate(name: str, model: nn.Module) -> Tensor:
-    """Return the differentiable cost at the soft bit-widths, a scalar, for use in the loss."""
+    """Return the cost at the soft bit-widths as a differentiable scalar, for use in the loss."""
     cost = get_cost(name)
     soft = {tensor: quantizer.bits.soft() for tensor, quantizer in quantizers(model).items()}
     graph = quant_state(model).graph

@@ -11,8 +11,8 @@ CONVENTION = 1
 """Version of the counting rules, printed with every BOPs figure.
 
 Per sample, a layer costs `MACs * weight bits * input bits`, and a product of two activations
-`MACs * bits * bits`. Raw uint8 input counts as 8 bits, a floating-point operand as 32. Biases,
-normalization and element-wise operations are not counted. 1 GBOPs is 1e9.
+`MACs * bits * bits`. Raw uint8 input counts as 8 bits, and a floating-point operand as 32 bits.
+Biases, normalization and element-wise operations are not counted. 1 GBOPs is 1e9.
 """
 
 

@@ -14,7 +14,7 @@ from nipq_search.errors import UserError
 
 
 class Budget:
-    """One or more absolute cost targets, all of which must hold.
+    """One or more absolute cost targets, all of which must be met.
 
     Args:
         targets: target by cost name, in the unit of the cost.
@@ -74,15 +74,18 @@ def _rebuild(targets: dict[str, float]) -> Budget:
 
 
 BETA = 1 / 5.3
-"""Ratio at which the penalty turns linear: the paper's 1 GBOPs over its target of 5.3 GBOPs."""
+"""Distance from ratio 1 at which the penalty becomes linear.
+
+The paper uses a distance of 1 GBOPs at a target of 5.3 GBOPs.
+"""
 
 
 def cost_penalty(model: nn.Module, budget: Budget, beta: float = BETA) -> Tensor:
     """Return the two-sided smooth L1 penalty on cost / target at the soft bit-widths.
 
     Follows NIPQ, section 5, with costs replaced by ratios. With several targets, only the largest
-    ratio counts. The penalty is two-sided because a one-sided one leaves part of the budget
-    unused.
+    ratio counts. The penalty is two-sided because a one-sided penalty leaves part of the
+    budget unused.
 
     Args:
         model: a prepared model.

@@ -67,7 +67,7 @@ class Polynomial:
     __rmul__ = __mul__
 
     def renamed(self, names: Mapping[str, str]) -> Polynomial:
-        """Return the polynomial with variables renamed; several may map to one name."""
+        """Return the polynomial with renamed variables; several may be merged under one name."""
         total: dict[Monomial, float] = {}
         for monomial, coefficient in self.terms.items():
             new = tuple(sorted(names[name] for name in monomial))
@@ -85,5 +85,5 @@ def polynomial(value: Any) -> Polynomial:
 
 
 def variable(name: str) -> Polynomial:
-    """Return the polynomial of a single variable, a bit-width."""
+    """Return the polynomial that consists of a single variable, a bit-width."""
     return Polynomial({(name,): 1.0})

@@ -21,9 +21,9 @@ def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
     """Return a row per layer: name, kind, macs, weight_bits, activation_bits, bops, weight_bytes.
 
     Each row also contains `second_activation_bits`, for the other operand of a product of two
-    activations, and `why`, the reason why the layer stays in floating point. Bit-widths are None
+    activations, and `why`, the reason if the layer stays in floating point. Bit-widths are None
     for missing and floating-point operands; raw uint8 input counts as 8 bits. The bytes of a
-    weight that several layers share are listed with the first of them.
+    weight that several layers share are listed only in the row of the first.
     """
     complete: Mapping[str, Any] = complete_bits(graph, bits)
     bops = bops_terms(graph, complete)
@@ -55,9 +55,9 @@ def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
 def profile(model: nn.Module) -> pandas.DataFrame:
     """Return a table of a prepared model's layers at their hard bit-widths; see `layer_rows`.
 
-    MACs and BOPs are per sample (convention 1); bytes cover the packed weight alone. A row with
+    MACs and BOPs are per sample (convention 1); bytes cover only the packed weight. A row with
     text in `why` is a multiplication that stays in floating point; the row `(unconverted)` covers
-    those that tracing could not attribute to a Python function.
+    all multiplications that tracing could not attribute to a Python function.
 
     Raises:
         UserError: pandas is not installed.

@@ -1,8 +1,9 @@
 """The projection of learned bit-widths onto the allowed widths and a budget.
 
-Guarantee: no cost exceeds its target, and at least 97 % of what the allowed widths can reach of
-the binding target is used. If the solver cannot determine that maximum, the guarantee is
-weaker: raising any single tensor to its next allowed width would exceed the budget.
+Guarantee: no cost exceeds its target, and the largest ratio of a cost to its target is at least
+97 % of the maximum that the allowed widths can reach within the budget. If the solver cannot
+determine that maximum, the guarantee is weaker: raising any single tensor to its next allowed
+width would exceed the budget.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nipq_search.quant.insertion.prepare import M, freeze_bits, quant_state, qua
 from nipq_search.quant.numerics.widths import nearest_bits
 
 MIN_USAGE = 0.97
-"""Least share of the binding target, or of its reachable part, that a projection must use."""
+"""Minimum share of the binding target, or of its reachable part, that a projection must use."""
 
 
 def usage(graph: Graph, bits: Bits, budget: Budget) -> float:
@@ -45,7 +46,7 @@ def usage(graph: Graph, bits: Bits, budget: Budget) -> float:
 
 
 def largest_terms(name: str, graph: Graph) -> str:
-    """Describe the layers or tensors that dominate the least cost, as in `a: 50 %, b: 20 %`."""
+    """Describe the largest parts of the least reachable cost, as in `a: 50 %, b: 20 %`."""
     terms = get_cost(name).terms(graph, complete_bits(graph, extreme_bits(graph, most=False)))
     total = sum(float(term) for term in terms.values()) or 1.0
     largest = sorted(terms.items(), key=lambda item: -float(item[1]))[:3]
@@ -66,7 +67,8 @@ def check_reachable(graph: Graph, budget: Budget) -> None:
             continue
         raise UserError(
             f"{name}: the target {target:,.10g} is below the least reachable cost {least:,.10g} "
-            f"(set by {largest_terms(name, graph)}); raise it, allow fewer bits, or unpin layers"
+            f"(set by {largest_terms(name, graph)}); raise the target, allow smaller bit-widths, "
+            "or unpin layers"
         )
 
 
@@ -74,9 +76,9 @@ def error_scales(soft: Mapping[str, float], marginal: Mapping[str, float]) -> di
     """Return the factor c of each tensor's predicted loss `c * 4**-bits`.
 
     The variance of the rounding error, step**2 / 12, falls by a factor of four per bit, so a
-    marginal loss dL/db at b bits gives `c = -dL/db * 4**b / (2 ln 2)`. Estimates that noise made
-    negative are replaced by a small positive value. Without any positive estimate, all tensors
-    gain equally from a bit.
+    derivative dL/db at b bits gives `c = -dL/db * 4**b / (2 ln 2)`. Estimates that noise made
+    negative are replaced by a small positive value. If no estimate is positive, one more bit is
+    assumed to help every tensor equally.
     """
     raw = {n: -marginal.get(n, 0.0) * 4.0**b / (2 * math.log(2)) for n, b in soft.items()}
     positive = sorted(value for value in raw.values() if value > 0)
@@ -90,7 +92,7 @@ def units_of(graph: Graph) -> dict[str, list[str]]:
     """Return the units: sets of tensors that share one bit-width.
 
     A unit is a group of tensors, or a single tensor without a group; tensors with only one
-    allowed width are included. Keys are the first members.
+    allowed width are included. Each key is the first member of the unit.
     """
     groups: dict[str, list[str]] = {}
     for name, tensor in graph.tensors.items():
@@ -106,7 +108,7 @@ Losses = Mapping[str, Mapping[int, float]]
 class _Projection:
     """Projects bit-widths onto a budget.
 
-    The solver comes first, greedy descent if it fails, then greedy ascent.
+    It runs the solver, falls back to greedy descent if that fails, and ends with greedy ascent.
     """
 
     def __init__(self, graph: Graph, budget: Budget, losses: Losses) -> None:
@@ -127,7 +129,7 @@ class _Projection:
         return {**bits, **dict.fromkeys(self.members[name], width)}
 
     def neighbor(self, bits: dict[str, int], name: str, up: bool) -> int | None:
-        """Return the next allowed width of a unit, or None if there is none."""
+        """Return the next larger or smaller allowed width of a unit; None if there is none."""
         allowed = self.allowed[name]
         index = allowed.index(bits[name]) + (1 if up else -1)
         return allowed[index] if 0 <= index < len(allowed) else None
@@ -138,7 +140,7 @@ class _Projection:
         return {name: exact_cost(name, self.graph, bits) / target for name, target in targets}
 
     def excess(self, bits: dict[str, int]) -> float:
-        """Return the sum of the excesses over the targets, relative to them; 0 within the budget.
+        """Return the sum of the relative excesses over the targets; 0 within the budget.
 
         Individual terms above a target add to the sum. Thus lowering any of them counts as
         progress even for a cost that is the maximum of its terms.
@@ -161,18 +163,18 @@ class _Projection:
         """Return the best widths that satisfy the guarantee of this module.
 
         Tensors that contribute to no budgeted cost keep their width in `start`. If the solver
-        proves nothing, the widths are searched greedily from `start`.
+        fails, the widths are searched greedily from `start`.
         """
         program = Assignment(self.graph, self.budget, self.losses, self.unit)
         bits = self.complete(start, program.min_loss())
         if (used := usage(self.graph, bits, self.budget)) >= MIN_USAGE:
             return bits
-        # The least predicted loss may leave room in the budget that other widths would use.
+        # The widths with the least predicted loss may leave room that other widths would use.
         if (found := program.max_usage()) is None:
             return bits
         (cost, most), widths = found
         fullest = {name: widths.get(unit, start[name]) for name, unit in self.unit.items()}
-        wanted = MIN_USAGE * (1 + 2 * GAP)  # `most` is proven up to the solver's gap
+        wanted = MIN_USAGE * (1 + 2 * GAP)  # `most` is optimal only up to the gap
         if used >= wanted * usage(self.graph, fullest, self.budget):
             return bits
         return self.complete(start, program.min_loss((cost, wanted * most)) or widths)
@@ -182,8 +184,8 @@ class _Projection:
     ) -> dict[str, int]:
         """Bring the solution within the budget, then raise widths as long as any raise fits.
 
-        Units without a solution take their width in `start`. For solved units, `descend` corrects
-        only the solver's rounding.
+        Units without a solution start at their width in `start`. For solved units, `descend` only
+        corrects the solver's rounding.
         """
         solved = solved or {}
         bits = {name: solved.get(unit, start[name]) for name, unit in self.unit.items()}
@@ -201,7 +203,7 @@ class _Projection:
         return self.partners[name] if self.additive else set(self.allowed)
 
     def descend(self, bits: dict[str, int]) -> None:
-        """Lower the unit with the least loss per saved excess until the budget holds."""
+        """Lower one unit at a time, by least loss increase per excess removed, to meet budgets."""
         rates: dict[str, tuple[float, int]] = {}
         stale = set(self.allowed)
         broken: set[str] = set()
@@ -220,7 +222,7 @@ class _Projection:
                 name = min(rates, key=lambda n: (rates[n][0], n))
                 after = rates[name][1]
             else:
-                # Rounding costs up hides the savings of tiny tensors: lower the widest unit.
+                # Rounding costs up hides the savings from tiny tensors: lower the widest unit.
                 lower = {n: self.neighbor(bits, n, up=False) or 0 for n in self.allowed}
                 name = max(lower, key=lambda n: (lower[n], n))
                 after = lower[name]
@@ -228,13 +230,13 @@ class _Projection:
             stale = self.coupled(name)
 
     def ascend(self, bits: dict[str, int], free: bool) -> None:
-        """Raise the unit with the largest gain per cost as long as any raise fits.
+        """Raise one unit at a time, by largest loss reduction per added cost, while any fits.
 
-        A raise that does not fit never fits later, since costs only grow here.
+        A raise that does not fit now cannot fit later, since costs never decrease here.
 
         Args:
             bits: widths by tensor; changed in place.
-            free: whether to raise units that contribute to no budgeted cost as well.
+            free: whether to also raise units that contribute to no budgeted cost.
         """
         rates: dict[str, tuple[float, int]] = {}
         stale = set(self.allowed)
@@ -316,7 +318,7 @@ def freeze(model: M, budget: Budget | None = None) -> M:
 
     Args:
         model: a prepared model.
-        budget: the targets; with None, each tensor takes its nearest allowed width.
+        budget: the targets; None rounds every bit-width to the nearest allowed one.
 
     Returns:
         The same model.
@@ -356,7 +358,7 @@ def max_usage_bits(graph: Graph, budget: Budget) -> dict[str, int] | None:
         budget: the targets, which must be reachable.
 
     Returns:
-        Bit-widths by tensor; None if the solver cannot prove the maximum.
+        Bit-widths by tensor; None if the solver cannot prove that they are optimal.
     """
     even = {unit: dict.fromkeys(graph.tensors[unit].allowed, 0.0) for unit in units_of(graph)}
     work = _Projection(graph, budget, even)
@@ -376,8 +378,8 @@ def is_tight(graph: Graph, bits: dict[str, int], budget: Budget) -> bool:
         budget: the targets.
 
     Returns:
-        True if no target is exceeded and either at least `MIN_USAGE` of what is reachable is used
-        or, if that is unknown, no single tensor can be raised.
+        True if no target is exceeded and either at least `MIN_USAGE` of the reachable maximum is
+        used or, if that maximum is unknown, no single tensor can be raised.
     """
     if (used := usage(graph, bits, budget)) > 1:
         return False

@@ -9,10 +9,10 @@ from nipq_search.quant.graph import Graph
 
 
 def weight_bytes_terms(graph: Graph, bits: Bits) -> dict[str, Any]:
-    """Return the bytes of each densely packed weight, of all scales and of the float parameters.
+    """Return the bytes of each densely packed weight, all scales, and all float parameters.
 
-    Scales (of weights and activations) and float parameters count 32 bits each. Zero-points and
-    running statistics are not counted, since they fold into biases.
+    Scales (of weights and activations) and float parameters count as 32 bits each. Zero-points
+    and running statistics are not counted, since they can be folded into biases.
     """
     terms: dict[str, Any] = {
         name: tensor.numel * bits[name] / 8

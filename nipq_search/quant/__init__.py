@@ -1,9 +1,10 @@
-"""Fake quantizers, NIPQ first among them, and the conversion of a float model to use them.
+"""Fake quantizers, primarily NIPQ, and the conversion of a float model into one that uses them.
 
-Start reading in `insertion/prepare.py`. Folders from bottom to top: `numerics` (pure functions),
-`kernels` (fast implementations of them), `quantizers` (modules), `tracing` (finding every
-multiplication of a model), `insertion` (placing quantizers in a model), `tools` (operations on a
-prepared model). This layer imports no other layer of the project and depends only on torch.
+Start reading in `insertion/prepare.py`. The packages, from the lowest to the highest, are
+`numerics` (pure functions), `kernels` (fast implementations of these functions), `quantizers`
+(modules), `tracing` (finding every multiplication in a model), `insertion` (placing quantizers in
+a model) and `tools` (operations on a prepared model). This layer imports no other layer of the
+project and depends only on torch.
 """
 
 from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer

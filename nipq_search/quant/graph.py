@@ -22,7 +22,8 @@ class TensorInfo:
         role: weight, activation or addition (a residual sum).
         numel: number of elements; per sample for activations.
         scales: number of float scales to store with the tensor.
-        allowed: allowed bit-widths in bits, ascending; a single one if the tensor is pinned.
+        allowed: allowed bit-widths in bits, ascending: a single one if the tensor is pinned, none
+            if it has no quantizer.
         group: name of the group whose tensors share one bit-width, or None.
         fixed_bits: bit-width of a tensor without a quantizer: 32 in float, 8 for raw uint8
             input. None for a quantized tensor.

@@ -1,10 +1,10 @@
 """The HTML report: figures and tables as pure functions of a sweep's results.
 
-Start reading in `html.py`. Imports `records` and `registry`.
+Start with `html.py`. Imports `records` and `registry`.
 
-    html      `render`: the self-contained page
-    figures   `FIGURES`: the registry of figures, in page order
-    data      `ReportData`: the input of every figure, and shared helpers
+    html      `render`, which produces the self-contained page
+    figures   `FIGURES`, the registry of figures, in page order
+    data      `ReportData`, the input to every figure, and shared helpers
     pareto, bits, movement, curves, tables   the figures
 """
 

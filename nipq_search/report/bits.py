@@ -54,7 +54,7 @@ def section(data: ReportData) -> str:
 
 
 def document(data: ReportData) -> dict[str, Any]:
-    """Build the data of the page's script: the layout, and captions and layers by trial."""
+    """Build the data for the figure's script: the layout, and each trial's caption and layers."""
     points = {point["trial"]: point for point in data.points()}
     trials: dict[int, dict[str, Any]] = {}
     for trial in sorted(data.layers):

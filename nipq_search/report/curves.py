@@ -37,7 +37,7 @@ SCRIPT = """
 
 
 def section(data: ReportData) -> str:
-    """Return the figure and the list of values as a section of the page; `""` without data."""
+    """Return the figure and the list of values as a section; `""` if there are no curves."""
     metrics = lines(data)
     if not metrics:
         return ""
@@ -63,7 +63,7 @@ def section(data: ReportData) -> str:
 
 
 def lines(data: ReportData) -> dict[str, list[dict[str, Any]]]:
-    """Return one line per trial, in the color of its budget, for each measured value."""
+    """Return, for each measured value, one line per trial in the color of the trial's budget."""
     colors = data.colors()
     labels = zip(data.results["trial"], data.results["budget_label"], strict=True)
     budgets = {int(trial): text(budget) for trial, budget in labels}
@@ -85,6 +85,6 @@ def lines(data: ReportData) -> dict[str, list[dict[str, Any]]]:
 
 
 def _first(data: ReportData, names: list[str]) -> str:
-    """Return the initially selected value: the task's metric if it was measured every epoch."""
-    wanted = (f"validation_{data.metric}", data.metric)
-    return next((name for name in wanted if name in names), names[0])
+    """Return the value to select initially: the task's metric if possible, or the first value."""
+    preferred = (f"validation_{data.metric}", data.metric)
+    return next((name for name in preferred if name in names), names[0])

@@ -1,4 +1,4 @@
-"""The input of the figures, and shared helpers. All text in the input is untrusted."""
+"""The input to the figures, and shared helpers. All text in the input is untrusted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7b61c4", "#b08600", "#56b4e9", "#5f6b7a")
-"""Colors of the budgets, distinguishable with color blindness; reused for further budgets."""
+"""Colors of the budgets, safe for color blindness; they repeat if there are more budgets."""
 
 COST_LABELS = {
     "bops": "BOPs per sample",
@@ -32,7 +32,7 @@ UNITS = ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """The input of all figures.
+    """The input to all figures.
 
     Attributes:
         sweep: the sweep; `sweep.front` is the document of `front --json`.
@@ -70,7 +70,11 @@ class ReportData:
         return sorted(found, key=lambda point: float(cost(point, self.front_cost) or 0))
 
     def best(self) -> int | None:
-        """Return the initially selected trial: the best on the front, else one with layers."""
+        """Return the trial to select initially, or None if there is no suitable trial.
+
+        This is the best trial on the front. If the front is empty, it is the first trial whose
+        layers are known.
+        """
         sign = 1 if self.sweep.mode == "max" else -1
         front = [point for point in self.points() if point.get("on_front")]
         if front:
@@ -91,7 +95,7 @@ def cost(holder: Mapping[str, Any], name: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """Convert `value` to a finite number; None for missing, non-finite and other values."""
+    """Convert `value` to a float; return None if it is missing, not finite or not a number."""
     try:
         result = float(value)
     except (TypeError, ValueError):  # None, text, and the missing value of pandas
@@ -112,12 +116,12 @@ def escape(value: Any) -> str:
 
 
 def label(value: Any) -> str:
-    """Escape `value` for Plotly text, which supports some HTML tags but only few entities."""
+    """Escape `value` for Plotly text, which supports some HTML tags but only a few entities."""
     return html.escape(text(value), quote=False)
 
 
 def embed(name: str, document: Any) -> str:
-    """Embed `document` as a JSON script element; escaping prevents text from closing it."""
+    """Embed `document` as a JSON script element, escaped so that no text can close the element."""
     dumped = json.dumps(_finite(document), allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         dumped = dumped.replace(character, f"\\u{ord(character):04x}")

@@ -1,9 +1,9 @@
 """The registry of figures.
 
 A figure is a function from `ReportData` to an HTML fragment. To add one, write `report/<name>.py`
-and add one line here; the tests iterate over the registry. The script of a figure can react to the
-selection of a trial (`nipq.onSelect(callback)`) and select one (`nipq.select(trial)`); both are
-defined in `html.py`.
+and add one line here; the tests cover every registered figure. The script of a figure can react to
+the selection of a trial (`nipq.onSelect(callback)`) and select a trial (`nipq.select(trial)`);
+both functions are defined in `html.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nipq_search.report import bits, curves, movement, pareto, tables
 from nipq_search.report.data import ReportData
 
 FIGURES: Registry[Callable[[ReportData], str]] = Registry("figure")
-"""Figures by name, in page order. A figure without data returns ``""``."""
+"""The figures by name, in page order. A figure without data returns `""`."""
 
 FIGURES.register("pareto", pareto.section)
 FIGURES.register("bits", bits.section)

@@ -109,7 +109,7 @@ def _subtitle(sweep: SweepRecord) -> str:
 
 
 def _cards(data: ReportData) -> str:
-    """Return the summary figures of the sweep."""
+    """Return the cards with the key numbers of the sweep."""
     front = data.sweep.front
     states = data.results["state"].value_counts()
     trials = ", ".join(f"{count} {str(state).lower()}" for state, count in states.items())

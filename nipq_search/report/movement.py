@@ -9,7 +9,7 @@ from nipq_search.report.data import ReportData, embed, label
 from nipq_search.report.pareto import AXIS, LAYOUT
 
 MOVEMENT_TOLERANCE = 0.02
-"""Largest deviation from its start, in bits, of a bit-width that counts as unmoved."""
+"""A bit-width counts as unmoved if it stays within this many bits of its initial value."""
 
 SCRIPT = """
 (() => {
@@ -38,9 +38,9 @@ History = Sequence[Mapping[str, Any]]
 
 
 def never_moved(history: History) -> list[str]:
-    """Return the tensors whose learned bit-width never left its start.
+    """Return the tensors whose learned bit-width stayed at its initial value.
 
-    Histories with fewer than two entries give an empty list.
+    The list is empty if the history has fewer than two entries.
     """
     if len(history) < 2:
         return []
@@ -79,7 +79,7 @@ def section(data: ReportData) -> str:
 
 
 def _document(history: History) -> dict[str, Any]:
-    """Build the lines of one trial, and a hint about bit-widths that never moved."""
+    """Build the lines for one trial, and a hint about bit-widths that never moved."""
     names = list(history[0]["bits"])
     unmoved = never_moved(history)
     hint = "Every bit-width moved."
@@ -88,7 +88,7 @@ def _document(history: History) -> dict[str, Any]:
         hint = (
             f"{len(unmoved)} of {len(names)} bit-widths never moved: "
             f"{', '.join(unmoved[:5])}{more}. A longer noise phase, a larger "
-            "lr_bits or lambda, or a different start may move them."
+            "lr_bits or lambda, or a different initial value may move them."
         )
     return {
         "steps": [entry["step"] for entry in history],

@@ -1,4 +1,4 @@
-"""The Pareto scatter plot: metric against cost, with budgets, float model and baselines."""
+"""The Pareto plot: metric against cost, with the budgets, the float model and the baselines."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def section(data: ReportData) -> str:
     return (
         "<section><h2>Pareto front</h2>"
         "<p class='hint'>Click a point to see its bits by layer. Filled points are on the "
-        f"front, hollow ones are dominated.</p>{note}"
+        f"front; hollow points are dominated.</p>{note}"
         f"<div id='pareto' class='plot'></div>{embed('pareto-data', figure(data))}"
         f"<script>{SCRIPT}</script></section>"
     )
@@ -100,7 +100,7 @@ def figure(data: ReportData) -> dict[str, Any]:
 
 
 def budget_targets(data: ReportData) -> dict[str, float]:
-    """Return the absolute target by budget label, for budgets that limit the front cost."""
+    """Return the absolute targets by budget label, for budgets that limit the front cost."""
     targets: dict[str, float] = {}
     column = f"budget_{data.front_cost}"
     if column in data.results:
@@ -127,7 +127,7 @@ def baselines(data: ReportData) -> list[dict[str, Any]]:
 
 
 def log2_axis(values: Sequence[float]) -> dict[str, Any]:
-    """Return settings of a logarithmic axis whose ticks double: 0.5 G, 1 G, 2 G.
+    """Return the settings of a logarithmic axis with ticks at powers of two: 0.5 G, 1 G, 2 G.
 
     Without `values`, the axis spans 1 to 2.
     """
@@ -150,7 +150,7 @@ def _axis_name(data: ReportData) -> str:
 
 
 def _range(values: Sequence[float]) -> dict[str, Any]:
-    """Return settings of a linear axis with a margin at both ends."""
+    """Return the settings of a linear axis with a margin at both ends."""
     if not values:
         return {"range": [0, 1]}
     low, high = min(values), max(values)
@@ -163,7 +163,7 @@ def _trace(**settings: Any) -> dict[str, Any]:
 
 
 def _front_line(data: ReportData, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Draw the front as steps: the best metric up to each cost."""
+    """Draw the front as a step function: the best metric up to each cost."""
     front = [point for point in points if point.get("on_front")]
     return _trace(
         name="front",
@@ -246,7 +246,8 @@ def _budget_note(name: str, target: float, color: str | None) -> dict[str, Any]:
 
 
 def _float_note(reference: float, left: bool) -> dict[str, Any]:
-    # Place the label on the side of cheap points, whose metric differs most from the float model.
+    # If the metric is maximized, the cheap points on the left lie far below the line, so the label
+    # has the most space there.
     return {
         "x": 0.01 if left else 0.99,
         "xref": "paper",

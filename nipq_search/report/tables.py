@@ -1,4 +1,4 @@
-"""The tables of all trials and of failed trials."""
+"""The table of all trials and the table of failed trials."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCRIPT = """
 
 
 def trials(data: ReportData) -> str:
-    """Return the table of all trials; clicking a heading sorts it, clicking a row selects."""
+    """Return the table of all trials; click a heading to sort it, or a row to select a trial."""
     results = data.results
     if not len(results):
         return ""
@@ -51,14 +51,14 @@ def trials(data: ReportData) -> str:
         for row in results.to_dict("records")
     )
     return (
-        "<section><h2>Trials</h2><p class='hint'>Click a heading to sort, click a row to select "
-        f"a trial.</p><div class='wide'><table id='trials'><thead><tr>{head}</tr></thead>"
+        "<section><h2>Trials</h2><p class='hint'>Click a heading to sort the table, or a row to "
+        f"select a trial.</p><div class='wide'><table id='trials'><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div><script>{SCRIPT}</script></section>"
     )
 
 
 def failures(data: ReportData) -> str:
-    """Return the table of failed trials with their reasons; `""` if no trial failed."""
+    """Return the table of failed trials and why they failed; `""` if no trial failed."""
     rows = [row for row in data.results.to_dict("records") if row["state"] == "FAIL"]
     if not rows:
         return ""
@@ -76,14 +76,14 @@ def failures(data: ReportData) -> str:
 
 
 def _title(column: str) -> str:
-    """Return a column's name without the prefix that it has in the results table."""
+    """Return the heading of a column: its name without the prefix that groups columns."""
     for prefix in ("cost_", "params_"):
         column = column.removeprefix(prefix)
     return column.replace("_", " ")
 
 
 def _cell(column: str, value: Any) -> str:
-    """Return one cell; sorting compares its `data-value`."""
+    """Return one cell; the table is sorted by its `data-value`."""
     if column == "on_front":
         return f"<td data-value='{int(bool(value))}'>{'★' if value else ''}</td>"
     shown = value

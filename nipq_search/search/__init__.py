@@ -1,9 +1,9 @@
 """The search: selects the trials to train under each budget and runs them.
 
-Start reading in `run.py`, the driver of a sweep. Subpackages from bottom to top: `jobs` (jobs on
-disk) and `strategies` (trial selection); `config` and `study`; `worker`, `coordinator` and
-`results`; `backend` (Ray); `checks`; `commands`. Apart from
-`testing`, only this package imports ray, optuna and pydantic.
+Start reading in `run.py`, the driver of a sweep. The subpackages, from the lowest layer to the
+highest: `jobs` (jobs on disk) and `strategies` (trial selection); `config` and `study`; `worker`,
+`coordinator` and `results`; `backend` (Ray); `checks`; `commands`. Apart from `testing`, only this
+package imports ray, optuna and pydantic.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class _Search(ModuleType):
     """Callable module type for this package.
 
-    `nipq_search.search` is both a package and a public function. Importing the package binds it
-    to that name, so a separate function of the same name would depend on import order.
+    `nipq_search.search` is both a package and a public function. Importing the package binds that
+    name to it, so with a separate function, the import order would decide what the name refers to.
     """
 
     def __call__(
@@ -46,7 +46,7 @@ class _Search(ModuleType):
             UserError: the sweep cannot start; the message names the key and the fix.
 
         Example:
-            A minimal sweep in this process. By default, the trials run on Ray.
+            A minimal sweep that runs in this process; by default, trials run on Ray.
 
             >>> import tempfile
             >>> import nipq_search

@@ -1,4 +1,4 @@
-"""Monitoring of a running sweep: progress, limits, hung trials and up-to-date outputs."""
+"""Monitoring of a running sweep: its progress, limits, hung trials and outputs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from nipq_search.search.worker import failures
 
 _log = logging.getLogger("nipq_search")
 _KILL_GRACE_SECONDS = 15
-"""Time that a worker has to end itself after `limits.trial_minutes`."""
+"""Time that a worker has to stop on its own after `limits.trial_minutes`."""
 _CHECK_INTERVAL_SECONDS = 5
 
 
 def full_figure(value: float) -> str:
-    """Format a cost without abbreviation: integers with separators, others with two decimals."""
+    """Format a cost in full, with thousands separators; fractional values have two decimals."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
 
 
@@ -53,9 +53,9 @@ class Monitor:
         guard: called before each write; raises once this driver has lost its lease.
 
     Attributes:
-        limit: the exhausted limit as `key (value)`, or empty.
+        limit: the limit that is exhausted, as `key (value)`, or empty.
         interrupted: whether a signal or a stop request ended the run.
-        problem: why an output could not be written, or empty.
+        problem: why the test split could not be evaluated or an output not be written, or empty.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Monitor:
             )
 
     def enough(self) -> bool:
-        """Whether an exhausted limit forbids new trials."""
+        """Whether a limit is exhausted, so that no new trials may start; sets `limit`."""
         limits = self.config.limits
         if limits.samples is not None and self._total_samples >= limits.samples:
             self.limit = f"limits.samples ({limits.samples})"
@@ -116,7 +116,7 @@ class Monitor:
         return bool(self.limit)
 
     def tick(self) -> None:
-        """Handle stop requests, limits, hung trials and progress; called once a second."""
+        """Handle stop requests, limits, hung trials and progress; called by the executor."""
         self.guard()
         self._handle_stop_request()
         if not self._trials_began and self.coordinator.stage == "trials":
@@ -148,7 +148,7 @@ class Monitor:
             self._samples[job.folder] = now
 
     def _handle_stop_request(self) -> None:
-        # The hours limit stops workers through the same file, which is not an interruption.
+        # `limits.hours` stops the workers through the same file, but is not an interruption.
         stopping = self.coordinator.stopping
         requested = self.stop.is_set() or (not stopping and stop_requested(self.out))
         if requested and not self.interrupted:
@@ -161,7 +161,7 @@ class Monitor:
             file_io.write_bytes(self.out / STOP_FILE, b"stop\n")
 
     def _kill_hung(self) -> None:
-        """Kill attempts that exceed `limits.trial_minutes` and failed to end themselves."""
+        """Kill attempts that exceeded `limits.trial_minutes` and did not stop on their own."""
         minutes = self.config.limits.trial_minutes
         if minutes is None:
             return
@@ -190,7 +190,10 @@ class Monitor:
         self.outputs.refresh(self.coordinator.ledger.look(), running)
 
     def _record_running(self) -> None:
-        """Record the progress of running trials, pausing `PAUSE_FACTOR` times its duration."""
+        """Record the progress of running trials.
+
+        Further calls do nothing until `PAUSE_FACTOR` times the duration of this one has passed.
+        """
         numbers = {j.number for j in self.coordinator.running.values() if j.kind == "trial"}
         began = time.monotonic()
         if not numbers or began < self._running_shown_until:
@@ -203,10 +206,10 @@ class Monitor:
         self._running_shown_until = time.monotonic() + pause
 
     def job_finished(self, job: Job) -> None:
-        """Report a job whose result has just entered the ledger, and update the outputs."""
-        self._count_samples(job)  # `enough` is evaluated before the next trial starts
-        # Workers see the request themselves and may stop before the next call of `tick`; without
-        # this, their jobs would start again.
+        """Report a job whose result was just added to the ledger, and update the outputs."""
+        self._count_samples(job)  # up to date for `enough`, which is checked before the next trial
+        # Workers check for the request on their own and may stop before the next call of `tick`;
+        # without this call, their jobs would be restarted.
         self._handle_stop_request()
         done = jobs.committed(job.folder)
         if job.kind == "test":  # test jobs share a folder; the last attempt is this job's
@@ -254,7 +257,7 @@ class Monitor:
         )
 
     def finish(self, status: RunStatus) -> None:
-        """Write all outputs a last time and close the tracking run. Never raises."""
+        """Write all outputs one last time and close the tracking run; never raises."""
         try:
             self.guard()
             self.coordinator.ledger.remember(RUN_STATUS_ATTRIBUTE, status.value)
@@ -265,6 +268,6 @@ class Monitor:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self.problem = (
-                f"all trials are saved, but tables or report could not be written ({reason}); "
-                "run the same command again to write them"
+                "all trials are saved, but the tables or the report could not be written "
+                f"({reason}); run the same command again to write them"
             )

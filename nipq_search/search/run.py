@@ -60,7 +60,7 @@ _log = logging.getLogger("nipq_search")
 
 
 class RunEnd(StrEnum):
-    """Reason for the end of a run.
+    """Why a run ended.
 
     Attributes:
         FINISHED: no work is left.
@@ -107,8 +107,8 @@ def open_ledger(
         The ledger, and the graph, budgets and costs resolved for this task.
 
     Raises:
-        UserError: a budget is unreachable; or jobs of this sweep exist and its configuration or
-            data have changed since.
+        UserError: a budget is unreachable, the folder contains trials of another study, or the
+            configuration or the data have changed since the first job was started.
     """
     # Budgets are checked before the study is created, so a rejected start leaves no study behind.
     resolved, data = resolve_sweep(config, task), dataset(task)
@@ -117,7 +117,7 @@ def open_ledger(
         space |= bits_space(resolved.graph)
     begun = jobs.any_attempt_exists(out)
     if begun:
-        # Job numbers come from the study, so jobs of another study would be taken for this one's.
+        # Job numbers come from the study, so jobs of another study could be mistaken for its own.
         known = file_io.read_json(out / FACTS_FILE)
         identity = known.get("study") if isinstance(known, dict) else None
         Ledger.load(out, config.name, identity).close()
@@ -138,7 +138,7 @@ def open_ledger(
         if before is not None:
             _check_same(ledger, config, data, out)
             for change in plugin_changes(before.get("plugins", {}), config.plugins):
-                _log.warning("plug-ins changed since the sweep began: %s", change)
+                _log.warning("plug-ins have changed since the sweep began: %s", change)
         resolved = resolve_sweep(config, task, ledger.recall("budgets"))
     elif before is not None:
         # No job has been started, so the earlier configuration need not match.
@@ -155,7 +155,7 @@ def _store_sweep(
     out: Path,
     guard: Callable[[], None],
 ) -> None:
-    """Store configuration, budgets and data set in the study and in the sweep's folder."""
+    """Store the configuration, budgets and data set in the study and in the sweep's folder."""
     ledger.name_metrics(resolved.metric, resolved.front_cost)
     ledger.remember("budgets", [dict(b.entry) for b in resolved.budgets])
     ledger.remember("dataset", data)
@@ -171,13 +171,13 @@ def _store_sweep(
 
 
 def _check_same(ledger: Ledger, config: SweepConfig, data: Mapping[str, Any], out: Path) -> None:
-    """Raise `UserError` if the configuration or the data changed since the sweep began."""
+    """Raise `UserError` if the configuration or the data have changed since the sweep began."""
     try:
         check_resume(ledger.recall("config"), config)
         known = ledger.recall("dataset")
         if known is not None and known["digest"] != data["digest"]:
             raise UserError(
-                f"the data of sweep '{config.name}' changed since it began (digest "
+                f"the data of sweep '{config.name}' have changed since it began (digest "
                 f"{str(known['digest'])[:12]} -> {str(data['digest'])[:12]}); restore the data, "
                 "or give the sweep another name"
             )
@@ -185,11 +185,11 @@ def _check_same(ledger: Ledger, config: SweepConfig, data: Mapping[str, Any], ou
         folder = job_folder(out, "float", 0)
         if ledger.trials() or (committed(folder) or {}).get("state") != FAIL:
             raise
-        raise UserError(f"{error}; or remove the failed {folder} to start over") from error
+        raise UserError(f"{error}; or remove {folder}, whose job failed, to start over") from error
 
 
 def _check_mode(ledger: Ledger, task: Task) -> None:
-    """Raise `UserError` if an existing study optimizes the metric in the other direction."""
+    """Raise `UserError` if an existing study optimizes the metric in the opposite direction."""
     if ledger.mode != task.metric[1]:
         raise UserError(
             f"the study of this sweep was created with mode '{ledger.mode}', but "
@@ -199,7 +199,7 @@ def _check_mode(ledger: Ledger, task: Task) -> None:
 
 @contextlib.contextmanager
 def signals_to(stop: threading.Event, progress: ProgressSink) -> Iterator[None]:
-    """Set `stop` on SIGINT or SIGTERM; a second signal terminates the process immediately."""
+    """Set `stop` on SIGINT or SIGTERM; a second signal terminates this process immediately."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -243,7 +243,8 @@ def run_sweep(
 
     Raises:
         UserError: a check before the first job failed.
-        RuntimeError: the float model failed, a disk is full, or an output could not be written.
+        RuntimeError: the float model failed, a fault of the machine halted the sweep, or an output
+            could not be written.
     """
     progress = progress or SilentProgress()
     out = out.absolute()
@@ -267,7 +268,7 @@ def run_sweep(
         task = load_task(config)
         ledger, resolved = open_ledger(config, task, out, guard)
         with contextlib.closing(ledger):
-            # The monitor reads the coordinator, which calls the monitor once jobs run.
+            # The coordinator and the monitor refer to each other, hence the lambdas.
             coordinator = Coordinator(
                 config=config,
                 resolved=resolved,
@@ -330,7 +331,7 @@ def _drive(
 
 
 def _outcome(coordinator: Coordinator, monitor: Monitor, idle: bool) -> Outcome:
-    """Summarize the run; `idle` if there was nothing to run."""
+    """Summarize the run; `idle` is whether there was nothing to run."""
     trials = coordinator.ledger.trials()
     counts = {state: sum(t.state is state for t in trials) for state in TrialState}
     complete, failed = counts[TrialState.COMPLETE], counts[TrialState.FAIL]
@@ -345,7 +346,7 @@ def _outcome(coordinator: Coordinator, monitor: Monitor, idle: bool) -> Outcome:
         message = f"{monitor.limit} reached with {coordinator.open_trials()} trials remaining; "
         message += "run the same command again to continue the sweep"
         if "hours" in monitor.limit:
-            message += " (the test split is evaluated once it completes)"
+            message += " (the test split is evaluated once the sweep is complete)"
     elif idle:
         message = f"nothing left to run: all {len(trials)} trials have ended (see --trials)"
     if failed and not complete and state is not RunEnd.INTERRUPTED:
@@ -373,7 +374,7 @@ def search(
         options: keyword arguments of `run_sweep`, such as `trials` or `progress`.
 
     Returns:
-        The sweep; its `front()` returns a pandas table.
+        The sweep; its `front()` returns a pandas DataFrame.
 
     Raises:
         UserError: a check before the first job failed.

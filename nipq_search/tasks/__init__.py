@@ -1,9 +1,9 @@
 """Tasks: the model, the data, the loss and the metric of a sweep.
 
-A sweep file names a task by its key in `TASKS`, which other packages extend by entry points, or a
-user-defined class as `package.module:Class`; `task_args` are the keyword arguments of the class.
-Start reading in `base.py`, the protocol, and `vision/digits.py`, the smallest task. Imports only
-`quant`, `registry` and `errors`.
+A sweep file selects a task by its key in `TASKS`, which other packages can extend through entry
+points, or by the name of a user-defined class, `package.module:Class`. `task_args` are the keyword
+arguments of the class. Start with `base.py`, which defines the protocol, and `vision/digits.py`,
+the smallest task. Imports only `quant`, `registry` and `errors`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ __all__ = ["TASKS", "Task", "check_task", "make_task"]
 
 
 def _problem(name: str, value: Any) -> str | None:
+    """Return why a value cannot be registered as a task, or None if it can."""
     return None if callable(value) else "not a class or function that builds a task"
 
 
@@ -42,7 +43,7 @@ TASKS: Registry[Callable[..., Task]] = Registry(
     check=_problem,
     hint="; name a user-defined class as package.module:Class",
 )
-"""Tasks that a sweep file can name without a module."""
+"""The tasks that a sweep file can select by a key, without naming a module."""
 
 TASKS.register("digits", Digits)
 TASKS.register("fashion_mnist", FashionMnist)
@@ -58,8 +59,8 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
     Args:
         name: a key of `TASKS`, or `package.module:Class`; the module can be in the current
             directory.
-        args: keyword arguments of the class, `task_args` in the sweep file. The fields of a
-            class's `argument_sections` are given flat; see `nipq_search.tasks.common.sections`.
+        args: keyword arguments of the class, `task_args` in the sweep file. Fields of the class's
+            `argument_sections` are not nested; see `nipq_search.tasks.common.sections`.
 
     Raises:
         UserError: the name, module or class is unknown, an argument is invalid, or the class is
@@ -98,7 +99,7 @@ def _check_arguments(
 
 
 def _import_class(name: str) -> Callable[..., Task]:
-    """Return the class that `package.module:Class` names."""
+    """Return the class named by `package.module:Class`."""
     module_name, _, class_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
         raise UserError(f"task: '{name}' is not of the form package.module:Class")

@@ -3,18 +3,18 @@
 A task is any object with the members of `Task`; no base class is required. The functions in this
 module call these members, check what they return, and provide a default for each optional member:
 
-- `distill_loss(model, teacher, batch)`: scalar term that pulls `model` towards `teacher`;
-- `build_teacher()`: trained module that replaces the float model as teacher, or None;
-- `num_samples(batch)`: number of training samples in a batch;
-- `to_device(batch, device)`: the batch on a device;
+- `distill_loss(model, teacher, batch)`: a scalar loss that pulls `model` towards `teacher`;
+- `build_teacher()`: a trained module to use as the teacher instead of the float model, or None;
+- `num_samples(batch)`: the number of training samples in a batch;
+- `to_device(batch, device)`: the batch, moved to a device;
 - `take(batch, part)`: the samples of a batch that a slice selects;
 - `load_data()`: reads the data into the task; called once, before the task is sent to the nodes;
-- `input_bits`: 8 if the model's raw input is uint8 data, else None;
-- `dataset()`: name, sizes of the splits and a digest of the data, as plain JSON types;
-- `sample_keys(split)`: one hashable value per sample that identifies it, in any order; the
-  conformance tests use it if the first tensors of a batch do not distinguish samples;
-- `argument_sections`: dataclasses that group the arguments of the constructor; `make_task` builds
-  them as `common/sections.py` describes.
+- `input_bits`: 8 if the model's raw input is uint8 data, None otherwise;
+- `dataset()`: the name, the split sizes and a digest of the data, as plain JSON types;
+- `sample_keys(split)`: one hashable value per sample that identifies it, in any order; needed by
+  the conformance tests if the first tensor of a batch does not distinguish the samples;
+- `argument_sections`: dataclasses that group the constructor's arguments; `make_task` builds them
+  as described in `common/sections.py`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from torch.nn.parameter import is_lazy
 from nipq_search.errors import UserError, nearest
 
 SplitT = TypeVar("SplitT")
-"""Type in which a task stores a split."""
+"""The type that a task uses to store a split."""
 
 SPLITS = ("train", "validation", "test")
-"""Names of the splits: for training, for selection, and for the final evaluation."""
+"""Names of the splits: for training, for model selection, and for the final evaluation."""
 
 REQUIRED = ("build_model", "example_inputs", "loader", "loss", "evaluate")
 """Methods that every task has."""
@@ -45,7 +45,7 @@ class Task(Protocol):
     """The members that every task has. A batch is any object that `loader` yields.
 
     Attributes:
-        metric: name of an entry of `evaluate`'s result, and `max` or `min`.
+        metric: the name of an entry in the result of `evaluate`, and `max` or `min`.
     """
 
     metric: tuple[str, str]
@@ -57,7 +57,8 @@ class Task(Protocol):
     def example_inputs(self) -> tuple[Tensor, ...] | dict[str, Tensor]:
         """Return the arguments of one forward call with a batch size of one.
 
-        They are a tuple, or a dict of keyword arguments. Costs are counted for their shapes.
+        The arguments are a tuple, or a dict of keyword arguments. Costs are computed for inputs
+        of these shapes.
         """
         ...
 
@@ -67,8 +68,8 @@ class Task(Protocol):
         Args:
             split: one of `SPLITS`.
             batch_size: samples per batch.
-            seed: seed of the order and augmentation of the `train` split; equal seeds give equal
-                batches. The order is fixed if the seed is None, and for the other splits.
+            seed: seed for the order and augmentation of the `train` split; equal seeds give equal
+                batches. If the seed is None, and for the other splits, the order is fixed.
 
         Returns:
             The batches.
@@ -76,11 +77,14 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the mean task loss of a batch, a scalar; calibration calls it as well."""
+        """Return the mean task loss of a batch as a scalar; calibration uses this loss as well."""
         ...
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return metrics of a whole split, including `metric`, and restore the model's modes."""
+        """Return metrics for a whole split, including `metric`.
+
+        The training mode of every module is restored afterwards.
+        """
         ...
 
 
@@ -122,18 +126,18 @@ def distill_loss(task: object, model: nn.Module, teacher: nn.Module, batch: Any)
     Raises:
         UserError: the task defines no distillation loss.
     """
-    own = getattr(task, "distill_loss", None)
-    if own is None:
+    method = getattr(task, "distill_loss", None)
+    if method is None:
         raise UserError(
             f"task {type(task).__name__} has no distill_loss(): set train.distill to false"
         )
-    loss: Tensor = own(model, teacher, batch)
+    loss: Tensor = method(model, teacher, batch)
     return loss
 
 
 @contextlib.contextmanager
 def _report_failure(call: str) -> Iterator[None]:
-    """Turn any exception into a `UserError` of one line that names the task's method."""
+    """Turn any exception into a one-line `UserError` that names the task's method."""
     try:
         yield
     except UserError:
@@ -144,7 +148,7 @@ def _report_failure(call: str) -> Iterator[None]:
 
 
 def _initialized(model: object, call: str, expected: str = "a module") -> nn.Module:
-    """Return `model`, which a call returned, if all its parameters and buffers have values."""
+    """Return `model`, the result of `call`, after checking that all its tensors have values."""
     if not isinstance(model, nn.Module):
         raise UserError(f"task: {call} returned {type(model).__name__}, not {expected}")
     for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -159,7 +163,7 @@ def _initialized(model: object, call: str, expected: str = "a module") -> nn.Mod
 
 
 def build_model(task: Task) -> nn.Module:
-    """Return a new model of the task.
+    """Return a new model for the task.
 
     Raises:
         UserError: the call fails, does not return a module, or leaves parameters without values.
@@ -170,7 +174,7 @@ def build_model(task: Task) -> nn.Module:
 
 
 def example_inputs(task: Task, device: torch.device | None = None) -> Any:
-    """Return the task's example inputs, on a device if one is given.
+    """Return the task's example inputs, moved to `device` if one is given.
 
     Raises:
         UserError: the call fails.
@@ -181,7 +185,7 @@ def example_inputs(task: Task, device: torch.device | None = None) -> Any:
 
 
 def build_teacher(task: object) -> nn.Module | None:
-    """Return the task's own teacher, in evaluation mode and without gradients.
+    """Return the task's own teacher, in evaluation mode and with gradients disabled.
 
     Returns:
         The teacher, or None if the float model is the teacher.
@@ -189,11 +193,11 @@ def build_teacher(task: object) -> nn.Module | None:
     Raises:
         UserError: the call fails, does not return a module, or leaves parameters without values.
     """
-    own = getattr(task, "build_teacher", None)
-    if own is None:
+    method = getattr(task, "build_teacher", None)
+    if method is None:
         return None
     with _report_failure("build_teacher()"):
-        teacher = own()
+        teacher = method()
     if teacher is None:
         return None
     module = _initialized(teacher, "build_teacher()", "a module or None")
@@ -201,10 +205,10 @@ def build_teacher(task: object) -> nn.Module | None:
 
 
 def num_samples(task: object, batch: Any) -> int:
-    """Return the task's count of samples in a batch, by default the first tensor's length."""
-    own = getattr(task, "num_samples", None)
-    if own is not None:
-        return int(own(batch))
+    """Return the number of samples in a batch; the default is the length of its first tensor."""
+    method = getattr(task, "num_samples", None)
+    if method is not None:
+        return int(method(batch))
     first = next(_tensors(batch), None)
     if first is None or first.ndim == 0:
         raise UserError(
@@ -214,18 +218,19 @@ def num_samples(task: object, batch: Any) -> int:
 
 
 def to_device(task: object, batch: Any, device: torch.device | str) -> Any:
-    """Return a batch on a device.
+    """Return a batch, moved to a device.
 
     Args:
-        task: the task. If it defines `take`, that method is used.
+        task: the task. If it defines `to_device`, that method is used.
         batch: a batch of the task's loader.
-        device: the target.
+        device: the target device.
 
     Returns:
-        The batch; by default a copy of nested containers with all tensors moved.
+        The batch on the device; by default, a copy of its nested containers with all tensors
+        moved.
     """
-    own = getattr(task, "to_device", None)
-    return own(batch, device) if own is not None else move(batch, device)
+    method = getattr(task, "to_device", None)
+    return method(batch, device) if method is not None else move(batch, device)
 
 
 def evaluate(task: Task, model: nn.Module, split: str) -> dict[str, float]:
@@ -233,11 +238,11 @@ def evaluate(task: Task, model: nn.Module, split: str) -> dict[str, float]:
 
     Args:
         task: the task.
-        model: the model; its modes are restored afterwards.
+        model: the model; the training mode of every module is restored afterwards.
         split: one of `SPLITS`.
 
     Returns:
-        Metrics by name.
+        The metrics by name.
     """
     with evaluating(model):
         return {name: float(value) for name, value in task.evaluate(model, split).items()}
@@ -247,32 +252,32 @@ def load_data(task: object) -> None:
     """Call the task's `load_data` if it has one.
 
     Raises:
-        UserError: the task rejects its data, or a file cannot be read.
+        UserError: the data are invalid, or a file cannot be read.
     """
-    own = getattr(task, "load_data", None)
-    if own is not None:
+    method = getattr(task, "load_data", None)
+    if method is not None:
         try:
-            own()
+            method()
         except PermissionError as error:
             raise UserError(unreadable(error)) from error
 
 
 def unreadable(error: PermissionError) -> str:
-    """Return the message about a file or folder without read permission."""
+    """Return the error message for a file or folder without read permission."""
     return f"{error.filename or error}: cannot be read: permission denied"
 
 
 def input_bits(task: object) -> int | None:
-    """Return the bit-width of the raw input, or None if it is quantized like any activation."""
+    """Return the raw input's bit-width, or None if it is quantized like any other activation."""
     bits: int | None = getattr(task, "input_bits", None)
     return bits
 
 
 def dataset(task: object) -> dict[str, Any]:
-    """Return name, split sizes and digest of the data, with defaults for missing entries."""
-    own = getattr(task, "dataset", None)
-    known: Mapping[str, Any] = own() if own is not None else {}
-    return {"name": type(task).__name__, "splits": {}, "digest": None, **known}
+    """Return the name, split sizes and digest of the data, with defaults for missing entries."""
+    method = getattr(task, "dataset", None)
+    given: Mapping[str, Any] = method() if method is not None else {}
+    return {"name": type(task).__name__, "splits": {}, "digest": None, **given}
 
 
 def named_split(splits: Mapping[str, SplitT], name: str) -> SplitT:
@@ -289,7 +294,7 @@ def check_batch_size(size: int) -> None:
 
 
 def move(batch: Any, device: torch.device | str) -> Any:
-    """Return a copy of nested tuples, lists and mappings with every tensor on `device`."""
+    """Return a copy of nested tuples, lists and mappings with every tensor moved to `device`."""
     return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -299,24 +304,25 @@ def take(task: object, batch: Any, part: slice) -> Any:
     Args:
         task: the task. If it defines `take`, that method is used.
         batch: a batch of the task's loader.
-        part: samples to select.
+        part: the samples to select.
 
     Returns:
-        A smaller batch; by default with these rows of every tensor as long as the first one.
+        A smaller batch. By default, these rows are selected from every tensor that is as long as
+        the first one; everything else is unchanged.
 
     Raises:
         UserError: the task does not define `take`, and its first tensor does not have one row per
             sample.
     """
-    own = getattr(task, "take", None)
-    if own is not None:
-        return own(batch, part)
+    method = getattr(task, "take", None)
+    if method is not None:
+        return method(batch, part)
     first = next(_tensors(batch), None)
     if first is None or first.ndim == 0 or len(first) != num_samples(task, batch):
         raise UserError(
             f"task {type(task).__name__}: its batches are not tensors with one row per sample, "
-            "so processes cannot share them; define take(batch, part), or give each trial a "
-            "single process (resources.workers, resources.gpus)"
+            "so a batch cannot be divided among processes; define take(batch, part), or give each "
+            "trial a single process (resources.workers, resources.gpus)"
         )
     return _mapped(batch, lambda t: t[part] if t.ndim and len(t) == len(first) else t)
 

@@ -1,8 +1,9 @@
 """Conformance suites for quantizers, costs, tasks, strategies and samplers, to be subclassed.
 
 A package that adds an entry to a family runs the family's whole suite with one subclass:
-`class TestMine(QuantizerConformance): quantizer = MyQuantizer`. This package alone imports pytest
-and hypothesis (extra `testing`), and nothing else imports it. Start reading in `quantizers.py`.
+`class TestMine(QuantizerConformance): quantizer = MyQuantizer`. Only this package imports pytest
+and hypothesis (extra `testing`), and no other package imports it. Start reading in
+`quantizers.py`.
 """
 
 from __future__ import annotations
@@ -43,20 +44,20 @@ pytest.register_assert_rewrite(*_HOME.values())
 
 
 def __getattr__(name: str) -> Any:
-    """Import a suite on first use, since each family needs libraries of its own."""
+    """Import a suite on first use, since each family needs its own libraries."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def suites(suite: type, registry: Registry[Any]) -> dict[str, type]:
-    """Return a subclass of a suite for every entry of a registry, by class name.
+    """Return a subclass of a suite for each entry of a registry, by class name.
 
     A test module collects them with `globals().update(suites(TaskConformance, TASKS))`.
 
     Args:
         suite: a conformance class.
-        registry: the family's registry; its plug-ins are not included.
+        registry: the family's registry; plug-ins that have not been looked up are not included.
 
     Returns:
         Test classes named `Test_<name>`, with the entry and its `name` as attributes.

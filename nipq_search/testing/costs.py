@@ -17,14 +17,15 @@ from nipq_search.quant.graph import Graph
 from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.testing.graphs import ends, graphs
 
-# Every subclass runs the same function as an instance of its own.
+# Every subclass runs the inherited test functions on its own instance, which Hypothesis rejects
+# unless `differing_executors` is suppressed.
 _SETTINGS = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.differing_executors]
 )
 
 
 def net(**options: Any) -> nn.Module:
-    """Return two linear layers, prepared."""
+    """Return a prepared model of two linear layers."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
@@ -32,7 +33,7 @@ def net(**options: Any) -> nn.Module:
 
 
 class _Estimate(nn.Module):
-    """A module whose forward is the estimate, for `functional_call`."""
+    """A module whose forward pass computes the estimate, for `functional_call`."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class CostConformance:
     @_SETTINGS
     @given(graph=graphs())
     def test_costs_never_decrease_with_more_bits(self, graph: Graph) -> None:
-        """Raising one bit-width, or all of them, never lowers the cost."""
+        """Raising one or all bit-widths never lowers the cost, and no term is negative."""
         name, (least, most) = self.cost.name, ends(graph)
         assert exact_cost(name, graph, least) <= exact_cost(name, graph, most)
         for tensor in least:
@@ -71,7 +72,7 @@ class CostConformance:
     @_SETTINGS
     @given(graph=graphs())
     def test_exact_costs_are_plain_numbers(self, graph: Graph) -> None:
-        """Exact costs are integers if `whole` is set, and fractional widths interpolate."""
+        """Exact costs are integers if `whole` is set; fractional widths give values in between."""
         name, (least, _) = self.cost.name, ends(graph)
         value = exact_cost(name, graph, least)
         assert type(value) is (int if self.cost.whole else float)
@@ -81,7 +82,7 @@ class CostConformance:
         assert exact_cost(name, graph, least) - 1 <= middle <= more + 1e-9
 
     def test_estimate_equals_exact_cost_at_integer_bits(self) -> None:
-        """The estimate equals the exact cost at integer bit-widths, learned and frozen."""
+        """At integer bit-widths, learned or frozen, the estimate equals the exact cost."""
         name, model = self.cost.name, net()
         graph = quant_state(model).graph
         for width in (3, 5, 7):
@@ -117,7 +118,7 @@ class CostConformance:
         assert estimate(*thetas).shape == ()
 
     def test_models_without_searched_tensors_have_an_estimate(self) -> None:
-        """The estimate and the penalty exist for a model without quantized tensors."""
+        """The estimate and the penalty are defined for a model without quantized tensors."""
         model = net(pin={"*": "float"})
         assert cost_estimate(self.cost.name, model).shape == ()
         assert cost_penalty(model, Budget(**{self.cost.name: 10.0})).isfinite()

@@ -12,12 +12,12 @@ from nipq_search.quant.quantizers.base import TensorRole
 allowed_sets = st.sets(st.integers(2, 8), min_size=1, max_size=5).map(
     lambda widths: tuple(sorted(widths))
 )
-"""Sets of allowed bit-widths, with gaps."""
+"""Sets of allowed bit-widths, which may have gaps."""
 
 
 @st.composite
 def graphs(draw: st.DrawFn) -> Graph:
-    """Draw a graph of one to five layers with shared, raw and float inputs."""
+    """Draw a graph of one to five linear layers with shared, raw and float inputs."""
     tensors: dict[str, TensorInfo] = {}
     layers: list[LayerInfo] = []
     inputs: list[str] = []
@@ -58,6 +58,6 @@ def graphs(draw: st.DrawFn) -> Graph:
 
 
 def ends(graph: Graph) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the least and the most allowed bits of every searched tensor."""
+    """Return the smallest and the largest allowed bit-widths, by tensor."""
     searched = {name: t.allowed for name, t in graph.tensors.items() if t.allowed}
     return {n: a[0] for n, a in searched.items()}, {n: a[-1] for n, a in searched.items()}

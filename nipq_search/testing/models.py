@@ -1,4 +1,4 @@
-"""Small models and inputs, and a textbook quantizer, which the suites compare against."""
+"""A small model, its inputs, and a textbook quantizer that serves the suites as reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nipq_search.quant.numerics.functional import Grid
 WIDTHS = [(Grid.SIGNED, bits) for bits in range(2, 15)] + [
     (grid, bits) for grid in (Grid.UNSIGNED, Grid.AFFINE) for bits in range(1, 15)
 ]
-"""Every grid with each bit-width at which single precision represents it exactly."""
+"""Pairs of grid and bit-width for which single precision represents all grid points exactly."""
 
 
 class Residual(nn.Module):
@@ -26,7 +26,7 @@ class Residual(nn.Module):
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits, shape (batch, 3), of images of shape (batch, 1, height, width)."""
+        """Return logits of shape (batch, 3) for images of shape (batch, 1, height, width)."""
         x = torch.relu(self.norm(self.stem(x)))
         x = nn.functional.silu(self.main(x) + self.side(x))
         logits: Tensor = self.head(x.mean((2, 3)))
@@ -34,24 +34,24 @@ class Residual(nn.Module):
 
 
 def residual_net(seed: int = 0) -> Residual:
-    """Return a residual net with fixed weights; the global generator keeps its state."""
+    """Return a residual net with weights fixed by `seed`; the global generator is unchanged."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Residual()
 
 
 def images(seed: int = 0, batch: int = 4) -> Tensor:
-    """Return gray images in [0, 1), shape (batch, 1, 8, 8)."""
+    """Return random grayscale images in [0, 1), of shape (batch, 1, 8, 8)."""
     return torch.rand(batch, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return standard normal numbers, equal in every run.
+    """Return standard normal random numbers, which are the same in every run.
 
     Args:
         shape: shape of the tensor.
         seed: seed of the generator.
-        dtype: type of the numbers.
+        dtype: dtype of the tensor.
 
     Returns:
         A tensor of that shape.
@@ -72,7 +72,7 @@ def plain_quantize(x: Tensor, alpha: Tensor, bits: int, grid: Grid, minimum: Ten
         minimum: lower end of an affine grid.
 
     Returns:
-        The quantized tensor, of the shape of `x`.
+        The quantized tensor, with the shape of `x`.
     """
     if grid is Grid.SIGNED:
         least, most = -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1

@@ -39,7 +39,7 @@ def prepared(**options: Any) -> nn.Module:
 
 
 def trained(**options: Any) -> Any:
-    """Return a prepared net after three steps of training."""
+    """Return a prepared residual net after three training steps."""
     model = prepared(**options)
     optimizer = torch.optim.SGD(param_groups(model, lr=0.05), momentum=0.9)
     for seed in range(3):
@@ -58,7 +58,7 @@ def reference_operand(quantizer: Any, x: Tensor) -> Tensor:
 
 
 def reference_forward(model: Any, x: Tensor) -> Tensor:
-    """Compute the residual net from operands that the textbook implementation quantizes."""
+    """Return the residual net's output with all operands quantized by the textbook method."""
 
     def conv(layer: Any, x: Tensor) -> Tensor:
         x = reference_operand(layer.input_quantizer, x)
@@ -89,7 +89,7 @@ class QuantizerConformance:
 
     @pytest.mark.parametrize("granularity", list(Granularity))
     def test_frozen_models_are_hard_quantized(self, granularity: Granularity) -> None:
-        """A frozen model computes what textbook quantization of every operand gives."""
+        """The output of a frozen model equals that of textbook quantization of every operand."""
         for bits, seed in itertools.product(range(2, 15), range(3)):
             config = QuantConfig(
                 quantizer=NAME,
@@ -117,7 +117,7 @@ class QuantizerConformance:
                 assert torch.equal(y, reference_operand(quantizer, x))
 
     def test_every_parameter_learns(self) -> None:
-        """Every parameter gets a finite gradient that is not zero, and bit-widths a marginal."""
+        """Every parameter has a finite nonzero gradient; learned bit-widths have a marginal."""
         float_model = residual_net()
         float_model(images()).square().sum().backward()
         learning = {n for n, p in float_model.named_parameters() if _gradient(p).abs().max() > 0}
@@ -155,7 +155,7 @@ class QuantizerConformance:
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
     def test_groups_hold_every_parameter_once(self) -> None:
-        """`param_groups` separates boundaries and bit-widths, which are not decayed."""
+        """Each parameter is in one group; quantizer parameters have their own, without decay."""
         model = prepared()
         groups = param_groups(model, lr=0.1, weight_decay=1e-4, lr_boundaries=0.2, lr_bits=0.3)
         held = [id(p) for group in groups for p in group["params"]]
@@ -210,7 +210,7 @@ class QuantizerConformance:
 
     @pytest.mark.parametrize("frozen", [False, True])
     def test_copies_and_pickles(self, frozen: bool) -> None:
-        """A copy, deep or pickled, computes the same and shares no state with the original."""
+        """A deep or pickled copy gives the same output and shares no state with the original."""
         source = trained()
         if frozen:
             freeze_bits(source)
@@ -222,7 +222,7 @@ class QuantizerConformance:
             assert all(q.clock is other.quant_state.clock for q in quantizers(other).values())
 
     def test_low_precision_keeps_its_type(self) -> None:
-        """Half-precision tensors keep their type; under autocast the output is in float32."""
+        """Half-precision tensors keep their dtype; under autocast, the output is in float32."""
         model: Any = prepared()
         quantizer = model.stem.input_quantizer
         for dtype in (torch.bfloat16, torch.float16):

@@ -41,7 +41,7 @@ class SamplerConformance:
     sampler: ClassVar[SamplerFactory]
 
     def propose(self, seed: int, history: int) -> dict[str, Any]:
-        """Return what the sampler proposes after a number of finished trials."""
+        """Return the sampler's proposal after `history` finished trials."""
         study = study_of(random(0))
         for index in range(history):
             trial, values = ask(study)
@@ -51,12 +51,13 @@ class SamplerConformance:
 
     @pytest.mark.parametrize("history", [0, 12])
     def test_samplers_propose_reproducibly_within_the_space(self, history: int) -> None:
-        """Proposals are in the space, equal for equal seeds and different for others."""
+        """Proposals are in the space, equal for equal seeds and different for different seeds."""
         proposals = [self.propose(seed, history) for seed in (3, 3, 4)]
         assert proposals[0] == proposals[1] != proposals[2]
         for proposal in proposals:
             for key, form in SPACE.items():
                 allowed = distribution(key, form)
+                # Optuna has no public method that checks whether a distribution contains a value.
                 assert allowed._contains(allowed.to_internal_repr(proposal[key]))
 
     def test_samplers_handle_failed_trials(self) -> None:

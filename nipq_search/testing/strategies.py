@@ -24,7 +24,7 @@ class StrategyConformance:
 
     @pytest.mark.parametrize("budgets", [1, 2, 5])
     def test_strategies_serve_every_budget(self, budgets: int) -> None:
-        """Every budget is assigned, targets and parents are valid, and no state is hidden."""
+        """Every budget is assigned, targets and parents are valid, and no hidden state is kept."""
         strategy = self.strategy()
         assigned: list[int] = []
         finished: list[FinishedTrial] = []
@@ -37,7 +37,7 @@ class StrategyConformance:
                 axes=AXES,
             )
             target = strategy.assign(state)
-            assert target == self.strategy().assign(state), "no hidden state"
+            assert target == self.strategy().assign(state), "the strategy has hidden state"
             assert 0 <= target.budget < budgets
             targets = dict(target.targets or BUDGETS[target.budget])
             assert AXES.least <= targets["bops"] <= AXES.most
@@ -53,7 +53,7 @@ class StrategyConformance:
         assert all(budget in served for budget in BUDGETS[:budgets])
 
     def test_settings_are_in_range(self) -> None:
-        """Noise factors are shares, and rungs ascend strictly between 0 and 1."""
+        """The noise settings are valid, and the rungs increase strictly between 0 and 1."""
         assert 0 <= self.strategy.noise_factor <= 1
         assert self.strategy.least_noise_steps >= 0
         rungs = self.strategy.rungs

@@ -24,7 +24,7 @@ NAME = "task under test"
 """Name under which the suite registers the task."""
 
 _INSTANCES: dict[type, tuple[dict[str, Any], Any]] = {}
-"""Arguments and instance by test class; loading data takes time, so each class does it once."""
+"""Arguments and instance by test class; data are loaded once per class, which saves time."""
 
 
 def first_batches(
@@ -35,7 +35,7 @@ def first_batches(
     Args:
         task: the task.
         split: name of the split.
-        seed: order of the samples.
+        seed: seed of the order of the samples, or None.
         count: number of batches.
         batch_size: samples in a batch.
 
@@ -51,14 +51,14 @@ def first_batch(task: Any) -> Any:
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Whether two batches, however nested, hold equal tensors in equal places."""
+    """Whether two batches, however nested, contain equal tensors in the same order."""
     one, other = list(tensors_in(left)), list(tensors_in(right))
-    assert one and other, "no tensor in the batches"
+    assert one and other, "a batch contains no tensors"
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def keys(task: Any, split: str) -> set[Any]:
-    """Return what identifies the samples of a split: the task's keys, else the first tensor."""
+    """Return keys that identify a split's samples: the task's own, or the first tensor's bytes."""
     own = getattr(task, "sample_keys", None)
     if own is not None:
         return set(own(split))
@@ -76,26 +76,26 @@ class TaskConformance:
     task: ClassVar[Callable[..., Task]]
 
     def task_args(self, folder: Path) -> dict[str, Any]:
-        """Return the arguments of a small instance; override it for a task that needs some.
+        """Return the arguments of a small instance; override this for a task that requires any.
 
         Args:
-            folder: empty folder for data files. Repeated calls get the same one.
+            folder: empty folder for data files. Repeated calls receive the same one.
         """
         return {}
 
     def make(self, arguments: dict[str, Any]) -> Any:
-        """Build the task as a sweep file does."""
+        """Build the task in the same way as a sweep does."""
         with TASKS.temporarily(NAME, type(self).task):
             return make_task(NAME, arguments)
 
     @pytest.fixture
     def arguments(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-        """Arguments of the instance."""
+        """Return the arguments of the instance."""
         return self._instance(tmp_path_factory)[0]
 
     @pytest.fixture
     def instance(self, tmp_path_factory: pytest.TempPathFactory) -> Any:
-        """A task whose data are loaded."""
+        """Return a task whose data are loaded."""
         return self._instance(tmp_path_factory)[1]
 
     def _instance(self, factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
@@ -109,10 +109,10 @@ class TaskConformance:
     def test_relative_paths_are_the_same_in_other_processes(
         self, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Workers, which unpickle the task in another working directory, read the same files.
+        """Workers, which unpickle the task in a different working directory, read the same files.
 
         Args:
-            arguments: `task_args` with absolute paths.
+            arguments: the task's arguments, with absolute paths.
             tmp_path: the other working directory.
             monkeypatch: changes the working directory.
         """
@@ -135,7 +135,7 @@ class TaskConformance:
         assert equal(first_batches(here, "train", 0), first_batches(there, "train", 0))
 
     def test_has_the_members_of_a_task(self, instance: Any) -> None:
-        """The task has every required member, and raw inputs are 8-bit or unspecified."""
+        """The task has every required member, and its input width is 8 bits or unspecified."""
         check_task(instance)
         assert isinstance(instance, base.Task)
         assert base.input_bits(instance) in (None, 8)
@@ -171,7 +171,7 @@ class TaskConformance:
             assert sum(counts) == size
 
     def test_unknown_split_is_named(self, instance: Any) -> None:
-        """An unknown split raises `UserError` with its name."""
+        """An unknown split raises `UserError`, and the message contains its name."""
         with pytest.raises(UserError, match="'nope'"):
             list(instance.loader("nope", 32, 0))
 
@@ -184,17 +184,17 @@ class TaskConformance:
         assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
     def test_example_inputs_fit_the_model(self, instance: Any) -> None:
-        """The model accepts the example inputs, which are a batch of one."""
+        """The model accepts the example inputs, which form a batch of one sample."""
         model = instance.build_model().eval()
         inputs = instance.example_inputs()
         assert isinstance(inputs, tuple | dict)
-        assert {len(tensor) for tensor in tensors_in(inputs)} == {1}, "a batch of one"
+        assert {len(tensor) for tensor in tensors_in(inputs)} == {1}, "not a batch of one"
         positional, keywords = as_arguments(inputs)
         outputs = list(tensors_in(model(*positional, **keywords)))
         assert outputs and all(torch.isfinite(output).all() for output in outputs)
 
     def test_distillation_reaches_the_model_alone(self, instance: Any) -> None:
-        """The distillation loss trains the model and not the teacher, or names the fix."""
+        """The distillation loss trains only the model; without one, the error names the fix."""
         model, teacher = instance.build_model(), instance.build_model().eval()
         batch = first_batch(instance)
         if not base.has_distillation(instance):
@@ -206,7 +206,7 @@ class TaskConformance:
         assert all(p.grad is None for p in teacher.parameters())
 
     def test_loss_and_distillation_share_a_forward(self, instance: Any) -> None:
-        """Loss and distillation run the model once per step, with one draw of noise."""
+        """The loss and the distillation loss share one forward pass, with one draw of noise."""
         if not base.has_distillation(instance):
             return
         model, teacher = instance.build_model(), instance.build_model().eval()
@@ -219,7 +219,7 @@ class TaskConformance:
         assert len(calls) == 1
 
     def test_evaluate_has_the_metric_and_restores_the_modes(self, instance: Any) -> None:
-        """Evaluation returns finite metrics and changes neither modes nor values of the model."""
+        """Evaluation returns finite metrics and leaves the model's modes and values unchanged."""
         model = instance.build_model()
         leaves = [module for module in model.modules() if not list(module.children())]
         norms = [leaf for leaf in leaves if isinstance(leaf, torch.nn.BatchNorm2d)]
@@ -241,7 +241,7 @@ class TaskConformance:
         assert described["digest"]
 
     def test_read_only_copies_work_alike(self, instance: Any) -> None:
-        """A copy whose arrays are read-only views, as Ray shares them, gives equal batches."""
+        """A copy with read-only arrays, such as those that Ray shares, gives equal batches."""
         copy = read_only_copy(instance)
         assert equal(first_batches(copy, "train", 5), first_batches(instance, "train", 5))
         assert base.dataset(copy) == base.dataset(instance)
@@ -249,10 +249,10 @@ class TaskConformance:
     def test_splits_are_disjoint_and_fixed_by_the_seed(
         self, arguments: dict[str, Any], instance: Any
     ) -> None:
-        """Splits share no samples, and depend on the arguments and on `split_seed` alone."""
-        # Published data sets contain a few identical samples, so a small overlap is theirs.
-        seen = [keys(instance, name) for name in base.SPLITS]
-        for one, other in itertools.combinations(seen, 2):
+        """Splits share no samples and depend only on the arguments, including `split_seed`."""
+        # Published data sets contain a few duplicates, so a small overlap is allowed.
+        samples = [keys(instance, name) for name in base.SPLITS]
+        for one, other in itertools.combinations(samples, 2):
             assert len(one & other) < 0.01 * min(len(one), len(other))
         digest = base.dataset(instance)["digest"]
         assert base.dataset(self.make(arguments))["digest"] == digest

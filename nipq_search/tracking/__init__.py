@@ -1,11 +1,11 @@
-"""Views of a sweep: parquet tables and MLflow runs. Only this package imports mlflow.
+"""Views of a sweep: Parquet tables and MLflow runs. Only this package imports mlflow.
 
-Both are derived from the sweep's records and can be deleted and rebuilt, so the search never reads
-them. Start reading in `recorder.py`. Imports `records`, `file_io` and `errors`.
+Both are derived from the sweep's records and can be deleted and rebuilt; the search never reads
+them. Start with `recorder.py`. Imports `records`, `file_io` and `errors`.
 
-    tables    results and curves tables as pure functions of the records
-    run_view  params, tags and metrics of a trial's MLflow run as pure functions
-    runs      incremental updates of one MLflow run
+    tables    the results and curves tables, as pure functions of the records
+    run_view  the params, tags and metrics of a trial's MLflow run, as pure functions
+    runs      incremental updates of a single MLflow run
     server    the MLflow connection: address, experiment and artifacts
     recorder  keeps a server up to date with the sweep
 """

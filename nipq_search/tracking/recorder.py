@@ -1,12 +1,12 @@
-"""Recording of a sweep in MLflow; idempotent, so it can be repeated without duplicate runs.
+"""Recording of a sweep in MLflow; idempotent, so repeating it does not create duplicate runs.
 
-All sweeps of a server share the experiment `nipq_search`, because MLflow's table and charts
+All sweeps on a server share the experiment `nipq_search`, because MLflow's table and charts
 compare runs within one experiment. A sweep is a parent run with the sweep's name. Its trials are
 nested child runs, named after the trial's number and budget.
 
-Runs are identified by their tags instead of a local file of run ids:
+Runs are identified by their tags instead of by a local file of run ids:
 
-    nipq.sweep_id   on the parent: the sweep's identity, see `MlflowRecorder`
+    nipq.sweep_id   on the parent: the sweep's identity; see `MlflowRecorder`
     nipq.trial      on a child: the trial's number, unique among the children of a parent
     nipq.digest     on a child: digest of the recorded trial, sent last
 """
@@ -45,7 +45,8 @@ class _Wanted:
     layers: tuple[Mapping[str, Any], ...] | None
 
     def digest(self) -> str:
-        """Return the digest of the record without `on_front`, which other trials change."""
+        """Return a digest of the record, without `on_front`, and of the learning curve."""
+        # Whether a trial is on the front depends on other trials, so it has a tag of its own.
         record = asdict(self.trial)
         del record["on_front"]
         return run_view.fingerprint(record, [asdict(point) for point in self.curve])
@@ -73,8 +74,8 @@ class _Server:
 class MlflowRecorder:
     """Keeps MLflow up to date with a sweep. No method raises an exception.
 
-    If the server is unavailable, one warning is logged. Unsent data are kept and sent by a later
-    call, at the latest by `finish`, or by the recorder of a later run of the sweep. Not
+    If the server is unavailable, a single warning is logged. Unsent data are kept and sent by a
+    later call, at the latest by `finish`, or by the recorder of a later run of the sweep. Not
     thread-safe; only the sweep's driver may use it.
     """
 
@@ -95,8 +96,8 @@ class MlflowRecorder:
             uri: URI of the server; None selects `MLFLOW_TRACKING_URI`, or SQLite in `out`.
             identity: distinguishes this sweep from others of the same name on the same server;
                 not needed for a database in `out`.
-            retry_seconds: initial pause after a failure, doubled with each further failure up to
-                5 minutes.
+            retry_seconds: initial pause in seconds after a failure; the pause is doubled after
+                each further failure, up to 5 minutes.
         """
         self._out = out.absolute()
         self._sweep = sweep
@@ -129,7 +130,7 @@ class MlflowRecorder:
 
         Args:
             config: the resolved configuration, logged as flat params. Params are immutable in
-                MLflow, so values that a resume changed are stored in the tag `now.<key>`.
+                MLflow, so values that were changed for a resume are stored in tags `now.<key>`.
             tags: additional tags, which override the default context tags.
             dataset: `name`, `digest` and other properties of the data.
         """
@@ -146,8 +147,8 @@ class MlflowRecorder:
     ) -> None:
         """Record the current state of a trial.
 
-        Only differences are sent, so repeated calls are cheap. Epochs that the server already
-        stores do not change.
+        Only differences are sent, so repeated calls are cheap. Epochs that are already stored on
+        the server do not change.
 
         Args:
             trial: the trial's record.
@@ -162,7 +163,7 @@ class MlflowRecorder:
         self._attempt()
 
     def update_front(self, numbers: Collection[int]) -> None:
-        """Set the tag `on_front` of every trial; it overrides the records' `on_front`."""
+        """Set the tag `on_front` of every trial; this overrides the records' `on_front`."""
         self._front = set(numbers)
         self._attempt()
 
@@ -185,7 +186,7 @@ class MlflowRecorder:
             self._guard(lambda found: self._close(found, status, artifacts, metrics or {}))
 
     def _attempt(self, force: bool = False) -> None:
-        """Bring the server up to date, unless the pause after a failure has not passed yet."""
+        """Bring the server up to date, unless the pause after a failure is not over yet."""
         if self._begun is None or (not force and time.monotonic() < self._retry_at):
             return
         self._guard(self._send_all)
@@ -193,8 +194,8 @@ class MlflowRecorder:
     def _guard(self, action: Any) -> None:
         """Call `action` with the connection; on failure, log a warning and drop the connection.
 
-        The next call reconnects and reads the server's state again, so data of an incomplete call
-        are not duplicated.
+        The next call reconnects and reads the server's state again, so data that were sent by an
+        incomplete call are not duplicated.
         """
         try:
             if self._server is None:
@@ -208,7 +209,9 @@ class MlflowRecorder:
                 fix = ""
                 if self._uri == server.own_uri(self._out):
                     fix = "; if this persists, remove mlflow.db and run the same command again"
-                log.warning("MLflow is not up to date, nothing is lost: %s%s", _line(error), fix)
+                log.warning(
+                    "MLflow is not up to date, but no data are lost: %s%s", _line(error), fix
+                )
             self._unavailable = True
         else:
             if self._unavailable:
@@ -234,7 +237,7 @@ class MlflowRecorder:
             parent = RunMemory(client, run)
         params = run_view.flatten(config)
         changed = {k: v for k, v in params.items() if parent.params.get(k, v) != v}
-        # Also update values that one resume changed and a later one reverted.
+        # Also update values that were changed for one resume and reverted for a later one.
         changed |= {k: v for k, v in params.items() if f"now.{k}" in parent.tags}
         parent.send(params=params, tags=tags | {f"now.{k}": v for k, v in changed.items()})
         inputs = parent.run.inputs
@@ -260,7 +263,7 @@ class MlflowRecorder:
                     raise
                 log.warning("MLflow rejects a value of trial %d: %s", number, _line(error))
             self._unsent.discard(number)
-        # Update only tags that differ: updating all would take longer with every trial.
+        # Update only the tags that differ: updating all of them would take longer with each trial.
         wanted = found.front if self._front is None else self._front
         for number in sorted((wanted ^ found.front) & found.children.keys()):
             found.children[number].send(tags={"on_front": str(number in wanted).lower()})
@@ -306,7 +309,7 @@ class MlflowRecorder:
         (found.front.add if on_front else found.front.discard)(trial.trial)
 
     def _fixed_tags(self) -> dict[str, str]:
-        """Return the tags that follow from the configuration unless a trial searches the value."""
+        """Return the tags given by the configuration, for values that the trial does not set."""
         train = self._begun[0].get("train") if self._begun else None
         strength = train.get("lambda") if isinstance(train, Mapping) else None
         return {} if strength is None else {"lambda": run_view.value_text(strength)}
@@ -350,7 +353,10 @@ class MlflowRecorder:
         found.parent.set_status(status, now)
 
     def _is_on_front(self, trial: TrialRecord) -> bool:
-        """Whether a trial is on the front, according to `update_front` or else its record."""
+        """Whether a trial is on the front.
+
+        Once `update_front` has been called, its argument overrides the trials' records.
+        """
         return trial.on_front if self._front is None else trial.trial in self._front
 
 

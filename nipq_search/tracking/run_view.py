@@ -32,7 +32,7 @@ class Row:
 
     Attributes:
         key: name of the metric.
-        step: the epoch, or 0 for a final figure.
+        step: the epoch, or 0 for a final value.
         timestamp: Unix time in milliseconds.
         value: the value.
     """
@@ -67,7 +67,7 @@ def value_text(value: Any, limit: int = PARAM_LIMIT) -> str:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten a nested configuration to params: `{"train": {"epochs": 4}}` to `train.epochs`.
+    """Flatten a nested configuration: `{"train": {"epochs": 4}}` becomes the param `train.epochs`.
 
     Lists of mappings are numbered (`budgets.0.bops`); lists of plain values become JSON text.
     """
@@ -115,8 +115,9 @@ def trial_tags(trial: TrialRecord) -> dict[str, str]:
 def trial_rows(trial: TrialRecord, curve: Sequence[CurvePoint]) -> list[Row]:
     """Return the metric rows of a trial's run, one per (key, step).
 
-    The learning curve uses the epoch as step. A trial that has ended also has final figures at
-    step 0: `validation`, `test`, `metrics_<name>`, `cost_<name>`, `samples`, `seconds`.
+    Values of the learning curve have the epoch as their step. A trial that has ended also has
+    final values at step 0: `validation`, `test`, `metrics_<name>`, `cost_<name>`, `samples` and
+    `seconds`.
     """
     rows: dict[tuple[str, int], Row] = {}
     for point in sorted(curve, key=lambda point: (point.epoch, point.timestamp)):
@@ -130,15 +131,15 @@ def trial_rows(trial: TrialRecord, curve: Sequence[CurvePoint]) -> list[Row]:
         final |= {f"cost_{name}": value for name, value in trial.cost.items()}
         final |= {"samples": trial.samples, "seconds": trial.seconds}
         when = milliseconds(trial.ended)
-        for name, figure in final.items():
-            if figure is not None:
-                row = Row(key=clean_key(name), step=0, timestamp=when, value=float(figure))
+        for name, number in final.items():
+            if number is not None:
+                row = Row(key=clean_key(name), step=0, timestamp=when, value=float(number))
                 rows.setdefault((row.key, row.step), row)
     return list(rows.values())
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return a short digest of plain values, used to detect what a server already stores."""
+    """Return a short digest of plain values, for comparison with what a server already stores."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Incremental updates of MLflow runs: only differences from a local copy of a run are sent."""
+"""Incremental updates of MLflow runs: only differences from the local copy of a run are sent."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class RunMemory:
 
     Args:
         client: the MLflow client.
-        run: the run, just found or created.
+        run: the run, as just found or created.
 
     Attributes:
-        run: the run as found or created.
-        status: its last known status.
-        params: its last known params.
-        tags: its last known tags.
-        metrics: its latest value by metric key.
+        run: the run, as found or created.
+        status: the run's last known status.
+        params: the run's last known params.
+        tags: the run's last known tags.
+        metrics: the latest value of each metric by its key.
     """
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
@@ -45,10 +45,10 @@ class RunMemory:
         self._unread = set(self.metrics)
 
     def missing(self, rows: Iterable[Row]) -> list[Row]:
-        """Return those of `rows` whose (key, step) the run does not contain yet.
+        """Return the rows whose (key, step) the run does not contain yet.
 
-        A search returns only the latest value of each key. The full history of an existing key is
-        therefore read once, before the first write to that key.
+        MLflow's search returns only the latest value of each key. The full history of an existing
+        key is therefore read once, before the first write to that key.
         """
         rows = list(rows)
         for key in self._unread & {row.key for row in rows}:
@@ -64,7 +64,7 @@ class RunMemory:
         tags: Mapping[str, str] | None = None,
         rows: Iterable[Row] = (),
     ) -> None:
-        """Send the entries that the run does not contain yet, tags last.
+        """Send the entries that the run does not contain yet, with the tags last.
 
         Params are immutable in MLflow, so existing ones are skipped.
 
@@ -98,7 +98,7 @@ class RunMemory:
             self.tags |= dict(batch_tags)
 
     def set_status(self, status: str, ended: int | None = None) -> None:
-        """Set the status if it differs; `ended` is the end time in milliseconds."""
+        """Set the status if it has changed; `ended` is the end time in Unix milliseconds."""
         if status == self.status:
             return
         if status == "RUNNING":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "nipq_search"
-"""The experiment that all sweeps of a server share; see `recorder` for the reason."""
+"""The experiment that all sweeps on a server share; `recorder` explains why."""
 
 PROXY = "mlflow-artifacts:/"
 
@@ -39,12 +39,15 @@ DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-"""Default environment variables. An unavailable server must not block the search, and a retry by
-MLflow could duplicate a request that has arrived, such as the creation of a run."""
+"""Defaults for environment variables. An unavailable server must not block the search, and a retry
+by MLflow could repeat a request that has already arrived, such as the creation of a run."""
 
 
 def tracking_uri(out: Path, uri: str | None = None) -> str:
-    """Return the server's URI: `uri`, else that of the environment, else SQLite in `out`.
+    """Return the URI of the server.
+
+    This is `uri` if it is given, otherwise the URI set in the environment, and otherwise that of a
+    SQLite file in `out`.
 
     Raises:
         UserError: `MLFLOW_TRACKING_URI_FILE` cannot be read.
@@ -55,8 +58,8 @@ def tracking_uri(out: Path, uri: str | None = None) -> str:
 def given_uri() -> str | None:
     """Return `MLFLOW_TRACKING_URI`, or the content of the file `MLFLOW_TRACKING_URI_FILE`.
 
-    The file exists because a database URL contains a password, and Ray's dashboard displays the
-    environment of jobs.
+    The variant with a file exists because a database URL contains a password, and Ray's dashboard
+    displays the environment variables of jobs.
 
     Raises:
         UserError: the file cannot be read.
@@ -77,7 +80,7 @@ def open_client(uri: str) -> MlflowClient:
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    # Creating a database logs each migration at INFO level.
+    # While a database is created, each migration is logged at INFO level.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -94,8 +97,8 @@ def open_client(uri: str) -> MlflowClient:
 def experiment_id(client: MlflowClient, uri: str, out: Path) -> str:
     """Find or create the experiment.
 
-    If a database is accessed without a server, artifacts are stored in `mlartifacts/` next to a
-    SQLite file, or in `out` for other databases.
+    If a database is accessed without a server, artifacts are stored in a folder `mlartifacts/`:
+    next to a SQLite file, or in `out` for other databases.
 
     Args:
         client: the MLflow client.
@@ -126,7 +129,7 @@ def experiment_id(client: MlflowClient, uri: str, out: Path) -> str:
 
 
 def store_artifact(client: MlflowClient, uri: str, run: Run, name: str, data: bytes) -> None:
-    """Store an artifact, replacing an existing one of the same name.
+    """Store an artifact, replacing any existing artifact with the same name.
 
     Args:
         client: the MLflow client.
@@ -158,7 +161,7 @@ def context_tags() -> dict[str, str]:
     }
     try:
         tags["mlflow.user"] = getpass.getuser()
-    except (OSError, KeyError):  # the user of a container may have no name
+    except (OSError, KeyError):  # the user in a container may have no name
         tags["mlflow.user"] = "unknown"
     commit = git_commit()
     if commit is not None:

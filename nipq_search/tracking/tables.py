@@ -1,6 +1,6 @@
-"""Results and curves tables: conversion of records to data frames, stored as parquet.
+"""Results and curves tables: conversion of records to data frames, stored as Parquet files.
 
-The tables are flat, so that any parquet reader can use them: each mapping in a record becomes one
+The tables are flat, so that any Parquet reader can use them: each mapping in a record becomes one
 column per key, prefixed with the mapping's name. Every column has a single type. An empty table
 has the same fixed columns and types as a full one.
 """
@@ -54,8 +54,8 @@ def results_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
 
     In addition to the fixed columns (`RESULTS`), the table has columns `budget_<cost>`,
     `params_<name>`, `metrics_<name>` and `cost_<name>`, with missing values for trials without
-    the entry. Parameters keep their type if it is the same in all trials; otherwise they are
-    JSON text.
+    the entry. Parameters keep their type if it is the same in all trials; otherwise, they are
+    stored as JSON text.
     """
     records = sorted(records, key=lambda record: record.trial)
     fixed = {name: [getattr(record, name) for record in records] for name in RESULTS}
@@ -87,10 +87,10 @@ def curves_table(curves: Mapping[int, Sequence[CurvePoint]]) -> pd.DataFrame:
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write `frame` as parquet atomically; read it with `read_table`.
+    """Write `frame` to a Parquet file atomically; `read_table` reads it.
 
     Raises:
-        OSError: the folder is not writable; an existing file is unchanged.
+        OSError: the folder is not writable; an existing file is left unchanged.
     """
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
@@ -98,23 +98,23 @@ def write_table(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table.
+    """Read a table that `write_table` wrote.
 
     Raises:
-        UserError: the file is missing or not parquet.
+        UserError: the file is missing or is not a Parquet file.
     """
     import pandas as pd
     import pyarrow
 
     try:
-        # Given a path, pandas opens the file twice; a driver may replace it in between.
+        # Given a path, pandas would open the file twice, and a driver may replace it in between.
         with path.open("rb") as file:
             return pd.read_parquet(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is the folder a sweep?") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"{path}: not a parquet table ({error}); delete it and run the sweep's command again"
+            f"{path}: not a Parquet table ({error}); delete it and run the sweep's command again"
         ) from None
 
 
@@ -136,12 +136,12 @@ def _frame(
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """List all keys in order of first appearance."""
+    """Return all keys in order of first appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 def _type(values: Iterable[Any]) -> str:
-    """Return the narrowest column type for all values; `object` selects JSON text."""
+    """Return the narrowest column type that fits all values; `object` stands for JSON text."""
     present = [value for value in values if value is not None]
     if all(isinstance(value, bool) for value in present):
         return "boolean" if present else TEXT

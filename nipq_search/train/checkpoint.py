@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: hashed, written atomically; the newest two are kept."""
+"""Checkpoints of a training run: hashed and written atomically; the two newest are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from nipq_search import blobs, file_io
 
 KEEP = 2
-"""Number of checkpoints that are kept."""
+"""Number of checkpoints to keep."""
 
 _log = logging.getLogger("nipq_search")
 
@@ -43,14 +43,15 @@ def save_checkpoint(
     Args:
         folder: folder of the run's checkpoints.
         step: optimizer step of the state.
-        state: see `to_bytes`.
-        home: URI of the run's home in an object store, which then holds the state instead.
+        state: state to save; see `to_bytes`.
+        home: URI of the run's folder in an object store, which then stores the state; None
+            stores it in `folder`.
         fence: raises if another process has taken over the training run. It is called after the
             write, which may have hung for a long time, and before old checkpoints are removed.
 
     Raises:
-        OSError: the disk is full; earlier checkpoints are intact.
-        Exception: `fence` raised it; earlier and later checkpoints are intact.
+        OSError: writing failed, for example on a full disk; earlier checkpoints are intact.
+        Exception: any exception that `fence` raises; all other checkpoints are intact.
     """
     data = to_bytes(state)
     target = folder / f"{step:09d}"
@@ -63,16 +64,16 @@ def save_checkpoint(
         blobs.remove(target)
         raise
     fence()
-    # Checkpoints of later steps are damaged, or training would have resumed from them; those
-    # without a manifest are incomplete. Neither may displace a valid one.
-    whole = []
+    # Checkpoints of later steps must be damaged, since training would otherwise have resumed from
+    # them; those without a manifest are incomplete. Neither may displace a valid checkpoint.
+    valid = []
     for other in _checkpoints(folder):
         ahead = int(other.name) > step
         if ahead or file_io.read_sealed(other / "manifest.json") is None:
             blobs.remove(other)
         else:
-            whole.append(other)
-    for old in whole[KEEP:]:
+            valid.append(other)
+    for old in valid[KEEP:]:
         blobs.remove(old)
 
 
@@ -89,7 +90,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         try:
             data = blobs.read(candidate / "state.pt")
         except blobs.StoreAway:
-            raise  # not damaged: starting over would lose work
+            raise  # the checkpoint is not damaged, and starting over would lose work
         except OSError:
             data = b""
         if manifest is not None and file_io.digest(data) == manifest["state"]:

@@ -1,4 +1,4 @@
-"""Configurations of training, for trials and for the float model: frozen and validated."""
+"""Training configurations for trials and for the float model, frozen and validated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HYPERPARAMETERS = {
     "tuning": "tuning",
     "start": "start",
 }
-"""Hyperparameters of a search space, each with the field of `TrainConfig` that it sets."""
+"""Hyperparameters that can be searched, each with the field of `TrainConfig` that it sets."""
 
 OPTIMIZERS = ("sgd", "adamw")
 """Names of the optimizers; see `make_optimizer`."""
@@ -50,14 +50,14 @@ class BitStart(enum.StrEnum):
 
 
 class TuningMode(enum.StrEnum):
-    """Quantization in the tuning phase; see `TrainConfig.tuning`."""
+    """How quantizers compute in the tuning phase; see `TrainConfig.tuning`."""
 
     HARD = "hard"
     NOISE = "noise"
 
 
 def _check_finite(config: TrainConfig | FloatConfig, section: str) -> None:
-    """Raise `UserError` if a number is infinite or NaN."""
+    """Raise `UserError` if a field is infinite or NaN."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
@@ -75,7 +75,7 @@ def _check_choice(value: str | None, allowed: Iterable[str], key: str) -> None:
 
 
 def _check_common(config: TrainConfig | FloatConfig, section: str) -> None:
-    """Validate the fields that both configurations have; raise `UserError`."""
+    """Validate the fields that both configurations have; raise `UserError` if one is invalid."""
     _check_finite(config, section)
     _check(0 < config.epochs <= 1e6, f"{section}.epochs", "must be above 0 and at most 1,000,000")
     for name in ("batch_size", "accumulate"):
@@ -94,50 +94,55 @@ def _check_common(config: TrainConfig | FloatConfig, section: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Training of a trial: SGD or AdamW, with warm-up and a cosine schedule over both phases.
+    """How a trial is trained: SGD or AdamW, with warm-up and cosine decay over both phases.
 
     Attributes:
         epochs: passes over the training split, for both phases together; may be fractional.
         batch_size: samples per batch.
-        accumulate: batches per optimizer step; the loss of a step is their mean.
-        lr: learning rate of the weights.
+        accumulate: batches per optimizer step; the loss of a step is the mean of their losses.
+        lr: peak learning rate of the weights.
         lr_bits: learning rate of the bit-widths, as a multiple of `lr`.
         lr_boundaries: learning rate of the truncation boundaries, as a multiple of `lr`.
         optimizer: `sgd`, or `adamw` with betas 0.9 and 0.999 and an epsilon of 1e-8.
         momentum: Nesterov momentum of `sgd`; ignored by `adamw`.
-        weight_decay: decay of weights with two or more dimensions.
-        lambda_: strength of the smooth-L1 penalty on cost / target (`lambda` in files).
+        weight_decay: weight decay, applied to parameters with two or more dimensions.
+        lambda_: strength of the smooth-L1 penalty on cost / target (`lambda` in sweep files).
         noise_share: fraction of the steps in the noise phase, in [0, 1].
-        warmup: fraction of the steps in which the learning rate rises from a tenth of its peak.
-        distill: whether to distill from the task's own teacher or, without one, the float model.
-        distill_weight: weight of distillation in the loss, in [0, 1].
+        warmup: fraction of the steps over which the learning rate rises from a tenth of its peak.
+        distill: whether to distill from the task's own teacher or, if it has none, from the float
+            model.
+        distill_weight: weight of the distillation loss, in [0, 1]; the task loss has the rest.
         proxy: distribution of the noise, `uniform` or `empirical`; None uses `quant.proxy`.
         start: where bit-widths start. `budget`: at the uniform width whose cost equals the
-            budget; `parent`: at the widths of the trial's parent, shifted onto the budget (without
-            a parent, the same as `budget`); `sensitivity`: at the widths with the least measured
+            budget, or at the widths of the trial's parent if these meet it and use it up;
+            `parent`: at the widths of the trial's parent, shifted onto the budget (without a
+            parent, the same as `budget`); `sensitivity`: at the widths with the least measured
             loss within the budget; `config`: at `quant.start_bits`; `uniform`: at the largest
-            single width within the budget, where they stay. Widths that are not learned, or have
-            no noise phase, are projected onto the budget from there.
-        fit_ranges: whether truncation boundaries start where the squared rounding error at the
-            starting bit-width is least; meant for NIPQ, since LSQ has its own starting values.
-            Boundaries that a parent learned at another width are always rescaled.
-        score_batches: number of batches for the scores of `sensitivity`, measured once per sweep.
-        calibration_batches: number of batches that determine the initial activation boundaries.
-        norm_batches: number of batches for the final estimate of the normalization statistics.
-        dampening: strength of the pull of weights towards their grid points in the tuning phase,
-            which reduces oscillation; 0 disables it.
-        freezing: frequency of reversals per step above which the tuning phase freezes a weight at
-            a grid point; 0 disables it.
+            single width within the budget, where they stay. If widths are not learned or there
+            is no noise phase, they are projected onto the budget from there.
+        fit_ranges: whether truncation boundaries start at the values that minimize the squared
+            rounding error at the starting bit-widths; meant for NIPQ, since LSQ has its own
+            initialization. Boundaries inherited from a parent with a different width are always
+            rescaled.
+        score_batches: number of batches on which the scores for `sensitivity` are measured, once
+            per sweep.
+        calibration_batches: number of batches used to calibrate the activation boundaries.
+        norm_batches: number of batches used to re-estimate the normalization statistics at the
+            end; 0 keeps the statistics from training.
+        dampening: strength of a penalty that pulls weights towards their grid points in the
+            tuning phase, to reduce oscillation; 0 disables it.
+        freezing: oscillation frequency, in reversals per step, above which a weight is frozen at
+            its most frequent grid point in the tuning phase; 0 disables freezing.
         tuning: forward pass of the quantizers in the tuning phase: `hard` rounds with the
-            straight-through estimator; `noise` (NIPQ and DiffQ) adds noise of one step at the
+            straight-through estimator; `noise` (NIPQ and DiffQ) adds noise one step wide at the
             frozen widths. Evaluation always rounds.
-        grad_clip: largest norm of the gradient; 0 disables clipping.
+        grad_clip: maximum norm of the gradient; 0 disables clipping.
         precision: precision of forward passes and losses, in training and validation: `float32`,
             or `bfloat16` by autocast. Parameters and quantizers stay in float32.
         ema: decay of the moving average of the weights over the tuning phase, which is then
             validated and stored; 0 disables it. See `Average` for its warm-up.
-        checkpoint_minutes: longest time between two checkpoints, in minutes; every epoch ends
-            with a checkpoint in any case.
+        checkpoint_minutes: maximum time between two checkpoints, in minutes; every epoch also
+            ends with a checkpoint.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -171,7 +176,7 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        """Validate every field; raise `UserError`."""
+        """Validate every field; raise `UserError` if one is invalid."""
         _check_common(self, "train")
         for name in ("lr_bits", "lr_boundaries", "checkpoint_minutes"):
             _check(getattr(self, name) > 0, f"train.{name}", "must be above 0")
@@ -189,7 +194,7 @@ class TrainConfig:
         _check(self.norm_batches >= 0, "train.norm_batches", "must not be negative")
 
     def with_hyperparameters(self, params: Mapping[str, Any]) -> TrainConfig:
-        """Return a copy with a trial's hyperparameters.
+        """Return a copy in which a trial's hyperparameters replace the fields that they set.
 
         Raises:
             UserError: a name is unknown, or a value is invalid.
@@ -209,18 +214,18 @@ class FloatConfig:
     Attributes:
         epochs: passes over the training split; may be fractional.
         batch_size: samples per batch.
-        accumulate: batches per optimizer step; the loss of a step is their mean.
+        accumulate: batches per optimizer step; the loss of a step is the mean of their losses.
         lr: peak learning rate.
-        weight_decay: decay of weights with two or more dimensions.
+        weight_decay: weight decay, applied to parameters with two or more dimensions.
         optimizer: `sgd`, or `adamw` with betas 0.9 and 0.999 and an epsilon of 1e-8.
         momentum: Nesterov momentum of `sgd`; ignored by `adamw`.
-        warmup: fraction of the steps in which the learning rate rises from a tenth of its peak.
-        grad_clip: largest norm of the gradient; 0 disables clipping.
+        warmup: fraction of the steps over which the learning rate rises from a tenth of its peak.
+        grad_clip: maximum norm of the gradient; 0 disables clipping.
         precision: precision of forward passes and losses, in training and validation: `float32`,
             or `bfloat16` by autocast. Parameters stay in float32.
         ema: decay of the moving average of the weights, which is then validated and stored; 0
             disables it. See `Average` for its warm-up.
-        checkpoint: file with a state dict; replaces training.
+        checkpoint: file with a state dict to load instead of training; None trains the model.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -239,11 +244,11 @@ class FloatConfig:
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        """Validate every field; raise `UserError`."""
+        """Validate every field; raise `UserError` if one is invalid."""
         _check_common(self, "float")
 
     def as_training(self) -> TrainConfig:
-        """Return the configuration of the training loop for the float model."""
+        """Return the `TrainConfig` with which the training loop trains the float model."""
         return TrainConfig(
             epochs=self.epochs,
             batch_size=self.batch_size,

@@ -1,4 +1,4 @@
-"""Forward passes in training: once per batch, at the configured precision."""
+"""Forward passes in training: one per batch, at the configured precision."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 
 def arithmetic(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return the context for forward passes and losses.
+    """Return the context in which forward passes and losses are computed.
 
-    Parameters and quantizers use float32 at either precision.
+    Parameters and quantizers stay in float32 at either precision.
 
     Args:
         precision: `float32` or `bfloat16`; see `TrainConfig.precision`.
@@ -24,10 +24,10 @@ def arithmetic(precision: str, device: torch.device) -> contextlib.AbstractConte
 
 
 class SharedForward:
-    """A wrapper that caches the model's last output within one step.
+    """A wrapper that caches the model's last output, for the losses of a single batch.
 
     A task's `loss` and `distill_loss` both call the model on the same inputs. Without the cache,
-    the model would run twice, with different noise. Other attributes are those of the model.
+    the model would run twice, with different noise. All other attributes are those of the model.
     """
 
     def __init__(self, model: nn.Module) -> None:

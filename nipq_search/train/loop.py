@@ -28,10 +28,10 @@ from nipq_search.train.stability.freezing import Freezing
 from nipq_search.train.stability.oscillation import Oscillation, dampening
 
 _FINITE_EVERY = 10
-"""Steps between two checks for a finite loss, which synchronize with the device."""
+"""Steps between two checks that the loss is finite; each check synchronizes with the device."""
 
 _RECORDINGS = 12
-"""Recordings of the bit-widths in a noise phase, not counting the one at its end."""
+"""Number of times the bit-widths are recorded in a noise phase, not counting its end."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -44,7 +44,7 @@ def seed_for(*words: int) -> int:
 
 
 def steps_in(loader: Iterable[Any]) -> int:
-    """Return the number of batches per epoch: the loader's length, or a count over one pass.
+    """Return the number of batches per epoch: the loader's length, or a count over one epoch.
 
     Raises:
         UserError: the loader is empty.
@@ -58,7 +58,7 @@ def steps_in(loader: Iterable[Any]) -> int:
 
 @contextmanager
 def _tuning_mode(model: nn.Module, tuning: str) -> Iterator[None]:
-    """Set what frozen quantizers compute in training; restore rounding on exit."""
+    """Set whether frozen quantizers round or add noise in training; restore rounding on exit."""
     found = list(quantizers(model).values())
     for quantizer in found:
         quantizer.rounds_once_frozen = tuning == TuningMode.HARD
@@ -70,19 +70,19 @@ def _tuning_mode(model: nn.Module, tuning: str) -> Iterator[None]:
 
 
 class Trainer:
-    """Trains one model. Its state can be saved and restored for a bit-identical continuation.
+    """Trains one model, and can continue from a saved state with bit-identical results.
 
     Args:
         task: provides batches and losses.
         model: a float or prepared model, trained in place.
         config: learning rates, phases and distillation.
-        schedule: steps of the phases.
-        seed: seed of the data order; the model stores the seed of its noise.
+        schedule: phases and learning rate by step.
+        seed: seed of the data order; the seed of the noise is stored in the model.
         device: device of the model.
-        budget: targets of the bit-widths; required for a prepared model that learns them.
+        budget: cost targets; required for a prepared model that learns its bit-widths.
         teacher: the task's teacher or the float model; None disables distillation.
         team: the processes that share each batch.
-        samples: training samples that calibration has processed.
+        samples: number of training samples that calibration has processed.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Trainer:
         save: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
     ) -> bool:
-        """Train as `run` does, in its contexts."""
+        """Run the training loop, inside the contexts that `run` enters."""
         saved_at = time.monotonic()
         while self.step < self.schedule.total:
             for group in self._rest_of_epoch():
@@ -183,13 +183,13 @@ class Trainer:
         return True
 
     def _save(self, save: Callable[[dict[str, Any]], None]) -> None:
-        """Pass the state to `save`, in the leader only."""
+        """Average the loss over the team and, in the leader, pass the state to `save`."""
         self.team.mean([self.loss_sum])
         if self.team.leads:
             save(self.state_dict())
 
     def use_average(self) -> None:
-        """Replace the model's weights by their moving average, if there is one, after training."""
+        """After training, replace the weights with their moving average, if there is one."""
         if self.average is not None:
             self.average.copy_to(self.model)
 
@@ -230,7 +230,7 @@ class Trainer:
             drop_group(self.optimizer, "bits")
 
     def _record_bits(self) -> None:
-        """Append the learned bit-widths and the loss's derivatives to the history."""
+        """Record the learned bit-widths and the derivatives of the loss with respect to them."""
         learned = {
             n: q.bits for n, q in quantizers(self.model).items() if q.bits.theta is not None
         }
@@ -288,13 +288,13 @@ class Trainer:
             self.samples += num_samples(self.task, batch)
         self.team.mean_gradients(self.model)
         if len(group) > 1:
-            # Scale gradients, not losses: a bit-width's `marginal` must stay in loss per batch.
+            # Scale gradients, not losses: `marginal` must remain the derivative of a batch loss.
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(len(group))
 
     def _regularized(self, loss: Tensor, batches: int) -> Tensor:
-        """Add the budget penalty or dampening, scaled to be averaged over `batches` gradients."""
+        """Add the budget penalty or dampening, times `batches`: gradients are averaged later."""
         if self.phase is Phase.NOISE and self.budget is not None:
             penalty = self.config.lambda_ * cost_penalty(self.model, self.budget)
             loss = loss + batches * penalty
@@ -303,7 +303,7 @@ class Trainer:
         return loss
 
     def _loss(self, batch: Any, weight: float) -> Tensor:
-        """Return a batch's loss with distillation, scaled by the batch's weight in the team."""
+        """Return the loss with distillation on this process's share of a batch, times `weight`."""
         model: Any = SharedForward(self.model)
         share = self.config.distill_weight if self.teacher is not None else 0.0
         loss = torch.zeros((), device=self.device)
@@ -352,7 +352,7 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the rest of the training depends on."""
+        """Return everything that the remaining training steps depend on."""
         state = {
             "step": self.step,
             "samples": self.samples,
@@ -383,7 +383,7 @@ class Trainer:
         if self.freezing is not None and "freezing" in state:
             self.freezing.load_state_dict(state["freezing"], self.device)
         self.model.load_state_dict(state["model"])
-        # A model in the tuning phase has no bit-width parameters: create the matching groups.
+        # A model in the tuning phase has no bit-width parameters: recreate the parameter groups.
         self.optimizer = make_optimizer(self.model, self.config, self.schedule.quantized)
         self.optimizer.load_state_dict(state["optimizer"])
         if "average" in state:

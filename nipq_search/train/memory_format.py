@@ -14,16 +14,19 @@ from nipq_search.quant.tracing.trace import as_arguments
 
 
 def use_channels_last(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """Convert 2-D convolutions to channels last, in place, if the model's code allows it.
+    """Convert 2-D convolutions to the channels-last format in place, if the model supports it.
 
-    On 2 CPU cores, a float training step takes 0.6 times as long for EfficientNet-Lite0 and
-    MobileNetV2, and 0.9 times as long for ResNet-18 (docs/performance.md). The model is left
-    unchanged if it is on a GPU, if its output would change, or if it cannot run in this format,
-    for example because it calls `view` on the output of a convolution.
+    On 2 CPU cores, a float training step takes 0.6 times as long as in the default format for
+    EfficientNet-Lite0 and MobileNetV2, and 0.9 times as long for ResNet-18 (docs/performance.md).
+    The model is left unchanged if it is on a GPU, if its output would change, or if it cannot run
+    in this format, for example because it calls `view` on the output of a convolution.
 
     Args:
         model: a float model.
         example_inputs: the result of `Task.example_inputs`, on the model's device.
+
+    Returns:
+        The same model.
     """
     convolutions = (nn.Conv2d, nn.ConvTranspose2d)
     if not any(isinstance(module, convolutions) for module in model.modules()):
@@ -40,25 +43,27 @@ def _converted(model: nn.Module) -> nn.Module:
 
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Any]:
-    """Return the outputs in eval and in training mode; None for a mode that raises."""
+    """Return the outputs in eval and in training mode; None for a mode that raises an error."""
     args, kwargs = as_arguments(example_inputs)
     outputs: list[Any] = []
     for training in (False, True):
         with torch.no_grad(), torch.random.fork_rng():
             try:
                 outputs.append(model.train(training)(*args, **kwargs))
-            except Exception:  # errors of the model itself are reported in training
+            except Exception:  # errors in the model itself surface during training
                 outputs.append(None)
     return outputs
 
 
 def _alike(before: list[Any], after: list[Any]) -> bool:
-    """Whether the conversion made no mode fail and left the eval outputs unchanged.
+    """Whether the same modes run as before the conversion, with unchanged eval outputs.
 
-    A mode may fail both before and after, such as training on a single sample.
+    Training mode may fail both before and after, for example on a single sample.
     """
-    ran, runs = ([output is not None for output in outputs] for outputs in (before, after))
-    if not ran[0] or ran != runs:
+    ran_before, ran_after = (
+        [output is not None for output in outputs] for outputs in (before, after)
+    )
+    if not ran_before[0] or ran_before != ran_after:
         return False
     eval_before, eval_after = (list(tensors_in(outputs[0])) for outputs in (before, after))
     return len(eval_before) == len(eval_after) and all(

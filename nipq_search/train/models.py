@@ -54,10 +54,11 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
         device: device of the model.
 
     Returns:
-        The float model, in the faster memory format.
+        The float model; on CPUs, in the channels-last memory format if the model supports it.
 
     Raises:
-        UserError: the model cannot be built, or the file is missing or does not match it.
+        UserError: the model cannot be built, or the file is missing or does not match the model.
+        blobs.StoreAway: the object store cannot be reached.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -77,13 +78,13 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
         except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"float model {path}: {reason[:300]}") from error
-        except Exception as error:  # torch raises various types for files that are not checkpoints
+        except Exception as error:  # torch raises various errors for other kinds of files
             raise UserError(f"float model {path}: not saved by torch.save") from error
     return use_channels_last(model.to(device), example_inputs(task, device))
 
 
 def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) -> nn.Module:
-    """Return the teacher for distillation: the task's own, or else a copy of the float model.
+    """Return the teacher for distillation: the task's own or, if it has none, the float model.
 
     Args:
         task: model and data.
@@ -92,7 +93,7 @@ def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) ->
         device: device of the teacher.
 
     Returns:
-        A trained model in eval mode.
+        A trained model in eval mode; in the latter case, a copy of the float model.
 
     Raises:
         UserError: the task's teacher cannot be built.
@@ -115,11 +116,11 @@ def prepare_for(
         model: the float model.
         spec: quantizers, starting values and seed.
         device: device of the model.
-        calibrated: whether to set starting values; otherwise they are arbitrary and the caller
+        calibrated: whether to set starting values; otherwise, they are arbitrary and the caller
             must load a state dict.
 
     Returns:
-        The prepared model and the training samples that calibration processed.
+        The prepared model and the number of training samples that calibration processed.
 
     Raises:
         UserError: the model cannot be prepared, the budget cannot be reached, or sensitivity
@@ -145,7 +146,7 @@ def prepare_for(
         run_batches(observed, spec.train.calibration_batches)
 
     example = example_inputs(task, device)
-    first = calibrated and spec.parent is None  # grids and boundaries are inherited from a parent
+    first = calibrated and spec.parent is None  # a parent's grids and boundaries are inherited
     prepared = prepare(model, example, quant, calibration=calibration if first else None)
     if spec.train.start == BitStart.UNIFORM:
         stop_learning_bits(prepared)
@@ -160,16 +161,16 @@ def prepare_for(
 
 
 def _start_bits(model: nn.Module, spec: TrainSpec, bits: Mapping[str, float] | None) -> None:
-    """Set the starting bit-widths; `bits` are those of the parent, if there is one."""
+    """Set the starting bit-widths; `bits` are those of the parent, None without a parent."""
     start = spec.train.start
     if start != BitStart.PARENT:
         for quantizer in quantizers(model).values():
-            quantizer.bits.marginal.zero_()  # measured at the parent's widths
+            quantizer.bits.marginal.zero_()  # a parent's value is valid only at its own widths
     assert spec.quant is not None
     if not spec.budget or start == BitStart.CONFIG:
         return
     budget = Budget(**spec.budget)
-    # Without learning, widths are frozen here, since ranges are fitted to the final widths.
+    # Widths that are not learned are frozen here, since ranges are fitted to the final widths.
     learning = QUANTIZERS[spec.quant.quantizer].learns_bits and spec.train.noise_share > 0
     if spec.profile:
         start_at_profile(model, budget, spec.profile, learning)

@@ -13,17 +13,17 @@ from nipq_search.train.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, quantized: bool) -> Optimizer:
-    """Create an optimizer for the parameters of `model`, which exclude frozen bit-widths.
+    """Create an optimizer for the parameters of `model`; frozen bit-widths are not parameters.
 
-    Each group has a `name` and a `base_lr`, which the schedule scales.
+    Each parameter group has a `name` and a `base_lr`, which the schedule scales.
 
     Args:
         model: a float or prepared model.
-        config: kind of optimizer, learning rates and weight decay.
+        config: optimizer, learning rates, momentum and weight decay.
         quantized: whether the model is prepared.
 
     Returns:
-        The optimizer, without state.
+        A new optimizer, whose state is empty.
     """
     groups = _groups(model, config, quantized)
     for group in groups:
@@ -61,7 +61,7 @@ def _groups(model: nn.Module, config: TrainConfig, quantized: bool) -> list[dict
 
 
 def drop_group(optimizer: Optimizer, name: str) -> None:
-    """Remove a group and its state from the optimizer, if there is such a group."""
+    """Remove a parameter group and its state from the optimizer, if the group exists."""
     for group in [group for group in optimizer.param_groups if group["name"] == name]:
         for parameter in group["params"]:
             optimizer.state.pop(parameter, None)

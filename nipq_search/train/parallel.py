@@ -1,13 +1,13 @@
 """Data-parallel training: several processes, each of which computes a share of every batch.
 
 Every process holds the whole model and iterates over the same batches, but computes losses and
-gradients on its share of the samples. Gradients, losses and batch normalization statistics are
-averaged over the processes, so all of them take the same step. Sampled bit-widths agree because
-they are functions of seed and step; so does the noise, which depends on an element's position in
-the whole batch. Calibration and the final normalization statistics are not shared: each process
-that needs them computes them on whole batches. The result differs from that of a single process
-only by the order of summation, by dropout, and by residual tables (`proxy: empirical`), which each
-process builds from its own share.
+gradients only on its own share of the samples. Gradients, losses and batch normalization
+statistics are averaged over the processes, so all of them take the same step. Sampled bit-widths
+agree because they are functions of the seed and the step. The noise agrees as well, since it
+depends on an element's position in the whole batch. Calibration and the final normalization
+statistics are not shared: each process that needs them computes them on whole batches. The result
+differs from that of a single process only in the order of summation, in dropout, and in residual
+tables (`proxy: empirical`), which each process builds from its own share.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from nipq_search.tasks.base import num_samples, take
 from nipq_search.train.spec import Interrupted, Paused, Released
 
 _TIMEOUT = datetime.timedelta(days=7)
-"""Timeout of collectives: evaluation in the leader may take long, and watchdogs end hung jobs."""
+"""Timeout of collectives: the leader's evaluation can be slow, and watchdogs kill hung jobs."""
 
 
 class Team:
     """The processes of a training run, from the perspective of one of them.
 
-    A team of one exchanges nothing.
+    A team of one process needs no communication.
 
     Args:
         rank: index of this process. Rank 0 is the leader, which evaluates and writes files.
@@ -59,7 +59,7 @@ class Team:
     def share(self, samples: int) -> slice:
         """Return this process's share of a batch of `samples`.
 
-        A batch with fewer samples than processes is not divided.
+        A batch with fewer samples than processes is not divided: every process computes all of it.
         """
         if samples < self.size:
             return slice(0, samples)
@@ -79,7 +79,7 @@ class Team:
                 tensor.copy_(part.view_as(tensor))
 
     def mean_gradients(self, model: nn.Module) -> None:
-        """Average the gradients over the processes; missing ones count as zero."""
+        """Average gradients and marginals over the processes; missing gradients count as zero."""
         if self.size == 1:
             return
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -92,11 +92,11 @@ class Team:
                     parameter.grad = torch.zeros_like(parameter)
                 found.append(parameter.grad)
         self.mean(found)
-        # The projection uses the task loss's derivatives with respect to the bit-widths.
+        # The projection uses these derivatives of the task loss with respect to bit-widths.
         self.mean([m.marginal for m in model.modules() if isinstance(m, BitWidth)])
 
     def agreed(self, *values: bool) -> list[bool]:
-        """Return the leader's values."""
+        """Return the leader's values in every process."""
         if self.size == 1:
             return list(values)
         decided = torch.tensor(values, dtype=torch.uint8)
@@ -104,7 +104,7 @@ class Team:
         return [bool(value) for value in decided.tolist()]
 
     def given(self, value: Any) -> Any:
-        """Broadcast the leader's object to all processes; every process must call this.
+        """Return the leader's object in every process; all processes must call this.
 
         Tensors must be on the CPU.
         """
@@ -115,7 +115,7 @@ class Team:
         return box[0]
 
     def same_model(self, model: nn.Module) -> None:
-        """Load the leader's state, since calibration may differ between processes by rounding."""
+        """Load the leader's model state, since calibration may differ by rounding."""
         if self.size == 1:
             return
         state = model.state_dict() if self.leads else {}
@@ -123,7 +123,7 @@ class Team:
         model.load_state_dict(self.given(on_cpu))
 
     def same_random_state(self) -> None:
-        """Copy the state of the leader's generator, which evaluation in the leader advances."""
+        """Copy the leader's generator state, which evaluation has advanced in the leader alone."""
         if self.size > 1:
             state = torch.get_rng_state()
             dist.broadcast(state, 0)
@@ -131,7 +131,7 @@ class Team:
 
     @contextlib.contextmanager
     def own_random_state(self, seed: int) -> Iterator[None]:
-        """Seed this process differently from the others, for dropout; restore on exit.
+        """Seed each process differently, for dropout; restore the generator on exit.
 
         Args:
             seed: seed of the batch, the same in all processes.
@@ -145,7 +145,8 @@ class Team:
 
     @contextlib.contextmanager
     def shared_statistics(self, model: nn.Module) -> Iterator[None]:
-        """Normalize over the samples of all processes in training, until the context exits."""
+        """Normalize batches in training over the samples of all processes, within the context."""
+        # torch has no public base class of its batch normalization modules.
         kind = nn.modules.batchnorm._BatchNorm
         found = [m for m in model.modules() if isinstance(m, kind)] if self.size > 1 else []
         for module in found:
@@ -162,8 +163,9 @@ class Team:
         """Return this process's share of a batch.
 
         Args:
-            task: slices the batch.
-            model: a float or prepared model; the position of the share is set for its noise.
+            task: the task, which slices the batch.
+            model: a float or prepared model; a prepared model stores the position of the share,
+                on which its noise depends.
             batch: a batch from the task's loader.
 
         Returns:
@@ -241,7 +243,7 @@ ALONE = Team()
 
 @contextlib.contextmanager
 def joined(store: Any, rank: int, size: int) -> Iterator[Team]:
-    """Join the processes of a training run until the context exits.
+    """Join the process group of a training run until the context exits.
 
     Args:
         store: `torch.distributed` store through which the processes connect.
@@ -251,7 +253,7 @@ def joined(store: Any, rank: int, size: int) -> Iterator[Team]:
     Yields:
         The team.
     """
-    # NCCL transfers GPU tensors, Gloo everything on CPUs, such as stop decisions.
+    # NCCL transfers tensors on GPUs; Gloo transfers those on CPUs, such as stop decisions.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
@@ -260,7 +262,8 @@ def joined(store: Any, rank: int, size: int) -> Iterator[Team]:
         dist.destroy_process_group()
         raise
     except BaseException:
-        # NCCL would block on the other processes, which have not failed.
+        # Destroying an NCCL group would wait for the other processes, which have not failed. The
+        # function that aborts it is private to torch, so it may be missing.
         abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
         if torch.cuda.is_available() and abort is not None:
             abort()

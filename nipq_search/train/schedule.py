@@ -1,4 +1,4 @@
-"""Steps, phases and learning rate of a training run, as pure functions of the step."""
+"""Phases and learning rate of a training run, as pure functions of the optimizer step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class Phase(enum.StrEnum):
-    """Phases: training of the float model, the noise phase, tuning with frozen bit-widths."""
+    """Phases: training of the float model, the noise phase, and tuning at frozen bit-widths."""
 
     FLOAT = "float"
     NOISE = "noise"
@@ -23,10 +23,11 @@ class Schedule:
         batches_per_epoch: batches per epoch.
         accumulate: batches per step; the last step of an epoch may have fewer.
         steps_per_epoch: steps per epoch.
-        total: total steps.
-        noise: steps of the noise phase, which comes first.
-        warmup: steps in which the learning rate rises linearly from a tenth of its peak.
-        quantized: whether the model is prepared.
+        total: total number of steps.
+        noise: number of steps in the noise phase, which comes first.
+        warmup: number of steps over which the learning rate rises linearly from a tenth of its
+            peak.
+        quantized: whether the model is a prepared one, rather than the float model.
     """
 
     batches_per_epoch: int
@@ -44,7 +45,7 @@ class Schedule:
         return Phase.NOISE if step < self.noise else Phase.TUNING
 
     def rate(self, step: int) -> float:
-        """Return the factor on the learning rate: warm-up from 0.1, then cosine decay to 1e-3."""
+        """Return a step's learning-rate factor: warm-up from 0.1, then cosine decay to 1e-3."""
         if step < self.warmup:
             return 0.1 + 0.9 * step / self.warmup
         done = (step - self.warmup) / max(1, self.total - self.warmup)
@@ -69,8 +70,8 @@ def make_schedule(
         accumulate: batches per step.
         noise_share: fraction of the steps in the noise phase.
         warmup: fraction of the steps in the warm-up.
-        quantized: whether the model is prepared.
-        learns_bits: whether its quantizer learns bit-widths; if not, there is no noise phase.
+        quantized: whether the model is a prepared one, rather than the float model.
+        learns_bits: whether the quantizer learns bit-widths; if not, there is no noise phase.
 
     Returns:
         The schedule, with at least one step.

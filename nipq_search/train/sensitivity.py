@@ -1,4 +1,4 @@
-"""Sensitivity scores: the increase of the loss when one unit alone is quantized."""
+"""Sensitivity scores: the increase in the loss when only one unit is quantized."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from nipq_search.train.models import load_float, prepare_for
 from nipq_search.train.spec import Hooks, Interrupted, TrainSpec
 
 _RUINED = 1e3
-"""Factor on the largest finite score for widths at which the loss is not finite."""
+"""Factor by which the score of a width with a non-finite loss exceeds all finite scores."""
 
 
 def _unchanged(x: torch.Tensor) -> None:
-    """Observe nothing. A quantizer with an observer returns its input unchanged."""
+    """Do nothing: a quantizer that has an observer returns its input unchanged."""
 
 
 def monotone(losses: Mapping[int, float]) -> dict[int, float]:
     """Return losses by width, made non-negative and non-increasing to remove measurement noise.
 
-    A width at which the loss is NaN or infinite receives a far larger loss than any other.
+    A width at which the loss is NaN or infinite is given a far larger loss than any other.
     """
     finite = [loss for loss in losses.values() if math.isfinite(loss)]
     ruined = _RUINED * (1.0 + max(finite, default=0.0))
@@ -54,13 +54,13 @@ def sensitivities(
     All other units stay in floating point. Each score takes one pass over the batches.
 
     Args:
-        model: prepared and calibrated, with a quantizer that learns no bit-widths and whose
-            boundary depends on the width (`lsq`). Its bit-widths are changed.
-        batches: iterated from the start for every score.
+        model: a prepared and calibrated model with a quantizer that learns no bit-widths and
+            whose boundary depends on the width (`lsq`). Its bit-widths are changed.
+        batches: batches that are iterated from the start for every score.
         loss: returns a scalar for the model and a batch.
 
     Returns:
-        Increase over the float model's loss, by unit (see `units_of`) and allowed width.
+        Increase in the loss over the float model's, by unit (see `units_of`) and allowed width.
 
     Raises:
         UserError: the loss of the float model is not finite.
@@ -78,7 +78,8 @@ def sensitivities(
         base = measured()
         if not math.isfinite(base):
             raise UserError(
-                f"train.start: sensitivity needs a float model with a finite loss, not {base:g}"
+                "train.start: sensitivity needs a float model with a finite loss, but the loss is "
+                f"{base:g}"
             )
         scores = {}
         for unit, members in units_of(quant_state(model).graph).items():
@@ -105,7 +106,7 @@ def score(
     Truncation boundaries are the starting values of LSQ, which are near-optimal at every width.
 
     Args:
-        task: model and training data.
+        task: provides the model and the training data.
         spec: file of the float model, quantization and seed.
         device: device to run on.
         hooks: `on_samples` is called after every batch and `should_stop` before it.

@@ -14,23 +14,23 @@ from nipq_search.train.config import TrainConfig
 
 
 class Interrupted(Exception):
-    """Training stopped on request, with its state saved."""
+    """Training was stopped on request, and its state is saved."""
 
 
 class Released(Exception):
-    """This process has done its share; the leader completes the run. See `parallel.py`."""
+    """This process has finished its part; the leader completes the run. See `parallel.py`."""
 
 
 class Paused(Exception):
-    """Training reached its pause, with its state saved.
+    """Training reached the requested pause, and its state is saved.
 
     Args:
         metrics: validation metrics of a copy of the model, projected onto the budget.
-        samples: number of training samples used for the copy's normalization statistics.
+        samples: number of training samples used to estimate the copy's normalization statistics.
     """
 
     def __init__(self, metrics: Mapping[str, float], samples: int) -> None:
-        """Store the metrics."""
+        """Store the metrics and the number of samples."""
         super().__init__("paused")
         self.metrics, self.samples = metrics, samples
 
@@ -43,17 +43,17 @@ class TrainSpec:
         train: learning rates, phases and distillation.
         seed: seed of the data order, the noise and all other random draws.
         quant: quantization of the model; None trains the float model.
-        budget: absolute targets by cost name; None leaves bit-widths unchanged (baselines).
-        parent: file of the finished trial to start from; None starts from the float model.
+        budget: absolute targets by cost name; None sets no target, as for baselines.
+        parent: model file of a finished trial to start from; None starts from the float model.
         float_model: file with the float model's state dict; None starts from untrained weights.
             Without `quant`, the model in the file is only evaluated and stored.
         profile: starting bit-widths by unit (see `units_of`), which are shifted onto the budget;
             takes precedence over `train.start`.
         pause: fraction of the steps after which training pauses; None trains to the end.
         losses: sensitivity scores by unit and width, for `train.start: sensitivity`.
-        least_noise_steps: shorter noise phases are omitted.
+        least_noise_steps: minimum length of a noise phase, in steps; a shorter one is omitted.
         home: URI of an object store for the model and the checkpoints; None keeps them in the
-            training's folder.
+            folder of the training run.
     """
 
     train: TrainConfig
@@ -80,8 +80,9 @@ class TrainResult:
         samples: number of training samples processed, including calibration.
         steps: number of optimizer steps taken.
         model_sha256: digest of the model file.
-        history: at some steps of the noise phase and at its end, the learned bit-widths by tensor
-            and the task loss's derivatives with respect to them.
+        history: entries recorded regularly during the noise phase and at its end, each with the
+            step, the learned bit-widths by tensor, and the derivatives of the task loss with
+            respect to them.
     """
 
     metrics: Mapping[str, float]

@@ -1,8 +1,9 @@
 """A complete training run from its specification: the float model, a trial or a baseline.
 
-A trial's phases: calibrate, noise phase, project and freeze the bit-widths, tuning phase,
-re-estimate normalization statistics, evaluate. A training run may be killed at any point; when
-it is started again, it resumes from its last checkpoint and produces bit-identical results.
+A trial has these phases: calibration, the noise phase, projection and freezing of the bit-widths,
+the tuning phase, re-estimation of the normalization statistics, and evaluation. A training run may
+be killed at any point; when it is started again, it resumes from its last checkpoint and produces
+bit-identical results.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def train(
     Args:
         task: model and data.
         spec: the specification of the training run.
-        folder: working folder of this training run.
+        folder: working folder of the training run.
         device: device to train on.
         hooks: progress reports and stop requests; in a team, only the leader's hooks matter.
         team: the processes that train together; each of them calls this function.
@@ -63,7 +64,7 @@ def train(
     Raises:
         Released: this process does not lead, and its share of the work is done.
         Interrupted: `hooks.should_stop` returned true; the state is saved.
-        Paused: `spec.pause` is reached; the state is saved.
+        Paused: training reached `spec.pause`; the state is saved.
         NonFiniteLoss: the loss became NaN or infinite.
         UserError: the float model cannot be read, or the budget cannot be reached.
     """
@@ -149,7 +150,7 @@ class _Training:
         return trainer
 
     def _scheduled(self) -> tuple[TrainSpec, Schedule]:
-        """Return the specification and its schedule, without a noise phase that is too short."""
+        """Return the specification and its schedule, dropping a noise phase that is too short."""
         loader = self.task.loader("train", self.spec.train.batch_size, seed_for(self.spec.seed, 0))
         batches = steps_in(loader)
         schedule = _schedule(self.spec, batches)
@@ -160,7 +161,7 @@ class _Training:
         return spec, _schedule(spec, batches)
 
     def _optimize(self, trainer: Trainer) -> _Progress:
-        """Run the noise phase, the projection and the tuning phase, up to the pause if any."""
+        """Run the noise phase, the projection and the tuning phase, up to the pause, if any."""
         total = trainer.schedule.total
         pause = total if self.spec.pause is None else max(1, round(self.spec.pause * total))
         progress = _Progress(trainer, self.hooks, self.folder, self.spec.home, pause)
@@ -176,14 +177,14 @@ class _Training:
         return progress
 
     def _release_others(self) -> None:
-        """End every process but the leader: the remaining phases are not shared."""
+        """Raise `Released` in every process but the leader, which runs the other phases alone."""
         if not self.team.leads:
             raise Released
 
     def _at_pause(self, trainer: Trainer) -> Paused:
-        """Evaluate a copy of the model at the pause, projected onto the budget.
+        """Return `Paused` with the metrics of a copy of the model, projected onto the budget.
 
-        A model that still exceeds its budget would score too high.
+        Without the projection, a model that still exceeds its budget would score too high.
         """
         model = copy.deepcopy(trainer.model)
         if trainer.average is not None:
@@ -204,8 +205,8 @@ class _Training:
 
         Args:
             model: the trained model.
-            samples: training samples processed so far.
-            steps: optimizer steps taken.
+            samples: number of training samples processed so far.
+            steps: number of optimizer steps taken.
             history: see `TrainResult`.
 
         Returns:
@@ -227,7 +228,7 @@ class _Training:
         )
 
     def _reestimate(self, model: nn.Module) -> int:
-        """Re-estimate a quantized model's normalization statistics; return the samples used."""
+        """Re-estimate the normalization statistics; return the number of samples used."""
         if self.spec.quant is None or not self.spec.train.norm_batches:
             return 0
         counts: list[int] = []
@@ -244,7 +245,7 @@ class _Training:
     def _full_batches(self) -> Iterator[tuple[Any, int]]:
         """Yield the batches for normalization statistics, each with its number of samples.
 
-        Partial batches are skipped: the average would weight them like full ones.
+        Partial batches are skipped, since the average would give them the weight of full ones.
         """
         seed = seed_for(self.spec.seed, 1 << 41)
         loader = self.task.loader("train", self.spec.train.batch_size, seed)
@@ -262,11 +263,11 @@ class _Training:
 
 
 class _Progress:
-    """Forwards a trainer's progress to the hooks of its caller.
+    """Forwards a trainer's progress to the caller's hooks.
 
     Args:
-        trainer: prepared; its samples so far have been reported.
-        hooks: the caller's.
+        trainer: the trainer; the samples that it has processed so far are already reported.
+        hooks: the caller's hooks.
         folder: folder of the training run, which contains its checkpoints.
         home: see `TrainSpec.home`.
         pause: step at which to stop.
@@ -275,7 +276,7 @@ class _Progress:
     def __init__(
         self, trainer: Trainer, hooks: Hooks, folder: Path, home: str | None, pause: int
     ) -> None:
-        """Start counting at the trainer's present samples."""
+        """Start counting at the trainer's current number of samples."""
         self.trainer, self.hooks, self.home, self.pause = trainer, hooks, home, pause
         self.checkpoints = folder / "checkpoints"
         self._reported = trainer.samples
@@ -286,12 +287,12 @@ class _Progress:
         self._reported = samples
 
     def should_stop(self) -> bool:
-        """Whether training must stop after this step."""
+        """Report the samples so far, and return whether training must stop after this step."""
         self.report(self.trainer.samples)
         return self.trainer.step >= self.pause or self.hooks.should_stop()
 
     def on_epoch(self, point: CurvePoint) -> None:
-        """Report a point of the learning curve, after the samples that led to it."""
+        """Report the number of samples processed so far, then a point on the learning curve."""
         self.report(self.trainer.samples)
         self.hooks.on_epoch(point)
 

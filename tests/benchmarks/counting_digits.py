@@ -1,4 +1,4 @@
-"""The digits task with a loader that records every training sample in a file."""
+"""The digits task with a training loader that records the size of every batch in a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nipq_search.tasks.vision.digits import Digits
 
 
 class Counted:
-    """A loader that appends the size of each of its batches to the file named in COUNTED."""
+    """A loader that appends the size of each batch to the file given by the variable COUNTED."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -24,7 +24,7 @@ class Counted:
 
 
 class CountingDigits(Digits):
-    """Digits with a counting training loader."""
+    """Digits whose training loader counts the samples."""
 
     def loader(self, split, *arguments, **options):
         loader = super().loader(split, *arguments, **options)

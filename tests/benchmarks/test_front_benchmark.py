@@ -26,7 +26,7 @@ METHODS = ["fill", "independent", "lsq ilp", "nsga2"]
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """Run the quick size of four methods twice, on a counting loader."""
+    """Run the quick benchmark of four methods twice, with a loader that counts samples."""
     folder = tmp_path_factory.mktemp("front")
     plan = yaml.safe_load((BENCHMARKS / "front.yaml").read_text())
     plan["quick"]["seeds"] = [0]
@@ -118,7 +118,7 @@ def test_a_changed_plan_does_not_take_old_results_for_its_own(ran):
     plan = front.read_plan(folder / "front.yaml", quick=True)
     plan["methods"] = {name: plan["methods"][name] for name in METHODS}
     plan["allowance"] += 1
-    with pytest.raises(front.UserError, match="of another plan"):
+    with pytest.raises(front.UserError, match="belong to a different plan"):
         front.run_all(plan, results, folder / "front", 1, lambda: None)
 
 
@@ -147,13 +147,13 @@ def test_a_killed_float_training_is_counted_before_and_after(tmp_path, monkeypat
             front.train_float(unit)
     result = front.train_float(unit)
     counted = [int(line) for line in (tmp_path / "counted").read_text().split()]
-    whole = 4 * sum(counted[:18])  # four epochs; work repeated after the kill is extra
+    whole = 4 * sum(counted[:18])  # four epochs, without the work repeated after the kill
     assert whole <= result["samples"] <= sum(counted)
     assert front.train_float(unit) == result
 
 
 def test_an_interrupted_sweep_starts_over(tmp_path, monkeypatch):
-    """Repeated work would count against the method."""
+    """Otherwise, repeated work would use up the method's allowance."""
     plan = front.read_plan(BENCHMARKS / "front.yaml", quick=True)
     plan = {**plan, "allowance": 9_000}
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted"))
@@ -205,7 +205,7 @@ def test_results_of_another_plan_are_not_tabulated_either(ran, capsys):
     argv = [str(folder / "longer.yaml"), "--quick", "--json", str(folder / "front.json"), "--only"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["front.py", *argv])
-        with pytest.raises(SystemExit, match="of another plan"):
+        with pytest.raises(SystemExit, match="belong to a different plan"):
             front.main()
 
 

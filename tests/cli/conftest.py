@@ -17,7 +17,7 @@ from nipq_search.errors import UserError
 
 @dataclass
 class FakeSearch:
-    """Return values of the fake, which tests modify."""
+    """The values that the fake returns; tests modify them."""
 
     folder: Path
     outcome: dict[str, Any] = field(

@@ -106,7 +106,7 @@ def test_wrong_usage_is_one_line_and_exits_2(command_line, search, capsys):
 def test_ray_client_addresses_name_the_fix(search, capsys):
     assert main(["run", "sweep.yaml", "--address", "ray://head:10001"]) == 2
     err = capsys.readouterr().err
-    assert "use the address of the cluster's head (HOST:6379) from a machine of the cluster" in err
+    assert "run the command on a machine in the cluster, with the address of its head" in err
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_report_prints_its_path_and_opens_it(search, capsys, monkeypatch):
 
 
 def test_a_closed_pipe_is_not_a_failure():
-    """Like `| head` on a long output, but the reader has exited before the first write."""
+    """As with `| head` on a long output, except that the reader exits before the first write."""
     reader, writer = os.pipe()
     os.close(reader)
     program = (

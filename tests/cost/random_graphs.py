@@ -31,7 +31,7 @@ def problems(draw):
 
 
 def combinations(graph, units, budget):
-    """Yield all choices of widths by unit that meet the budget."""
+    """Yield every choice of one width per unit that meets the budget."""
     alone = list(dict.fromkeys(units.values()))
     for widths in itertools.product(*(graph.tensors[unit].allowed for unit in alone)):
         chosen = dict(zip(alone, widths, strict=True))

@@ -64,7 +64,7 @@ def test_it_finds_the_best_of_all_combinations(problem):
 
 
 def chain(layers=3, groups=(), products=()):
-    """Build layers with different costs, some with grouped weights, some products."""
+    """Build layers of different costs; tensors may be grouped, and layers may be products."""
     tensors, found = {}, []
     for index in range(layers):
         name = f"l{index}"
@@ -122,7 +122,7 @@ def test_a_square_of_one_width():
 
 
 def test_the_solver_beats_greedy_descent():
-    """Greedy descent makes two small savings, which one large saving makes unnecessary."""
+    """Greedy descent makes two small savings and then a large one that would have sufficed."""
     tensors = {
         name: TensorInfo(name=name, role="weight", numel=numel, allowed=(2, 8))
         for name, numel in (("a", 80), ("b", 80), ("c", 160))
@@ -212,7 +212,7 @@ def test_every_registered_cost_is_solvable(name):
 @settings(max_examples=200, deadline=None)
 @given(problems())
 def test_what_is_reachable_is_used(problem):
-    """Coarse widths may leave room that no single raise can use."""
+    """With coarse widths, a budget may have room that no single raise can use."""
     graph, budget, soft, marginal = problem
     units = {member: unit for unit, of in units_of(graph).items() for member in of}
     used = usage(graph, project(graph, budget, soft, marginal), budget)
@@ -226,7 +226,7 @@ def test_what_is_reachable_is_used(problem):
 
 
 def test_whole_bytes_are_compared_with_other_costs_as_they_are_counted():
-    """1.75 of 2.5 bytes count as 2: their share is below that of the BOPs."""
+    """1.75 bytes count as 2 of the 2.5 in the budget, a smaller share than that of the BOPs."""
     graph = Graph(
         layers=(
             LayerInfo(name="a", kind="linear", macs=2, weight="a.weight", input="a.input"),
@@ -257,7 +257,7 @@ def test_room_that_requires_two_simultaneous_changes_is_used():
     )
     graph = Graph(layers=layers, tensors=tensors)
     budget = Budget(weight_bytes=1720)
-    # The first raise gains most per cost; after the last one, no other raise fits.
+    # Raising `a` gains the most per byte, but then no other raise fits into the budget.
     marginal = {"a.weight": -3.0, "b.weight": -0.1, "c.weight": -0.1}
     bits = project(graph, budget, dict.fromkeys(tensors, 4.0), marginal)
     assert exact_cost("weight_bytes", graph, bits) >= MIN_USAGE * 1700

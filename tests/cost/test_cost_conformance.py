@@ -1,4 +1,4 @@
-"""The conformance suite for every cost in `COSTS`; a new one needs no code here."""
+"""Run the conformance suite on every cost in `COSTS`, including ones added later."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_costs_do_not_depend_on_the_example_batch():
 
 
 def test_bops_agree_with_qonnx(model):
-    """Compare with the same network, written manually as an ONNX graph of Quant nodes."""
+    """Compare with the same network, built by hand as an ONNX graph of Quant nodes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from onnx import TensorProto, helper
@@ -234,7 +234,7 @@ def test_unknown_costs_are_named(model):
 
 
 def test_penalty_is_the_paper_s_on_a_ratio():
-    """On GBOPs, smooth L1 with target 5.3 and strength 3 equals this one at strength 3 * 5.3."""
+    """The paper's smooth L1 (GBOPs, target 5.3, strength 3) equals this penalty times 3 * 5.3."""
     prepared = prepare(Net(), torch.rand(1, 3, 16, 16))
     cost = exact_costs(prepared)["bops"]
     for ratio in (0.5, 0.95, 1.05, 2.0):

@@ -1,4 +1,4 @@
-"""The guarantee of the projection: within the budget, and using it up."""
+"""The guarantees of the projection: the bit-widths meet the budget and use it up."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_tightness_agrees_with_brute_force(problem):
     assume(most > 0)  # some generated costs are 0 at every width
     for bits in ends(graph):
         inside, share = fits(graph, bits, budget), used(graph, bits, budget) / most
-        if not inside or abs(share - 0.97) > 1e-3:  # beyond the solver's optimality gap
+        if not inside or abs(share - 0.97) > 1e-3:  # outside the solver's optimality gap
             assert is_tight(graph, bits, budget) == (inside and share > 0.97)
         assert usage(graph, bits, budget) == pytest.approx(used(graph, bits, budget))
 

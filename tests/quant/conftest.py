@@ -1,1 +1,1 @@
-"""Makes `quant_models` importable from the test folders below."""
+"""Make `quant_models` importable from the subfolders."""

@@ -1,4 +1,4 @@
-"""The synthetic sweep of the tracking tests as input of the report."""
+"""The synthetic sweep of the tracking tests as input to the report."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "dashboards" / "screenshots.py"
 
 
 def make_sweep(folder: Path, data: ReportData) -> None:
-    """A folder with the inputs of the dashboards: MLflow's database, a study and the report."""
+    """Write the inputs of the dashboards: MLflow's database, a study and the report."""
     report = folder / "report.html"
     report.write_text(render(data.sweep, data.results, data.curves, data.layers))
     trials = [complete(0, front=True), complete(1, bits=3, front=True), failed(2)]

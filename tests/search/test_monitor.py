@@ -11,7 +11,7 @@ from nipq_search.search.run import RunEnd, run_sweep
 
 
 class StopsBetweenTicks:
-    """An executor whose first job ends because of a stop request that `tick` has not seen yet."""
+    """An executor whose first job ends because of a stop request, before the next `tick`."""
 
     def __init__(self, out):
         self.out = out

@@ -53,7 +53,7 @@ def test_every_public_name_resolves():
     ],
 )
 def test_search_can_be_called_whatever_was_imported_before(lines):
-    """The package of that name must not hide the function."""
+    """The package `search` must not hide the function of the same name."""
     code = f"{lines}; assert callable(search)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -68,5 +68,5 @@ def test_search_runs_a_sweep(monkeypatch, tmp_path):
     assert calls == [((config, tmp_path), {"trials": 3}), ((config, Path("runs/unit")), {})]
 
 
-def test_unknown_names_are_no_attributes():
+def test_unknown_names_are_not_attributes():
     assert not hasattr(nipq_search, "export")

@@ -46,7 +46,7 @@ DOCUMENT: dict[str, Any] = {
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    """Return the tiny sweep with changes, `section__key=value`."""
+    """Return the tiny sweep with changes (`section__key=value`)."""
     found = copy.deepcopy(DOCUMENT)
     for name, value in changes.items():
         *sections, key = name.split("__")
@@ -105,7 +105,7 @@ class Bench:
         self.runs = 0
 
     def open(self) -> Coordinator:
-        """Return ledger and coordinator as a new driver creates them."""
+        """Open the ledger and return a reconciled coordinator, as a new driver does."""
         self.out.mkdir(exist_ok=True)
         self.runs += 1
         self.ledger, self.facts = open_ledger(self.config, digits(), self.out)
@@ -121,7 +121,7 @@ class Bench:
         return coordinator
 
     def sweep(self, execute: Callable[[Job], JobOutcome] | None = None) -> Coordinator:
-        """Run to the end."""
+        """Run the sweep to its end and return the coordinator."""
         coordinator = self.open()
         while isinstance(job := coordinator.next_job(), Job):
             (execute or self.execute)(job)
@@ -173,7 +173,7 @@ class Bench:
         return record
 
     def view(self) -> Sweep:
-        """Return the sweep as reading commands open it."""
+        """Return the sweep as read-only commands open it."""
         return Sweep.open(self.out)
 
 

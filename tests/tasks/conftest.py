@@ -1,1 +1,1 @@
-"""Makes the helper modules of this folder importable from its subfolders."""
+"""Make the helper modules of this folder importable from its subfolders."""

@@ -1,4 +1,4 @@
-"""Arguments of the tasks under conformance test, with generated data where needed.
+"""Arguments for the conformance tests of tasks, with generated data where needed.
 
 Each task that needs arguments has a function that writes its files into a folder.
 """
@@ -14,7 +14,7 @@ from tiny_language import TINY, prose, reviews, write_table, write_tokenizer
 
 
 def image_folder(folder: Path) -> dict[str, Any]:
-    """Arguments with class folders without splits and a small model of timm."""
+    """Return arguments for class folders without splits and a small model of timm."""
     tree = folder / "images"
     if not tree.exists():
         image_tree(tree, {".": 20})
@@ -22,7 +22,7 @@ def image_folder(folder: Path) -> dict[str, Any]:
 
 
 def text_classification(folder: Path) -> dict[str, Any]:
-    """Arguments with good and bad reviews, split by film, and a BERT with two layers."""
+    """Return arguments for good and bad reviews, split by film, and a BERT with two layers."""
     return {
         "model": str(write_tokenizer(folder)),
         "path": str(write_table(folder / "reviews.csv", reviews(240))),
@@ -39,7 +39,7 @@ def text_classification(folder: Path) -> dict[str, Any]:
 
 
 def masked_lm(folder: Path) -> dict[str, Any]:
-    """Arguments with running text in two files and a BERT with two layers."""
+    """Return arguments for running text in two files and a BERT with two layers."""
     for number in range(2):
         (folder / f"part{number}.txt").write_text(prose(1500, number))
     return {
@@ -53,7 +53,7 @@ def masked_lm(folder: Path) -> dict[str, Any]:
 
 
 def causal_lm(folder: Path) -> dict[str, Any]:
-    """Arguments with the same text and a GPT-2 with two layers."""
+    """Return arguments for the same text and a GPT-2 with two layers."""
     config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}
     return {**masked_lm(folder), "config": {**config, "n_positions": 64}}
 

@@ -99,7 +99,7 @@ def test_batch_without_tensors_needs_a_count():
         ("module:", {}, "is not of the form package.module:Class"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(here, name, args, problem):
+def test_errors_are_reported_in_one_line(here, name, args, problem):
     (here / "own_task_broken.py").write_text("import no_such_package_here\n")
     (here / "own_task_raises.py").write_text("1 / 0\n")
     (here / "own_task_exits.py").write_text("raise SystemExit(0)\n")

@@ -1,6 +1,6 @@
 """Complete runs of the recipes for data that are not included, on tiny data of the same format.
 
-Only paths, sizes, weights and lengths are replaced, as by `--set` on the command line. The sweeps
+Only paths, sizes, weights and lengths are changed, as with `--set` on the command line. The sweeps
 run in this process, without Ray and MLflow.
 """
 

@@ -1,6 +1,6 @@
-"""The conformance suite for every task in `TASKS`; a new one needs no code here.
+"""Run the conformance suite on every task in `TASKS`, including ones added later.
 
-A task that needs arguments gets them from `sample_arguments`.
+The module `sample_arguments` provides arguments for tasks that need them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nipq_search.testing.tasks import read_only_copy
 
 
 class RegisteredTask(TaskConformance):
-    """A task of the registry, with two properties of those that hold their images in arrays."""
+    """The suite for registered tasks, with two more tests for tasks that keep images in arrays."""
 
     def task_args(self, folder):
         return sample_arguments(self.name, folder)

@@ -78,7 +78,7 @@ def test_teachers_are_held_to_the_same():
         build_teacher(Broken(on_meta))
 
 
-def test_an_example_that_cannot_be_made_is_told_in_one_line():
+def test_an_example_that_cannot_be_made_is_reported_in_one_line():
     message = r"^task: example_inputs\(\) failed with ValueError: no data here$"
     broken = Broken(example=ValueError("no\n data here"))
     with pytest.raises(UserError, match=message):

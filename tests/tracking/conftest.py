@@ -8,5 +8,5 @@ from mlflow_template import use_template
 
 @pytest.fixture(autouse=True, scope="session")
 def _mlflow_template() -> None:
-    """Recorders of this process copy MLflow's empty database."""
+    """Let the recorders of this process copy an empty MLflow database."""
     use_template()

@@ -1,4 +1,4 @@
-"""The moved folder of a finished sweep opens in a real MLflow server."""
+"""A real MLflow server opens the folder of a finished sweep after the folder was moved."""
 
 from __future__ import annotations
 

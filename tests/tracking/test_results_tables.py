@@ -77,7 +77,7 @@ def test_reading_another_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_table(tmp_path / "results.parquet")
     (tmp_path / "results.parquet").write_bytes(b"torn")
-    with pytest.raises(UserError, match="not a parquet table"):
+    with pytest.raises(UserError, match="not a Parquet table"):
         read_table(tmp_path / "results.parquet")
 
 

@@ -59,7 +59,7 @@ def test_the_penalty_counts_once_per_step(tmp_path, monkeypatch):
 
 
 def test_bit_width_derivatives_are_per_batch(tmp_path, monkeypatch):
-    """Its running mean is in loss per bit, independently of the length of a step."""
+    """The running mean is in loss per bit, regardless of the number of batches per step."""
     sums = []
     for count in (1, 6):
         spec = mlp_spec(accumulate=count, noise_share=1.0, lr=1e-9, epochs=1, start="config")

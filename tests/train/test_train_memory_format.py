@@ -46,7 +46,7 @@ def test_a_compatible_model_is_converted():
 
 
 class Reading(nn.Module):
-    """Interprets the output of a convolution with a function of its memory layout."""
+    """A model that reads a convolution's output in a way that may depend on the memory layout."""
 
     def __init__(self, read):
         super().__init__()
@@ -61,7 +61,7 @@ def as_complex(y):
 
 
 def last(y):
-    """Raises in the default format, but would run with channels last."""
+    """Raise an error in the default format, but run with channels last."""
     return y.permute(0, 2, 3, 1).view(-1, 4)
 
 
@@ -79,7 +79,7 @@ def test_incompatible_models_are_unchanged():
 def test_models_without_convolutions_and_broken_ones():
     plain = nn.Linear(3, 3)
     assert use_channels_last(plain, None) is plain
-    # One sample is too few for training, independently of the format.
+    # One sample is too few for training in any memory format.
     model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4))
     assert is_channels_last(use_channels_last(model, (X[:1],)))
 

@@ -69,7 +69,7 @@ def member(rank: int, size: int, folder: str, task: Any, spec: TrainSpec, stop: 
 def together(folder: Path, task: Any, spec: TrainSpec, size: int = 2, stop: int = 0) -> Any:
     """Return the result of a training run by `size` processes; None if it was stopped."""
     folder.mkdir(exist_ok=True)
-    # Forked from a process that has imported torch; `mp.spawn` would import it in each.
+    # Fork from a process that has imported torch; `mp.spawn` would import it in every process.
     multiprocessing.set_forkserver_preload(PRELOADED)
     arguments = (size, str(folder), task, spec, stop)
     mp.start_processes(member, arguments, nprocs=size, start_method="forkserver")
@@ -140,7 +140,7 @@ def test_stopping_and_resuming_is_bit_identical(tmp_path):
 
 
 def test_three_processes_learn_in_float32(tmp_path):
-    """Some batches are not divisible by the processes; the last batch of an epoch is smaller."""
+    """Some batches cannot be divided evenly, and the last batch of an epoch is smaller."""
     task = Digits(width=4)
     task.load_data()
     found = together(tmp_path / "three", task, digits_spec(None), size=3)

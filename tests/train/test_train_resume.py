@@ -166,7 +166,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_previous_one(damage, tmp_pa
 
 
 def test_kills_during_checkpoint_writes_keep_valid_ones(tmp_path):
-    """Kill several attempts, each at a later step than the next one's first checkpoint."""
+    """Several attempts are killed, each beyond the first checkpoint of the next attempt."""
 
     def cut_off(step):
         (tmp_path / f"{step:09d}").mkdir()
@@ -251,7 +251,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
 
 
 class Dropped(Regression):
-    """Draws from the global generator by dropout, and by a DataLoader when an epoch begins."""
+    """A task whose dropout and DataLoader (once per epoch) draw from the global generator."""
 
     def build_model(self):
         return torch.nn.Sequential(

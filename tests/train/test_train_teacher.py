@@ -15,7 +15,7 @@ from nipq_search.train.models import load_float
 
 
 class Taught(SpiedDigits):
-    """Has a wider teacher; counts how often it is built and records which teacher is used."""
+    """A task with a wider teacher; counts how often it is built and records which one is used."""
 
     def __init__(self, answer="wide"):
         super().__init__()

@@ -129,7 +129,7 @@ def interrupted(task: Any, spec: TrainSpec, folder: Path, steps: int) -> None:
     """Train for this number of steps, then stop by request."""
     with contextlib.suppress(Interrupted):
         train(task, spec, folder, CPU, stop_after(steps))
-        raise AssertionError("the training ended before it was interrupted")
+        raise AssertionError("training ended before it was interrupted")
 
 
 def outcome(result: TrainResult) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Conversion of a traced model: quantized calls, and quantizers shared between them."""
+"""Conversion of a traced model: quantization of its calls, with quantizers shared as needed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from nipq_search.quant.tracing.trace import Call, Trace, parameter_locations
 
 
 class Builder:
-    """Builds the quantizers and the graph from a trace; one instance per call of `prepare`."""
+    """Builds the quantizers and the graph from a trace; one instance per call to `prepare`."""
 
     def __init__(self, model: nn.Module, found: Trace, config: QuantConfig) -> None:
         """Name the layers and apply the pins; `build` converts the model.
@@ -162,7 +162,7 @@ class Builder:
         if self.config.input_bits is not None and all(operand.raw for operand in operands):
             fixed = self.config.input_bits
         elif layer.in_float and quantized:
-            name = _tensor_name((layer, slot))  # the tensor is also used without quantization
+            name = _tensor_name((layer, slot))  # other consumers quantize the tensor
         if fixed is not None:
             self.tensors[name] = TensorInfo(
                 name=name, role=TensorRole.ACTIVATION, numel=numel, fixed_bits=fixed
@@ -265,7 +265,7 @@ class Builder:
         return infos
 
     def _make_owners(self, modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
-        """Convert modules with quantized sites to owners, and guard the modules inside them."""
+        """Convert modules with quantized sites into owners, and guard the modules inside them."""
         active = {
             owner: nn.ModuleDict(own)
             for owner, own in self.sites.items()
@@ -316,7 +316,7 @@ class Builder:
         )
 
     def _covered(self) -> set[str]:
-        """Return the names of the parameters that the weights of the layers are computed from."""
+        """Return the names of the parameters from which the weights of the layers are computed."""
         covered: set[str] = set()
         for layer in self.layers:
             if layer.weight is not None:
@@ -325,7 +325,7 @@ class Builder:
         return covered
 
     def _float_parameters(self) -> int:
-        """Return the number of parameters that no weight of the graph is computed from."""
+        """Return the number of parameters from which no weight of the graph is computed."""
         counted = self._covered() | self.idle
         return sum(numel for name, numel in self.parameters.items() if name not in counted)
 
@@ -339,7 +339,7 @@ def _pinned(layer: Layer, pin: Pin) -> Layer:
 
 
 def _with_shared_tables(layers: Sequence[Layer]) -> list[Layer]:
-    """Return the layers, quantizing untrained tables that a quantized layer uses as its weight."""
+    """Return the layers; untrained tables become quantized if a quantized layer shares them."""
     quantized = {_weight_key(x) for x in layers if x.weight is not None and not x.in_float}
     return [
         dataclasses.replace(layer, float_reason="")

@@ -56,8 +56,8 @@ def tensor_groups(
 
 
 def _projections(layers: Sequence[Layer], infos: Sequence[LayerInfo]) -> list[list[str]]:
-    """Return groups of weights that project the same tensor to operands of one attention."""
-    by_label = {layer.call.origin: info for layer, info in zip(layers, infos, strict=False)}
+    """Return groups of weights that project one tensor to operands of one attention module."""
+    by_origin = {layer.call.origin: info for layer, info in zip(layers, infos, strict=False)}
     groups: dict[tuple[str, str], list[str]] = {}
     for layer in layers:
         if len(layer.slots) < 2:
@@ -65,7 +65,7 @@ def _projections(layers: Sequence[Layer], infos: Sequence[LayerInfo]) -> list[li
         for index in (0, 1):
             for operand in layer.operands(index):
                 for origin in sorted(operand.origins):
-                    info = by_label.get(origin)
+                    info = by_origin.get(origin)
                     if info is not None and info.weight is not None and info.input is not None:
                         group = groups.setdefault((layer.call.owner, info.input), [])
                         if info.weight not in group:
@@ -75,13 +75,13 @@ def _projections(layers: Sequence[Layer], infos: Sequence[LayerInfo]) -> list[li
 
 def _residual(sums: Mapping[str, Sequence[Call]]) -> list[list[str]]:
     """Return pairs of sums in which one adds to the result of the other."""
-    by_label = {call.origin: name for name, calls in sums.items() for call in calls}
+    by_origin = {call.origin: name for name, calls in sums.items() for call in calls}
     groups = []
     for name, calls in sums.items():
         for call in calls:
             for operand in (o for pair in call.operands for o in pair if o is not None):
                 found = {
-                    by_label[o] for o in operand.origins if o.startswith(SUM) and o in by_label
+                    by_origin[o] for o in operand.origins if o.startswith(SUM) and o in by_origin
                 }
                 groups += [[name, other] for other in sorted(found)]
     return groups
@@ -148,7 +148,7 @@ def share_bits(
 
 
 def tie(groups: Iterable[Sequence[str]], quantizers: Mapping[str, FakeQuantizer]) -> None:
-    """Share one theta in each group; required again after a load that created new ones."""
+    """Share one theta within each group; to be repeated if loading has created new ones."""
     for group in groups:
         for name in group:
             quantizers[name].bits.tie(quantizers[group[0]].bits)

@@ -1,6 +1,6 @@
-"""Quantized layers. Conversion replaces a module's class and preserves names, hooks, references.
+"""Quantized layers. Conversion replaces a module's class; names, hooks and references remain.
 
-The most common layers have a class here, which torch.compile can trace. All other
+The most common layers have a quantized class here, which torch.compile can trace. All other
 multiplications, including those of subclasses of these layers, are handled by `sites.py`.
 """
 
@@ -33,7 +33,8 @@ class QuantLayer(nn.Module, abc.ABC):
     def forward(self, input: Tensor) -> Tensor:
         """Quantize both operands and multiply them; shapes as in the float layer."""
         if not torch.compiler.is_compiling() and inside_owner():
-            # Hide the multiplication from the owner of surrounding sites.
+            # Hide the multiplication from the enclosing owner. Torch has no public context manager
+            # that disables function modes.
             with torch._C.DisableTorchFunction():
                 return self._quantized(input)
         return self._quantized(input)
@@ -70,6 +71,7 @@ class QuantConv(QuantLayer):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return the convolution of `x`; shapes as in the float layer."""
+        # This private method of torch's convolutions applies the padding mode.
         return self._conv_forward(x, weight, self.bias)  # type: ignore[operator, no-any-return]
 
 
@@ -97,11 +99,11 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
 }
-"""Quantized class by exact float class. Subclasses are excluded: their forward may differ."""
+"""Quantized class by exact float class. Subclasses, which may override `forward`, are excluded."""
 
 
 def convert(module: nn.Module, weight: FakeQuantizer, activation: FakeQuantizer | None) -> None:
-    """Convert a float layer to its quantized class, in place.
+    """Convert a float layer into its quantized class, in place.
 
     Args:
         module: layer whose class is a key of `LAYERS`.

@@ -31,7 +31,7 @@ class Pin(NamedTuple):
     """Pin of a layer.
 
     Attributes:
-        bits: bit-width in bits, `float`, or None without a pin.
+        bits: bit-width in bits, `float`, or None if the layer is not pinned.
         float_reason: reason why the layer stays in float, or empty.
     """
 

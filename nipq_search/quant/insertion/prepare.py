@@ -1,4 +1,4 @@
-"""Conversion of a float model to one that learns its quantization: prepare, calibrate, freeze."""
+"""Conversion of a float model into one with learned quantization: prepare, calibrate, freeze."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class QuantState(nn.Module):
             graph: layers and tensors of the model.
             config: settings that the model was prepared with.
             clock: noise clock shared by all quantizers of the model.
-            example_inputs: arguments of one forward; they define which entries of a batch are
+            example_inputs: arguments of one forward call; they define which entries of a batch are
                 inputs of the model.
             sites: quantized sites of modules that are not converted as a whole, by owner.
         """
@@ -86,14 +86,14 @@ class QuantState(nn.Module):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the prepared module inside DDP, torch.compile or an averaged (EMA) model.
+    """Return the prepared module inside a DDP, torch.compile or averaged (EMA) wrapper.
 
     Raises:
         UserError: the model was not prepared.
     """
     inner: Any = model
     while not _has_state(inner):  # `hasattr` would look through torch.compile's wrapper
-        if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+        if isinstance(getattr(inner, "_orig_mod", None), nn.Module):  # set by torch.compile
             inner = inner._orig_mod
         elif isinstance(getattr(inner, "module", None), nn.Module):
             inner = inner.module
@@ -128,7 +128,7 @@ def attach_state(root: nn.Module, state: QuantState) -> None:
 
 
 def _rename_state(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load pre-hook for checkpoints of version 0.1, which kept a container's state as a child."""
+    """Load pre-hook for version 0.1 checkpoints, where the state was a child of the container."""
     old = f"{prefix}{STATE}._extra_state"
     if old in state:
         names = {id(m): name for name, m in module.named_modules()}
@@ -136,7 +136,7 @@ def _rename_state(module: nn.Module, state: dict[str, Any], prefix: str, *args: 
 
 
 def _tie_again(module: nn.Module, incompatible: Any) -> None:
-    """Load post-hook: share theta again, since loading may create new parameters in a group."""
+    """Load post-hook: share theta again, because loading may create new parameters in a group."""
     tie(groups_of(quant_state(module).graph.tensors), quantizers(module))
 
 
@@ -170,16 +170,16 @@ def prepare(
 ) -> nn.Module:
     """Return a copy of `model` that learns bit-widths and truncation boundaries.
 
-    Multiplications by a weight quantize both operands, products of two activations quantize both
-    of them, and embeddings quantize their table. This covers torch layers as well as functional
-    calls in the model's own code. Layers that consume the same tensor share one quantizer for it,
-    as do layers that share a weight. `profile` lists the layers that stay in float, with the
-    reason. Quantizer parameters are float32, or float64 if all float parameters of the model are
+    Both operands are quantized in multiplications by a weight and in products of two activations,
+    as is the table of an embedding. This applies to torch layers as well as functional calls in
+    the model's own code. Layers that consume the same tensor share one quantizer for it, as do
+    layers that share a weight. `profile` lists the layers that stay in float, with the reasons.
+    Quantizer parameters are float32, or float64 if all float parameters of the model are
     float64.
 
     Args:
         model: any float module; it is not modified.
-        example_inputs: arguments of one forward: a tensor, a tuple, or a dict of keyword
+        example_inputs: arguments of one forward call: a tensor, a tuple, or a dict of keyword
             arguments. Their shapes determine the costs, which are reported per sample.
         config: quantization settings. Default: `QuantConfig()`.
         calibration: batches in the format of `example_inputs` (additional entries, such as the
@@ -191,9 +191,9 @@ def prepare(
         The prepared model, a deep copy on the same device.
 
     Raises:
-        UserError: the model is already prepared; has lazy, meta, complex or integer parameters;
-            does not run on the example inputs; has nothing to quantize; a layer pattern matches
-            nothing or contradicts another; or calibration has no data.
+        UserError: the model is already prepared, has lazy, meta, complex or integer parameters,
+            does not run on the example inputs or has nothing to quantize; a layer pattern matches
+            no layer or contradicts another; or there is no calibration data.
 
     Example:
         >>> import torch
@@ -216,7 +216,7 @@ def prepare(
             module.enable_nested_tensor = module.use_nested_tensor = False
     before = set(prepared.modules())
     found = trace(prepared, example_inputs)
-    if set(prepared.modules()) != before:  # the forward replaced some modules
+    if set(prepared.modules()) != before:  # the forward pass replaced some modules
         found = trace(prepared, example_inputs)
     builder = Builder(prepared, found, config)
     graph, sites = builder.build()
@@ -238,7 +238,7 @@ def prepare(
 
 
 def copy_model(model: M) -> M:
-    """Return a deep copy; tensors cached from earlier forwards are copied without history."""
+    """Return a deep copy; tensors cached by earlier forward passes lose their autograd graph."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for x in tensors_in(vars(module)):
@@ -280,7 +280,7 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
 
 
 def warn_of_float_work(graph: Graph) -> None:
-    """Warn about multiplications that stay in float without a request in the configuration."""
+    """Warn about multiplications that stay in float without being configured to do so."""
     idle = [layer.name for layer in graph.layers if layer.float_reason == IDLE]
     if idle:
         warnings.warn(
@@ -298,14 +298,14 @@ def warn_of_float_work(graph: Graph) -> None:
         share = 100 * sum(layer.macs for layer in left) / total
         reasons = _some([f"{layer.name}: {layer.float_reason}" for layer in left])
         warnings.warn(
-            f"{share:.2g} % of the multiplications stay in float and count 32 x 32 bits "
+            f"{share:.2g} % of the multiplications stay in float and count as 32 x 32 bits "
             f"({reasons}; see `profile`)",
             stacklevel=3,
         )
 
 
 def _some(texts: Sequence[str]) -> str:
-    """Return the first three of `texts`, followed by the number of remaining ones."""
+    """Return the first three of `texts`, followed by the number of the remaining ones."""
     more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
     return ", ".join(texts[:3]) + more
 
@@ -316,7 +316,7 @@ def observed(
 ) -> Iterator[None]:
     """Within the context, pass tensors to observers and run the model in float.
 
-    All quantizers are bypassed, so that the observed values describe the float model.
+    All quantizers are bypassed, so the observed values are those of the float model.
 
     Args:
         model: a prepared model.
@@ -357,8 +357,8 @@ def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module
     unseen = [name for name, observer in observers.items() if not observer.samples]
     if unseen:
         warnings.warn(
-            f"calibration did not reach {_some(unseen)}: their boundaries start at "
-            "1; pass batches that reach them",
+            f"calibration did not reach {_some(unseen)}: their boundaries start at 1; "
+            "pass batches that reach them",
             stacklevel=3,
         )
     for name, observer in observers.items():

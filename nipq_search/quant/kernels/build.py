@@ -1,4 +1,4 @@
-"""Compilation of the C kernels, once per machine in about half a second, with the C compiler."""
+"""Compilation of the C kernels with the machine's C compiler, once, in about half a second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nipq_search.errors import UserError
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "relu.c"))
 SWITCH = "NIPQ_SEARCH_KERNELS"
-"""Environment variable; `eager` disables the kernels."""
+"""Environment variable; the value `eager` disables the kernels."""
 
 _COMMON = ("-O3", "-ffp-contract=off", "-fPIC", "-shared")
 # OpenMP is tried first; it resolves to the runtime that torch has loaded and shares its threads.
@@ -118,8 +118,8 @@ def _load() -> ctypes.CDLL:
     """Load the library from the first folder where it can be built and loaded.
 
     Raises:
-        OSError: there is no such folder; the error is that of the last attempt.
-        subprocess.SubprocessError: likewise, if compilation timed out.
+        OSError: there is no such folder; the error of the last attempt is raised.
+        subprocess.SubprocessError: likewise, if the last attempt timed out.
     """
     failure: Exception = OSError("neither the cache nor a temporary folder is writable")
     for folder in _folders():
@@ -132,30 +132,31 @@ def _load() -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the kernels, or None if they are disabled or, with one warning, cannot be built."""
+    """Return the kernels, or None if they are disabled or cannot be built (with one warning)."""
     if switched_off():
         return None
     try:
         loaded = _load()
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(
-            f"quantizers run without their fast kernels, several times slower: {error}. Install a "
-            f"C compiler (cc, gcc or clang), or set {SWITCH}=eager to silence this warning",
+            f"quantizers run without their fast kernels and are several times slower: {error}. "
+            f"Install a C compiler (cc, gcc or clang), or set {SWITCH}=eager to silence this "
+            "warning",
             stacklevel=2,
         )
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    figure, flag = ctypes.c_float, ctypes.c_int
+    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
+    float32, integer = ctypes.c_float, ctypes.c_int
     for name, arguments in {
-        "nipq_range": [pointer, pointer, figure, figure, flag, number, pointer],
-        "nipq_range_gradients": [pointer, flag, number, pointer, number, pointer, pointer],
-        "nipq_residuals": [pointer, *[number] * 4, *[pointer] * 4, flag],
+        "nipq_range": [pointer, pointer, float32, float32, integer, int64, pointer],
+        "nipq_range_gradients": [pointer, integer, int64, pointer, int64, pointer, pointer],
+        "nipq_residuals": [pointer, *[int64] * 4, *[pointer] * 4, integer],
         "nipq_forward": [pointer],
         "nipq_backward": [pointer],
-        "nipq_relu_forward": [pointer, pointer, pointer, number, figure, flag],
-        "nipq_relu_backward": [pointer, pointer, pointer, number, flag],
+        "nipq_relu_forward": [pointer, pointer, pointer, int64, float32, integer],
+        "nipq_relu_backward": [pointer, pointer, pointer, int64, integer],
     }.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
-    loaded.nipq_residuals.restype = number
+    loaded.nipq_residuals.restype = int64
     return loaded

@@ -1,8 +1,9 @@
-"""NIPQ's training forward as custom operators that are opaque to `torch.compile`.
+"""NIPQ's forward pass in training as custom operators that are opaque to `torch.compile`.
 
-The noise depends on the step number, and the kernels are not torch operations. The operators
-receive the step as a tensor, so one compiled graph serves all steps. They save their input for the
-backward pass; the compiler decides which other tensors it saves.
+The compiler cannot trace this pass, because the noise depends on the step number and the kernels
+are not torch operations. The operators receive the step as a tensor, so one compiled graph serves
+all steps. They save their input for the backward pass; the compiler decides which other tensors to
+save.
 """
 
 from typing import Any
@@ -62,15 +63,16 @@ def noisy(
         alpha: truncation boundaries, float32 or float64, shape (channels,).
         minimum: lower end of an affine range, shape (1,).
         theta: parameter of the bit-width, shape (1,); None if the width is not learned.
-        marginal: running mean of the derivative by the bit-width, shape (1,); see `BitWidth`.
+        marginal: running mean of the derivative of the loss with respect to the bit-width, shape
+            (1,); see `BitWidth`.
         step: step of the noise clock, an integer scalar.
         seed: seed of the noise clock, as a signed 64-bit integer.
         key: index of the tensor in the model.
         bits_key: index of the bit-width in the model.
         width: bit-width in bits if it is not learned.
         allowed: allowed bit-widths in bits, ascending.
-        grid: value of the `Grid`.
-        axis: dimension of the channels.
+        grid: value of a member of `Grid`.
+        axis: channel dimension.
         empirical: whether noise is drawn from the tensor's own residuals.
 
     Returns:
@@ -109,10 +111,10 @@ def noisy_backward(
     axis: int,
     empirical: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `x`, `alpha` and `theta`, and update `marginal`.
+    """Update `marginal` and return the gradients with respect to `x`, `alpha` and `theta`.
 
     Args:
-        grad: gradient of the output.
+        grad: gradient with respect to the output.
         x: see `noisy`.
         alpha: see `noisy`.
         minimum: see `noisy`.
@@ -131,7 +133,8 @@ def noisy_backward(
         empirical: see `noisy`.
 
     Returns:
-        Gradients of the shape of `x`, (channels,) and (1,); the last is zero unless `learns`.
+        Gradients with respect to `x`, of its shape, `alpha`, shape (channels,), and `theta`, shape
+        (1,). The last is zero unless `learns` is true.
     """
     clock = NoiseClock(seed, int(step))
     boundary, draw = _boundary(
@@ -169,14 +172,16 @@ class _Noisy(torch.autograd.Function):
         step: Tensor,
         *rest: Any,
     ) -> Tensor:
+        """Return the noisy tensor; see `noisy_node` for the arguments."""
         learned = theta is not None
         ctx.save_for_backward(x, alpha, minimum, step, *((theta,) if learned else ()))
-        # Not saved for backward, because every backward pass modifies them in place.
+        # Not passed to `save_for_backward`, because every backward pass modifies them in place.
         ctx.marginal, ctx.decayed, ctx.rest = marginal, decayed, rest
         return noisy(x, alpha, minimum, theta, marginal, step, *rest)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the gradients with respect to `x`, `alpha` and, if it is learned, `theta`."""
         x, alpha, minimum, step, *saved = ctx.saved_tensors
         theta = saved[0] if saved else None
         learns = bool(saved) and ctx.needs_input_grad[2]
@@ -202,8 +207,8 @@ def noisy_node(x: Tensor, alpha: Tensor, theta: Tensor | None, *rest: Any) -> Te
         x: tensor of any floating-point dtype and layout.
         alpha: see `noisy`.
         theta: see `noisy`.
-        rest: `minimum`, `marginal`, `decayed` and `step` of `noisy_backward`, then its last eight
-            arguments.
+        rest: the arguments `minimum`, `marginal`, `decayed` and `step` of `noisy_backward`,
+            followed by its last eight arguments.
 
     Returns:
         The noisy tensor, of the shape and dtype of `x`.

@@ -1,4 +1,4 @@
-/* Fake quantizers with one pass over memory forward and one backward; called by cpu.py, compiled by
+/* Fake quantizers with one pass over memory in each direction; called by cpu.py, compiled by
  * build.py.
  *
  * Tensors are dense float32 and processed in memory order. There is one boundary per channel, and
@@ -140,7 +140,8 @@ typedef struct {
     vec step, low, high;
 } Sums;
 
-/* Return the gradient of x given `g`, and add to the sums for step, low and high. */
+/* Return the gradient with respect to x, given the gradient `g` with respect to the output, and
+ * add to the sums for step, low and high. */
 INLINE vec collect(vec g, ivec above, ivec below, vec noise, Sums *sums) {
     vec inside = keep(~(above | below), g);
     sums->step += keep(~(above | below), g * noise);
@@ -168,17 +169,17 @@ INLINE double total(vec v) {
 
 typedef struct {
     const float *x;  /* forward: input; backward: input or noisy output */
-    const float *g;  /* backward: gradient of the output */
-    float *out;      /* forward: output; backward: gradient of the input */
+    const float *g;  /* backward: gradient with respect to the output */
+    float *out;      /* forward: output; backward: gradient with respect to the input */
     int kept;        /* backward: INPUT or OUTPUT, the meaning of `x` */
     int64_t count, channels, inner;
     const float *range;
-    double *sums; /* backward: three per piece if there is one boundary, else three per channel */
+    double *sums; /* backward: three per piece with one boundary, otherwise per channel */
     Noise noise;
     int threads;
 } Call;
 
-/* Process the `left` elements from `i` on, LANES at most. */
+/* Process `left` elements, at most LANES, starting at `i`. */
 INLINE void forward_at(int law, const Call *c, int64_t i, int64_t left, Range r) {
     vec x = load_part(c->x + i, left);
     vec y = law == ROUNDING ? round_to_grid(x, r) : add_noise(law, i, &c->noise, x, r);
@@ -338,7 +339,7 @@ int64_t nipq_residuals(const float *x, int64_t stride, int64_t sampled, int64_t 
     return used;
 }
 
-/* Return functional.positive of `raw` if `start` is given, else `raw`, which is the boundary. */
+/* Return functional.positive of `raw` if `start` is given, otherwise `raw` as it is. */
 INLINE float boundary_of(float raw, const float *start, int64_t i, float *slope) {
     if (start == NULL) {
         *slope = 1.0f;

@@ -1,6 +1,6 @@
 """CPU backend of the quantizers in C, with one pass over memory per direction (see cpu.c).
 
-The module implements the protocol `Backend`.
+This module implements the `Backend` protocol.
 """
 
 from __future__ import annotations
@@ -125,11 +125,11 @@ def packed_range(boundary: Boundary) -> Tensor:
 
 
 def residuals_of(x: Tensor, axis: int, range_: Tensor) -> Residuals:
-    """Return the rounding residuals of a subsample; see `Backend`.
+    """Return the rounding residuals of a subsample of `x`; see `Backend`.
 
     Args:
         x: dense float32 tensor.
-        axis: dimension of the channels.
+        axis: channel dimension.
         range_: packed range.
 
     Returns:
@@ -159,11 +159,11 @@ def forward(
     """Return the quantized tensor; see `Backend`.
 
     Args:
-        x: dense tensor of float32.
-        axis: dimension of the channels.
+        x: dense float32 tensor.
+        axis: channel dimension.
         range_: packed range.
         key: key of the noise; None selects rounding.
-        residuals: table that noise is drawn from; None for uniform noise.
+        residuals: table from which noise is drawn; None for uniform noise.
 
     Returns:
         A float32 tensor in the layout of `x`.
@@ -181,20 +181,20 @@ def backward(
     key: int | None,
     residuals: Residuals | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of the input, the boundaries and the bit-width; see `Backend`.
+    """Return the gradients with respect to the input, boundaries and bit-width; see `Backend`.
 
     Args:
-        grad: gradient of the output.
-        kept: input of the forward or, if a key is given, possibly its output.
-        kind: which of the two `kept` is.
-        axis: dimension of the channels.
+        grad: gradient with respect to the output.
+        kept: input of the forward pass or, if a key is given, possibly its output.
+        kind: whether `kept` is the input or the output.
+        axis: channel dimension.
         range_: packed range.
         grid: shape of the grid.
         key: key of the noise; None selects rounding.
-        residuals: table that noise was drawn from; None for uniform noise.
+        residuals: table from which noise was drawn; None for uniform noise.
 
     Returns:
-        Gradients of the shape of the input, (channels,) and (1,).
+        The three gradients, of the shape of the input, (channels,) and (1,).
     """
     channels = range_.shape[1]
     pieces = -(-grad.numel() // _PIECE) if channels == 1 else channels

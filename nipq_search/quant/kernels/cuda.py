@@ -1,8 +1,8 @@
 """GPU backend of the quantizers in Triton, with the same noise and results as cpu.c.
 
-One program processes BLOCK adjacent elements. Float32 sums have a fixed order: one partial sum per
-program, or one program per channel. No function synchronizes the device. The module implements the
-protocol `Backend`.
+Each program processes BLOCK adjacent elements or, in a backward pass with several boundaries, one
+channel. Float32 sums therefore have a fixed order. No function synchronizes the device. This
+module implements the `Backend` protocol.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _works(device: torch.device) -> bool:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         warnings.warn(
-            f"quantizers run without their fast kernels, several times slower: Triton fails with "
-            f"{type(error).__name__}: {reason}. Set {SWITCH}=eager to silence this warning",
+            "quantizers run without their fast kernels and are several times slower: Triton fails "
+            f"with {type(error).__name__}: {reason}. Set {SWITCH}=eager to silence this warning",
             stacklevel=2,
         )
         return False
@@ -133,7 +133,10 @@ if triton is not None:
     def _derivatives(  # type: ignore[no-untyped-def]
         kept_ptr, at, here, g, step, low, high, table, used, first, second, origin, LAW, KEPT
     ):
-        """Return the gradient of x, and the terms of the gradients of step, low and high."""
+        """Return the gradient with respect to x and per-element contributions to the others.
+
+        The other gradients are those with respect to step, low and high.
+        """
         kept = tl.load(kept_ptr + at, mask=here, other=0.0)
         if KEPT == 0:
             above = kept >= high
@@ -264,13 +267,14 @@ def _drawn(
 ) -> tuple[Tensor, Tensor, int, int, int]:
     """Return the table, its used length, both halves of the key, and the low half of the origin.
 
-    The high half of the origin is added to the key, so beyond 2^32 elements per batch the noise
-    differs from that of the other backends. Unused tensors are replaced by `other`.
+    The high half of the origin is added to the key, so beyond 2^32 elements per batch, the noise
+    differs from that of the other backends. Without a table, `other` takes the place of both
+    tensors.
     """
     word = key or 0
     origin = noise.origin_of(word)
     table, used = residuals or (other, other)
-    # Signed 32-bit values: integers of another size would compile another kernel.
+    # Signed 32-bit values, because Triton would compile another kernel for other integer types.
     second = signed((word >> 32) + (origin >> 32), 32)
     return table, used, signed(word, 32), second, signed(origin, 32)
 
@@ -291,11 +295,11 @@ def packed_range(boundary: Boundary) -> Tensor:
 
 
 def residuals_of(x: Tensor, axis: int, range_: Tensor) -> Residuals:
-    """Return the rounding residuals of a subsample; see `Backend`.
+    """Return the rounding residuals of a subsample of `x`; see `Backend`.
 
     Args:
         x: dense float32 tensor.
-        axis: dimension of the channels.
+        axis: channel dimension.
         range_: packed range.
 
     Returns:
@@ -311,11 +315,11 @@ def forward(
     """Return the quantized tensor; see `Backend`.
 
     Args:
-        x: dense tensor of float32.
-        axis: dimension of the channels.
+        x: dense float32 tensor.
+        axis: channel dimension.
         range_: packed range.
         key: key of the noise; None selects rounding.
-        residuals: table that noise is drawn from; None for uniform noise.
+        residuals: table from which noise is drawn; None for uniform noise.
 
     Returns:
         A float32 tensor in the layout of `x`.
@@ -347,20 +351,20 @@ def backward(
     key: int | None,
     residuals: Residuals | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of the input, the boundaries and the bit-width; see `Backend`.
+    """Return the gradients with respect to the input, boundaries and bit-width; see `Backend`.
 
     Args:
-        grad: gradient of the output.
-        kept: input of the forward or, if a key is given, possibly its output.
-        kind: which of the two `kept` is.
-        axis: dimension of the channels.
+        grad: gradient with respect to the output.
+        kept: input of the forward pass or, if a key is given, possibly its output.
+        kind: whether `kept` is the input or the output.
+        axis: channel dimension.
         range_: packed range.
         grid: shape of the grid.
         key: key of the noise; None selects rounding.
-        residuals: table that noise was drawn from; None for uniform noise.
+        residuals: table from which noise was drawn; None for uniform noise.
 
     Returns:
-        Gradients of the shape of the input, (channels,) and (1,).
+        The three gradients, of the shape of the input, (channels,) and (1,).
     """
     out, count, channels = torch.empty_like(grad), grad.numel(), range_.shape[1]
     programs = triton.cdiv(count, _BLOCK) if channels == 1 else channels

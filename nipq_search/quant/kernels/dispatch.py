@@ -1,4 +1,4 @@
-"""Selection of the fastest backend for a tensor: C on a CPU, Triton on a GPU, else torch."""
+"""Selection of the fastest backend for a tensor: C on a CPU, Triton on a GPU, otherwise torch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def backend_for(x: Tensor, boundary: Boundary) -> Backend | None:
 
 
 def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = False) -> Tensor:
-    """Add noise of one step inside the boundaries and return the boundary outside.
+    """Add noise one step wide to the elements inside the boundaries, and clip the others.
 
     Args:
         x: tensor of any shape and floating-point dtype; half precision is computed in float32.
             Noise is assigned to elements in memory order.
         boundary: parameters of the quantization range.
         key: 64 bits that determine the noise, optionally with an origin; see `noise.with_origin`.
-        empirical: whether noise is drawn from the tensor's own rounding residuals, not uniformly.
+        empirical: whether noise is drawn from the tensor's own rounding residuals instead of a
+            uniform distribution.
 
     Returns:
         The noisy tensor, of the shape and dtype of `x`.
@@ -44,7 +45,7 @@ def pseudo_quantize(x: Tensor, boundary: Boundary, key: int, empirical: bool = F
     backend = backend_for(x, boundary)
     # Only the C kernels resolve the boundary themselves. Their result may differ from torch's in
     # the last bit, which could move an element across the boundary and shift all later entries of
-    # a residual table; so torch resolves it for empirical noise.
+    # a residual table, so the boundary is resolved by torch for empirical noise.
     if backend is not cpu or empirical:
         boundary = boundary.resolved()
     if backend is not None:
@@ -66,17 +67,18 @@ def _noise(x: Tensor, range_: Range, axis: int, key: int, empirical: bool) -> Te
 def gradients(
     grad: Tensor, x: Tensor, boundary: Boundary, key: int, empirical: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `pseudo_quantize` for `x`, `boundary.alpha` and `boundary.bits`.
+    """Return the gradients of `pseudo_quantize` with respect to `x` and the boundary.
 
     Args:
-        grad: gradient of the output, same shape as `x`.
+        grad: gradient with respect to the output, same shape as `x`.
         x: see `pseudo_quantize`.
         boundary: parameters of the quantization range, without `start` and `draw`.
         key: see `pseudo_quantize`.
         empirical: see `pseudo_quantize`.
 
     Returns:
-        Gradients of the shape of `x`, (channels,) and (1,).
+        Gradients with respect to `x`, of its shape, `boundary.alpha`, shape (channels,), and
+        `boundary.bits`, shape (1,).
     """
     dense = noise.dense(x)
     value, axis, grid = _wide(dense), boundary.axis, boundary.grid

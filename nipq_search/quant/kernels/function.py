@@ -28,11 +28,11 @@ class Backend(Protocol):
         """
 
     def residuals_of(self, x: Tensor, axis: int, range_: Tensor) -> Residuals:
-        """Return the rounding residuals of a subsample; see `noise.residuals_of`.
+        """Return the rounding residuals of a subsample of `x`; see `noise.residuals_of`.
 
         Args:
             x: dense float32 tensor.
-            axis: dimension of the channels.
+            axis: channel dimension.
             range_: packed range.
 
         Returns:
@@ -51,10 +51,10 @@ class Backend(Protocol):
 
         Args:
             x: dense float32 tensor.
-            axis: dimension of the channels.
+            axis: channel dimension.
             range_: packed range.
             key: key of the noise; None selects rounding.
-            residuals: table that noise is drawn from; None for uniform noise.
+            residuals: table from which noise is drawn; None for uniform noise.
 
         Returns:
             A float32 tensor in the layout of `x`.
@@ -71,27 +71,27 @@ class Backend(Protocol):
         key: int | None,
         residuals: Residuals | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of the input, the boundaries and the bit-width.
+        """Return the gradients with respect to the input, the boundaries and the bit-width.
 
         Args:
-            grad: gradient of the output.
-            kept: input of the forward or, if a key is given, possibly its output.
-            kind: which of the two `kept` is.
-            axis: dimension of the channels.
+            grad: gradient with respect to the output.
+            kept: input of the forward pass or, if a key is given, possibly its output.
+            kind: whether `kept` is the input or the output.
+            axis: channel dimension.
             range_: packed range.
             grid: shape of the grid.
             key: key of the noise; None selects rounding.
-            residuals: table that noise was drawn from; None for uniform noise.
+            residuals: table from which noise was drawn; None for uniform noise.
 
         Returns:
-            Gradients of the shape of the input, (channels,) and (1,).
+            The three gradients, of the shape of the input, (channels,) and (1,).
         """
 
 
 def plain(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Return `tensor` as an ordinary strided tensor with the given strides and dtype.
 
-    Gradients and saved tensors may arrive in other layouts, dtypes or as lazy tensors.
+    Gradients and saved tensors may arrive in other layouts or dtypes, or as lazy tensors.
 
     Args:
         tensor: a gradient or a saved tensor.
@@ -99,11 +99,12 @@ def plain(tensor: Tensor, stride: tuple[int, ...], dtype: torch.dtype = torch.fl
         dtype: required dtype.
 
     Returns:
-        `tensor` itself if it qualifies, else a copy.
+        `tensor` itself if it already has these properties, otherwise a copy.
 
     Raises:
-        RuntimeError: `tensor` is batched by vectorized gradients.
+        RuntimeError: `tensor` is batched, as in the computation of vectorized gradients.
     """
+    # Torch has no public names for the checks for batched and for lazy zero tensors.
     if torch._C._functorch.is_legacy_batchedtensor(tensor):
         raise RuntimeError(
             f"the fast kernels do not support vectorized gradients: set {SWITCH}=eager"
@@ -125,10 +126,10 @@ class _Quantization:
         boundary: parameters of the quantization range.
         key: key of the noise; None selects rounding.
         empirical: whether noise is drawn from the tensor's own residuals.
-        kind: tensor that is saved for the backward pass.
+        kind: whether the input or the output is saved for the backward pass.
         version: version counter of the input.
         range_: packed range.
-        residuals: table that noise was drawn from.
+        residuals: table from which noise was drawn.
         y: weak reference to the quantized tensor.
     """
 
@@ -143,7 +144,10 @@ class _Quantization:
     y: Callable[[], Tensor | None] = lambda: None
 
     def compute(self, x: Tensor) -> Tensor:
-        """Return `x` quantized in its own dtype; grids above 8 bits need float32 internally."""
+        """Return the quantized `x` in its own dtype.
+
+        The computation is in float32, because half precision cannot represent grids above 8 bits.
+        """
         axis, range_ = self.boundary.axis, self.range_
         assert range_ is not None
         y = self.backend.forward(x.float(), axis, range_, self.key, self.residuals)
@@ -151,7 +155,7 @@ class _Quantization:
 
     def reused_output(self, x: Tensor) -> Tensor | None:
         """Return the output of an earlier, identical quantization of `x`, or None."""
-        if x.is_cuda:  # comparing ranges would synchronize the device
+        if x.is_cuda:  # comparing the ranges would synchronize the device
             return None
         other: _Quantization | None = _latest.get(x)  # type: ignore[no-untyped-call]
         y = None if other is None else other.y()
@@ -170,15 +174,16 @@ _latest: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class _Quantize(torch.autograd.Function):
-    """Quantizer with noise if there is a key, else with rounding.
+    """Autograd node that quantizes with noise if a key is given, otherwise with rounding.
 
     The backward pass needs the input or, for a noisy float32 tensor, the output. The output is
-    retained in any case as the operand of a product, so it is saved where the input can be freed;
-    see `kept.py`.
+    retained in any case as the operand of a product, so it is saved instead of the input wherever
+    the input can then be freed; see `kept.py`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, bits: Tensor, call: _Quantization) -> Tensor:
+        """Return the quantized tensor, and complete `call` with the intermediate results."""
         backend, boundary = call.backend, call.boundary
         call.range_ = backend.packed_range(boundary)
         y = call.reused_output(x) if call.kind is Kept.OUTPUT else None
@@ -197,6 +202,7 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the gradients with respect to the input, the boundaries and the bit-width."""
         kept, range_, *table = ctx.saved_tensors
         residuals = Residuals(*table) if table else None
         kept, grad = (plain(t, ctx.stride) for t in (kept.detach(), grads[0]))

@@ -1,8 +1,8 @@
 """Tensors saved for the backward pass, and recomputation of quantized tensors to save memory.
 
 Saving either a tensor or its quantized form is sufficient. If a quantizer saves its input, the
-product that consumes the quantized form does not save it too; the backward pass recomputes it with
-the same noise.
+product that consumes the quantized form does not save that form as well; it is recomputed with the
+same noise in the backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Kept(enum.Enum):
-    """Tensor that the backward pass of a quantizer reads; the kernels use these codes."""
+    """Tensor that is saved for the backward pass of a quantizer; the kernels use these codes."""
 
     INPUT = 0
     OUTPUT = 1
@@ -29,6 +29,7 @@ SMALL_ELEMENTS = 1 << 14
 """Tensors with fewer elements are saved in both forms, since recomputation would not pay off."""
 
 _SAVE_THEIR_RESULT = frozenset({"SoftmaxBackward0"})
+"""Names of autograd nodes that save the result of their operation."""
 
 
 def is_retained(x: Tensor) -> bool:
@@ -37,9 +38,14 @@ def is_retained(x: Tensor) -> bool:
 
 
 def flattened(x: Tensor, kept_dims: int) -> Tensor:
-    """Return `x`, or a copy if all but its last `kept_dims` dimensions cannot be flattened.
+    """Return `x`, or a contiguous copy if its leading dimensions cannot be flattened as a view.
 
-    The product would make that copy itself, and save it in addition to the quantizer's tensor.
+    Without this, the product would make that copy itself and save it in addition to the tensor
+    that the quantizer saves.
+
+    Args:
+        x: operand of a product.
+        kept_dims: number of trailing dimensions that are not flattened.
     """
     for i in range(x.dim() - kept_dims - 1):
         if x.stride(i) != x.stride(i + 1) * x.shape[i + 1]:
@@ -72,7 +78,7 @@ class Recipe:
 
 
 _recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Recipes of live quantized tensors; not tensor attributes, which users would serialize."""
+"""Recipes by live quantized tensor. Attributes of the tensors would be serialized with them."""
 
 
 def register_recipe(y: Tensor, x: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
@@ -112,6 +118,7 @@ class _Saved:
     version: int
 
     def unpack(self) -> Tensor:
+        """Return the tensor, provided that it was not modified in place."""
         _check(self.tensor, self.version)
         return self.tensor
 
@@ -126,11 +133,13 @@ class _Recomputed:
     offset: int
 
     def unpack(self) -> Tensor:
+        """Recompute the tensor, and return the same view of it."""
         return self.recipe.unpack().as_strided(self.shape, self.stride, self.offset)
 
 
 def has_other_hooks() -> bool:
-    """Whether a compiler or other saved-tensor hooks, as in checkpointing, are active."""
+    """Whether the compiler or other saved-tensor hooks, as in checkpointing, are active."""
+    # Torch has no public function that returns the active hooks.
     return bool(
         torch.compiler.is_compiling()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -143,6 +152,7 @@ def recompute_operands(*operands: Tensor) -> Iterator[None]:
 
     Has no effect while other saved-tensor hooks are active, as in checkpointing.
     """
+    # Torch has no public function that returns whether hooks are allowed.
     enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
     recipes = {}
     if not has_other_hooks() and enabled():
@@ -155,6 +165,7 @@ def recompute_operands(*operands: Tensor) -> Iterator[None]:
         return
 
     def pack(x: Tensor) -> _Saved | _Recomputed:
+        """Return what is saved in place of `x`."""
         recipe = recipes.get(_storage(x)) if x.layout is torch.strided else None
         if recipe is None:
             return _Saved(x, _version(x))

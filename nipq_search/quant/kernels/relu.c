@@ -5,7 +5,8 @@
 #define LANES 16
 #define PIECE 32768 /* elements that one thread processes at a time, a multiple of LANES */
 
-/* min(max(x, 0), cap), possibly in place, and a byte per element: whether its gradient passes. */
+/* Compute min(max(x, 0), cap), possibly in place, and store one byte per element: 1 if its
+ * gradient passes, otherwise 0. */
 void nipq_relu_forward(const float *x, float *y, int8_t *open, int64_t count, float cap,
                        int threads) {
     const int64_t pieces = (count + PIECE - 1) / PIECE;

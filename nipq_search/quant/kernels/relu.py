@@ -21,6 +21,7 @@ from nipq_search.quant.numerics.noise import dense
 class _ReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cap: float, inplace: bool) -> Tensor:
+        """Return `min(max(x, 0), cap)`, and save one byte per element for the backward pass."""
         y = x if inplace else torch.empty_like(x)
         is_open = torch.empty_like(x, dtype=torch.int8)
         library().nipq_relu_forward(  # type: ignore[union-attr]
@@ -40,6 +41,7 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the gradient where the input was between 0 and the cap, and zero elsewhere."""
         is_open = plain(ctx.saved_tensors[0], ctx.stride, torch.int8)
         grad = plain(grads[0], ctx.stride)
         out = torch.empty_like(grad)
@@ -87,13 +89,13 @@ class _Lean(nn.Module):
 
 
 class LeanReLU(_Lean, nn.ReLU):
-    """Replacement of `nn.ReLU` in a prepared model."""
+    """Replacement for `nn.ReLU` in a prepared model."""
 
     cap = float("inf")
 
 
 class LeanReLU6(_Lean, nn.ReLU6):
-    """Replacement of `nn.ReLU6` in a prepared model."""
+    """Replacement for `nn.ReLU6` in a prepared model."""
 
     cap = 6.0
 
@@ -102,7 +104,7 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: LeanReLU, nn.ReLU6: Lea
 
 
 def make_lean(model: nn.Module) -> None:
-    """Replace the class of every ReLU in a model, in place. Subclasses are not changed."""
+    """Replace the class of every ReLU and ReLU6 in a model, in place, except for subclasses."""
     for module in model.modules():
         if type(module) in LEAN:
             module.__class__ = LEAN[type(module)]

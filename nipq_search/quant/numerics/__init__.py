@@ -1,5 +1,5 @@
 """Mathematics of the quantizers as pure functions of tensors.
 
-Start reading in `functional.py` (ranges, quantization, gradients); `widths.py` draws bit-widths,
-`noise.py` draws pseudo-quantization noise. Imports no other package of the project.
+Start reading in `functional.py` (ranges, quantization, gradients); `widths.py` draws bit-widths
+and `noise.py` draws pseudo-quantization noise. Imports no other package of the project.
 """

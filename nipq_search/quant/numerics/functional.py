@@ -30,7 +30,7 @@ class Grid(enum.Enum):
 
     @property
     def min_bits(self) -> int:
-        """Smallest bit-width of the grid: 2 for a signed one, else 1."""
+        """Smallest bit-width of the grid: 2 for a signed one, otherwise 1."""
         return 2 if self is Grid.SIGNED else 1
 
 
@@ -61,11 +61,13 @@ class Boundary(NamedTuple):
 
     Attributes:
         alpha: truncation boundaries, shape (channels,); see `quantization_range`. If `start` is
-            set, the raw learned parameter instead: the boundary is `positive(alpha, start)`.
-        bits: bit-width in bits, shape (1,). If `draw` is set, its theta instead.
+            set, this is the raw learned parameter instead, and the boundary is
+            `positive(alpha, start)`.
+        bits: bit-width in bits, shape (1,). If `draw` is set, this is the theta of the draw
+            instead.
         grid: shape of the grid.
         minimum: lower end of an affine range, shape (1,).
-        axis: dimension of the channels.
+        axis: channel dimension.
         start: initial boundaries, shape (channels,), or None; see `alpha`.
         draw: bit-width drawn for this step, or None; see `bits`.
     """
@@ -106,15 +108,15 @@ def quantization_range(alpha: Tensor, bits: Tensor, grid: Grid, minimum: Tensor)
     """Return the quantization range at `bits` bits; differentiable in `alpha` and `bits`.
 
     Args:
-        alpha: truncation boundary, positive: half the width of a signed range, the full width of
-            an unsigned or affine one.
+        alpha: truncation boundary, positive: half the width of a signed range, or the full width
+            of an unsigned or affine one.
         bits: bit-width in bits, at least 2 for a signed grid and 1 for the others.
         grid: shape of the grid.
         minimum: lower end of an affine range, from calibration; unused for other grids.
 
     Returns:
-        The range. The zero-point of an affine range is an integer, so zero is a grid point, and
-        constant in the backward pass.
+        The range. The zero-point of an affine range is an integer, so that zero is a grid point;
+        the backward pass treats it as a constant.
     """
     if grid is Grid.SIGNED:
         highest = torch.exp2(bits - 1) - 1
@@ -134,9 +136,9 @@ def quantization_range(alpha: Tensor, bits: Tensor, grid: Grid, minimum: Tensor)
 def range_gradients(
     range_: Range, grid: Grid, grad_step: Tensor, grad_low: Tensor, grad_high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients with respect to `alpha` and `bits`, given those of the range.
+    """Return the gradients with respect to `alpha` and `bits`, given those for the range.
 
-    This is the analytic backward pass of `quantization_range`. With L levels above the lowest,
+    This is the analytic backward pass of `quantization_range`. If `alpha` spans L steps at b bits,
     `step = alpha / L` and `dL/db = ln 2 * (L + 1)`; hence
     `dstep/db = -ln 2 * step * (1 + 1 / L)`.
 
@@ -162,23 +164,24 @@ def range_gradients(
 
 
 def _sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """Sum `tensor` to `shape` in a deterministic order."""
+    """Reduce `tensor` to `shape` by summation in a deterministic order."""
     return tensor.sum_to_size(shape)
 
 
 def range_sums(
     grad: Tensor, x: Tensor, range_: Range, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of a noisy quantizer with respect to `x` and its range.
+    """Return the gradients of a noisy quantizer with respect to `x` and the range.
 
     Args:
-        grad: gradient of the output, same shape as `x`.
+        grad: gradient with respect to the output, same shape as `x`.
         x: tensor of any shape.
         range_: quantization range.
         noise: same shape as `x`, in units of the step.
 
     Returns:
-        Gradients with respect to `x` (its shape), and to step, low and high, shape (channels,).
+        The gradient with respect to `x`, of the shape of `x`, and the gradients with respect to
+        step, low and high, each of shape (channels,).
     """
     grad_x, *rest = _range_gradients((True,) * 4, grad, x, *range_[:3], noise)
     grad_step, grad_low, grad_high = (t.reshape(-1) for t in rest if t is not None)
@@ -195,15 +198,19 @@ def _range_gradients(
     high: Tensor,
     noise: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of a quantizer with respect to x, step, low and high."""
+    """Return the gradients of a quantizer with respect to x, step, low and high.
+
+    The flags in `needed` are in the same order. The gradient with respect to x is always computed;
+    the others are None if they are not needed.
+    """
     above, below = x >= high, x <= low
     inside = grad.masked_fill(above | below, 0.0)
     grad_step = grad_low = grad_high = None
     if needed[1]:
-        if noise is None:  # for the hard quantizer, the rounding residual takes its place
+        if noise is None:  # the hard quantizer uses the rounding residual instead
             scaled = x / step
             noise = torch.round(scaled).sub_(scaled)
-        # Far outside the range the rounding residual is NaN.
+        # Far outside the range, the rounding residual can be NaN.
         grad_step = _sum_to((inside * noise).masked_fill(above | below, 0.0), step.shape)
     if needed[2]:
         grad_low = _sum_to(torch.where(below, grad, 0.0), low.shape)
@@ -213,7 +220,7 @@ def _range_gradients(
 
 
 class _PseudoQuantize(torch.autograd.Function):
-    """Compute `x + noise * step` inside the range, the boundary outside; exact gradients."""
+    """Compute `x + noise * step` inside the range and the boundary outside; exact gradients."""
 
     @staticmethod
     def forward(
@@ -227,7 +234,7 @@ class _PseudoQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Differentiate the forward with the noise held fixed."""
+        """Differentiate the forward pass with the noise held fixed."""
         return *_range_gradients(ctx.needs_input_grad, grads[0], *ctx.saved_tensors), None
 
 
@@ -244,7 +251,7 @@ class _HardQuantize(torch.autograd.Function):
         lowest: Tensor,
         highest: Tensor,
     ) -> Tensor:
-        """Return the nearest grid point of each element."""
+        """Return the grid point nearest to each element."""
         ctx.save_for_backward(x, step, low, high)
         integers = torch.round(x / step)
         return torch.minimum(torch.maximum(integers, lowest), highest).mul_(step)
@@ -283,11 +290,13 @@ class _Positive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, start: Tensor) -> Tensor:
+        """Return `start * softplus(raw)`, at least `MIN_BOUNDARY`."""
         ctx.save_for_backward(raw, start)
         return torch.nn.functional.softplus(raw).mul_(start).clamp_(min=MIN_BOUNDARY)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        """Return the gradient with respect to `raw`, ignoring the clamp; `start` receives none."""
         raw, start = ctx.saved_tensors
         return torch.sigmoid(raw) * start * grads[0], None
 
@@ -300,16 +309,20 @@ def positive(raw: Tensor, start: Tensor) -> Tensor:
 
 
 class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a factor."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        """Return a view of `x`, and store the factor."""
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        """Return the incoming gradient multiplied by the factor."""
         return grads[0] * ctx.factor, None
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Return `x`, and multiply its gradient by `factor` in the backward pass."""
+    """Return `x` unchanged; its gradient is multiplied by `factor` in the backward pass."""
     return _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return]

@@ -2,8 +2,8 @@
 
 The functions do not use torch's global generator, so a trial that is resumed or replayed on
 another machine reproduces the same noise. The noise of an element is a hash of the key and the
-element's position in memory; the fast kernels compute the same numbers in registers, in the
-forward and again in the backward pass.
+element's position in memory; the fast kernels compute the same numbers in registers, once in the
+forward pass and again in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch._compile import _disable_dynamo
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TABLE_ENTRIES = 1 << 17
-"""Number of elements that the residual table of a large tensor is built from."""
+"""Largest number of elements from which the residual table of a large tensor is built."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASK = (1 << 64) - 1
@@ -48,7 +48,7 @@ def mix(*words: int) -> int:
 
 
 def with_origin(key: int, origin: int) -> int:
-    """Return the noise key of a slice of a larger tensor that starts at element `origin`.
+    """Return the noise key of a slice that starts at element `origin` of a larger tensor.
 
     The slice receives the same noise as within the larger tensor. The origin is stored above the
     64 bits of the key.
@@ -57,17 +57,20 @@ def with_origin(key: int, origin: int) -> int:
 
 
 def origin_of(key: int) -> int:
-    """Return the index of the first element; see `with_origin`."""
+    """Return the origin that a noise key contains; see `with_origin`."""
     return key >> 64
 
 
 def centered_uniform(*words: int) -> float:
-    """Return a number in the open interval (-1/2, 1/2) determined by `words`."""
+    """Return a uniform random number from the open interval (-1/2, 1/2), determined by `words`."""
     return ((mix(*words) >> 12) + 0.5) / (1 << 52) - 0.5
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return `x` if its elements fill one block of memory in any order, else a contiguous copy."""
+    """Return `x` if it is dense, otherwise a contiguous copy.
+
+    The elements of a dense tensor fill one block of memory, with its dimensions in any order.
+    """
     if x.is_contiguous():
         return x
     expected = 1
@@ -84,8 +87,10 @@ def is_plain(x: Tensor) -> bool:
     """Whether the C and Triton kernels may process `x`.
 
     They support float32, bfloat16 and float16. Empty tensors, tensor subclasses (as in export),
-    torch.compile, torch.jit.trace, functorch transforms and dispatch modes need torch operations.
+    torch.compile, torch.jit.trace, functorch transforms and dispatch modes require torch
+    operations.
     """
+    # The private names below detect torch.jit.trace, functorch transforms and dispatch modes.
     return (
         not torch.compiler.is_compiling()
         and x.dtype in _DTYPES
@@ -106,7 +111,7 @@ def inner_size(x: Tensor, channels: int, axis: int) -> int:
     Args:
         x: dense tensor.
         channels: number of boundaries.
-        axis: dimension of the channels.
+        axis: channel dimension.
 
     Returns:
         The stride of `axis`, or the number of elements if there is a single boundary.
@@ -121,10 +126,10 @@ def signed(word: int, bits: int) -> int:
 
 
 def _hashed(count: int, key: int, device: torch.device) -> Tensor:
-    """Return 32 hash bits (int32) for each of `count` elements: MurmurHash3's finalizer, keyed.
+    """Return 32 hash bits (int32) for each of `count` elements, from MurmurHash3's finalizer.
 
-    One half of the key enters before the first multiplication, the other half before the second.
-    32-bit multiplication wraps around as in the kernels.
+    One half of the key is mixed in before the first multiplication, the other half before the
+    second. The 32-bit multiplications wrap around, as they do in the kernels.
     """
     with torch.no_grad():
         origin = origin_of(key)
@@ -160,7 +165,7 @@ def uniform_noise(shape: torch.Size, key: int, device: torch.device, dtype: torc
 
 
 GROUP = 16
-"""Number of adjacent elements that draw adjacent residuals."""
+"""Number of adjacent elements that receive adjacent entries of a residual table."""
 
 
 class Residuals(NamedTuple):
@@ -169,7 +174,7 @@ class Residuals(NamedTuple):
     Attributes:
         table: residuals; the first `GROUP - 1` used ones are repeated after the last, so that a
             group never wraps around.
-        used: number of entries that are drawn from, a scalar.
+        used: number of entries from which noise is drawn, a scalar tensor.
     """
 
     table: Tensor
@@ -189,7 +194,8 @@ def _stride(count: int) -> int:
 def _shuffle(count: int, device: torch.device) -> Tensor:
     """Return a fixed random order for a residual table.
 
-    Adjacent elements may have similar residuals, and adjacent table entries are drawn together.
+    The table must be shuffled, because adjacent elements may have similar residuals, and adjacent
+    entries are drawn together.
     """
     with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(count)
@@ -197,7 +203,7 @@ def _shuffle(count: int, device: torch.device) -> Tensor:
 
 
 def sample_of(x: Tensor) -> tuple[int, Tensor]:
-    """Return the stride and the order of the elements that a residual table is built from."""
+    """Return the stride and the order of the elements from which a residual table is built."""
     stride = _stride(x.numel())
     return stride, _shuffle(-(-x.numel() // stride), x.device)
 
@@ -205,16 +211,16 @@ def sample_of(x: Tensor) -> tuple[int, Tensor]:
 def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int = 0) -> Residuals:
     """Return the rounding residuals `(Q(x) - x) / step` of a subsample, shuffled.
 
-    Up to 262,144 elements are all used; larger tensors contribute at most 131,072 evenly spaced
-    ones. Elements outside the boundary are excluded. If no element is inside, the table contains
-    zeros, which are never read.
+    All elements are used if there are at most 262,144; otherwise, at most 131,072 evenly spaced
+    ones are used. Elements outside the boundaries are excluded. If no element is inside, the table
+    contains only zeros.
 
     Args:
         x: a `dense` tensor.
         step: grid step, with one element or one per channel.
         low: lower boundary, same shape as `step`.
         high: upper boundary, same shape as `step`.
-        axis: dimension of the channels.
+        axis: channel dimension.
 
     Returns:
         The table, in units of the step.
@@ -241,10 +247,11 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
 
 
 def drawn_from(residuals: Residuals, shape: torch.Size, key: int) -> Tensor:
-    """Draw "empirical" noise: each group of elements reads the table from a hashed position.
+    """Draw "empirical" noise: each group of elements receives adjacent entries of the table.
 
-    This bootstrap makes the noise of an element independent of its own residual, with the same
-    distribution. Because the table is shuffled, adjacent elements draw independent noise too.
+    The position of the first of these entries is a hash. As in a bootstrap, the noise of an
+    element has the distribution of the residuals but is independent of the element's own residual.
+    Because the table is shuffled, the noise of adjacent elements is independent too.
 
     Args:
         residuals: table of rounding residuals.
@@ -264,11 +271,11 @@ def drawn_from(residuals: Residuals, shape: torch.Size, key: int) -> Tensor:
 
 
 class NoiseClock:
-    """Counts the training forwards of a model; together with the seed it determines all noise.
+    """Counts the training forward passes of a model; the count and the seed determine all noise.
 
-    All quantizers of a model share one clock. The count advances once per forward of the root
+    All quantizers of a model share one clock. The count advances once per forward pass of the root
     module in training mode, so repeated calls of a layer and recomputation under activation
-    checkpointing reuse the noise of that forward.
+    checkpointing reuse the noise of that pass.
 
     Attributes:
         seed: seed of the noise.
@@ -281,8 +288,8 @@ class NoiseClock:
         self.seed = seed
         self.share = (0, 0, 0)
         self._place = np.array([step], dtype=np.int64)
-        # A tensor on the same memory, for compiled graphs. All other code uses the array, because
-        # dispatch modes would intercept operations on the tensor.
+        # A tensor that shares the array's memory, for compiled graphs. All other code uses the
+        # array, because dispatch modes would intercept operations on the tensor.
         self.count = torch.from_numpy(self._place)
 
     def __reduce__(self) -> Any:
@@ -291,7 +298,7 @@ class NoiseClock:
 
     @property
     def step(self) -> int:
-        """Number of training forwards so far."""
+        """Number of forward passes in training mode so far."""
         return int(self._place[0])
 
     @step.setter
@@ -299,20 +306,23 @@ class NoiseClock:
         self._place[0] = value
 
     def key(self, tensor: int, purpose: int) -> int:
-        """Return the 64-bit key of the tensor with index `tensor` at this step."""
+        """Return the 64-bit key of the tensor with index `tensor` at this step.
+
+        `purpose` is 0 for the draw of a bit-width and 1 for noise, so that their keys differ.
+        """
         return mix(self.seed, self.step, tensor, purpose)
 
     def origin(self, x: Tensor) -> int:
         """Return the number of elements that belong to samples before this process's share.
 
         Samples are contiguous in memory. The origin is 0 for a tensor whose size is not a
-        multiple of the number of samples, because it does not depend on them.
+        multiple of the number of samples, because such a tensor does not depend on them.
         """
         before, samples, _ = self.share
         per_sample, rest = divmod(x.numel(), samples) if before else (0, 0)
         return 0 if rest else before * per_sample
 
     def batch_ratio(self) -> float:
-        """Return the ratio of the whole batch's samples to those of this process's share."""
-        _, samples, of = self.share
-        return of / samples if samples else 1.0
+        """Return the size of the whole batch divided by that of this process's share."""
+        _, samples, total = self.share
+        return total / samples if samples else 1.0

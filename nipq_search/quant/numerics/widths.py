@@ -35,7 +35,8 @@ def soft_bits(theta: Tensor, min_bits: float, max_bits: float) -> Tensor:
 def theta_for(bits: float, min_bits: float, max_bits: float) -> float:
     """Return the `theta` whose soft bit-width is `bits`.
 
-    The sigmoid is clipped to [0.05, 0.95], because theta's gradient nearly vanishes beyond.
+    The sigmoid is clipped to [0.05, 0.95], because the gradient with respect to theta nearly
+    vanishes outside this range.
 
     Args:
         bits: bit-width in bits.
@@ -43,14 +44,14 @@ def theta_for(bits: float, min_bits: float, max_bits: float) -> float:
         max_bits: largest allowed bit-width in bits.
 
     Returns:
-        The parameter of `soft_bits`.
+        The value of `theta`.
     """
     share = min(max((bits - min_bits) / (max_bits - min_bits), 0.05), 0.95)
     return math.log(share / (1.0 - share))
 
 
 def sample_width(bits: float, allowed: tuple[int, ...], u: float) -> int:
-    """Round a soft bit-width as in `sample_bits`, on plain numbers, which is faster on a CPU.
+    """Round a soft bit-width as `sample_bits` does, but with plain numbers, faster on a CPU.
 
     Args:
         bits: soft bit-width in bits.
@@ -69,12 +70,12 @@ def sample_bits(bits: Tensor, allowed: Tensor, u: float) -> Tensor:
     """Round a soft bit-width stochastically to one of the two nearest allowed widths.
 
     The sample is unbiased, `E[sample] == bits`, for `u` uniform on (-1/2, 1/2). On a set without
-    gaps it equals `round(bits + u)`. The derivative of the rounding is taken as 1.
+    gaps it equals `round(bits + u)`. The derivative of the rounding is taken to be 1.
 
     Args:
         bits: soft bit-width in bits, shape (1,).
         allowed: allowed bit-widths in ascending order, shape (k,) with k at least 2.
-        u: uniform random number, one per tensor and step.
+        u: uniform random number from (-1/2, 1/2), one per tensor and step.
 
     Returns:
         The sampled bit-width, shape (1,).
@@ -107,6 +108,7 @@ def draw(
         The draw, with tensors on an accelerator and plain numbers on a CPU.
     """
     min_bits, span = allowed[0], allowed[-1] - allowed[0]
+    # Dispatch modes, which only a private function detects, must see operations on tensors.
     if theta.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
         with torch.no_grad():
             share = torch.sigmoid(theta)
@@ -146,16 +148,21 @@ class Draw(NamedTuple):
     marginal: Tensor
 
     def gradient(self, grad_bits: Tensor) -> Tensor:
-        """Return the gradient of theta, given that of the bit-width, and update `marginal`."""
+        """Update `marginal` and return the gradient with respect to theta, shape (1,).
+
+        Args:
+            grad_bits: gradient with respect to the bit-width, shape (1,).
+        """
         self.marginal.add_(grad_bits, alpha=1.0 - MARGINAL_DECAY)
         return grad_bits * self.slope
 
 
 class _Drawn(torch.autograd.Function):
-    """Return the width of a draw, with the derivative of the soft width."""
+    """Autograd node that returns the width of a draw, with the derivative of the soft width."""
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, draw: Draw) -> Tensor:
+        """Return the drawn width as a tensor of shape (1,)."""
         ctx.draw = draw
         if isinstance(draw.width, Tensor):
             return draw.width.to(theta.dtype)
@@ -164,6 +171,7 @@ class _Drawn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
+        """Return the gradient with respect to theta, and update the running mean of the draw."""
         return ctx.draw.gradient(grads[0]), None
 
 

@@ -1,12 +1,12 @@
 """Base class and registry of fake quantizers.
 
 Life cycle of a quantizer: `prepare` constructs it; activation quantizers observe calibration
-batches; `initialize` sets grid and boundary from the observed statistics; the quantizer trains;
-`freeze` fixes its bit-width; training with hard quantization and evaluation follow.
+batches; `initialize` sets the grid and the boundary from the observed statistics; the quantizer is
+trained; `freeze` fixes its bit-width; training with hard quantization and evaluation follow.
 
 To add a quantizer, write one file like `nipq.py` and register the class in
-`nipq_search/quant/__init__.py`. Other packages declare an entry point in its registry's group
-instead (see docs/extending.md).
+`nipq_search/quant/__init__.py`. Other packages instead declare an entry point in the group of the
+`QUANTIZERS` registry (see docs/extending.md).
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class TensorRole(enum.StrEnum):
 
 
 class Placement(NamedTuple):
-    """Assignment of boundaries to elements.
+    """Assignment of boundaries to the elements of a tensor `x`.
 
     Attributes:
-        axis: dimension of the channels.
-        rows: channel index of each row, shape (len(x),), for rows looked up in a weight.
+        axis: channel dimension.
+        rows: channel index of each row, shape (len(x),), if `x` contains rows looked up in a
+            weight; otherwise None.
     """
 
     axis: int = 0
@@ -50,16 +51,16 @@ class Placement(NamedTuple):
 class FakeQuantizer(nn.Module, abc.ABC):
     """Simulates quantization of one tensor in floating point. Subclasses define the boundary.
 
-    While `observer` is set, as during calibration, the quantizer passes tensors to it (channels
-    first if there are several) and returns them unchanged. Rows looked up in a weight are not
-    observed.
+    While `observer` is set, as during calibration, the quantizer passes tensors to it (with the
+    channel dimension first if there are several channels) and returns them unchanged. Rows looked
+    up in a weight are not observed.
 
     Args:
         name: name of the tensor, for example `conv1.weight` or `conv1.input`.
         bits: bit-width of the tensor.
         channels: number of boundaries: 1, or the number of output channels of a weight.
         clock: noise clock of the model.
-        key: index of the tensor in the model; part of the key of its noise.
+        key: index of the tensor in the model; part of the key that determines its noise.
         proxy: distribution of the noise, ignored by quantizers without noise.
         role: role of the tensor in the model.
     """
@@ -68,17 +69,17 @@ class FakeQuantizer(nn.Module, abc.ABC):
     """Whether the bit-width is learned by gradient descent."""
 
     learns_boundary = True
-    """Whether the boundary has a parameter."""
+    """Whether the boundary is computed from a learned parameter."""
 
     free_start = True
     """Whether the initial boundary may be chosen freely; false if the method prescribes it."""
 
     rounds_once_frozen = True
-    """Whether training rounds once the bit-width is frozen. If false, training continues as
-    before, for instance with noise. Evaluation always rounds."""
+    """Whether values are rounded in training once the bit-width is frozen. If false, training
+    continues as before, for instance with noise. Values are always rounded in evaluation."""
 
     scales_gradient = False
-    """Whether `alpha` depends on the number of elements per boundary."""
+    """Whether the gradient through `alpha` depends on the number of elements per boundary."""
 
     minimum: Tensor
     grid_code: Tensor
@@ -110,7 +111,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
         return self.role is TensorRole.WEIGHT
 
     def initialize(self, statistics: TensorStatistics) -> None:
-        """Set grid and boundary from calibration statistics."""
+        """Set the grid and the boundary from calibration statistics."""
         self.grid = statistics.grid
         with torch.no_grad():
             self.grid_code.fill_(GRID_CODES.index(statistics.grid))
@@ -133,10 +134,13 @@ class FakeQuantizer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def scale_range(self, factor: Tensor) -> None:
-        """Multiply the initial range by factors of shape (1,) or (channels,)."""
+        """Multiply the quantization range by factors of shape (1,) or (channels,)."""
 
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
-        """Return `x` as quantized in training mode while the bit-width is not frozen."""
+        """Return `x` as quantized in training before the bit-width is frozen.
+
+        The method is also used after freezing if `rounds_once_frozen` is false.
+        """
         return hard_quantize(x, self.boundary_for(x, place))
 
     def boundary_for(
@@ -181,7 +185,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
     def noise_key(self, x: Tensor, place: Placement) -> int:
         """Return the noise key of `x` at this step.
 
-        A sample receives the same noise however the batch is split across processes.
+        A sample receives the same noise regardless of how the batch is split across processes.
         """
         key = self.clock.key(self.key, 1)
         by_sample = not self.is_weight or place.rows is not None
@@ -194,15 +198,15 @@ class FakeQuantizer(nn.Module, abc.ABC):
     def freeze(self, bits: int | None = None) -> None:
         """Fix the bit-width at `bits` (default: the nearest allowed width).
 
-        From then on, training rounds if `rounds_once_frozen`.
+        From then on, values are rounded in training if `rounds_once_frozen` is true.
 
         Raises:
-            UserError: `bits` is not allowed, or the width is already frozen at another value.
+            UserError: `bits` is not allowed, or the width is already frozen at a different value.
         """
         self.bits.freeze(bits)
 
     def start_at(self, bits: float) -> None:
-        """Continue learning from another bit-width, as in a warm start."""
+        """Continue learning from a different bit-width, as in a warm start."""
         self.bits.start_at(bits)
 
     def forward(self, x: Tensor, axis: int | None = 0, rows: Tensor | None = None) -> Tensor:
@@ -229,6 +233,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # The grid itself is not in the state dict, only its integer code.
         self.grid = GRID_CODES[int(self.grid_code)]
 
     def extra_repr(self) -> str:

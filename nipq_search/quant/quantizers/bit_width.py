@@ -15,14 +15,15 @@ MIN_BITS, MAX_BITS = 1, 16
 
 
 def check_bits(bits: Sequence[int], key: str) -> tuple[int, ...]:
-    """Return a set of allowed bit-widths in ascending order.
+    """Check a set of allowed bit-widths and return it in ascending order.
 
     Args:
         bits: the bit-widths.
         key: key of the setting, for messages.
 
     Raises:
-        UserError: the set is empty, repeats a bit-width, or has one outside 1 to 16.
+        UserError: the set is empty, repeats a bit-width, or contains anything other than integers
+            from 1 to 16.
     """
     if not bits:
         raise UserError(f"{key}: no bit-width is allowed; give a list such as [2, 4, 8]")
@@ -39,8 +40,9 @@ class BitWidth(nn.Module):
     """Bit-width of one tensor, chosen from an allowed set.
 
     A learned bit-width has one parameter `theta` of shape (1,). If the set has a single width, or
-    `learned` is false, the integer buffer `fixed` takes its place, which `start_at` can change.
-    `freeze` replaces theta permanently by the integer buffer `frozen`, which no optimizer updates.
+    `learned` is false, the integer buffer `fixed`, which `start_at` can change, takes its place.
+    `freeze` permanently replaces theta with the integer buffer `frozen`, which no optimizer
+    updates.
     `marginal` is a running mean of the derivative of the *task* loss with respect to the
     bit-width, in loss per bit; the projection onto a budget ranks tensors by it.
 
@@ -48,7 +50,8 @@ class BitWidth(nn.Module):
         allowed: allowed bit-widths in bits, ascending.
         start: initial bit-width in bits.
         learned: whether the bit-width is learned by gradient descent.
-        key: index of the bit-width in the model; part of the key of its random draws.
+        key: index of the bit-width in the model; part of the key that determines its random
+            draws.
     """
 
     theta: nn.Parameter | None
@@ -92,13 +95,13 @@ class BitWidth(nn.Module):
         return self._allowed.new_full((1,), self.hard())
 
     def hard(self) -> int:
-        """Return the fixed or frozen bit-width, else the allowed width nearest to the soft one."""
+        """Return the fixed or frozen bit-width, or the allowed width nearest to a learned one."""
         if self._width is not None:
             return self._width
         return widths.nearest_bits(float(self.soft().detach()), self.allowed)
 
     def draw(self, u: float, step: int) -> widths.Draw | None:
-        """Draw an integer bit-width for one training step; None if the width is not learned.
+        """Draw an integer bit-width for one training step, or return None if it is not learned.
 
         Args:
             u: uniform random number from (-1/2, 1/2).
@@ -125,7 +128,7 @@ class BitWidth(nn.Module):
         """Freeze the bit-width at `bits` (default: the nearest allowed width).
 
         Raises:
-            UserError: `bits` is not allowed, or the bit-width is frozen at another value.
+            UserError: `bits` is not allowed, or the bit-width is frozen at a different value.
         """
         width = self.hard() if bits is None else bits
         if self.is_frozen and width != self._width:
@@ -167,12 +170,12 @@ class BitWidth(nn.Module):
             if self.learned:
                 self.theta = nn.Parameter(torch.zeros_like(self._allowed[:1]))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._marginal_step = -1  # the clock may return to an earlier step
+        self._marginal_step = -1  # the noise clock may be set to an earlier step
         self.decayed.fill_(-1)
         width = self.fixed if self.frozen is None else self.frozen
         self._width = None if width is None else int(width)
         if self._width not in (None, *self.allowed):
-            errors: list[str] = args[-1]
+            errors: list[str] = args[-1]  # torch raises one error with all of these messages
             errors.append(
                 f"{prefix}: {self._width} bits are not allowed; choose from {list(self.allowed)}"
             )

@@ -1,4 +1,4 @@
-"""DiffQ: bit-widths learned under noise, boundaries set from the data (arXiv 2104.09987)."""
+"""DiffQ: bit-widths learned with noise, boundaries set from the data (arXiv 2104.09987)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nipq_search.quant.quantizers.statistics import TensorStatistics
 
 
 class DiffQ(FakeQuantizer):
-    """Trains with uniform noise of one step at the continuous bit-width (equations 5 to 7).
+    """Trains with uniform noise one step wide at the continuous bit-width (equations 5 to 7).
 
     As in the paper, bit-widths are real numbers during learning, the boundary of a weight is its
     current largest magnitude, and no boundary is learned. For comparability with the other
@@ -43,7 +43,7 @@ class DiffQ(FakeQuantizer):
         self.register_buffer("boundary", torch.ones(channels))
 
     def set_boundary(self, statistics: TensorStatistics) -> None:
-        """Set the boundary to the calibrated one."""
+        """Set the boundary to its calibrated value."""
         self.boundary.copy_(statistics.alpha.expand(self.channels))
 
     def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
@@ -51,13 +51,14 @@ class DiffQ(FakeQuantizer):
         return self.boundary.clamp(min=MIN_BOUNDARY)
 
     def scale_range(self, factor: Tensor) -> None:
-        """Do nothing: the data determines the range."""
+        """Do nothing, because the data determine the range."""
 
     @not_compiled
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
         """Add noise at the continuous bit-width."""
         if self.is_weight and place.rows is None:
             self._follow(x, place.axis)
+        # The draw supplies the gradient; the continuous bit-width replaces the drawn one.
         draw = self.bits.draw(0.0, self.clock.step)
         boundary: Boundary = self.boundary_for(x, place)
         if draw is not None:
@@ -68,7 +69,7 @@ class DiffQ(FakeQuantizer):
 
     @torch.no_grad()
     def _follow(self, x: Tensor, axis: int) -> None:
-        """Set the boundary to the largest magnitude of `x`."""
+        """Set the boundary to the largest magnitude of `x`, or to that of each channel."""
         others = [d for d in range(x.dim()) if self.channels == 1 or d != axis % x.dim()]
         largest = x.detach().abs()
         if others:

@@ -21,7 +21,7 @@ class LSQ(FakeQuantizer):
 
     The initial step, `2 * mean|x| / sqrt(Q)`, and the gradient scale, `1 / sqrt(N * Q)`, follow
     the paper. Q is the highest grid integer, and N the number of weights, or of features per
-    sample, that share one step. Signed grids are symmetric, as for all quantizers here.
+    sample, that share one step. Signed grids are symmetric, as in all quantizers here.
     """
 
     learns_bits = False
@@ -42,20 +42,20 @@ class LSQ(FakeQuantizer):
         """Create a quantizer with a step of 1; see `FakeQuantizer`."""
         super().__init__(name, bits, channels, clock, key, proxy, role)
         self.step = nn.Parameter(torch.ones(channels))
-        # NaN until `set_boundary`: no step equals it, so none counts as untrained.
+        # NaN until `set_boundary` is called: no step equals NaN, so no step counts as untrained.
         self.register_buffer("initial", torch.full((channels,), math.nan), persistent=False)
 
     def _levels(self, bits: int) -> int:
-        """Return the number of steps in a boundary: the largest integer of the grid.
+        """Return the truncation boundary in units of the step: the largest integer of the grid.
 
-        For an affine grid it is the number of steps in the whole range.
+        For an affine grid, return the width of the whole range in units of the step.
         """
         return (1 << (bits - 1 if self.grid is Grid.SIGNED else bits)) - 1
 
     def set_boundary(self, statistics: TensorStatistics) -> None:
-        """Set the initial step of the paper; for affine grids, the calibrated boundary.
+        """Set the step to the paper's initial value.
 
-        The paper has no affine grid.
+        The paper has no affine grids; their step is derived from the calibrated boundary.
         """
         affine = self.grid is Grid.AFFINE
         initial = statistics.alpha if affine else 2.0 * statistics.mean_abs
@@ -64,7 +64,7 @@ class LSQ(FakeQuantizer):
 
     @torch.no_grad()
     def scale_range(self, factor: Tensor) -> None:
-        """Multiply the step and the minimum by `factor`."""
+        """Multiply the step and, if there is a single boundary, the minimum by `factor`."""
         self.step.mul_(factor)
         if self.channels == 1:
             self.minimum.mul_(factor)
@@ -82,7 +82,10 @@ class LSQ(FakeQuantizer):
 
     @contextmanager
     def _same_boundary(self) -> Iterator[None]:
-        """Rescale the step when the bit-width changes, to preserve the boundary."""
+        """Adjust the step to a bit-width that changes within the context.
+
+        A trained step is rescaled to preserve the boundary; an untrained one is initialized again.
+        """
         before = self._levels(self.bits.hard())
         untrained = torch.equal(self.step, self._published())
         yield
@@ -93,7 +96,7 @@ class LSQ(FakeQuantizer):
                 self.step.mul_(before / self._levels(self.bits.hard()))
 
     def replace_bits(self, bits: BitWidth) -> None:
-        """Replace the bit-width; an untrained step is re-initialized for the new one."""
+        """Replace the bit-width; an untrained step is initialized again for the new one."""
         with self._same_boundary():
             super().replace_bits(bits)
 
@@ -103,6 +106,6 @@ class LSQ(FakeQuantizer):
             super().freeze(bits)
 
     def start_at(self, bits: float) -> None:
-        """Continue at another bit-width and preserve the boundary."""
+        """Continue at a different bit-width and preserve the boundary."""
         with self._same_boundary():
             super().start_at(bits)

@@ -1,4 +1,4 @@
-"""NIPQ: pseudo-quantization noise with learned boundary and bit-width (arXiv 2206.00820)."""
+"""NIPQ: pseudo-quantization noise, learned boundary and bit-width (arXiv 2206.00820)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from nipq_search.quant.quantizers.statistics import TensorStatistics
 
 
 class NIPQ(FakeQuantizer):
-    """Trains with noise of one quantization step in place of rounding, then with hard rounding.
+    """Trains with noise one quantization step wide in place of rounding, then with hard rounding.
 
-    The boundary is `start * softplus(boundary) / softplus(initial boundary)`. Normalization by
-    the initial value lets small boundaries learn as fast as large ones; under a plain softplus,
-    SGD moves a boundary `alpha` slower by a factor of about `alpha**2`.
+    The boundary is `start * softplus(boundary) / softplus(initial boundary)`. Because of the
+    normalization by the initial value, boundaries of any size change at the same relative rate.
+    With a plain softplus, a large boundary `alpha` would change more slowly: with SGD, by a factor
+    of about `alpha**2`.
     """
 
     start: Tensor
@@ -41,13 +42,16 @@ class NIPQ(FakeQuantizer):
         self.register_buffer("start", torch.ones(channels))
 
     def set_boundary(self, statistics: TensorStatistics) -> None:
-        """Set the boundary to the calibrated one."""
+        """Set the boundary to its calibrated value."""
         self.start.copy_(statistics.alpha.expand(self.channels))
         self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
 
     @torch.no_grad()
     def scale_range(self, factor: Tensor) -> None:
-        """Multiply the boundary and the minimum, and restart the boundary's normalization."""
+        """Multiply the boundary and, if there is only one, the minimum by `factor`.
+
+        The new boundary replaces the initial value in the normalization.
+        """
         self.start.copy_((self.alpha() * factor).clamp(min=F.MIN_BOUNDARY))
         self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
         if self.channels == 1:

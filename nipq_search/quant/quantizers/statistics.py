@@ -33,11 +33,12 @@ class TensorStatistics:
 
 
 def weight_statistics(weight: Tensor, per_channel: bool, mse: bool) -> TensorStatistics:
-    """Return the statistics of a weight, with its absolute maximum as the boundary.
+    """Return the statistics of a weight; its boundary is the absolute maximum, or less with `mse`.
 
     Args:
         weight: float weight of shape (channels, ...).
-        per_channel: whether to use one boundary per output channel (dimension 0), not one in all.
+        per_channel: whether to use one boundary per output channel (dimension 0) instead of a
+            single one.
         mse: whether to shrink the boundary to minimize the squared error of 4-bit rounding.
 
     Returns:
@@ -62,17 +63,19 @@ def weight_statistics(weight: Tensor, per_channel: bool, mse: bool) -> TensorSta
 def least_error_shares(
     rows: Tensor, alpha: Tensor, grid: Grid, minimum: Tensor, bits: float
 ) -> Tensor:
-    """Return the factor on each row's range that minimizes the squared rounding error.
+    """Return the factors by which to scale each row's range to minimize the squared error.
+
+    The error is that of rounding the values to the grid.
 
     Args:
         rows: values, shape (rows, n).
         alpha: truncation boundary of each row, shape (rows,).
         grid: shape of the grid.
-        minimum: lower end of affine rows, shape (1,).
+        minimum: lower end of the range if the grid is affine, shape (1,).
         bits: bit-width of the grid in bits, possibly fractional.
 
     Returns:
-        Factors of shape (rows,), applied to both ends: the best of 64 values from 0.1 to 1.
+        Factors of shape (rows,) for both ends of the range: the best of 64 values from 0.1 to 1.
     """
     best, best_error = torch.ones_like(alpha), torch.full_like(alpha, float("inf"))
     width = torch.full((1,), float(bits), device=rows.device)
@@ -98,7 +101,7 @@ class Observer:
         if not values.numel():
             return
         self.minimum = min(self.minimum, float(values.min()))
-        # An odd stride: an even one would visit only a few channels.
+        # The stride is odd, because an even one would often visit only a few of the channels.
         self.samples.append(values[:: (values.numel() // _SAMPLE_ELEMENTS) | 1])
 
     def statistics(
@@ -106,9 +109,10 @@ class Observer:
     ) -> TensorStatistics:
         """Choose the grid and the boundary from all recorded values.
 
-        Tensors without negative values are unsigned. Tensors whose range is strongly asymmetric
-        around zero (SiLU, h-swish, GELU, LeakyReLU, ELU) are affine, because a signed grid would
-        waste many of its levels. All others are signed.
+        Tensors without negative values use an unsigned grid. Tensors whose range is strongly
+        asymmetric around zero (after SiLU, h-swish, GELU, LeakyReLU or ELU) use an affine grid,
+        because a signed grid would waste many of its levels. All others use a signed grid, or an
+        affine one if a signed grid is not allowed.
 
         Args:
             percentile: fraction of the values inside the boundary, in (0, 1].

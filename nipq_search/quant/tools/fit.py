@@ -14,14 +14,14 @@ from nipq_search.quant.quantizers.statistics import least_error_shares
 from nipq_search.quant.tracing.trace import unchanged_mode
 
 _SAMPLE_ELEMENTS = 1 << 14
-"""Approximate number of elements per row that the error is computed from."""
+"""Approximate number of elements per row from which the error is computed."""
 
 _MAX_RATIO = 1.5
-"""Largest ratio, either way, between a learned range and the least-error one that is kept."""
+"""Limit on the ratio between a learned range and the least-error one, in either direction."""
 
 
 def _rows(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
-    """Return `x` as one row per boundary, subsampled at an even stride if rows are long."""
+    """Return `x` as one row per boundary, subsampled at regular intervals if rows are long."""
     x = x.detach().float()
     rows = x.reshape(quantizer.channels if quantizer.is_weight else 1, -1)
     return rows[:, :: (rows.shape[1] // _SAMPLE_ELEMENTS) | 1].clone()
@@ -36,45 +36,49 @@ def fit_ranges(
     """Scale quantization ranges to minimize the squared rounding error at the current bit-widths.
 
     A boundary at the extremes of a tensor is far from optimal at two or three bits, and a short
-    training does not correct it. A range that was learned at another bit-width keeps its ratio to
-    the least-error range, within limits. Initial boundaries that are part of a quantizer's method
-    are left unchanged.
+    training run does not correct it. A range that was learned at a different bit-width keeps its
+    ratio to the least-error range, within limits. Initial boundaries that are prescribed by a
+    quantizer's method are left unchanged.
 
     Args:
         model: a prepared and calibrated model, at its initial bit-widths.
-        calibration: function that runs the model on data; the first value of each tensor is used.
+        calibration: function that runs the model on data. Only the first finite, non-empty value
+            of each tensor is used.
         before: bit-widths, in bits by tensor name, at which the ranges were learned; None if the
             ranges come from calibration.
     """
     found = quantizers(model)
     if before is None and not any(quantizer.free_start for quantizer in found.values()):
         return
-    seen: dict[str, Tensor] = {}
+    samples: dict[str, Tensor] = {}
 
     def observer(name: str) -> Callable[[Tensor], None]:
+        """Return an observer for the tensor `name`."""
+
         def observe(x: Tensor) -> None:
-            if name not in seen and x.numel() and bool(x.isfinite().all()):
-                seen[name] = _rows(found[name], x)
+            """Store rows of `x`, unless earlier ones were stored or `x` is empty or not finite."""
+            if name not in samples and x.numel() and bool(x.isfinite().all()):
+                samples[name] = _rows(found[name], x)
 
         return observe
 
     chosen = (n for n, q in found.items() if before is not None or q.free_start)
     with observed(model, {name: observer(name) for name in chosen}), unchanged_mode(model):
         calibration(model)
-    for name, rows in seen.items():
+    for name, rows in samples.items():
         quantizer = found[name]
         now = float(quantizer.bits.soft().detach())
         if before is None:
             quantizer.scale_range(_best(quantizer, rows, now))
         elif now != before[name]:
-            # Ratio of the learned range to the least-error one, limited because the error of wide
-            # grids hardly depends on their boundary.
+            # Ratio of the learned range to the least-error one. It is limited, because the error
+            # of grids with many levels hardly depends on their boundary.
             learned = (1 / _best(quantizer, rows, before[name])).clamp(1 / _MAX_RATIO, _MAX_RATIO)
             quantizer.scale_range(_best(quantizer, rows, now) * learned)
 
 
 def _best(quantizer: FakeQuantizer, rows: Tensor, bits: float) -> Tensor:
-    """Return the factor on a quantizer's range that minimizes the error at `bits` bits."""
+    """Return factors by which to scale a quantizer's range for the least error at `bits` bits."""
     alpha = quantizer.alpha().detach().float()
     if quantizer.grid is Grid.SIGNED:
         extent = rows.abs().amax(dim=1)

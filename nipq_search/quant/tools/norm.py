@@ -14,28 +14,28 @@ from nipq_search.quant.tracing.trace import as_arguments, unchanged_mode
 
 def norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """Return the batch-normalization layers that track running statistics."""
-    kind = nn.modules.batchnorm._BatchNorm
+    kind = nn.modules.batchnorm._BatchNorm  # base class of all batch-normalization layers
     found = (module for module in model.modules() if isinstance(module, kind))
     return [module for module in found if module.track_running_stats]
 
 
 def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module], None]) -> M:
-    """Replace running statistics by their averages over `batches`, in place.
+    """Replace running statistics with their averages over `batches`, in place.
 
-    All other layers run in eval mode, hard-quantized. Training modes and random generators are
-    restored afterwards.
+    All other layers run in eval mode with hard quantization. Training modes and random generators
+    are restored afterwards.
 
     Args:
         model: any model; returned unchanged if it has no batch normalization.
-        batches: inputs in the format of `prepare`'s `calibration`, one forward per batch (for an
-            unprepared model, only the first entry of a tuple is passed), or a function that runs
-            the model on data.
+        batches: inputs in the format of the `calibration` argument of `prepare`, with one forward
+            pass per batch (for an unprepared model, only the first entry of a tuple is passed), or
+            a function that runs the model on data.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: there was no batch; the previous statistics are restored.
+        UserError: no batch reached a normalization layer; the previous statistics are restored.
 
     Example:
         >>> import torch
@@ -66,12 +66,12 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
         finally:
             for module, momentum in zip(norms, momenta, strict=True):
                 module.momentum = momentum
-    seen = [int(m.num_batches_tracked) if m.num_batches_tracked is not None else 0 for m in norms]
-    for module, count, buffers in zip(norms, seen, before, strict=True):
-        if count == 0:  # the layer did not run, like an auxiliary head in eval mode
+    runs = [int(m.num_batches_tracked) if m.num_batches_tracked is not None else 0 for m in norms]
+    for module, count, buffers in zip(norms, runs, before, strict=True):
+        if count == 0:  # the layer did not run, as in an auxiliary head that eval mode skips
             for name, buffer in buffers.items():
                 module.get_buffer(name).copy_(buffer)
-    if max(seen) == 0:
+    if max(runs) == 0:
         raise UserError("reestimate_norm_stats: no batches; pass at least one")
     return model
 

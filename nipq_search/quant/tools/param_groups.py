@@ -19,7 +19,7 @@ def param_groups(
     lr_boundaries: float | None = None,
     lr_bits: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return optimizer parameter groups: weights with and without decay, boundaries, bits.
+    """Return optimizer parameter groups: weights with and without decay, boundaries and bits.
 
     Weight decay applies neither to 1-D parameters (biases, normalization) nor to quantizer
     parameters.
@@ -32,8 +32,8 @@ def param_groups(
         lr_bits: learning rate of the bit-widths.
 
     Returns:
-        Non-empty groups, each with a `name`. The `bits` group is absent once bit-widths are
-        frozen.
+        Non-empty groups, each with a `name`. The `bits` group is absent once the bit-widths
+        are frozen.
 
     Example:
         >>> import torch

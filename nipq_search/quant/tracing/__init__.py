@@ -1,4 +1,4 @@
-"""Multiplications of a model and their operands, found by tracing one forward.
+"""Multiplications of a model and their operands, found by tracing one forward pass.
 
 Start reading in `trace.py`; `ops.py` lists the functions that multiply, `roles.py` classifies
 operands as weights or activations, and `sites.py` quantizes multiplications in place. Imports

@@ -37,16 +37,17 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Compute `torch.nn.functional.scaled_dot_product_attention` from the two products.
+    """Compute `torch.nn.functional.scaled_dot_product_attention` as two explicit products.
 
     Args:
         query: queries, shape (..., L, E).
         key: keys, shape (..., S, E).
         value: values, shape (..., S, Ev).
-        attn_mask: boolean (True takes part) or additive mask, broadcastable to (..., L, S).
+        attn_mask: boolean mask (True for the positions to attend to) or additive mask,
+            broadcastable to (..., L, S).
         dropout_p: dropout probability of the attention probabilities.
         is_causal: whether each query attends only to keys at its own or an earlier position.
-        scale: factor on the scores; default: 1 / sqrt(E).
+        scale: factor applied to the scores; default: 1 / sqrt(E).
         enable_gqa: whether keys and values may have fewer heads (dimension -3) than queries.
 
     Returns:
@@ -119,16 +120,17 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `torch.nn.functional.multi_head_attention_forward` from the two products.
+    """Compute `torch.nn.functional.multi_head_attention_forward` with two explicit products.
 
-    L is the length of the queries, S that of the keys, N the batch size and E `embed_dim`.
-    Inputs without a batch dimension are supported.
+    The parameters are those of the torch function. L is the number of queries, S the number of
+    keys, N the batch size and E the embedding dimension. Inputs without a batch dimension are
+    supported.
 
     Args:
         query: queries, shape (L, N, E).
         key: keys, shape (S, N, E).
         value: values, shape (S, N, E).
-        embed_dim_to_check: ignored.
+        embed_dim_to_check: ignored; torch compares it with E.
         num_heads: number of heads.
         in_proj_weight: stacked projections of queries, keys and values, shape (3 * E, E).
         in_proj_bias: stacked biases, shape (3 * E,).
@@ -138,12 +140,14 @@ def multi_head_attention(
         dropout_p: dropout probability of the attention probabilities in training.
         out_proj_weight: weight of the output projection, shape (E, E).
         out_proj_bias: bias of the output projection, shape (E,).
-        training: whether dropout applies.
-        key_padding_mask: keys to ignore (boolean) or additive mask, shape (N, S).
+        training: whether to apply dropout.
+        key_padding_mask: boolean mask (True for the keys to ignore) or additive mask, shape
+            (N, S).
         need_weights: whether to return the attention probabilities.
-        attn_mask: positions to ignore (boolean) or additive mask, shape (L, S) or
-            (N * num_heads, L, S).
-        use_separate_proj_weight: whether to use the three weights below, not `in_proj_weight`.
+        attn_mask: boolean mask (True for the positions to ignore) or additive mask, shape (L, S)
+            or (N * num_heads, L, S).
+        use_separate_proj_weight: whether to use the following three weights instead of
+            `in_proj_weight`.
         q_proj_weight: projection of the queries.
         k_proj_weight: projection of the keys.
         v_proj_weight: projection of the values.
@@ -151,14 +155,14 @@ def multi_head_attention(
         static_v: values that replace the projected ones, same shape.
         average_attn_weights: whether to average the returned probabilities over heads.
         is_causal: whether each query attends only to keys at its own or an earlier position;
-            used if there is no mask.
+            ignored if there is a mask.
 
     Returns:
-        The output, shape (L, N, E), and the probabilities, shape (N, L, S) if averaged, else
-        (N, num_heads, L, S); None unless `need_weights`.
+        The output, shape (L, N, E), and the attention probabilities: shape (N, L, S) if averaged,
+        otherwise (N, num_heads, L, S), or None unless `need_weights` is true.
     """
     batched = query.dim() == 3
-    # Unsqueezing equal tensors separately would hide that they are the same tensor.
+    # Unsqueezing the same tensor twice would hide that both results have the same values.
     same_key, same_value = key is query, value is key
     if not batched:
         query = query.unsqueeze(1)
@@ -189,6 +193,7 @@ def multi_head_attention(
         v = torch.cat([v, bias_v.repeat(1, batch, 1)])
 
     def heads(x: Tensor) -> Tensor:
+        """Split a projected tensor into heads, shape (N, num_heads, length, E / num_heads)."""
         return x.reshape(len(x), batch, num_heads, -1).permute(1, 2, 0, 3)
 
     q = heads(q)
@@ -202,12 +207,12 @@ def multi_head_attention(
     )
     output = output.permute(2, 0, 1, 3).reshape(length, batch, -1)
     output = nnf.linear(output, out_proj_weight, out_proj_bias)
-    seen = None
+    returned = None
     if need_weights:
-        seen = probabilities.mean(dim=1) if average_attn_weights else probabilities
+        returned = probabilities.mean(dim=1) if average_attn_weights else probabilities
     if batched:
-        return output, seen
-    return output.squeeze(1), None if seen is None else seen.squeeze(0)
+        return output, returned
+    return output.squeeze(1), None if returned is None else returned.squeeze(0)
 
 
 def _joint_mask(
@@ -216,6 +221,7 @@ def _joint_mask(
     """Return both masks as one additive mask that broadcasts to (batch, heads, L, S)."""
 
     def additive(mask: Tensor) -> Tensor:
+        """Return a mask in the dtype of the queries, with -inf where a boolean mask is True."""
         if mask.dtype != torch.bool:
             return mask.to(query.dtype)
         return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, -math.inf)

@@ -1,4 +1,4 @@
-"""FLOP formulas that are missing in torch, so that every multiplication is counted.
+"""FLOP formulas that are missing from torch, so that every multiplication is counted.
 
 The formulas are registered with `torch.utils.flop_counter.register_flop_formula`, so
 `FlopCounterMode` uses them as well. Existing formulas are not replaced.
@@ -19,7 +19,8 @@ Shape = torch.Size
 def _grouped(first: Shape, second: Shape, *args: Any, **kwargs: Any) -> int:
     """Grouped matrix product: each row is multiplied by the matrix of its group.
 
-    If both operands are 2-D, each column of the first is multiplied by a row of its group.
+    If both operands are 2-D, each column of the first is multiplied by the same row of the second,
+    and the products are summed within each group.
     """
     if len(first) == 3 and len(second) == 3:
         return 2 * first[0] * first[1] * first[2] * second[-1]
@@ -42,7 +43,7 @@ def _added_products(bias: Shape, first: Shape, second: Shape, *args: Any, **kwar
 
 
 def _trilinear(first: Shape, second: Shape, third: Shape, *args: Any, **kwargs: Any) -> int:
-    """Broadcast products of three tensors, summed, as in `F.bilinear`."""
+    """Sum of the broadcast products of three tensors, as in `F.bilinear`."""
     shapes = []
     for shape, new in zip((first, second, third), args, strict=False):
         sizes = list(shape)

@@ -1,4 +1,4 @@
-"""Data flow of a forward: whether values come from inputs, parameters or layer outputs."""
+"""Data flow of a forward pass: whether values come from inputs, parameters or layer outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOVES = {
         "reflection_pad2d", "replication_pad2d", "roll", "_to_copy",
     )
 }  # fmt: skip
-"""Operations that only move values of their operands or insert constants."""
+"""Operations that only move the values of their operands or insert constants."""
 
 TensorKey = tuple[int, int, int, int, tuple[tuple[int, int], ...]]
 """Identity of a tensor's values: storage, offset, version, number of elements, and the strides of
@@ -39,7 +39,7 @@ def tensor_key(x: Tensor) -> TensorKey:
     """Return the identity of the values of `x`; valid while a `Flow` is active."""
     axes = tuple(sorted((t, s) for s, t in zip(x.shape, x.stride(), strict=True) if s > 1))
     dense = 1 + sum((size - 1) * stride for stride, size in axes) == x.numel()
-    storage = x.untyped_storage()._cdata
+    storage = x.untyped_storage()._cdata  # address of the storage object, which identifies it
     version = 0 if x.is_inference() else x._version
     return (storage, int(x.storage_offset()), version, x.numel(), () if dense else axes)
 
@@ -65,7 +65,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     The FLOP formulas are those of `FlopCounterMode`, whose module tracker cannot be used here: it
     rejects parameters that are passed to modules while gradients are disabled.
 
-    The origins of a result are those of its operands, until `set` replaces them by a closer one,
+    The origins of a result are those of its operands, until `set` replaces them with a closer one,
     such as the layer that multiplied. In-place writes add the origins of the written values.
     """
 
@@ -120,7 +120,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.set(x, self.of(x) | sources)
                 if moves:
                     self._raw.add(x.untyped_storage()._cdata)
-                elif func._schema.is_mutable:
+                elif func._schema.is_mutable:  # the operation wrote to an operand
                     self._raw.discard(x.untyped_storage()._cdata)
         return out
 

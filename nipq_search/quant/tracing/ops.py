@@ -1,7 +1,7 @@
 """Functions that multiply two tensors, and the positions of their operands.
 
-To quantize another function, add a line to `OPS`, or add an equivalent function that is written
-with those of `OPS` to `DECOMPOSED`.
+To quantize another function, add a line to `OPS`, or add to `DECOMPOSED` an equivalent that is
+written in terms of functions in `OPS`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Op:
 
     @property
     def is_sum(self) -> bool:
-        """Whether the function adds: sums count no BOPs, but both terms may be quantized."""
+        """Whether the function adds. Sums have no BOPs, but both terms may be quantized."""
         return self.kind == "add"
 
     @property
@@ -156,9 +156,9 @@ for _function in IN_PLACE:
 
 
 def op_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Op | None:
-    """Return the supported function of a call, or None.
+    """Return the entry of `OPS` for a call, or None if the call is not supported.
 
-    An einsum is supported with two operands only, and a sum only if both terms are tensors.
+    An einsum is supported only with two operands, and a sum only if both terms are tensors.
 
     Args:
         func: the called function.
@@ -186,7 +186,7 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {
     nnf.scaled_dot_product_attention: attention,
     nnf.multi_head_attention_forward: multi_head_attention,
 }
-"""Fused functions with equivalents that are written with functions of `OPS`."""
+"""Equivalents of fused functions, written in terms of functions in `OPS`, by fused function."""
 
 DECOMPOSED_KINDS = frozenset({"linear", "scores", "values"})
-"""Kinds of the functions that these equivalents call."""
+"""Kinds of the functions in `OPS` that these equivalents call."""

@@ -127,7 +127,7 @@ def _goes_through(call: Call, first: OperandRecord, second: OperandRecord) -> bo
 
 
 def _name(call: Call, kind: str, weight: int | None, taken: set[str]) -> str:
-    """Return a layer name that is not taken: that of the weight, the owner, or the call."""
+    """Return an unused name for a layer, derived from its weight, its owner or the call."""
     operand = None if weight is None else call.operands[0][weight]
     if operand is not None and operand.parameter is not None:
         name = operand.parameter.removesuffix("weight").rstrip("._")
@@ -184,6 +184,6 @@ def weight_axis(layer: Layer) -> int | None:
 
 
 def stored_elements(value: Tensor) -> int:
-    """Return the number of stored elements of a weight, counting expanded dimensions once."""
+    """Return the number of elements of a weight in memory; expanded dimensions count as size 1."""
     sizes = zip(value.shape, value.stride(), strict=True)
     return math.prod(size for size, stride in sizes if stride != 0)

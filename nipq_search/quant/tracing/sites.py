@@ -1,11 +1,12 @@
 """Quantization of multiplications in a module's own code, without editing the module.
 
-A *site* is the n-th call of one kind of function (see `ops.OPS`) with one parameter, or without
-any, in a module's forward: `F.linear(x, self.qkv.weight)`, `q @ k.transpose(-2, -1)`, a
-convolution subclass with its own forward. `prepare` finds the sites of a model in one traced
-forward and converts each module with sites to an *owner*. During an owner's forward, a torch
-function mode intercepts every call, and at a site passes the operands through the site's
-quantizers. Modules inside an owner are guarded, so their calls are not attributed to the owner.
+A *site* is the n-th call of a given kind of function (see `ops.OPS`) with a given parameter, or
+without a parameter, in a module's forward method: `F.linear(x, self.qkv.weight)`,
+`q @ k.transpose(-2, -1)`, or the convolution in a subclass with its own forward method. `prepare`
+finds the sites of a model in one traced forward pass and converts each module with sites into an
+*owner*. During an owner's forward pass, a torch function mode intercepts every call; at a site, it
+passes the operands through the site's quantizers. Modules inside an owner are guarded, so their
+calls are not attributed to the owner.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class ParameterLocation(NamedTuple):
 
 
 class ParameterTable:
-    """Finds, by memory address, the parameter that a tensor is equal to or a slice of."""
+    """Maps a tensor, by memory address, to the parameter that it equals or is a slice of."""
 
     def __init__(self, locations: Iterable[ParameterLocation]) -> None:
         """Read the current addresses of the parameters, which may have moved since the trace."""
@@ -70,7 +71,7 @@ class ParameterTable:
             offset = int(x.storage_offset()) - start
             if 0 <= offset < numel:
                 return name if offset == 0 and x.numel() == numel else f"{name}@{offset}"
-        # A parameter of another module, as in a power iteration that runs in training only.
+        # A parameter of another module, as in a power iteration that runs only in training.
         return OTHER if isinstance(x._base if x._is_view() else x, nn.Parameter) else ""
 
     def of_call(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -138,7 +139,7 @@ class Site(nn.Module):
             return self._lookup(func, args, kwargs)
         target = None
         if func in IN_PLACE:
-            # The quantizer saves its operand for the backward, so it must not be overwritten.
+            # The quantizer saves its operand for the backward pass; the sum must not overwrite it.
             target = args[0]
             args, func = (target.clone(), *args[1:]), torch.add
         values = []
@@ -155,18 +156,18 @@ class Site(nn.Module):
         return result if target is None else target.copy_(result)
 
     def _lookup(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Quantize the rows that are read instead of the whole table."""
+        """Look up rows and quantize them instead of the whole table."""
         rows: Tensor = func(*args, **kwargs)
         if self.second is None:
             return rows
         index = args[0] if args else kwargs["input"]
         flat = rows.reshape(-1, rows.shape[-1])
-        # The quantizer may save its result for the backward; the model may overwrite the clone.
+        # A clone, because the model may overwrite it and the quantizer may have saved its result.
         return self.second(flat, rows=index.reshape(-1)).view_as(rows).clone()
 
 
 class _Frame:
-    """A running forward of an owner, or of a guarded module, which has no sites."""
+    """A running forward pass of an owner, or of a guarded module, which has no sites."""
 
     def __init__(
         self,
@@ -215,7 +216,7 @@ def _expected(sites: Mapping[str, Site]) -> dict[str, int]:
 
 
 def _check_counts(owner: nn.Module, frame: _Frame) -> None:
-    """Warn once if training computes more products than the traced forward."""
+    """Warn once if training computes more products than the traced forward pass."""
     if "_warned" in vars(owner):
         return
     found = {kind: n for (kind, label), n in frame.counts.items() if not label}
@@ -224,15 +225,15 @@ def _check_counts(owner: nn.Module, frame: _Frame) -> None:
             vars(owner)["_warned"] = True
             warnings.warn(
                 f"{frame.name or 'the model'} computes {found[kind]} products of activations "
-                f"({kind}) in training but {traced} in the traced forward: the additional ones "
-                "stay in float or use the wrong quantizers. Move computations that run only in "
-                "training into a separate module, or exclude the layer",
+                f"({kind}) in training but {traced} in the traced forward pass: the additional "
+                "ones stay in float or use the wrong quantizers. Move computations that run only "
+                "in training into a separate module, or exclude the layer",
                 stacklevel=2,
             )
 
 
 def _check_gradients(name: str) -> None:
-    """Warn if gradients were disabled between the start of an owner's forward and a site."""
+    """Warn if gradients were disabled between the start of an owner's forward pass and a site."""
     if not torch.is_grad_enabled():
         warnings.warn(
             f"{name or 'the model'} multiplies while gradients are disabled, as in a reentrant "
@@ -243,7 +244,7 @@ def _check_gradients(name: str) -> None:
 
 
 class _Running(threading.local):
-    """Stack of owners and guarded modules whose forward runs in this thread."""
+    """Stack of the owners and guarded modules whose forward passes are running in this thread."""
 
     def __init__(self) -> None:
         self.frames: list[_Frame] = []
@@ -253,7 +254,7 @@ _running = _Running()
 
 
 class _SiteMode(TorchFunctionMode):
-    """Redirects calls of the innermost owner to its sites."""
+    """Redirects calls made by the innermost owner to its sites."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -277,18 +278,18 @@ class _SiteMode(TorchFunctionMode):
 
 
 def inside_owner() -> bool:
-    """Whether the forward of an owner is running in this thread."""
+    """Whether the forward pass of an owner is running in this thread."""
     return bool(_running.frames)
 
 
 def _enter(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a guarded module."""
+    """Forward pre-hook of a guarded module: attribute the following calls to no owner."""
     if _running.frames:
         _running.frames.append(_Frame())
 
 
 def _leave(module: nn.Module, args: Any, out: Any) -> None:
-    """Forward hook of a guarded module."""
+    """Forward hook of a guarded module: attribute the following calls to the owner again."""
     if len(_running.frames) > 1 and not _running.frames[-1].sites:
         _running.frames.pop()
 
@@ -306,13 +307,13 @@ class Owner(nn.Module):
     float_class: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the float class, because this class is created at run time."""
+        """Copy and pickle by way of the float class, because this class is created at run time."""
         return _new_owner, (self.float_class,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 @not_compiled
 def _run(owner: Any, args: Any, kwargs: Any) -> Any:
-    """Run the float forward with its sites quantized."""
+    """Run the forward method of the float class with its sites quantized."""
     name, sites, locations, own_forward = vars(owner)["_owned"]
     forward: Callable[..., Any] = own_forward or functools.partial(
         owner.float_class.forward, owner
@@ -340,6 +341,7 @@ def _owner_class(kind: type[nn.Module]) -> type[nn.Module]:
 
         @functools.wraps(kind.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            """Run the forward method of the float class with its sites quantized."""
             return _run(self, args, kwargs)
 
         members = {
@@ -360,7 +362,7 @@ def _new_owner(kind: type[nn.Module]) -> nn.Module:
 def make_owner(
     module: nn.Module, name: str, sites: nn.ModuleDict, locations: tuple[ParameterLocation, ...]
 ) -> None:
-    """Convert a module to the owner of `sites`, in place.
+    """Convert a module into the owner of `sites`, in place.
 
     Args:
         module: the module.
@@ -369,7 +371,7 @@ def make_owner(
             container such as `nn.Sequential` would treat them as layers.
         locations: parameters that the sites multiply by.
     """
-    # A forward set on the instance, as by hooks of other libraries, would hide the class's.
+    # A `forward` set on the instance, as some libraries do, would hide that of the class.
     own_forward = vars(module).pop("forward", None)
     module.__class__ = _owner_class(type(module))
     vars(module)["_owned"] = (name, sites, locations, own_forward)

@@ -1,4 +1,4 @@
-"""Tracing of one float forward to find the multiplications of a model and their operands."""
+"""Tracing of one float forward pass to find the multiplications of a model and their operands."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class OperandRecord:
         key: identity of its values.
         shape: shape, including the batch dimension.
         origins: origins of its values; see `flow.Flow`.
-        parameter: name of the parameter that it is, or is a dense view of; else None.
-        value: the tensor itself if it is a weight, else None.
+        parameter: name of the parameter that it is, or is a dense view of; otherwise None.
+        value: the tensor itself if it is a weight, otherwise None.
         raw: whether it holds values of the model's inputs, possibly moved or padded.
         trained: whether it is computed from a parameter that requires gradients.
     """
@@ -70,11 +70,11 @@ class Call:
     """A site of the model: one call in one module, which may be executed several times.
 
     Attributes:
-        owner: name of the innermost module whose forward made the call.
+        owner: name of the innermost module whose forward method made the call.
         op: the called function; None if it has no quantized form.
         function: name of the function.
-        label: parameter that the call multiplies by, as labeled by `sites.ParameterTable`.
-        ordinal: index of the call among those of its kind and parameter in the owner's forward.
+        label: label of the parameter that the call multiplies by; see `sites.ParameterTable`.
+        ordinal: index among the calls of its kind and parameter in the owner's forward method.
         operands: both operands of every execution.
         macs: multiply-accumulates of the whole batch, summed over all executions.
         outputs: number of elements of the result, including the batch dimension.
@@ -99,11 +99,11 @@ class Call:
 
 @dataclass
 class Trace:
-    """Result of tracing one forward.
+    """Result of tracing one forward pass.
 
     Attributes:
         calls: all sites, in order of execution.
-        inside: enclosing modules by the name of each module that ran.
+        inside: names of the enclosing modules, by the name of each module that ran.
         unseen_macs: multiply-accumulates outside the recorded calls, as in TorchScript or
             compiled code.
         batch: number of samples in the example inputs.
@@ -214,7 +214,10 @@ class _Recorder(TorchFunctionMode):
 
 @contextmanager
 def unchanged_mode(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients; restore training modes and random generators after."""
+    """Within the context, run in eval mode without gradients.
+
+    Training modes and random generators are restored afterwards.
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -228,13 +231,14 @@ def unchanged_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Run attention and recurrent layers as separate matrix products.
+    """Within the context, run attention and recurrent layers as separate matrix products.
 
     The FLOP counter does not cover the fused kernels.
     """
     fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)  # `backends.mkldnn.flags` warns about Intel's GPUs
+    # The public `backends.mkldnn.flags` emits a warning about Intel's GPUs.
+    torch._C._set_mkldnn_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
@@ -253,7 +257,7 @@ def parameter_locations(model: nn.Module) -> list[ParameterLocation]:
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a tensor, a tuple or a mapping as positional and keyword arguments of a forward."""
+    """Return a tensor, a tuple or a mapping as positional and keyword arguments of a call."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, (tuple, list)):
@@ -269,7 +273,9 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     """
     examples = list(tensors_in(example_inputs))
     if not examples:
-        raise UserError("example_inputs: contains no tensor; pass the arguments of one forward")
+        raise UserError(
+            "example_inputs: contains no tensor; pass the arguments of one forward call"
+        )
     batch = max(1, examples[0].shape[0] if examples[0].dim() else 1)
     flow = Flow()
     recorder = _Recorder(flow, model)
@@ -294,7 +300,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"example_inputs: the model does not run on them ({type(error).__name__}: {reason}); "
-            "pass the arguments of one forward"
+            "pass the arguments of one forward call"
         ) from error
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""Executors of the coordinator's jobs, and the Ray clusters that they run on.
+"""Executors that run the coordinator's jobs, and the Ray clusters they use.
 
 Start reading in `base.py` (the protocol) and `tune.py` (Ray Tune). `virtual.py` runs jobs in
 virtual time in the current process; `ray_compat.py` contains every patch of Ray internals. Imports

@@ -10,26 +10,27 @@ from nipq_search.search.jobs import Job, JobOutcome
 from nipq_search.tasks import Task
 
 MAX_FAILED_STARTS = 4
-"""Consecutive times that a job's process may die before it begins an attempt."""
+"""How many times in a row a job's process may die before it begins an attempt."""
 
 Work = Callable[[Job, Task, Callable[[dict[str, Any]], None]], JobOutcome]
-"""Function that executes a job: `nipq_search.search.worker.worker.execute`, or a substitute."""
+"""A function that executes a job: `nipq_search.search.worker.worker.execute` or a substitute."""
 
 
 class Executor(Protocol):
-    """Runs a coordinator's jobs until none is left.
+    """Runs a coordinator's jobs until none are left.
 
-    Every job is reported to the coordinator as finished exactly once. A process that dies is
-    restarted; the job's attempts limit the number of retries. A job that finds its machine unfit
-    halts the sweep. An exception from `tick` ends the run.
+    Every job is reported to the coordinator as finished exactly once. If a job's process
+    dies, the job is retried until it reaches its limit of failed attempts. A fault of the machine,
+    such as a full disk, halts the sweep. An exception raised by `tick` ends the run.
     """
 
     def run(self, coordinator: Coordinator, task: Task, tick: Callable[[], None]) -> None:
-        """Run the coordinator's jobs and report the end of each one.
+        """Run the coordinator's jobs and report to it when each one ends.
 
         Args:
             coordinator: source of the jobs, queried whenever a slot is free.
             task: the sweep's task with its data loaded; sent to each node once.
-            tick: called in this thread about every second and after every report.
+            tick: called repeatedly in the calling thread while jobs run, at an interval that the
+                executor determines.
         """
         ...

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 EXCLUDES = ["__pycache__", "*.pyc", ".git", "runs", "checkpoints", "*.pt", "mlruns", "mlartifacts"]
-"""File patterns that are never shipped: caches and the files of sweeps."""
+"""Patterns of files that are never shipped: caches and the files that sweeps write."""
 
 
 def sources(task: str) -> list[Path]:
@@ -17,7 +17,8 @@ def sources(task: str) -> list[Path]:
     files must be a package.
 
     Args:
-        task: the task's name in the sweep file. Registered tasks are part of this package.
+        task: the task's name in the sweep file. Registered tasks add nothing, because they belong
+            to this package or to an installed plug-in.
     """
     found = [Path(__file__).parents[2]]
     name = task.partition(":")[0].partition(".")[0]
@@ -35,4 +36,5 @@ def sources(task: str) -> list[Path]:
 
 def can_ship_code() -> bool:
     """Whether this installation can ship code, which requires `ray[default]`."""
+    # A dependency that only the extra `default` installs.
     return importlib.util.find_spec("aiohttp_cors") is not None

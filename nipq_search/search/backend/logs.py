@@ -14,8 +14,8 @@ from nipq_search.search.jobs.paths import LOG_FILE
 def driver_log(out: Path) -> Iterator[None]:
     """Redirect Ray's loggers to `driver.log` in the sweep's folder.
 
-    Enter this context after Ray has started, because Ray configures its loggers on start. The log
-    contains the tracebacks of processes that died; the reason why a job ended is stored in its
+    Enter this context after Ray has started, because Ray configures its loggers when it starts.
+    The log contains the tracebacks of processes that died; why a job ended is stored in its
     record.
     """
     handler = logging.FileHandler(out / LOG_FILE, delay=True)

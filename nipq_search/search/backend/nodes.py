@@ -23,7 +23,7 @@ from nipq_search.tasks import Task
 _log = logging.getLogger("nipq_search")
 
 _NODE_TIMEOUT_SECONDS = 300.0
-"""Time limit for a node's answer; it may first have to create the runtime environment."""
+"""Time limit for a check on a node, which may first have to create its runtime environment."""
 
 BOOTSTRAP_FILE = Path("~/ray_bootstrap_config.yaml")
 """Path of the cluster configuration that `ray up` stores on the head node."""
@@ -39,9 +39,11 @@ def alive_nodes() -> list[dict[str, Any]]:
 def check_room(resources: ResourcesSection, grows: bool) -> None:
     """Check that one trial fits on an existing node, or on one that the cluster can add.
 
+    If it is unknown which types of nodes the cluster can add, log a warning instead of raising.
+
     Args:
         resources: resources of one trial.
-        grows: whether the cluster adds nodes.
+        grows: whether the cluster can add nodes.
 
     Raises:
         UserError: no node is large enough.
@@ -65,7 +67,7 @@ def _node_types() -> list[Mapping[str, float]] | None:
         types = [dict(kind["resources"]) for kind in known.values()]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return None
-    if not all("CPU" in kind for kind in types):  # nodes detect their own resources
+    if not all("CPU" in kind for kind in types):  # the nodes then detect their own CPUs
         return None
     return [{"memory": math.inf, **kind} for kind in types]  # memory is optional in the file
 
@@ -77,7 +79,7 @@ def _holds(node: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
 def _check_largest(
     resources: ResourcesSection, nodes: Sequence[Mapping[str, float]], word: str
 ) -> None:
-    """Raise `UserError` if no entry of `nodes` is large enough; `word` names an entry."""
+    """Raise `UserError` if no entry of `nodes` is large enough; `word` describes an entry."""
     wanted = resources.ray_resources()
     for name, amount in wanted.items():
         most = max((node.get(name, 0) for node in nodes), default=0)
@@ -85,16 +87,20 @@ def _check_largest(
             key = resources.key_of(name)
             unit = 1e9 if name == "memory" else 1
             raise UserError(
-                f"resources.{key}: one trial requests {amount / unit:g}, the largest {word} has "
-                f"{most / unit:.4g}"
+                f"resources.{key}: one trial requests {amount / unit:g}, but the largest {word} "
+                f"has {most / unit:.4g}"
             )
     if not any(_holds(node, wanted) for node in nodes):
         request = ", ".join(f"{a:g} {n}" for n, a in wanted.items())
-        raise UserError(f"resources: no {word} has all of {request}, which one trial requests")
+        raise UserError(f"resources: one trial requests {request}; no {word} has all of them")
 
 
 def slots(resources: ResourcesSection) -> int:
-    """Return the number of concurrent trials that fit on the nodes, capped by `concurrent`."""
+    """Return how many trials run concurrently: as many as fit, but at most `concurrent`.
+
+    The result is at least 1. If the cluster adds nodes and `concurrent` is set, it is the result,
+    because the number of trials that fit on the nodes changes.
+    """
     if resources.autoscale and resources.concurrent is not None:
         return resources.concurrent
 
@@ -113,15 +119,17 @@ def check_data(
     own_host: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Check that every node large enough for a trial can read the folder, a batch and the model.
+    """Check that every node large enough for a trial can access the sweep's folder and the task.
+
+    Each node reads a batch of the training split and builds the model.
 
     Args:
-        task: the sweep's task; its data are loaded, or read later from files on each node.
+        task: the sweep's task; its data are already loaded, or are read from files on each node.
         batch_size: number of samples in the batch that is read.
         out: the sweep's folder.
         resources: resources of one trial.
-        own_host: also check nodes on this host, where the task is already loaded.
-        stopping: whether to stop waiting, for example after Ctrl-C.
+        own_host: whether to also check nodes on this host, where the task is already loaded.
+        stopping: returns whether to stop waiting, for example after Ctrl-C.
 
     Raises:
         UserError: a check failed on a node; the message names the node and the fix.
@@ -141,17 +149,17 @@ def check_plugins(
     own_host: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Check that every node large enough for a trial has the sweep's plug-ins at their versions.
+    """Check that every node large enough for a trial has the driver's versions of the plug-ins.
 
     Args:
-        plugins: `package version` by entry, as in `SweepConfig.plugins`.
+        plugins: the sweep's plug-ins, as `package version` by entry; see `SweepConfig.plugins`.
         resources: resources of one trial.
-        own_host: also check nodes on this host.
-        stopping: whether to stop waiting, for example after Ctrl-C.
+        own_host: whether to also check nodes on this host.
+        stopping: returns whether to stop waiting, for example after Ctrl-C.
 
     Raises:
-        UserError: a plug-in is missing or has another version; the message names the node and
-            the fix.
+        UserError: a plug-in is missing or has a different version; the message names the node
+            and the fix.
     """
     if plugins and (nodes := _candidates(resources, own_host)):
         fix = "install it there, or remove the node"
@@ -159,12 +167,12 @@ def check_plugins(
 
 
 def _plugin_problem(plugins: Mapping[str, str]) -> str | None:
-    """Return how a node's plug-ins differ from the driver's, or None; executed on that node."""
+    """Return how a node's plug-ins differ from the driver's, or None; runs on that node."""
     return "; ".join(plugin_mismatches(plugins)) or None
 
 
 def _candidates(resources: ResourcesSection, own_host: bool) -> list[dict[str, Any]]:
-    """Return the nodes that are large enough for a trial."""
+    """Return the nodes that are large enough for a trial; include this host only if `own_host`."""
     wanted = resources.ray_resources()
     return [
         node
@@ -181,7 +189,7 @@ def _check_each(
     fix: str,
     stopping: Callable[[], bool],
 ) -> None:
-    """Run a check on every node and raise `UserError` for the first problem."""
+    """Run a check on every node and raise `UserError` for the first problem found."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -200,9 +208,9 @@ def _check_each(
         try:
             problem = ray.get(answer, timeout=0)
         except ray.exceptions.GetTimeoutError:
-            problem = f"no answer within {_NODE_TIMEOUT_SECONDS:.0f} s"
+            problem = f"no response within {_NODE_TIMEOUT_SECONDS:.0f} s"
         except ray.exceptions.RayError:
-            continue  # the node has died since; otherwise its trials report the error
+            continue  # the node died meanwhile, or its trials will report the error
         if problem is not None:
             raise UserError(
                 f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {problem}; "
@@ -211,7 +219,7 @@ def _check_each(
 
 
 def _problem(task: Task, batch_size: int, out: str, facts_digest: str) -> str | None:
-    """Return why trials cannot run on a node, or None; executed on that node."""
+    """Return why trials cannot run on a node, or None; runs on that node."""
     try:
         found = file_io.digest((Path(out) / FACTS_FILE).read_bytes())
     except OSError as error:

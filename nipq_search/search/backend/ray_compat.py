@@ -1,4 +1,4 @@
-"""Every patch and every use of Ray internals, each with its reason and the tested versions.
+"""Every patch and every use of Ray internals, each with its reason and the tested version.
 
 All functions here depend on private names of Ray. After an upgrade of Ray, `tests/search/backend`
 and `tests/cluster` fail if one of these names has changed.
@@ -28,12 +28,12 @@ def allow_restart(trial: Any, allowed: bool) -> None:
 
 
 class OutOfMemoryError(RayActorError):
-    """The death of an actor that Ray's memory monitor killed, named like Ray's own error."""
+    """Actor error that `memory_faults` substitutes for Ray's error of the same name."""
 
 
 @contextlib.contextmanager
 def memory_faults() -> Iterator[None]:
-    """Handle an actor killed by Ray's memory monitor like any other actor that died.
+    """Treat every `RayError` of an actor, such as a lack of memory, as the death of that actor.
 
     Tune's actor manager handles only actor and task errors and aborts the whole run on any other
     `RayError`, such as `ray.exceptions.OutOfMemoryError`. Patches
@@ -99,7 +99,7 @@ def connect_to_gcs(address: str) -> None:
 
 
 def reread_settings() -> None:
-    """Have Ray read its environment variables again, which it does once per process.
+    """Make Ray reread its environment variables, which it normally reads once per process.
 
     Uses `Config` and `AuthenticationTokenLoader` of `ray._raylet`; earlier versions of Ray, which
     lack them, have no authentication. Tested with Ray 2.60.
@@ -110,5 +110,5 @@ def reread_settings() -> None:
             Config,
         )
 
-        Config.initialize("")  # first: a token is looked up according to the mode
+        Config.initialize("")  # must come first: it sets the mode for the token lookup
         AuthenticationTokenLoader.instance().reset_cache()

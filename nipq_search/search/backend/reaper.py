@@ -27,7 +27,7 @@ Process = tuple[int, str]
 
 
 def process_tree() -> dict[int, tuple[int, str]]:
-    """Return the parent and start time of every running process, by process id."""
+    """Return the parent's id and the start time of every running process, by process id."""
     found = {}
     for folder in _PROC.iterdir() if _PROC.is_dir() else ():
         if not folder.name.isdigit():
@@ -76,7 +76,7 @@ def ray_children(driver: int, others: set[int]) -> set[int]:
 
 @contextlib.contextmanager
 def reaped() -> Iterator[None]:
-    """End Ray processes started in this context on its exit, or when this process dies."""
+    """End the Ray processes started in this context when it exits or if this process dies."""
     if not _PROC.is_dir():
         yield
         return
@@ -99,11 +99,11 @@ def _left(known: set[Process]) -> set[Process]:
 
 
 def watch(driver: int, others: set[int]) -> None:
-    """Track Ray's processes below `driver` until standard input closes, then kill the rest.
+    """Track Ray's processes below `driver` until standard input closes, then kill the survivors.
 
     Args:
         driver: id of the process that starts Ray.
-        others: ids of its children that existed before.
+        others: ids of the children that the driver had before it started Ray.
     """
     known: set[Process] = set()
     closed = False

@@ -1,4 +1,4 @@
-"""The executor based on Ray Tune, and the Ray cluster it runs on.
+"""The executor based on Ray Tune, and the Ray cluster that it runs on.
 
 Tune only starts and restarts processes. The coordinator selects the jobs, interprets their results
 and handles resumption, so Tune's own experiment state is temporary.
@@ -33,7 +33,11 @@ AUTH_MODE = "RAY_AUTH_MODE"
 
 
 def quiet_environment() -> None:
-    """Disable Ray's telemetry and console output through the environment."""
+    """Set defaults for Ray's environment variables, mainly to disable telemetry and output.
+
+    Also disables Tune's handling of Ctrl-C and its buffering of results. Variables that are
+    already set keep their values.
+    """
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
@@ -49,7 +53,7 @@ def quiet_environment() -> None:
 
 
 def token_exists() -> bool:
-    """Whether an authentication token for Ray clusters is set in a place that Ray reads."""
+    """Whether an authentication token is set in one of the places where Ray looks for it."""
     given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     return given or (Path.home() / ".ray" / "auth_token").is_file()
 
@@ -57,10 +61,11 @@ def token_exists() -> bool:
 def _is_open(address: str) -> bool:
     """Whether a cluster accepts connections without a token.
 
-    `ray start` requires a token if the machine has one; clusters started in other ways do not.
+    A cluster that `ray start` started requires a token if its machine has one; others do not.
     `ray.init` sends no token by default, and a cluster without authentication cannot reply to a
     client that sends one. Ray reads the mode once per process, so a subprocess runs the check.
     """
+    # The command `ray health-check`, without relying on the location of its script (Ray 2.60).
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
     command += [] if address == "auto" else ["--address", address]
     environment = {**os.environ, AUTH_MODE: "disabled"}
@@ -83,13 +88,13 @@ def check_machine(resources: ResourcesSection) -> None:
     for name, most in {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}.items():
         if wanted.get(name, 0) > most:
             raise UserError(
-                f"resources.{resources.key_of(name)}: one trial requests {wanted[name]:g}, this "
-                f"machine has {most}"
+                f"resources.{resources.key_of(name)}: one trial requests {wanted[name]:g}, but "
+                f"this machine has {most}"
             )
 
 
 def check_listening(address: str) -> None:
-    """Check that a process listens at the address, for which Ray would wait indefinitely.
+    """Check that a process listens at the address; without one, Ray would wait indefinitely.
 
     Raises:
         UserError: no process accepts connections there.
@@ -131,6 +136,8 @@ def ray_cluster(
 ) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine; shut down or disconnect on exit.
 
+    If this process is already connected, keep that connection and leave it open.
+
     Args:
         address: address of the cluster; None starts a local cluster.
         resources: resources of one trial.
@@ -158,7 +165,7 @@ def ray_cluster(
 
 @contextmanager
 def _auth_mode(address: str | None) -> Iterator[None]:
-    """Connect with a token only if the cluster requires one, and restore the mode on exit.
+    """Make Ray send a token only if the cluster requires one; restore the mode on exit.
 
     `ray.init` without an address sets the mode for the rest of the process, which could then no
     longer connect to a cluster that requires no token.
@@ -242,7 +249,7 @@ def _start(options: dict[str, Any], address: str | None) -> None:
 
 
 def _trainable(config: dict[str, Any], task: Any = None, work: Any = None) -> None:
-    """Execute one job in a Tune worker, up to its committed record."""
+    """Execute one job in a Tune worker and report its outcome to Tune."""
     from ray import tune
 
     from nipq_search.search.worker.worker import execute
@@ -272,7 +279,7 @@ class TuneExecutor:
             tick: called at most every 0.5 s, after an iteration of Tune's event loop.
 
         Raises:
-            BaseException: an error that the coordinator raised at the end of a job.
+            BaseException: an error that the coordinator raised when a job ended.
         """
         from ray import tune
         from ray.tune import FailureConfig, RunConfig, TuneConfig

@@ -1,4 +1,4 @@
-"""Callback objects for Ray Tune. None of them exposes its state to pickling."""
+"""Callback objects for Ray Tune, which are pickled without their state."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind
 from nipq_search.search.worker import failures
 
 _RECORD_VISIBILITY_SECONDS = 90.0
-"""Time until another node's write must be visible; NFS delays it by up to a minute."""
+"""Time limit for another node's write to become visible; NFS may delay it by a minute."""
 
 
 def _is_visible(job: Job) -> bool:
-    """Whether the record that a worker has committed can be read on this machine."""
+    """Wait for a record that a worker has committed; return whether it can be read here.
+
+    For a test job, do not wait: it suffices that one of its attempts is visible.
+    """
     limit = time.monotonic() + _RECORD_VISIBILITY_SECONDS
     while jobs.committed(job.folder) is None:
         if job.kind == "test" or time.monotonic() > limit:
@@ -38,7 +41,7 @@ class JobSearcher(Searcher):
     state, because it is never restored and the state may contain secrets.
 
     Attributes:
-        problem: the first error that the coordinator raised at the end of a job, or None.
+        problem: the first error that the coordinator raised when a job ended, or None.
     """
 
     def __init__(self, coordinator: Coordinator) -> None:
@@ -51,6 +54,7 @@ class JobSearcher(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return an empty state for pickling."""
+        # `_metric` and `_mode` are private attributes of Ray's Searcher (Ray 2.60).
         return {
             "_metric": None,
             "_mode": None,
@@ -61,7 +65,7 @@ class JobSearcher(Searcher):
         }
 
     def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
-        """Accept all properties that Tune sets."""
+        """Accept all properties that Tune sets, and ignore them."""
         return True
 
     def suggest(self, trial_id: str) -> Any:
@@ -78,7 +82,7 @@ class JobSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Report the end of a job to the coordinator, which reads the result from its record.
+        """Report the end of a job to the coordinator, which reads its record.
 
         A job whose process died before an attempt began is reopened a limited number of times.
         Tune swallows exceptions raised here, so the first one is stored in `problem`.
@@ -116,7 +120,7 @@ class JobSearcher(Searcher):
             raise
 
     def _count(self, job: Job, cause: str | None = None) -> None:
-        """Count consecutive deaths of a job's process before an attempt began."""
+        """Count a job's consecutive failed starts, except those caused by the death of a node."""
         begun, failed_starts = self._failed_starts.get(job.name, (0, 0))
         now = len(jobs.attempts(job.folder))
         if now > begun:
@@ -127,8 +131,8 @@ class JobSearcher(Searcher):
     def on_process_restart(self, trial: Any) -> None:
         """Record why a process died, before Tune restarts it.
 
-        The worker limits a job's attempts by the causes of their failures. Only processes that
-        die before an attempt begins are counted here.
+        The worker limits a job's attempts, depending on why they failed. Only processes that die
+        before an attempt begins are counted here.
         """
         job = self._jobs.get(trial.trial_id)
         if job is None:
@@ -149,7 +153,7 @@ class JobSearcher(Searcher):
 
 
 class Ticker(Callback):
-    """Calls `tick` periodically and reports restarts of processes.
+    """Calls `tick` periodically, and notifies the searcher before a process is restarted.
 
     `tick` is called at most every 0.5 s, after an iteration of Tune's event loop.
 
@@ -192,7 +196,7 @@ class Ticker(Callback):
             info: unused.
 
         Raises:
-            BaseException: an error that the coordinator raised at the end of a job.
+            BaseException: an error that the coordinator raised when a job ended.
         """
         self.busy = any(trial.status == "RUNNING" for trial in trials)
         if self._searcher is not None and self._searcher.problem is not None:
@@ -207,7 +211,7 @@ class Ticker(Callback):
 
 
 class StopWhenIdle(Stopper):
-    """Ends a stopping sweep once no job runs; pending trials could wait for a node forever.
+    """Ends a stopping sweep once no job is running; pending trials might never get a node.
 
     Args:
         coordinator: reports whether the sweep is stopping.
@@ -224,7 +228,7 @@ class StopWhenIdle(Stopper):
         return {"_coordinator": None, "_ticker": None}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return False: single trials are never stopped."""
+        """Return False: individual trials are never stopped."""
         return False
 
     def stop_all(self) -> bool:

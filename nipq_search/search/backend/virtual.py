@@ -1,7 +1,7 @@
 """An executor that runs jobs in the current process, sequentially in virtual time.
 
 Used to simulate large sweeps, and to run sweeps without Ray. It behaves like `TuneExecutor`;
-`tests/search/backend/test_executors.py` checks both against the same suite.
+`tests/search/backend/test_executors.py` runs the same tests on both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`doctor`: checks of the installation and of the requirements of a sweep file."""
+"""`doctor`: checks the installation and everything that a sweep file requires."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ PACKAGES = (
 def doctor(
     config: SweepConfig | None = None, address: str | None = None, out: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Run every check. Failures are reported in the result; no check raises.
+    """Run every check and report failures in the result instead of raising them.
 
     Args:
-        config: a sweep configuration whose data, budgets and checkpoint storage to check.
-        address: address of a Ray cluster whose nodes to check.
-        out: the folder that these nodes must share; default the current folder.
+        config: if given, also check the data, budgets and checkpoint storage of this sweep.
+        address: if given, also check every node of the Ray cluster at this address.
+        out: the folder that all nodes must share; default the current folder.
 
     Returns:
         `{"check", "ok", "detail", "fix"}` per check; `fix` is None if the check passed.
@@ -112,7 +112,7 @@ def _disk() -> str:
         file.flush()
     free = shutil.disk_usage(Path.cwd()).free
     if free < 1 << 30:
-        raise UserError(f"only {free >> 20} MB free here; free up space or set another --out")
+        raise UserError(f"only {free >> 20} MB free here; free up space or choose another --out")
     return f"{free >> 30} GB free in {Path.cwd()}"
 
 
@@ -127,7 +127,7 @@ def _storage() -> str:
     from nipq_search.search.study.storage import close_storage, open_storage, storage_url
 
     if storage_url() is None:
-        return "a file in the sweep's folder (set NIPQ_STORAGE_URL for a server)"
+        return "a file in the sweep's folder (set NIPQ_STORAGE_URL to use a server)"
     close_storage(open_storage(Path.cwd()))
     return "the server at NIPQ_STORAGE_URL responds"
 
@@ -137,7 +137,7 @@ def _tracking() -> str:
 
     uri = given_uri()
     if uri is None:
-        return "a file in the sweep's folder (set MLFLOW_TRACKING_URI for a server)"
+        return "a file in the sweep's folder (set MLFLOW_TRACKING_URI to use a server)"
     try:
         open_client(uri).search_experiments(max_results=1)
     except Exception as error:
@@ -152,7 +152,8 @@ def _plugins() -> str:
     from nipq_search.search.config.plugins import FAMILIES, installed_plugins
 
     if clashes := [line for registry in FAMILIES.values() for line in registry.clashes()]:
-        raise UserError(f"{'; '.join(clashes)}: rename the entry points, or uninstall a package")
+        fix = "rename the entry points, or uninstall one of the packages"
+        raise UserError(f"{'; '.join(clashes)}: {fix}")
     found = [f"{entry} ({plugin})" for entry, plugin in installed_plugins()]
     return ", ".join(found) or "none installed"
 

@@ -21,7 +21,7 @@ from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.config.sweep_config import SweepConfig
 
 SAME_VERSION = ("torch", "ray", "numpy", "scipy")
-"""Packages whose versions must be equal: results and Ray's serialization depend on them."""
+"""Packages whose versions must match: results and Ray's serialization depend on them."""
 
 _NODE_TIMEOUT_SECONDS = 120.0
 
@@ -38,14 +38,15 @@ def inspect_node(
 
     Args:
         folder: the shared folder.
-        token: name and content of a file there that the driver wrote; the node adds another one.
-        task: the task whose data to read, or None.
+        token: name and content of a file that the driver wrote to this folder; this function
+            adds another file.
+        task: the task whose data are loaded, or None.
         arguments: keyword arguments of the task.
         home: URI of the storage for models and checkpoints, or None.
         plugins: `package version` of the sweep's plug-ins, by entry.
 
     Returns:
-        Host name, versions, devices, digest of the data, and error messages.
+        The host name, the versions, the devices, the digest of the data, and any error messages.
     """
     import torch
 
@@ -100,11 +101,11 @@ def differences(node: Mapping[str, Any], own: Mapping[str, Any], folder: str) ->
     """
     wrong = []
     if node["python"].rpartition(".")[0] != own["python"].rpartition(".")[0]:
-        wrong.append(f"Python {node['python']}, here {own['python']}: install the same")
+        wrong.append(f"Python {node['python']}, here {own['python']}: install the same version")
     for name in SAME_VERSION:
         there, here = node["versions"].get(name), own["versions"].get(name)
         if there != here:
-            wrong.append(f"{name} {there}, here {here}: install the same")
+            wrong.append(f"{name} {there}, here {here}: install the same version")
     wrong += node["plugins"]
     if not node["read"]:
         reason = f" ({node['error']})" if node.get("error") else ""
@@ -123,11 +124,11 @@ def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[
 
     Args:
         address: address of the cluster, `auto` or HOST:PORT.
-        folder: existing folder for sweeps that the nodes must share.
+        folder: existing folder for sweeps, which all nodes must share.
         config: a sweep configuration whose data every node must have, or None.
 
     Returns:
-        One check per node, in the format of `doctor`.
+        One result per node, in the format of `doctor`.
 
     Raises:
         UserError: no cluster is reachable, or the folder is not writable on this machine.

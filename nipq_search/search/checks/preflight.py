@@ -17,7 +17,7 @@ from nipq_search.tracking.server import tracking_uri
 
 _IGNORED_FILES = {"driver.lock", "stop.request"}
 _UNFINISHED = (f".{FACTS_FILE}.", f".{SWEEP_FILE}.")
-"""Prefixes of temporary files that remain after a kill; see `file_io.write_bytes`."""
+"""Prefixes of temporary files that a killed process leaves; see `file_io.write_bytes`."""
 
 
 def _sweep_name(out: Path) -> str | None:
@@ -56,7 +56,7 @@ def check_databases(out: Path) -> None:
     """Check that no SQLite database of the sweep is in memory or on a network file system.
 
     Raises:
-        UserError: a database is; the message names the variable that selects another one.
+        UserError: a database is in one of these places; the message names the variable to set.
     """
     wanted = [("NIPQ_STORAGE_URL", storage_url() or "", DATABASE)]
     wanted += [("MLFLOW_TRACKING_URI", tracking_uri(out), "mlflow.db")]
@@ -73,7 +73,7 @@ def check_databases(out: Path) -> None:
         if file is not None and (kind := file_io.network_file_system(file)):
             raise UserError(
                 f"{file}: SQLite on a network file system ({kind}) can lose data; set {variable} "
-                "to a database server, such as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, "
+                "to a server's URL, such as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, "
                 "or choose a local --out"
             )
 
@@ -89,8 +89,8 @@ def check_checkpoints(home: str | None) -> None:
             blobs.probe(home)
     except OSError as error:
         raise UserError(
-            f"checkpoints: {error.strerror or error}; check the URI, the keys in the environment "
-            "and that the object store responds"
+            f"checkpoints: {error.strerror or error}; check the URI and the keys in the "
+            "environment, and that the object store responds"
         ) from error
 
 
@@ -98,8 +98,8 @@ def load_task(config: SweepConfig) -> Task:
     """Create the sweep's task and load its data.
 
     Raises:
-        UserError: the task or its data cannot be loaded, or the task does not support
-            `train.distill`.
+        UserError: the task or its data cannot be loaded, or `train.distill` is set but
+            the task does not support it.
     """
     task = make_task(config.task, config.task_args)
     load_data(task)

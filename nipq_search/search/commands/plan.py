@@ -25,7 +25,7 @@ from nipq_search.train.starts.start import bits_at_budget
 
 
 def plan(config: SweepConfig) -> dict[str, Any]:
-    """Build the document of `plan --json`.
+    """Return the document that `plan --json` prints.
 
     Raises:
         UserError: the configuration would prevent a run from starting.
@@ -76,7 +76,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
 
 
 def _data(task: Any) -> dict[str, Any]:
-    """Return the name, the number of classes (None without classes) and the split sizes."""
+    """Return the data set's name, number of classes (None without classes) and split sizes."""
     known = dataset(task)
     classes = known.get("classes")
     count = classes if classes is None or isinstance(classes, int) else len(classes)
@@ -84,7 +84,7 @@ def _data(task: Any) -> dict[str, Any]:
 
 
 def _samples(config: SweepConfig, task: Any, graph: Graph) -> int:
-    """Return the number of training samples that the sweep would process without failures."""
+    """Return the number of training samples that a sweep without failures would process."""
     size: int | None = dataset(task)["splits"].get("train")
     if size is None:
         size = steps_in(task.loader("train", config.train.batch_size, 0)) * config.train.batch_size
@@ -122,6 +122,6 @@ def _noise_steps(config: SweepConfig, task: Any) -> int:
 
 
 def _disk(config: SweepConfig, float_bytes: float) -> int:
-    """Estimate the final size on disk in bytes: a float model and records per training run."""
+    """Estimate the final disk usage in bytes, assuming models as large as the float model."""
     runs = 1 + config.search.trials + len(config.search.baselines)
     return round(runs * (1.1 * float_bytes + 50_000) + 10_000_000)

@@ -1,4 +1,4 @@
-"""`replay`: rerun a trial from its record and compare the results."""
+"""`replay`: reruns a trial from its record and compares the results."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ COMPARED = ("model_sha256", "metrics", "cost", "bits", "steps")
 """Entries of a record that a replay must reproduce."""
 
 WEIGHTS_TOLERANCE = 1e-3
-"""Allowed relative error of a tensor of the model, in the Euclidean norm, if bits may differ."""
+"""Allowed relative error of a tensor, in the Euclidean norm, unless the bits must be equal."""
 
 METRICS_TOLERANCE = 1e-2
-"""Allowed relative error of a metric if bits may differ."""
+"""Allowed relative error of a metric, unless the bits must be equal."""
 
 _NO_PAUSE = 1 << 30
 """A rung that no trial reaches, so that the replay trains without pausing."""
@@ -45,23 +45,24 @@ _NO_PAUSE = 1 << 30
 def replay(
     sweep: Sweep, trial: int, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Rerun a finished trial with the params, budget, parent, seed and threads of its record.
+    """Rerun a finished trial with the params, budget, parent, seed and thread count of its record.
 
-    The comparison is bit by bit if this machine matches the record's provenance (versions and CPU
-    capability). Otherwise, and for records without provenance, models and metrics are compared
+    The results must be bit-identical if this machine matches the record's provenance (versions and
+    CPU capability). Otherwise, and for records without provenance, models and metrics are compared
     within `WEIGHTS_TOLERANCE` and `METRICS_TOLERANCE`. The sweep's folder is not modified.
 
     Args:
         sweep: the sweep.
         trial: number of a COMPLETE trial.
-        report: receives a line after every epoch, and one if bits may differ.
+        report: receives a line after every epoch, and one line if a tolerance applies.
 
     Returns:
-        The document of `replay --json`: `equal` is true if the results agree; `differences` lists
-        the name, recorded and replayed value of each entry that differs.
+        The document that `replay --json` prints: `equal` is true if the results agree;
+        `differences` lists the name, recorded value and replayed value of each entry that differs.
 
     Raises:
-        UserError: the trial has no record, or a model that it started from is missing.
+        UserError: the trial is not COMPLETE, or its record or a model that it started from is
+            missing.
     """
     record = _record(sweep, trial)
     config = parse_config(dict(sweep.config))
@@ -107,9 +108,9 @@ def _train_again(
     """Train a trial again; return its results, normalized like a record, and its model's tensors.
 
     Args:
-        config: the sweep.
+        config: the sweep configuration.
         job: the trial's job.
-        record: its record, for threads and workers.
+        record: the trial's record, which determines the number of threads and processes.
         task: the sweep's task.
         report: receives a line after every epoch.
     """
@@ -147,7 +148,7 @@ def _record(sweep: Sweep, trial: int) -> dict[str, Any]:
 
 
 def _origin(recorded: Mapping[str, Any] | None, here: Mapping[str, Any]) -> str:
-    """Describe why the bits of a replay may differ from the record's."""
+    """Describe why a replay need not be bit-identical to the recorded trial."""
     if recorded is None:
         return "recorded without version information"
     return f"recorded with {'; '.join(provenance_changes(recorded, here))}"
@@ -169,13 +170,13 @@ def _intolerable(
     """Return the differences that exceed the tolerances.
 
     Args:
-        differences: entries of unequal values.
+        differences: entries whose values differ.
         recorded: tensors of the recorded model; None if its file was deleted, in which case
             the models are not compared.
         replayed: tensors of the replayed model.
 
     Returns:
-        The remaining entries; that of the model names the tensor with the largest relative error.
+        The remaining entries; the model's entry names the tensor with the largest relative error.
     """
     found = []
     for entry in differences:
@@ -191,7 +192,10 @@ def _intolerable(
 def _largest_error(
     recorded: Mapping[str, Tensor], replayed: Mapping[str, Tensor]
 ) -> tuple[float, str]:
-    """Return the largest relative error of a tensor in the Euclidean norm, and its name."""
+    """Return the largest relative error of a tensor, in the Euclidean norm, and the tensor's name.
+
+    The error is 1 for a tensor that is missing, has a different shape or is not finite.
+    """
     errors = {}
     for name in [*recorded, *(name for name in replayed if name not in recorded)]:
         before, now = recorded.get(name), replayed.get(name)

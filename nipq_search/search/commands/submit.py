@@ -1,4 +1,4 @@
-"""`submit`: run a sweep as a Ray job, whose driver runs on the cluster's head node."""
+"""`submit`: runs a sweep as a Ray job, whose driver runs on the cluster's head node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.jobs import SWEEP_FILE
 
 _SUBMIT_TIMEOUT_SECONDS = 60.0
-"""Time during which a head that has just started may refuse jobs."""
+"""Time for which to retry, because a head that has just started may refuse jobs."""
 
 
 def command_of(name: str, out: str | None, overrides: Sequence[str], trials: int | None) -> str:
@@ -34,7 +34,7 @@ def command_of(name: str, out: str | None, overrides: Sequence[str], trials: int
     Returns:
         The command line, quoted for a POSIX shell.
     """
-    # The head's shell expands the tilde to the home folder of the user there.
+    # The shell on the head expands the tilde to the home folder of its own user.
     folder = out or f"~/runs/{name}"
     if folder.startswith("~/"):  # a quoted tilde would not be expanded
         folder = "/".join(["~", *map(shlex.quote, folder.removeprefix("~/").split("/"))])
@@ -94,7 +94,10 @@ def submit(
     if out is not None and not out.startswith(("/", "~/")):
         raise UserError(f"--out {out}: give an absolute folder on the head, or one below ~/")
     if not can_ship_code():
-        raise UserError("submit: requires Ray's job client: python -m pip install 'ray[default]'")
+        raise UserError(
+            "submit: Ray's job client is missing; install it with: "
+            "python -m pip install 'ray[default]'"
+        )
     quiet_environment()
     if token_exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -120,7 +123,7 @@ def submit(
 
 
 def _send(client: Any, job: Mapping[str, Any]) -> str:
-    """Submit a job, retrying while a head that has just started refuses it."""
+    """Submit a job; retry as long as a head that has just started refuses it."""
     limit = time.monotonic() + _SUBMIT_TIMEOUT_SECONDS
     while True:
         try:

@@ -46,18 +46,18 @@ class ResolvedBudget:
 
 
 def budget_label(entry: Mapping[str, object]) -> str:
-    """Return a readable name of a budget."""
+    """Return a readable name for a budget, such as `bops: uniform 4`."""
     return ", ".join(f"{cost}: {target}" for cost, target in entry.items())
 
 
 def check_budget(entry: Mapping[str, float | int | str]) -> None:
-    """Check the form of one budget.
+    """Check the notation of one budget, without computing its targets.
 
     Raises:
         UserError: a cost is unknown or a target is malformed.
     """
     if not entry:
-        raise UserError("budgets: an entry is empty; write for example {bops: uniform 4}")
+        raise UserError("budgets: an entry is empty; write, for example, {bops: uniform 4}")
     for cost, target in entry.items():
         try:
             get_cost(cost)
@@ -67,7 +67,7 @@ def check_budget(entry: Mapping[str, float | int | str]) -> None:
 
 
 def _parse_target(cost: str, target: float | int | str) -> tuple[_TargetForm, float]:
-    """Return the form and the number of a target."""
+    """Return the notation of a target, and the number in it."""
     form, value = _TargetForm.NUMBER, target
     if isinstance(target, str):
         if found := _UNIFORM.match(target.strip()):
@@ -84,7 +84,7 @@ def _parse_target(cost: str, target: float | int | str) -> tuple[_TargetForm, fl
                 ) from None
     number = float(value)
     if isinstance(target, bool) or not 0 < number < float("inf"):
-        raise UserError(f"budgets.{cost}: {target!r} is not above 0")
+        raise UserError(f"budgets.{cost}: {target!r} is not allowed; use a number above 0")
     if form is _TargetForm.UNIFORM and not 1 <= number <= 16:
         raise UserError(f"budgets.{cost}: {target!r}: use 1 to 16 bits")
     return form, number

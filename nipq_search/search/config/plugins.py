@@ -19,11 +19,11 @@ from nipq_search.tasks import TASKS
 FAMILIES: Mapping[str, Registry[Any]] = {
     registry.kind: registry for registry in (QUANTIZERS, COSTS, TASKS, STRATEGIES, SAMPLERS)
 }
-"""Registries that other packages can extend, by the singular noun for their entries."""
+"""Registries that other packages can extend, by the kind of their entries, such as `sampler`."""
 
 
 def plugin_versions(entries: Iterable[str]) -> dict[str, str]:
-    """Return package and version of each entry that a plug-in provides; omit built-in entries.
+    """Return the package and version of each entry that a plug-in provides; omit built-in ones.
 
     Raises:
         UserError: an entry is unknown, or several packages provide it.
@@ -37,7 +37,7 @@ def plugin_versions(entries: Iterable[str]) -> dict[str, str]:
 
 
 def plugin_mismatches(wanted: Mapping[str, str]) -> list[str]:
-    """Return one line, with its fix, per package that is missing here or has another version.
+    """Return one line, with the fix, per package that is missing or has a different version here.
 
     Args:
         wanted: `package version` by entry, as `plugin_versions` returns it.
@@ -52,10 +52,10 @@ def check_installed(wanted: Mapping[Any, Any]) -> None:
     """Check that the plug-ins that a sweep was recorded with are installed, in any version.
 
     Args:
-        wanted: the section `plugins` of a sweep file; its types need not be checked yet.
+        wanted: the `plugins` section of a sweep file, possibly with entries of invalid types.
 
     Raises:
-        UserError: one is missing; names the package and how to install it.
+        UserError: one is missing; the message names the package and how to install it.
     """
     for entry, package in wanted.items():
         family, _, name = str(entry).partition(".")
@@ -69,20 +69,20 @@ def check_installed(wanted: Mapping[Any, Any]) -> None:
 def plugin_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return one line per package whose version differs between two runs of a sweep.
 
-    Entries that only one of the runs used are left out.
+    Entries that only one of the runs used are omitted.
     """
     return [f"{old} -> {new} ({labels})" for old, new, labels in _changed(before, now)]
 
 
 def installed_plugins() -> Iterator[tuple[str, Plugin]]:
-    """Yield every entry that an installed package provides, with its plug-in; imports none."""
+    """Yield every entry that an installed package provides, with its plug-in, importing none."""
     for family, registry in FAMILIES.items():
         for plugin in registry.plugins():
             yield f"{family}.{plugin.name}", plugin
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Yield each pair of unequal packages with the entries that they provide."""
+    """Yield the old package, the new one and the entries they provide, per changed package."""
     entries: dict[tuple[str, str], list[str]] = {}
     for entry in before.keys() & now.keys():
         if before[entry] != now[entry]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    """Section of a sweep file: immutable, unknown keys rejected."""
+    """A section of a sweep file, which is immutable and rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -21,12 +21,12 @@ class ResourcesSection(Section):
         gpus: GPUs per trial. A fraction shares one GPU; with more than one, each GPU has its own
             data-parallel process.
         workers: number of data-parallel processes when training on CPUs.
-        memory_gb: main memory that a trial reserves, in units of 1e9 bytes; limits the number of
-            concurrent trials per node.
+        memory_gb: main memory that a trial reserves, in units of 1e9 bytes; this limits the number
+            of concurrent trials per node.
         custom: amounts of Ray custom resources, for heterogeneous clusters.
-        concurrent: maximum number of concurrent trials; default as many as fit on the cluster.
+        concurrent: maximum number of concurrent trials; by default, as many as fit on the cluster.
         autoscale: whether the cluster adds nodes while trials wait. All `concurrent` trials are
-            requested immediately, even if no node is available yet.
+            then requested immediately, even if no node is available yet.
     """
 
     cpus: int = Field(default=1, ge=1)
@@ -40,7 +40,9 @@ class ResourcesSection(Section):
     @model_validator(mode="after")
     def _check(self) -> ResourcesSection:
         if self.autoscale and self.concurrent is None:
-            raise ValueError("concurrent: set the number of trials `autoscale` may add nodes for")
+            raise ValueError(
+                "concurrent: required with `autoscale`; set the number of trials to add nodes for"
+            )
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError("gpus: values above 1 must be whole numbers")
         if self.workers > 1 and self.gpus:
@@ -75,11 +77,13 @@ class LimitsSection(Section):
     """Limits of a sweep.
 
     Attributes:
-        hours: wall time of one `run`; running trials are then interrupted and can be resumed.
-        samples: total number of training samples; once reached, no further trial starts.
-        trial_minutes: wall time of one attempt. A trial that exceeds it is killed, retried once
-            and then marked as failed.
-        max_failures: maximum number of attempts of a trial whose process dies.
+        hours: maximum wall time of one `run`, in hours; when it is reached, running trials are
+            interrupted and can be resumed.
+        samples: total number of training samples; once it is reached, no further trial starts.
+        trial_minutes: maximum wall time of one attempt, in minutes. A trial that exceeds it is
+            killed, retried once and then marked as failed.
+        max_failures: number of times the process of a trial may die in one run before the trial
+            fails.
     """
 
     hours: float | None = Field(default=None, gt=0)

@@ -11,7 +11,7 @@ from nipq_search.search.config.sweep_config import SweepConfig, parse_config
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List every leaf in which two documents differ.
+    """List every value in which two nested documents differ.
 
     Args:
         old: a nested mapping of plain types.
@@ -33,10 +33,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
-    """Check that a configuration may resume a sweep that began with another one.
+    """Check that a configuration may resume a sweep that began with a different one.
 
-    Added budgets, other versions of plug-ins, and changes of `search.trials`, `resources` and
-    `limits` are allowed.
+    Additional budgets, different versions of plug-ins, and changes to `search.trials`,
+    `resources` and `limits` are allowed.
 
     Raises:
         UserError: anything else differs; the message lists the differences.

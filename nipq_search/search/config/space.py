@@ -46,7 +46,7 @@ def check_space(space: Mapping[Any, Any]) -> None:
 
 
 def ends(distribution: BaseDistribution) -> list[Any]:
-    """Return both bounds of a distribution, or all its choices."""
+    """Return both bounds of a distribution, or all of its choices."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
@@ -100,6 +100,6 @@ def bits_space(graph: Graph) -> dict[str, BaseDistribution]:
 
 
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Split a trial's parameters into hyperparameters and bit-widths by unit."""
+    """Split a trial's parameters into hyperparameters, and bit-widths by unit."""
     bits = {k.removeprefix(BITS): float(v) for k, v in params.items() if k.startswith(BITS)}
     return {k: v for k, v in params.items() if not k.startswith(BITS)}, bits

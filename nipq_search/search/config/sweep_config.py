@@ -1,4 +1,4 @@
-"""The sweep file: its sections, and loading with a one-line error for any invalid entry."""
+"""The sweep file: its sections, and its loading with a one-line error for any invalid entry."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class SearchSection(Section):
         strategy: how budgets are assigned to trials.
         sampler: Optuna sampler that proposes hyperparameters.
         trials: total number of trials over all runs of the sweep.
-        space: range by hyperparameter: `{log: [a, b]}`, `{uniform: [a, b]}`, `{int: [a, b]}` or
-            `{choice: [...]}`.
-        bits: whether the sampler also proposes the bit-width of every tensor that a trial starts
-            from.
-        front_cost: cost of the Pareto front; default the first cost of the first budget.
-        reference: metric value of the hypervolume's reference point; default 0.8 times the
-            metric of the float model.
+        space: range or choices by hyperparameter: `{log: [a, b]}`, `{uniform: [a, b]}`,
+            `{int: [a, b]}` or `{choice: [...]}`.
+        bits: whether the sampler also proposes the bit-widths with which a trial starts.
+        front_cost: name of the Pareto front's cost; by default, the first cost of the first
+            budget.
+        reference: metric value of the hypervolume's reference point; by default, 0.8 times the
+            metric of the float model, or 1.25 times if the metric is minimized.
         baselines: bit-widths of the uniform LSQ models that are trained for comparison.
     """
 
@@ -96,8 +96,8 @@ class SweepConfig(Section):
         search: search space and search algorithm.
         resources: resources of one trial.
         limits: when to stop.
-        checkpoints: URI of a file system for models and checkpoints, such as `s3://BUCKET/FOLDER`;
-            None stores them in the sweep's folder.
+        checkpoints: URI of the folder that stores models and checkpoints, such as
+            `s3://BUCKET/FOLDER`; None stores them in the sweep's folder.
         plugins: `package version` of every plug-in in use, by `<family>.<name>`. `run` writes it;
             it is not part of the sweep's identity.
 
@@ -148,7 +148,7 @@ class SweepConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _plugins(cls, document: Any) -> Any:
-        """Name the package of a missing plug-in before its name is reported as unknown."""
+        """Report a missing plug-in with its package, before its name is reported as unknown."""
         wanted = document.get("plugins") if isinstance(document, dict) else None
         if isinstance(wanted, dict):
             check_installed(wanted)
@@ -166,7 +166,7 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _one_start(self) -> SweepConfig:
-        """Reject a second source of initial bit-widths next to `search.bits`."""
+        """Reject a second source of initial bit-widths besides `search.bits`."""
         if self.search.bits and (self.train.start != "budget" or "start" in self.search.space):
             raise ValueError(
                 "search.bits: trials start at the bit-widths that the sampler proposes; leave "
@@ -182,7 +182,7 @@ class SweepConfig(Section):
 
     @property
     def front_cost(self) -> str:
-        """Name of the cost of the Pareto front."""
+        """Name of the Pareto front's cost."""
         return self.search.front_cost or next(iter(self.budgets[0]))
 
     @property

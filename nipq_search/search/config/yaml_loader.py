@@ -16,7 +16,7 @@ class _Loader(yaml.SafeLoader):
     """YAML loader that parses `1e-3` as a number and rejects duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Reject duplicate keys, of which PyYAML would silently keep the last."""
+        """Construct a mapping; duplicate keys, of which PyYAML would keep the last, are errors."""
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == _MERGE:
@@ -56,6 +56,6 @@ def parse_yaml(text: str, source: str) -> Any:
         reason = getattr(error, "problem", None) or "not valid YAML"
         raise UserError(f"{source}:{place} {reason}") from error
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        # Values that resemble dates or numbers but are malformed, and excessive nesting.
+        # Malformed values that resemble dates or numbers, or excessive nesting.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source}: not valid YAML ({reason})") from error

@@ -1,6 +1,7 @@
 """The order of jobs, and what a finished job means for the study. Starts no processes.
 
-Start reading in `coordinator.py`. `trials.py` starts and ends trials, and `history.py` is the
-strategy's view of them. `resolved.py` computes what a configuration implies before training: the
-graph, absolute budgets and axes. Imports `jobs`, `strategies`, `config` and `study`.
+Start reading in `coordinator.py`. `trials.py` starts and ends trials, and `history.py` presents
+them to the strategy. `resolved.py` derives the graph, the absolute budgets and the bounds of the
+front's axis from a configuration, before any training. Imports `jobs`, `strategies`, `config` and
+`study`.
 """

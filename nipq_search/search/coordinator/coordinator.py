@@ -1,8 +1,8 @@
 """The order of jobs: float model, sensitivity scores, baselines, trials, test split.
 
 The coordinator derives the next job from the ledger and the folders of finished jobs, and enters
-finished jobs into the ledger. It uses no clock, processes or Ray, so any executor can drive it. A
-coordinator created after a crash continues where the previous one stopped.
+finished jobs into the ledger. It uses neither a clock nor processes nor Ray, so any executor can
+drive it. A coordinator created after a crash continues where the previous one stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nipq_search.search.study.ledger import Ledger
 from nipq_search.train.loop import seed_for
 
 _SALTS = {"float": 2, "baseline": 3, "trial": 4, "test": 5, SCORES: 6}
-"""Give the jobs of each kind seeds of their own."""
+"""Salts that give the jobs of each kind their own seeds."""
 
 _STAGES = (
     ("float", "float model"),
@@ -37,7 +37,7 @@ _STAGES = (
 
 
 class Verdict(enum.Enum):
-    """Action of an executor if there is no next job."""
+    """What an executor does if there is no next job."""
 
     WAIT = "wait"
     DONE = "done"
@@ -52,7 +52,7 @@ class Coordinator:
         ledger: the study.
         out: absolute path of the sweep's folder.
         run: token of this driver's run.
-        limit_reached: whether a limit forbids new trials; called before each proposal.
+        limit_reached: returns whether a limit forbids new trials; called before each proposal.
         on_finished: called with each job after its result has been entered into the ledger.
 
     Attributes:
@@ -78,7 +78,7 @@ class Coordinator:
         self.limit_reached, self.on_finished = limit_reached, on_finished
         self.document = config.as_json()
         if (file := self.document["float"]["checkpoint"]) is not None:
-            # Ray's workers have a working directory of their own.
+            # Ray workers run in a different working directory.
             self.document["float"]["checkpoint"] = str(Path(file).expanduser().absolute())
         self.running: dict[str, Job] = {}
         self.stopping = False
@@ -101,11 +101,11 @@ class Coordinator:
         self._check_scores(committed(job_folder(self.out, SCORES, 0)))
 
     def stop(self) -> None:
-        """Start no further job; running jobs save their state and stay open in the ledger."""
+        """Start no further jobs; running jobs save their state and stay open in the ledger."""
         self.stopping = True
 
     def halt(self, reason: str) -> None:
-        """Start no further job because the machine is unfit; open trials stay open."""
+        """Start no further jobs, because they could not succeed here; open trials stay open."""
         self.failure = self.failure or reason
 
     @property
@@ -128,14 +128,14 @@ class Coordinator:
         return not self._tested and self._test_job() is not None
 
     def open_trials(self) -> int:
-        """Return how many trials remain, counting enqueued ones."""
+        """Return how many trials remain, including enqueued ones."""
         return self.trials.remaining()
 
     def next_job(self) -> Job | Verdict:
-        """Return the next job, or what to do without one."""
+        """Return the next job, or what to do if there is none."""
         if self.stopping or self.failure:
             return Verdict.DONE
-        if "float" in self.running:  # even if its record exists, which may be a failure
+        if "float" in self.running:  # even if its record exists: it may be a failure
             return Verdict.WAIT
         if self._state("float", 0) is None:
             return self._start(self._job("float", 0))
@@ -211,7 +211,7 @@ class Coordinator:
             )
 
     def _before_trials(self) -> list[tuple[str, int]]:
-        """Return kind and number of the jobs between the float model and the trials."""
+        """Return the kinds and numbers of the jobs between the float model and the trials."""
         scores = [(SCORES, 0)] if self.config.needs_scores else []
         return scores + [("baseline", bits) for bits in self.config.search.baselines]
 
@@ -238,7 +238,7 @@ class Coordinator:
         )
 
     def _test_job(self) -> Job | None:
-        """Return a job that evaluates all models of the results that lack test metrics."""
+        """Return a job that evaluates every reported model without test metrics, or None."""
         subjects = [self._job("float", 0)]
         subjects += [
             self._job("baseline", bits)

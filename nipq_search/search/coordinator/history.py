@@ -25,7 +25,7 @@ FREE_FAILURES = 2
 """Number of failed trials per budget that do not count toward it; further ones do."""
 
 MAX_FINISHED = 500
-"""Number of newest finished trials that a strategy receives in addition to the front.
+"""A strategy receives this many of the newest finished trials, in addition to the front.
 
 Without a limit, each decision would take longer than the one before.
 """
@@ -73,7 +73,7 @@ class TrialHistory:
         """Add the newly finished trials.
 
         Args:
-            trials: all trials of the study, by number.
+            trials: all trials of the study, ordered by number.
 
         Returns:
             The trials that have not finished.
@@ -120,7 +120,7 @@ class TrialHistory:
         self._front = [rivals[number] for number in sorted(non_dominated(points, "max"))]
 
     def recent(self) -> list[FinishedTrial]:
-        """Return the newest `MAX_FINISHED` finished trials, and of the others the front."""
+        """Return the newest `MAX_FINISHED` finished trials, plus any others on the front."""
         newest = self._finished[-MAX_FINISHED:]
         return [*(t for t in self._front if t.number < newest[0].number), *newest]
 
@@ -152,7 +152,7 @@ class TrialHistory:
         )
 
     def _axes(self) -> Axes | None:
-        """Return the rectangle of the hypervolume, or None without a float model."""
+        """Return the rectangle of the hypervolume, or None until the float model is trained."""
         resolved = self._resolved
         record = committed(job_folder(self._out, "float", 0)) or {}
         best = record.get("metrics", {}).get(resolved.metric)
@@ -170,7 +170,7 @@ class TrialHistory:
         )
 
     def ranked(self, metrics: Mapping[str, float]) -> float:
-        """Return the metric such that greater is better; a missing one is the worst."""
+        """Return the metric, negated if it is minimized; minus infinity if it is missing."""
         if self._resolved.metric not in metrics:
             return float("-inf")
         return self._sign * metrics[self._resolved.metric]

@@ -40,10 +40,10 @@ class ResolvedSweep:
         front_cost: name of the front's cost.
         metric: name of the task's metric.
         mode: direction of the metric, `max` or `min`.
-        axis: front cost of the cheapest reachable and of the uniform 8-bit model, which bound the
-            hypervolume.
-        costs: by cost name, the value of the cheapest (`least`), most expensive (`greatest`),
-            uniform 8-bit (`uniform8`) and float (`float`) model.
+        axis: front costs of the cheapest reachable model and of the uniform 8-bit model, between
+            which the hypervolume is measured.
+        costs: by cost name, the costs of the cheapest (`least`), the most expensive (`greatest`),
+            the uniform 8-bit (`uniform8`) and the float (`float`) model.
     """
 
     graph: Graph

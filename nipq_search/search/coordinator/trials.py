@@ -34,7 +34,7 @@ RUNG = "rung"
 
 
 class Trials:
-    """Starts trials and enters their results. Call `reconcile` before anything else.
+    """Starts trials and enters their results into the ledger; call `reconcile` first.
 
     Args:
         config: the sweep.
@@ -42,7 +42,7 @@ class Trials:
         ledger: the study.
         out: absolute path of the sweep's folder.
         make_job: returns a job from its kind, its number and further fields of `Job`.
-        limit_reached: whether a limit forbids new trials; called before each proposal.
+        limit_reached: returns whether a limit forbids new trials; called before each proposal.
 
     Attributes:
         open: numbers of running trials that have no process, to be resumed first.
@@ -85,7 +85,7 @@ class Trials:
         return job_folder(self.out, "trial", number)
 
     def remaining(self) -> int:
-        """Return how many trials remain, counting enqueued ones."""
+        """Return how many trials remain, including enqueued ones."""
         trials = self.ledger.trials()
         waiting = sum(t.state is TrialState.WAITING for t in trials)
         asked = len(trials) - waiting
@@ -105,7 +105,7 @@ class Trials:
             return job
 
     def ended(self, job: Job, record: Mapping[str, Any] | None) -> None:
-        """Enter the end of a trial's job; without a record the trial is paused or stays open."""
+        """Enter the result of a trial's job; without a record, the trial stays paused or open."""
         self.started.discard(job.number)
         if record is not None:
             self.tell(job.number, record)
@@ -113,7 +113,7 @@ class Trials:
             self._keep_open(self.ledger.trial(job.number))
 
     def _keep_open(self, trial: FrozenTrial) -> None:
-        """Keep a trial without a record: paused at its rung, or to be resumed."""
+        """Keep a trial without a record open: paused at its rung, or queued to be resumed."""
         if self._is_paused(trial):
             self._note_rung_metrics(trial.number)
         elif trial.number not in self.open:
@@ -151,19 +151,19 @@ class Trials:
         return self._job(asked, _targets_for(asked, assignment))
 
     def _resume(self, number: int) -> Job:
-        """Return the job of a running trial again."""
+        """Return the job that resumes a running trial."""
         before = self.ledger.trial(number)
         unfinished = self.history.update(self.ledger.trials())
         others = [t for t in unfinished if t.number != number]
         assignment = self.strategy.assign(self.history.state(others))
         asked = self.ledger.resume(number, assignment.budget, len(self.resolved.budgets))
-        if "parent" in before.user_attrs:  # noted last, so the targets are complete
+        if "parent" in before.user_attrs:  # stored last, so the targets are complete
             return self._job(asked, targets_of(before))
-        # A crash right after the proposal: decide again, from the same state.
+        # The driver crashed right after the proposal: decide again, based on the same state.
         return self._job(asked, _targets_for(asked, assignment))
 
     def _job(self, asked: Asked, targets: Mapping[str, float]) -> Job:
-        """Return the job of a trial and note what was decided.
+        """Create the job of a trial, and store the decisions about it in the ledger.
 
         Args:
             asked: the trial.
@@ -208,10 +208,10 @@ class Trials:
         return job
 
     def _parent(self, attributes: Mapping[str, Any], budget: Mapping[str, float]) -> int | None:
-        """Return the trial that a new one starts from; for a resumed trial, the noted one.
+        """Return the trial that a new one starts from; for a resumed trial, the stored one.
 
-        If the noted parent's model is gone, for example in a new folder, the trial starts over
-        from another one.
+        If the model of the stored parent is missing, for example in a new folder, the trial starts
+        over from another parent.
         """
         noted = attributes.get("parent")
         if "parent" in attributes and noted is None:
@@ -224,9 +224,9 @@ class Trials:
             parent = self.strategy.parent(budget, usable)
             if parent is None or blobs.can_be_read(model_file(self._folder(parent))):
                 return parent
-            gone.add(
-                parent
-            )  # `gc` deleted its model; it considers all trials, not the recent ones
+            # `gc` has deleted its model: it keeps the parents found among all trials, not only
+            # among the recent ones.
+            gone.add(parent)
             finished = self.history.all_but(gone)
 
     def _epochs_share(self, budget: Mapping[str, float], parent: int | None) -> float:
@@ -242,13 +242,13 @@ class Trials:
         return len(rung_records(self._folder(trial.number))) > rung < len(self.strategy.rungs)
 
     def _note_rung_metrics(self, number: int) -> None:
-        """Store what a paused trial measured where the sampler finds it."""
+        """Store the rung metrics of a paused trial as an attribute, which the sampler reads."""
         records = rung_records(self._folder(number))
         metrics = [record["metrics"].get(self.resolved.metric) for record in records]
         self.ledger.note(number, {RUNGS: metrics})
 
     def _standings(self) -> list[Standing]:
-        """Return every trial that reached a rung, from the workers' records."""
+        """Return the standing of every trial that reached a rung, from the workers' records."""
         found = []
         states = (TrialState.RUNNING, TrialState.PRUNED, TrialState.COMPLETE)
         for trial in self.ledger.trials(*states):
@@ -302,7 +302,7 @@ class Trials:
     # Results
 
     def tell(self, number: int, record: Mapping[str, Any]) -> None:
-        """Set attributes, constraint and state of a trial from its result record."""
+        """Set the attributes, the constraint and the state of a trial from its result record."""
         own = ("samples", "seconds", "attempts", "seed", "threads", "ended")
         attributes = {key: record[key] for key in own if key in record}
         reason = record.get("reason")
@@ -323,7 +323,7 @@ class Trials:
 
 
 def _targets_for(asked: Asked, assignment: Assignment) -> Mapping[str, float]:
-    """Return the assigned targets, unless the trial was enqueued or has another budget."""
+    """Return the assigned targets, or none if the trial was enqueued or has another budget."""
     if asked.enqueued or asked.budget != assignment.budget:
         return {}
     return assignment.targets

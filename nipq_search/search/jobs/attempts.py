@@ -1,9 +1,9 @@
-"""The attempts of a job: each start creates its own folder below the job's folder.
+"""The attempts of a job, each with its own folder below the job's folder.
 
 An attempt's result is final once its `result.json` is complete, with the model next to it; nothing
-is reported earlier. An attempt ends with its own `result.json`, or with one that the next attempt
+is reported earlier. An attempt is closed by its own `result.json`, or by one that the next attempt
 writes in its place when it takes the job over. Only one of the two can be created, so a process
-that resumes after it was superseded cannot change anything.
+that continues after it was superseded cannot change the result.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ def attempts(folder: Path) -> list[Path]:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Read a JSON object of an attempt; empty if it is missing, torn or not an object."""
+    """Read a JSON file of an attempt; empty if it is missing, torn or not a JSON object."""
     document = file_io.read_json(path)
     return document if isinstance(document, dict) else {}
 
 
 def _number(document: Mapping[str, Any], key: str) -> float | None:
-    """Return a value of a document if it is a finite number."""
+    """Return a value of a document if it is a finite number, otherwise None."""
     value = document.get(key)
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
@@ -101,13 +101,13 @@ def commit(attempt: Path, record: dict[str, Any]) -> bool:
     """Write the result record, which completes the job.
 
     Returns:
-        False if a later attempt has taken the job over; nothing is written then.
+        Whether the record was written; False if a later attempt has taken the job over.
     """
     return file_io.seal_once(attempt / RESULT, record)
 
 
 def model_file(folder: Path) -> Path:
-    """Return the path of a job's trained model, next to its committed record."""
+    """Return the path of a job's trained model, next to its committed record if there is one."""
     for attempt in reversed(attempts(folder)):
         if file_io.read_sealed(attempt / RESULT) is not None:
             return attempt / MODEL_FILE
@@ -120,7 +120,7 @@ def model_files(folder: Path, *, obsolete: bool = False) -> list[Path]:
     Args:
         folder: the job's folder.
         obsolete: return only models that do not belong to the committed record: those of attempts
-            that were killed before their record was written, or that were superseded.
+            that were superseded, or killed before they wrote a record.
     """
     found = [attempt / MODEL_FILE for attempt in attempts(folder)]
     if obsolete:
@@ -157,7 +157,7 @@ def rung_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def training_setup(folder: Path) -> dict[str, Any]:
-    """Return thread count, worker count and parent of a job's last attempt; empty without one."""
+    """Return the thread count, worker count and parent of a job's last attempt, if any."""
     keys = ("threads", "workers", "parent")
     for attempt in reversed(attempts(folder)):
         started = read_document(attempt / STARTED)
@@ -169,20 +169,20 @@ def training_setup(folder: Path) -> dict[str, Any]:
 def open_attempt(job: Job, node: str | None = None, **more: Any) -> Path:
     """Create the folder of the next attempt; only one process can create each folder.
 
-    This supersedes earlier attempts: if the process of one is still running, for example on an
-    unreachable node, it ends and cannot commit.
+    This supersedes earlier attempts: a process of one that is still running, for example on an
+    unreachable node, cannot commit and ends once it detects this.
 
     Args:
         job: the job.
-        node: Ray's id of the node that runs the attempt; None outside Ray.
+        node: Ray's ID of the node that runs the attempt; None outside Ray.
         more: further entries of `started.json`.
 
     Returns:
         The attempt's folder.
 
     Raises:
-        AlreadyCommitted: an earlier attempt committed its result. A `test` job never raises it,
-            because it runs again whenever the front has changed.
+        AlreadyCommitted: an earlier attempt committed its result; never raised for a `test` job,
+            which runs again whenever the front has changed.
     """
     while True:
         earlier = attempts(job.folder)
@@ -209,14 +209,17 @@ def open_attempt(job: Job, node: str | None = None, **more: Any) -> Path:
 
 
 def _supersede(attempt: Path) -> bool:
-    """Prevent an attempt from committing; False if it has committed already."""
+    """Prevent an attempt from committing; return False if it has already committed."""
     file = attempt / RESULT
     closed = file_io.write_once(file, file_io.as_json(_TAKEN_OVER))
-    return closed or file_io.read_sealed(file) is None  # superseded before, or damaged
+    return closed or file_io.read_sealed(file) is None  # superseded earlier, or damaged
 
 
 def is_superseded(attempt: Path) -> bool:
-    """Return whether a later attempt took the job over from one that has not committed."""
+    """Return whether a later attempt has taken the job over.
+
+    Call this only for an attempt that has not committed its own result.
+    """
     return (attempt / RESULT).exists()
 
 
@@ -234,17 +237,17 @@ def _hung(attempt: Path) -> bool:
 
 
 def _has_ended(attempt: Path) -> bool:
-    """Return whether an attempt left any sign of its own end, even a damaged one."""
+    """Return whether an attempt left any record of its own end, even a damaged one."""
     if (attempt / STOPPED).exists() or _hung(attempt):
         return True
     return (attempt / RESULT).exists() and file_io.read_json(attempt / RESULT) != _TAKEN_OVER
 
 
 def lost_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the attempts of this driver's run that left no sign of their end.
+    """Return the attempts of this driver's run that left no record of their end.
 
-    Attempts of earlier runs are excluded: they were killed together with their driver, which is
-    not the job's fault.
+    Attempts of earlier runs are excluded: they were killed together with their driver, which does
+    not count as a failure of the job.
 
     Args:
         folder: the job's folder.
@@ -262,7 +265,7 @@ def lost_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def crash_causes(folder: Path, run: str) -> list[Cause]:
-    """Return the causes of lost attempts that count against the job: all but dead nodes."""
+    """Return the causes of the lost attempts that count against a job: all except dead nodes."""
     found = [cause_of(attempt) or Cause.PROCESS for attempt, _ in lost_attempts(folder, run)]
     return [cause for cause in found if cause is not Cause.NODE]
 
@@ -285,14 +288,14 @@ def cause_of(attempt: Path) -> Cause | None:
 
 
 def lost_time(attempt: Path) -> float:
-    """Return the Unix time at which `record_cause` was called; 0 if it was not."""
+    """Return the Unix time at which `record_cause` was called; 0 if it has not been called."""
     return _number(read_document(attempt / LOST), "time") or 0.0
 
 
 def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
-    """Return `started.json` of the attempt that is running according to its files.
+    """Return `started.json` of the attempt that is running according to its files, or None.
 
-    The entry `folder` holds the attempt's folder. None if no attempt is running.
+    The entry `folder` is added and contains the path of the attempt's folder.
     """
     for attempt in reversed(attempts(folder)):
         ended = any((attempt / name).exists() for name in (RESULT, STOPPED, LOST))
@@ -307,13 +310,13 @@ def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
 
 
 def samples_processed(folder: Path) -> int:
-    """Return the number of training samples processed by all attempts, repeated ones included."""
+    """Return the number of samples that all attempts trained on, including repeated ones."""
     found = (_number(read_document(a / PROGRESS), "samples") for a in attempts(folder))
     return sum(int(samples or 0) for samples in found)
 
 
 def seconds_spent(folder: Path) -> float:
-    """Return the wall time of all attempts of a job, each up to its last progress report."""
+    """Return the wall time of all attempts in seconds, each up to its last progress report."""
     total = 0.0
     for attempt in attempts(folder):
         started, progress = (
@@ -342,7 +345,7 @@ def curve(folder: Path) -> list[CurvePoint]:
             try:
                 point = CurvePoint(**json.loads(line))
             except (ValueError, TypeError):
-                continue  # a line that a kill left incomplete
+                continue  # a line left incomplete when the process was killed
             if isinstance(point.epoch, int) and isinstance(point.metrics, dict):
                 points.setdefault(point.epoch, point)
     return [points[epoch] for epoch in sorted(points)]

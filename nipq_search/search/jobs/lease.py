@@ -1,4 +1,4 @@
-"""The lock that admits one driver at a time to a sweep's folder, and requests to stop it.
+"""The lock that admits one driver at a time to a sweep's folder, and requests to stop that driver.
 
 The operating system holds the lock (`flock`) and releases it when the process ends, so a crash
 leaves nothing to clean up.
@@ -23,7 +23,7 @@ from nipq_search.search.jobs.paths import LOCK_FILE, STOP_FILE
 
 
 def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Try to take the lock; False if it is held or its file was deleted since it was opened."""
+    """Try to take the lock; return False if it is held, or if its file has been deleted."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -32,7 +32,7 @@ def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def _take(descriptor: int) -> bool:
-    """Take the lock for a driver, retrying because `live_driver` holds it for an instant."""
+    """Take the lock for a driver, retrying because `live_driver` holds it for a moment."""
     for _ in range(5):
         if _try_lock(descriptor):
             return True
@@ -59,14 +59,14 @@ def live_driver(folder: Path) -> dict[str, Any] | None:
 def driver_host(folder: Path) -> str | None:
     """Return the host of the sweep's last driver, or None.
 
-    For workers: some file systems do not show other nodes the lock itself.
+    Workers use this, because on some file systems the lock is not visible from other nodes.
     """
     owner = file_io.read_json(folder / LOCK_FILE)
     return str(owner["host"]) if isinstance(owner, dict) and "host" in owner else None
 
 
 def _owner(path: Path) -> dict[str, Any]:
-    """Return host and pid of the lock's holder, waiting briefly for a new one to write them."""
+    """Return host and pid of the lock's holder, waiting briefly for a new driver to write them."""
     for _ in range(20):
         if isinstance(owner := file_io.read_json(path), dict):
             return owner
@@ -112,7 +112,7 @@ def driver_lease(folder: Path) -> Iterator[str]:
         # Write in place: replacing the file would leave the lock on the deleted one.
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": token}
         signature = json.dumps(owner).encode()
-        with contextlib.suppress(OSError):  # `gc` must be able to free a full disk
+        with contextlib.suppress(OSError):  # `gc` must work on a full disk
             os.pwrite(descriptor, signature, 0)
             os.ftruncate(descriptor, len(signature))
         (folder / STOP_FILE).unlink(missing_ok=True)
@@ -148,7 +148,7 @@ def _remove_if_unused(path: Path, created: list[Path]) -> None:
 
 
 def request_stop(folder: Path) -> str | None:
-    """Ask the running driver to stop gracefully; it reacts within a second.
+    """Request that the running driver stop gracefully; it reacts within a second.
 
     Returns:
         Host and pid of the driver, or None if no driver is running.

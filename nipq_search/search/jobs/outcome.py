@@ -27,7 +27,7 @@ class OutcomeKind(enum.Enum):
     """A later attempt took the job over; this one committed nothing."""
 
     HALT = "HALT"
-    """The machine cannot run any job; the job stays open and the sweep must end."""
+    """The machine cannot run any job; the job stays open, and the sweep must end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,12 @@ class JobOutcome:
         return self.kind in (OutcomeKind.COMPLETE, OutcomeKind.FAIL)
 
     def as_report(self) -> dict[str, str]:
-        """Return the outcome as plain types, to cross a process boundary."""
+        """Return the outcome as plain types that can be sent to another process."""
         return {"state": self.kind.value, "reason": self.reason}
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any] | None) -> JobOutcome | None:
-        """Return the outcome in a report of `as_report`, or None if the report has none."""
+        """Restore an outcome from what `as_report` returned, or return None if there is none."""
         if not report or "state" not in report:
             return None
         return cls(kind=OutcomeKind(report["state"]), reason=str(report.get("reason", "")))

@@ -1,4 +1,4 @@
-"""The document of `best`: the best trained point within limits, or what prevents one."""
+"""The document of `best`: the best trained point within limits, or why there is none."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def best_document(
 
 
 def _largest(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
-    """Name the layers with the largest shares of a cost that is defined per layer."""
+    """Describe the layers with the largest shares of a cost, if it is defined per layer."""
     costs = {row["name"]: row.get(name) or 0 for row in layers}
     total = sum(costs.values())
     if not total:

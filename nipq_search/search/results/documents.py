@@ -1,4 +1,4 @@
-"""Trial records, and the JSON documents that the reading commands print.
+"""Trial records, and the JSON documents that read-only commands print.
 
 Everything here is derived from the ledger's trials and the jobs' folders.
 """
@@ -67,20 +67,20 @@ class Records:
         """Return one record per trial.
 
         Args:
-            trials: the study's trials, sorted by number.
+            trials: all trials of the study, ordered by number.
             running: whether to update the records of running trials.
         """
-        news = self._unseen.take(trials)
-        # A dominated trial stays dominated, so only the front and new trials are candidates.
+        changed = self._unseen.take(trials)
+        # A dominated trial stays dominated, so only the front and the new trials are candidates.
         points = dict(self._points)
-        for trial in news:
+        for trial in changed:
             if trial.state is TrialState.COMPLETE and not is_foreign(trial):
                 points[trial.number] = (trial.values[0], trial.values[1])
         front = non_dominated(points, self._facts["mode"])
         for number in self._points.keys() - front:
             self._records[number] = dataclasses.replace(self._records[number], on_front=False)
         self._points = {number: points[number] for number in front}
-        for trial in news:
+        for trial in changed:
             if trial.number == len(self._records):
                 self._records.append(self._record(trial))
             elif running or self._records[trial.number].state != trial.state.name:
@@ -110,7 +110,7 @@ def _record(
     folder = job_folder(out, "trial", trial.number)
     tries = jobs.attempts(folder)
     finished = trial.state.is_finished()
-    # The ledger stores the figures of finished trials; those of running trials are in the folder.
+    # For finished trials, these figures are in the ledger; for running ones, in the folder.
     in_ledger = finished and "samples" in attributes and "seconds" in attributes
     targets = {
         name: value
@@ -287,7 +287,7 @@ def front_document(
 def _stage(
     states: Mapping[str, int], driver: Any, config: Mapping[str, Any], out: Path
 ) -> str | None:
-    """Describe the current stage of a running sweep; None without a driver."""
+    """Return the name of a running sweep's stage, or None if no driver is running."""
     if driver is None:
         return None
     if committed(job_folder(out, "float", 0)) is None:

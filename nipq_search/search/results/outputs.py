@@ -23,8 +23,8 @@ from nipq_search.tracking import MlflowRecorder
 from nipq_search.tracking.tables import curves_table, results_table, write_table
 
 PAUSE_FACTOR = 20
-"""Pause after writing the tables or recording running trials, as a multiple of the time that it
-took: either uses at most about 1/20 of the driver's time."""
+"""Pause after writing the tables or recording running trials, as a multiple of the time that this
+took, so that each of the two uses at most about 1/20 of the driver's time."""
 
 RUN_STATUS_ATTRIBUTE = "ended"
 """Study attribute that stores the `RunStatus` of the sweep's last run."""
@@ -34,9 +34,9 @@ class RunStatus(StrEnum):
     """Final status of a run of the driver, in MLflow's terms.
 
     Attributes:
-        FINISHED: completed, or reached a limit.
+        FINISHED: the sweep completed or reached a limit.
         FAILED: the sweep cannot continue.
-        KILLED: interrupted or killed.
+        KILLED: the run was interrupted or killed.
     """
 
     FINISHED = "FINISHED"
@@ -45,7 +45,7 @@ class RunStatus(StrEnum):
 
 
 class Outputs:
-    """Keeps tables, report and MLflow runs up to date with the ledger.
+    """Keeps the tables, the report and the MLflow runs up to date with the ledger.
 
     Args:
         out: the sweep's folder.
@@ -80,7 +80,7 @@ class Outputs:
     def refresh(self, trials: Sequence[FrozenTrial], running: bool = True) -> None:
         """Update the records from the ledger's trials, then the tables.
 
-        `running` also updates the records of running trials.
+        If `running` is set, this includes the records of running trials.
         """
         if self._cache_invalid:
             self.cache, self._cache_invalid = documents.Records(self.sweep.facts, self.out), False
@@ -93,14 +93,14 @@ class Outputs:
         self.write_tables()
 
     def invalidate(self) -> None:
-        """Rebuild all records on the next refresh, including those of finished trials."""
+        """Make the next refresh rebuild all records, including those of finished trials."""
         self._cache_invalid = True
 
     def write_tables(self, force: bool = False) -> None:
         """Write outdated tables, at most once per pause unless `force` is set.
 
-        Each write rewrites whole tables, whose cost grows with the number of trials. The pause
-        grows with it.
+        Each write rewrites the whole tables, so its duration grows with the number of trials, and
+        the pause grows in proportion.
         """
         if not self._tables_outdated or (time.monotonic() < self._pause_until and not force):
             return
@@ -130,7 +130,7 @@ class Outputs:
         self.recorder.update_front(self.cache.front)
 
     def finish(self, status: RunStatus) -> None:
-        """Write the front and the report, and end the tracking run.
+        """Write the tables, the front and the report, and end the tracking run.
 
         Raises:
             OSError: the folder is not writable.
@@ -141,7 +141,7 @@ class Outputs:
         self.sweep.write_report()
         front = self.out / "front.parquet"
         write_table(front, results_table([r for r in self.records if r.on_front]))
-        for record in self.records:  # trials still open appear as KILLED
+        for record in self.records:  # trials that are still open appear as KILLED
             self.record(record)
         self.update_front()
         figures = {
@@ -154,7 +154,7 @@ class Outputs:
 
 
 def sync(out: Path) -> dict[str, Any]:
-    """Bring the tracking server up to date; rewrite tables and report.
+    """Bring the tracking server up to date, and rewrite the tables and the report.
 
     MLflow shows only data derived from the study and the trials' folders, so nothing needs to be
     stored separately while the server is unavailable. A running driver does the same on its own.
@@ -163,7 +163,8 @@ def sync(out: Path) -> dict[str, Any]:
         out: the sweep's folder.
 
     Returns:
-        `server`, the server's address without credentials, and `trials`, the number of runs.
+        `server`, the server's address without credentials, and `trials`, the number of trials that
+        have a run on it.
 
     Raises:
         UserError: the folder is not a sweep, or a driver is running it.
@@ -184,7 +185,7 @@ def sync(out: Path) -> dict[str, Any]:
         if outputs.recorder.behind:
             raise RuntimeError(
                 f"the tracking server {outputs.recorder.address} did not respond or accepted only "
-                "part of the data; nothing is lost, run the same command again"
+                "part of the data; nothing is lost; run the same command again"
             )
         started = [r for r in outputs.records if r.state != "WAITING"]
         return {"server": outputs.recorder.address, "trials": len(started)}

@@ -20,7 +20,7 @@ class Progress:
         best: best validation metric and its front cost, by budget label.
         seconds_left: estimated remaining time in seconds, or None.
         metric: name of the task's metric.
-        front_cost: name of the cost of the front.
+        front_cost: name of the Pareto front's cost.
     """
 
     done: int = 0

@@ -29,9 +29,10 @@ def needed(
 ) -> dict[int, str]:
     """Find the trials whose models are still needed.
 
-    These are trials on the front; parents of trials that are open or on the front, needed to
-    continue or replay them; trials that `best` returns for a budget or for a limit on a budget's
-    cost; and, under a strategy with warm starts, trials that a further trial would start from.
+    These are the trials on the front; the parents of trials that are open or on the front, which
+    are needed to continue or replay them; the trials that `best` returns for a budget or for a
+    limit on a budget's cost; and, with a strategy that uses warm starts, the trials that a further
+    trial could start from.
 
     Args:
         records: records of all trials.
@@ -40,7 +41,7 @@ def needed(
         budgets: absolute targets of the sweep's budgets, including budgets without trials.
 
     Returns:
-        The reason by trial number.
+        The reason for keeping each trial's model, by trial number.
     """
     found = {r.trial: "on the front" for r in records if r.on_front}
     for record in records:
@@ -99,7 +100,7 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
 
     Raises:
         UserError: the folder is not a sweep, or a driver is running it.
-        RuntimeError: a file or object cannot be deleted.
+        RuntimeError: a file or object could not be deleted.
     """
     sweep = Sweep.open(out)
     config = parse_config(dict(sweep.config))

@@ -44,7 +44,7 @@ _log = logging.getLogger("nipq_search")
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder holds a sweep."""
+    """Return whether a folder contains a sweep."""
     return (folder / SWEEP_FILE).is_file() and (folder / FACTS_FILE).is_file()
 
 
@@ -94,7 +94,7 @@ class Sweep:
         """
         folder = Path(folder).absolute()
         if folder.is_file():
-            raise UserError(f"{folder}: a file; give the folder of the sweep, such as runs/NAME")
+            raise UserError(f"{folder} is a file; give the folder of the sweep, such as runs/NAME")
         if not folder.is_dir():
             raise UserError(
                 f"{folder}: no such folder; `nipq-search run CONFIG --out DIR` creates one"
@@ -116,7 +116,7 @@ class Sweep:
         facts = file_io.read_json(folder / FACTS_FILE)
         needed = {"metric", "mode", "costs", "axis", "front_cost", "budgets"}
         if not isinstance(facts, dict) or not needed <= facts.keys():
-            raise UserError(f"{folder / FACTS_FILE}: damaged; run it again to rewrite the file")
+            raise UserError(f"{folder / FACTS_FILE}: damaged; run the sweep again to rewrite it")
         plugins = config.get("plugins") if isinstance(config, dict) else None
         if isinstance(plugins, dict):
             check_installed(plugins)
@@ -126,8 +126,8 @@ class Sweep:
             config = parse_config(config).as_json()
         except UserError as error:
             raise UserError(
-                f"{folder / SWEEP_FILE}: damaged; run it again with the original sweep file "
-                f"({error})"
+                f"{folder / SWEEP_FILE}: damaged; run the sweep again with the original "
+                f"sweep file ({error})"
             ) from error
         return cls(folder, config, facts)
 
@@ -193,17 +193,17 @@ class Sweep:
         return documents.status_document(self.trials(), self.config, shown, self.folder)
 
     def layers(self, trial: int) -> list[dict[str, Any]]:
-        """Return bits and costs by layer of a finished trial; empty for other trials."""
+        """Return the bit-widths and costs of a finished trial by layer; empty for other trials."""
         record = committed(job_folder(self.folder, "trial", trial)) or {}
         return list(record.get("layers", []))
 
     def history(self, trial: int) -> list[dict[str, Any]]:
-        """Return a finished trial's bit-widths over its noise phase; see `TrainResult.history`."""
+        """Return a finished trial's bit-widths in its noise phase; see `TrainResult.history`."""
         record = committed(job_folder(self.folder, "trial", trial)) or {}
         return list(record.get("history", []))
 
     def model_file(self, trial: int) -> Path | None:
-        """Return the file of a trial's trained model, or None if it does not exist."""
+        """Return the path of a trial's trained model, or None if it does not exist."""
         folder = job_folder(self.folder, "trial", trial)
         file = model_file(folder)
         return file if committed(folder) and blobs.exists(file) else None
@@ -285,7 +285,7 @@ class Sweep:
         return {**document, "model": point and self._shown_file(point["trial"])}
 
     def log_files(self, trial: int) -> list[Path]:
-        """List the files with output, tracebacks and stack dumps of hangs, by attempt.
+        """List a trial's files of output, tracebacks and stack dumps of hangs, attempt by attempt.
 
         Raises:
             UserError: the trial does not exist.

@@ -1,6 +1,7 @@
 """Selection of trials: budgets and parents, samplers, and the Pareto front.
 
 Start reading in `strategies.py`, which assigns budgets and parents, and in `samplers.py`, which
-proposes the other hyperparameters. The remaining files are pure functions of points and trials.
+proposes the other hyperparameters. The remaining files contain helpers that operate on points and
+trials.
 Imports no other package of the search.
 """

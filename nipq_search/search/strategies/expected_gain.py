@@ -1,4 +1,4 @@
-"""Pure functions that find the cost at which a trial is expected to improve the front most."""
+"""Pure functions that find the cost at which a trial is expected to improve the front the most."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ SAME = 0.05
 """Two costs that differ by at most this many octaves count as the same place on the front."""
 
 REPEAT_OF_LEAD, REPEAT_OF_SPAN = 0.2, 0.003
-"""Expected gain in metric of a second trial at the same place: a fraction of the float model's
-lead over the first, plus a fraction of the metric's span. Each further trial is expected to gain
-half as much as the one before."""
+"""Expected improvement of the metric by a second trial at the same place: a fraction of the float
+model's lead over the first trial, plus a fraction of the span from the reference to the float
+model's metric. Each further trial is expected to gain half as much as the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class Axes:
     Attributes:
         cost: name of the front's cost.
         least: least reachable cost.
-        most: cost of the uniform 8-bit model.
-        reference: metric above which a point counts.
+        most: cost of the uniform 8-bit model, or the largest reachable cost if that is lower.
+        reference: metric that a point must exceed to count.
         best: metric of the float model.
     """
 
@@ -53,20 +53,23 @@ def _interpolated(front: Sequence[tuple[float, float]], cost: float) -> float:
 
 
 def _position(left: float, cost: float, right: float) -> float:
-    """Return the relative position of a cost in an interval of log2 cost; 0.5 at its middle."""
+    """Return where a cost lies between two others on a log2 scale: 0 at the left, 1 at the right.
+
+    It is 0.5 if the interval is empty.
+    """
     if right <= left or cost == math.sqrt(left * right):
         return 0.5
     return math.log2(cost / left) / math.log2(right / left)
 
 
 class _Places:
-    """Counts costs at the same place, in logarithmic time."""
+    """Counts the costs at the same place as a given one, in logarithmic time."""
 
     def __init__(self, costs: Iterable[float]) -> None:
         self._octaves = sorted(map(math.log2, costs))
 
     def count_near(self, cost: float) -> int:
-        """Return how many costs are at the same place as this one."""
+        """Return the number of costs at the same place as the given one."""
         at = math.log2(cost)
         return bisect_right(self._octaves, at + SAME) - bisect_left(self._octaves, at - SAME)
 
@@ -78,26 +81,27 @@ def most_promising_cost(
     axes: Axes,
     within: tuple[float, float],
 ) -> float:
-    """Return the cost at which one more trial is expected to add most to the hypervolume.
+    """Return the cost at which one more trial is expected to add the most to the hypervolume.
 
     Between neighboring points of the front, and between its ends and the corners of the rectangle,
-    the metric is interpolated linearly in log2 cost. Fronts are usually concave in log2 cost,
-    where linear interpolation underestimates the metric. A trial at the place of an earlier one
-    starts from it, and its expected gain follows `REPEAT_OF_LEAD` and `REPEAT_OF_SPAN`. Running
-    trials count as points on the interpolated front. Each earlier request for a place lowers its
-    expected gain, because the place may be unreachable or every trial there may fail. Metrics
-    below the reference count as the reference, so a collapsed trial does not attract further ones.
+    the metric is interpolated linearly in log2 cost. Fronts are usually concave in log2 cost, so
+    the interpolation underestimates the metric that a trial between two points can reach. A trial
+    at the place of an earlier one starts from it, and its expected gain is determined by
+    `REPEAT_OF_LEAD` and `REPEAT_OF_SPAN`. Running trials count as points on the interpolated
+    front. Every trial that was targeted at a place lowers the expected gain there, because the
+    place may be unreachable or every trial there may fail. Metrics below the reference are raised
+    to it, so a collapsed trial does not attract further ones.
 
     Args:
         points: (metric, cost) of every finished trial; at least one.
         running: cost targets of the running trials.
-        asked: cost targets of all trials, however they ended.
+        asked: cost targets of all trials, whatever their state.
         axes: the rectangle of the hypervolume.
-        within: least and largest cost that may be returned.
+        within: smallest and largest cost that may be returned.
 
     Returns:
-        A cost in `within`. If a repeat is best, it is the cost of an existing point, which may lie
-        up to `SAME` octaves below the least one.
+        A cost in `within` or, if repeating a trial is expected to add the most, the cost of an
+        existing point, which may lie up to `SAME` octaves below the smallest allowed cost.
     """
     front = _front((max(metric, axes.reference), cost) for metric, cost in points)
     least, most = within
@@ -119,7 +123,7 @@ def most_promising_cost(
         gain *= 4.0 ** -tried.count_near(place)
         if SAME < share * width < width - SAME and gain > best_gain:
             best_gain, best_cost = gain, place
-        # A repeat of the left point, unless it is a corner, running, or out of range.
+        # A repeat of the left point, unless it is a corner, a running trial, or out of range.
         out_of_range = not least * 2**-SAME <= left <= most
         if index == 0 or under_way.count_near(left) or out_of_range:
             continue

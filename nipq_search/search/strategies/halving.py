@@ -1,9 +1,9 @@
 """Asynchronous successive halving within each budget, as pure functions of rung metrics.
 
-Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning" (arXiv 1810.05934): a
-trial that pauses at a rung is promoted as soon as it is among the best of the trials that reached
-the rung. Trials with different budgets are never compared, because the cheaper ones would always
-lose.
+Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning" (arXiv 1810.05934). A
+trial pauses at each rung and is promoted as soon as it is among the best of the trials that have
+reached the rung. Trials with different budgets are never compared, because the cheaper ones would
+always lose.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ETA = 3
-"""Reduction factor: one in `ETA` trials at a rung is promoted."""
+"""Reduction factor: one in every `ETA` trials at a rung is promoted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,13 @@ class Standing:
 
 
 def to_promote(standings: Sequence[Standing], last: bool) -> int | None:
-    """Return the paused trial to promote, preferring higher rungs; None if there is none.
+    """Return the number of the paused trial to promote, preferring higher rungs, or None.
 
     Args:
         standings: every trial that has reached a rung, including pruned and finished ones.
-        last: whether no further trial will start. The best trial of a rung is then promoted even
-            if fewer than `ETA` reached it, unless another one of its bracket was promoted.
+        last: whether no further trial will start. In that case, the best trial at a rung is
+            promoted even if fewer than `ETA` trials have reached the rung, unless another trial
+            in its bracket has already been promoted from it.
     """
     waiting = [s for s in standings if s.paused]
     for rung in sorted({len(s.metrics) - 1 for s in waiting}, reverse=True):

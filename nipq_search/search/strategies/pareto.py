@@ -10,11 +10,12 @@ def non_dominated(points: Mapping[int, tuple[float, float]], mode: str) -> set[i
     """Return the keys of the points that no other point dominates.
 
     Args:
-        points: (metric, cost) by key. Of equal points all are kept, as in `optuna best-trials`.
+        points: (metric, cost) by key. Equal points are all kept, as in `optuna best-trials`.
         mode: direction of the metric, `max` or `min`; the cost is minimized.
     """
     sign = 1.0 if mode == "max" else -1.0
-    # Visit by increasing cost, better metrics first: a later point joins only if it is better.
+    # Visit points by increasing cost and, at equal cost, better metrics first. A point is on the
+    # front only if its metric beats all earlier ones, or if it equals the last front point.
     ordered = sorted(points, key=lambda key: (points[key][1], -sign * points[key][0]))
     front: set[int] = set()
     best, best_cost = float("-inf"), float("nan")
@@ -38,11 +39,12 @@ def hypervolume(
 
     The rectangle spans the costs from the least reachable one to that of the uniform 8-bit model,
     and the metrics from the reference to that of the float model: 1.0 means float accuracy at the
-    least cost. A metric above the float model's counts in full, so the result can exceed 1.
+    least reachable cost. A metric above the float model's counts in full, so the result can
+    exceed 1.
 
     Args:
-        points: (metric, cost). At each cost, the metric of the most expensive point that does not
-            exceed it counts.
+        points: (metric, cost) of each point on the front. The height of the area at a cost is the
+            metric of the most expensive point that does not exceed this cost.
         axis: least reachable cost, and cost of the uniform 8-bit model.
         reference: metric at or below which a point contributes nothing.
         best: metric of the float model.
@@ -70,8 +72,8 @@ def hypervolume(
 def default_reference(best: float, mode: str) -> float:
     """Return the default reference metric, which is worse than the float model's metric `best`.
 
-    It is 0.8 times `best`, or 1.25 times if the metric is minimized. For a negative `best`, such
-    as a log-likelihood, the factors are 1.2 and 0.75.
+    It is 0.8 times `best`, or 1.25 times `best` if the metric is minimized. For a negative `best`,
+    such as a log-likelihood, the factors are 1.2 and 0.75, respectively.
     """
     if mode == "max":
         return 0.8 * best if best > 0 else 1.2 * best

@@ -1,7 +1,7 @@
 """Optuna's samplers by their names in sweep files, and how they learn across budgets.
 
-To add one, write a function from a seed to a sampler and register it in `SAMPLERS`. Other packages
-declare an entry point instead.
+To add one, write a function that builds a sampler from a seed, wrap it in a `SamplerFactory` and
+register it in `SAMPLERS`. Other packages declare an entry point instead.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class SamplerFactory:
     Attributes:
         build: takes the seed of one trial and returns a sampler. A new sampler is built for every
             trial, so a resumed search neither repeats nor skips a proposal.
-        learns_by_regret: whether the sampler has one objective, the regret within a budget (see
-            `RegretSampler`), instead of the metric and the cost.
+        learns_by_regret: whether the sampler optimizes a single objective, the regret within a
+            budget (see `RegretSampler`), instead of the metric and the cost.
     """
 
     build: Callable[[int], BaseSampler]
@@ -59,9 +59,9 @@ class SamplerFactory:
 
 
 def tpe(seed: int) -> BaseSampler:
-    """Return a tree-structured Parzen estimator.
+    """Return a sampler based on a tree-structured Parzen estimator.
 
-    Running trials count as bad ones, so that concurrent workers explore different regions.
+    Running trials are treated as bad ones, so that concurrent trials explore different regions.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -74,14 +74,17 @@ def random(seed: int) -> BaseSampler:
 
 
 def gp(seed: int) -> BaseSampler:
-    """Return a Gaussian process; cubic in the number of trials, practical up to about 300."""
+    """Return a sampler based on a Gaussian process; practical for up to about 300 trials.
+
+    The time per proposal is cubic in the number of trials that it learns from.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return GPSampler(seed=seed, n_startup_trials=10, deterministic_objective=False)
 
 
 def nsga2(seed: int) -> BaseSampler:
-    """Return NSGA-II with generations of ten, because a sweep has tens of trials.
+    """Return an NSGA-II sampler with generations of ten, because a sweep has tens of trials.
 
     The crossover blends the numerical parameters of two parents, so proposals do not repeat.
     """
@@ -99,7 +102,8 @@ def _problem(name: str, value: Any) -> str | None:
 SAMPLERS: Registry[SamplerFactory] = Registry(
     "sampler", group="nipq_search.samplers", check=_problem
 )
-"""Samplers by name. Each takes the trial's own seed, so a resumed search repeats nothing."""
+"""Sampler factories by name. Each is called with a trial's own seed, so a resumed search does not
+repeat proposals."""
 
 SAMPLERS.register("tpe", SamplerFactory(tpe, learns_by_regret=True))
 SAMPLERS.register("random", SamplerFactory(random))
@@ -110,14 +114,14 @@ RUNGS = "rung_metrics"
 """Trial attribute: the metric at each rung so far; None if it was not a finite number."""
 
 MAX_OBSERVATIONS = 150
-"""Largest number of observations that a sampler learns from."""
+"""Maximum number of observations that a sampler learns from."""
 
 MIN_OBSERVATIONS = 20
-"""A sampler learns from the nearest budgets that together have this many observations."""
+"""A sampler learns from the nearest budgets that together have at least this many observations."""
 
 
 def middle(distribution: BaseDistribution) -> Any:
-    """Return the midpoint of a range, geometric if it is logarithmic; the first of choices."""
+    """Return the midpoint of a range (geometric for a logarithmic range), or the first choice."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[0]
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
@@ -147,12 +151,12 @@ class History:
 
     Args:
         key: name of the parameter that holds the budget's index.
-        sign: 1 if the metric is maximized, else -1.
+        sign: 1 if the metric is maximized, -1 if it is minimized.
 
     Attributes:
         observations: observations of finished trials, by budget, ordered by trial number.
         best: the best metric, by budget and level.
-        budgets: budgets of finished trials.
+        budgets: indices of the budgets that have finished trials.
     """
 
     def __init__(self, key: str, sign: int) -> None:
@@ -167,7 +171,7 @@ class History:
         """Add the newly finished trials.
 
         Args:
-            trials: all trials of the study, by number.
+            trials: all trials of the study, ordered by number.
 
         Returns:
             The trials that have not finished.
@@ -187,7 +191,7 @@ class History:
 
     def observe(self, trial: FrozenTrial) -> Observation | None:
         """Return the observation of a trial, or None if nothing was measured."""
-        # Users may add trials with values of any type.
+        # Trials that users add may have parameters of any type.
         if trial.state is TrialState.FAIL or not isinstance(trial.params.get(self.key), int):
             return None
         last = [trial.values[0]] if trial.state is TrialState.COMPLETE else []
@@ -199,30 +203,31 @@ class History:
         return Observation(trial.number, budget, levels, trial) if levels else None
 
     def raise_best(self, best: dict[tuple[int, int], float], observation: Observation) -> None:
-        """Update `best`, by budget and level, with an observation."""
+        """Raise the entries of `best`, by budget and level, that an observation exceeds."""
         for level, metric in enumerate(observation.levels):
             at = (observation.budget, level)
             best[at] = max(best.get(at, float("-inf")), metric)
 
 
 class RegretSampler(BaseSampler):
-    """Makes a single-objective sampler learn what is good for one budget.
+    """Lets a single-objective sampler learn which hyperparameters suit one budget.
 
-    The budget of a trial is given, so there is no trade-off to search: what matters is the regret,
-    by how much a trial falls short of the best one with its own budget. The base sampler works on
-    a study of these regrets. It contains the trials of the nearest budgets, for which similar
-    hyperparameters are good. On a surrogate whose best `lambda` depends on the budget, this
-    outperforms metric and cost as two objectives, regrets of all budgets, and univariate TPE
-    (docs/front-quality.md). A trial that paused or was pruned at a rung counts with its regret
-    there, relative to the best trial that reached the rung. The first trial with a budget takes
-    the midpoint of every range, because others start from it.
+    The budget of a trial is given, so there is no trade-off to explore. What matters is the
+    regret: the amount by which a trial falls short of the best trial with the same budget. The
+    base sampler operates on a study of these regrets, limited to the trials of the nearest
+    budgets, for which similar hyperparameters work well. On a surrogate benchmark where the best
+    `lambda` depends on the budget, this outperforms three alternatives: metric and cost as two
+    objectives, the regrets of all budgets, and univariate TPE (docs/front-quality.md). A trial
+    that paused or was pruned at a rung contributes its regret there, relative to the best trial
+    that reached the rung. The first trial with a budget takes the midpoint of every range, because
+    other trials start from it.
 
     Args:
         base: a sampler for one objective.
         history: the observations of the study.
         budget: index of the next trial's budget.
         space: distributions of all parameters, including the budget.
-        trials: all trials of the study at this moment, by number.
+        trials: all current trials of the study, ordered by number.
     """
 
     def __init__(
@@ -234,7 +239,7 @@ class RegretSampler(BaseSampler):
         space: Mapping[str, BaseDistribution],
         trials: Sequence[FrozenTrial],
     ) -> None:
-        """Bind to a study; sampling is deferred to the first parameter."""
+        """Store the arguments; the proposal is made when the first parameter is sampled."""
         self._base, self._history, self._budget = base, history, budget
         self._space, self._trials = dict(space), trials
         self._proposed: dict[str, Any] | None = None
@@ -267,13 +272,13 @@ class RegretSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Return one parameter of the base sampler's proposal, made at the first call.
+        """Return one parameter of the base sampler's proposal, which is made on the first call.
 
         Args:
             study: the study.
             trial: the trial that is being sampled.
             param_name: name of the parameter.
-            param_distribution: its distribution, which `space` contains too.
+            param_distribution: its distribution, which is also in `space`.
 
         Returns:
             The proposed value.
@@ -313,22 +318,22 @@ class RegretSampler(BaseSampler):
     def regrets(
         observations: Sequence[Observation], best: Mapping[tuple[int, int], float]
     ) -> list[tuple[float, FrozenTrial]]:
-        """Return the negated regret of each trial: at most 0, or minus infinity if undefined.
+        """Return each trial with its negated regret: at most 0, or minus infinity if undefined.
 
         Args:
-            observations: what was measured of the trials.
+            observations: the measurements of the trials.
             best: the best metric, by budget and level.
         """
         found = []
         for _, budget, levels, trial in observations:
-            regret = levels[-1] - best[budget, len(levels) - 1]
-            found.append((regret if regret <= 0 else float("-inf"), trial))
+            negated = levels[-1] - best[budget, len(levels) - 1]
+            found.append((negated if negated <= 0 else float("-inf"), trial))
         return found
 
     def _nearest(self, paused: Sequence[Observation]) -> list[Observation]:
         """Return the observations of the nearest budgets, at least `MIN_OBSERVATIONS` if possible.
 
-        They are ordered by trial number.
+        The result is ordered by trial number and includes the observations of paused trials.
         """
         known = {budget: list(own) for budget, own in self._history.observations.items()}
         for observation in paused:
@@ -370,9 +375,9 @@ class _ImmutableTrial(FrozenTrial):
 def _bounded(
     observed: Sequence[tuple[float, FrozenTrial]],
 ) -> Sequence[tuple[float, FrozenTrial]]:
-    """Keep at most `MAX_OBSERVATIONS`, half of them the best and half the newest of the rest.
+    """Return at most `MAX_OBSERVATIONS`: half of them the best, half the newest of the rest.
 
-    Otherwise each proposal would take longer than the one before.
+    Without a limit, each proposal would take longer than the one before.
     """
     if len(observed) <= MAX_OBSERVATIONS:
         return observed

@@ -1,4 +1,4 @@
-"""Strategies, which select budget and starting point of the next trial.
+"""Strategies, which select the budget and the starting point of the next trial.
 
 To add one, derive a class from `Strategy` and register it in `STRATEGIES`. Other packages declare
 an entry point instead.
@@ -38,9 +38,10 @@ class SearchState:
 
     Attributes:
         budgets: absolute targets of the sweep's budgets.
-        assigned: budget index of every trial that counts toward its budget; see `FREE_FAILURES`.
+        assigned: budget index of every trial that counts toward its budget; a few failed ones do
+            not (`FREE_FAILURES` in `coordinator/history.py`).
         running: absolute targets of the running trials.
-        asked: absolute targets of all trials, however they ended.
+        asked: absolute targets of all trials, whatever their state.
         finished: COMPLETE trials.
         axes: the rectangle of the hypervolume; None until the float model is trained.
     """
@@ -67,7 +68,7 @@ class Assignment:
 
 
 def least_served(state: SearchState) -> int:
-    """Return the index of the budget with the fewest trials; the first one in a tie."""
+    """Return the index of the budget with the fewest trials; on a tie, the first one."""
     counts = [0] * len(state.budgets)
     for index in state.assigned:
         if 0 <= index < len(counts):
@@ -78,16 +79,16 @@ def least_served(state: SearchState) -> int:
 class Strategy:
     """Assigns budgets and parents to trials.
 
-    A strategy has no state of its own: it depends on the ledger alone, so a resumed sweep makes
-    the same decisions. By default, the budget with the fewest trials comes next, and every trial
-    starts from the float model, trains for all epochs and has a noise phase.
+    A strategy has no state of its own: its decisions depend on the ledger alone, so they are the
+    same in a resumed sweep. By default, the budget with the fewest trials comes next, and every
+    trial starts from the float model, trains for all epochs and has a noise phase.
 
     Attributes:
-        noise_factor: factor on the noise phase's share of the steps in a trial with a parent.
+        noise_factor: multiplies the noise phase's share of the steps in a trial with a parent.
         least_noise_steps: noise phases with fewer steps are skipped, because bit-widths barely
             change in them.
-        rungs: fractions of the training after which a trial pauses. It continues only if it is
-            among the best with its budget; see `halving`.
+        rungs: fractions of the training run after which a trial pauses. It continues only if it
+            is among the best trials with its budget; see `halving.py`.
     """
 
     noise_factor = 1.0
@@ -99,11 +100,11 @@ class Strategy:
         return Assignment(budget=least_served(state))
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[FinishedTrial]) -> int | None:
-        """Return the number of the trial that a new one starts from; None for the float model.
+        """Return the number of the trial that a new one starts from, or None for the float model.
 
         Args:
             budget: absolute targets of the new trial.
-            finished: the COMPLETE trials at this moment.
+            finished: the COMPLETE trials to choose from.
         """
         return None
 
@@ -112,7 +113,7 @@ class Strategy:
 
         Args:
             budget: absolute targets of the trial.
-            parent: the trial that it starts from; None for the float model.
+            parent: the trial that it starts from, or None for the float model.
         """
         return 1.0
 
@@ -122,21 +123,21 @@ class Independent(Strategy):
 
 
 class Halving(Strategy):
-    """Like `Independent`, but stops trials early that are not among the best with their budget."""
+    """Like `Independent`, with early stopping: only the best trials with each budget continue."""
 
     rungs = (1 / 9, 1 / 3)
 
 
 _AT_TARGET = 0.97
-"""A trial counts as being at a target if it uses at least this fraction of it."""
+"""A trial counts as being at a target if its cost is at least this fraction of the target."""
 
 
 def _ratios(trial: FinishedTrial, budget: Mapping[str, float]) -> list[float]:
     """Return the fraction of each target that a trial uses.
 
-    A trial cannot always use up its target: another target may bind, coarse bit-widths leave a
-    remainder, and a target may exceed the model's largest cost. The target that it was assigned
-    then counts in place of its cost.
+    A trial cannot always use its whole target: another target may be binding, the allowed
+    bit-widths may be too coarse, or the target may exceed the model's largest cost. In these
+    cases, the target that the trial was assigned counts in place of its cost.
     """
     found = []
     for name, target in budget.items():
@@ -146,10 +147,11 @@ def _ratios(trial: FinishedTrial, budget: Mapping[str, float]) -> list[float]:
 
 
 class Ladder(Strategy):
-    """Starts a trial from the nearest finished one at an equal or larger budget, and shortens it.
+    """Starts each trial from the nearest finished one at an equal or larger budget.
 
-    It never waits for a trial to finish. Trials with a parent have no noise phase, which costs
-    more than it gains in so short a training run (docs/front-quality.md).
+    The strategy never waits for a trial to finish: without a suitable one, a trial starts from the
+    float model. Trials with a parent train for a third of the epochs and have no noise phase,
+    which costs more than it gains in such a short training run (docs/front-quality.md).
     """
 
     noise_factor = 0.0
@@ -157,7 +159,10 @@ class Ladder(Strategy):
     _STEP_OCTAVES = 0.1
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[FinishedTrial]) -> int | None:
-        """Return the best of the nearest trials; costs within a tenth of an octave are equal."""
+        """Return the number of the best of the nearest trials, or None if none is large enough.
+
+        Distances are rounded to a tenth of an octave.
+        """
         best: tuple[int, float, int] | None = None
         for trial in finished:
             ratios = _ratios(trial, budget)
@@ -170,17 +175,19 @@ class Ladder(Strategy):
         return None if best is None else best[2]
 
     def epochs_share(self, budget: Mapping[str, float], parent: FinishedTrial | None) -> float:
-        """Return one third for a trial with a parent, else 1."""
+        """Return one third for a trial with a parent, and 1 otherwise."""
         return 1.0 if parent is None else self._SHARE
 
 
 class Fill(Strategy):
-    """Continues a ladder, once every budget has a trial, where the front can improve most.
+    """Like `Ladder` at first; once every budget has a trial, fills the gaps in the front.
 
-    The best place may lie between two budgets but never beyond the smallest or largest one; see
-    `most_promising_cost`. Only the target of the front's cost moves; other targets of the nearest
-    budget stay. Budgets without a target for the front's cost get an equal share of the trials.
-    The first trials train for less than all epochs, because every later trial builds on them.
+    Each further trial goes where it is expected to improve the front the most. This place may lie
+    between two budgets but never beyond the smallest or largest one; see `most_promising_cost`.
+    Only the target for the front's cost is set to that place; the other targets are those of the
+    nearest budget. Budgets without a target for the front's cost get an equal share of the trials.
+    Trials without a parent train for less than all epochs, because later trials continue from
+    them.
     """
 
     noise_factor = Ladder.noise_factor
@@ -188,11 +195,11 @@ class Fill(Strategy):
     _FIRST, _NEW_PLACE = 0.75, 0.3
 
     def __init__(self) -> None:
-        """Choose parents like `Ladder`."""
+        """Create the ladder that chooses parents."""
         self._ladder = Ladder()
 
     def assign(self, state: SearchState) -> Assignment:
-        """Return a budget without a trial, else the most promising place of the front."""
+        """Return a budget that has no trial yet; otherwise, the most promising place."""
         index = least_served(state)
         axes = state.axes
         if axes is None or index not in state.assigned:
@@ -211,10 +218,10 @@ class Fill(Strategy):
 
     @staticmethod
     def _nearest(cost: float, targets: Mapping[int, float], state: SearchState, name: str) -> int:
-        """Return the budget nearest to a cost.
+        """Return the index of the budget that is nearest to a cost.
 
-        Ties go to the budget whose other targets equal those of the trial at this cost, then to
-        the one with the fewest trials.
+        On a tie, a budget whose other targets equal those of the trial at this cost is preferred,
+        then the one with the fewest trials.
         """
         at_cost = [t for t in state.finished if t.cost.get(name) == cost]
         repeated = max(at_cost, key=lambda t: t.metric).targets if at_cost else {}
@@ -229,10 +236,10 @@ class Fill(Strategy):
 
     @staticmethod
     def _is_turn_of(index: int, targets: Mapping[int, float], state: SearchState) -> bool:
-        """Return whether a budget has no target for the front's cost and fewer trials than most.
+        """Return whether a budget has too few trials and no target for the front's cost.
 
         Args:
-            index: the budget with the fewest trials.
+            index: index of the budget with the fewest trials.
             targets: targets of the front's cost, by the index of the budgets that have one.
             state: what the strategy bases its decisions on.
         """
@@ -244,9 +251,10 @@ class Fill(Strategy):
         return self._ladder.parent(budget, finished)
 
     def epochs_share(self, budget: Mapping[str, float], parent: FinishedTrial | None) -> float:
-        """Return a small fraction at a new place, and 1 if the parent is at the same place.
+        """Return `_FIRST` without a parent, `_NEW_PLACE` at a new place, and 1 for a repeat.
 
-        A repeat must train in full, because a shorter one gains nothing.
+        A repeat, whose parent is at the same place, must train in full, because a shorter one
+        gains nothing.
         """
         if parent is None:
             return self._FIRST

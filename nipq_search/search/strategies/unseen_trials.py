@@ -8,9 +8,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 
 def is_foreign(trial: FrozenTrial) -> bool:
-    """Return whether a user added this finished trial to the study, so that it has no model.
+    """Return whether a finished trial was added to the study by a user and thus has no model.
 
-    The trials of jobs have the attribute `strategy`, which is set before the job starts.
+    Trials that ran as jobs have the attribute `strategy`, which is set before the job starts.
     """
     return trial.state is TrialState.COMPLETE and "strategy" not in trial.user_attrs
 
@@ -18,8 +18,8 @@ def is_foreign(trial: FrozenTrial) -> bool:
 class UnseenTrials:
     """Returns each finished trial once, and unfinished trials every time.
 
-    A finished trial never changes, so callers keep what they derived from it. Otherwise the work
-    per new trial would grow with the number of trials.
+    A finished trial never changes, so callers can keep what they derived from it. If they derived
+    it again, the work per new trial would grow with the number of trials.
     """
 
     def __init__(self) -> None:
@@ -28,10 +28,10 @@ class UnseenTrials:
         self._all_seen_below = 0
 
     def take(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Return the trials that have not been returned as finished, by number.
+        """Return the trials that no earlier call returned as finished, ordered by number.
 
         Args:
-            trials: all trials of the study, by number.
+            trials: all trials of the study, ordered by number.
         """
         while (
             self._all_seen_below < len(trials)

@@ -1,7 +1,7 @@
 """The Optuna study, which stores every decision of a sweep.
 
-Start reading in `ledger.py`, through which only the driver writes. `proposals.py` defines the
-trials that it returns, and `storage.py` opens a journal file or a database. `journal.py`,
-`retry.py` and `database_lease.py` keep the study consistent after crashes, during outages and when
-a second driver starts. Imports `strategies`.
+Start reading in `ledger.py`, through which the driver, and no other process, writes to the study.
+`proposals.py` defines the proposals that the ledger returns, and `storage.py` opens a journal file
+or a database. `journal.py`, `retry.py` and `database_lease.py` keep the study consistent after
+crashes, during outages and when a second driver starts. Imports `strategies`.
 """

@@ -1,9 +1,9 @@
 """The lease that admits one driver at a time to a study on a database server, from any host.
 
-A table row per study stores its driver and a counter, the heartbeat, that the driver increments
+One table row per study stores the driver and its heartbeat, a counter that the driver increments
 every few seconds. Clocks of different hosts are never compared: a second driver watches the
-counter, and takes the row by compare-and-swap only after the counter has been unchanged for longer
-than a running driver ever pauses.
+counter, and takes the row over by compare-and-swap only after the counter has been unchanged for
+longer than a running driver ever pauses.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EXPIRY_SECONDS = 40.0
 write that the previous driver had already started."""
 
 _now: Callable[[], float] = time.monotonic
-"""Monotonic time in seconds, including suspension of the machine where the clock supports it."""
+"""Monotonic time in seconds; where the clock supports it, time spent in suspension counts too."""
 if hasattr(time, "CLOCK_BOOTTIME"):
     _now = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
@@ -55,7 +55,7 @@ _TABLE = sa.Table(
 
 
 class LeaseLost(RuntimeError):
-    """Another driver may have taken the sweep over, so this one must not write any more."""
+    """Another driver may have taken the sweep over, so this one must stop writing."""
 
 
 class StorageLease:
@@ -89,7 +89,7 @@ class StorageLease:
         if not self.held():
             raise LeaseLost(
                 "this driver lost its lease: the study's server did not respond, or another "
-                "driver took the sweep over; no results are lost, run the same command again to "
+                "driver took the sweep over; no results are lost; run the same command again to "
                 "resume the sweep"
             )
 
@@ -120,7 +120,7 @@ class StorageLease:
 
 
 def make_engine(url: str) -> Engine:
-    """Return an engine that gives up on a server that does not respond.
+    """Return an SQLAlchemy engine that times out if the server does not respond.
 
     Raises:
         UserError: the URL is invalid, or the database driver is not installed.
@@ -137,7 +137,7 @@ def make_engine(url: str) -> Engine:
         ValueError,
     ) as error:  # for example a port that is not a number
         raise UserError(
-            f"NIPQ_STORAGE_URL: not the URL of a database ({type(error).__name__}); write "
+            f"NIPQ_STORAGE_URL: not a database URL ({type(error).__name__}); write "
             "postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME"
         ) from error
 
@@ -157,7 +157,7 @@ def _row(engine: Engine, study: str) -> Any:
 
 
 def _insert(engine: Engine, row: dict[str, Any]) -> bool:
-    """Insert the row of a study; False if another driver was faster."""
+    """Insert the row of a study; return False if another driver has already inserted one."""
     try:
         with engine.begin() as connection:
             connection.execute(_TABLE.insert().values(**row))
@@ -167,7 +167,7 @@ def _insert(engine: Engine, row: dict[str, Any]) -> bool:
 
 
 def _swap(engine: Engine, old: Any, row: dict[str, Any]) -> bool:
-    """Take a row over; False if its driver has renewed it since it was read."""
+    """Take a row over; return False if its driver has renewed it since it was read."""
     same = (_TABLE.c.study == old.study) & (_TABLE.c.token == old.token)
     with engine.begin() as connection:
         taken = connection.execute(
@@ -177,7 +177,7 @@ def _swap(engine: Engine, old: Any, row: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """Return an id of this machine, boot and container; host names are not unique."""
+    """Return an ID of this machine, boot and container, because host names are not unique."""
     parts = []
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -186,7 +186,7 @@ def _machine() -> str:
 
 
 def _is_dead_here(row: Any) -> bool:
-    """Return whether the row's driver ran on this machine and its process is gone."""
+    """Return whether the row's driver ran on this machine and its process no longer exists."""
     if row.token.partition(".")[0] != _machine():
         return False
     try:
@@ -202,7 +202,7 @@ def _acquire(engine: Engine, study: str, token: str) -> None:
     """Acquire the lease, waiting until a previous one expires.
 
     Raises:
-        UserError: its driver is running; the message names host and pid.
+        UserError: the driver that holds it is running; the message names its host and pid.
     """
     _make_table(engine)
     row = {"study": study, "token": token, "host": socket.gethostname()[:255], "pid": os.getpid()}
@@ -239,7 +239,7 @@ def _acquire(engine: Engine, study: str, token: str) -> None:
 
 
 def _no_check() -> None:
-    """Permit every write: the folder's lock protects a study that is a file in it."""
+    """Permit every write: a study stored as a file is protected by the lock of its folder."""
 
 
 @contextlib.contextmanager
@@ -251,7 +251,7 @@ def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
         token: token of this driver's run.
 
     Yields:
-        A function that raises `LeaseLost` once this process must not write any more.
+        A function that raises `LeaseLost` once this process must stop writing.
 
     Raises:
         UserError: another driver holds the lease, or the server is unreachable; the message
@@ -268,7 +268,7 @@ def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
         except (sa.exc.SQLAlchemyError, OSError) as error:
             raise UserError(
                 f"NIPQ_STORAGE_URL: the study's storage is unreachable ({type(error).__name__}); "
-                "check scheme, host, user, password and that the server runs"
+                "check the scheme, host, user and password, and that the server is running"
             ) from error
         lease = StorageLease(engine, study, token)
         lease.start()

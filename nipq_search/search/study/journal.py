@@ -1,4 +1,4 @@
-"""Repairs of the study's journal file after a crash: a torn last line, an orphaned lock."""
+"""Repairs of the study's journal file after a crash: of a torn last line or an orphaned lock."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def mend_journal(path: Path) -> None:
 
 
 def _after_newline(file: BinaryIO, end: int) -> int:
-    """Return the start of the line that ends at `end`."""
+    """Return the offset after the last newline before the offset `end`; 0 if there is none."""
     while end > 0:
         start = max(0, end - 65536)
         file.seek(start)
@@ -55,11 +55,12 @@ def _is_entry(line: bytes) -> bool:
 
 
 def free_journal(path: Path) -> None:
-    """Remove the journal's lock if the process that took it is gone.
+    """Remove the journal's lock if the process that took it no longer exists.
 
-    Optuna holds the lock for milliseconds. It waits half a minute before it breaks an orphaned
-    one, and forever if the lock points into a folder that has been moved. Call this only while
-    holding the sweep's lease, so that only the `optuna` command or its dashboard may be writing.
+    Optuna holds the lock for milliseconds, so one that is older than `_LOCK_SECONDS` is orphaned.
+    Optuna itself would wait half a minute before breaking it, or forever if the lock is a link
+    into a folder that has been moved. Call this only while holding the sweep's lease, so that at
+    most the `optuna` command or its dashboard can be writing.
     """
     lock = path.with_name(path.name + ".lock")
     for _ in range(100):

@@ -1,9 +1,9 @@
 """The ledger: the Optuna study, which stores every decision of a sweep.
 
-Only the driver writes to it. The life cycle of a trial is `ask` (RUNNING), a worker's result
-record, attributes and constraint, and `tell` (COMPLETE, FAIL or PRUNED). After a crash between any
-two of these steps, the remaining ones are repeated: no trial is finished twice, and
-running ones keep their number.
+Only the driver writes to it. In the life cycle of a trial, `ask` creates it (RUNNING), a worker
+writes its result record, and the driver sets its attributes and constraint and then calls `tell`
+(COMPLETE, FAIL or PRUNED). After a crash between any two of these steps, the next driver carries
+out the remaining ones: no trial is finished twice, and running trials keep their numbers.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ BUDGET = "budget"
 """Name of the parameter that holds the index of a trial's budget."""
 
 CONSTRAINT = "budget"
-"""Name of the constraint that a trial keeps its budget."""
+"""Name of the Optuna constraint that requires a trial to stay within its budget."""
 
 _FIXED = "fixed_params"
-"""Optuna's system attribute of enqueued trials."""
+"""System attribute in which Optuna stores the parameters that a trial was enqueued with."""
 
 _FRESH_SECONDS = 0.5
-"""Time for which `look` returns the same list of trials."""
+"""Seconds for which `look` returns the same list of trials."""
 
 
 def _enqueued_budget(trial: FrozenTrial, default: int, budgets: int) -> int:
-    """Return the budget with which a trial was enqueued, or the default if it is unusable."""
+    """Return the budget index of an enqueued trial, or the default if it has no usable one."""
     wanted = trial.system_attrs.get(_FIXED, {}).get(BUDGET, default)
     usable = isinstance(wanted, (int, float)) and 0 <= wanted < budgets
     return int(wanted) if usable else default
 
 
 class Ledger:
-    """The study of a sweep; see the module for the life cycle of a trial.
+    """The study of a sweep; the module docstring describes the life cycle of a trial.
 
     Args:
         study: the Optuna study.
@@ -68,7 +68,7 @@ class Ledger:
         seed: the sweep's seed.
         storage: the study's storage, which `close` closes.
         journal: the study's journal file, repaired on close; None for a database.
-        guard: called before every write; raises once this process must not write any more.
+        guard: called before every write; raises once this process must stop writing.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Ledger:
             space: distribution of each hyperparameter.
             sampler: name of the sampler.
             seed: the sweep's seed.
-            guard: called before every write; raises once this process must not write any more.
+            guard: called before every write; raises once this process must stop writing.
 
         Returns:
             The ledger; a torn journal has been repaired.
@@ -142,7 +142,8 @@ class Ledger:
     def close(self) -> None:
         """Close the storage; the ledger cannot be used afterwards.
 
-        If a full disk left a torn last line in the journal, it is removed before others append.
+        A torn last line, which a full disk can leave in the journal, is removed before other
+        programs append to it.
         """
         if self._journal is not None:
             mend_journal(self._journal)
@@ -162,14 +163,15 @@ class Ledger:
             A ledger that cannot propose trials.
 
         Raises:
-            UserError: the study does not exist, or is not the folder's; see `load_study`.
+            UserError: the study does not exist or does not belong to the folder; see
+                `load_study`.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study, storage = load_study(folder, name, identity)
         return cls(study, space={}, sampler="random", seed=0, storage=storage)
 
     def remember(self, key: str, value: Any) -> None:
-        """Store a value as an attribute of the study if it changed."""
+        """Store a value as an attribute of the study, unless it is stored already."""
         self._before_write()
         text = json.dumps(value, sort_keys=True)
         if self.study.user_attrs.get(key) != text:
@@ -187,11 +189,11 @@ class Ledger:
 
     @retry_outages
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Return the trials in these states (default: all), by number."""
+        """Return the trials in these states (default: all), ordered by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def look(self) -> list[FrozenTrial]:
-        """Return all trials, cached briefly until the next write: reading thousands is slow."""
+        """Return all trials; reading them is slow, so they are cached briefly, until a write."""
         if self._cached is None or time.monotonic() - self._cached_at > _FRESH_SECONDS:
             self._cached, self._cached_at = self.trials(), time.monotonic()
         return self._cached
@@ -223,13 +225,13 @@ class Ledger:
     def ask(self, budget: int, budgets: int, trials: Sequence[FrozenTrial] | None = None) -> Asked:
         """Take the next waiting trial, or propose one for the given budget.
 
-        The sampler is seeded with the trial's number, so a resumed search repeats no proposal and
-        does not depend on where it was interrupted.
+        The sampler's seed depends on the trial's number, so a resumed search repeats no proposal,
+        and its proposals do not depend on where it was interrupted.
 
         Args:
             budget: index of the budget.
             budgets: number of budgets.
-            trials: all trials, if the caller has them.
+            trials: all trials of the study, if the caller has already read them.
 
         Returns:
             The trial, which may have been enqueued with another budget.
@@ -249,7 +251,7 @@ class Ledger:
 
     @retry_outages
     def resume(self, number: int, budget: int, budgets: int) -> Asked:
-        """Return a running trial again, proposing the parameters that it lacks.
+        """Return a running trial again, after proposing any parameters that it lacks.
 
         Args:
             number: trial number.
@@ -266,6 +268,7 @@ class Ledger:
         trials = self.trials()
         frozen = trials[number]
         self._use_sampler(int(frozen.params.get(BUDGET, budget)), number, budgets, trials)
+        # A frozen trial has no public attribute for its ID in the storage.
         trial = optuna.trial.Trial(self.study, frozen._trial_id)
         return self._suggest(trial, budgets)
 
@@ -299,7 +302,7 @@ class Ledger:
                     params[name] = suggest(trial, name, distribution)
                 except (ValueError, TypeError) as error:
                     raise Refused(trial.number, f"{name}: {error}") from error
-        # Enqueued trials may have parameters that the sweep file does not contain.
+        # Enqueued trials may have parameters that the sweep file does not contain; drop these.
         params = {name: params[name] for name in wanted}
         budget = int(params.pop(BUDGET))
         enqueued = _FIXED in self.trial(trial.number).system_attrs
@@ -310,6 +313,7 @@ class Ledger:
         """Set user attributes of an unfinished trial."""
         self._before_write()
         frozen = self.trial(number)
+        # A frozen trial has no public attribute for its ID in the storage.
         trial = optuna.trial.Trial(self.study, frozen._trial_id)
         for key, value in attributes.items():
             if key not in frozen.user_attrs or frozen.user_attrs[key] != value:
@@ -323,25 +327,26 @@ class Ledger:
         attributes: Mapping[str, Any],
         slack: float,
     ) -> None:
-        """Set attributes and constraint, then `tell` COMPLETE; idempotent.
+        """Set the attributes and the constraint of a trial, then `tell` COMPLETE; idempotent.
 
         Args:
             number: trial number.
             values: metric and front cost.
             attributes: user attributes.
-            slack: largest cost / target - 1; at most 0 if the budget is kept.
+            slack: largest value of cost / target - 1; at most 0 if the trial is within its budget.
         """
         frozen = self.trial(number)
         if frozen.state.is_finished():
             return
         self.note(number, {**attributes, "budget_slack": slack})
         if CONSTRAINT not in frozen.constraints:
+            # A frozen trial has no public attribute for its ID in the storage.
             optuna.trial.Trial(self.study, frozen._trial_id).set_constraint(CONSTRAINT, slack)
         self._before_write()
         self.study.tell(number, values=list(values), skip_if_finished=True)
 
     def fail(self, number: int, reason: str, attributes: Mapping[str, Any]) -> None:
-        """Store the reason and attributes, then `tell` FAIL; idempotent.
+        """Store the reason and the attributes of a failed trial, then `tell` FAIL; idempotent.
 
         Args:
             number: trial number.
@@ -351,7 +356,7 @@ class Ledger:
         self._end(number, TrialState.FAIL, {**attributes, "reason": reason})
 
     def prune(self, number: int, attributes: Mapping[str, Any]) -> None:
-        """Store attributes, then `tell` PRUNED; idempotent."""
+        """Store the attributes of a trial, then `tell` PRUNED; idempotent."""
         self._end(number, TrialState.PRUNED, attributes)
 
     @retry_outages

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 from optuna.exceptions import StorageInternalError
 
 OUTAGE_SECONDS = 15.0
-"""Longest outage that is waited out; less than `database_lease.SILENT_SECONDS`, after which the
-driver would lose its lease."""
+"""Longest outage that is waited out. It is shorter than `database_lease.SILENT_SECONDS`, after
+which the driver would lose its lease."""
 
 _PAUSE_SECONDS = 0.5
 

@@ -17,7 +17,7 @@ from nipq_search.errors import UserError
 
 JOURNAL, DATABASE = "study.log", "study.db"
 IDENTITY = "identity"
-"""Study attribute that distinguishes studies of the same name; `study` in `facts.json`."""
+"""Study attribute that distinguishes studies of the same name; also `study` in `facts.json`."""
 
 _TIMEOUTS = {
     "connect_timeout": 10,
@@ -27,7 +27,7 @@ _TIMEOUTS = {
     "keepalives_interval": 5,
     "keepalives_count": 2,
 }
-"""Timeouts of libpq, and thus psycopg, in seconds unless noted."""
+"""Connection timeouts of libpq, and thus of psycopg, in seconds unless noted otherwise."""
 
 
 def storage_url() -> str | None:
@@ -40,7 +40,7 @@ def storage_url() -> str | None:
 
 
 def engine_options(url: str) -> dict[str, Any]:
-    """Return SQLAlchemy's options for a URL: reconnect, and time out if a host is silent."""
+    """Return SQLAlchemy engine options: reconnect, and time out if the host does not respond."""
     driver = url.partition("://")[0]
     by_libpq = driver in ("postgres", "postgresql") or "+psycopg" in driver
     return {"pool_pre_ping": True, "connect_args": dict(_TIMEOUTS) if by_libpq else {}}
@@ -66,11 +66,11 @@ def open_storage(folder: Path) -> BaseStorage:
             if url is None:
                 raise UserError(
                     f"{folder / DATABASE}: the study's database cannot be opened ({kind}); "
-                    "restore the file from a copy"
+                    "restore the file from a backup"
                 ) from error
             raise UserError(
-                f"NIPQ_STORAGE_URL: the study's storage is unreachable ({kind}); check scheme, "
-                "host, user, password and that the server runs"
+                f"NIPQ_STORAGE_URL: the study's storage is unreachable ({kind}); check the "
+                "scheme, host, user and password, and that the server is running"
             ) from error
         journal = (folder / JOURNAL).resolve()
         try:
@@ -78,7 +78,7 @@ def open_storage(folder: Path) -> BaseStorage:
         except (ValueError, TypeError, KeyError, AssertionError) as error:
             raise UserError(
                 f"{journal}: {_damaged(journal)} is damaged "
-                f"({' '.join(str(error).split())[:120]}); restore the file from a copy: "
+                f"({' '.join(str(error).split())[:120]}); restore the file from a backup: "
                 "deleting the line would lose what it records about a trial"
             ) from error
 
@@ -102,12 +102,12 @@ def load_study(
 
     Raises:
         StudyGone: the study does not exist.
-        UserError: it is another study of the same name, or its storage cannot be opened; see
+        UserError: a different study has this name, or the storage cannot be opened; see
             `open_storage`.
     """
     gone = StudyGone(
-        f"{folder}: the study '{name}' of its trials is gone; restore study.log, or set "
-        "NIPQ_STORAGE_URL as it was when the sweep began, or use another folder"
+        f"{folder}: the study '{name}' with its trials is gone; restore study.log, or set "
+        "NIPQ_STORAGE_URL to the value that the sweep began with, or use another folder"
     )
     if storage_url() is None and not any((folder / file).exists() for file in (JOURNAL, DATABASE)):
         raise gone
@@ -118,7 +118,7 @@ def load_study(
         if identity is not None and own != identity:
             raise UserError(
                 f"{folder}: holds trials of another study; use another folder, or set "
-                "the NIPQ_STORAGE_URL that the sweep began with (unset if it had none)"
+                "the NIPQ_STORAGE_URL that the sweep began with (unset it if there was none)"
             )
     except KeyError as error:
         close_storage(storage)
@@ -130,7 +130,7 @@ def load_study(
 
 
 def _damaged(journal: Path) -> str:
-    """Return the position of the first invalid line of a journal."""
+    """Return the first invalid line of a journal as text, such as `line 3`."""
     with journal.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -143,7 +143,7 @@ def _damaged(journal: Path) -> str:
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Close the connections to a server, which Optuna leaves open."""
+    """Close the connections to a database, which Optuna leaves open."""
     if isinstance(storage, RDBStorage):
         storage.remove_session()
         storage.engine.dispose()

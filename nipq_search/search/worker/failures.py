@@ -1,8 +1,8 @@
-"""Causes of failed worker processes, and whether they count against the job.
+"""Causes of failures of worker processes, and whether they count against the job.
 
-A trial that keeps crashing is given up after `limits.max_failures`. A node that dies, as
-preemptible machines do, must not count against the trial. Ray only reports that a process ended;
-this module decides what that means.
+A trial is given up after `limits.max_failures` crashes. The death of a node, which is common with
+preemptible machines, must not count against the trial. Ray only reports that a process ended;
+this module determines the cause.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nipq_search.search.jobs import Cause
 from nipq_search.search.jobs.lease import driver_host
 
 MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
-"""Faults of the machine: no job can run on it until they are fixed."""
+"""Errors that are faults of the machine: no job can run on it until they are fixed."""
 
 _FOLDER_ERRNOS = {
     errno.EACCES,
@@ -34,7 +34,7 @@ _FOLDER_ERRNOS = {
     errno.EMFILE,
     errno.ENFILE,
 }
-"""Faults of the machine if they concern a file in the sweep's own folder."""
+"""Errors that are faults of the machine if they concern a file in the sweep's folder."""
 
 _MISSING_ERRNOS = {
     errno.ENOENT,
@@ -47,10 +47,10 @@ _MISSING_ERRNOS = {
 """Errors for files that do not exist or cannot be reached."""
 
 NEVER_STARTED = "its process died before it could start"
-"""Reason recorded for a job that never began an attempt."""
+"""Reason recorded for a job whose processes died before any of them began an attempt."""
 
 NODE_DEATH_SECONDS = 30.0
-"""Time within which Ray detects a dead node; about 15 seconds by default."""
+"""Time after which Ray has certainly detected a dead node; by default, it takes about 15 s."""
 
 FIXES = {
     Cause.MEMORY: "its machine ran out of memory; raise resources.memory_gb, or lower "
@@ -82,10 +82,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def find_os_error(error: BaseException) -> OSError | None:
-    """Return the `OSError` that an error is or was raised from, or None.
+    """Return the first `OSError` among an error and its causes, or None.
 
-    A `DataLoader` with workers re-raises their errors from text only; errno and file name are
-    then parsed from the message.
+    A `DataLoader` re-raises the errors of its workers with nothing but their text; the errno and
+    file name are then parsed from the message.
     """
     found = next((e for e in _causes(error) if isinstance(e, OSError)), None)
     if found is not None and found.errno is None:
@@ -110,10 +110,10 @@ def is_machine_fault(error: BaseException, out: Path) -> bool:
 
 
 def is_missing_here(error: BaseException, out: Path) -> bool:
-    """Return whether an error concerns a file, such as data, that only this node cannot read.
+    """Return whether an error concerns a file, such as data, that is missing only on this node.
 
-    Files of the sweep's folder `out` are excluded. A file that the driver's host cannot read
-    either is the trial's fault.
+    Files in the sweep's folder `out` are excluded. If the file is missing on the driver's host as
+    well, the trial is at fault.
     """
     found, host = find_os_error(error), driver_host(out)
     if found is None or found.errno not in _MISSING_ERRNOS:
@@ -127,9 +127,9 @@ def is_missing_here(error: BaseException, out: Path) -> bool:
 
 
 def is_gpu_memory(error: BaseException) -> bool:
-    """Return whether a GPU ran out of memory.
+    """Return whether an error means that a GPU ran out of memory.
 
-    Another process may have taken the memory, so the job may succeed in its next process.
+    Another process may have taken the memory, so the job may succeed in a new process.
     """
     import torch
 
@@ -144,12 +144,12 @@ def is_gpu_memory(error: BaseException) -> bool:
 
 
 def is_environment_fault(error: BaseException, out: Path) -> bool:
-    """Return whether the machine, the node's files or the GPU caused an error, not the job."""
+    """Return whether an error was caused by the machine, the node's files or the GPU."""
     return is_machine_fault(error, out) or is_missing_here(error, out) or is_gpu_memory(error)
 
 
 def gpu_is_lost() -> bool:
-    """Return whether this process can no longer use its GPU, as after a failed kernel assert."""
+    """Return whether this process can no longer use its GPU, as after a device-side assert."""
     import torch
 
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
@@ -165,7 +165,7 @@ def gpu_is_lost() -> bool:
 
 
 def own_node() -> str | None:
-    """Return Ray's id of the node that this process runs on; None outside Ray."""
+    """Return the Ray id of the node that this process runs on; None outside Ray."""
     if "ray" not in sys.modules:
         return None
     import ray
@@ -174,7 +174,7 @@ def own_node() -> str | None:
 
 
 def dead_nodes() -> set[str]:
-    """Return the ids of the cluster's nodes that are dead; empty outside Ray."""
+    """Return the ids of the cluster's dead nodes; empty outside Ray."""
     if own_node() is None:
         return set()
     import ray
@@ -224,7 +224,7 @@ def _kill(pid: int) -> None:
 
 
 def classify(error: BaseException | None, node_is_dead: bool) -> Cause:
-    """Return the cause behind the error that Ray raised for a lost process.
+    """Return the cause of the error that Ray raised for a lost process.
 
     Args:
         error: Ray's exception, or None if it is unknown.
@@ -249,11 +249,12 @@ def record_causes(folder: Path, run: str, error: BaseException | None = None) ->
 
     Args:
         folder: the job's folder.
-        run: token of the driver's run; attempts of earlier runs were killed with their driver.
-        error: what Ray raised for the last attempt, if known.
+        run: token of the driver's run; attempts of earlier runs are ignored, because they were
+            killed with their driver.
+        error: the exception that Ray raised for the last attempt, if known.
 
     Returns:
-        The cause of the last attempt; None if it ended by itself or never began.
+        Why the last attempt was lost; None if it ended on its own or never began.
     """
     lost = jobs.lost_attempts(folder, run)
     dead = dead_nodes() if lost else set()
@@ -293,7 +294,7 @@ def await_node_states(folder: Path, run: str) -> None:
 
 
 def error_of(trial: Any) -> BaseException | None:
-    """Return what Ray raised for a failed Tune trial, or None if it cannot be read."""
+    """Return the exception that Ray raised for a failed Tune trial; None if it cannot be read."""
     with contextlib.suppress(Exception):
         import pickle
 

@@ -1,8 +1,8 @@
-"""Trainings in several processes: the process group of one trial, on GPUs or CPU cores.
+"""Training in several processes: the process group of one trial, on GPUs or CPU cores.
 
-The trial's own process is rank 0. It starts the other ranks as child processes on its node and
-within the resources that the trial was assigned there. A single resource request covers the whole
-group, so two trials never block each other with half a group each. (Ray Train instead gives its
+The trial's own process is rank 0. It starts the other ranks as child processes on its node,
+within the resources assigned to the trial there. A single resource request covers the whole
+group, so two trials never deadlock with half a group each. (Ray Train instead gives its
 workers a placement group separate from the trial's.) The ranks communicate over the loopback
 interface and end with rank 0, however it ends.
 """
@@ -40,7 +40,7 @@ _log = logging.getLogger("nipq_search")
 _GRACE_SECONDS = 20.0
 """Time that rank 0 has to leave a training run in which another rank has exited."""
 _CAUSE_SECONDS = 10.0
-"""Time that rank 0 waits, after a connection error, for another rank's failure to explain it."""
+"""Time that rank 0 waits, after a connection error, for the failure of the rank that caused it."""
 _CLEANUP_SECONDS = 5.0
 """Time that another rank waits, after a connection error, for rank 0's exit to become visible."""
 _SHARED_MEMORY = Path("/dev/shm")
@@ -72,7 +72,7 @@ class GroupSpec:
 
     @contextlib.contextmanager
     def join(self, rank: int) -> Iterator[Team]:
-        """Join the process group as this rank until the context ends."""
+        """Join the process group as `rank`, and leave it when the context exits."""
         import torch.distributed as dist
 
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -82,7 +82,7 @@ class GroupSpec:
             yield team
 
     def error_file(self, rank: int) -> Path:
-        """Return the file in which a rank that fails describes its error."""
+        """Return the file in which a failing rank records its error."""
         return self.rendezvous / f"reason-{rank}.json"
 
 
@@ -132,7 +132,7 @@ class _OtherRanks:
 
     def __init__(self, group: GroupSpec) -> None:
         self.group = group
-        self.ended: dict[int, int] = {}  # exit status, by rank, of processes that failed
+        self.ended: dict[int, int] = {}  # exit status of each failed process, by rank
         self.over = threading.Event()
         self.processes: list[subprocess.Popen[bytes]] = []
 
@@ -175,13 +175,13 @@ class _OtherRanks:
             )
 
     def _poll(self) -> None:
-        """Note the ranks that failed."""
+        """Record the exit status of each rank that has failed."""
         for rank, process in enumerate(self.processes, start=1):
             if process.poll():
                 self.ended.setdefault(rank, process.returncode)
 
     def _watch(self) -> None:
-        """Interrupt rank 0 when another rank fails."""
+        """Kill the other ranks when one of them fails, which interrupts rank 0."""
         while not self.over.wait(0.2):
             self._poll()
             if self.ended:
@@ -195,7 +195,7 @@ class _OtherRanks:
                 return
 
     def _errors(self) -> dict[int, dict[str, Any] | None]:
-        """Return the error that each failed rank described; None if it described none."""
+        """Return the error that each failed rank reported; None if it reported none."""
         errors: dict[int, dict[str, Any] | None] = {}
         for rank in self.ended:
             try:
@@ -205,11 +205,11 @@ class _OtherRanks:
         return errors
 
     def raise_cause(self) -> None:
-        """Raise the error that ended other ranks, if any; root causes before their effects.
+        """Raise the error that ended another rank, if any, preferring a root cause to its effects.
 
         Raises:
             RankKilled: a rank was killed.
-            OSError: a rank found its machine unfit.
+            OSError: a rank failed because of a fault of the machine.
             OutOfMemoryError: the GPU of a rank ran out of memory.
             RankFailed: a rank raised another exception.
         """
@@ -243,7 +243,7 @@ class _OtherRanks:
                 process.kill()
 
     def end(self) -> None:
-        """Give the processes a few seconds to end by themselves, then kill the rest."""
+        """Give the processes a few seconds to exit on their own, then kill the rest."""
         self.over.set()
         limit = time.monotonic() + 5
         for process in self.processes:
@@ -259,7 +259,7 @@ class _OtherRanks:
 
 
 def _is_echo(error: BaseException) -> bool:
-    """Return whether an error only reports that another process is gone."""
+    """Return whether an error may merely reflect that another process is gone."""
     import torch.distributed as dist
 
     return type(error) is RuntimeError or isinstance(error, dist.DistError)
@@ -284,13 +284,13 @@ def launch_group(
         log: folder for the output of the other ranks.
 
     Yields:
-        The group, as `train` takes it.
+        The group to pass to `train`.
 
     Raises:
         UserError: this machine has fewer GPUs than `size`.
         RankFailed: another rank raised an exception.
-        RankKilled: another rank was killed; this process must end as if it had been, too.
-        OSError: another rank found its machine unfit.
+        RankKilled: another rank was killed; this process must then exit as if killed as well.
+        OSError: another rank failed because of a fault of the machine.
     """
     if size == 1:
         yield ALONE
@@ -352,14 +352,14 @@ def run_rank(group: GroupSpec, rank: int) -> int:
         traceback.print_exc()
         group.error_file(rank).write_text(json.dumps(_describe(error)))
         if _is_echo(error):
-            # If rank 0 was killed, `_end_with_rank_0` must delete the folder before this ends.
+            # If rank 0 was killed, let `_end_with_rank_0` delete the folder first.
             time.sleep(_CLEANUP_SECONDS)
         return 1
     return 0
 
 
 def _describe(error: Exception) -> dict[str, Any]:
-    """Return what rank 0 needs in order to raise an error of another rank."""
+    """Return what rank 0 needs in order to raise this rank's error itself."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     number = None
     if isinstance(error, OSError) and error.errno in failures.MACHINE_ERRNOS:
@@ -394,4 +394,4 @@ if __name__ == "__main__":
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # the waiting thread would keep the interpreter from ending
+    os._exit(status)  # the waiting thread would keep the interpreter from exiting

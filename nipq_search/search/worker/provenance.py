@@ -15,10 +15,10 @@ from nipq_search.version import __version__
 def provenance(config: SweepConfig) -> dict[str, Any]:
     """Return the versions and the CPU capability with which this process computes.
 
-    Equal provenance means that a repeated training on CPUs has equal bits.
+    If the provenance is the same, repeating a training run on CPUs gives bit-identical results.
 
     Args:
-        config: the sweep, whose plug-ins are listed.
+        config: the sweep configuration, whose plug-ins are listed.
     """
     return {
         "nipq_search": __version__,
@@ -29,7 +29,7 @@ def provenance(config: SweepConfig) -> dict[str, Any]:
 
 
 def provenance_changes(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two provenances, as `torch 2.13.0, here 2.14.1`."""
+    """List the differences between two provenances, such as `torch 2.13.0, here 2.14.1`."""
     before, now = _flat(recorded), _flat(here)
     return [
         f"{key} {before.get(key, 'unknown')}, here {now.get(key, 'none')}"
@@ -39,5 +39,5 @@ def provenance_changes(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> 
 
 
 def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a provenance without nesting; plug-ins as further keys."""
+    """Return a flat copy of a provenance, in which each plug-in has a key of its own."""
     return {**{k: v for k, v in found.items() if k != "plugins"}, **found.get("plugins", {})}

@@ -1,4 +1,4 @@
-"""The progress of an attempt on disk, and the requests that it must react to."""
+"""The progress files of an attempt, and the checks for requests to stop it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WRITE_SECONDS = 2.0
 
 
 class Reporter:
-    """Writes an attempt's learning curve, sample count and progress; hooks of its training run.
+    """Writes an attempt's learning curve and progress; its methods are hooks of the training run.
 
     Args:
         job: the job.
@@ -30,7 +30,7 @@ class Reporter:
     """
 
     def __init__(self, job: Job, attempt: Path, report: Callable[[dict[str, Any]], None]) -> None:
-        """Write nothing yet."""
+        """Store the arguments; nothing is written."""
         self.job, self.attempt, self.report = job, attempt, report
         self._samples = 0
         self._epoch = 0
@@ -39,7 +39,7 @@ class Reporter:
         self._stopping = False
 
     def on_epoch(self, point: CurvePoint) -> None:
-        """Append a point to the learning curve."""
+        """Append a point to the learning curve, and report the progress."""
         self._epoch = point.epoch
         with (self.attempt / jobs.CURVE).open("a") as file:
             file.write(json.dumps(dataclasses.asdict(point)) + "\n")
@@ -47,13 +47,13 @@ class Reporter:
         self.report({"epoch": point.epoch, "job": self.job.name})
 
     def on_samples(self, count: int) -> None:
-        """Count processed training samples."""
+        """Add `count` processed samples; write the progress file every few seconds."""
         self._samples += count
         if time.monotonic() - self._written > _WRITE_SECONDS:
             self.write()
 
     def write(self) -> None:
-        """Write the progress file."""
+        """Write the progress file now."""
         self._written = time.monotonic()
         file_io.write_json(
             self.attempt / jobs.PROGRESS,
@@ -61,16 +61,16 @@ class Reporter:
         )
 
     def before_write(self) -> None:
-        """Protect the checkpoints of a later attempt from this one.
+        """Prevent this attempt from overwriting the files of a later one.
 
         Raises:
-            Interrupted: a later attempt has taken the job over.
+            Interrupted: a later attempt has taken over the job.
         """
         if jobs.is_superseded(self.attempt):
             raise Interrupted
 
     def should_stop(self) -> bool:
-        """Return whether a stop was requested or a later attempt took the job over."""
+        """Return whether a stop was requested or a later attempt has taken over the job."""
         if not self._stopping and time.monotonic() - self._polled > _POLL_SECONDS:
             self._polled = time.monotonic()
             superseded = jobs.is_superseded(self.attempt)

@@ -1,4 +1,4 @@
-"""The work of each kind of job: training, sensitivity scores, evaluation on the test split."""
+"""What each kind of job does: train, measure sensitivity, or evaluate on the test split."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from nipq_search.train.sensitivity import score
 
 
 def run_job(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> dict[str, Any]:
-    """Do the work of a job according to its kind.
+    """Run a job according to its kind.
 
     Args:
         job: the job.
-        config: the sweep.
+        config: the sweep configuration.
         task: the sweep's task, with its data loaded.
-        reporter: receives progress and reports requests to stop.
+        reporter: records the progress and checks for requests to stop.
 
     Returns:
         The job's result record.
 
     Raises:
-        Interrupted: the job received a stop request.
+        Interrupted: a stop was requested, or a later attempt has taken over the job.
         Paused: a trial reached its rung.
     """
     if job.kind == "test":
@@ -51,7 +51,7 @@ def run_job(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> di
 
 
 def failure_record(job: Job, reason: str) -> dict[str, Any]:
-    """Return the record of a job that failed and is not tried again."""
+    """Return the record of a job that failed and will not be retried."""
     return {
         "state": jobs.FAIL,
         "reason": reason,
@@ -122,7 +122,7 @@ def _record(job: Job, result: TrainResult) -> dict[str, Any]:
 
 
 def _run_scores(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> dict[str, Any]:
-    """Measure how much the loss grows as each tensor's bit-width shrinks; see `score`."""
+    """Measure how much the loss increases as bit-widths decrease; see `score`."""
     losses = score(
         task,
         train_spec(config, job),

@@ -24,7 +24,7 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
         return TrainSpec(
             train=config.float_model.as_training(),
             seed=job.seed,
-            # A checkpoint is evaluated and stored as it is, without a training step.
+            # A given checkpoint is evaluated and stored as is, without training.
             float_model=None if file is None else Path(file),
             home=home_of(config, job),
         )
@@ -66,7 +66,7 @@ def _quant(config: SweepConfig, job: Job) -> QuantConfig:
 
 
 def _schedule(config: SweepConfig, job: Job, training: TrainConfig) -> TrainConfig:
-    """Shorten a trial's training and scale its noise phase as the strategy demands."""
+    """Shorten a trial's training run and scale its noise phase, as its strategy specifies."""
     if job.kind != "trial":
         return training
     strategy = STRATEGIES[config.search.strategy]
@@ -88,7 +88,7 @@ def _sensitivity_losses(out: Path) -> dict[str, dict[int, float]]:
 
 
 def home_of(config: SweepConfig, job: Job) -> str | None:
-    """Return where a job's model and checkpoints are stored, or None for the job's folder."""
+    """Return the URI under which a job's model and checkpoints are stored; None for its folder."""
     place = job.folder.relative_to(job.out)
     return blobs.within(config.checkpoints, config.name, *place.parts)
 
@@ -100,6 +100,6 @@ def _pause(config: SweepConfig, job: Job) -> float | None:
 
 
 def training_device(config: SweepConfig) -> torch.device:
-    """Return this process's first GPU if trials are assigned GPUs and one exists, else the CPU."""
+    """Return the first GPU if trials are assigned GPUs and one is available; otherwise the CPU."""
     use_gpu = config.resources.gpus > 0 and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu")

@@ -14,7 +14,7 @@ _log = logging.getLogger("nipq_search")
 
 @contextlib.contextmanager
 def captured(path: Path) -> Iterator[None]:
-    """Append everything that the attempt prints or logs to a file."""
+    """Redirect everything that the attempt prints or logs to a file, appending to it."""
     with path.open("a", buffering=1) as file:
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -30,8 +30,8 @@ def captured(path: Path) -> Iterator[None]:
 def watchdog(path: Path, minutes: float | None) -> Iterator[None]:
     """End this process and write a stack trace to `path` if the attempt exceeds its time limit.
 
-    A C thread enforces the limit, so it also interrupts a loop that never releases the
-    interpreter lock.
+    A C thread enforces the limit, so it also ends an attempt whose loop never releases the
+    interpreter lock. Without a limit, do nothing.
     """
     if minutes is None:
         yield

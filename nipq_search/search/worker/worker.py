@@ -1,4 +1,4 @@
-"""The execution of a job in a worker process: one attempt, including everything that can fail."""
+"""Execution of a job in a worker process: one attempt, and everything that can go wrong in it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _log = logging.getLogger("nipq_search")
 
 
 class ExitReason(enum.Enum):
-    """Reason for which a worker process exits instead of taking another job."""
+    """Why a worker process exits instead of taking another job."""
 
     RANK_KILLED = "another process of its training run was killed"
     GPU_MEMORY = "its GPU ran out of memory"
@@ -42,7 +42,7 @@ class ExitReason(enum.Enum):
 
 
 class _EndProcess(Exception):
-    """The process must end; the executor restarts the job in another one."""
+    """The process must end; the executor restarts the job in a new one."""
 
     def __init__(self, reason: ExitReason) -> None:
         super().__init__(reason.value)
@@ -68,7 +68,7 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> J
         How the attempt ended.
 
     Raises:
-        OSError: an operation outside the training failed, and the machine is not at fault.
+        OSError: an operation outside the training run failed, and the machine is not at fault.
     """
     try:
         return _attempt(job, task, report)
@@ -90,7 +90,7 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> J
 
 
 def _halt(reason: str) -> JobOutcome:
-    """Return the outcome for a fault of the machine: the job stays open, the sweep ends."""
+    """Return the outcome for a fault of the machine: the job stays open, and the sweep ends."""
     return JobOutcome(kind=OutcomeKind.HALT, reason=reason)
 
 
@@ -104,7 +104,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     """Run one attempt; see `execute`.
 
     Raises:
-        OSError: the machine is unfit; nothing is recorded for the job.
+        OSError: the machine is at fault; nothing is recorded for the job.
         _MissingHere: a file that the job needs does not exist on this node.
         _EndProcess: the process must end.
     """
@@ -160,7 +160,7 @@ def _record_of_error(job: Job, reporter: Reporter, error: Exception) -> dict[str
     """Return the failure record of a job that raised an error, unless the job is not at fault.
 
     Raises:
-        OSError: the machine is unfit.
+        OSError: the machine is at fault.
         _MissingHere: a file that the job needs does not exist on this node.
         _EndProcess: the GPU ran out of memory.
     """
@@ -180,11 +180,11 @@ def _record_of_error(job: Job, reporter: Reporter, error: Exception) -> dict[str
 
 
 def _commit(job: Job, reporter: Reporter, record: dict[str, Any]) -> JobOutcome:
-    """Commit the record of an attempt, unless a later attempt took the job over.
+    """Commit the record of an attempt, unless a later attempt has taken over the job.
 
     Raises:
-        _EndProcess: the job's record is a failure that left the GPU unusable, and Tune would
-            reuse this process for the next job.
+        _EndProcess: the job failed and left the GPU unusable; otherwise, Tune would reuse this
+            process for the next job.
     """
     attempt = reporter.attempt
     reporter.write()
@@ -204,7 +204,7 @@ def _mark_stopped(attempt: Path) -> None:
 
 
 def _clean_up(job: Job) -> None:
-    """Delete checkpoints and obsolete models of a job that has a committed record."""
+    """Delete the checkpoints and obsolete models of a job if it has a committed record."""
     if job.kind != "test" and jobs.committed(job.folder) is not None:
         remove_checkpoints(job.folder / "checkpoints")
         for model in jobs.model_files(job.folder, obsolete=True):
@@ -215,11 +215,12 @@ def _clean_up(job: Job) -> None:
 
 
 def _threads(job: Job, config: SweepConfig) -> int:
-    """Return the number of threads of a job's next attempt, as in the checkpoint it continues.
+    """Return the number of threads for a job's next attempt, which may resume from a checkpoint.
 
-    A resumed training run is bit-identical to an uninterrupted one only with the same number of
-    threads and workers and the same parent. Checkpoints written with another number of workers or
-    another parent are deleted.
+    A resumed training run is bit-identical to an uninterrupted one only if it has the same number
+    of threads, the same number of workers and the same parent. The number of threads is therefore
+    that of the previous attempt, and checkpoints written with a different number of workers or a
+    different parent are deleted.
     """
     checkpoints, before = job.folder / "checkpoints", jobs.training_setup(job.folder)
     if not checkpoints.is_dir() or not before:
@@ -231,9 +232,9 @@ def _threads(job: Job, config: SweepConfig) -> int:
 
 
 def _reason_to_give_up(job: Job, config: SweepConfig) -> str | None:
-    """Return why a job that failed before is not tried again, or None.
+    """Return why a job that failed before should not be retried, or None.
 
-    A job is given up only after it is certain that no dead node ended its attempts.
+    A job is given up only once it is certain that its attempts were not lost with their nodes.
     """
     limits = config.limits
     failures.record_causes(job.folder, job.run)
@@ -245,7 +246,7 @@ def _reason_to_give_up(job: Job, config: SweepConfig) -> str | None:
 
 
 def _give_up(job: Job, max_failures: int, minutes: float | None) -> str | None:
-    """Return why the recorded attempts exhaust a job's limits, or None."""
+    """Return which of a job's limits its recorded attempts have exhausted, or None."""
     if jobs.count_hangs(job.folder) >= jobs.MAX_HANGS:
         limit = "" if minutes is None else f" after {minutes:g} minutes"
         return f"hung: killed{limit}, twice (limits.trial_minutes)"

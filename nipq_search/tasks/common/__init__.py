@@ -1,4 +1,4 @@
-"""Helpers that several tasks share: checks and sections of arguments, splits, packaged files.
+"""Helpers shared by several tasks: argument checks and sections, splits, and packaged files.
 
-Start reading in `sections.py`. Imports no other package of the tasks.
+Start with `sections.py`. Imports no other package of the tasks.
 """

@@ -1,4 +1,4 @@
-"""Checks of task arguments; each one raises `UserError` with a message about `task_args.<key>`."""
+"""Checks for task arguments; each raises `UserError` with a message about `task_args.<key>`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nipq_search.tasks.common.package_files import PREFIX
 
 
 def argument_error(key: str, problem: str) -> UserError:
-    """Return the error about one argument of a task."""
+    """Return an error about one argument of a task."""
     return UserError(f"task_args.{key}: {problem}")
 
 
 def positive(key: str, value: Any) -> int:
     """Return `value` if it is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise argument_error(key, f"{value!r} is not an integer of 1 or more")
+        raise argument_error(key, f"{value!r} is not a positive integer")
     return value
 
 
@@ -85,13 +85,13 @@ def number(key: str, value: Any, low: float, high: float = float("inf")) -> floa
         UserError: the value is not a number in this range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        limits = f"of {low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
+        limits = f">= {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
         raise argument_error(key, f"{value!r} is not a number {limits}")
     return float(value)
 
 
 def one_of(key: str, value: Any, known: Iterable[str]) -> str:
-    """Check an argument with a fixed set of values.
+    """Check an argument that has a fixed set of valid values.
 
     Args:
         key: name of the argument.
@@ -125,14 +125,14 @@ def flag(key: str, value: Any) -> bool:
 
 
 def seed(key: str, value: Any) -> int:
-    """Return `value` if it is a valid seed of numpy's generators."""
+    """Return `value` if it is a valid seed for numpy's generators."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
         raise argument_error(key, f"{value!r} is not an integer from 0 to {2**32 - 1}")
     return value
 
 
 def names(key: str, value: Any) -> tuple[str, ...] | None:
-    """Return a list of distinct names as a tuple, or None for None."""
+    """Return a list of distinct names as a tuple; None is returned unchanged."""
     if value is None:
         return None
     if isinstance(value, list | tuple):
@@ -143,7 +143,7 @@ def names(key: str, value: Any) -> tuple[str, ...] | None:
 
 
 def mapping(key: str, value: Any) -> dict[str, Any] | None:
-    """Return a mapping as a dict, or None for None."""
+    """Return a mapping as a dict; None is returned unchanged."""
     if value is not None and not isinstance(value, Mapping):
         raise argument_error(key, f"{value!r} is not a mapping")
     return None if value is None else dict(value)
@@ -178,12 +178,12 @@ def check_disjoint(key: str, files: Iterable[Any], others: Iterable[Any]) -> Non
     shared = sorted(str(file) for file in set(files) & set(others))
     if shared:
         raise argument_error(
-            key, f"{shared[0]} is in the validation split already; use a file in one split only"
+            key, f"{shared[0]} is already in the validation split; use each file in one split only"
         )
 
 
 SplitSource = float | tuple[str, ...]
-"""Origin of a split: a share of the data, or separate files."""
+"""Origin of a split: a share of the data to hold out, or separate files."""
 
 
 def split_sources(validation: Any, test: Any) -> tuple[SplitSource, SplitSource]:
@@ -192,8 +192,8 @@ def split_sources(validation: Any, test: Any) -> tuple[SplitSource, SplitSource]
     Each argument is a share in (0, 1), a path, or a list of paths.
 
     Raises:
-        UserError: an argument has another type, the shares leave no training data, or a file is
-            in both splits.
+        UserError: an argument is neither a share nor a path, the shares leave no training data, or
+            a file is in both splits.
     """
     found: list[SplitSource] = []
     for key, value in (("validation", validation), ("test", test)):
@@ -204,7 +204,7 @@ def split_sources(validation: Any, test: Any) -> tuple[SplitSource, SplitSource]
         else:
             raise argument_error(key, f"{value!r} is neither a share between 0 and 1 nor a path")
     if sum(source for source in found if isinstance(source, float)) >= 1:
-        raise argument_error("validation", "together with test it leaves no training data")
+        raise argument_error("validation", "together with test, it leaves no training data")
     if not any(isinstance(source, float) for source in found):
         check_disjoint("test", paths("test", test), paths("validation", validation))
     return found[0], found[1]

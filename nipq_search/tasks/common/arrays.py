@@ -1,4 +1,4 @@
-"""Labeled arrays in memory: stratified splits, and batches that are functions of a seed."""
+"""Labeled arrays in memory: stratified splits, and batches that depend only on a seed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 class Split:
     """Images (N, C, H, W) as uint8 and their labels (N,) as int64.
 
-    Both are numpy arrays, because Ray's object store shares those between the processes of a node
-    without copying. Shared arrays are read-only, so no method writes to them.
+    Both are numpy arrays, because Ray's object store shares arrays between the processes of a node
+    without copying them. Shared arrays are read-only, so no method writes to them.
     """
 
     images: NDArray[np.uint8]
@@ -44,13 +44,14 @@ class Normalization:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batches:
-    """One epoch of a split, including the last partial batch; every iteration is the same.
+    """One epoch of a split, including the last partial batch; each pass yields equal batches.
 
     Attributes:
         split: the images.
         normalization: map from raw values to inputs.
         batch_size: images per batch.
-        seed: seed of order and shifts; None keeps the order of the arrays and shifts nothing.
+        seed: seed for the order and the shifts; None keeps the order of the arrays and disables
+            the shifts.
         shift: maximum random shift in pixels; zeros fill the uncovered border.
     """
 
@@ -73,7 +74,7 @@ class Batches:
             order = torch.randperm(len(order), generator=generator).numpy()
         for start in range(0, len(order), self.batch_size):
             index = order[start : start + self.batch_size]
-            # Indexing with an array copies, so torch can own the result.
+            # Indexing with an array makes a copy, so torch can own the result.
             raw = torch.from_numpy(self.split.images[index])
             if generator is not None and self.shift:
                 raw = shift_images(raw, self.shift, generator)
@@ -81,12 +82,12 @@ class Batches:
 
 
 def shift_images(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
-    """Shift each image at random; zeros fill the uncovered border.
+    """Shift each image by a random offset; zeros fill the uncovered border.
 
     Args:
         images: images (N, C, H, W).
         max_shift: maximum shift in either direction, in pixels.
-        generator: source of the shifts.
+        generator: source of randomness.
 
     Returns:
         New images of the same shape and type.
@@ -104,15 +105,16 @@ def shift_images(images: Tensor, max_shift: int, generator: torch.Generator) -> 
 def stratified(
     labels: NDArray[Any], sizes: Sequence[int], seed: int
 ) -> tuple[NDArray[np.int64], ...]:
-    """Draw disjoint sets of samples, each with the classes in proportion.
+    """Draw disjoint sets of samples, each with the class proportions of the whole.
 
-    Every class is shuffled and spread evenly over one sequence, which is then cut. Any section of
-    the sequence, such as the first n samples of a split, thus has the classes in proportion.
+    The samples of each class are shuffled and spread evenly over one sequence, which is then cut
+    into the sets. Any section of the sequence, such as the first n samples of a split, therefore
+    has the same class proportions, up to rounding.
 
     Args:
         labels: class of each sample, (N,).
         sizes: number of samples in each set.
-        seed: seed of the shuffle.
+        seed: seed for the shuffle.
 
     Returns:
         The indices of each set.
@@ -121,8 +123,8 @@ def stratified(
         ValueError: the sizes add up to more than N.
     """
     if sum(sizes) > len(labels):
-        raise ValueError(f"splits of {sum(sizes)} samples out of {len(labels)}")
-    # Unlike default_rng, RandomState has the same stream in every version of numpy.
+        raise ValueError(f"cannot draw {sum(sizes)} samples from {len(labels)}")
+    # Unlike default_rng, RandomState produces the same stream in every version of numpy.
     order = np.random.RandomState(seed).permutation(len(labels))
     position = np.empty(len(labels))
     for label in np.unique(labels):
@@ -135,7 +137,7 @@ def stratified(
 
 
 def digest_splits(splits: Mapping[str, Split]) -> str:
-    """Return the SHA-256 of names, shapes and contents of the splits, in hexadecimal."""
+    """Return the SHA-256 of the names, shapes and contents of the splits, in hexadecimal."""
     total = hashlib.sha256()
     for name, split in splits.items():
         total.update(f"{name}{split.images.shape}".encode())

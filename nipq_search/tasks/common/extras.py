@@ -1,4 +1,4 @@
-"""Imports of optional libraries, which the extras of this project install."""
+"""Imports of optional libraries, which are installed by the extras of this project."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from nipq_search.errors import UserError
 
 @contextlib.contextmanager
 def requires_extra(user: str, extra: str) -> Iterator[None]:
-    """Turn the `ImportError` of an optional library into a message about its installation.
+    """Turn the `ImportError` for an optional library into a message with the install command.
 
     Args:
-        user: what needs the library, for the message: `task text_classification`.
-        extra: extra of this project that installs it.
+        user: what needs the library, for the message, such as `task text_classification`.
+        extra: the extra of this project that installs the library.
 
     Yields:
         Nothing; the block imports the library.

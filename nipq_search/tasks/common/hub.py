@@ -1,4 +1,4 @@
-"""Access to the Hugging Face hub, with one reachability test per process and no client output."""
+"""Access to the Hugging Face Hub, with one reachability test per process and no client output."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import logging
 from collections.abc import Iterator
 
 TIMEOUT_SECONDS = 5
-"""Timeout of the reachability test."""
+"""Timeout for the reachability test."""
 
 
 @contextlib.contextmanager
 def hub_access() -> Iterator[None]:
-    """Run a block that may download; use the cache only if the hub is unreachable.
+    """Run a block that may download files; if the hub is unreachable, use only the cache.
 
-    Otherwise, the client would retry each file several times and log a message for every attempt.
+    Without this, the client would retry each file several times and log a message for every
+    attempt.
     """
     try:
         from huggingface_hub import constants
@@ -34,17 +35,17 @@ def hub_access() -> Iterator[None]:
 
 
 def unreachable_reason() -> str:
-    """Return why the hub was not used, for messages; empty if it is reachable."""
+    """Return why the hub was not used, for messages; the string is empty if it is reachable."""
     from huggingface_hub import constants
 
-    if _is_reachable.cache_info().currsize == 0:  # offline mode was set from outside
+    if _is_reachable.cache_info().currsize == 0:  # offline mode was set by the user
         return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
     return "" if _is_reachable() else f"{constants.ENDPOINT} does not respond"
 
 
 @functools.cache
 def _is_reachable() -> bool:
-    """Whether the hub sends any response; tested once per process."""
+    """Whether the hub responds at all; tested once per process."""
     from huggingface_hub import constants, get_session
 
     try:

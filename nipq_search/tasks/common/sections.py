@@ -1,9 +1,9 @@
-"""Sections of task arguments: a flat `task_args` mapping sorted into frozen dataclasses.
+"""Sections of task arguments: a flat `task_args` mapping grouped into frozen dataclasses.
 
-The constructor of a task with many arguments takes them in sections, dataclasses such as
-`ImageData`. The class lists these in `argument_sections`, which maps a constructor parameter to
-its section class. Sweep files do not show the sections: `task_args` contains the fields of all
-sections and the remaining parameters side by side, so no two of them share a name.
+The constructor of a task with many arguments takes them in sections, which are dataclasses such as
+`ImageData`. The class lists its sections in `argument_sections`, which maps a constructor
+parameter to its section class. Sections do not appear in sweep files: `task_args` contains the
+fields of all sections and the remaining parameters side by side, so their names must be distinct.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def flat_parameters(factory: Callable[..., object]) -> dict[str, inspect.Paramet
 def group_arguments(
     factory: Callable[..., object], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return keyword arguments of the constructor, with each section built from its fields.
+    """Return the keyword arguments for the constructor, with each section built from its fields.
 
     Raises:
-        UserError: a section rejects a value.
+        UserError: the value of a field is invalid.
     """
     remaining = dict(arguments)
     grouped = {}

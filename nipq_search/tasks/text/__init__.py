@@ -1,4 +1,4 @@
-"""Text classification and language modeling with models of transformers.
+"""Text classification and language modeling with transformers models.
 
-Start reading in `classification.py` or `language_modeling.py`. Imports only `base` and `common`.
+Start with `classification.py` or `language_modeling.py`. Imports only `base` and `common`.
 """

@@ -1,4 +1,4 @@
-"""The task `text_classification`: single texts or pairs, with an encoder of transformers."""
+"""The task `text_classification`: single texts or pairs, classified by a transformers encoder."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from nipq_search.tasks.text.tokens import (
 Batch = tuple[Tensor, ...]
 
 METRICS = ("accuracy", "f1", "matthews")
-"""Metrics that can be maximized: accuracy, mean F1 of the classes, Matthews correlation."""
+"""Metrics that can be maximized: accuracy, macro F1, and the Matthews correlation."""
 
 
 class EncoderClassifier(nn.Module):
-    """An encoder, the mean over all tokens except padding, and a linear head."""
+    """An encoder, mean pooling over all tokens except padding, and a linear head."""
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
         """Add a new head to an encoder.
 
         Args:
-            encoder: a model of transformers without head.
-            width: channels of its hidden states.
+            encoder: a transformers model without a head.
+            width: size of its hidden states.
             classes: number of outputs.
         """
         super().__init__()
@@ -64,12 +64,12 @@ class EncoderClassifier(nn.Module):
         Args:
             input_ids: tokens (B, L), int64.
             attention_mask: (B, L), 1 for tokens and 0 for padding.
-            token_type_ids: index of the text of a pair that a token belongs to, (B, L).
-            hidden: whether to return hidden states as well.
+            token_type_ids: (B, L), 0 or 1 for the first or second text of a pair.
+            hidden: whether to return the hidden states as well.
 
         Returns:
-            Logits (B, C). With `hidden`, also a tuple of hidden states (B, L, H): the embeddings
-            and the output of every layer.
+            The logits (B, C). With `hidden`, also a tuple of the hidden states (B, L, H): the
+            embeddings and the output of every layer.
         """
         more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         output = self.encoder(
@@ -92,10 +92,10 @@ class TokenizedTexts:
 
     Attributes:
         splits: tokens and labels by split.
-        classes: classes in order.
+        classes: the classes, in order.
         dropped: number of dropped rows by reason.
-        vocabulary: number of tokens of the tokenizer.
-        padding: padding token.
+        vocabulary: number of tokens in the tokenizer's vocabulary.
+        padding: id of the padding token.
     """
 
     splits: Mapping[str, TokenSplit]
@@ -106,14 +106,14 @@ class TokenizedTexts:
 
 
 class TextClassification:
-    """Classification of the texts in a table: a pretrained encoder with a new head.
+    """Classification of the texts in a table with a pretrained encoder and a new head.
 
     Args:
         source: the encoder and its tokenizer.
         table: the texts and their labels.
-        splits: how rows are divided into splits; the defaults if None.
-        lengths: lengths of the tokenized texts; the defaults if None.
-        hidden_weight: weight of the hidden states' error in the distillation loss.
+        splits: how rows are divided into splits; None uses the defaults.
+        lengths: lengths of the tokenized texts; None uses the defaults.
+        hidden_weight: weight of the hidden-state error in the distillation loss.
         metric: the metric to maximize, one of `METRICS`.
     """
 
@@ -176,7 +176,7 @@ class TextClassification:
             raise argument_error("max_length", f"the model accepts at most {limit} tokens")
 
     def tokenized(self) -> TokenizedTexts:
-        """Return the tokenized data, which the first call reads."""
+        """Return the tokenized data, which are read on the first call."""
         self.load_data()
         assert self._tokenized is not None
         return self._tokenized
@@ -186,7 +186,7 @@ class TextClassification:
         return named_split(self.tokenized().splits, name)
 
     def dataset(self) -> dict[str, Any]:
-        """Return name, split sizes, digest, classes, and the number of dropped rows by reason."""
+        """Return the name, split sizes, digest, classes, and numbers of dropped rows by reason."""
         data = self.tokenized()
         classes = list(data.classes)
         return {
@@ -211,9 +211,9 @@ class TextClassification:
         return EncoderClassifier(encoder, encoder.config.hidden_size, len(data.classes))
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """Return one text, cut or repeated to `example_length` tokens.
+        """Return the inputs for one text, cut or repeated to `example_length` tokens.
 
-        Costs are counted at this length.
+        Costs are computed for this length.
         """
         split, length = self.split("train"), self.lengths.cost_length
         ids = torch.from_numpy(np.resize(split.ids[:length], length).astype(np.int64))[None]
@@ -226,7 +226,7 @@ class TextClassification:
         Args:
             split: `train`, `validation` or `test`.
             batch_size: texts per batch.
-            seed: seed of the order; only the training split uses it.
+            seed: seed for the order; used for the training split only.
 
         Returns:
             Batches of tokens, masks and labels.
@@ -241,7 +241,7 @@ class TextClassification:
         )
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
-        """Return logits, and hidden states if distillation uses them.
+        """Return the logits, and the hidden states if distillation uses them or None otherwise.
 
         `loss` and `distill_loss` make the same call, so a caller can pass a model that caches its
         last output.
@@ -258,23 +258,23 @@ class TextClassification:
     def distill_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy with the teacher's probabilities as targets.
 
-        `hidden_weight` times the error of the hidden states relative to the teacher's variance is
-        added.
+        The error of the hidden states, relative to the teacher's variance, is added with the
+        weight `hidden_weight`.
 
         Args:
             model: the model to train.
             teacher: the model to imitate.
-            batch: tokens, mask and labels; labels are ignored.
+            batch: tokens, mask and labels; the labels are ignored.
 
         Returns:
             A scalar in nats.
         """
         with torch.no_grad():
-            wanted, wanted_states = self._forward(teacher, batch)
+            teacher_logits, teacher_states = self._forward(teacher, batch)
         logits, states = self._forward(model, batch)
-        loss = F.cross_entropy(logits, wanted.softmax(dim=1))
+        loss = F.cross_entropy(logits, teacher_logits.softmax(dim=1))
         if self.hidden_weight > 0:
-            loss = loss + self.hidden_weight * hidden_loss(states, wanted_states, batch[1])
+            loss = loss + self.hidden_weight * hidden_loss(states, teacher_states, batch[1])
         return loss
 
     def num_samples(self, batch: Batch) -> int:
@@ -282,13 +282,13 @@ class TextClassification:
         return len(batch[-1])
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return `accuracy`, macro `f1`, `matthews` correlation and mean `loss` in nats."""
+        """Return the `accuracy`, macro `f1`, `matthews` correlation and mean `loss` in nats."""
         with requires_extra(f"task {self.name}", "text"):
             from torchmetrics.functional import classification as metrics
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         arrays, loader = self.split(split), self.loader(split, self.evaluation_batch)
-        # Batches of similar lengths have the least padding.
+        # Batches of texts with similar lengths need the least padding.
         order = np.argsort(arrays.lengths, kind="stable")
         outputs = []
         with evaluating(model):
@@ -297,10 +297,10 @@ class TextClassification:
                 inputs = [tensor.to(device) for tensor in batch[:-1]]
                 outputs.append(model(*inputs).float().cpu())
         logits, labels = torch.cat(outputs), torch.from_numpy(arrays.labels[order])
-        classes, hits = logits.shape[1], logits.argmax(dim=1)
+        count, chosen = logits.shape[1], logits.argmax(dim=1)
         return {
-            "accuracy": float(metrics.multiclass_accuracy(hits, labels, classes, average="micro")),
-            "f1": float(metrics.multiclass_f1_score(hits, labels, classes, average="macro")),
-            "matthews": float(metrics.multiclass_matthews_corrcoef(hits, labels, classes)),
+            "accuracy": float(metrics.multiclass_accuracy(chosen, labels, count, average="micro")),
+            "f1": float(metrics.multiclass_f1_score(chosen, labels, count, average="macro")),
+            "matthews": float(metrics.multiclass_matthews_corrcoef(chosen, labels, count)),
             "loss": float(F.cross_entropy(logits, labels)),
         }

@@ -1,4 +1,4 @@
-"""Running text as blocks of tokens: its section of arguments, splits, masks and batches."""
+"""Running text as blocks of tokens: the argument section, splits, masking and batches."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from nipq_search.tasks.text.files import find_files, read_text
 from nipq_search.tasks.text.splits import TextSplits
 
 IGNORED = -100
-"""Target of positions that are not predicted; cross-entropy ignores it."""
+"""Target for positions that are not predicted; cross-entropy ignores it."""
 
 Blocks = NDArray[np.int32]
-"""Tokens (N, L). A numpy array, because Ray's object store shares those between the processes of a
-node without copying. Shared arrays are read-only, so no function writes to them."""
+"""Tokens (N, L). A numpy array, because Ray's object store shares arrays between the processes of
+a node without copying them. Shared arrays are read-only, so no function writes to them."""
 
 _RUNS = 100
 _CHARACTERS_AT_ONCE = 1_000_000
@@ -42,10 +42,10 @@ class Corpus:
     """Text files and the length of the blocks into which they are cut.
 
     Attributes:
-        path: text files, folders of them, patterns with `*`, or `package://PACKAGE/FILE`. Files of
-            the validation and test splits are left out.
+        path: text files, folders of text files, patterns with `*`, or `package://PACKAGE/FILE`.
+            Files of the validation and test splits are left out.
         encoding: encoding of the files.
-        block: tokens of a sample.
+        block: number of tokens per sample.
     """
 
     path: str | Sequence[str]
@@ -62,10 +62,10 @@ class Corpus:
         positive("block", self.block)
 
     def files(self, splits: TextSplits) -> dict[str, list[Path]]:
-        """Return the training files as `path`, and those of splits with separate files.
+        """Return the files by argument: `path` for training, and those of any separate splits.
 
         Raises:
-            UserError: a path matches no file, no file is left to train, or splits share a file.
+            UserError: a path matches no file, no file is left to train on, or splits share a file.
         """
         files = {"path": find_files(self.path, "task_args.path")}
         for key, given in splits.files().items():
@@ -74,7 +74,7 @@ class Corpus:
             files["path"] = [file for file in files["path"] if file not in files[key]]
         if not files["path"]:
             raise argument_error(
-                "path", "no file is left to train: validation and test name them all"
+                "path", "no file is left to train on: validation and test include all of them"
             )
         check_disjoint("test", files.get("test", ()), files.get("validation", ()))
         return files
@@ -82,7 +82,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Tokens before and after a text, and between two documents; each can be empty."""
+    """Tokens before a text, after it, and between two documents; each can be empty."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -90,7 +90,7 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: Any) -> SpecialTokens:
-        """Return the tokens that a tokenizer adds to an empty text, and its separator."""
+        """Return the tokens that a tokenizer adds around a text, and its separator token."""
         around = tuple(tokenizer("")["input_ids"])
         ids = (tokenizer.eos_token_id, tokenizer.sep_token_id)
         between = next(((token,) for token in ids if token is not None), ())
@@ -101,16 +101,16 @@ def read_blocks(tokenizer: Any, files: Sequence[Path], encoding: str, length: in
     """Cut the concatenated text of files into blocks; an incomplete last block is dropped.
 
     Args:
-        tokenizer: a tokenizer of transformers.
+        tokenizer: a transformers tokenizer.
         files: text files, one document each.
         encoding: encoding of the files.
-        length: tokens of a block, including the special tokens around the text.
+        length: number of tokens per block, including the special tokens around the text.
 
     Returns:
         The blocks in order.
 
     Raises:
-        UserError: a file cannot be read or has another encoding, or blocks are too short.
+        UserError: a file cannot be read or has a different encoding, or blocks are too short.
     """
     special = SpecialTokens.of(tokenizer)
     body = length - len(special.before) - len(special.after)
@@ -135,7 +135,7 @@ def read_blocks(tokenizer: Any, files: Sequence[Path], encoding: str, length: in
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """Yield a long text in chunks of whole lines, which limits the memory of tokenization."""
+    """Yield a long text in chunks of whole lines, so that tokenization needs less memory."""
     start = 0
     while start < len(text):
         end = text.find("\n", start + _CHARACTERS_AT_ONCE) + 1 or len(text)
@@ -146,21 +146,22 @@ def _chunks(text: str) -> Iterator[str]:
 def split_blocks(
     blocks: Blocks, splits: TextSplits, own: Mapping[str, Blocks]
 ) -> dict[str, Blocks]:
-    """Divide blocks into splits; held-out shares consist of whole runs from all over the text.
+    """Divide blocks into splits by drawing runs of consecutive blocks from the whole text.
 
     Args:
-        blocks: blocks (N, L) of the main text, in order. They form at most 100 runs, and a share
-            has at least one run.
-        splits: how to divide them.
+        blocks: blocks (N, L) of the main text, in order. They are divided into at most 100 runs,
+            and each held-out share consists of at least one run.
+        splits: how to divide the blocks.
         own: blocks of the splits with separate files.
 
     Returns:
-        Blocks of the train, validation and test splits, in this order.
+        The blocks of the train, validation and test splits, in this order.
 
     Raises:
-        UserError: a split is empty.
+        UserError: a split is empty, or there are fewer training blocks than
+            `splits.train_samples`.
     """
-    # Unlike default_rng, RandomState has the same stream in every version of numpy.
+    # Unlike default_rng, RandomState produces the same stream in every version of numpy.
     generator = np.random.RandomState(splits.split_seed)
     runs = np.array_split(np.arange(len(blocks)), max(1, min(_RUNS, len(blocks))))
     order = generator.permutation(len(runs))
@@ -185,24 +186,24 @@ def split_blocks(
 
 
 def _gather(runs: Sequence[NDArray[np.int64]], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the indices of the blocks in the chosen runs, ascending."""
+    """Return the indices of the blocks in the chosen runs, in ascending order."""
     found = [runs[index] for index in np.sort(chosen)]
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Masking:
-    """Selection and masking of the tokens to predict, the same number in every block.
+    """Selection and masking of the tokens to predict; their number is the same in every block.
 
-    Of the selected tokens, 80 % become the mask token, 10 % a random token, and 10 % stay as they
-    are (Devlin et al., 2019).
+    Of the selected tokens, 80% are replaced with the mask token, 10% are replaced with a random
+    token, and 10% are left unchanged (Devlin et al., 2019).
 
     Attributes:
         share: share of the text's tokens to predict.
-        token: the mask token.
-        vocabulary: number of tokens; random ones are below it.
+        token: id of the mask token.
+        vocabulary: number of tokens in the vocabulary, from which random tokens are drawn.
         first: number of special tokens before the text of a block.
-        last: number of special tokens after it.
+        last: number of special tokens after the text of a block.
     """
 
     share: float
@@ -212,7 +213,10 @@ class Masking:
     last: int
 
     def __call__(self, blocks: NDArray[np.int64], generator: np.random.RandomState) -> Any:
-        """Return inputs and targets (B, L). Draws for a block do not depend on the batch size."""
+        """Return the inputs and targets, both (B, L).
+
+        The random draws for a block do not depend on the batch size.
+        """
         length = blocks.shape[1]
         body = length - self.first - self.last
         draws = generator.random_sample((*blocks.shape, 3))
@@ -232,13 +236,13 @@ class Masking:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockBatches:
-    """One epoch of blocks, including the last partial batch; every iteration is the same.
+    """One epoch of blocks, including the last partial batch; each pass yields equal batches.
 
     Attributes:
         blocks: the tokens.
         batch_size: blocks per batch.
-        masking: selection of the masked tokens; None makes each next token the target.
-        seed: seed of order and masks; None keeps the order and uses fixed masks.
+        masking: how tokens are masked; None selects next-token prediction.
+        seed: seed for the order and the masks; None keeps the order and uses fixed masks.
     """
 
     blocks: Blocks
@@ -251,7 +255,7 @@ class BlockBatches:
         return -(-len(self.blocks) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield inputs and targets (B, L), int64; targets to skip are `IGNORED`."""
+        """Yield inputs and targets (B, L), int64; targets that do not count are `IGNORED`."""
         order = np.arange(len(self.blocks))
         if self.seed is not None:
             shuffle = torch.Generator().manual_seed(self.seed)
@@ -268,7 +272,7 @@ class BlockBatches:
 
 
 def digest_blocks(splits: Mapping[str, Blocks]) -> str:
-    """Return the SHA-256 of names, shapes and contents of the splits, in hexadecimal."""
+    """Return the SHA-256 of the names, shapes and contents of the splits, in hexadecimal."""
     total = hashlib.sha256()
     for name, blocks in splits.items():
         total.update(f"{name}{blocks.shape}".encode())

@@ -21,7 +21,7 @@ DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.decompress,
     ".xz": lzma.decompress,
 }
-"""Decompression function by the suffix of the file."""
+"""Decompression functions by file suffix."""
 
 
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -52,7 +52,7 @@ def read_text(path: Path, encoding: str) -> str:
     """Return the text of a file without its byte order mark.
 
     Raises:
-        UserError: the file cannot be read, is not a text file, or has another encoding.
+        UserError: the file cannot be read, is not a text file, or has a different encoding.
     """
     data = read_bytes(path)
     try:
@@ -67,22 +67,23 @@ def read_text(path: Path, encoding: str) -> str:
         if b"\0" in data or data.startswith(UTF16):
             raise _binary_error(path, data) from error
         raise UserError(
-            f"{path}: byte {start} is not valid {encoding}; set the file's encoding, such as "
+            f"{path}: byte {start} is not valid {encoding}; set the file's encoding, for example "
             "`task_args: {encoding: latin-1}`"
         ) from error
 
 
 def _binary_error(path: Path, data: bytes) -> UserError:
-    """Return the error about a file with zero bytes."""
+    """Return the error for a file that is encoded as UTF-16 or contains NUL bytes."""
     if data.startswith(UTF16):
         return UserError(f"{path}: encoded as UTF-16; set `task_args: {{encoding: utf-16}}`")
-    return UserError(f"{path}: not a text file, because it contains zero bytes")
+    return UserError(f"{path}: not a text file, because it contains NUL bytes")
 
 
 def find_files(given: Iterable[str], key: str) -> list[Path]:
-    """Return the files at paths: a file, a folder (all files below it) or a pattern with `*`.
+    """Return the files at the given paths.
 
-    Files of a folder or pattern are sorted by name; hidden ones are ignored.
+    A path is a file, a folder (all files below it) or a pattern with `*`. The files of a folder or
+    pattern are sorted by name; hidden files are ignored.
 
     Raises:
         UserError: a path matches no file.
@@ -98,6 +99,6 @@ def find_files(given: Iterable[str], key: str) -> list[Path]:
         else:
             matches = [resolve_file(path, key)]
         if not matches:
-            raise UserError(f"{key}: no file in {path}")
+            raise UserError(f"{key}: no files found at {path}")
         found += [match for match in matches if match not in found]
     return found

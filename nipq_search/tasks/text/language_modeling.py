@@ -1,4 +1,4 @@
-"""The tasks `masked_lm` and `causal_lm`: masked-token and next-token prediction on plain text."""
+"""The tasks `masked_lm` and `causal_lm`: masked-token and next-token prediction in plain text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MAX_EXPONENT = 700.0
 
 
 class TokenPredictor(nn.Module):
-    """A language model of transformers with tensors as inputs and outputs."""
+    """A transformers language model with tensors as inputs and outputs."""
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         """Wrap `model`; `options` are passed to every call."""
@@ -50,7 +50,7 @@ class TokenPredictor(nn.Module):
         self.options = options
 
     def forward(self, input_ids: Tensor, *, hidden: bool = False) -> Any:
-        """Return logits (B, L, V); with `hidden`, also the hidden states (B, L, H)."""
+        """Return the logits (B, L, V); with `hidden`, also the hidden states (B, L, H)."""
         output = self.model(
             input_ids=input_ids, output_hidden_states=hidden, return_dict=True, **self.options
         )
@@ -63,8 +63,8 @@ class TokenizedCorpus:
 
     Attributes:
         splits: blocks by split.
-        vocabulary: number of tokens of the tokenizer.
-        masking: selection of the masked tokens; None makes each next token the target.
+        vocabulary: number of tokens in the tokenizer's vocabulary.
+        masking: how tokens are masked; None selects next-token prediction.
     """
 
     splits: Mapping[str, Blocks]
@@ -73,15 +73,15 @@ class TokenizedCorpus:
 
 
 class LanguageModeling(abc.ABC):
-    """Base class of both language modeling tasks.
+    """Base class for the two language modeling tasks.
 
     Batches are (inputs, targets), both (B, L) int64.
 
     Args:
         source: the model and its tokenizer.
         corpus: the text.
-        splits: how blocks are divided into splits; the defaults if None.
-        hidden_weight: weight of the hidden states' error in the distillation loss.
+        splits: how blocks are divided into splits; None uses the defaults.
+        hidden_weight: weight of the hidden-state error in the distillation loss.
     """
 
     metric: tuple[str, str] = ("perplexity", "min")
@@ -109,11 +109,11 @@ class LanguageModeling(abc.ABC):
         self._tokenized: TokenizedCorpus | None = None
 
     def masking(self, tokenizer: Any) -> Masking | None:
-        """Return the selection of masked tokens, or None to predict each next token."""
+        """Return how tokens are masked, or None for next-token prediction."""
         return None
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the module to train for a model of transformers."""
+        """Return the module to train, a wrapper around a transformers model."""
         return TokenPredictor(model)
 
     def load_data(self) -> None:
@@ -140,7 +140,7 @@ class LanguageModeling(abc.ABC):
             raise argument_error("block", f"the model accepts at most {limit} tokens")
 
     def tokenized(self) -> TokenizedCorpus:
-        """Return the tokenized data, which the first call reads."""
+        """Return the tokenized data, which are read on the first call."""
         self.load_data()
         assert self._tokenized is not None
         return self._tokenized
@@ -150,7 +150,7 @@ class LanguageModeling(abc.ABC):
         return named_split(self.tokenized().splits, name)
 
     def dataset(self) -> dict[str, Any]:
-        """Return name, number of blocks by split, and digest of the data."""
+        """Return the name, the number of blocks by split, and the digest of the data."""
         splits = self.tokenized().splits
         return {
             "name": self.name,
@@ -181,7 +181,7 @@ class LanguageModeling(abc.ABC):
         Args:
             split: `train`, `validation` or `test`.
             batch_size: blocks per batch.
-            seed: seed of order and masks; only the training split uses it.
+            seed: seed for the order and the masks; used for the training split only.
 
         Returns:
             Batches of inputs and targets.
@@ -195,7 +195,9 @@ class LanguageModeling(abc.ABC):
         )
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
-        """Return logits (N, V) of the predicted positions, and hidden states for distillation.
+        """Return the logits (N, V) at the predicted positions, and the hidden states or None.
+
+        The hidden states are computed only if distillation uses them.
 
         `loss` and `distill_loss` make the same call, so a caller can pass a model that caches its
         last output.
@@ -209,31 +211,31 @@ class LanguageModeling(abc.ABC):
         return logits[targets != IGNORED], states
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the predicted tokens in nats."""
+        """Return the mean cross-entropy in nats over the tokens to predict."""
         targets = batch[1]
         return F.cross_entropy(self._forward(model, batch)[0], targets[targets != IGNORED])
 
     def distill_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy with the teacher's probabilities as targets.
 
-        `hidden_weight` times the error of the hidden states relative to the teacher's variance is
-        added.
+        The error of the hidden states, relative to the teacher's variance, is added with the
+        weight `hidden_weight`.
 
         Args:
             model: the model to train.
             teacher: the model to imitate.
-            batch: inputs and targets; targets only select the predicted positions.
+            batch: inputs and targets; the targets serve only to select the predicted positions.
 
         Returns:
             A scalar in nats.
         """
         with torch.no_grad():
-            wanted, wanted_states = self._forward(teacher, batch)
+            teacher_logits, teacher_states = self._forward(teacher, batch)
         logits, states = self._forward(model, batch)
-        loss = F.cross_entropy(logits, wanted.softmax(dim=1))
+        loss = F.cross_entropy(logits, teacher_logits.softmax(dim=1))
         if self.hidden_weight > 0:
-            every = torch.ones_like(batch[0])
-            loss = loss + self.hidden_weight * hidden_loss(states, wanted_states, every)
+            mask = torch.ones_like(batch[0])
+            loss = loss + self.hidden_weight * hidden_loss(states, teacher_states, mask)
         return loss
 
     def num_samples(self, batch: Batch) -> int:
@@ -241,7 +243,7 @@ class LanguageModeling(abc.ABC):
         return len(batch[0])
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return `perplexity`, mean `loss` in nats and `accuracy` of the predicted tokens."""
+        """Return the `perplexity`, mean `loss` in nats and `accuracy` of the predictions."""
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -249,12 +251,12 @@ class LanguageModeling(abc.ABC):
         count = 0
         with evaluating(model):
             for inputs, targets in self.loader(split, self.evaluation_batch):
-                kept = targets != IGNORED
-                wanted = targets[kept].to(device)
-                logits = model(inputs.to(device))[kept.to(device)].float()
-                loss += F.cross_entropy(logits, wanted, reduction="sum")
-                hits += (logits.argmax(dim=1) == wanted).sum()
-                count += len(wanted)
+                predicted = targets != IGNORED
+                labels = targets[predicted].to(device)
+                logits = model(inputs.to(device))[predicted.to(device)].float()
+                loss += F.cross_entropy(logits, labels, reduction="sum")
+                hits += (logits.argmax(dim=1) == labels).sum()
+                count += len(labels)
         mean = float(loss) / count
         return {
             "perplexity": math.exp(min(mean, MAX_EXPONENT)),
@@ -269,9 +271,9 @@ class MaskedLanguageModeling(LanguageModeling):
     Args:
         source: the model and its tokenizer.
         corpus: the text.
-        splits: how blocks are divided into splits; the defaults if None.
+        splits: how blocks are divided into splits; None uses the defaults.
         mask_share: share of the tokens to mask.
-        hidden_weight: weight of the hidden states' error in the distillation loss.
+        hidden_weight: weight of the hidden-state error in the distillation loss.
     """
 
     name = "masked_lm"
@@ -291,7 +293,11 @@ class MaskedLanguageModeling(LanguageModeling):
         self.mask_share = number("mask_share", mask_share, 0.001, 1)
 
     def masking(self, tokenizer: Any) -> Masking:
-        """Return the selection of masked tokens; the tokenizer must have a mask token."""
+        """Return how tokens are masked.
+
+        Raises:
+            UserError: the tokenizer has no mask token.
+        """
         if tokenizer.mask_token_id is None:
             raise argument_error(
                 "model", f"the tokenizer in {self.source.model} has no mask token"
@@ -313,7 +319,7 @@ class CausalLanguageModeling(LanguageModeling):
     factory = "AutoModelForCausalLM"
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the module to train, without a cache.
+        """Return the module to train, which calls the model without its key-value cache.
 
         Raises:
             UserError: the model's predictions depend on later tokens.

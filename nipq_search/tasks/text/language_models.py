@@ -1,6 +1,7 @@
-"""Models and tokenizers of transformers from a folder, an installed package or the hub.
+"""Loading of transformers models and tokenizers from a folder, an installed package or the hub.
 
-Checkpoints with missing weights are rejected; transformers would initialize these at random.
+Checkpoints with missing weights are rejected; transformers would initialize the missing weights at
+random.
 """
 
 from __future__ import annotations
@@ -30,23 +31,23 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-"""Files of a tokenizer; its folder contains at least one of them."""
+"""Names of tokenizer files; a tokenizer's folder contains at least one of them."""
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
-"""Patterns of the files that contain the weights of a checkpoint."""
+"""Patterns for the files that contain the weights of a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A checkpoint of transformers and the changes to its configuration.
+    """A transformers checkpoint and the changes to its configuration.
 
     Attributes:
-        model: folder of the checkpoint, `package://PACKAGE/FOLDER`, or a name on the hub. Its
-            tokenizer is used.
-        config: overrides of the model's configuration; with `model_type`, a complete
-            configuration.
-        train_from_scratch: start from random weights instead of those of the checkpoint.
-        dropout: value of every dropout probability; None keeps those of the configuration.
+        model: folder of the checkpoint, `package://PACKAGE/FOLDER`, or a name on the hub. The
+            tokenizer is loaded from there as well.
+        config: overrides for the model's configuration; if they include `model_type`, they are
+            a complete configuration.
+        train_from_scratch: whether to start from random weights instead of the checkpoint's.
+        dropout: value for every dropout probability; None keeps those of the configuration.
     """
 
     model: str
@@ -79,12 +80,12 @@ def load_tokenizer(source: ModelSource) -> Any:
     """Return the model's tokenizer.
 
     Raises:
-        UserError: there is none, or it cannot be loaded or has no vocabulary.
+        UserError: there is no tokenizer, it cannot be loaded, or it has no vocabulary.
     """
     place, options = _locate(source)
     if isinstance(place, Path) and not any((place / name).is_file() for name in TOKENIZER_FILES):
         raise argument_error(
-            "model", f"no tokenizer in {place}: none of {', '.join(TOKENIZER_FILES)}"
+            "model", f"no tokenizer in {place}: found none of {', '.join(TOKENIZER_FILES)}"
         )
     with _quiet(), _loading(source, "tokenizer"):
         tokenizer = transformers().AutoTokenizer.from_pretrained(str(place), **options)
@@ -94,12 +95,12 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_config(source: ModelSource, vocabulary: int) -> Any:
-    """Return the model's configuration with the overrides.
+    """Return the model's configuration with the overrides applied.
 
     Args:
         source: the model.
-        vocabulary: number of tokens of the tokenizer, the default size of a complete
-            configuration.
+        vocabulary: number of tokens in the tokenizer's vocabulary; the default vocabulary size
+            of a complete configuration.
 
     Raises:
         UserError: there is no configuration, a key is unknown, or there are fewer embeddings than
@@ -129,8 +130,8 @@ def load_config(source: ModelSource, vocabulary: int) -> Any:
 
 
 def _check_config(config: Any, changes: Mapping[str, Any], vocabulary: int) -> None:
-    """Raise `UserError` for unknown keys, encoder-decoders and missing embeddings."""
-    # A configuration accepts any key, so the known ones are those of a default configuration.
+    """Raise `UserError` for an unknown key, an encoder-decoder, or too few embeddings."""
+    # A configuration accepts any key, so keys are checked against those of a default one.
     known = {*type(config)().to_dict(), *config.attribute_map}
     for key in changes:
         if key not in known:
@@ -145,17 +146,18 @@ def _check_config(config: Any, changes: Mapping[str, Any], vocabulary: int) -> N
         )
     if config.vocab_size < vocabulary:
         raise argument_error(
-            "model", f"{config.vocab_size} embeddings for a tokenizer of {vocabulary} tokens"
+            "model",
+            f"it has {config.vocab_size} embeddings, but the tokenizer has {vocabulary} tokens",
         )
 
 
 def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
-    """Return the model in float32, in training mode.
+    """Return the model in float32 and in training mode.
 
     Args:
         source: the model.
-        factory: class of transformers that loads it, such as `AutoModel`.
-        vocabulary: number of tokens of the tokenizer.
+        factory: name of the transformers class that loads the model, such as `AutoModel`.
+        vocabulary: number of tokens in the tokenizer's vocabulary.
 
     Returns:
         The model without its pooler.
@@ -166,6 +168,7 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
     library = transformers()
     config = load_config(source, vocabulary)
     maker = getattr(library, factory)
+    # Private, but transformers has no public list of the models that an auto class supports.
     if type(config) not in maker._model_mapping:
         raise argument_error("model", f"{factory} does not support {config.model_type} models")
     if source.train_from_scratch:
@@ -174,10 +177,10 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
     place, options = _locate(source)
     if isinstance(place, Path) and not any(any(place.glob(name)) for name in WEIGHT_FILES):
         raise argument_error(
-            "model", f"no weights in {place}; set train_from_scratch for random ones"
+            "model", f"no weights in {place}; set train_from_scratch to start from random ones"
         )
     with _quiet(), _loading(source, "model"):
-        # transformers reports files without read permission as missing.
+        # transformers would report files without read permission as missing.
         for file in place.iterdir() if isinstance(place, Path) else ():
             if file.is_file():
                 file.open("rb").close()
@@ -194,22 +197,22 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
 
 
 def _check_weights(source: ModelSource, model: nn.Module, info: Mapping[str, Any]) -> None:
-    """Raise `UserError` for weights of other shapes, missing weights, NaN and infinity."""
+    """Raise `UserError` if weights are missing, have a wrong shape, or contain NaN or infinity."""
     if wrong := sorted(info["mismatched_keys"]):
         key, found, expected = wrong[0]
         raise argument_error(
             "model",
             f"{source.model}: {key} has shape {tuple(found)} in the checkpoint and "
-            f"{tuple(expected)} in the configuration; use the configuration of these weights",
+            f"{tuple(expected)} in the configuration; use the checkpoint's own configuration",
         )
-    # Missing weights of the pooler do no harm, because the pooler is removed.
+    # Missing pooler weights are harmless, because the pooler is removed.
     missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
     if missing:
         names = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
         raise argument_error(
             "model",
             f"the checkpoint lacks {len(missing)} weights of {type(model).__name__}: {names}; "
-            "use a checkpoint of such a model, or set train_from_scratch",
+            "use a checkpoint of that class, or set train_from_scratch",
         )
     for key, value in model.named_parameters():
         if not torch.isfinite(value).all():
@@ -217,37 +220,38 @@ def _check_weights(source: ModelSource, model: nn.Module, info: Mapping[str, Any
 
 
 def _without_pooler(model: nn.Module) -> nn.Module:
-    """Remove the pooler, which no task uses, and set training mode."""
+    """Remove the pooler, which no task uses, and switch to training mode."""
     if getattr(model, "pooler", None) is not None:
         model.register_module("pooler", None)
     return model.train()
 
 
 def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-    """Return the squared error of hidden states relative to the teacher's variance.
+    """Return the mean squared error of the hidden states, relative to the teacher's variance.
 
     Args:
-        student: hidden states (B, L, H), starting with the embeddings, which are ignored.
-        teacher: hidden states of the teacher.
-        mask: (B, L), 1 for tokens that count.
+        student: the student's hidden states, each (B, L, H); the first ones, the embeddings, are
+            ignored.
+        teacher: the teacher's hidden states, in the same format.
+        mask: (B, L), 1 for the tokens to include and 0 for all others.
 
     Returns:
-        Mean over the layers, a scalar.
+        The mean over the layers, a scalar.
     """
     weight = mask.unsqueeze(-1).float()
     total = torch.zeros((), device=student[0].device)
-    for own, other in zip(student[1:], teacher[1:], strict=True):
-        own, other = own.float(), other.float()
-        count = weight.sum() * own.shape[-1]
-        mean = (other * weight).sum() / count
-        variance = ((other - mean).square() * weight).sum() / count
-        error = ((own - other).square() * weight).sum() / count
+    for actual, target in zip(student[1:], teacher[1:], strict=True):
+        actual, target = actual.float(), target.float()
+        count = weight.sum() * actual.shape[-1]
+        mean = (target * weight).sum() / count
+        variance = ((target - mean).square() * weight).sum() / count
+        error = ((actual - target).square() * weight).sum() / count
         total = total + error / variance.clamp(min=1e-12)
     return total / max(1, len(student) - 1)
 
 
 def _locate(source: ModelSource) -> tuple[Path | str, dict[str, Any]]:
-    """Return the folder or hub name of a model, and options of `from_pretrained`."""
+    """Return the folder or hub name of a model, and the options for `from_pretrained`."""
     options: dict[str, Any] = {"trust_remote_code": False}
     place = resolve_path(source.model, "task_args.model")
     if place.is_dir():
@@ -262,7 +266,7 @@ def _locate(source: ModelSource) -> tuple[Path | str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _loading(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn any exception of transformers into a `UserError` of one line."""
+    """Turn any exception raised by transformers into a one-line `UserError`."""
     try:
         yield
     except UserError:
@@ -286,7 +290,7 @@ def _loading(source: ModelSource, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress progress bars and log messages of transformers, whose errors are raised anyway."""
+    """Suppress the progress bars and log messages of transformers; errors are still raised."""
     logging = transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

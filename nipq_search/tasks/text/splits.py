@@ -1,4 +1,4 @@
-"""Division of labeled texts into three splits that share neither a text nor a group."""
+"""Division of labeled texts into three splits that have no text or group in common."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TextSplits:
             file or files of the split.
         test: the same for the test split.
         train_samples: maximum number of training samples; None uses all.
-        split_seed: seed of the division.
+        split_seed: seed for the division.
     """
 
     validation: float | str | Sequence[str] = 0.1
@@ -52,12 +52,12 @@ class TextSplits:
         seed("split_seed", self.split_seed)
 
     def shares(self) -> dict[str, float]:
-        """Return the shares to hold out, by split, except for splits with separate files."""
+        """Return the share to hold out for each split that has no separate files."""
         values = {"test": self.test, "validation": self.validation}
         return {name: value for name, value in values.items() if isinstance(value, float)}
 
     def files(self) -> dict[str, tuple[str, ...]]:
-        """Return the paths of the splits with separate files."""
+        """Return the paths of each split that has separate files."""
         values = {"validation": self.validation, "test": self.test}
         return {
             name: tuple(value) for name, value in values.items() if not isinstance(value, float)
@@ -79,21 +79,23 @@ def split_rows(
     splits: TextSplits,
     read: Callable[[str, str], list[Row]],
 ) -> LabeledTexts:
-    """Divide the rows of a table, and of the files of other splits, into three splits.
+    """Divide the rows of a table into three splits, and read splits that have separate files.
 
-    A row of the table whose text or group occurs in such a file is dropped.
+    Rows of the table are dropped if their text or group also occurs in a separate file.
 
     Args:
         rows: rows of the table.
-        table: the classes, and whether to drop duplicates.
+        table: the table, which defines the classes and whether to drop duplicates.
         splits: how to divide the rows.
-        read: function that reads a file, given its path and the argument that names it.
+        read: function that reads the rows of a file, given its path and the name of the argument
+            that contains the path.
 
     Returns:
-        The rows by split, with their classes.
+        The rows by split, the classes, and the number of dropped rows by reason.
 
     Raises:
-        UserError: labels are missing, or a class has no row in a split.
+        UserError: labels are missing or unsuitable, a class has no row in a split, or there are
+            fewer training rows than `splits.train_samples`.
     """
     dropped: collections.Counter[str] = collections.Counter()
     fixed = {
@@ -127,7 +129,7 @@ def split_rows(
 
 
 def _distinct_labels(rows: Iterable[Row]) -> tuple[str, ...]:
-    """Return the labels in order, which is numeric if all of them are integers."""
+    """Return the distinct labels in sorted order, numerically if all of them are integers."""
     counts = collections.Counter(row.label for row in rows)
     if missing := counts.get("", 0):
         raise argument_error(
@@ -157,9 +159,11 @@ def _clean(
     groups: set[str | None],
     dropped: collections.Counter[str],
 ) -> list[Row]:
-    """Return the rows with a known label, some text, and no text or group of an earlier split.
+    """Return the rows that a split can use, and count the dropped rows by reason.
 
-    The texts and groups of these rows are added to those that later calls exclude.
+    A row is dropped if its label is unknown, its text is empty, or its group is in an earlier
+    split (`groups`). With `table.deduplicate`, repeated texts (`texts`) are dropped as well. The
+    groups and texts of the returned rows are added to both sets.
     """
     kept: list[Row] = []
     known, former = set(classes), set(groups)
@@ -182,7 +186,7 @@ def _clean(
 def _by_row(
     rows: Sequence[Row], shares: Mapping[str, float], seed: int
 ) -> dict[str, Sequence[Row]]:
-    """Hold out shares of the rows, with the classes in proportion; the rest is `train`."""
+    """Hold out shares of the rows, stratified by class; the remaining rows form `train`."""
     sizes = [round(share * len(rows)) for share in shares.values()]
     indices = stratified(_labels(rows), [*sizes, len(rows) - sum(sizes)], seed)
     return {
@@ -194,9 +198,9 @@ def _by_row(
 def _by_group(
     rows: Sequence[Row], shares: Mapping[str, float], seed: int
 ) -> dict[str, Sequence[Row]]:
-    """Hold out shares of the groups, drawn at random; the rows of the rest are `train`."""
+    """Hold out randomly drawn shares of the groups; all other groups form `train`."""
     names = sorted({str(row.group) for row in rows})
-    # Unlike default_rng, RandomState has the same stream in every version of numpy.
+    # Unlike default_rng, RandomState produces the same stream in every version of numpy.
     order = [names[index] for index in np.random.RandomState(seed).permutation(len(names))]
     owner: dict[str, str] = {}
     for split, share in shares.items():
@@ -219,16 +223,17 @@ REASONS = {
     "duplicate": "with a duplicate text",
     "group": "with a group of another split",
 }
-"""Reasons for dropping rows, for messages."""
+"""Descriptions of dropped rows for messages, by the key that is used to count them."""
 
 
 def _check_classes(
     splits: Mapping[str, Sequence[Row]], classes: tuple[str, ...], dropped: Mapping[str, int]
 ) -> None:
-    """Raise `UserError` unless every class has a row in every split."""
+    """Raise `UserError` unless there are at least two classes and every split has all of them."""
     if len(classes) < 2:
         raise argument_error(
-            "label", f"the column has one class, {', '.join(classes)}; two are needed"
+            "label",
+            f"the column has only one class, {', '.join(classes)}; at least two are needed",
         )
     for name, rows in splits.items():
         present = {row.label for row in rows}

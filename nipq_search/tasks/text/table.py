@@ -1,4 +1,4 @@
-"""Tables of labeled texts in CSV, TSV and Parquet files, and the section that describes one."""
+"""Tables of labeled texts in CSV, TSV and Parquet files, and the argument section for a table."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from nipq_search.tasks.common.sections import store
 from nipq_search.tasks.text.files import DECOMPRESSORS, read_bytes, read_text
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-"""Column separator by the suffix of the file."""
+"""Column separators by file suffix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextTable:
-    """A table of labeled texts and the rows that are used.
+    """A table of labeled texts, and which of its columns and rows are used.
 
     Attributes:
         path: CSV, TSV or Parquet file, plain or compressed, or `package://PACKAGE/FILE`.
-        text: column of the text.
-        label: column of the class.
-        text_pair: column of a second text.
-        group: column whose equal values stay in one split.
-        labels: classes in order; rows with other labels are dropped. None uses all labels, sorted.
-        deduplicate: keep only the first of equal texts, across all splits.
-        columns: names of all columns of a file without a header line.
-        encoding: encoding of CSV and TSV files.
+        text: name of the column with the text.
+        label: name of the column with the class.
+        text_pair: name of the column with the second text of a pair.
+        group: name of a column by which rows are grouped; a group is never divided among splits.
+        labels: the classes, in order; rows with other labels are dropped. None uses all labels,
+            sorted.
+        deduplicate: whether to keep only the first occurrence of each text, across all splits.
+        columns: for a file without a header line, the names of all its columns.
+        encoding: encoding of a CSV or TSV file.
     """
 
     path: str
@@ -65,7 +66,7 @@ class TextTable:
         )
 
     def used_columns(self) -> dict[str, str]:
-        """Return the columns that are read, by argument."""
+        """Return the names of the columns to read, by argument."""
         keys = ("text", "label", "text_pair", "group")
         values = {key: getattr(self, key) for key in keys}
         return {key: value for key, value in values.items() if value is not None}
@@ -73,7 +74,7 @@ class TextTable:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A labeled text; an empty label means that it is missing."""
+    """A labeled text or pair of texts; an empty `label` means that the label is missing."""
 
     text: str
     label: str
@@ -82,20 +83,20 @@ class Row:
 
     @property
     def content(self) -> tuple[str, str | None]:
-        """The values that are equal in duplicates."""
+        """The text or pair of texts; rows with equal contents are duplicates."""
         return self.text, self.text_pair
 
 
 def read_rows(table: TextTable, path: str | None = None, key: str = "path") -> list[Row]:
-    """Read the rows of a table in order, with every value as text and missing values empty.
+    """Read the rows of a table in order; values become text, and missing values become `""`.
 
     Quoted values of CSV files can contain commas and line breaks; TSV files have no quoting. Both
     can be compressed (.gz, .bz2, .xz).
 
     Args:
         table: columns and encoding, and the file if `path` is None.
-        path: another file with the same columns, or `package://NAME/FILE`.
-        key: argument that names the file, for messages.
+        path: a different file with the same columns, or `package://NAME/FILE`.
+        key: name of the argument that contains the path, for messages.
 
     Returns:
         The rows, at least one.
@@ -126,7 +127,7 @@ def read_rows(table: TextTable, path: str | None = None, key: str = "path") -> l
 
 
 def _read_file(file: Path, key: str, table: TextTable) -> Any:
-    """Return a file as a pyarrow table."""
+    """Read a file into a pyarrow table."""
     import pyarrow
     import pyarrow.parquet
 
@@ -143,16 +144,16 @@ def _read_file(file: Path, key: str, table: TextTable) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise argument_error(key, f"{file} cannot be read as a table: {reason}") from error
     known = ", ".join([*SEPARATORS, ".parquet"])
-    raise argument_error(key, f"{file} is not a table: its name ends in none of {known}")
+    raise argument_error(key, f"{file} is not a table: its name must end in one of {known}")
 
 
 def _read_separated(text: str, separator: str, table: TextTable) -> Any:
-    """Return the text of a CSV or TSV file as a pyarrow table with text in all used columns."""
+    """Parse the text of a CSV or TSV file into a pyarrow table; the used columns become text."""
     import pyarrow
     from pyarrow import csv as reader
 
     data = text.encode()
-    # With a single block, no row crosses a boundary and each column has one type.
+    # With a single block, no row crosses a block boundary, and each column has a single type.
     block = min(max(len(data), 1) + 1, 2**31 - 1)
     return reader.read_csv(
         pyarrow.BufferReader(data),
@@ -179,7 +180,7 @@ def _check_type(kind: Any, argument: str, place: str) -> None:
 
 
 def _check_quotes(text: str, file: Path, key: str) -> None:
-    """Raise `UserError` for an unclosed quote, which would swallow all further rows."""
+    """Raise `UserError` for an unclosed quote, which would swallow all rows after it."""
     if text.count('"') % 2 == 0:
         return
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -189,12 +190,12 @@ def _check_quotes(text: str, file: Path, key: str) -> None:
             line = reader.line_num + 1
     except csv.Error as error:
         if "unexpected end of data" in str(error) or "field limit" in str(error):
-            problem = f"{file}: the quote in line {line} is not closed"
+            problem = f"{file}: the quote on line {line} is not closed"
             raise argument_error(
                 key, f"{problem}; close it, or double it to keep it as a character"
             ) from error
 
 
 def _as_text(values: Sequence[Any]) -> list[str]:
-    """Return values as strings, with None as an empty string."""
+    """Convert values to strings; None becomes an empty string."""
     return ["" if value is None else str(value) for value in values]

@@ -1,4 +1,4 @@
-"""Tokenized texts as flat arrays, and batches padded to their longest text."""
+"""Tokenized texts as flat arrays, and batches padded to the length of their longest text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TEXTS_AT_ONCE = 1000
 _BATCHES_IN_A_BUCKET = 50
 
 MIN_LENGTH = 8
-"""Smallest `max_length`; special tokens leave hardly any text below it."""
+"""Smallest valid `max_length`; below it, special tokens leave hardly any room for text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,11 @@ class TextLengths:
     """Lengths of the tokenized texts.
 
     Attributes:
-        max_length: maximum number of tokens of a text; further tokens are cut off.
-        example_length: tokens of the text whose cost is counted; None uses `max_length`.
-        similar_lengths: train on batches of texts with similar lengths, which need less padding.
+        max_length: maximum number of tokens in a text; further tokens are cut off.
+        example_length: number of tokens in the text for which costs are computed; None uses
+            `max_length`.
+        similar_lengths: whether to train on batches of texts with similar lengths, which need
+            less padding.
     """
 
     max_length: int = 128
@@ -45,21 +47,22 @@ class TextLengths:
 
     @property
     def cost_length(self) -> int:
-        """Tokens of the text whose cost is counted."""
+        """Number of tokens in the text for which costs are computed."""
         return self.max_length if self.example_length is None else self.example_length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenSplit:
-    """Concatenated texts; text i has the tokens from `offsets[i]` to `offsets[i + 1]`.
+    """Concatenated texts; text i consists of the tokens from `offsets[i]` to `offsets[i + 1]`.
 
-    All fields are numpy arrays, because Ray's object store shares those between the processes of a
-    node without copying. Shared arrays are read-only, so no method writes to them.
+    All fields are numpy arrays, because Ray's object store shares arrays between the processes of
+    a node without copying them. Shared arrays are read-only, so no method writes to them.
 
     Attributes:
-        ids: tokens of all texts, (T,) int32.
+        ids: token ids of all texts, (T,) int32.
         offsets: start of each text, and the total length, (N + 1,) int64.
-        types: index of the text of a pair that a token belongs to, (T,) uint8; None without pairs.
+        types: for each token, 0 or 1 for the first or second text of its pair, (T,) uint8; None
+            if there are no pairs.
         labels: class index of each text, (N,) int64.
     """
 
@@ -84,13 +87,13 @@ def tokenize(
     """Tokenize texts.
 
     Args:
-        tokenizer: a fast or slow tokenizer of transformers.
-        rows: the texts, all of them pairs or none.
-        classes: classes in order.
-        max_length: maximum number of tokens of a text; further tokens are cut off.
+        tokenizer: a fast or slow transformers tokenizer.
+        rows: the texts, either all single texts or all pairs.
+        classes: the classes, in order.
+        max_length: maximum number of tokens in a text; further tokens are cut off.
 
     Returns:
-        Tokens and class indices.
+        The tokens and the class indices of the texts.
     """
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.uint8]] = []
@@ -119,14 +122,14 @@ def tokenize(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextBatches:
-    """One epoch of a split, including the last partial batch; every iteration is the same.
+    """One epoch of a split, including the last partial batch; each pass yields equal batches.
 
     Attributes:
         split: the texts.
         batch_size: texts per batch.
-        padding: padding token.
-        seed: seed of the order; None keeps the order of the arrays.
-        similar_lengths: with a seed, put texts of similar lengths into a batch and shuffle the
+        padding: id of the padding token.
+        seed: seed for the order; None keeps the order of the arrays.
+        similar_lengths: with a seed, group texts of similar lengths into batches and shuffle the
             batches, which reduces padding.
     """
 
@@ -141,13 +144,13 @@ class TextBatches:
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yield int64 tokens (B, L), mask (B, L), token types (B, L) of pairs, and labels (B,)."""
+        """Yield int64 tokens, mask and, for pairs, token types, all (B, L), and labels (B,)."""
         order = self._order()
         for start in range(0, len(order), self.batch_size):
             yield self.batch(order[start : start + self.batch_size])
 
     def _order(self) -> NDArray[np.int64]:
-        """Return the indices of the texts in the order of the epoch."""
+        """Return the indices of the texts in the order in which they are used."""
         count = len(self.split)
         if self.seed is None:
             return np.arange(count)
@@ -162,14 +165,14 @@ class TextBatches:
                 for texts in (order[start : start + bucket] for start in range(0, count, bucket))
             ]
         )
-        # The partial batch stays last, so that the first batches are complete.
+        # The partial batch stays last, so that all batches before it are complete.
         whole = count // self.batch_size
         batches = order[: whole * self.batch_size].reshape(whole, self.batch_size)
         shuffled = batches[torch.randperm(whole, generator=generator).numpy()]
         return np.concatenate([shuffled.reshape(-1), order[whole * self.batch_size :]])
 
     def batch(self, index: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """Return a batch of the texts with these indices."""
+        """Return a batch that contains the texts with the given indices."""
         split = self.split
         lengths = split.lengths[index][:, None]
         columns = np.arange(lengths.max())[None]
@@ -186,7 +189,7 @@ class TextBatches:
 
 
 def digest_tokens(splits: Mapping[str, TokenSplit], classes: Sequence[str]) -> str:
-    """Return the SHA-256 of classes, names and contents of the splits, in hexadecimal."""
+    """Return the SHA-256 of the classes, split names and split contents, in hexadecimal."""
     total = hashlib.sha256(repr(tuple(classes)).encode())
     for name, split in splits.items():
         total.update(f"{name}{len(split)}".encode())

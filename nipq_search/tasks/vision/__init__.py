@@ -1,5 +1,5 @@
 """Image classification: Fashion-MNIST, digits, and timm models on folders of images.
 
-Start reading in `digits.py`, the smallest task; `image_folder/` is the largest. Imports only
+Start with `digits.py`, the smallest task; `image_folder/` is the largest. Imports only
 `base` and `common`.
 """

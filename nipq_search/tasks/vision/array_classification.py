@@ -1,4 +1,4 @@
-"""Base class of the tasks that classify images in memory."""
+"""Base class for tasks that classify images in memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Batch = tuple[Tensor, Tensor]
 class ArrayClassification(abc.ABC):
     """Classification of uint8 images; a subclass reads the splits and builds the model.
 
-    Batches are (images (B, C, H, W) float32, labels (B,) int64). Pickles contain the images only
-    after `load_data`.
+    Batches are (images (B, C, H, W) float32, labels (B,) int64). A pickled task contains the
+    images only if `load_data` was called before.
     """
 
     metric: tuple[str, str] = ("accuracy", "max")
@@ -36,7 +36,7 @@ class ArrayClassification(abc.ABC):
 
     @abc.abstractmethod
     def read_splits(self) -> Mapping[str, Split]:
-        """Read the data, or raise `UserError` with the way to install them."""
+        """Read the data, or raise `UserError` with instructions for installing them."""
 
     @abc.abstractmethod
     def build_model(self) -> nn.Module:
@@ -48,7 +48,7 @@ class ArrayClassification(abc.ABC):
             self._splits = self.read_splits()
 
     def splits(self) -> Mapping[str, Split]:
-        """Return the arrays by split, which the first call reads."""
+        """Return the arrays by split, which are read on the first call."""
         self.load_data()
         assert self._splits is not None
         return self._splits
@@ -58,7 +58,7 @@ class ArrayClassification(abc.ABC):
         return named_split(self.splits(), name)
 
     def dataset(self) -> dict[str, Any]:
-        """Return name, number of classes, split sizes and digest of the data."""
+        """Return the name, number of classes, split sizes and digest of the data."""
         splits = self.splits()
         return {
             "name": self.name,
@@ -68,7 +68,7 @@ class ArrayClassification(abc.ABC):
         }
 
     def example_inputs(self) -> tuple[Tensor]:
-        """Return one training image, shape (1, C, H, W)."""
+        """Return one training image of shape (1, C, H, W)."""
         raw = torch.from_numpy(self.split("train").images[np.arange(1)])
         return (self.normalization(raw),)
 
@@ -78,7 +78,7 @@ class ArrayClassification(abc.ABC):
         Args:
             split: `train`, `validation` or `test`.
             batch_size: images per batch.
-            seed: seed of order and shifts; only the training split uses it.
+            seed: seed for the order and the shifts; used for the training split only.
 
         Returns:
             Batches of images and labels.
@@ -106,8 +106,8 @@ class ArrayClassification(abc.ABC):
 
         Args:
             model: the model to train.
-            teacher: the model to imitate; its probabilities have temperature 1.
-            batch: images and labels; labels are ignored.
+            teacher: the model to imitate; its probabilities are computed at temperature 1.
+            batch: images and labels; the labels are ignored.
 
         Returns:
             A scalar in nats.
@@ -127,7 +127,7 @@ class ArrayClassification(abc.ABC):
         return moved
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return `accuracy` in 0..1 and the mean `loss` in nats of a whole split."""
+        """Return the `accuracy`, from 0 to 1, and the mean `loss` in nats over a whole split."""
         parameter = next(model.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         correct = torch.zeros((), dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Handwritten digits: scikit-learn's 1,797 gray images of 8x8 pixels in 10 classes."""
+"""Handwritten digits: scikit-learn's 1,797 grayscale images of 8x8 pixels in 10 classes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Digits(ArrayClassification):
     """The demo task; an epoch takes a fraction of a second on one core.
 
     Args:
-        split_seed: seed of the division into splits.
-        width: channels of the network's first stage.
+        split_seed: seed for the division into splits.
+        width: number of channels in the network's first stage.
         blocks: number of basic blocks in each stage of the network.
     """
 

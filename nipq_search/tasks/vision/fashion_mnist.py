@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 gray images of 28x28 pixels in 10 balanced classes of clothing."""
+"""Fashion-MNIST: 70,000 grayscale images of 28x28 pixels in 10 balanced classes of clothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULT_PATH = "/usr/share/datasets/fashion-mnist"
 """Folder in which Debian's package dataset-fashion-mnist installs the files."""
 
 VARIABLE = "NIPQ_FASHION_MNIST"
-"""Environment variable with another folder."""
+"""Environment variable that overrides the default folder."""
 
 CLASSES = 10
 
@@ -31,13 +31,14 @@ class FashionMnist(ArrayClassification):
     """Images from a folder with the four published IDX files, gzip-compressed or plain.
 
     Args:
-        path: the folder; by default the one in NIPQ_FASHION_MNIST, else Debian's.
+        path: the folder; by default the value of NIPQ_FASHION_MNIST or, if it is not set, the
+            folder that Debian uses.
         train_samples: maximum number of the 55,000 training images to use; all by default.
-        augment: shift training images at random by up to two pixels.
-        split_seed: seed that selects the 5,000 validation images from the training file.
-        width: channels of the network's first stage.
+        augment: whether to shift training images at random by up to two pixels.
+        split_seed: seed for selecting the 5,000 validation images from the training file.
+        width: number of channels in the network's first stage.
         blocks: number of basic blocks in each stage of the network.
-        stem_stride: stride of the stem; 2 reduces the work to a quarter.
+        stem_stride: stride of the stem; 2 reduces the network's computation to a quarter.
     """
 
     name = "fashion_mnist"
@@ -67,7 +68,8 @@ class FashionMnist(ArrayClassification):
     def folder(self) -> Path:
         """Return the folder of the files, or raise `UserError` if it does not exist.
 
-        The argument takes precedence over the environment variable, and that over the default.
+        The argument takes precedence over the environment variable, which takes precedence over
+        the default.
         """
         folder = Path(self.path or os.environ.get(VARIABLE) or DEFAULT_PATH).expanduser()
         if not folder.is_dir():
@@ -82,10 +84,10 @@ class FashionMnist(ArrayClassification):
         if rest < 1:
             raise UserError(
                 f"{folder}: the training files have {len(labels)} images, and the validation "
-                f"split takes {self.validation_samples} of them; none is left to train"
+                f"split takes {self.validation_samples} of them; none are left for training"
             )
         check_limit("train_samples", self.train_samples, rest)
-        # The validation split comes first, so it does not depend on train_samples.
+        # The validation split is drawn first, so it does not depend on train_samples.
         sizes = (self.validation_samples, self.train_samples or rest)
         validation, train = stratified(labels, sizes, self.split_seed)
         test_images, test_labels = _read_pair(folder, "t10k")
@@ -103,7 +105,7 @@ class FashionMnist(ArrayClassification):
 
 
 def _missing_error(place: Path) -> UserError:
-    """Return the error about a missing file or folder."""
+    """Return the error for a missing file or folder."""
     return UserError(
         f"{place}: no Fashion-MNIST files; install them with `apt-get install "
         "dataset-fashion-mnist`, or name their folder with `task_args: {path: FOLDER}`"
@@ -119,7 +121,7 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def _read_pair(folder: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return the images (N, 1, H, W) and labels (N,) of the files with a prefix."""
+    """Return the images (N, 1, H, W) and labels (N,) in the two files with a given prefix."""
     image_file = _find(folder, f"{prefix}-images-idx3-ubyte")
     label_file = _find(folder, f"{prefix}-labels-idx1-ubyte")
     images = read_idx(image_file, 3)[:, None]
@@ -130,5 +132,7 @@ def _read_pair(folder: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np
             "install the files again"
         )
     if len(labels) and labels.max() >= CLASSES:
-        raise UserError(f"{label_file}: has label {labels.max()}; labels are 0 to {CLASSES - 1}")
+        raise UserError(
+            f"{label_file}: has label {labels.max()}; labels must be from 0 to {CLASSES - 1}"
+        )
     return images, labels

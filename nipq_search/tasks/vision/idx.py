@@ -1,4 +1,4 @@
-"""Reader for IDX files of bytes, plain or compressed, the format of the MNIST family."""
+"""Reader for IDX files of bytes, plain or compressed: the format of the MNIST family."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 from nipq_search.errors import UserError
 
 UNSIGNED_BYTE = 8
-"""The format's code for uint8, the only element type of images and labels."""
+"""The format's code for uint8, the only element type used for images and labels."""
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """Return the array in an IDX file, which is decompressed if its name ends in `.gz`.
 
-    The file starts with two zero bytes, the element type and the number of dimensions. Then come
-    a big-endian 32-bit size for each dimension, and the elements.
+    The file starts with two zero bytes, the element type and the number of dimensions, followed by
+    a big-endian 32-bit size for each dimension and then the elements.
 
     Raises:
-        UserError: the file is missing, unreadable or truncated, or has another type or rank.
+        UserError: the file is missing, unreadable or truncated, or has a different element type or
+            number of dimensions.
     """
     try:
         data = path.read_bytes()

@@ -17,7 +17,7 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
         stride: stride in both directions.
 
     Returns:
-        The convolution, without bias.
+        The convolution, which has no bias.
     """
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
@@ -25,11 +25,12 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut, and an activation after the addition.
 
-    The shortcut is a 1x1 convolution if the shape changes, else the identity.
+    If the shape changes, the shortcut is a 1x1 convolution with batch normalization; otherwise, it
+    is the identity.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        """Create the layers; a stride of 2 halves height and width."""
+        """Create the layers; a stride of 2 halves the height and width."""
         super().__init__()
         self.conv1 = conv3x3(inputs, outputs, stride)
         self.bn1 = nn.BatchNorm2d(outputs)
@@ -41,7 +42,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
-        # Each activation is a separate module, because each gets its own quantizer.
+        # Each activation is a separate module, because each one gets its own quantizer.
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,15 +53,15 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, stages of basic blocks, global average pooling and a linear `head`.
+    """A residual network: a stem, stages of basic blocks, global average pooling and a head.
 
     Args:
-        in_channels: channels of the images.
+        in_channels: number of channels in the images.
         classes: number of outputs.
-        width: channels of the first stage. Each further stage doubles the channels and halves
-            height and width.
+        width: number of channels in the first stage. Each further stage doubles the channels and
+            halves the height and width.
         blocks: number of basic blocks in each stage; (1, 1, 1) is known as ResNet-8.
-        stem_stride: stride of the stem; 2 reduces the work to a quarter.
+        stem_stride: stride of the stem; 2 reduces the network's computation to a quarter.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class ResNet(nn.Module):
         blocks: Sequence[int] = (1, 1, 1),
         stem_stride: int = 1,
     ) -> None:
-        """Create the layers, with He initialization of the convolutions."""
+        """Create the layers, with He initialization for the convolutions."""
         super().__init__()
         self.stem = conv3x3(in_channels, width, stem_stride)
         self.bn = nn.BatchNorm2d(width)

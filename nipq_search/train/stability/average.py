@@ -13,9 +13,9 @@ from torch import Tensor, nn
 class Average:
     """The moving average of a model's parameters and floating-point buffers.
 
-    Update n, counted from 0, has the decay `min(decay, (1 + n) / (10 + n))`, so the influence of
+    Update n, counted from 0, uses the decay `min(decay, (1 + n) / (10 + n))`, so the influence of
     the initial weights vanishes quickly. Integer and non-persistent buffers are not averaged: the
-    model's own values apply.
+    model's current values are used.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -30,7 +30,7 @@ class Average:
         }
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield the averaged tensors by name, since modules may replace their buffers."""
+        """Yield the averaged tensors of the model, looked up anew: modules may replace buffers."""
         return ((name, value) for name, value in _tensors(model) if name in self.values)
 
     @torch.no_grad()
@@ -43,7 +43,7 @@ class Average:
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Give the model the averaged weights; restore its own when the context exits."""
+        """Use the averaged weights in the model; restore its own weights on exit."""
         self._swap(model)
         try:
             yield
@@ -62,17 +62,17 @@ class Average:
             value.data, self.values[name] = self.values[name], value.data
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything but the decay."""
+        """Return the state, which does not include the decay."""
         return {"updates": self.updates, "values": dict(self.values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state.
 
         Raises:
-            RuntimeError: the state belongs to another model.
+            RuntimeError: the state belongs to a different model.
         """
         if state["values"].keys() != self.values.keys():
-            raise RuntimeError("the averaged weights belong to another model")
+            raise RuntimeError("the averaged weights belong to a different model")
         self.updates = state["updates"]
         for name, value in self.values.items():
             value.copy_(state["values"][name])

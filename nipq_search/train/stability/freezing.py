@@ -1,4 +1,4 @@
-"""Iterative weight freezing: oscillating weights are fixed while the others are tuned.
+"""Iterative weight freezing: oscillating weights are fixed while the others are trained.
 
 Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086),
 algorithm 1.
@@ -43,20 +43,20 @@ def _grid(weight: Tensor, quantizer: FakeQuantizer) -> tuple[Tensor, Tensor]:
 
 
 class Freezing:
-    """Fixes weights that oscillate too often at their most frequent grid point.
+    """Fixes weights at their most frequent grid point once they oscillate too often.
 
     Args:
         threshold: running frequency of reversals, per step, above which a weight is fixed.
     """
 
     def __init__(self, threshold: float) -> None:
-        """Start without any observations."""
+        """Start without observations."""
         self.threshold = threshold
         self._tracked: list[_Tracked] = []
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Observe the weights after a step of the tuning phase and reset those that are fixed."""
+        """Observe the weights after a tuning step and reset fixed ones to their grid points."""
         for index, (weight, quantizer) in enumerate(tuned_weights(model)):
             now, step = _grid(weight, quantizer)
             if index == len(self._tracked):
@@ -87,6 +87,6 @@ class Freezing:
         return [vars(tracked) for tracked in self._tracked]
 
     def load_state_dict(self, state: list[dict[str, Any]], device: torch.device) -> None:
-        """Restore a saved state on a device."""
+        """Restore a saved state, with its tensors on `device`."""
         names = [field.name for field in dataclasses.fields(_Tracked)]
         self._tracked = [_Tracked(*(entry[name].to(device) for name in names)) for entry in state]

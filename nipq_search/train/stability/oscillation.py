@@ -20,16 +20,17 @@ OSCILLATING = 0.005
 """Frequency of reversals, per step, above which a weight counts as oscillating."""
 
 _SAMPLE = 4096
-"""Approximate number of elements that are sampled from each weight."""
+"""Approximate number of elements that are sampled from each weight tensor."""
 
 
 def tuned_weights(model: nn.Module) -> Iterator[tuple[Tensor, FakeQuantizer]]:
-    """Yield the parameters that have a frozen quantizer and their channels in dimension 0."""
+    """Yield each weight with a frozen quantizer and channels in dimension 0, and its quantizer."""
     parameters = dict(model.named_parameters())
-    # Other quantizers may see a transformed weight, whose channels lie in another dimension.
+    # Other quantizers may receive a transformed weight, with channels in another dimension.
     plain = {id(getattr(module, "weight_quantizer", None)) for module in model.modules()}
     for name, quantizer in quantizers(model).items():
-        weight = parameters.get(name.removeprefix("."))  # a model that is a single layer
+        # The tensor names of a model that is a single layer start with a period.
+        weight = parameters.get(name.removeprefix("."))
         if weight is None or quantizer.role != "weight" or not quantizer.bits.is_frozen:
             continue
         if quantizer.channels == 1 or id(quantizer) in plain:
@@ -37,7 +38,7 @@ def tuned_weights(model: nn.Module) -> Iterator[tuple[Tensor, FakeQuantizer]]:
 
 
 def _sampled(weight: Tensor, quantizer: FakeQuantizer) -> Tensor:
-    """Return the grid integers of an evenly spaced sample of a weight, 1-D."""
+    """Return the grid integers of an evenly spaced sample of a weight, as a 1-D tensor."""
     flat = weight.reshape(-1)
     stride = (flat.numel() // _SAMPLE) | 1
     highest = 2 ** (quantizer.bits.hard() - 1) - 1
@@ -52,18 +53,18 @@ class Oscillation:
     """Tracks how often the grid integers of sampled weights reverse direction.
 
     A step counts as a reversal if the integer changes in the direction opposite to its last
-    change. All sampled weights form one vector, so that a step takes few operations.
+    change. All sampled weights form one vector, so that an update takes few tensor operations.
     """
 
     def __init__(self) -> None:
-        """Start without any observations."""
+        """Start without observations."""
         self._weights: list[tuple[Tensor, FakeQuantizer]] = []  # cached: the search is slow
         self.integers: Tensor | None = None
         self.directions = self.frequencies = torch.zeros(0)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Observe the weights after a step of the tuning phase; `model` is always the same."""
+        """Observe the weights after a tuning step; every call must pass the same `model`."""
         self._weights = self._weights or list(tuned_weights(model))
         if not self._weights:
             return
@@ -92,7 +93,7 @@ class Oscillation:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restore a saved state on a device."""
+        """Restore a saved state, with its tensors on `device`."""
         if state["integers"] is not None:
             self.integers = state["integers"].to(device)
             self.directions = state["directions"].to(device)
@@ -100,9 +101,9 @@ class Oscillation:
 
 
 def dampening(model: nn.Module) -> Tensor:
-    """Return the squared distance of weights within their range from their grid points (eq. 8).
+    """Return the summed squared distance of in-range weights from their grid points (eq. 8).
 
-    The gradient pulls weights towards their grid points; steps receive no gradient.
+    The gradient pulls weights towards their grid points; step sizes receive no gradient.
     """
     total = next(model.parameters()).new_zeros(())
     for weight, quantizer in tuned_weights(model):

@@ -1,4 +1,4 @@
-"""Starting bit-widths: at the budget, from scores, from a finished trial, or all equal."""
+"""Starting bit-widths: from the budget, sensitivity scores, a finished trial or a single width."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from nipq_search.quant.insertion.prepare import freeze_bits, quant_state
 from nipq_search.quant.quantizers.bit_width import BitWidth
 
 _BISECTIONS = 40
-"""Iterations of the bisection, which start from an interval of 48 bits."""
+"""Number of bisection steps, starting from an interval of 48 bits."""
 
 
 def bits_at_budget(
     graph: Graph, budget: Budget, base: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Return soft bit-widths whose cost equals the budget: `base` plus a shift, by bisection.
+    """Return soft bit-widths whose cost equals the budget: `base` plus a shift found by bisection.
 
-    Without `base`, tensors that contribute to no budgeted cost, such as an embedding under BOPs,
-    take their largest width.
+    Without `base`, tensors that contribute to no budgeted cost, such as an embedding under a
+    BOPs budget, take their largest width.
 
     Args:
         graph: the model's layers and tensors.
@@ -54,7 +54,7 @@ def bits_at_budget(
             float(v) for cost in budget for v in get_cost(cost).terms(graph, complete).values()
         ]
 
-    # Compare terms rather than costs, which may be the maximum of their terms.
+    # Compare terms, not costs: a cost that is the maximum of its terms may hide a change in one.
     whole = terms(most)
     counted = {
         name: terms({**most, name: float(allowed[0])}) != whole for name, allowed in spans.items()
@@ -88,12 +88,12 @@ def start_at_budget(
 ) -> None:
     """Start bit-widths at the budget; see `bits_at_budget`.
 
-    Short noise phases need this: from 8 bits, most of the phase would be spent on the descent.
+    A short noise phase that started from 8 bits would mostly be spent on reducing the bit-widths.
 
     Args:
         model: a prepared model.
         budget: the targets.
-        base: bit-widths by tensor to shift; None starts from equal widths.
+        base: bit-widths by tensor that are shifted onto the budget; None shifts equal widths.
         learning: whether widths are learned; otherwise they are projected and frozen.
     """
     graph, found = quant_state(model).graph, quantizers(model)
@@ -105,7 +105,7 @@ def start_at_budget(
 def stay_at_parent(
     model: nn.Module, budget: Budget, bits: Mapping[str, float], learning: bool = True
 ) -> bool:
-    """Start at a parent's learned widths if they already meet the budget and use it up.
+    """Start at a parent's bit-widths if they meet the budget and use at least `MIN_USAGE` of it.
 
     Args:
         model: a prepared model.
@@ -135,12 +135,14 @@ def start_at_scores(
         learning: whether widths are learned; otherwise they are frozen.
 
     Raises:
-        UserError: the scores belong to another model.
+        UserError: the scores were measured on a different model, or the budget cannot be reached.
     """
     graph = quant_state(model).graph
     for unit in units_of(graph):
         if not set(graph.tensors[unit].allowed) <= losses.get(unit, {}).keys():
-            raise UserError(f"the sensitivity scores lack {unit}: they belong to another model")
+            raise UserError(
+                f"the sensitivity scores do not cover {unit}: they belong to a different model"
+            )
     bits = assign(graph, budget, losses)
     _begin(model, learning, bits, lambda: bits)
 
@@ -156,7 +158,7 @@ def start_at_profile(
         profile: bit-widths by unit (see `units_of`); missing units start from their smallest
             allowed width, and pinned tensors keep their own width.
         learning: whether widths are learned; otherwise they are frozen at the assignment within
-            the budget that is closest in squared distance.
+            the budget that is closest to the shifted profile in squared distance.
     """
     graph = quant_state(model).graph
     units = units_of(graph)
@@ -194,15 +196,15 @@ def start_at_one_width(model: nn.Module, budget: Budget) -> None:
     fitting = [w for w in shared if usage(graph, uniform_bits(graph, w), budget) <= 1]
     if not fitting:
         raise UserError(
-            f"train.start: no single bit-width of {shared} meets the budget; raise it, or choose "
-            "a start other than uniform"
+            f"train.start: no single bit-width of {shared} meets the budget; raise the budget, or "
+            "choose a start other than uniform"
         )
     for name, bits in uniform_bits(graph, fitting[-1]).items():
         quantizers(model)[name].start_at(bits)
 
 
 def warm_start(model: nn.Module, state: Mapping[str, Any]) -> dict[str, float]:
-    """Load weights, boundaries and normalization from a finished trial's state, in place.
+    """Load the weights, boundaries and normalization statistics of a finished trial, in place.
 
     Bit-widths stay learnable, and the seed of the noise is kept.
 
@@ -230,7 +232,7 @@ def warm_start(model: nn.Module, state: Mapping[str, Any]) -> dict[str, float]:
 
     def own(key: str) -> bool:
         if key.endswith(".bits.marginal"):
-            return False  # inherited: a child without a noise phase projects by it
+            return False  # inherited, since without a noise phase the projection depends on it
         return ".bits." in key or key.endswith("_extra_state")
 
     model.load_state_dict({k: fresh[k] if own(k) else state.get(k, v) for k, v in fresh.items()})

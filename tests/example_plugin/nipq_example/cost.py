@@ -1,4 +1,4 @@
-"""A cost: bytes that one sample moves between memory and processor."""
+"""A cost: the number of bytes that one sample moves between the memory and the processor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nipq_search.cost.base import sum_terms
 
 
 def traffic_terms(graph, bits):
-    """Bytes of every weight and of every activation, each moved once."""
+    """Return the bytes of every weight and every activation, each moved once."""
     return {name: tensor.numel * bits[name] / 8 for name, tensor in graph.tensors.items()}
 
 

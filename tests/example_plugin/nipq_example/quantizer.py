@@ -10,7 +10,7 @@ from nipq_search.quant.numerics.functional import MIN_BOUNDARY
 
 
 class Clip(FakeQuantizer):
-    """Rounds during training, and learns the boundary directly."""
+    """A quantizer that rounds during training and learns the boundary directly."""
 
     learns_bits = False
 
@@ -29,7 +29,7 @@ class Clip(FakeQuantizer):
 
     @torch.no_grad()
     def scale_range(self, factor: Tensor) -> None:
-        """Multiply boundary and minimum."""
+        """Multiply the boundary and the minimum by `factor`."""
         self.boundary.mul_(factor)
         if self.channels == 1:
             self.minimum.mul_(factor)

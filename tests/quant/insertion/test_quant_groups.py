@@ -112,7 +112,8 @@ def test_groups_share_their_bits_for_good(quantizer, share):
     for group in groups(model):
         assert len({bits[name] for name in group}) == 1
     assert is_tight(graph, bits, budget)
-    # Loading a frozen state freezes a copy; loading a learning one unfreezes it, still tied.
+    # Loading a frozen state freezes a copy. Loading an unfrozen state unfreezes it; the
+    # widths of a group stay tied.
     other = prepared(groups=("qkv", "residual", "*.out"), residuals=True, quantizer=quantizer)
     other.load_state_dict(model.state_dict())
     assert hard_bits(other) == bits
@@ -186,7 +187,7 @@ def test_patterns_that_match_nothing_are_refused(options, message):
 
 
 @pytest.mark.parametrize("key", ["exclude", "include", "groups"])
-def test_a_text_is_no_list_of_patterns(key):
+def test_a_string_is_not_a_list_of_patterns(key):
     with pytest.raises(UserError, match=f"quant.{key}: give a list"):
         QuantConfig(**{key: "head"})
 

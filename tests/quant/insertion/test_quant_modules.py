@@ -1,4 +1,4 @@
-"""Modules with special properties: own state, ties, embeddings, other precisions."""
+"""Modules with special properties: own pickling, tied weights, embeddings, other dtypes."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def fresh_compiler():
 
 
 def compare(compiled, plain, inner, x, steps=4):
-    """Return the outputs, gradients and running means of a few steps."""
+    """Check that outputs, gradients and running means agree after a few steps."""
     for _ in range(steps):
         outputs = [compiled(x), plain(x)]
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
@@ -144,7 +144,7 @@ def test_inductor_takes_what_the_operations_promise(kind):
         dtype = getattr(torch, kind)
         model, x = model.to(dtype), x.to(dtype)
     plain = copy.deepcopy(model)
-    # With more threads, it starts processes that compile, each of which imports torch.
+    # With more threads, Inductor starts compiler processes, each of which imports torch.
     with torch._inductor.config.patch(compile_threads=1):
         outputs = [torch.compile(model, fullgraph=True)(x), plain(x)]
     tolerance = 0.05 if kind == "bfloat16" else 1e-5

@@ -65,13 +65,13 @@ def trained(model, x=X, context=None, steps=1):
 
 
 def everything_kept(monkeypatch):
-    """Disable recomputation, so products save their operands."""
+    """Disable recomputation, so that products save their operands."""
     monkeypatch.setattr(function, "register_recipe", lambda y, x, compute: None)
 
 
 @pytest.mark.parametrize("phase", ["noise", "empirical", "tuning", "lsq"])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_computed_again_is_what_was(monkeypatch, name, phase):
+def test_recomputed_tensors_equal_the_originals(monkeypatch, name, phase):
     torch.manual_seed(0)
     config = QuantConfig(
         quantizer="lsq" if phase == "lsq" else "nipq",
@@ -89,7 +89,7 @@ def test_what_is_computed_again_is_what_was(monkeypatch, name, phase):
 
 
 def held_after(model, x):
-    """Return the number of bytes that remain allocated after a forward while its output exists."""
+    """Return the number of bytes that a forward pass leaves allocated while its output exists."""
     model.train()(x)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -165,10 +165,10 @@ def test_an_activation_of_two_consumers_is_quantized_once(monkeypatch, made, pro
     made.clear()
     once = trained(model)
     marginal = quantizers(model)["one.input"].bits.marginal.clone()
-    # The input of the first layer, which is recomputed in the backward pass, and the others.
+    # Twice the stem's input, which is recomputed in the backward pass, and once the shared input.
     assert made.count(tuple(X.shape)) == 3
     model(X)
-    assert made.count(tuple(X.shape)) == 5  # with the noise of the next step
+    assert made.count(tuple(X.shape)) == 5  # the next step draws new noise
     monkeypatch.setattr(function._Quantization, "reused_output", lambda self, x: None)
     for a, b in zip(once, trained(again), strict=True):
         assert torch.equal(a, b)
@@ -351,7 +351,7 @@ def test_nothing_lives_longer_than_its_graph():
 
     model = prepare(encoder(), X).train()
     gc.collect()
-    gc.disable()  # reference cycles would stay alive without it
+    gc.disable()  # so that reference cycles are not collected
     try:
         assert packed() == 0
         out = model(X)

@@ -51,7 +51,7 @@ ONE = boundary_of(torch.tensor([1.7]), 3)
 
 
 def case(shape, axis, memory, grid, bits, seed=0):
-    """Return a tensor, its boundary, and the leaves that both depend on."""
+    """Return the leaves `[x, alpha, bits]`, all of which require gradients, and the boundary."""
     x = normal(*shape, seed=seed)
     if memory is CHANNELS_LAST:
         x = x.contiguous(memory_format=CHANNELS_LAST)
@@ -65,7 +65,7 @@ def case(shape, axis, memory, grid, bits, seed=0):
 
 
 def eager(x, boundary, key, empirical):
-    """Run the same computation without kernels."""
+    """Run the same computation with torch operations instead of kernels."""
     range_ = boundary.range(x.dim())
     if empirical:
         drawn = drawn_from(residuals_of(x, *range_[:3], boundary.axis), x.shape, key)
@@ -112,8 +112,8 @@ def test_kernels_agree_with_torch_operations(law, layout, grid):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("law", ["uniform", "empirical"])
-def test_input_and_output_tell_the_same(layout, law):
-    """The input of a retained tensor is saved for the backward pass, otherwise the output."""
+def test_saving_the_input_or_the_output_changes_no_result(layout, law):
+    """The backward pass uses the input if it is retained anyway, otherwise the output."""
     for grid in Grid:
         kept = [
             results(
@@ -147,7 +147,7 @@ def test_lower_precision_is_computed_in_float32(dtype, law):
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
-def test_sums_do_not_hang_on_the_number_of_threads():
+def test_sums_do_not_depend_on_the_number_of_threads():
     def run():
         return [
             results(lambda x, r: K.pseudo_quantize(x, r, 5, False), *layout, Grid.SIGNED, 3)
@@ -176,7 +176,7 @@ def test_noise_of_the_kernels_follows_its_law():
         assert distance(drawn, cdf) < 0.01
 
 
-def test_values_that_are_no_numbers_stay_visible():
+def test_nan_propagates_and_infinity_is_clipped():
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.3])
     one = boundary_of(torch.ones(1), 4)
     for quantize in (K.hard_quantize, lambda x, r: K.pseudo_quantize(x, r, 1)):
@@ -184,7 +184,7 @@ def test_values_that_are_no_numbers_stay_visible():
         assert y[0].isnan() and y[1] == 1 and y[2] == -1 and y[3].isfinite()
 
 
-def test_where_the_kernels_do_not_serve():
+def test_where_the_kernels_are_not_used():
     x = normal(6, 4)
     assert K.backend_for(x, ONE) and K.backend_for(nn.Parameter(x), ONE)
     assert not K.backend_for(x.double(), ONE)
@@ -211,7 +211,7 @@ def test_gradients_of_a_range_are_those_of_its_formula(grid):
 
 @pytest.mark.parametrize("grid", list(Grid))
 def test_what_is_learned_goes_into_one_node(grid):
-    """Softplus and the drawn width agree, computed by the kernel's node or by separate nodes."""
+    """Computing softplus and the sampled width in the kernel's node changes no result."""
     found = []
     for together in (True, False):
         x = normal(20, 30).requires_grad_()
@@ -291,13 +291,13 @@ def test_boundaries_that_do_not_fit_are_refused():
 
 
 def test_empirical_noise_of_neighbours_is_independent():
-    """Adjacent elements of a smooth signal have similar residuals and are drawn in groups."""
+    """Adjacent elements of a smooth signal have similar residuals, so the table is shuffled."""
     for count in (100_000, 700_000):
         x = torch.sin(torch.linspace(0, 300, count))
         drawn = (K.pseudo_quantize(x, ONE, 5, True) - x)[10:-10]
         lag = torch.stack([drawn[:-1], drawn[1:]])
         assert abs(float(torch.corrcoef(lag)[0, 1])) < 0.02
-    # The stride must not be three for sizes that are multiples of three.
+    # A stride that shares a factor with the size would skip some channels.
     x = normal(32, 96, 12, 12).contiguous(memory_format=CHANNELS_LAST)
     seen = torch.arange(0, x.numel(), _stride(x.numel())) % 96
     assert len(seen.unique()) == 96
@@ -334,7 +334,7 @@ def test_saved_tensors_that_come_back_in_another_layout():
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_gradients_that_are_no_plain_memory():
+def test_gradients_that_are_not_plain_memory():
     alpha = torch.tensor([1.1], requires_grad=True)
     x = normal(8).requires_grad_()
     for quantize in (K.hard_quantize, lambda x, b: K.pseudo_quantize(x, b, 1)):
@@ -376,7 +376,7 @@ def test_boundaries_of_a_dense_tensor_are_found_by_its_strides():
 @pytest.mark.parametrize("quantizer", ["nipq", "lsq"])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, CHANNELS_LAST])
 def test_a_model_trains_by_the_kernels(monkeypatch, quantizer, memory):
-    """Fails if the fast path is silently bypassed."""
+    """Fail if the fast path is silently bypassed."""
     config = QuantConfig(quantizer=quantizer)
     model = prepare(residual_net(), images(), config).to(memory_format=memory)
 

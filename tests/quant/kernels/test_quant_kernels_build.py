@@ -1,4 +1,4 @@
-"""Compilation of the C kernels: once per machine, with a warning where it fails."""
+"""Compilation of the C kernels: once per machine, with a warning if it fails."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Agreement of the Triton kernels with those in C, on a GPU or else in Triton's interpreter.
+"""Agreement of the Triton kernels with those in C, on a GPU or in Triton's interpreter.
 
-Compilation for a GPU, and the resulting instructions, are tested without one.
+Compilation for a GPU and the resulting instructions are tested even without a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ kinds = list(itertools.product(Grid, ("uniform", "empirical", "rounding")))
 places = list(itertools.product((True, False), (0, 70_003, 3 << 30)))
 compared = 0
 for (row, layout), (column, (grid, law)) in itertools.product(enumerate(small), enumerate(kinds)):
-    # Triton's interpreter is slow: there, every pair of values is compared, but not every triple.
+    # Triton's interpreter is slow, so it only covers every pair of values, not every triple.
     chosen = places if device == "cuda" else [places[(row + column) % len(places)]]
     for leaf, origin in chosen:
         key = None if law == "rounding" else with_origin(0xDEADBEEFCAFE1234, origin)

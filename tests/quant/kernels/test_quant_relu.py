@@ -29,7 +29,7 @@ def test_lean_relu_is_relu(kind, inplace, shape):
     assert type(outs[1][0].grad_fn).__name__ == "_ReLUBackward"
     for a, b in zip(*outs, strict=True):
         assert torch.equal(a, b)
-    # A view, a leaf and a transposed tensor give the same results as with torch.
+    # For a view, a leaf and a transposed tensor, the results are those of torch's ReLU.
     x = leaf * 1.0
     view = x.view(-1)
     assert torch.equal(lean(view), plain((leaf * 1.0).view(-1)))

@@ -20,7 +20,7 @@ from nipq_search.quant.numerics.noise import (
 )
 
 SHARES = ((0, 3), (3, 1), (4, 4))
-"""Number of samples before each share and in it, 8 in total."""
+"""The number of samples before and in each share of a batch of 8 samples."""
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])

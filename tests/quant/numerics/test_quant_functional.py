@@ -18,7 +18,7 @@ LN2 = math.log(2.0)
 
 
 def setting(grid, per_channel, seed=0):
-    """Return a tensor without values near kinks, boundaries, bits and noise, all in float64."""
+    """Return x, alpha, bits, minimum and noise in float64; no element of x is near a kink."""
     x = normal(3, 40, seed=seed, dtype=torch.float64) * 1.5 + 0.3
     alpha = torch.tensor([1.1, 1.7, 2.3] if per_channel else [1.6], dtype=torch.float64)
     alpha = alpha[:, None] if per_channel else alpha

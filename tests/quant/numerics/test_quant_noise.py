@@ -40,7 +40,7 @@ def test_empirical_noise_follows_the_exact_residual_law(grid, bits):
     own = (x / range_.step).round() - x / range_.step
     noise, own = noise[inside], own[inside]
     assert distance(noise[:100_000], residual_cdf(range_)) < 0.01
-    # Independent of the element's own residual: of its value, magnitude and sign.
+    # The noise is independent of the value, magnitude and sign of the element's own residual.
     for a, b in [(noise, own), (noise.abs(), own.abs()), (noise.sign(), own.sign())]:
         assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.015
 

@@ -1,4 +1,4 @@
-"""The conformance suite for every quantizer in `QUANTIZERS`; a new one needs no code here."""
+"""Run the conformance suite on every quantizer in `QUANTIZERS`, including ones added later."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ PADDING = torch.tensor([[False] * 4 + [True] * 2, [False] * 6])
 
 
 def calls():
-    """Yield a name, module options, and positional and keyword arguments of one forward."""
+    """Yield a name, module options, and positional and keyword arguments of one call."""
     x, memory = normal(2, 5, 16), normal(2, 6, 16, seed=1)
     yield "self", {}, (x, x, x), {}
     yield "cross", {}, (x, memory, memory), {"key_padding_mask": PADDING}

@@ -1,4 +1,4 @@
-"""Models whose calls differ from one forward to the next."""
+"""Models whose operations differ from one forward pass to the next."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_children_do_not_take_their_parent_s_sites():
 
 
 class Sums(nn.Module):
-    """Sums of two activations, of an activation and a parameter or number, and a late mask."""
+    """Sums with an activation, a number or a parameter, and attention with an optional mask."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +200,7 @@ def test_reentrant_checkpoints_of_methods_are_warned_of():
 
 
 class Hook:
-    """A model with a forward hook that multiplies."""
+    """A forward hook that multiplies the output by a weight."""
 
     def __init__(self, weight):
         self.weight = weight
@@ -245,12 +245,12 @@ def test_products_of_training_alone_do_not_take_sites():
     seen = watched(prepared)
     prepared.train()(x)
     products = {n: [shape for shape, _ in calls] for n, calls in seen.items() if "matmul" in n}
-    assert products["matmul.input"] == [(2, 5, 8), (2, 8, 5)]  # one tensor, both operands
+    assert products["matmul.input"] == [(2, 5, 8), (2, 8, 5)]  # one tensor is both operands
     assert products["matmul_1.input"] == [(2, 5, 5)] and products["matmul_1.second"] == [(2, 5, 8)]
 
 
 class Counted(nn.Sequential):
-    """A container whose forward depends on its own length."""
+    """A container whose forward pass depends on its own length."""
 
     def forward(self, x):
         for index, layer in enumerate(self):

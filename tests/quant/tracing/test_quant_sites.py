@@ -42,7 +42,7 @@ class Functional(nn.Module):
 
 
 class Standardized(nn.Conv2d):
-    """A convolution whose weight is standardized in the forward."""
+    """A convolution whose weight is standardized in the forward pass."""
 
     def forward(self, x):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -154,7 +154,7 @@ def test_rows_of_an_embedding_have_boundaries_of_their_own():
 
 
 class Loop(nn.Module):
-    """A model whose forward may multiply more often than the traced forward."""
+    """A model whose forward pass may run more products than the traced one."""
 
     def __init__(self):
         super().__init__()
@@ -300,7 +300,7 @@ def test_constants_and_scripts_stay_in_float_and_are_listed():
     assert reasons["linear"] == "" and "constant" in reasons["matmul"]
     assert "parameters only" in reasons["matmul_1"]
     low_rank = [x for x in layers(prepared).values() if x.kind == "linear"][1]
-    assert low_rank.weight is not None, "the product itself is a weight"
+    assert low_rank.weight is not None, "the product of two parameters is a weight"
     table = profile(prepared)
     assert table["macs"].sum() == 16 + 16 + round(4 * 2 * 4 / 3) + 16
 

@@ -129,7 +129,7 @@ def executor(request):
     return VirtualExecutor(2, functools.partial(work, die=die_in_words)), Plain(True)
 
 
-def test_every_job_ends_once_whatever_befalls_it(executor, tmp_path):
+def test_every_job_ends_once_whatever_happens_to_it(executor, tmp_path):
     runner, task = executor
     script, ticks = Script(tmp_path, [FINE, FINE, DIES_ONCE, NEVER_STARTS, FINE]), []
     runner.run(script, task, lambda: ticks.append(len(script.ended)))
@@ -141,12 +141,12 @@ def test_every_job_ends_once_whatever_befalls_it(executor, tmp_path):
         (4, None),
     ]
     assert not script.running and not script.waiting
-    assert script.most == 2, "both slots were used, and no third"
+    assert script.most == 2, "exactly two slots were used"
     assert ticks and ticks == sorted(ticks)
     assert script.ended[0][0] == 0
     began = {n: jobs.committed(tmp_path / f"trials/{n}") for n in (0, 1, 2, 4)}
     assert all(began[n]["began"] >= began[0]["ended"] - 0.01 for n in (1, 2, 4)), (
-        "it was waited for"
+        "the other jobs wait for the first one"
     )
     first, second = jobs.attempts(tmp_path / "trials/2")
     assert file_io.read_json(first / jobs.LOST)["cause"] == "process"

@@ -14,7 +14,7 @@ from nipq_search.search.backend.reaper import descendants, process_tree
 DRIVER = """
 import subprocess, sys, time
 from nipq_search.search.backend.reaper import reaped
-# Substitutes for a Ray daemon that starts an agent, and for a child unrelated to Ray.
+# Stand-ins for a Ray daemon that starts an agent and for a child unrelated to Ray.
 sleep = "import time; time.sleep(600)"
 other = subprocess.Popen([sys.executable, "-c", sleep])
 with reaped():

@@ -22,7 +22,7 @@ OWN = {
     [
         ({}, None),
         ({"python": "3.11.9"}, None),
-        ({"python": "3.12.0"}, "Python 3.12.0, here 3.11.7: install the same"),
+        ({"python": "3.12.0"}, "Python 3.12.0, here 3.11.7: install the same version"),
         ({"versions": {**OWN["versions"], "ray": "2.59.0"}}, "ray 2.59.0, here 2.60.0"),
         ({"versions": {}}, "torch None, here 2.14.1"),
         ({"read": False}, "/shared is not the same folder as on this machine: mount it there"),

@@ -102,7 +102,7 @@ def test_other_versions_are_named_and_compared_within_a_tolerance(
         sweep_copy,
         0,
         provenance=None if recorded is None else known | recorded,
-        model_sha256="0" * 64,  # the model itself is as it was
+        model_sha256="0" * 64,  # the model file itself is unchanged
         metrics={name: value * 1.001 for name, value in metrics.items()},
     )
     assert main(["replay", str(sweep_copy), "0"]) == 0

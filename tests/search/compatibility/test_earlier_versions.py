@@ -20,7 +20,7 @@ EPOCHS = SWEEP["train"]["epochs"]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
-    """The command line in a folder that has a copy of the earlier sweep as `out`."""
+    """The command line in a folder whose `out` is a copy of the earlier sweep."""
     shutil.copytree(EARLIER, tmp_path / "out")
     (tmp_path / "sweep.yaml").write_text(json.dumps(SWEEP))
     (tmp_path / "earlier_task.py").write_text(TASK)
@@ -51,7 +51,7 @@ def test_it_is_read(command: Command) -> None:
 
 
 def test_its_trials_are_replayed_within_a_tolerance(command: Command) -> None:
-    """Its records do not contain the versions that computed them."""
+    """The records do not contain the versions with which they were computed."""
     document = command.document("replay", "out", "0")
     assert document["equal"] and document["provenance"]["recorded"] is None
 
@@ -62,7 +62,7 @@ def test_it_resumes(command: Command) -> None:
     done = command.run("--trials", "6", code=3)
     assert "1 failed" in done.stderr
     assert states(command.out) == ["COMPLETE"] * 3 + ["FAIL"] + ["COMPLETE"] * 2
-    assert before.items() <= results(command.out).items(), "what had finished was left alone"
+    assert before.items() <= results(command.out).items(), "finished jobs were left alone"
     first, second = (epochs(attempt) for attempt in attempts(command.out, 4))
     assert second[0] > 1, "the training continued from its checkpoint"
     assert sorted({*first, *second}) == list(range(1, EPOCHS + 1))

@@ -3,10 +3,12 @@
     git worktree add /tmp/earlier ba9aa43
     PYTHONPATH=/tmp/earlier python tests/search/compatibility/write_folder.py sweep-ba9aa43
 
-It uses only what every version has: the command line and the sweep file. The sweep has finished
-trials, one that failed, and one whose training was killed by SIGKILL after a checkpoint.
-What can be rebuilt or only repeats the figures is removed: MLflow's database and artifacts, the
-report and the logs.
+It uses only the interfaces that all versions have: the command line and the sweep file. The sweep
+has finished trials, one that failed, and one whose training was killed by SIGKILL after a
+checkpoint.
+
+Files that can be rebuilt or only repeat the figures are removed: MLflow's database and artifacts,
+the report and the logs.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ LEFT_OUT = ("mlflow.db", "mlartifacts", "report.html", "driver.log", "driver.loc
 
 
 def command(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start the command line of the version that PYTHONPATH names."""
+    """Start the command line of the version on PYTHONPATH."""
     program = [
         sys.executable,
         "-c",
@@ -73,7 +75,7 @@ def attempts(folder: Path, trial: int) -> list[Path]:
 
 
 def anonymize(out: Path) -> None:
-    """Remove logs and every name of the machine."""
+    """Remove the logs and replace the machine's host name."""
     for file in (*out.rglob("log*.txt"), *out.rglob("traceback.txt")):
         file.unlink()
     for file in out.rglob("started.json"):

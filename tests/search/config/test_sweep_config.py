@@ -77,7 +77,7 @@ def test_an_unknown_key_without_a_near_match_lists_the_valid_ones():
         ({"budgets": [{}]}, ["budgets: an entry is empty"]),
         ({"budgets": [{"bop": 3}]}, ["budgets: unknown cost 'bop'", "did you mean 'bops'"]),
         ({"budgets": [{"bops": "uniform"}]}, ["budgets.bops: 'uniform' is not a budget"]),
-        ({"budgets": [{"bops": -1}]}, ["budgets.bops: -1 is not above 0"]),
+        ({"budgets": [{"bops": -1}]}, ["budgets.bops: -1 is not allowed; use a number above 0"]),
         ({"budgets": [{"bops": 5}, {"bops": 5}]}, ["duplicate budget"]),
         ({"float": {"epochs": -1}}, ["float.epochs: must be above 0"]),
         ({"float": {"epochs": "many"}}, ["float.epochs: ", "'many'"]),
@@ -325,14 +325,14 @@ def test_values_that_yaml_cannot_build_are_one_line(line, tmp_path):
     ],
 )
 def test_a_plan_reports_the_length_of_the_noise_phase(changes, steps):
-    """0 if `fill` skips the phase, and for quantizers that do not learn bits."""
+    """The length is 0 if `fill` skips the phase, and for quantizers that do not learn bits."""
     long = {"train__epochs": 20, "train__noise_share": 0.5}
     assert plan(make_config(**long | changes))["noise_steps"] == steps
 
 
 @pytest.mark.parametrize("start", ["budget", "sensitivity"])
 def test_a_plan_reports_the_number_of_samples(start, tmp_path):
-    """Including calibration, scores, fitted ranges and normalization statistics."""
+    """Calibration, scores, fitted ranges and normalization statistics are included."""
     config = make_config(
         float__epochs=1,
         train__epochs=1,

@@ -230,7 +230,7 @@ def test_after_a_failed_float_model_the_configuration_may_change(bench):
     assert f"then remove {folder} to start over" in coordinator.failure
     budgets = [{"bops": "uniform 5"}]
     bench.config = make_config(budgets=budgets, search__space={"lr": {"log": [0.1, 0.2]}})
-    with pytest.raises(UserError, match=f"budgets: .*; or remove the failed {folder}"):
+    with pytest.raises(UserError, match=f"budgets: .*; or remove {folder}, whose job failed"):
         bench.open()
     shutil.rmtree(folder)
     bench.fail = lambda job: None
@@ -309,7 +309,7 @@ def test_trials_enqueued_with_optuna_are_run(bench):
     study.enqueue_trial({"lr": 0.08})
     bench.sweep()
     trials = bench.ledger.trials()
-    assert len(trials) == 4, "they count toward search.trials"
+    assert len(trials) == 4, "enqueued trials count toward search.trials"
     assert [t.params["lr"] for t in trials[:2]] == [0.09, 0.08]
     assert [t.params[BUDGET] for t in trials[:2]] == [1, 0]
     study.enqueue_trial({"lr": 0.07})
@@ -344,12 +344,12 @@ def test_changed_data_prevents_a_resume(bench, monkeypatch):
         "nipq_search.search.run.dataset",
         lambda task: {"name": "x", "splits": {}, "digest": "f" * 64},
     )
-    with pytest.raises(Exception, match="the data of sweep 'unit' changed since it began"):
+    with pytest.raises(Exception, match="the data of sweep 'unit' have changed since it began"):
         bench.sweep()
 
 
 def test_a_relative_float_checkpoint_is_absolute_only_in_jobs(tmp_path, monkeypatch):
-    """Ray's workers have a working directory of their own."""
+    """Ray's workers have a different working directory."""
     monkeypatch.chdir(tmp_path)
     torch.save(digits().build_model().state_dict(), tmp_path / "float.pt")
     bench = Bench(tmp_path / "sweep", make_config(float={"checkpoint": "float.pt"}))
@@ -372,7 +372,7 @@ def test_the_ladder_starts_from_finished_trials_and_keeps_its_decisions(tmp_path
     coordinator.finished(stopped)  # stopped without a record
     parents = {}
     bench.sweep(lambda job: parents.update({job.name: job.parent}) or bench.execute(job))
-    assert parents["trial-000"] is None, "decided before the stop"
+    assert parents["trial-000"] is None, "the parent was chosen before the stop"
     assert [t.user_attrs["parent"] for t in bench.ledger.trials()] == [
         None,
         None,

@@ -10,7 +10,7 @@ from nipq_search.search.study.ledger import BUDGET
 
 
 def test_a_trial_interrupted_before_its_target_was_noted_gets_the_same_target(tmp_path):
-    """Kill the driver between `ask` and the note with the targets that `fill` chose."""
+    """Kill the driver after `ask`, before it records the targets that `fill` chose."""
     options = {"search__strategy": "fill", "search__trials": 6, "search__baselines": []}
     config = make_config(**options)
 

@@ -99,7 +99,7 @@ def without_links(*args):
 
 
 def test_either_a_concurrent_commit_or_a_take_over_succeeds(tmp_path):
-    """The attempt commits its record or the next attempt takes over, but never both."""
+    """Either the attempt commits its record or the next attempt takes over, but never both."""
     with ThreadPoolExecutor(2) as pool:
         for number in range(100):
             job = job_in(tmp_path, number=number)
@@ -128,7 +128,7 @@ def test_models_without_the_committed_record_are_obsolete(tmp_path):
     for attempt in opened:
         (attempt / MODEL_FILE).write_bytes(b"weights")
     assert jobs.model_files(job.folder, obsolete=True) == [], (
-        "no record determines yet which one is current"
+        "no record yet determines which one is current"
     )
     jobs.commit(opened[-1], {"state": "COMPLETE"})
     assert jobs.model_files(job.folder, obsolete=True) == [a / MODEL_FILE for a in opened[:2]]

@@ -1,4 +1,4 @@
-"""The documents of the reading commands follow the contract."""
+"""The documents of the read-only commands follow the contract."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_configured_reference(bench):
     config = make_config(search__reference=0.5).as_json()
     document = documents.front_document(records, facts, config, bench.out)
     assert document["reference"]["metric"] == document["reference"]["test_metric"] == 0.5
-    assert document["test_hypervolume"] is None, "the float model is no better than it"
+    assert document["test_hypervolume"] is None, "the float model is no better than the reference"
 
 
 def test_status_document(sweep):

@@ -56,7 +56,7 @@ def test_what_is_needed():
         make_config(search__strategy="ladder"),
         "min",
     )
-    assert least.keys() == {1}, "the less the better"
+    assert least.keys() == {1}, "lower is better"
 
 
 def sizes(folder):
@@ -67,7 +67,7 @@ def test_only_unneeded_files_are_deleted_and_the_sweep_continues(sweep_copy, cap
     for left in ("trials/0/checkpoints/9", "trials/1/checkpoints/7"):  # left over after a kill
         (sweep_copy / left).mkdir(parents=True)
         (sweep_copy / left / "state.pt").write_bytes(b"x" * 1000)
-    # Two dominated trials at the costs of others, which are not parents.
+    # Two dominated trials at the costs of other trials; neither is a parent.
     ledger = ledger_of(sweep_copy, make_config(search__strategy="fill", search__trials=5))
     for _ in range(2):
         first, asked = ledger.trials()[0], ledger.ask(0, 2)
@@ -124,7 +124,7 @@ def test_a_deleted_model_is_reported_and_is_never_a_parent(sweep_copy):
 
 
 def test_models_that_best_returns_are_kept():
-    """Also for costs other than the front cost."""
+    """This includes models that are the best by a cost other than the front cost."""
     plain = {"bops": 100.0, "weight_bytes": 50.0}
     records = [
         record(0, 0.95, 100.0, on_front=True, cost=plain, budget={"bops": 100.0}),
@@ -175,7 +175,7 @@ ADDED = {
 
 @pytest.fixture
 def added_to(sweep_copy):
-    """A sweep with trials that were added to its study through Optuna, and its front before."""
+    """A sweep to whose study trials were added with Optuna, and its front before that."""
     before = Sweep.open(sweep_copy).front_document()
     ledger = ledger_of(sweep_copy, make_config(search__strategy="fill"))
     for trial in ADDED.values():
@@ -219,7 +219,7 @@ def test_a_missing_record_is_reported(sweep_copy):
 
 
 def test_another_study_of_the_same_name_is_rejected(sweep_copy, tmp_path, monkeypatch, capsys):
-    """The environment may name such a study, with which `gc` would delete needed files."""
+    """With such a study in the environment, `gc` would delete files that are still needed."""
     url = f"sqlite:///{tmp_path / 'other.db'}"
     monkeypatch.setenv("NIPQ_STORAGE_URL", url)
     config = make_config(search__strategy="fill", search__trials=1)
@@ -255,7 +255,7 @@ def test_a_missing_study_is_reported_and_nothing_is_overwritten(sweep_copy, what
 
 
 def test_an_empty_study_adopts_no_trials(sweep_copy):
-    """Even if no record of the study's identity is left."""
+    """This holds even if no record of the study's identity is left."""
     (sweep_copy / "study.log").unlink()
     (sweep_copy / "facts.json").unlink()
     Ledger.open(sweep_copy, "unit", "max", space={}, sampler="random", seed=0).close()
@@ -264,7 +264,7 @@ def test_an_empty_study_adopts_no_trials(sweep_copy):
         run_here(config, sweep_copy)
 
 
-def test_leftovers_of_float_and_baseline_trainings_are_deleted(sweep_copy, capsys):
+def test_leftovers_of_float_and_baseline_runs_are_deleted(sweep_copy, capsys):
     left = [
         sweep_copy / f"{place}/checkpoints/9/state.pt" for place in ("float", "baselines/lsq-4")
     ]
@@ -319,4 +319,4 @@ def test_a_damaged_description_is_named(sweep_copy, file, damage, capsys):
     for command in ("status", "front", "report", "gc"):
         assert main([command, str(sweep_copy)]) == 2
         error = capsys.readouterr().err
-        assert f"{file}: damaged; run it again" in error and error.count("\n") == 1
+        assert f"{file}: damaged; run the sweep again" in error and error.count("\n") == 1

@@ -38,7 +38,7 @@ def test_a_server_that_was_unavailable_gets_everything_once(sweep_copy, server, 
         assert run.info.status == "FINISHED"
         assert run.data.metrics["validation"] == trial.validation
         history = client.get_metric_history(run.info.run_id, "train_loss")
-        assert len(history) == 1, "each point once"
+        assert len(history) == 1, "each point was sent once"
         assert run.data.tags["on_front"] == str(trial.on_front).lower()
 
 

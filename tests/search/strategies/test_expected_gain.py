@@ -1,4 +1,4 @@
-"""The cost at which the next trial is expected to improve a front most."""
+"""The cost at which the next trial is expected to improve the front most."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_cost_stays_within_the_given_range():
 
 
 def test_a_collapsed_trial_attracts_no_more_trials_than_one_at_the_reference():
-    """Use a metric without a worst value, such as a perplexity."""
+    """Use a metric that has no worst value, such as perplexity."""
     axes = Axes(cost="bops", least=4.0, most=32.0, reference=-25.0, best=-20.0)
 
     def places(collapsed):

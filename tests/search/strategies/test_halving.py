@@ -47,7 +47,7 @@ def test_at_the_end_one_trial_per_budget_finishes():
     assert to_promote([standing(0, 0.5), standing(1, 0.7, paused=False)], last=True) is None
     assert to_promote([standing(0, 0.5), standing(1, 0.7, 0.8)], last=True) == 1
     failed_later = [standing(0, 0.5), standing(1, 0.4, paused=False, pruned=True)]
-    assert to_promote(failed_later, last=True) == 0, "the promoted one failed later"
+    assert to_promote(failed_later, last=True) == 0, "the promoted trial failed later"
 
 
 class Rungs(Bench):
@@ -76,7 +76,7 @@ def bench(tmp_path):
 
 
 def check(bench):
-    """Check that of nine trials per budget three are promoted and the best one finishes."""
+    """Check that three of the nine trials per budget are promoted and that the best finishes."""
     trials = bench.ledger.trials()
     assert {t.state for t in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
     for budget in (0, 1):

@@ -1,4 +1,4 @@
-"""The conformance suite for every sampler in `SAMPLERS`; a new one needs no code here."""
+"""Run the conformance suite on every sampler in `SAMPLERS`, including ones added later."""
 
 from __future__ import annotations
 

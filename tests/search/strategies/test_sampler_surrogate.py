@@ -1,4 +1,4 @@
-"""The default sampler against its rivals, on a surrogate whose best `lambda` depends on budget."""
+"""The default sampler and others on a surrogate whose best `lambda` depends on the budget."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.trial import TrialState
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
@@ -23,7 +24,7 @@ from nipq_search.search.strategies.samplers import RUNGS, SAMPLERS, SamplerFacto
 from nipq_search.search.study.ledger import BUDGET, Ledger
 
 SEEDS = 6
-"""The benchmark runs 24."""
+"""The benchmark uses 24 seeds."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def test_a_metric_that_is_minimized_is_searched_the_same_way():
 
 @pytest.mark.filterwarnings("ignore:Fixed parameter lr")
 def test_foreign_trials_do_not_disturb():
-    """Failed, pruned, enqueued and running trials, and trials from another space."""
+    """Such trials failed, were pruned or enqueued, are running, or have a different space."""
     study = optuna.create_study(directions=["maximize", "minimize"])
     ledger = Ledger(study, space=SPACE, sampler="tpe", seed=0)
     study.enqueue_trial({BUDGET: 1, "lr": 77.0})
@@ -102,3 +103,23 @@ def test_a_rung_without_a_number_is_the_worst():
         shown.clear()
         ledger.ask(0, 2)
     assert shown == [float("-inf"), 0.0, 0.0, float("-inf")]
+
+
+def test_running_trials_are_shown():
+    """Otherwise, TPE and GP would propose the same point for several concurrent trials."""
+    shown = []
+
+    class Spy(type(tpe(0))):
+        def sample_relative(self, study, trial, search_space):
+            running = [t for t in study.trials[:-1] if t.state is TrialState.RUNNING]
+            shown.append([t.params["lr"] for t in running])
+            return super().sample_relative(study, trial, search_space)
+
+    spy = SamplerFactory(lambda seed: Spy(seed=seed), learns_by_regret=True)
+    with SAMPLERS.temporarily("tpe", spy):
+        study = optuna.create_study(directions=["maximize", "minimize"])
+        ledger = Ledger(study, space=SPACE, sampler="tpe", seed=0)
+        asked = [ledger.ask(0, 5).params["lr"] for _ in range(3)]
+        ledger.complete(0, (0.5, 1.0), {}, 0.0)
+        ledger.ask(0, 5)
+    assert shown == [asked[:1], asked[:2], asked[1:]]

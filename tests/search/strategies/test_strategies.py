@@ -48,7 +48,7 @@ def test_ladder_considers_every_target_of_a_budget():
     ids=["another target binds", "coarse widths"],
 )
 def test_a_trial_can_be_a_parent_for_its_own_budget(strategy, targets, cost):
-    """A trial counts as being at its target even if it cannot use the target up."""
+    """A trial counts as being at its target even if it cannot use up the target."""
     trial = FinishedTrial(number=3, cost=cost, metric=0.9, targets=targets)
     assert strategy.parent(targets, [trial]) == 3
     assert strategy.parent({**targets, "bops": 110.0}, [trial]) is None

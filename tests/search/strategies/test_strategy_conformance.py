@@ -1,4 +1,4 @@
-"""The conformance suite for every strategy in `STRATEGIES`; a new one needs no code here."""
+"""Run the conformance suite on every strategy in `STRATEGIES`, including ones added later."""
 
 from __future__ import annotations
 

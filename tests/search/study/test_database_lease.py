@@ -1,4 +1,4 @@
-"""The lease of a study in PostgreSQL, when drivers die and the server is unreachable."""
+"""The lease of a study in PostgreSQL when drivers die or the server is unreachable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def table(database):
-    """An engine through which tests read and change the table of leases."""
+    """An engine with which tests read and change the table of leases."""
     engine = sa.create_engine(database)
     database_lease._make_table(engine)
     yield engine
@@ -58,7 +58,7 @@ def wait_for(condition, seconds=20):
 
 
 def test_one_of_several_concurrent_starts_succeeds(database):
-    """The table does not exist yet."""
+    """The table of leases does not exist yet when the drivers start."""
     outcomes, together = [], threading.Barrier(5)
     done = threading.Event()
 
@@ -142,7 +142,7 @@ def test_a_driver_that_lost_its_lease_must_not_write(table):
         put(table)
         wait_for(lambda: not_held(check))
         time.sleep(3 * database_lease.BEAT_SECONDS)
-    assert row(table).token == "theirs", "it does not release another driver's lease"
+    assert row(table).token == "theirs", "the driver does not release another driver's lease"
 
 
 def not_held(check):
@@ -165,7 +165,7 @@ def test_a_driver_without_its_server_considers_the_lease_lost(database, postgres
 
 
 def test_a_lease_renewed_in_the_meantime_is_not_taken(table):
-    """The swap fails if the counter has moved since it was read."""
+    """The swap fails if the counter has changed since it was read."""
     put(table, beat=3)
     old = row(table)
     put(table, beat=4)
@@ -217,7 +217,7 @@ def test_a_sweep_on_postgres_resumes_and_stops_without_its_lease(
         run_here(more, out)
     after = {path: path.read_bytes() for path in out.glob("*.*") if path.is_file()}
     changed = {path.name for path in before if before[path] != after[path]}
-    assert changed <= {"driver.lock", "sweep.yaml", "facts.json"}, "written before"
+    assert changed <= {"driver.lock", "sweep.yaml", "facts.json"}, "nothing else was written"
     monkeypatch.undo()
     monkeypatch.setenv("NIPQ_STORAGE_URL", database)
     with contextlib.closing(ledger_of(out, more)) as ledger:

@@ -85,7 +85,7 @@ def test_finishing_twice_changes_nothing(home):
 
 
 def test_an_interrupted_tell_is_repeated(home, monkeypatch):
-    """Crash between the attributes and `tell`."""
+    """The driver crashes after it has stored the attributes and before `tell`."""
     ledger = open_ledger(home)
     ledger.ask(0, 2)
 
@@ -338,7 +338,7 @@ def test_a_write_invalidates_the_cached_trials(home):
 
 
 def test_only_the_torn_part_of_a_line_is_removed(journal):
-    """`optuna-dashboard` appends to a torn line, for example."""
+    """For example, `optuna-dashboard` may have appended an entry to a torn line."""
     whole = journal.read_bytes()
     entry = whole.splitlines(keepends=True)[-1]
     journal.write_bytes(whole + entry[: len(entry) // 2] + entry)

@@ -42,7 +42,7 @@ def test_without_a_network_one_line_comes_soon(unreachable, kind, capfd, tmp_pat
     assert constants.HF_HUB_OFFLINE is False
 
 
-def test_whoever_works_offline_is_not_asked(unreachable, monkeypatch):
+def test_offline_mode_does_not_contact_the_hub(unreachable, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     log = logging.getLogger("huggingface_hub")
     level = log.level

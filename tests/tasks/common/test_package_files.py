@@ -15,7 +15,7 @@ from nipq_search.tasks.common.package_files import list_files, resolve_file, res
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """An importable package with a data file, whose import would raise."""
+    """A package with a data file; importing the package would raise an error."""
     folder = tmp_path / "own_data_package"
     (folder / "data").mkdir(parents=True)
     (folder / "__init__.py").write_text("raise RuntimeError('imported')\n")
@@ -53,7 +53,7 @@ def test_plain_paths_become_absolute(tmp_path, monkeypatch):
         (3, "3 is not a path"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(package, path, problem):
+def test_errors_are_reported_in_one_line(package, path, problem):
     with pytest.raises(UserError, match=problem) as error:
         resolve_path(path, "task_args.path")
     assert "\n" not in str(error.value)

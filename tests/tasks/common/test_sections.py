@@ -98,7 +98,7 @@ KEYS = {
     "masked_lm": {**LANGUAGE_MODELING, "mask_share": 0.15},
     "causal_lm": LANGUAGE_MODELING,
 }
-"""Keys and defaults of `task_args`, which sweep files of all versions share."""
+"""Keys and defaults of `task_args`, which must not change between versions."""
 
 WITH_SECTIONS = sorted(name for name, factory in TASKS.items() if argument_sections(factory))
 

@@ -49,7 +49,7 @@ def test_the_split_of_a_seed_never_changes():
 
 
 def test_too_large_splits_are_refused():
-    with pytest.raises(ValueError, match="6 samples out of 5"):
+    with pytest.raises(ValueError, match="6 samples from 5"):
         stratified(np.zeros(5), [3, 3], 0)
 
 

@@ -46,7 +46,7 @@ def test_blocks_hold_the_text_in_order(make, arguments, tmp_path):
     assert len(wanted) - len(text) < 14
     texts = [{block.tobytes() for block in task.split(name)} for name in ("train", "test")]
     assert all(texts) and not texts[0] & texts[1]
-    with pytest.raises(UserError, match="no file is left to train"):
+    with pytest.raises(UserError, match="no file is left to train on"):
         make("causal_lm", path=own["test"], **own).load_data()
 
 
@@ -163,7 +163,7 @@ def test_text_is_found_in_folders_and_patterns(make, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "problem"),
     [
-        ("causal_lm", {"path": "none/*.txt"}, r"task_args.path: no file in .*/none/\*.txt"),
+        ("causal_lm", {"path": "none/*.txt"}, r"task_args.path: no files found at .*/none/\*.txt"),
         ("causal_lm", {"path": []}, "task_args.path: .* neither a path nor a list"),
         ("causal_lm", {"validation": "no.txt"}, "task_args.validation: no file .*/no.txt"),
         ("causal_lm", {"block": 3}, "task_args.block: 3 leaves 1 tokens of text"),
@@ -194,13 +194,13 @@ def test_text_is_found_in_folders_and_patterns(make, tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(make, name, changes, problem):
+def test_errors_are_reported_in_one_line(make, name, changes, problem):
     with pytest.raises(UserError, match=problem) as error:
         make(name, **changes).build_model()
     assert "\n" not in str(error.value)
 
 
-def test_an_encoder_that_is_told_to_decode_does(make):
+def test_an_encoder_can_be_configured_as_a_decoder(make):
     config = {"model_type": "bert", **TINY, "is_decoder": True}
     make("causal_lm", config=config).build_model()
 
@@ -221,18 +221,18 @@ def test_a_file_belongs_to_one_split(make, tmp_path):
         (tmp_path / f"{name}.txt").write_text(prose(300))
     last = str(tmp_path / "c.txt")
     with pytest.raises(
-        UserError, match="task_args.test: .*c.txt is in the validation split already"
+        UserError, match="task_args.test: .*c.txt is already in the validation split"
     ):
         make("causal_lm", path=str(tmp_path), validation=last, test=last)
     with pytest.raises(
-        UserError, match="task_args.test: .*c.txt is in the validation split already"
+        UserError, match="task_args.test: .*c.txt is already in the validation split"
     ):
         make("causal_lm", path=str(tmp_path), validation=last, test=f"{last}*").load_data()
-    with pytest.raises(UserError, match="task_args.path: no file is left to train"):
+    with pytest.raises(UserError, match="task_args.path: no file is left to train on"):
         make("causal_lm", path=last, validation=last).load_data()
 
 
-def test_an_encoder_is_no_masked_language_model(make, tmp_path):
+def test_an_encoder_is_not_a_masked_language_model(make, tmp_path):
     """transformers would initialize its output layer at random."""
     write_checkpoint(tmp_path)
     task = make("masked_lm", model=str(tmp_path), train_from_scratch=False, config=None)

@@ -196,7 +196,10 @@ def test_the_task_ships_arrays_and_no_tokenizer(arguments):
         ({"max_length": 4}, "task_args.max_length: 4 is not an integer from 8"),
         ({"example_length": 99}, "task_args.example_length: 99 is not an integer from 1 to 24"),
         ({"example_length": 0}, "task_args.example_length: 0 is not an integer from 1 to 24"),
-        ({"validation": "a.csv", "test": ["b.csv", "./a.csv"]}, "test: .*a.csv is in the valid"),
+        (
+            {"validation": "a.csv", "test": ["b.csv", "./a.csv"]},
+            "test: .*a.csv is already in the valid",
+        ),
         ({"labels": "good"}, "task_args.labels: 'good' is not a list"),
         ({"labels": ["bad", "bad"]}, "task_args.labels: .* not a list of distinct names"),
         ({"columns": [1.5]}, "task_args.columns: 1.5 is not a name"),
@@ -204,14 +207,14 @@ def test_the_task_ships_arrays_and_no_tokenizer(arguments):
         ({"split_seed": -1}, "task_args.split_seed: -1 is not an integer from 0 to"),
         ({"deduplicate": "no"}, "task_args.deduplicate: 'no' is neither true nor false"),
         ({"labels": ["good", "bad", "okay"]}, "task_args.labels: no row has the label 'okay'"),
-        ({"hidden_weight": -1}, "task_args.hidden_weight: -1 is not a number of 0 or more"),
+        ({"hidden_weight": -1}, "task_args.hidden_weight: -1 is not a number >= 0"),
         ({"dropout": 2}, "task_args.dropout: 2 is not a number from 0 to 1"),
         ({"config": [1]}, "task_args.config: .* is not a mapping"),
         ({"train_from_scratch": False}, "task_args.config: with model_type it describes a new"),
         ({"config": {"model_type": "brt"}}, "the configuration cannot be loaded: Unrecognized"),
         ({"config": {"model_type": "t5"}}, "t5 is an encoder-decoder"),
         ({"config": {"model_type": "bert", "hidden": 3}}, "task_args.config.hidden: bert models"),
-        ({"config": {"model_type": "bert", **TINY, "vocab_size": 9}}, "9 embeddings for a token"),
+        ({"config": {"model_type": "bert", **TINY, "vocab_size": 9}}, "9 embeddings, but the tok"),
         ({"config": None}, "task_args.model: no config.json in"),
         ({"config": {"model_type": "bert", **TINY, "hidden_size": 15}}, "the model cannot be"),
         ({"model": "./nowhere"}, "task_args.model: no folder .*/nowhere"),
@@ -219,7 +222,7 @@ def test_the_task_ships_arrays_and_no_tokenizer(arguments):
         ({"model": "no-org/no-model"}, "is not a local folder, and its tokenizer could"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(arguments, changes, problem, monkeypatch):
+def test_errors_are_reported_in_one_line(arguments, changes, problem, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=problem) as error:
         make(arguments, **changes).build_model()

@@ -21,7 +21,7 @@ def idx(array):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder of 120 and 20 images in the published format, with uncompressed test files."""
+    """A folder of 120 training and 20 test images, the latter in uncompressed files."""
     monkeypatch.setattr(FashionMnist, "validation_samples", 20)
     for part, count in [("train", 120), ("t10k", 20)]:
         images = np.random.RandomState(count).randint(0, 256, (count, 28, 28))

@@ -74,7 +74,7 @@ def test_split_folders_are_found_by_their_names(tree):
 def test_a_split_can_be_a_named_folder_or_a_share(tree):
     task = task_of(tree, validation=0.2, test="val")
     assert sizes(task) == (48, 12, 24)
-    with pytest.raises(UserError, match="task_args.test: the data have no 'nope'"):
+    with pytest.raises(UserError, match="task_args.test: the data contain no split named 'nope'"):
         task_of(tree, test="nope").load_data()
 
 
@@ -104,7 +104,7 @@ def test_batches_are_the_same_however_many_workers(tree, augment):
     state = torch.get_rng_state()
     alone, workers = (batches(task) for task in tasks)
     assert same(alone, workers) and len(tasks[0].loader("train", 8)) == len(alone) == 8
-    assert same(workers, batches(tasks[1])), "and the next time"
+    assert same(workers, batches(tasks[1])), "the batches are the same a second time"
     assert not same(alone, batches(tasks[0], seed=4))
     assert torch.equal(state, torch.get_rng_state())
 
@@ -123,7 +123,9 @@ def test_augmentation_is_for_training_alone(tree, augment):
     (one, labels), (other, others) = (batches(t, batch_size=60)[0] for t in (plain, task))
     assert torch.equal(labels, others)
     assert (one != other).flatten(1).any(1).float().mean() > 0.9
-    assert same(batches(plain, seed=None), batches(task, seed=None)), "nor without a seed"
+    assert same(batches(plain, seed=None), batches(task, seed=None)), (
+        "there is no augmentation without a seed"
+    )
 
 
 def test_gray_images_take_a_third_of_the_memory(tmp_path):
@@ -193,10 +195,10 @@ def test_parquet_files_are_splits_by_their_names(tmp_path):
             [0.5, 1.0],
             {},
             {},
-            "label: column 'label' of .* contains double; labels are integers",
+            "label: column 'label' of .* contains double; labels must be integers",
         ),
         ([0, None], {}, {}, "task_args.label: .* has rows without a value"),
-        ([], {}, {}, "no images in it"),
+        ([], {}, {}, "contains no images"),
     ],
 )
 def test_bad_parquet_files_are_named(tmp_path, labels, names, args, problem):
@@ -209,7 +211,7 @@ def test_a_column_without_images_is_named(tmp_path):
     refused("task_args.image: column 'image' of .* contains int64, not the bytes", tmp_path)
 
 
-def test_files_that_are_no_parquet_are_named(tmp_path):
+def test_files_that_are_not_parquet_are_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"nothing")
     refused("x.parquet: cannot be read as Parquet", tmp_path)
     refused("no Parquet files", own_tree(tmp_path), format="parquet")
@@ -243,7 +245,7 @@ def test_idx_files_that_do_not_fit_are_named(tmp_path):
 
 
 def refused(problem, path, **args):
-    """Assert that loading raises this error, in one line."""
+    """Assert that loading raises an error with this text, on a single line."""
     with pytest.raises(UserError, match=problem) as error:
         task_of(path, **args).load_data()
     assert "\n" not in str(error.value)
@@ -304,8 +306,8 @@ def test_images_that_do_not_fit_into_memory_are_refused(tree, monkeypatch):
         ({"std": 0}, "task_args.std: must be greater than 0"),
         ({"std": float("nan")}, "task_args.std: give one number"),
         ({"size": 4}, "task_args.size: 4 is not an integer from 8"),
-        ({"train_samples": "ten"}, "task_args.train_samples: 'ten' is not an integer"),
-        ({"test_samples": 2.5}, "task_args.test_samples: 2.5 is not an integer"),
+        ({"train_samples": "ten"}, "task_args.train_samples: 'ten' is not a positive integer"),
+        ({"test_samples": 2.5}, "task_args.test_samples: 2.5 is not a positive integer"),
         ({"split_seed": "x"}, "task_args.split_seed: 'x' is not an integer"),
         ({"image": 3}, "task_args.image: 3 is not a name"),
         ({"label": ["a"]}, r"task_args.label: \['a'\] is not a name"),
@@ -323,9 +325,9 @@ def test_images_that_do_not_fit_into_memory_are_refused(tree, monkeypatch):
             {"teacher": "test_vit"},
             "task_args.size: test_vit accepts only .* of 160 .* size: 160",
         ),
-        ({"train_samples": 0}, "task_args.train_samples: 0 is not an integer of 1"),
+        ({"train_samples": 0}, "task_args.train_samples: 0 is not a positive integer"),
         ({"test_samples": 19}, "task_args.test_samples: 19 exceeds the 18"),
-        ({"validation": 0.5, "test": 0.5}, "none is left to train"),
+        ({"validation": 0.5, "test": 0.5}, "none are left for training"),
     ],
 )
 def test_impossible_arguments_are_named(tree, args, problem):

@@ -103,7 +103,7 @@ def test_another_number_of_classes_gets_a_new_classifier(task_of, tmp_path, capl
     with caplog.at_level(logging.INFO, "nipq_search"):
         built = seeded(task_of(weights=str(tmp_path / "w.pt"))).state_dict()
     assert [r.message for r in caplog.records] == [
-        f"{MODEL}: {tmp_path}/w.pt has 9 classes and the data 6: new classifier"
+        f"{MODEL}: {tmp_path}/w.pt has 9 classes and the data have 6: new classifier"
     ]
     assert built["classifier.weight"].shape == (6, 256)
     others = [key for key in state if not key.startswith("classifier.")]
@@ -126,12 +126,12 @@ def test_entries_can_be_taken_in_order(task_of, tmp_path):
     ("wrap", "args", "problem"),
     [
         (lambda s: dict(list(s.items())[3:]), {}, "lacks conv_stem.weight, bn1.weight and 1 more"),
-        (lambda s: {**s, "z": torch.ones(1)}, {}, "it has z, unknown to the model"),
+        (lambda s: {**s, "z": torch.ones(1)}, {}, "it has z, which the model lacks"),
         (lambda s: {**s, "bn1.bias": torch.ones(3)}, {}, r"bn1.bias has shape \(3,\), not"),
         (lambda s: {**s, "bn1.bias": s["bn1.bias"] / 0}, {}, "weights are not finite: bn1.bias"),
         (lambda s: {**s, "z": 1}, {}, "contains no state dict"),
         (lambda s: [1], {}, "contains no state dict"),
-        (lambda s: {**s, "z": torch.ones(1)}, {"weights_order": True}, "needs equal numbers"),
+        (lambda s: {**s, "z": torch.ones(1)}, {"weights_order": True}, "requires equal numbers"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(task_of, tmp_path, wrap, args, problem):
@@ -147,8 +147,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(task_of, tmp_path, wrap, args
         ("nowhere.pt", "nowhere.pt"),
         ("package://no_such_package/x.pt", "no_such_package.* installed"),
         ("package://timm/none.pt", "none.pt"),
-        ("text.pt", "cannot be read as a file of weights"),
-        ("text.safetensors", "cannot be read as a file of weights"),
+        ("text.pt", "cannot be read as a weights file"),
+        ("text.safetensors", "cannot be read as a weights file"),
     ],
 )
 def test_a_missing_checkpoint_is_named(task_of, tmp_path, monkeypatch, weights, problem):
@@ -160,7 +160,7 @@ def test_a_missing_checkpoint_is_named(task_of, tmp_path, monkeypatch, weights, 
     assert "\n" not in str(error.value)
 
 
-def test_weights_that_timm_cannot_give_are_said_so(task_of, monkeypatch):
+def test_weights_that_timm_cannot_provide_are_reported(task_of, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no connection\nat all")
 
@@ -275,7 +275,7 @@ def test_a_teacher_is_checked_with_the_data(task_of, tmp_path):
     checkpoint(tmp_path / "w.pt", classes=9)
     for weights, problem in [
         ("nowhere.pt", "task_args.teacher_weights: .*nowhere"),
-        (str(tmp_path / "w.pt"), "w.pt has 9 classes and the data 6; a teacher needs the same"),
+        (str(tmp_path / "w.pt"), "9 classes and the data have 6; a teacher needs the same"),
     ]:
         with pytest.raises(UserError, match=problem) as error:
             task_of(teacher=MODEL, teacher_weights=weights).load_data()
@@ -302,7 +302,7 @@ def test_every_multiplication_is_quantized(task_of, name):
 
 
 def test_lite0_s_package_fits_timm_s_model(task_of):
-    """The entries of the package have other names but the same order."""
+    """The entries of the package have different names but the same order."""
     task = task_of(model="tf_efficientnet_lite0", weights=LITE0, weights_order=True)
     built, file = task.build_model().state_dict(), read_state(resolve_file(LITE0, "weights"))
     assert len(built) == len(file) == 296

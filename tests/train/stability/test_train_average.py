@@ -75,12 +75,12 @@ def test_tied_weights_stay_tied_and_unstored_buffers_stay_out():
 
 def test_a_state_of_another_model_is_refused():
     state = Average(network(), 0.5).state_dict()
-    with pytest.raises(RuntimeError, match="another model"):
+    with pytest.raises(RuntimeError, match="different model"):
         Average(nn.Linear(2, 2), 0.5).load_state_dict(state)
 
 
 def watched(monkeypatch):
-    """Record after every step the phase, the model's and the averaged weights, and the updates."""
+    """Record the phase, the weights, their average and the number of updates after every step."""
     seen = []
     run = Trainer._train_step
 
@@ -102,7 +102,7 @@ def test_averaging_begins_with_the_tuning_phase(tmp_path, monkeypatch):
     assert all(values is None for phase, _, values, _ in seen if phase == "noise")
     last_of_noise, (_, first, average, _) = seen[8][1], seen[9]
     for name in average.keys() & last_of_noise.keys():
-        # It starts at the weights of the freeze; the first update keeps a tenth of them.
+        # The average starts at the weights of the freeze; its first update keeps a tenth of them.
         expected = 0.1 * last_of_noise[name] + 0.9 * first[name]
         assert torch.allclose(average[name], expected, atol=1e-6), name
 

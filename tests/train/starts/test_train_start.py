@@ -132,7 +132,7 @@ def test_missing_or_foreign_scores_are_refused(digits, float_file, losses):
     with pytest.raises(UserError, match="needs scores, which only a sweep"):
         prepared_for(digits, spec)
     some = dict(list(losses.items())[1:])
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="different model"):
         prepared_for(digits, dataclasses.replace(spec, losses=some))
 
 

@@ -1,4 +1,4 @@
-"""Batches of images as functions of a seed, decoded by worker processes or read from memory."""
+"""Batches of images that depend only on a seed, decoded by processes or read from memory."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatches:
-    """One epoch of a split, including the last partial batch; every iteration is the same.
+    """One epoch of a split, including the last partial batch; each pass yields equal batches.
 
     Attributes:
         split: images to decode, or decoded images (N, 1 or 3, size, size).
         crop: size and interpolation of the images.
         normalization: map from bytes to inputs.
         batch_size: images per batch.
-        seed: seed of order and augmentation; None keeps the order and augments nothing.
+        seed: seed for the order and the augmentation; None keeps the order and disables the
+            augmentation.
         augment: one of `AUGMENTATIONS`.
-        workers: processes that decode; 0 decodes in the calling process.
+        workers: number of processes that decode images; 0 decodes in the calling process.
     """
 
     split: ImageSplit | Split
@@ -70,8 +71,8 @@ class ImageBatches:
         if self.workers == 0:
             yield from map(self.batch, batches)
             return
-        # Each item is a whole batch, so results do not depend on the number of workers. Without
-        # its own generator, the loader would draw a seed from the global one.
+        # Each item is a whole batch, so results do not depend on the number of workers. Without a
+        # generator of its own, the loader would draw a seed from the global generator.
         loader: DataLoader[Batch | UserError] = DataLoader(
             _BatchDataset(self, batches),
             batch_size=None,
@@ -85,13 +86,13 @@ class ImageBatches:
             yield batch[0], batch[1]
 
     def batch(self, positions: NDArray[np.int64]) -> Batch:
-        """Return the inputs and labels of the images at these positions of the split."""
+        """Return the inputs and labels of the images at the given positions in the split."""
         if isinstance(self.split, Split) and (self.seed is None or self.augment == "none"):
             raw = self.split.images[positions]
         else:
             with ignore_warnings():
                 raw = stack_images([self._image(int(position)) for position in positions])
-        # Indexing with an array copies, so torch can own the result.
+        # Indexing with an array makes a copy, so torch can own the result.
         return self.normalization(torch.from_numpy(raw)), torch.from_numpy(
             self.split.labels[positions]
         )
@@ -111,14 +112,17 @@ class ImageBatches:
 
 @contextlib.contextmanager
 def ignore_warnings() -> Iterator[None]:
-    """Suppress Pillow's warnings, such as those about large images. Not thread-safe."""
+    """Suppress all warnings, such as Pillow's about large images. Not thread-safe."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def available_cores() -> int:
-    """Return the number of cores this process can use; torch warns about more workers."""
+    """Return the number of cores available to this process.
+
+    torch warns if a data loader has more workers than this.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -127,7 +131,8 @@ def available_cores() -> int:
 class _BatchDataset(Dataset[Batch | UserError]):
     """Whole batches by index, for worker processes; a `UserError` is returned as a value.
 
-    If a worker raised it, its message in the calling process would contain a traceback.
+    If a worker raised the error instead, its message in the calling process would contain a
+    traceback.
     """
 
     def __init__(self, batches: ImageBatches, positions: list[NDArray[np.int64]]) -> None:
@@ -145,7 +150,7 @@ class _BatchDataset(Dataset[Batch | UserError]):
 
 
 def stack_images(images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Return images as (N, C, H, W); gray images among colored ones get three equal channels."""
+    """Stack images into (N, C, H, W); among color images, grayscale images get three channels."""
     channels = max(len(image) for image in images)
     return np.stack([image if len(image) == channels else image.repeat(3, 0) for image in images])
 
@@ -155,11 +160,11 @@ def decode_split(split: ImageSplit, crop: Crop, threads: int = 1) -> Split:
 
     Args:
         split: the images.
-        crop: their size; the center crop is kept.
-        threads: number of threads that decode.
+        crop: size of the center crop to keep.
+        threads: number of threads that decode images.
 
     Returns:
-        Images (N, 1 or 3, size, size), with one channel if all are gray.
+        Images (N, 1 or 3, size, size), with one channel if all of them are grayscale.
 
     Raises:
         UserError: an image cannot be read, or the images do not fit into memory.
@@ -168,13 +173,13 @@ def decode_split(split: ImageSplit, crop: Crop, threads: int = 1) -> Split:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if required > memory // 2:
         raise UserError(
-            f"task_args.cache: {len(split)} decoded images take {required / 1e9:.0f} GB, and this "
+            f"task_args.cache: {len(split)} decoded images take {required / 1e9:.0f} GB, but this "
             f"machine has {memory / 1e9:.0f} GB of memory; use cache: none"
         )
     images = np.empty((len(split), 3, crop.size, crop.size), dtype=np.uint8)
 
     def put(position: int) -> bool:
-        """Decode one image and return whether it is gray."""
+        """Decode one image into `images` and return whether it is grayscale."""
         array = to_array(crop.center(split.source.open(int(split.index[position]))))
         images[position] = array
         return len(array) == 1

@@ -1,4 +1,4 @@
-"""The section of arguments that locates the images and divides them into splits."""
+"""The argument section that locates the images and divides them into splits."""
 
 from __future__ import annotations
 
@@ -27,20 +27,23 @@ class ImageData:
 
     Attributes:
         path: folder with `train`, `val` and `test` folders of class folders, or with class folders
-            only; a Parquet file or a folder of Parquet files; or a folder of IDX files. Made
-            absolute; `package://NAME/FOLDER` is resolved.
-        format: `folder`, `parquet` or `idx`; None detects it.
-        image: Parquet column of the images: bytes, or a struct with `bytes`.
-        label: Parquet column of the labels: integers or text.
+            only; a Parquet file or a folder of Parquet files; or a folder of IDX files. The path
+            is made absolute, and `package://NAME/FOLDER` is resolved.
+        format: `folder`, `parquet` or `idx`; None detects the format.
+        image: name of the Parquet column with the images: bytes, or a struct with `bytes`.
+        label: name of the Parquet column with the labels: integers or text.
         validation: name of the validation folder, or the share of the training images to hold
-            out. None searches for a folder with a usual name, or else holds out a tenth.
+            out. None searches for a folder with a usual name and, if there is none, holds out a
+            tenth.
         test: the same for the test split.
         train_samples: maximum number of training images; None uses all.
         validation_samples: maximum number of validation images; None uses all.
         test_samples: maximum number of test images; None uses all.
-        split_seed: seed of the held-out shares and of the images that the maxima select.
-        cache: `memory` keeps decoded images; `none` decodes each image in every epoch.
-        workers: processes that read and decode without a cache; threads that fill the cache.
+        split_seed: seed for drawing held-out shares, and for selecting images up to a maximum.
+        cache: `memory` keeps the decoded images in memory; `none` decodes every image in each
+            epoch.
+        workers: without a cache, the number of processes that read and decode images; otherwise,
+            the number of threads that fill the cache.
     """
 
     path: str
@@ -79,7 +82,7 @@ class ImageData:
         }
 
     def find(self) -> FoundImages:
-        """Return the images at `path`, undecoded.
+        """Return the images at `path` without decoding them.
 
         Raises:
             UserError: the data are missing or inconsistent.

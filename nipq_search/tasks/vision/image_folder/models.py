@@ -1,4 +1,4 @@
-"""The sections of arguments that describe the model and its teacher, and how they are built."""
+"""The argument sections that describe the model and its teacher, and how both are built."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from nipq_search.tasks.vision.image_folder.weights import PRETRAINED, Weights, c
 
 @dataclass(frozen=True, kw_only=True)
 class ImageModel:
-    """A model of timm and its starting weights.
+    """A timm model and its starting weights.
 
     Attributes:
-        model: timm's name of the model.
-        weights: None for random weights, `timm` for timm's pretrained ones, a file, or
+        model: timm's name for the model.
+        weights: None for random weights, `timm` for timm's pretrained weights, a file, or
             `package://NAME/FILE`.
-        weights_order: match the file's entries to the model's by position, regardless of names.
+        weights_order: whether to match the file's entries to the model's by position, regardless
+            of their names.
         drop_rate: dropout probability before the classifier.
         drop_path_rate: maximum drop probability of stochastic depth.
         norm_momentum: weight of the current batch in the running statistics of batch
-            normalization; None keeps the model's.
-        channels_last: use the channels-last memory layout, which is faster on GPUs.
+            normalization; None keeps the model's own value.
+        channels_last: whether to use the channels-last memory layout, which is faster on GPUs.
     """
 
     model: str
@@ -73,12 +74,13 @@ class ImageModel:
         options = {key: rate for key, rate in rates.items() if rate}
         model = create_model(self.model, classes, weights, **options)
         for module in model.modules() if self.norm_momentum is not None else ():
+            # Private, but torch has no public base class for all batch normalization layers.
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = self.norm_momentum
         return self.lay_out(model)
 
     def lay_out(self, model: nn.Module) -> nn.Module:
-        """Return a model with its parameters in the memory layout of this one."""
+        """Return the given model with its parameters in the memory layout of this model."""
         if not self.channels_last:
             return model
         return model.to(memory_format=torch.channels_last)
@@ -86,11 +88,11 @@ class ImageModel:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTeacher:
-    """A trained model of timm that replaces the float model as teacher.
+    """A trained timm model that replaces the float model as the teacher.
 
     Attributes:
-        teacher: timm's name of the model; None leaves teaching to the float model.
-        teacher_weights: as `weights` of `ImageModel`.
+        teacher: timm's name for the model; None uses the float model as the teacher.
+        teacher_weights: the teacher's weights, in the format of `ImageModel.weights`.
     """
 
     teacher: str | None = None
@@ -115,16 +117,16 @@ class ImageTeacher:
 
 
 def create_model(name: str, classes: int, weights: Weights, **options: Any) -> nn.Module:
-    """Build a model of timm and load its weights.
+    """Build a timm model and load its weights.
 
     Args:
-        name: timm's name of the model.
+        name: timm's name for the model.
         classes: number of outputs.
         weights: starting weights.
         options: further arguments of `timm.create_model`.
 
     Returns:
-        The model. Parameters without weights are drawn from torch's default generator.
+        The model. Parameters that are not loaded are drawn from torch's default generator.
 
     Raises:
         UserError: timm cannot build the model or download its weights, or a file does not fit.
@@ -154,7 +156,7 @@ def create_model(name: str, classes: int, weights: Weights, **options: Any) -> n
 
 
 class Teacher(nn.Module):
-    """A model that accepts inputs with the normalization of another model."""
+    """A model that accepts inputs normalized for a different model."""
 
     def __init__(
         self, model: nn.Module, own: ChannelNormalization, given: ChannelNormalization
@@ -163,7 +165,7 @@ class Teacher(nn.Module):
 
         Args:
             model: the model.
-            own: the normalization that it was trained with.
+            own: the normalization that the model was trained with.
             given: the normalization of the inputs that `forward` receives.
         """
         super().__init__()

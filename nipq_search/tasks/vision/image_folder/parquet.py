@@ -1,4 +1,4 @@
-"""Images and labels in Parquet files, the format of many published data sets."""
+"""Images and labels in Parquet files, the format of many published datasets."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from nipq_search.tasks.vision.image_folder.sources import (
 
 
 def find_parquet(path: Path, names: SplitNames, columns: tuple[str, str]) -> FoundImages:
-    """Read a Parquet file, or a folder of files whose names begin with that of their split.
+    """Read a Parquet file, or a folder of files whose names begin with the name of their split.
 
-    Files without a split's name contain training images, unless other files are named `train`.
+    Files that do not belong to a split by name contain training images, unless the names of other
+    files begin with `train`.
 
     Args:
         path: the file or folder.
-        names: names by split.
-        columns: column of the images (bytes, or a struct with `bytes`) and column of the labels
-            (integers or text).
+        names: names of each split.
+        columns: name of the column with the images (bytes, or a struct with `bytes`), and name of
+            the column with the labels (integers or text).
 
     Returns:
         The images of each split, still encoded.
@@ -48,7 +49,7 @@ def find_parquet(path: Path, names: SplitNames, columns: tuple[str, str]) -> Fou
     if len(kinds) > 1:
         raise UserError(
             f"task_args.label: {path}: column '{columns[1]}' contains {' and '.join(kinds)} in "
-            "different files; labels are integers or text"
+            "different files; labels must be all integers or all text"
         )
     known = sorted(set(splits["train"][1]))
     if kinds == ["int"] and known[0] < 0:
@@ -66,7 +67,7 @@ def find_parquet(path: Path, names: SplitNames, columns: tuple[str, str]) -> Fou
 
 
 def _files_by_split(path: Path, names: SplitNames) -> dict[str, list[Path]]:
-    """Return the Parquet files of each split; files of no split are under an empty name."""
+    """Return the Parquet files of each split; those of no split are under an empty name."""
     files = [path]
     if path.is_dir():
         files = [file for file in list_files(path) if file.suffix == ".parquet"]
@@ -109,16 +110,16 @@ def _read(files: Sequence[Path], columns: tuple[str, str]) -> tuple[list[bytes],
             )
         for key, chunked in (("image", column), ("label", table.column(columns[1]))):
             if chunked.null_count:
-                raise UserError(f"task_args.{key}: {file} has rows without a value in its column")
+                raise UserError(f"task_args.{key}: {file} has rows without a value in this column")
         images += column.to_pylist()
         labels += table.column(columns[1]).to_pylist()
     if not images:
-        raise UserError(f"{files[0]}: no images in it")
+        raise UserError(f"{files[0]}: contains no images")
     return images, labels
 
 
 def _read_table(file: Path, columns: tuple[str, str]) -> Any:
-    """Return the two columns of a file as a pyarrow table."""
+    """Return the columns with the images and labels of a file as a pyarrow table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -142,7 +143,7 @@ def _read_table(file: Path, columns: tuple[str, str]) -> Any:
 
 
 def check_labels(file: Path, column: str, kind: Any) -> None:
-    """Check the type of the column of labels.
+    """Check the type of the column with the labels.
 
     Args:
         file: the file, for messages.
@@ -150,7 +151,7 @@ def check_labels(file: Path, column: str, kind: Any) -> None:
         kind: its pyarrow type.
 
     Raises:
-        UserError: the type is neither integers nor text.
+        UserError: the type is neither integer, Boolean nor text.
     """
     import pyarrow as pa
 
@@ -163,6 +164,6 @@ def check_labels(file: Path, column: str, kind: Any) -> None:
     )
     if not any(test(inner) for test in tests):
         raise UserError(
-            f"task_args.label: column '{column}' of {file} contains {kind}; labels are integers "
-            "or text"
+            f"task_args.label: column '{column}' of {file} contains {kind}; labels must be "
+            "integers or text"
         )

@@ -1,4 +1,4 @@
-"""The section of arguments that turns decoded images into the model's inputs."""
+"""The argument section that describes how decoded images become the model's inputs."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from nipq_search.tasks.vision.image_folder.transforms import (
 )
 
 MIN_SIZE = 8
-"""Smallest side of an input in pixels; image models do not work below it."""
+"""Smallest height and width of an input in pixels; image models do not support smaller ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePreprocessing:
     """Size, augmentation and normalization of the images.
 
-    None for `interpolation`, `crop_pct`, `mean` or `std` selects the value of the model's
-    pretrained configuration.
+    If `interpolation`, `crop_pct`, `mean` or `std` is None, the value in the model's pretrained
+    configuration is used.
 
     Attributes:
         size: height and width of the input in pixels.
-        augment: `none`; `light`, mirrored and shifted by up to a sixteenth of the size; or
-            `imagenet`, random resized crops, mirrored.
+        augment: `none`; `light` for random horizontal flips and shifts by up to a sixteenth of the
+            size; or `imagenet` for random resized crops and horizontal flips.
         interpolation: resizing filter, a key of `INTERPOLATIONS`.
         crop_pct: share of the shorter side that the center crop keeps.
-        mean: value that is subtracted from pixels scaled to 0..1; one number, or one per channel.
-        std: value by which the difference is then divided; one number, or one per channel.
+        mean: value to subtract from pixels scaled to [0, 1]; one number, or one per channel.
+        std: value by which to divide the difference; one number, or one per channel.
     """
 
     size: int = 224
@@ -56,7 +56,7 @@ class ImagePreprocessing:
             store(self, std=given.std)
 
     def crop(self, pretrained: Mapping[str, Any]) -> Crop:
-        """Return the crop; `pretrained`, the model's configuration, supplies the defaults."""
+        """Return the crop, with defaults from `pretrained`, the model's configuration."""
         interpolation = self.interpolation or str(pretrained.get("interpolation", "bicubic"))
         share = self.crop_pct
         if share is None:
@@ -68,7 +68,7 @@ class ImagePreprocessing:
         )
 
     def normalization(self, pretrained: Mapping[str, Any]) -> ChannelNormalization:
-        """Return the normalization; `pretrained`, the model's configuration, supplies defaults."""
+        """Return the normalization, with defaults from `pretrained`, the model's configuration."""
         mean, std = (
             _channels(key, pretrained.get(key, 0.5) if value is None else value)
             for key, value in (("mean", self.mean), ("std", self.std))

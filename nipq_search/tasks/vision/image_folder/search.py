@@ -1,4 +1,4 @@
-"""Search for the images at a path: class folders, Parquet files or IDX files."""
+"""Search for images at a path: class folders, Parquet files or IDX files."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def find_images(
     Args:
         path: a folder or a Parquet file.
         names: names to search for, by split.
-        format: `folder`, `parquet` or `idx`; None detects it.
-        columns: Parquet columns of the images and labels.
+        format: `folder`, `parquet` or `idx`; None detects the format.
+        columns: names of the Parquet columns with the images and the labels.
 
     Returns:
         The images of each split.
 
     Raises:
-        UserError: there are no images, a class folder is empty, there is only one class, a split
-            has other classes, or a column is missing.
+        UserError: there are no images, a class folder is empty, there is only one class, the
+            splits have different classes, or a column is missing.
     """
     if not path.exists():
         raise UserError(f"task_args.path: {path}: no such file or folder")
@@ -59,12 +59,13 @@ def find_images(
 
         found = find_parquet(path, names, columns)
     elif not path.is_dir():
-        raise UserError(f"task_args.path: {path}: format {kind} needs a folder")
+        raise UserError(f"task_args.path: {path}: format {kind} requires a folder")
     else:
         found = find_folders(path, names) if kind == "folder" else find_idx(path, names)
     if len(found.classes) < 2:
         raise UserError(
-            f"task_args.path: {path}: there is one class, {found.classes[0]!r}; two are needed"
+            f"task_args.path: {path}: there is only one class, {found.classes[0]!r}; at least two "
+            "are needed"
         )
     return found
 
@@ -80,7 +81,8 @@ def find_folders(path: Path, names: SplitNames) -> FoundImages:
     """Find class folders, either below one folder per split or directly in `path`.
 
     Raises:
-        UserError: a class folder is empty or has the name of a split, or classes differ.
+        UserError: a class folder is empty or has the name of a split, or the splits have
+            different classes.
     """
     places = {split: split_folder(path, known) for split, known in names.items()}
     direct = places["train"] is None
@@ -108,7 +110,9 @@ def find_folders(path: Path, names: SplitNames) -> FoundImages:
 
 
 def split_folder(path: Path, names: Sequence[str]) -> Path | None:
-    """Return the folder in `path` with one of the names, in any case; earlier names win.
+    """Return the folder in `path` that has one of the names, in order of preference.
+
+    Names are compared without regard to case.
 
     Raises:
         UserError: two folders differ only in case.
@@ -127,19 +131,19 @@ def split_folder(path: Path, names: Sequence[str]) -> Path | None:
 
 
 def list_classes(folder: Path) -> dict[str, list[bytes]]:
-    """Return the image files of each class folder, relative to `folder`; everything is sorted.
+    """Return the image files in each class folder, relative to `folder` and sorted.
 
     A class folder can be a link. Links to folders inside it are not followed, because they can
     form a cycle. Names that start with a dot are ignored.
 
     Raises:
-        UserError: there is no class folder, or one without images.
+        UserError: there is no class folder, or a class folder contains no images.
         PermissionError: a folder cannot be read.
     """
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     classes = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
     if not classes:
-        raise UserError(f"{folder}: no class folders; it needs one folder of images per class")
+        raise UserError(f"{folder}: no class folders; create one folder of images per class")
     tree = {}
     for name in classes:
         files = []
@@ -159,7 +163,7 @@ def _raise(error: OSError) -> None:
 
 
 def find_idx(path: Path, names: SplitNames) -> FoundImages:
-    """Find IDX files, compressed or plain, with the names of the MNIST family."""
+    """Find IDX files, compressed or plain, that are named like those of the MNIST family."""
     prefixes = {split: prefix for split, prefix in IDX_NAMES.items() if names[split]}
     splits = {split: read_idx_pair(path, prefix) for split, prefix in prefixes.items()}
     classes = [str(label) for label in range(int(splits["train"].labels.max(initial=0)) + 1)]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-"""Suffixes of image files, in lower case; files are matched in any case."""
+"""Suffixes of image files, in lower case; file names are matched case-insensitively."""
 
 USUAL_NAMES = {
     "train": ("train", "training"),
@@ -32,7 +32,12 @@ USUAL_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBytes:
-    """A sequence of byte strings in two numpy arrays, which processes can share without a copy."""
+    """A sequence of byte strings in two numpy arrays, which processes can share without copying.
+
+    Attributes:
+        data: the concatenated byte strings.
+        ends: end of each byte string in `data`.
+    """
 
     data: NDArray[np.uint8]
     ends: NDArray[np.int64]
@@ -67,13 +72,13 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles:
-    """Image files below a folder. Pickles contain only their names."""
+    """Image files below a folder. A pickled object contains only their names."""
 
     folder: str
     paths: PackedBytes
 
     def open(self, index: int) -> Image:
-        """Return a decoded file."""
+        """Return the decoded image in a file."""
         path = os.path.join(self.folder, os.fsdecode(self.paths[index]))
         try:
             with open(path, "rb") as file:
@@ -90,7 +95,7 @@ class ImageFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImages:
-    """Encoded images in memory; `origin` names their file in messages."""
+    """Encoded images in memory; `origin` identifies their file in messages."""
 
     origin: str
     items: PackedBytes
@@ -106,7 +111,7 @@ class EncodedImages:
 
 @dataclass(frozen=True, kw_only=True)
 class GrayImages:
-    """Gray images (N, H, W) of equal size in memory."""
+    """Grayscale images (N, H, W) of equal size in memory."""
 
     images: NDArray[np.uint8]
 
@@ -131,7 +136,7 @@ class LabeledImages:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundImages:
-    """The images at a path by split, at least `train`, and the names of the classes in order."""
+    """The images at a path by split, at least `train`, and the names of the classes, in order."""
 
     splits: Mapping[str, LabeledImages]
     classes: tuple[str, ...]
@@ -142,7 +147,7 @@ SplitNames = Mapping[str, Sequence[str]]
 
 
 def decode(data: bytes, name: str) -> Image:
-    """Return an encoded image as gray or RGB, or raise `UserError` with its name."""
+    """Decode an image to grayscale or RGB, or raise `UserError` with its name if this fails."""
     from PIL import Image
 
     try:
@@ -171,7 +176,11 @@ def check_classes(origin: str, found: Iterable[str], classes: Sequence[str]) -> 
 
 
 def split_of(relative: Path, names: SplitNames) -> str | None:
-    """Return the split whose name begins the file's name, or that of the nearest parent folder."""
+    """Return the split that a file belongs to according to its path, or None.
+
+    The file's name, and then the name of each parent folder from the nearest to the farthest, is
+    checked: it must begin with one of the names of a split.
+    """
     for name in reversed(relative.parts):
         word = re.split(r"[^A-Za-z]", name, maxsplit=1)[0].lower()
         stem = name.lower().partition(".")[0]

@@ -1,4 +1,4 @@
-"""Division of images into train, validation and test splits: own folders, or held-out shares."""
+"""Division of images into splits, which are separate folders or held-out shares."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from nipq_search.tasks.vision.image_folder.sources import (
 )
 
 DEFAULT_SHARE = 0.1
-"""Share of the training images that forms a split without data of its own."""
+"""Share of the training images to hold out for a split that has no images of its own."""
 
 ImageSplitSource = str | float | None
-"""Origin of a split: name of a folder, share of the training images, or None to detect it."""
+"""Origin of a split: a folder's name, a share of the training images, or None to detect it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSplit:
-    """Images of a source: their indices (N,) in it, and their class indices (N,)."""
+    """A selection of a source's images: their indices (N,) and their class indices (N,)."""
 
     source: ImageSource
     index: NDArray[np.int64]
@@ -43,10 +43,10 @@ class ImageSplit:
 def split_names(validation: ImageSplitSource, test: ImageSplitSource) -> SplitNames:
     """Return the folder names to search for, by split.
 
-    The names are empty for a split held out from the training images.
+    A split that is held out from the training images has no names.
 
     Raises:
-        UserError: a source is not a name, a fraction between 0 and 1, or None.
+        UserError: a source is not a name, a share between 0 and 1, or None.
     """
     names: dict[str, tuple[str, ...]] = {"train": USUAL_NAMES["train"]}
     for split, source in (("validation", validation), ("test", test)):
@@ -74,14 +74,14 @@ def choose_images(
 ) -> dict[str, ImageSplit]:
     """Return the three splits, stratified and disjoint.
 
-    Shares are held out before `train_samples` applies, so they do not depend on it.
+    Shares are held out before the limits apply, so they do not depend on the limit for `train`.
 
     Args:
         found: the images.
         validation: origin of the validation split.
         test: origin of the test split.
         limits: maximum number of images by split; None means no limit.
-        seed: seed of all draws.
+        seed: seed for all random draws.
 
     Returns:
         The images of each split.
@@ -94,13 +94,13 @@ def choose_images(
     for split, source in (("validation", validation), ("test", test)):
         if split not in found.splits:
             if isinstance(source, str):
-                raise UserError(f"task_args.{split}: the data have no '{source}'")
+                raise UserError(f"task_args.{split}: the data contain no split named '{source}'")
             shares[split] = max(1, round((source or DEFAULT_SHARE) * len(train.labels)))
     rest = len(train.labels) - sum(shares.values())
     if rest < 1:
         raise UserError(
             f"task_args.path: {len(train.labels)} training images are too few: the validation and "
-            f"test splits take {sum(shares.values())} of them, and none is left to train"
+            f"test splits take {sum(shares.values())} of them, and none are left for training"
         )
     sizes = {**shares, "train": rest}
     drawn = dict(zip(sizes, stratified(train.labels, list(sizes.values()), seed), strict=True))

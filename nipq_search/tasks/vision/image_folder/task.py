@@ -27,22 +27,22 @@ EVALUATION_BATCH = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedImages:
-    """Images by split, decoded or not, and the names of the classes in order."""
+    """The images by split, decoded or not, and the names of the classes, in order."""
 
     splits: Mapping[str, ImageSplit | Split]
     classes: tuple[str, ...]
 
 
 class ImageFolder:
-    """Classification of images with a model of timm.
+    """Classification of images with a timm model.
 
     Batches are (images (B, 3, size, size) float32, labels (B,) int64).
 
     Args:
         data: location of the images and their splits.
         model: the model and its starting weights.
-        preprocessing: size, augmentation and normalization; the defaults if None.
-        teacher: model that teaches in place of the float model; the float model teaches if None.
+        preprocessing: size, augmentation and normalization; None uses the defaults.
+        teacher: model to use as the teacher; None uses the float model.
         label_smoothing: share of each training label that is spread evenly over all classes.
 
     Raises:
@@ -90,7 +90,7 @@ class ImageFolder:
         found = self.data.find()
         chosen = self.data.choose(found)
         with torch.random.fork_rng():
-            # Building the teacher now reports its errors before training starts.
+            # The teacher is built now so that its errors are reported before training starts.
             self._build_teacher(len(found.classes))
         splits: dict[str, ImageSplit | Split] = {**chosen}
         if self.data.cache == "memory":
@@ -104,7 +104,7 @@ class ImageFolder:
         return self.loaded().classes
 
     def loaded(self) -> LoadedImages:
-        """Return the splits and classes, which the first call reads."""
+        """Return the splits and classes, which are read on the first call."""
         self.load_data()
         assert self._loaded is not None
         return self._loaded
@@ -114,10 +114,10 @@ class ImageFolder:
         return named_split(self.loaded().splits, name)
 
     def dataset(self) -> dict[str, Any]:
-        """Return name, number of classes, split sizes, and a digest.
+        """Return the name, number of classes, split sizes and digest of the data.
 
-        The digest covers every pixel of images in memory, but only names and labels of files that
-        are read in every epoch.
+        For images in memory, the digest covers every pixel; for files that are read in every
+        epoch, it covers only their names and labels.
         """
         splits = self.loaded().splits
         arrays = {name: split for name, split in splits.items() if isinstance(split, Split)}
@@ -138,6 +138,7 @@ class ImageFolder:
         return self._build_teacher(len(self.classes))
 
     def _build_teacher(self, classes: int) -> nn.Module | None:
+        """Return the teacher, adapted to this task's normalization, or None if there is none."""
         model = self.teacher.build(classes)
         if model is None or self.teacher.teacher is None:
             return None
@@ -145,7 +146,7 @@ class ImageFolder:
         return self.model.lay_out(Teacher(model, own, self.normalization)).eval()
 
     def example_inputs(self) -> tuple[Tensor]:
-        """Return one training image, shape (1, 3, size, size)."""
+        """Return one training image of shape (1, 3, size, size)."""
         images, _ = next(iter(self._batches("train", 1, None)))
         return (images,)
 
@@ -155,7 +156,7 @@ class ImageFolder:
         Args:
             split: `train`, `validation` or `test`.
             batch_size: images per batch.
-            seed: seed of order and augmentation; only the training split uses it.
+            seed: seed for the order and the augmentation; used for the training split only.
 
         Returns:
             Batches of images and labels.
@@ -171,7 +172,7 @@ class ImageFolder:
         cached = isinstance(images, Split)
         return ImageBatches(
             split=images,
-            # Images in memory are cropped already.
+            # Images in memory have already been cropped.
             crop=dataclasses.replace(self.crop, share=1.0) if cached else self.crop,
             normalization=self.normalization,
             batch_size=batch_size,
@@ -190,8 +191,8 @@ class ImageFolder:
 
         Args:
             model: the model to train.
-            teacher: the model to imitate; its probabilities have temperature 1.
-            batch: images and labels; labels are ignored.
+            teacher: the model to imitate; its probabilities are computed at temperature 1.
+            batch: images and labels; the labels are ignored.
 
         Returns:
             A scalar in nats.
@@ -213,7 +214,7 @@ class ImageFolder:
         return images, labels
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Return `accuracy`, `top5` with more than 5 classes, and the mean `loss` in nats."""
+        """Return the `accuracy`, the mean `loss` in nats and, with more than 5 classes, `top5`."""
         from torchmetrics.classification import MulticlassAccuracy
 
         parameter = next(model.parameters(), None)

@@ -1,4 +1,4 @@
-"""Queries to timm's registry of models: names, input sizes, normalization, classifiers."""
+"""Queries to timm's model registry: names, input sizes, normalization and classifiers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def import_timm() -> Any:
     """Return the module `timm`.
 
     Raises:
-        UserError: it is not installed.
+        UserError: timm is not installed.
     """
     with requires_extra("task image_folder", "vision"):
         import timm
@@ -37,7 +37,7 @@ def data_config(name: str) -> Mapping[str, Any]:
 
 
 def check_size(name: str | None, size: int) -> None:
-    """Raise `UserError` if the model accepts only images of another size."""
+    """Raise `UserError` if the model accepts only images of a different size."""
     config = {} if name is None else data_config(name)
     fixed = config.get("input_size", (3, size, size))[-1]
     if config.get("fixed_input_size") and fixed != size:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""Resizing filters, with Pillow's number of each."""
+"""Resizing filters and the numbers by which Pillow identifies them."""
 
 AUGMENTATIONS = ("none", "light", "imagenet")
-"""Augmentations of training images."""
+"""Augmentations for training images."""
 
 ATTEMPTS = 10
 AREA = (0.08, 1.0)
@@ -27,11 +27,12 @@ RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """Reduction of an image to `size` by `size` pixels.
+    """Resizing and cropping of an image to `size` by `size` pixels.
 
     Attributes:
         size: height and width of the result in pixels.
-        share: the shorter side is resized to `size / share` before the center crop.
+        share: share of the shorter side that the center crop keeps; the shorter side is first
+            resized to `size / share`.
         interpolation: a key of `INTERPOLATIONS`.
     """
 
@@ -53,7 +54,7 @@ class Crop:
         return image.crop((left, top, left + self.size, top + self.size))
 
     def box(self, image: Image, box: tuple[int, int, int, int]) -> Image:
-        """Return the region (left, top, right, bottom) of the image, resized."""
+        """Return a region (left, top, right, bottom) of the image, resized to the crop size."""
         return image.resize((self.size, self.size), INTERPOLATIONS[self.interpolation], box)
 
 
@@ -66,15 +67,16 @@ def random_box(width: int, height: int, generator: torch.Generator) -> tuple[int
         generator: source of randomness.
 
     Returns:
-        Left, top, right and bottom of a region with 8 to 100 % of the area and an aspect ratio of
-        3/4 to 4/3. After ten failed attempts, the largest central region with a valid ratio.
+        Left, top, right and bottom of a region with 8% to 100% of the area and an aspect ratio
+        between 3/4 and 4/3. If ten attempts fail, the largest central region with a valid aspect
+        ratio is returned.
     """
     draws = torch.rand(ATTEMPTS, 4, generator=generator, dtype=torch.float64).tolist()
     for area, ratio, x, y in draws:
-        wanted = width * height * (AREA[0] + area * (AREA[1] - AREA[0]))
+        pixels = width * height * (AREA[0] + area * (AREA[1] - AREA[0]))
         low, high = math.log(RATIO[0]), math.log(RATIO[1])
         aspect = math.exp(low + ratio * (high - low))
-        w, h = round(math.sqrt(wanted * aspect)), round(math.sqrt(wanted / aspect))
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
             return left, top, left + w, top + h
@@ -98,8 +100,9 @@ def augment_image(
     Args:
         image: a decoded image.
         crop: size and interpolation of the result.
-        augment: `none`; `imagenet`, a random resized crop, mirrored or not; or `light`, the center
-            crop, mirrored or not and shifted by up to a sixteenth of its size.
+        augment: `none`; `imagenet` for a random resized crop, randomly flipped; or `light` for the
+            center crop, randomly flipped and shifted by up to a sixteenth of its size. Flips are
+            horizontal.
         generator: source of randomness; None returns the center crop.
 
     Returns:
@@ -145,6 +148,6 @@ class ChannelNormalization:
     std: tuple[float, ...]
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """Map bytes (B, 1 or 3, H, W) to float32 inputs (B, 3, H, W); gray is repeated."""
+        """Map bytes (B, 1 or 3, H, W) to float32 (B, 3, H, W), repeating a single channel."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (raw.float().mul_(1 / 255) - mean) / std

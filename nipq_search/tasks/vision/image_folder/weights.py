@@ -1,4 +1,4 @@
-"""Starting weights of image models: timm's pretrained ones, or a checkpoint file."""
+"""Starting weights of image models: timm's pretrained weights or a checkpoint file."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ class Weights:
     """Starting weights of a model.
 
     Attributes:
-        name: None for random weights, `timm` for timm's pretrained ones, or a file.
-        key: argument that names them, for messages.
-        in_order: match the file's entries to the model's by position, regardless of names.
-        new_classifier: whether a classifier for another number of classes is reinitialized; False
-            rejects such weights.
+        name: None for random weights, `timm` for timm's pretrained weights, or a file.
+        key: name of the argument that selects the weights, for messages.
+        in_order: whether to match the file's entries to the model's by position, regardless of
+            their names.
+        new_classifier: whether to reinitialize a classifier that has a different number of
+            classes; if False, such weights are rejected.
     """
 
     name: str | None
@@ -51,32 +52,32 @@ class Weights:
         return self.name == PRETRAINED
 
     def check_classes(self, model: str, origin: str, found: int, classes: int) -> None:
-        """Log that the classifier is reinitialized if the weights have other classes.
+        """If the numbers of classes differ, log that the classifier is reinitialized.
 
         Args:
-            model: timm's name of the model.
+            model: timm's name for the model.
             origin: where the weights come from, for messages.
-            found: classes of the weights.
-            classes: classes of the data.
+            found: number of classes in the weights.
+            classes: number of classes in the data.
 
         Raises:
             UserError: the numbers differ and `new_classifier` is False.
         """
         if found == classes:
             return
-        problem = f"{model}: {origin} has {found} classes and the data {classes}"
+        problem = f"{model}: {origin} has {found} classes and the data have {classes}"
         if not self.new_classifier:
             raise argument_error(self.key, f"{problem}; a teacher needs the same number")
         _log.info("%s: new classifier", problem)
 
     def load(self, model: nn.Module, name: str, classes: int) -> None:
-        """Copy the weights of a file into a model; does nothing without a file.
+        """Load the weights in a file into a model; without a file, the model does not change.
 
         Args:
             model: the model, changed in place.
-            name: timm's name of it.
-            classes: classes of the data. A classifier with another number keeps its random
-                weights.
+            name: timm's name for the model.
+            classes: number of classes in the data. If the file's classifier has a different
+                number, the model's classifier keeps its random weights.
 
         Raises:
             UserError: the file does not fit the model.
@@ -92,7 +93,7 @@ class Weights:
                 raise argument_error(
                     self.key,
                     f"{path} has {len(state)} entries and {name} has {len(own)}; weights_order "
-                    "needs equal numbers",
+                    "requires equal numbers",
                 )
             state = dict(zip(own, state.values(), strict=True))
         self._check_keys(path, name, state, own)
@@ -117,7 +118,7 @@ class Weights:
         missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
         unexpected = [key for key in state if key not in own]
         problems = [f"lacks {_first(missing)}"] if missing else []
-        problems += [f"has {_first(unexpected)}, unknown to the model"] if unexpected else []
+        problems += [f"has {_first(unexpected)}, which the model lacks"] if unexpected else []
         if problems:
             raise argument_error(
                 self.key, f"{path} is not a checkpoint of {name}: it {' and '.join(problems)}"
@@ -137,9 +138,9 @@ def _first(keys: list[str]) -> str:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file of `torch.save` or safetensors, without wrappers.
+    """Return the state dict in a file written by `torch.save` or safetensors, without wrappers.
 
-    Only tensors are unpickled.
+    Only tensors and plain containers are unpickled.
 
     Raises:
         UserError: the file is missing or has no state dict.
@@ -150,16 +151,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
                 from safetensors.torch import load_file
             state: Any = load_file(path)
         else:
-            with warnings.catch_warnings():  # torch warns about some suffixes
+            with warnings.catch_warnings():  # torch warns about some file suffixes
                 warnings.simplefilter("ignore")
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except PermissionError as error:
         raise UserError(unreadable(error)) from error
-    except Exception as error:  # each format raises its own types
+    except Exception as error:  # each format raises its own exception types
         raise UserError(
-            f"{path}: cannot be read as a file of weights ({one_line(error, 120)})"
+            f"{path}: cannot be read as a weights file ({one_line(error, 120)})"
         ) from error
     for name in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):

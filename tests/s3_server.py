@@ -13,7 +13,7 @@ BUCKET = "models"
 
 
 class S3:
-    """A server that can be stopped.
+    """An S3 server that tests can stop.
 
     Attributes:
         home: URI of a folder in its bucket.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from nipq_search.cost.assignment import GAP, Assignment
 from nipq_search.cost.base import (
@@ -105,6 +106,19 @@ Losses = Mapping[str, Mapping[int, float]]
 """Predicted loss by unit and allowed width."""
 
 
+class _Change(NamedTuple):
+    """A change of a unit to its next larger or smaller allowed width.
+
+    Attributes:
+        rate: predicted loss reduction per added cost of a raise, or predicted loss increase per
+            removed excess of a lowering.
+        width: the new width, in bits.
+    """
+
+    rate: float
+    width: int
+
+
 class _Projection:
     """Projects bit-widths onto a budget.
 
@@ -190,9 +204,9 @@ class _Projection:
         solved = solved or {}
         bits = {name: solved.get(unit, start[name]) for name, unit in self.unit.items()}
         self.descend(bits)
-        self.ascend(bits, free=False)
+        self.ascend(bits, include_costless=False)
         if usage(self.graph, bits, self.budget) < MIN_USAGE:
-            self.ascend(bits, free=True)
+            self.ascend(bits, include_costless=True)
         return bits
 
     def coupled(self, name: str) -> set[str]:
@@ -203,64 +217,85 @@ class _Projection:
         return self.partners[name] if self.additive else set(self.allowed)
 
     def descend(self, bits: dict[str, int]) -> None:
-        """Lower one unit at a time, by least loss increase per excess removed, to meet budgets."""
-        rates: dict[str, tuple[float, int]] = {}
-        stale = set(self.allowed)
-        broken: set[str] = set()
-        while (now := self.excess(bits)) > 0:
-            if broken != (still := {n for n, ratio in self.ratios(bits).items() if ratio > 1}):
-                broken, stale = still, set(self.allowed)
-            for name in stale:
-                rates.pop(name, None)
-                after = self.neighbor(bits, name, up=False)
-                if after is None:
+        """Lower one unit at a time, by least loss increase per removed excess, to meet budgets."""
+        changes: dict[str, _Change] = {}
+        outdated = set(self.allowed)
+        previous: set[str] = set()  # costs that exceeded their targets
+        while (excess := self.excess(bits)) > 0:
+            exceeded = {n for n, ratio in self.ratios(bits).items() if ratio > 1}
+            if exceeded != previous:
+                previous, outdated = exceeded, set(self.allowed)
+            for name in outdated:
+                changes.pop(name, None)
+                narrower = self.neighbor(bits, name, up=False)
+                if narrower is None:
                     continue
-                saved = now - self.excess(self.with_width(bits, name, after))
-                if saved > 0:
-                    rates[name] = (self.loss_change(name, bits[name], after) / saved, after)
-            if rates:
-                name = min(rates, key=lambda n: (rates[n][0], n))
-                after = rates[name][1]
+                removed = excess - self.excess(self.with_width(bits, name, narrower))
+                if removed > 0:
+                    loss_increase = self.loss_change(name, bits[name], narrower)
+                    changes[name] = _Change(loss_increase / removed, narrower)
+            if changes:
+                name = min(changes, key=lambda n: (changes[n].rate, n))
+                width = changes[name].width
             else:
                 # Rounding costs up hides the savings from tiny tensors: lower the widest unit.
                 lower = {n: self.neighbor(bits, n, up=False) or 0 for n in self.allowed}
                 name = max(lower, key=lambda n: (lower[n], n))
-                after = lower[name]
-            bits.update(self.with_width({}, name, after))
-            stale = self.coupled(name)
+                width = lower[name]
+            bits.update(self.with_width({}, name, width))
+            outdated = self.coupled(name)
 
-    def ascend(self, bits: dict[str, int], free: bool) -> None:
+    def ascend(self, bits: dict[str, int], include_costless: bool) -> None:
         """Raise one unit at a time, by largest loss reduction per added cost, while any fits.
 
         A raise that does not fit now cannot fit later, since costs never decrease here.
 
         Args:
             bits: widths by tensor; changed in place.
-            free: whether to also raise units that contribute to no budgeted cost.
+            include_costless: whether to also make raises that increase no budgeted cost.
         """
-        rates: dict[str, tuple[float, int]] = {}
-        stale = set(self.allowed)
+        raises: dict[str, _Change] = {}
+        outdated = set(self.allowed)
         while True:
-            now = self.ratios(bits)
-            for name in stale:
-                rates.pop(name, None)
-                after = self.neighbor(bits, name, up=True)
-                if after is None:
+            ratios = self.ratios(bits)
+            for name in outdated:
+                raises.pop(name, None)
+                wider = self.neighbor(bits, name, up=True)
+                if wider is None:
                     continue
-                then = self.ratios(self.with_width(bits, name, after))
-                paid = max(then[cost] - now[cost] for cost in now)
-                if max(then.values()) <= 1 and (paid > 0 or free):
-                    gain = -self.loss_change(name, bits[name], after)
-                    rates[name] = (gain / max(paid, 1e-12), after)
-            while rates:
-                name = max(rates, key=lambda n: (rates[n][0], n))
-                after = rates.pop(name)[1]
-                if usage(self.graph, self.with_width(bits, name, after), self.budget) <= 1:
-                    break
-            else:
+                raised_ratios = self.ratios(self.with_width(bits, name, wider))
+                added_cost = max(raised_ratios[cost] - ratios[cost] for cost in ratios)
+                fits = max(raised_ratios.values()) <= 1
+                if fits and (added_cost > 0 or include_costless):
+                    loss_reduction = -self.loss_change(name, bits[name], wider)
+                    raises[name] = _Change(loss_reduction / max(added_cost, 1e-12), wider)
+            if (best := self.pop_best_raise(bits, raises)) is None:
                 return
-            bits.update(self.with_width({}, name, after))
-            stale = self.coupled(name)
+            name, width = best
+            bits.update(self.with_width({}, name, width))
+            outdated = self.coupled(name)
+
+    def pop_best_raise(
+        self, bits: dict[str, int], raises: dict[str, _Change]
+    ) -> tuple[str, int] | None:
+        """Remove and return the raise with the highest rate that still fits; None if none does.
+
+        The rates stay valid until a coupled unit changes, but the rest of the budget may have been
+        used up since they were computed. Raises that no longer fit are removed as well.
+
+        Args:
+            bits: widths by tensor.
+            raises: candidate raises by unit; changed in place.
+
+        Returns:
+            The unit and its new width, in bits.
+        """
+        while raises:
+            name = max(raises, key=lambda n: (raises[n].rate, n))
+            width = raises.pop(name).width
+            if usage(self.graph, self.with_width(bits, name, width), self.budget) <= 1:
+                return name, width
+        return None
 
 
 def project(

@@ -143,9 +143,9 @@ class Monitor:
                 self._uncommitted[job.folder] = job
             else:
                 self._uncommitted.pop(job.folder, None)
-            now = jobs.samples_processed(job.folder)
-            self._total_samples += now - self._samples.get(job.folder, 0)
-            self._samples[job.folder] = now
+            processed = jobs.samples_processed(job.folder)
+            self._total_samples += processed - self._samples.get(job.folder, 0)
+            self._samples[job.folder] = processed
 
     def _handle_stop_request(self) -> None:
         # `limits.hours` stops the workers through the same file, but is not an interruption.

@@ -27,7 +27,8 @@ class SharedForward:
     """A wrapper that caches the model's last output, for the losses of a single batch.
 
     A task's `loss` and `distill_loss` both call the model on the same inputs. Without the cache,
-    the model would run twice, with different noise. All other attributes are those of the model.
+    the model would run twice, with different noise. All other attributes are forwarded to the
+    model.
     """
 
     def __init__(self, model: nn.Module) -> None:

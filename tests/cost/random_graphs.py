@@ -1,4 +1,4 @@
-"""Hypothesis strategies for small graphs of layers and tensors, bit-widths and budgets."""
+"""Hypothesis strategies for bit-widths, budgets, and small graphs of layers and tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Complete runs of the recipes for data that are not included, on tiny data of the same format.
+"""End-to-end runs of the recipes in `pipelines/paper` on tiny data sets.
 
-Only paths, sizes, weights and lengths are changed, as with `--set` on the command line. The sweeps
-run in this process, without Ray and MLflow.
+The data sets have the same format as the real ones. Only paths, sizes, weights and lengths are
+changed, as with `--set` on the command line. The sweeps run in this process, without Ray and
+MLflow.
 """
 
 from __future__ import annotations

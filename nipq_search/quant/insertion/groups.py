@@ -148,7 +148,10 @@ def share_bits(
 
 
 def tie(groups: Iterable[Sequence[str]], quantizers: Mapping[str, FakeQuantizer]) -> None:
-    """Share one theta within each group; to be repeated if loading has created new ones."""
+    """Make the quantizers in each group share one theta.
+
+    Call this again after loading a state dict, which may create new parameters.
+    """
     for group in groups:
         for name in group:
             quantizers[name].bits.tie(quantizers[group[0]].bits)

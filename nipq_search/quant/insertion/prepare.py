@@ -25,7 +25,7 @@ from nipq_search.quant.quantizers.statistics import Observer
 from nipq_search.quant.tracing.flow import tensors_in
 from nipq_search.quant.tracing.roles import IDLE
 from nipq_search.quant.tracing.sites import Owner
-from nipq_search.quant.tracing.trace import as_arguments, trace, unchanged_mode
+from nipq_search.quant.tracing.trace import as_arguments, eval_without_grad, trace
 
 STATE = "quant_state"
 """Name of the submodule that `prepare` adds to a model."""
@@ -345,7 +345,7 @@ def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module
     config = quant_state(model).config
     found = quantizers(model)
     observers = {n: Observer() for n, q in found.items() if not q.is_weight}
-    with observed(model, observers), unchanged_mode(model):
+    with observed(model, observers), eval_without_grad(model):
         if callable(calibration):
             calibration(model)
         else:

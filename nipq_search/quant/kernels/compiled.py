@@ -185,6 +185,7 @@ class _Noisy(torch.autograd.Function):
         x, alpha, minimum, step, *saved = ctx.saved_tensors
         theta = saved[0] if saved else None
         learns = bool(saved) and ctx.needs_input_grad[2]
+        # Also updates `ctx.marginal` and `ctx.decayed` in place.
         grad_x, grad_alpha, grad_theta = noisy_backward(
             grads[0],
             x,
@@ -197,6 +198,7 @@ class _Noisy(torch.autograd.Function):
             step,
             *ctx.rest,
         )
+        # No gradients for `minimum`, `marginal`, `decayed`, `step` and the arguments in `rest`.
         return grad_x, grad_alpha, grad_theta if learns else None, *(None,) * (4 + len(ctx.rest))
 
 

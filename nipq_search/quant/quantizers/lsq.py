@@ -81,7 +81,7 @@ class LSQ(FakeQuantizer):
         return alpha.clamp(min=MIN_BOUNDARY)
 
     @contextmanager
-    def _same_boundary(self) -> Iterator[None]:
+    def _adjusted_step(self) -> Iterator[None]:
         """Adjust the step to a bit-width that changes within the context.
 
         A trained step is rescaled to preserve the boundary; an untrained one is initialized again.
@@ -97,15 +97,15 @@ class LSQ(FakeQuantizer):
 
     def replace_bits(self, bits: BitWidth) -> None:
         """Replace the bit-width; an untrained step is initialized again for the new one."""
-        with self._same_boundary():
+        with self._adjusted_step():
             super().replace_bits(bits)
 
     def freeze(self, bits: int | None = None) -> None:
         """Freeze the bit-width and preserve the boundary."""
-        with self._same_boundary():
+        with self._adjusted_step():
             super().freeze(bits)
 
     def start_at(self, bits: float) -> None:
         """Continue at a different bit-width and preserve the boundary."""
-        with self._same_boundary():
+        with self._adjusted_step():
             super().start_at(bits)

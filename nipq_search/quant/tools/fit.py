@@ -11,7 +11,7 @@ from nipq_search.quant.insertion.prepare import observed, quantizers
 from nipq_search.quant.numerics.functional import Grid
 from nipq_search.quant.quantizers.base import FakeQuantizer
 from nipq_search.quant.quantizers.statistics import least_error_shares
-from nipq_search.quant.tracing.trace import unchanged_mode
+from nipq_search.quant.tracing.trace import eval_without_grad
 
 _SAMPLE_ELEMENTS = 1 << 14
 """Approximate number of elements per row from which the error is computed."""
@@ -63,18 +63,18 @@ def fit_ranges(
         return observe
 
     chosen = (n for n, q in found.items() if before is not None or q.free_start)
-    with observed(model, {name: observer(name) for name in chosen}), unchanged_mode(model):
+    with observed(model, {name: observer(name) for name in chosen}), eval_without_grad(model):
         calibration(model)
     for name, rows in samples.items():
         quantizer = found[name]
-        now = float(quantizer.bits.soft().detach())
+        bits = float(quantizer.bits.soft().detach())
         if before is None:
-            quantizer.scale_range(_best(quantizer, rows, now))
-        elif now != before[name]:
+            quantizer.scale_range(_best(quantizer, rows, bits))
+        elif bits != before[name]:
             # Ratio of the learned range to the least-error one. It is limited, because the error
             # of grids with many levels hardly depends on their boundary.
             learned = (1 / _best(quantizer, rows, before[name])).clamp(1 / _MAX_RATIO, _MAX_RATIO)
-            quantizer.scale_range(_best(quantizer, rows, now) * learned)
+            quantizer.scale_range(_best(quantizer, rows, bits) * learned)
 
 
 def _best(quantizer: FakeQuantizer, rows: Tensor, bits: float) -> Tensor:

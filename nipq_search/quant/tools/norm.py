@@ -9,7 +9,7 @@ from torch import nn
 
 from nipq_search.errors import UserError
 from nipq_search.quant.insertion.prepare import M, quant_state
-from nipq_search.quant.tracing.trace import as_arguments, unchanged_mode
+from nipq_search.quant.tracing.trace import as_arguments, eval_without_grad
 
 
 def norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -22,8 +22,8 @@ def norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module], None]) -> M:
     """Replace running statistics with their averages over `batches`, in place.
 
-    All other layers run in eval mode with hard quantization. Training modes and random generators
-    are restored afterwards.
+    All other layers run in eval mode with hard quantization. Training modes and RNG states are
+    restored afterwards.
 
     Args:
         model: any model; returned unchanged if it has no batch normalization.
@@ -50,7 +50,7 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
     if not norms:
         return model
     momenta = [module.momentum for module in norms]
-    with unchanged_mode(model):
+    with eval_without_grad(model):
         before = [{n: b.clone() for n, b in module.named_buffers()} for module in norms]
         for module in norms:
             module.reset_running_stats()

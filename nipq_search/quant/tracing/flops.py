@@ -28,12 +28,12 @@ def _grouped(first: Shape, second: Shape, *args: Any, **kwargs: Any) -> int:
 
 
 def _vector(first: Shape, second: Shape, *args: Any, **kwargs: Any) -> int:
-    """Product of a matrix or a vector with a vector."""
+    """Product of a matrix and a vector, or of two vectors."""
     return 2 * first.numel()
 
 
 def _added_vector(bias: Shape, first: Shape, second: Shape, *args: Any, **kwargs: Any) -> int:
-    """Product of a matrix with a vector, plus a bias."""
+    """Product of a matrix and a vector, plus a bias."""
     return 2 * first.numel()
 
 

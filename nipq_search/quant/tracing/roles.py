@@ -104,7 +104,7 @@ def roles_of(call: Call, products: bool) -> Roles | None:
         return Roles(float_reason=f"{call.function} has no quantized form")
     if first is None or second is None:
         return Roles(float_reason="an operand is not a floating-point tensor")
-    if second.is_weight and (not first.is_weight or _goes_through(call, first, second)):
+    if second.is_weight and (not first.is_weight or _second_is_weight(call, first, second)):
         return Roles(weight=1, slots={FIRST: 0})
     if first.is_weight and not second.is_weight:
         return Roles(weight=0, slots={FIRST: 1})
@@ -119,7 +119,7 @@ def roles_of(call: Call, products: bool) -> Roles | None:
     return Roles(float_reason="an operand is a constant")
 
 
-def _goes_through(call: Call, first: OperandRecord, second: OperandRecord) -> bool:
+def _second_is_weight(call: Call, first: OperandRecord, second: OperandRecord) -> bool:
     """Whether the second of two operands computed from parameters is the weight of a layer."""
     assert call.op is not None and call.op.first is not None
     is_layer = call.op.first.axis is None and call.op.second.axis is not None

@@ -178,13 +178,13 @@ class _Recorder(TorchFunctionMode):
             key=key,
             shape=tuple(x.shape),
             origins=origins,
-            parameter=self._whole(x),
+            parameter=self._whole_parameter(x),
             value=x.detach() if weight else None,
             raw=self.flow.is_raw(x),
             trained=bool(self.trained & origins),
         )
 
-    def _whole(self, x: Tensor) -> str | None:
+    def _whole_parameter(self, x: Tensor) -> str | None:
         """Return the name of the parameter that `x` equals as a whole, or None."""
         label = self.parameters.label(x)
         return label if label and "@" not in label else None
@@ -213,10 +213,10 @@ class _Recorder(TorchFunctionMode):
 
 
 @contextmanager
-def unchanged_mode(model: nn.Module) -> Iterator[None]:
-    """Within the context, run in eval mode without gradients.
+def eval_without_grad(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode without gradients, then restore the training modes and RNG states.
 
-    Training modes and random generators are restored afterwards.
+    The RNG states are those of PyTorch on the CPU and on the GPUs that hold the model.
     """
     modes = [(module, module.training) for module in model.modules()]
     devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
@@ -269,12 +269,12 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     """Run `model` once on the example inputs and record its multiplications.
 
     Raises:
-        UserError: the model does not run on the example inputs, or they contain no tensor.
+        UserError: the model does not run on the example inputs, or they contain no tensors.
     """
     examples = list(tensors_in(example_inputs))
     if not examples:
         raise UserError(
-            "example_inputs: contains no tensor; pass the arguments of one forward call"
+            "example_inputs: contains no tensors; pass the arguments of one forward call"
         )
     batch = max(1, examples[0].shape[0] if examples[0].dim() else 1)
     flow = Flow()
@@ -292,7 +292,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         )
     args, kwargs = as_arguments(example_inputs)
     try:
-        with unchanged_mode(model), plain_kernels(), flow, recorder:
+        with eval_without_grad(model), plain_kernels(), flow, recorder:
             model(*args, **kwargs)
     except UserError:
         raise

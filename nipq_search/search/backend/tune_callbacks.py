@@ -121,12 +121,12 @@ class JobSearcher(Searcher):
 
     def _count(self, job: Job, cause: str | None = None) -> None:
         """Count a job's consecutive failed starts, except those caused by the death of a node."""
-        begun, failed_starts = self._failed_starts.get(job.name, (0, 0))
-        now = len(jobs.attempts(job.folder))
-        if now > begun:
-            self._failed_starts[job.name] = (now, 0)
+        known_attempts, failed_starts = self._failed_starts.get(job.name, (0, 0))
+        attempts = len(jobs.attempts(job.folder))
+        if attempts > known_attempts:
+            self._failed_starts[job.name] = (attempts, 0)
         elif cause != jobs.Cause.NODE:
-            self._failed_starts[job.name] = (now, failed_starts + 1)
+            self._failed_starts[job.name] = (attempts, failed_starts + 1)
 
     def on_process_restart(self, trial: Any) -> None:
         """Record why a process died, before Tune restarts it.

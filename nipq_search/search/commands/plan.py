@@ -13,7 +13,7 @@ from nipq_search.quant.graph import Graph
 from nipq_search.quant.tools.norm import norm_layers
 from nipq_search.records import SCHEMA
 from nipq_search.search.checks.preflight import load_task
-from nipq_search.search.config.budgets import REFERENCE_BITS
+from nipq_search.search.config.budgets import REFERENCE_BITS, ResolvedBudget
 from nipq_search.search.config.space import distribution, ends
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.resolved import resolve_sweep
@@ -33,27 +33,8 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     task = load_task(config)
     resolved = resolve_sweep(config, task)
     graph = resolved.graph
-    uniform = {n: int(b) for n, b in uniform_bits(graph, REFERENCE_BITS).items()}
-    layers = layer_rows(graph, uniform)
-    searched = {name for name, tensor in graph.tensors.items() if len(tensor.allowed) > 1}
-    for row, layer in zip(layers, graph.layers, strict=True):
-        row["searched"] = bool(searched & {layer.weight, layer.input, layer.second})
-    flat = {name: 0.0 for name in uniform}
-    budgets = []
-    for budget in resolved.budgets:
-        targets = Budget(**budget.targets)
-        bits = max_usage_bits(graph, targets) or project(
-            graph, targets, bits_at_budget(graph, targets), flat
-        )
-        reachable = {name: exact_cost(name, graph, bits) for name in budget.targets}
-        budgets.append(
-            {
-                "label": budget.label,
-                "targets": dict(budget.targets),
-                "reachable": reachable,
-                "reachable_share": max(reachable[n] / t for n, t in budget.targets.items()),
-            }
-        )
+    layers = _layers(graph)
+    budgets = [_budget_row(graph, budget) for budget in resolved.budgets]
     return {
         "schema": SCHEMA,
         "sweep": config.name,
@@ -72,6 +53,33 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "samples": _samples(config, task, graph),
         "noise_steps": _noise_steps(config, task),
         "disk_bytes": _disk(config, resolved.costs["weight_bytes"]["float"]),
+    }
+
+
+def _layers(graph: Graph) -> list[dict[str, Any]]:
+    """Return a row per layer, with costs at `REFERENCE_BITS` and whether its bits are searched."""
+    uniform = {n: int(b) for n, b in uniform_bits(graph, REFERENCE_BITS).items()}
+    rows = layer_rows(graph, uniform)
+    searched = {name for name, tensor in graph.tensors.items() if len(tensor.allowed) > 1}
+    for row, layer in zip(rows, graph.layers, strict=True):
+        row["searched"] = bool(searched & {layer.weight, layer.input, layer.second})
+    return rows
+
+
+def _budget_row(graph: Graph, budget: ResolvedBudget) -> dict[str, Any]:
+    """Return a budget's targets, with the costs of the bit-widths that use most of it."""
+    targets = Budget(**budget.targets)
+    bits = max_usage_bits(graph, targets)
+    if not bits:  # None if the solver cannot prove optimality; fall back to a projection
+        soft = bits_at_budget(graph, targets)
+        zero_marginal = dict.fromkeys(soft, 0.0)
+        bits = project(graph, targets, soft, zero_marginal)
+    reachable = {name: exact_cost(name, graph, bits) for name in budget.targets}
+    return {
+        "label": budget.label,
+        "targets": dict(budget.targets),
+        "reachable": reachable,
+        "reachable_share": max(reachable[n] / t for n, t in budget.targets.items()),
     }
 
 

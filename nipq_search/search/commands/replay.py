@@ -198,11 +198,11 @@ def _largest_error(
     """
     errors = {}
     for name in [*recorded, *(name for name in replayed if name not in recorded)]:
-        before, now = recorded.get(name), replayed.get(name)
-        if before is None or now is None or before.shape != now.shape:
+        expected, actual = recorded.get(name), replayed.get(name)
+        if expected is None or actual is None or expected.shape != actual.shape:
             return 1.0, name
-        before, now = before.double(), now.double()
-        error = float((now - before).norm()) / (float(before.norm()) or 1.0)
+        expected, actual = expected.double(), actual.double()
+        error = float((actual - expected).norm()) / (float(expected.norm()) or 1.0)
         errors[name] = error if math.isfinite(error) else 1.0
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst

@@ -80,8 +80,9 @@ class LimitsSection(Section):
         hours: maximum wall time of one `run`, in hours; when it is reached, running trials are
             interrupted and can be resumed.
         samples: total number of training samples; once it is reached, no further trial starts.
-        trial_minutes: maximum wall time of one attempt, in minutes. A trial that exceeds it is
-            killed, retried once and then marked as failed.
+        trial_minutes: maximum wall time of one attempt, in minutes. An attempt that exceeds it
+            is killed and retried once; if the limit is exceeded again, the trial is marked as
+            failed.
         max_failures: number of times the process of a trial may die in one run before the trial
             fails.
     """

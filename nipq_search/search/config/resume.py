@@ -54,8 +54,11 @@ def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
     def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
         changeable = ("budgets", "resources", "limits", "plugins")
         kept = {k: v for k, v in config.items() if k not in changeable}
-        free = ("trials", "front_cost")  # the effective front cost is compared below
-        kept["search"] = {k: v for k, v in config["search"].items() if k not in free}
+        # The effective front cost is compared below.
+        changeable_in_search = ("trials", "front_cost")
+        kept["search"] = {
+            k: v for k, v in config["search"].items() if k not in changeable_in_search
+        }
         return kept
 
     found = differences(fixed(old), fixed(document))

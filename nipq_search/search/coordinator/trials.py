@@ -218,7 +218,7 @@ class Trials:
             return None
         if noted is not None and blobs.can_be_read(model_file(self._folder(int(noted)))):
             return int(noted)
-        finished, gone = self.history.recent(), set[int]()
+        finished, unreadable = self.history.recent(), set[int]()
         while True:
             usable = [t for t in finished if budget.keys() <= t.cost.keys()]
             parent = self.strategy.parent(budget, usable)
@@ -226,8 +226,8 @@ class Trials:
                 return parent
             # `gc` has deleted its model: it keeps the parents found among all trials, not only
             # among the recent ones.
-            gone.add(parent)
-            finished = self.history.all_but(gone)
+            unreadable.add(parent)
+            finished = self.history.all_but(unreadable)
 
     def _epochs_share(self, budget: Mapping[str, float], parent: int | None) -> float:
         """Return the fraction of the epochs for which a trial with this parent trains."""
@@ -294,7 +294,7 @@ class Trials:
                     "attempts": len(jobs.attempts(folder)),
                     "ended": time.time(),
                     "reason": f"{metric_name} {metric:.4f} at rung "
-                    f"{len(standing.metrics) - 1} was not among the best of its budget",
+                    f"{len(standing.metrics) - 1} was not among the best for its budget",
                 }
                 self.ledger.prune(standing.number, attributes)
                 remove_checkpoints(folder / "checkpoints")

@@ -319,11 +319,10 @@ def seconds_spent(folder: Path) -> float:
     """Return the wall time of all attempts in seconds, each up to its last progress report."""
     total = 0.0
     for attempt in attempts(folder):
-        started, progress = (
-            _number(read_document(attempt / file), "time") for file in (STARTED, PROGRESS)
-        )
-        if started is not None and progress is not None:
-            total += max(0.0, progress - started)
+        started = _number(read_document(attempt / STARTED), "time")
+        reported = _number(read_document(attempt / PROGRESS), "time")
+        if started is not None and reported is not None:
+            total += max(0.0, reported - started)
     return total
 
 

@@ -59,8 +59,8 @@ def free_journal(path: Path) -> None:
 
     Optuna holds the lock for milliseconds, so one that is older than `_LOCK_SECONDS` is orphaned.
     Optuna itself would wait half a minute before breaking it, or forever if the lock is a link
-    into a folder that has been moved. Call this only while holding the sweep's lease, so that at
-    most the `optuna` command or its dashboard can be writing.
+    into a folder that has been moved. Call this only while holding the sweep's lease, so that the
+    only other possible writers are the `optuna` command and its dashboard.
     """
     lock = path.with_name(path.name + ".lock")
     for _ in range(100):

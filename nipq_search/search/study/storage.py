@@ -40,7 +40,10 @@ def storage_url() -> str | None:
 
 
 def engine_options(url: str) -> dict[str, Any]:
-    """Return SQLAlchemy engine options: reconnect, and time out if the host does not respond."""
+    """Return SQLAlchemy engine options that replace dropped connections.
+
+    With PostgreSQL, connections also time out if the server does not respond.
+    """
     driver = url.partition("://")[0]
     by_libpq = driver in ("postgres", "postgresql") or "+psycopg" in driver
     return {"pool_pre_ping": True, "connect_args": dict(_TIMEOUTS) if by_libpq else {}}

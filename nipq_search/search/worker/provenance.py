@@ -30,11 +30,11 @@ def provenance(config: SweepConfig) -> dict[str, Any]:
 
 def provenance_changes(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """List the differences between two provenances, such as `torch 2.13.0, here 2.14.1`."""
-    before, now = _flat(recorded), _flat(here)
+    old, current = _flat(recorded), _flat(here)
     return [
-        f"{key} {before.get(key, 'unknown')}, here {now.get(key, 'none')}"
-        for key in [*before, *(key for key in now if key not in before)]
-        if before.get(key) != now.get(key)
+        f"{key} {old.get(key, 'unknown')}, here {current.get(key, 'none')}"
+        for key in [*old, *(key for key in current if key not in old)]
+        if old.get(key) != current.get(key)
     ]
 
 

@@ -45,7 +45,7 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
         float_model=jobs.model_file(job_folder(out, "float", 0)),
         parent=parent,
         profile=profile or None,
-        pause=_pause(config, job),
+        pause=_pause_share(config, job),
         losses=losses,
         least_noise_steps=strategy.least_noise_steps if job.kind == "trial" else 0,
         home=home_of(config, job),
@@ -93,7 +93,7 @@ def home_of(config: SweepConfig, job: Job) -> str | None:
     return blobs.within(config.checkpoints, config.name, *place.parts)
 
 
-def _pause(config: SweepConfig, job: Job) -> float | None:
+def _pause_share(config: SweepConfig, job: Job) -> float | None:
     """Return the fraction of the steps after which a job pauses at a rung, or None."""
     rungs = STRATEGIES[config.search.strategy].rungs
     return rungs[job.rung] if job.kind == "trial" and job.rung < len(rungs) else None

@@ -78,18 +78,18 @@ def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> J
         if not failures.is_machine_fault(error, Path(job.out)):
             raise
         place = error.filename or job.out
-        return _halt(
+        return _halted(
             f"{place}: {error.strerror}; fix this, then run the same command again to resume the "
             "sweep"
         )
     except _MissingHere as error:
-        return _halt(
+        return _halted(
             f"node {socket.gethostname()}: {error}; copy or mount the file there, or remove the "
             "node, then run the same command again to resume the sweep"
         )
 
 
-def _halt(reason: str) -> JobOutcome:
+def _halted(reason: str) -> JobOutcome:
     """Return the outcome for a fault of the machine: the job stays open, and the sweep ends."""
     return JobOutcome(kind=OutcomeKind.HALT, reason=reason)
 
@@ -238,14 +238,14 @@ def _reason_to_give_up(job: Job, config: SweepConfig) -> str | None:
     """
     limits = config.limits
     failures.record_causes(job.folder, job.run)
-    reason = _give_up(job, limits.max_failures, limits.trial_minutes)
+    reason = _exhausted_limit(job, limits.max_failures, limits.trial_minutes)
     if reason:
         failures.await_node_states(job.folder, job.run)
-        reason = _give_up(job, limits.max_failures, limits.trial_minutes)
+        reason = _exhausted_limit(job, limits.max_failures, limits.trial_minutes)
     return reason
 
 
-def _give_up(job: Job, max_failures: int, minutes: float | None) -> str | None:
+def _exhausted_limit(job: Job, max_failures: int, minutes: float | None) -> str | None:
     """Return which of a job's limits its recorded attempts have exhausted, or None."""
     if jobs.count_hangs(job.folder) >= jobs.MAX_HANGS:
         limit = "" if minutes is None else f" after {minutes:g} minutes"

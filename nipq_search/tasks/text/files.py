@@ -80,25 +80,42 @@ def _binary_error(path: Path, data: bytes) -> UserError:
 
 
 def find_files(given: Iterable[str], key: str) -> list[Path]:
-    """Return the files at the given paths.
+    """Return the files at the given paths; each file is returned once.
 
     A path is a file, a folder (all files below it) or a pattern with `*`. The files of a folder or
     pattern are sorted by name; hidden files are ignored.
 
+    Args:
+        given: paths, folders and patterns, or paths inside packages; see `resolve_path`.
+        key: key in the sweep file, for messages.
+
+    Returns:
+        Absolute paths, in the order of `given`.
+
     Raises:
-        UserError: a path matches no file.
+        UserError: a path is invalid or matches no file.
+        PermissionError: a folder cannot be read.
     """
     found: list[Path] = []
     for path in given:
-        pattern = str(resolve_path(path, key)) if not path.startswith(PREFIX) else ""
-        if pattern and glob.has_magic(pattern) and not os.path.exists(pattern):
-            names = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
-            matches = [name for name in names if name.is_file()]
-        elif (folder := resolve_path(path, key)).is_dir():
-            matches = list_files(folder)
-        else:
-            matches = [resolve_file(path, key)]
+        matches = _matches(path, key)
         if not matches:
             raise UserError(f"{key}: no files found at {path}")
-        found += [match for match in matches if match not in found]
-    return found
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def _matches(path: str, key: str) -> list[Path]:
+    """Return the files at one path, which may be a file, a folder or a pattern."""
+    resolved = resolve_path(path, key)
+    is_pattern = (
+        not path.startswith(PREFIX)
+        and glob.has_magic(str(resolved))
+        and not os.path.exists(resolved)
+    )
+    if is_pattern:
+        names = sorted(glob.glob(str(resolved), recursive=True))
+        return [Path(name) for name in names if Path(name).is_file()]
+    if resolved.is_dir():
+        return list_files(resolved)
+    return [resolve_file(path, key)]

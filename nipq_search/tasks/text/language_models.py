@@ -230,8 +230,8 @@ def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: 
     """Return the mean squared error of the hidden states, relative to the teacher's variance.
 
     Args:
-        student: the student's hidden states, each (B, L, H); the first ones, the embeddings, are
-            ignored.
+        student: the student's hidden states, each of shape (B, L, H); the first element, the
+            embedding output, is ignored.
         teacher: the teacher's hidden states, in the same format.
         mask: (B, L), 1 for the tokens to include and 0 for all others.
 
@@ -290,7 +290,10 @@ def _loading(source: ModelSource, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the progress bars and log messages of transformers; errors are still raised."""
+    """Suppress the progress bars and log messages of transformers; errors are still raised.
+
+    Also applies `hub_access`, so that only the cache is used if the hub is unreachable.
+    """
     logging = transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

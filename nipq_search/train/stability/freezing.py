@@ -58,21 +58,23 @@ class Freezing:
     def update(self, model: nn.Module) -> None:
         """Observe the weights after a tuning step and reset fixed ones to their grid points."""
         for index, (weight, quantizer) in enumerate(tuned_weights(model)):
-            now, step = _grid(weight, quantizer)
+            integers, step = _grid(weight, quantizer)
             if index == len(self._tracked):
-                zero = torch.zeros_like(now)
-                self._tracked.append(_Tracked(now, zero, zero.clone(), now.clone(), zero.bool()))
+                zero = torch.zeros_like(integers)
+                self._tracked.append(
+                    _Tracked(integers, zero, zero.clone(), integers.clone(), zero.bool())
+                )
                 continue
             tracked = self._tracked[index]
-            change = torch.sign(now - tracked.integers)
-            turned = (change * tracked.directions < 0).to(now.dtype)
-            tracked.frequencies.lerp_(turned, MOMENTUM)
+            change = torch.sign(integers - tracked.integers)
+            reversals = (change * tracked.directions < 0).to(integers.dtype)
+            tracked.frequencies.lerp_(reversals, MOMENTUM)
             tracked.averages = torch.where(
-                tracked.fixed, tracked.averages, tracked.averages.lerp(now, MOMENTUM)
+                tracked.fixed, tracked.averages, tracked.averages.lerp(integers, MOMENTUM)
             )
             tracked.directions = torch.where(change != 0, change, tracked.directions)
             tracked.fixed |= tracked.frequencies > self.threshold
-            tracked.integers = torch.where(tracked.fixed, torch.round(tracked.averages), now)
+            tracked.integers = torch.where(tracked.fixed, torch.round(tracked.averages), integers)
             weight.copy_(torch.where(tracked.fixed, tracked.integers * step, weight))
 
     def share(self) -> float | None:

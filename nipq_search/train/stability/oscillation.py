@@ -68,15 +68,16 @@ class Oscillation:
         self._weights = self._weights or list(tuned_weights(model))
         if not self._weights:
             return
-        now = torch.cat([_sampled(*pair).float() for pair in self._weights])
+        integers = torch.cat([_sampled(*pair).float() for pair in self._weights])
         if self.integers is None:
-            self.directions, self.frequencies = torch.zeros_like(now), torch.zeros_like(now)
+            self.directions = torch.zeros_like(integers)
+            self.frequencies = torch.zeros_like(integers)
         else:
-            change = torch.sign(now - self.integers)
-            turned = (change * self.directions < 0).to(now.dtype)
-            self.frequencies = self.frequencies.lerp(turned, MOMENTUM)
+            change = torch.sign(integers - self.integers)
+            reversals = (change * self.directions < 0).to(integers.dtype)
+            self.frequencies = self.frequencies.lerp(reversals, MOMENTUM)
             self.directions = torch.where(change != 0, change, self.directions)
-        self.integers = now
+        self.integers = integers
 
     def share(self) -> float | None:
         """Return the share of oscillating weights; None before the first update."""

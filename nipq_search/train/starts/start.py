@@ -191,8 +191,8 @@ def start_at_one_width(model: nn.Module, budget: Budget) -> None:
         UserError: no single width is within the budget.
     """
     graph = quant_state(model).graph
-    free = [set(t.allowed) for t in graph.tensors.values() if len(t.allowed) > 1]
-    shared = sorted(set.intersection(*free)) if free else [0]
+    allowed_sets = [set(t.allowed) for t in graph.tensors.values() if len(t.allowed) > 1]
+    shared = sorted(set.intersection(*allowed_sets)) if allowed_sets else [0]
     fitting = [w for w in shared if usage(graph, uniform_bits(graph, w), budget) <= 1]
     if not fitting:
         raise UserError(

@@ -251,7 +251,7 @@ def test_keyword_examples():
     [
         (nn.ReLU(), normal(2, 3), "nothing to quantize"),
         (nn.Linear(3, 2), normal(2, 4), "does not run on them"),
-        (nn.Linear(3, 2), (), "contains no tensor"),
+        (nn.Linear(3, 2), (), "contains no tensors"),
     ],
 )
 def test_bad_models_and_examples(model, example, message):

@@ -90,7 +90,7 @@ def check(bench):
         assert best.state is TrialState.COMPLETE, "the synthetic metric has no noise"
         for trial in own:
             if trial.state is TrialState.PRUNED:
-                assert "was not among the best of its budget" in trial.user_attrs["reason"]
+                assert "was not among the best for its budget" in trial.user_attrs["reason"]
                 assert trial.user_attrs["samples"] == 10 * reached[trial.number]
             metrics = [0.4 + trial.params["lr"]] * reached[trial.number]
             assert trial.user_attrs[RUNGS] == pytest.approx(metrics), "the sampler learns from it"

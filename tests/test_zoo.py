@@ -22,7 +22,6 @@ TIMM = [
     "test_vit",
     "tf_mobilenetv3_small_minimal_100",  # pads inside its convolutions
     "efficientvit_m0",
-    "swinv2_cr_tiny_ns_224",
 ]
 
 

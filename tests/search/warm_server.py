@@ -46,10 +46,7 @@ WORKER_MODULES = [
     "nipq_search.search.worker.worker",
     "nipq_search.tasks.vision.digits",
 ]
-"""Modules of Ray's workers and of ranks.
-
-Ray is not among them, because it reads some environment variables of a worker at import.
-"""
+"""Modules of Ray's workers and of ranks."""
 COMMAND_MODULES = [
     "mlflow.pytorch",
     "mlflow.tracking",
@@ -69,6 +66,8 @@ COMMAND_MODULES = [
     "nipq_search.search.run",
 ]
 """Additional modules of commands."""
+NO_JOB = "ffffffff"
+"""The job ID of workers that Ray starts before there is a job."""
 PR_SET_PDEATHSIG = 1
 BASE_PATH = [path for path in sys.path[1:] if path]
 """The module search path without the folder of the program."""
@@ -233,6 +232,9 @@ def main() -> None:
     import_all(WORKER_MODULES)
     if os.fork() == 0:
         commands.close()
+        # Ray reads these at import. The client ends with its node, and its worker with the client.
+        os.environ |= {"RAY_JOB_ID": NO_JOB, "RAY_RAYLET_PID": str(os.getpid())}
+        import_all(["ray.tune"])
         serve(programs)
     programs.close()
 

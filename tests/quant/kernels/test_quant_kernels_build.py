@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "search"))
+
+from sweep_helpers import Command  # noqa: E402
 
 from nipq_search.errors import UserError
 from nipq_search.quant.kernels import build
 
 
-def run_apart(code, **environment):
-    """Run Python code in a separate process, because the library is loaded once per process."""
-    return subprocess.run(
-        [sys.executable, "-W", "always", "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=True,
-    )
+@pytest.fixture
+def run_apart(tmp_path_factory):
+    """A function that runs Python code in a new process; the library is loaded once per process.
+
+    The process is forked from one that has imported torch, but has not loaded the library.
+    """
+
+    def run(code, **environment):
+        script = tmp_path_factory.mktemp("apart") / "code.py"
+        script.write_text(code)
+        return Command(script.parent, **environment)(script=script)
+
+    return run
 
 
 USE = """
@@ -35,7 +43,7 @@ print(build.library() is not None, out.detach().double().sum().item())
 """
 
 
-def test_a_machine_without_a_compiler_warns_once_and_computes_the_same(tmp_path):
+def test_a_machine_without_a_compiler_warns_once_and_computes_the_same(tmp_path, run_apart):
     fast = run_apart(USE, XDG_CACHE_HOME=str(tmp_path))
     assert fast.stdout.startswith("True") and not fast.stderr
     assert [path.suffix for path in (tmp_path / "nipq-search").iterdir()] == [".so"]
@@ -52,7 +60,7 @@ def test_a_machine_without_a_compiler_warns_once_and_computes_the_same(tmp_path)
         )
 
 
-def test_a_library_that_was_cut_short_is_built_anew(tmp_path):
+def test_a_library_that_was_cut_short_is_built_anew(tmp_path, run_apart):
     assert run_apart(USE, XDG_CACHE_HOME=str(tmp_path)).stdout.startswith("True")
     (library,) = tmp_path.glob("nipq-search/*.so")
     for size in (3000, 0):
@@ -73,7 +81,7 @@ def no_home():
     raise RuntimeError("Could not determine home directory.")
 
 
-def test_a_compiler_that_fails_is_named(tmp_path):
+def test_a_compiler_that_fails_is_named(tmp_path, run_apart):
     broken = tmp_path / "cc"
     broken.write_bytes(b"#!/bin/sh\necho 'no space left \xff' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -82,7 +90,7 @@ def test_a_compiler_that_fails_is_named(tmp_path):
     assert not list(tmp_path.glob("nipq-search/*"))
 
 
-def test_a_cache_that_cannot_be_written(tmp_path):
+def test_a_cache_that_cannot_be_written(tmp_path, run_apart):
     (tmp_path / "file").write_text("")
     done = run_apart(USE, XDG_CACHE_HOME=str(tmp_path / "file"))
     assert done.stdout.startswith("True")

@@ -23,6 +23,7 @@ from nipq_search.cost.base import (
     sum_terms,
 )
 from nipq_search.cost.budget import Budget
+from nipq_search.cost.reachable import check_reachable
 from nipq_search.errors import UserError
 from nipq_search.quant.graph import Graph
 from nipq_search.quant.insertion.prepare import M, freeze_bits, quant_state, quantizers
@@ -44,33 +45,6 @@ def usage(graph: Graph, bits: Bits, budget: Budget) -> float:
         The ratio of the binding target.
     """
     return max(exact_cost(name, graph, bits) / target for name, target in budget.targets.items())
-
-
-def largest_terms(name: str, graph: Graph) -> str:
-    """Describe the largest parts of the least reachable cost, as in `a: 50 %, b: 20 %`."""
-    terms = get_cost(name).terms(graph, complete_bits(graph, extreme_bits(graph, most=False)))
-    total = sum(float(term) for term in terms.values()) or 1.0
-    largest = sorted(terms.items(), key=lambda item: -float(item[1]))[:3]
-    return ", ".join(f"{layer}: {100 * float(v) / total:.0f} %" for layer, v in largest)
-
-
-def check_reachable(graph: Graph, budget: Budget) -> None:
-    """Check that some choice of allowed bit-widths meets the budget.
-
-    Raises:
-        UserError: a target is below the least reachable cost; the message names the layers that
-            dominate it.
-    """
-    bits = extreme_bits(graph, most=False)
-    for name, target in budget.targets.items():
-        least = exact_cost(name, graph, bits)
-        if least <= target:
-            continue
-        raise UserError(
-            f"{name}: the target {target:,.10g} is below the least reachable cost {least:,.10g} "
-            f"(set by {largest_terms(name, graph)}); raise the target, allow smaller bit-widths, "
-            "or unpin layers"
-        )
 
 
 def error_scales(soft: Mapping[str, float], marginal: Mapping[str, float]) -> dict[str, float]:
@@ -107,13 +81,7 @@ Losses = Mapping[str, Mapping[int, float]]
 
 
 class _Change(NamedTuple):
-    """A change of a unit to its next larger or smaller allowed width.
-
-    Attributes:
-        rate: predicted loss reduction per added cost of a raise, or predicted loss increase per
-            removed excess of a lowering.
-        width: the new width, in bits.
-    """
+    """A change of a unit to its next allowed width: loss per cost or per excess, and the width."""
 
     rate: float
     width: int

@@ -9,7 +9,7 @@ from enum import Enum
 
 from nipq_search.cost import Budget, exact_cost
 from nipq_search.cost.base import get_cost, uniform_bits
-from nipq_search.cost.projection import check_reachable
+from nipq_search.cost.reachable import check_reachable
 from nipq_search.errors import UserError
 from nipq_search.quant.graph import Graph
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from nipq_search.cost import COSTS, exact_cost
 from nipq_search.cost.base import extreme_bits, uniform_bits
-from nipq_search.cost.projection import largest_terms
+from nipq_search.cost.reachable import largest_terms
 from nipq_search.errors import UserError
 from nipq_search.quant import QuantConfig, prepare
 from nipq_search.quant.graph import Graph

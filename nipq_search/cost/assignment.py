@@ -76,7 +76,7 @@ class _Program:
         except ImportError:
             warnings.warn(
                 "scipy is missing: bit-widths are projected by a greedy search, which may miss "
-                "better assignments; pip install scipy",
+                "better assignments; install it with `pip install scipy`",
                 stacklevel=2,
             )
             return None

@@ -84,7 +84,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def run_name(trial: TrialRecord) -> str:
-    """Return the run's name, which sorts by trial number: `trial-003 bops: uniform 4`."""
+    """Return the run's name, such as `trial-003 bops: uniform 4`; sorts by number up to 999."""
     return f"trial-{trial.trial:03d} {trial.budget_label}".strip()[:KEY_LIMIT]
 
 

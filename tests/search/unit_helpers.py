@@ -121,7 +121,7 @@ class Bench:
         return coordinator
 
     def sweep(self, execute: Callable[[Job], JobOutcome] | None = None) -> Coordinator:
-        """Run the sweep to its end and return the coordinator."""
+        """Run the sweep to completion and return the coordinator."""
         coordinator = self.open()
         while isinstance(job := coordinator.next_job(), Job):
             (execute or self.execute)(job)

@@ -33,7 +33,8 @@ _SAVE_THEIR_RESULT = frozenset({"SoftmaxBackward0"})
 
 
 def is_retained(x: Tensor) -> bool:
-    """Whether autograd, the model or the data retain `x` until the backward pass in any case."""
+    """Whether `x` stays in memory until the backward pass even if not saved by the quantizer."""
+    # Without a `grad_fn`, it is a parameter or part of the batch, which are held anyway.
     return x.grad_fn is None or x.grad_fn.name() in _SAVE_THEIR_RESULT
 
 

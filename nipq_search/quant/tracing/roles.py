@@ -55,7 +55,7 @@ class Layer:
 
     @property
     def in_float(self) -> bool:
-        """Whether no operand is quantized."""
+        """Whether the layer stays in float, so that none of its operands is quantized."""
         return bool(self.float_reason)
 
     def operands(self, index: int) -> list[OperandRecord]:
@@ -174,13 +174,17 @@ def weight_value(layer: Layer) -> Tensor:
 
 
 def weight_axis(layer: Layer) -> int | None:
-    """Return the dimension of the output channels in a layer's weight, or None."""
+    """Return the output-channel dimension of the weight of a layer that has one.
+
+    It is None if the operation declares none, or if the weight has fewer than two dimensions.
+    """
     op = layer.call.op
     assert op is not None
-    place = op.second if layer.weight == 1 else op.first
-    axis = place.axis if place is not None else None
-    value = weight_value(layer)
-    return None if axis is None or value.dim() < 2 else axis % value.dim()
+    spec = op.second if layer.weight == 1 else op.first
+    dimensions = weight_value(layer).dim()
+    if spec is None or spec.axis is None or dimensions < 2:
+        return None
+    return spec.axis % dimensions
 
 
 def stored_elements(value: Tensor) -> int:

@@ -257,7 +257,7 @@ def parameter_locations(model: nn.Module) -> list[ParameterLocation]:
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a tensor, a tuple or a mapping as positional and keyword arguments of a call."""
+    """Convert a tensor, tuple or mapping to the positional and keyword arguments of a call."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, (tuple, list)):

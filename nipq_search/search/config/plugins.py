@@ -75,7 +75,7 @@ def plugin_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[st
 
 
 def installed_plugins() -> Iterator[tuple[str, Plugin]]:
-    """Yield every entry that an installed package provides, with its plug-in, importing none."""
+    """Yield `FAMILY.NAME` and the description of every installed plug-in, without importing it."""
     for family, registry in FAMILIES.items():
         for plugin in registry.plugins():
             yield f"{family}.{plugin.name}", plugin

@@ -92,9 +92,11 @@ def bits_space(graph: Graph) -> dict[str, BaseDistribution]:
         allowed = graph.tensors[unit].allowed
         if len(allowed) < 2:
             continue
-        whole = allowed == tuple(range(allowed[0], allowed[-1] + 1))
+        consecutive = allowed == tuple(range(allowed[0], allowed[-1] + 1))
         found[BITS + unit] = (
-            IntDistribution(allowed[0], allowed[-1]) if whole else CategoricalDistribution(allowed)
+            IntDistribution(allowed[0], allowed[-1])
+            if consecutive
+            else CategoricalDistribution(allowed)
         )
     return found
 

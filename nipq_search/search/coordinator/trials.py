@@ -59,7 +59,7 @@ class Trials:
         make_job: Callable[..., Job],
         limit_reached: Callable[[], bool],
     ) -> None:
-        """Bind to a study; nothing is read or written before `reconcile`."""
+        """Store the arguments; `reconcile` is the first to read or write."""
         self.config, self.resolved, self.ledger, self.out = config, resolved, ledger, out
         self.make_job, self.limit_reached = make_job, limit_reached
         self.strategy = STRATEGIES[config.search.strategy]()

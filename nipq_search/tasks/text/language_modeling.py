@@ -50,7 +50,7 @@ class TokenPredictor(nn.Module):
         self.options = options
 
     def forward(self, input_ids: Tensor, *, hidden: bool = False) -> Any:
-        """Return the logits (B, L, V); with `hidden`, also the hidden states (B, L, H)."""
+        """Return the logits (B, L, V); with `hidden`, also a tuple of hidden states (B, L, H)."""
         output = self.model(
             input_ids=input_ids, output_hidden_states=hidden, return_dict=True, **self.options
         )

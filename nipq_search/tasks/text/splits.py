@@ -66,7 +66,7 @@ class TextSplits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabeledTexts:
-    """Rows by split, the classes in order, and the number of dropped rows by reason."""
+    """Rows by split, class names by label index, and the number of dropped rows by reason."""
 
     rows: Mapping[str, Sequence[Row]]
     classes: tuple[str, ...]

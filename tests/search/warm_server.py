@@ -3,7 +3,7 @@
 Importing torch, Ray, Optuna and MLflow takes longer than the actual work of most tests.
 Each fork is a real process in a session of its own, with its own environment, folder and output;
 only its imports are already done. There are two clients: `sweep_helpers.Command` for commands,
-`warm_start/sitecustomize.py` for Ray's workers and the ranks of a training run.
+`warm_start/sitecustomize.py` for Ray's processes and the ranks of a training run.
 
 Protocol, over a Unix socket: a request is one JSON line with `argv`, `cwd` and `environment`, and
 three file descriptors; the reply consists of two lines, the process ID and the exit status as
@@ -109,19 +109,11 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
 
 
 def run(request: dict[str, Any]) -> int:
-    """Run the command, or a script instead, and return the exit status."""
-    if request.get("program"):
-        return run_program(request["argv"])
-    argv, script = request["argv"], request["script"]
-    sys.argv = [script or os.path.join(os.path.dirname(sys.executable), "nipq-search"), *argv]
-    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    """Run the requested command, script or Python program, and return the exit status."""
     try:
-        if script is None:
-            from nipq_search.cli import main
-
-            return main()
-        runpy.run_path(script, run_name="__main__")
-        return 0
+        if request.get("program"):
+            return run_program(request["argv"])
+        return run_command(request["argv"], request["script"])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -129,31 +121,37 @@ def run(request: dict[str, Any]) -> int:
         return 1
 
 
+def run_command(argv: list[str], script: str | None) -> int:
+    """Run `nipq-search ARGV`, or a script instead, and return the exit status."""
+    sys.argv = [script or os.path.join(os.path.dirname(sys.executable), "nipq-search"), *argv]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    if script is None:
+        from nipq_search.cli import main
+
+        return main()
+    runpy.run_path(script, run_name="__main__")
+    return 0
+
+
 def run_program(argv: list[str]) -> int:
-    """Run `python ARGV` for one of Ray's workers or a module, and return the exit status."""
+    """Run `python ARGV`, one of Ray's programs or a module, and return the exit status."""
     while argv[0].startswith("-") and argv[0] != "-m":
         argv = argv[1:]
     if argv[0].endswith("setup_worker.py"):
         argv = set_up_worker(argv[1:])
     search = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [path for path in search if path]
-    try:
-        if argv[0] == "-m":
-            sys.argv = argv[1:]
-            sys.path.insert(0, os.getcwd())
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # the module is imported already
-                runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = argv
-            sys.path.insert(0, os.path.dirname(argv[0]))
-            runpy.run_path(argv[0], run_name="__main__")
-        return 0
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        sys.path.insert(0, os.getcwd())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the module is imported already
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        sys.path.insert(0, os.path.dirname(argv[0]))
+        runpy.run_path(argv[0], run_name="__main__")
+    return 0
 
 
 def set_up_worker(argv: list[str]) -> list[str]:

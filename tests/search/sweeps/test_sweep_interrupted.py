@@ -20,28 +20,36 @@ from sweep_helpers import (
     reach,
     result,
     states,
+    wait_for,
     write_sweep,
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 MODULE = '''
-import os
 import time
+from pathlib import Path
 
 from nipq_search.tasks.vision.digits import Digits
 
 
 class Held(Digits):
-    """Digits whose evaluation waits while a certain file exists."""
+    """Digits that waits, in the attempt named in a file, once that attempt has two epochs."""
 
     def __init__(self, *, hold):
         super().__init__(width=4)
-        self.hold = hold
+        self.hold = Path(hold)
 
     def evaluate(self, model, split):
-        while os.path.exists(self.hold):
+        while self.is_held():
             time.sleep(0.02)
         return super().evaluate(model, split)
+
+    def is_held(self):
+        try:
+            attempt = Path(self.hold.read_text())
+            return (attempt / "curve.jsonl").read_text().count("\\n") >= 2
+        except FileNotFoundError:
+            return False
 '''
 TRIALS, EPOCHS = 3, 8
 LONG: dict[str, Any] = {
@@ -49,6 +57,8 @@ LONG: dict[str, Any] = {
     "train__epochs": EPOCHS,
     "resources__concurrent": 1,
 }
+POLL_SECONDS = 0.5
+"""The longest interval in which a training process looks for a stop request."""
 
 
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
@@ -73,7 +83,7 @@ def listening(pid: int) -> list[str]:
 
 
 def held_sweep(folder: Path) -> Command:
-    """Write a sweep whose trials are long enough to be interrupted; `folder/hold` blocks them."""
+    """Write a sweep with trials to interrupt; `folder/hold` has the path of the held attempt."""
     (folder / "my_module.py").write_text(MODULE)
     arguments = {"hold": str(folder / "hold")}
     write_sweep(folder, task="my_module:Held", task_args=arguments, **LONG)
@@ -103,13 +113,15 @@ def test_a_sweep_that_is_interrupted_three_times_ends_with_the_same_models(
 
     def interrupt(trial: int, attempt: int, how: Callable[[int], Any]) -> None:
         """Run until a trial is in the middle of an attempt, then interrupt the driver."""
+        folder = out / "trials" / str(trial) / f"attempt-{attempt}"
+        hold.write_text(str(folder))
         process = command.popen(*command.arguments())
         with ended(process):
-            folder = out / "trials" / str(trial) / f"attempt-{attempt}"
             reach(process, lambda: len(epochs(folder)) >= 2, "2 epochs")
-            hold.touch()
             asked = time.monotonic()
             how(process.pid)
+            wait_for((out / "stop.request").exists, "a stop request")
+            time.sleep(POLL_SECONDS)
             hold.unlink()
             _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
@@ -153,14 +165,16 @@ def test_a_sweep_that_is_interrupted_three_times_ends_with_the_same_models(
 def test_a_trial_whose_worker_is_killed_ends_with_the_same_model(
     tmp_path: Path, undisturbed: list[str]
 ) -> None:
-    command, out = held_sweep(tmp_path), tmp_path / "out"
+    command, out, hold = held_sweep(tmp_path), tmp_path / "out", tmp_path / "hold"
+    folder = out / "trials" / "1" / "attempt-1"
+    hold.write_text(str(folder))
     process = command.popen(*command.arguments())
     with ended(process):
-        folder = out / "trials" / "1" / "attempt-1"
-        reach(process, lambda: len(epochs(folder)) >= 3, "3 epochs")
+        reach(process, lambda: len(epochs(folder)) >= 2, "2 epochs")
         found = [address for pid in command.processes() for address in listening(pid)]
         assert len(found) > 4 and set(found) <= LOOPBACK, "Ray's processes listen on loopback only"
         os.kill(json.loads((folder / "started.json").read_text())["pid"], signal.SIGKILL)
+        hold.unlink()
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert states(out) == ["COMPLETE"] * TRIALS

@@ -52,7 +52,11 @@ def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
     Raises:
         RuntimeError: the server stopped or did not respond in time; the message has its output.
     """
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {
+        **os.environ,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # would start additional processes
+    }
     address = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(

@@ -55,6 +55,7 @@ class Tracking:
             **{k: v for k, v in os.environ.items() if not k.startswith(("NIPQ_", "MLFLOW_"))},
             "MLFLOW_BACKEND_STORE_URI": database.replace("postgresql:", "postgresql+psycopg:"),
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # would start additional processes
         }
         self.process: subprocess.Popen[bytes] | None = None
         self.start()

@@ -40,6 +40,7 @@ def mlflow_ui(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     environment["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # would start more processes
     with (folder.parent / "ui.log").open("wb") as log:
         process = subprocess.Popen(
             command,

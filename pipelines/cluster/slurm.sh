@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A sweep in one Slurm job: sbatch pipelines/cluster/slurm.sh SWEEP.yaml FOLDER
-# The folder must be on a file system shared by all nodes. The same command resumes the sweep.
+# The folder must be on a file system shared by all nodes. Submitting the same command again
+# resumes the sweep.
 #SBATCH --job-name=nipq-search
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -4,10 +4,10 @@
 
 The plan specifies a pipeline, a budget, seeds, and variants as overrides of the pipeline in the
 form of `--set`. For each seed, one float model is trained, from which all variants start.
-The columns contain the mean metrics on the validation and test splits, and the differences on the
-test split from the float model and from the first variant, as paired means with a 95 % interval
-(Student's t over seeds). Use the validation metric for selection. Finished training runs are kept
-in the JSON file and are not repeated.
+The columns of the table contain the mean metrics on the validation and test splits, and the mean
+differences on the test split from the float model and from the first variant, paired by seed, with
+a 95 % interval (Student's t over seeds). Use the validation metric for selection. Finished
+training runs are kept in the JSON file and are not repeated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run: a variant, or the float model, with one seed."""
+    """One training run: a variant, or the float model, with one seed.
+
+    Attributes:
+        plan: the plan.
+        name: name of the variant, or `float`.
+        seed: seed of the training run.
+        folder: folder of the trained model.
+    """
 
     plan: dict[str, Any]
     name: str
@@ -139,6 +146,10 @@ def pending(
         plan: the plan.
         done: name and seed of each finished run.
         folder: folder of the models.
+
+    Returns:
+        Two stages: the runs of the float models, which must finish first, and those of the
+        variants.
     """
     known = set(done)
 

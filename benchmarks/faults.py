@@ -3,9 +3,9 @@
     git clone . ../planted
     python benchmarks/faults.py --faults benchmarks/faults.yaml --tree ../planted --json found.json
 
-Run it before and after a change to the test suite: every fault that was found before must still be
-found. For each fault, the tests listed in `faults.yaml` run first, then the other tests of its
-layer and the remaining tests, until one fails.
+Run this script before and after a change to the test suite: every fault that was found before must
+still be found. For each fault, the tests listed in `faults.yaml` run first, then the other tests
+of the fault's layer and the remaining tests, until one fails.
 """
 
 from __future__ import annotations
@@ -112,7 +112,18 @@ def run_pytest(path: str, done: Sequence[str], tree: Path, minutes: float) -> st
 
 
 def find(fault: Fault, tests: Sequence[str], more: Sequence[str], options: Any) -> dict[str, Any]:
-    """Run tests with a planted fault until one fails, and return a record of the result."""
+    """Run tests with a planted fault until one fails, and return a record of the result.
+
+    Args:
+        fault: the fault.
+        tests: paths of the tests that run first.
+        more: paths of the tests that run afterwards.
+        options: the command line; `tree` and `minutes` are used.
+
+    Returns:
+        The ID of the fault, the test that found it (None if all tests passed), the start of that
+        test's message, and the wall time in seconds.
+    """
     began, found, done = time.monotonic(), None, list[str]()
     with planted(fault, options.tree):
         for path in dict.fromkeys([*tests, *more]):

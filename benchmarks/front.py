@@ -58,7 +58,7 @@ MANY = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """One method, or the float model, with one seed."""
+    """One method, or the float model, with one seed; it corresponds to one sweep."""
 
     plan: Mapping[str, Any]
     method: str
@@ -102,8 +102,8 @@ def job_of(unit: Unit, config: SweepConfig, kind: str, number: int = 0, **more: 
     Args:
         unit: method and seed.
         config: configuration of the sweep.
-        kind: kind of the job.
-        number: number of the job.
+        kind: `float`, `trial` or `test`.
+        number: number of the trial; 0 for other kinds.
         more: further fields of `Job`.
     """
     return Job(
@@ -232,7 +232,11 @@ def ever_on_front(points: list[dict[str, Any]], mode: str) -> Iterator[int]:
 
 
 def read_test(unit: Unit, config: SweepConfig, trials: list[int]) -> None:
-    """Evaluate trials on the test split, as a sweep does for its front."""
+    """Evaluate the trials with the given numbers on the test split, as a sweep does for its front.
+
+    Raises:
+        RuntimeError: the evaluation failed.
+    """
     wanted = []
     for number in trials:
         record = jobs.committed(job_folder(unit.folder, "trial", number)) or {}
@@ -246,8 +250,8 @@ def read_plan(file: Path, quick: bool, parts: bool = False) -> dict[str, Any]:
 
     Args:
         file: the YAML file.
-        quick: whether to use the quick size.
-        parts: whether to add the methods in `parts`.
+        quick: whether to apply the overrides in `quick`, which shorten the benchmark for tests.
+        parts: whether to add the methods in `parts`, which are ablations of the default.
     """
     plan = yaml.safe_load(file.read_text())
     short, more = plan.pop("quick", {}), plan.pop("parts", {})

@@ -34,7 +34,7 @@ def volume(run: Run, samples: float, split: str = "test") -> float:
     Args:
         run: the result of a method and seed.
         samples: number of samples after which points are ignored.
-        split: `validation` or `test`.
+        split: `validation` or `test`; points are selected on the validation split either way.
     """
     best, given = run["float"][split], run.get("reference")
     found = hypervolume(
@@ -48,7 +48,7 @@ def volume(run: Run, samples: float, split: str = "test") -> float:
 
 
 def curve(run: Run, allowance: float) -> list[tuple[float, float]]:
-    """Return pairs of samples and test hypervolume, one pair for every finished trial."""
+    """Return the test hypervolume after each finished trial, as pairs (samples, hypervolume)."""
     ends = [p["ended_at"] for p in kept(run, allowance)]
     return [(end, volume(run, end)) for end in ends]
 
@@ -78,7 +78,7 @@ def accuracy_at(run: Run, budget: float, allowance: float) -> float | None:
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean, and its 95 % percentile interval over resampled seeds."""
+    """Return the mean and the limits of its 95 % percentile interval over resampled seeds."""
     generator = random.Random(0)
     means = sorted(
         statistics.fmean(generator.choices(differences, k=len(differences)))

@@ -3,8 +3,8 @@
     python benchmarks/orchestration.py --json benchmarks/results/orchestration.json
 
 Trials are stubs that write records as workers do; the searcher, strategy, sampler, ledger, tables
-and MLflow are real. Parts that have finished are not repeated. The benchmark has four parts, each
-of which is a key of the JSON file:
+and MLflow are real. The benchmark has four parts, each of which is a key of the JSON file. Parts
+whose results are in that file are not repeated.
 
     growth      trials in virtual time: CPU time of the driver and latencies around trials 100,
                 1,000 and 10,000
@@ -73,7 +73,17 @@ def config_of(trials: int, concurrent: int) -> SweepConfig:
 def stub(
     job: Job, task: Any, report: Callable[[dict[str, Any]], None], seconds: float = 0
 ) -> JobOutcome:
-    """Write the attempt, curve, model and record as a worker does, without training."""
+    """Write the attempt, curve, model and record as a worker does, without training.
+
+    Args:
+        job: the job.
+        task: ignored.
+        report: ignored.
+        seconds: duration of the job.
+
+    Returns:
+        The outcome, COMPLETE.
+    """
     attempt = jobs.open_attempt(job)
     time.sleep(seconds)
     point = {"epoch": 1, "step": 9, "phase": "tuning", "timestamp": time.time()}
@@ -154,7 +164,17 @@ class Clock:
 
 
 def growth(folder: Path, trials: int, slots: int) -> list[dict[str, float]]:
-    """Return the driver's CPU time and latencies in windows up to 100, 1,000 and 10,000 trials."""
+    """Measure the driver's CPU time and latencies around trials 100, 1,000 and 10,000.
+
+    Args:
+        folder: the folder in which the sweep is stored.
+        trials: number of trials; windows beyond it are omitted.
+        slots: number of concurrent trials.
+
+    Returns:
+        For each window, which is the last fifth of the trials up to its end, the number of trials
+        at its end, the CPU time per trial, and the median latency of each call, in milliseconds.
+    """
     clock = Clock()
     executor = VirtualExecutor(slots, clock.work, lambda job: 60 + 20 * seed_for(job.seed) / 2**31)
     with clock.timed():

@@ -50,6 +50,9 @@ def reference(x: Tensor, boundary: Boundary, step: int) -> Tensor:
         x: the tensor.
         boundary: its truncation boundary.
         step: ignored.
+
+    Returns:
+        The tensor with noise, truncated at the boundary; same shape as `x`.
     """
     range_ = boundary.range(x.dim())
     with torch.no_grad():
@@ -69,6 +72,9 @@ def diffq(x: Tensor, boundary: Boundary, step: int) -> Tensor:
         x: the tensor.
         boundary: ignored.
         step: ignored.
+
+    Returns:
+        The tensor with noise; same shape as `x`.
     """
     span = x.max() - x.min()
     return x + span / (2**BITS - 1) * (torch.rand_like(x) - 0.5)
@@ -174,6 +180,10 @@ def measure(shape: tuple[int, ...], device: str, repeats: int) -> list[dict[str,
         shape: shape of the tensor.
         device: `cpu` or `cuda`.
         repeats: number of timed runs.
+
+    Returns:
+        One row per quantizer: median time in milliseconds, its ratio to `clone`, and the extra
+        memory in multiples of the input.
     """
     case, found = Case(shape, device), kinds(device)
     slow = {"NIPQ, histogram and multinomial"}

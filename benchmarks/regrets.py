@@ -2,9 +2,9 @@
 
     python benchmarks/regrets.py --page docs/front-quality.md
 
-With `fill`, some training runs are short and score lower for that reason alone. Each variant
-passes different regrets to the sampler; seeds are paired. The criterion is the true metric of the
-best full training run of each budget.
+With `fill`, some training runs are short and score lower for that reason alone. Each variant of
+the correction passes different regrets to the sampler; all variants use the same seeds. The
+criterion is the true metric of the best-scoring full training run of each budget.
 """
 
 from __future__ import annotations
@@ -101,8 +101,11 @@ def searched(seed: int, rate: float, trials: int) -> float:
 
     Args:
         seed: seed of the study and of the noise.
-        rate: the best learning rate.
+        rate: the best learning rate of the surrogate.
         trials: number of trials.
+
+    Returns:
+        The mean, without the noise with which the sampler observes the metric.
     """
     generator = random.Random(seed)
     study = optuna.create_study(directions=["maximize", "minimize"])

@@ -47,7 +47,16 @@ def metric(budget: int, params: dict[str, Any]) -> float:
 
 
 def searched(sampler: str, seed: int, sign: int = 1) -> float:
-    """Run a search; return the true metric of the best-scoring trials, averaged over budgets."""
+    """Run a search; return the true metric of the best-scoring trials, averaged over budgets.
+
+    Args:
+        sampler: name of a registered sampler.
+        seed: seed of the sampler and of the noise that is added to the metric.
+        sign: 1 if the study maximizes the metric; -1 if it minimizes the negated metric.
+
+    Returns:
+        The mean metric, without noise and with its original sign.
+    """
     noise = random.Random(seed)
     study = optuna.create_study(directions=["maximize" if sign > 0 else "minimize", "minimize"])
     ledger = Ledger(study, space=SPACE, sampler=sampler, seed=seed)
@@ -68,13 +77,31 @@ SHARES = (1 / 9, 1 / 3, 1.0)
 
 
 def early(budget: int, params: dict[str, Any], share: float) -> float:
-    """Return the metric after part of a training run, which favors a higher learning rate."""
+    """Return the metric after part of a training run, which favors a higher learning rate.
+
+    Args:
+        budget: index of the budget.
+        params: hyperparameters of the trial.
+        share: fraction of the training completed, from 0 to 1.
+
+    Returns:
+        The metric without noise; for a share of 1, that of `metric`.
+    """
     rate = {**params, "lr": params["lr"] / math.exp(1 - share)}
     return metric(budget, rate) - 0.1 * (1 - share)
 
 
 def halved(with_rungs: bool, seed: int, allowance: float = 24) -> float:
-    """Run successive halving for `allowance` full training runs; return the same as `searched`."""
+    """Run successive halving; return the true metric of the best trials, averaged over budgets.
+
+    Args:
+        with_rungs: whether the sampler receives the metrics at rungs.
+        seed: seed of the sampler and of the noise that is added to the metric.
+        allowance: total amount of training, in full training runs.
+
+    Returns:
+        The mean metric, without noise, of the best-scoring finished trials.
+    """
     noise = random.Random(seed)
     study = optuna.create_study(directions=["maximize", "minimize"])
     ledger = Ledger(study, space=SPACE, sampler="tpe", seed=seed)

@@ -14,7 +14,7 @@ from torch import nn
 
 Made = tuple[str, nn.Module, Any]
 CACHE = Path(__file__).parent / "timm_smallest.json"
-"""Cache of the smallest model of each family, for one version of timm."""
+"""Cache of the smallest model of each family, computed with one version of timm."""
 
 
 def _smallest() -> dict[str, str]:

@@ -86,7 +86,13 @@ def browser() -> Iterator[BrowserContext]:
 
 
 def take_report(context: BrowserContext, folder: Path, out: Path) -> None:
-    """Take a screenshot of the top of the report, and one of its Pareto figure alone."""
+    """Take a screenshot of the top of the report, and one of its Pareto figure alone.
+
+    Args:
+        context: the browser.
+        folder: folder of the sweep; without `report.html`, a note is printed instead.
+        out: folder of the screenshots.
+    """
     path = folder / "report.html"
     if not path.is_file():
         print(f"{path} is missing; run `nipq-search report {folder}`", file=sys.stderr)
@@ -101,7 +107,16 @@ def take_report(context: BrowserContext, folder: Path, out: Path) -> None:
 
 
 def take_mlflow(context: BrowserContext, folder: Path, out: Path) -> None:
-    """Take screenshots of the table of runs, the charts, and the comparison of finished trials."""
+    """Take screenshots of the table of runs, the charts, and the comparison of finished trials.
+
+    Args:
+        context: the browser.
+        folder: folder of the sweep, which must contain `mlflow.db`.
+        out: folder of the screenshots.
+
+    Raises:
+        RuntimeError: MLflow's server does not respond.
+    """
     port = free_port()
     with serve(mlflow_command(port), port, folder) as address:
         found = _mlflow(address, "experiments/search", {"max_results": 100})["experiments"]
@@ -130,7 +145,16 @@ def take_mlflow(context: BrowserContext, folder: Path, out: Path) -> None:
 
 
 def take_optuna(context: BrowserContext, folder: Path, out: Path) -> None:
-    """Take screenshots of the study and its Pareto front, and of the hyperparameter analysis."""
+    """Take screenshots of the study and its Pareto front, and of the hyperparameter analysis.
+
+    Args:
+        context: the browser.
+        folder: folder of the sweep; without a study file, a note is printed instead.
+        out: folder of the screenshots.
+
+    Raises:
+        RuntimeError: optuna-dashboard's server does not respond.
+    """
     study = next((name for name in ("study.log", "study.db") if (folder / name).is_file()), None)
     if study is None:
         print(f"no study.log or study.db in {folder}; skipping Optuna", file=sys.stderr)
@@ -145,7 +169,13 @@ def take_optuna(context: BrowserContext, folder: Path, out: Path) -> None:
 
 
 def take_ray(context: BrowserContext, address: str, out: Path) -> None:
-    """Take screenshots of Ray's dashboard: the cluster and its actors."""
+    """Take screenshots of Ray's dashboard: the cluster and its actors.
+
+    Args:
+        context: the browser.
+        address: URL of the dashboard.
+        out: folder of the screenshots.
+    """
     for name in ("cluster", "actors"):
         take(context, f"{address.rstrip('/')}/#/{name}", out / f"ray-{name}.png")
 
@@ -180,7 +210,7 @@ def take(
 
 
 def _compare_validation(page: Page) -> None:
-    """Show the cost and the validation metric, instead of the default, as parallel coordinates."""
+    """Replace the default metrics of the parallel coordinates with cost and validation metric."""
     page.set_default_timeout(5_000)
     box = page.get_by_role("combobox").nth(1)
     box.click()
@@ -192,7 +222,13 @@ def _compare_validation(page: Page) -> None:
 
 
 def save(page: Page, path: Path, shoot: Callable[..., bytes] | None = None) -> None:
-    """Save a screenshot of a page, or of a part of it, and print its size."""
+    """Save a screenshot of a page, or of a part of it, and print the size of the file.
+
+    Args:
+        page: the page.
+        path: file of the screenshot.
+        shoot: function that takes the screenshot; by default, that of the page.
+    """
     size = len((shoot or page.screenshot)(path=path, animations="disabled"))
     note = "" if size <= LARGEST_BYTES else f" (more than {LARGEST_BYTES // 1000} kB)"
     print(f"{path}: {size // 1000} kB{note}")

@@ -20,7 +20,7 @@ STOP_SECONDS = 20.0
 
 
 def free_port() -> int:
-    """Return an unused port of this machine."""
+    """Return a TCP port that is currently unused on the loopback interface."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         return int(unused.getsockname()[1])
@@ -43,14 +43,15 @@ def serve(command: Sequence[str], port: int, folder: Path) -> Iterator[str]:
 
     Args:
         command: the command line of the server.
-        port: the port on which it listens.
-        folder: its working directory.
+        port: the port on which the server listens.
+        folder: the working directory of the server.
 
     Yields:
         The address of the server.
 
     Raises:
-        RuntimeError: the server stopped or did not respond in time; the message has its output.
+        RuntimeError: the server exited or did not respond in time; the message contains its
+            output.
     """
     environment = {
         **os.environ,

@@ -2,8 +2,9 @@
 
     python benchmarks/storms.py --json benchmarks/results/storms.json --page docs/cluster.md
 
-A storm is one such sweep, whose failures are determined by its seed. `tests/cluster/test_storms.py`
-runs a single storm. Seeds that have finished without a problem are not repeated.
+A storm is one such sweep, whose failures are determined by its seed. The test in
+`tests/cluster/test_storms.py` runs a single storm. Seeds that have finished without a problem are
+not repeated.
 """
 
 from __future__ import annotations

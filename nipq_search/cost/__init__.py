@@ -2,7 +2,8 @@
 
 Start reading in `base.py`: a cost is a single formula, evaluated exactly on integer bit-widths
 (`exact_cost`) and differentiably on learned ones (`cost_estimate`). `projection.py` and
-`assignment.py` solve the projection. Imports `quant`; requires only torch, numpy and scipy.
+`assignment.py` implement the projection. This layer imports `quant` and requires only torch, numpy
+and scipy.
 """
 
 from nipq_search.cost import activations, bops, mean_bits, size

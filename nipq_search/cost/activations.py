@@ -9,7 +9,7 @@ from nipq_search.quant.graph import Graph
 
 
 def activation_terms(graph: Graph, bits: Bits) -> dict[str, Any]:
-    """Return the bytes of each layer input and of each residual sum.
+    """Return the bytes per sample of each activation that layers consume and each residual sum.
 
     Residual sums count as 32 bits per element unless they are quantized.
     """

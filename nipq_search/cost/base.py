@@ -64,7 +64,7 @@ def get_cost(name: str) -> Cost:
     """Return the cost registered as `name`.
 
     Raises:
-        UserError: no cost has this name, or its plug-in cannot be used.
+        UserError: no cost has this name, or the plug-in that provides the cost cannot be used.
     """
     return COSTS[name]
 
@@ -82,8 +82,8 @@ def complete_bits(graph: Graph, bits: Bits) -> dict[str, Any]:
 def exact_cost(name: str, graph: Graph, bits: Bits) -> float:
     """Return the exact cost, the value that is reported and compared with budgets.
 
-    Fractional widths are accepted for budgets such as `uniform 2.5`; only the cost of integer
-    widths is rounded up to whole units.
+    Fractional widths are accepted, for budgets such as `uniform 2.5`. Only at integer widths is a
+    cost with `whole` rounded up to an integer.
 
     Args:
         name: a registered cost.
@@ -100,7 +100,7 @@ def exact_cost(name: str, graph: Graph, bits: Bits) -> float:
     value = float(cost.combine(cost.terms(graph, complete_bits(graph, bits))))
     if cost.whole and all(float(b).is_integer() for b in bits.values()):
         return math.ceil(value)
-    # Rounding to 12 digits makes the mean of equal widths exactly that width.
+    # Rounding to 12 digits makes the mean of equal widths exactly equal to the common width.
     return value if cost.whole else float(f"{value:.12g}")
 
 
@@ -111,7 +111,11 @@ def exact_costs(model: nn.Module) -> dict[str, float]:
 
 
 def cost_estimate(name: str, model: nn.Module) -> Tensor:
-    """Return the cost at the soft bit-widths as a differentiable scalar, for use in the loss."""
+    """Return the cost at the soft bit-widths as a differentiable scalar, for use in the loss.
+
+    Raises:
+        UserError: the cost is not registered.
+    """
     cost = get_cost(name)
     soft = {tensor: quantizer.bits.soft() for tensor, quantizer in quantizers(model).items()}
     graph = quant_state(model).graph

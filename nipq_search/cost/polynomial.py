@@ -14,7 +14,7 @@ Monomial = tuple[str, ...]
 
 
 class Polynomial:
-    """A sum of monomials with coefficients, some of which may be zero."""
+    """A sum of monomials, each with a coefficient, which may be zero."""
 
     def __init__(self, terms: Mapping[Monomial, float]) -> None:
         """Copy the coefficients."""
@@ -79,7 +79,7 @@ def polynomial(value: Any) -> Polynomial:
     """Convert a number to a constant polynomial; return a polynomial unchanged.
 
     Raises:
-        TypeError: `value` is neither.
+        TypeError: `value` is neither a number nor a polynomial.
     """
     return value if isinstance(value, Polynomial) else Polynomial({(): float(value)})
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
     """Return a row per layer: name, kind, macs, weight_bits, activation_bits, bops, weight_bytes.
 
-    Each row also contains `second_activation_bits`, for the other operand of a product of two
-    activations, and `why`, the reason if the layer stays in floating point. Bit-widths are None
-    for missing and floating-point operands; raw uint8 input counts as 8 bits. The bytes of a
-    weight that several layers share are listed only in the row of the first.
+    Each row also contains `second_activation_bits`, the bit-width of the second operand of a
+    product of two activations, and `why`, the reason why a layer stays in floating point.
+    Bit-widths are None for missing and floating-point operands; raw uint8 input counts as 8 bits.
+    The bytes of a weight that several layers share are listed only in the row of the first layer.
     """
     complete: Mapping[str, Any] = complete_bits(graph, bits)
     bops = bops_terms(graph, complete)

@@ -90,7 +90,7 @@ class _Change(NamedTuple):
 class _Projection:
     """Projects bit-widths onto a budget.
 
-    It runs the solver, falls back to greedy descent if that fails, and ends with greedy ascent.
+    Runs the solver, falls back to greedy descent if the solver fails, and ends with greedy ascent.
     """
 
     def __init__(self, graph: Graph, budget: Budget, losses: Losses) -> None:
@@ -142,10 +142,10 @@ class _Projection:
         return self.losses[name][after] - self.losses[name][before]
 
     def solve(self, start: Mapping[str, int]) -> dict[str, int]:
-        """Return the best widths that satisfy the guarantee of this module.
+        """Return the widths with the least loss that satisfy the guarantee of this module.
 
-        Tensors that contribute to no budgeted cost keep their width in `start`. If the solver
-        fails, the widths are searched greedily from `start`.
+        Tensors that contribute to no budgeted cost keep their width in `start`, unless less than
+        97 % of a target is used. If the solver fails, a greedy search begins at `start`.
         """
         program = Assignment(self.graph, self.budget, self.losses, self.unit)
         bits = self.complete(start, program.min_loss())
@@ -185,7 +185,7 @@ class _Projection:
         return self.partners[name] if self.additive else set(self.allowed)
 
     def descend(self, bits: dict[str, int]) -> None:
-        """Lower one unit at a time, by least loss increase per removed excess, to meet budgets."""
+        """Lower the unit with the least loss increase per removed excess until the budget is met."""
         changes: dict[str, _Change] = {}
         outdated = set(self.allowed)
         previous: set[str] = set()  # costs that exceeded their targets
@@ -206,7 +206,8 @@ class _Projection:
                 name = min(changes, key=lambda n: (changes[n].rate, n))
                 width = changes[name].width
             else:
-                # Rounding costs up hides the savings from tiny tensors: lower the widest unit.
+                # Costs are rounded up, so narrowing a tiny tensor may not reduce any of them.
+                # Lower the widest unit instead.
                 lower = {n: self.neighbor(bits, n, up=False) or 0 for n in self.allowed}
                 name = max(lower, key=lambda n: (lower[n], n))
                 width = lower[name]
@@ -216,7 +217,7 @@ class _Projection:
     def ascend(self, bits: dict[str, int], include_costless: bool) -> None:
         """Raise one unit at a time, by largest loss reduction per added cost, while any fits.
 
-        A raise that does not fit now cannot fit later, since costs never decrease here.
+        A raise that does not fit now cannot fit later, since raises never decrease a cost.
 
         Args:
             bits: widths by tensor; changed in place.

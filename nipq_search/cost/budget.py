@@ -84,7 +84,7 @@ def cost_penalty(model: nn.Module, budget: Budget, beta: float = BETA) -> Tensor
     """Return the two-sided smooth L1 penalty on cost / target at the soft bit-widths.
 
     Follows NIPQ, section 5, with costs replaced by ratios. With several targets, only the largest
-    ratio counts. The penalty is two-sided because a one-sided penalty leaves part of the
+    ratio counts. The penalty is two-sided because a one-sided penalty would leave part of the
     budget unused.
 
     Args:
@@ -94,6 +94,9 @@ def cost_penalty(model: nn.Module, budget: Budget, beta: float = BETA) -> Tensor
 
     Returns:
         A scalar, differentiable in the bit-widths, to be scaled by the regularization strength.
+
+    Raises:
+        UserError: the model is not prepared.
 
     Example:
         >>> import nipq_search as ns

@@ -185,7 +185,7 @@ class _Projection:
         return self.partners[name] if self.additive else set(self.allowed)
 
     def descend(self, bits: dict[str, int]) -> None:
-        """Lower the unit with the least loss increase per removed excess until the budget is met."""
+        """Lower the unit with the least loss increase per removed excess until none is left."""
         changes: dict[str, _Change] = {}
         outdated = set(self.allowed)
         previous: set[str] = set()  # costs that exceeded their targets

@@ -57,8 +57,8 @@ class WeightConfig:
     Attributes:
         bits: allowed bit-widths in bits, each from 2 to 16; gaps are permitted.
         granularity: one truncation boundary per output channel, or one per tensor.
-        start: initial boundary: the absolute maximum, or the boundary at or below it that
-            minimizes the mean squared error of 4-bit rounding.
+        start: initial boundary: `absmax` for the absolute maximum, or `mse` for the boundary at or
+            below the maximum that minimizes the mean squared error of 4-bit rounding.
 
     Example:
         >>> from nipq_search import WeightConfig
@@ -97,8 +97,8 @@ class ActivationConfig:
             of both signs use an affine grid, because a signed grid needs at least two bits.
         percentile: fraction of the calibration values inside the initial boundary, above 0.5 and
             at most 1.
-        start: initial boundary: that percentile, or the boundary at or below it that minimizes
-            the mean squared error of 4-bit rounding.
+        start: initial boundary: `percentile`, or `mse` for the boundary at or below the percentile
+            that minimizes the mean squared error of 4-bit rounding.
 
     Example:
         >>> from nipq_search import ActivationConfig
@@ -145,12 +145,12 @@ class QuantConfig:
         groups: tensors that share one bit-width. Each entry is `qkv` (projections of the same
             tensor within one attention module), `residual` (sums along one residual stream), a
             layer pattern, or a list of layer patterns.
-        proxy: distribution of the pseudo-quantization noise that NIPQ trains with.
+        proxy: distribution of the pseudo-quantization noise of `nipq`.
         start_bits: initial bit-width in bits; limited to between 5 % and 95 % of the way from the
             smallest to the largest allowed bit-width.
-        input_bits: set to 8 if the model's raw input is uint8 data: the input is then passed
-            through unchanged and counted at 8 bits. If None, it is quantized like any other
-            tensor.
+        input_bits: bit-width of the model's raw input, for example 8 for uint8 data; the input is
+            then passed through unchanged and counted at this width. If None, the input is
+            quantized like any other tensor.
         seed: seed of the pseudo-quantization noise.
 
     Example:

@@ -51,7 +51,7 @@ class LayerInfo:
         second: name of the second activation in a product of two activations, or None.
         float_reason: reason why the layer or one of its operands stays in floating point; empty
             if everything is quantized.
-        float_requested: whether the configuration requested that.
+        float_requested: whether `float_reason` follows from the configuration.
     """
 
     name: str

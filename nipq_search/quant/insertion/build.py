@@ -94,7 +94,7 @@ class Builder:
     def _weight(self, layer: Layer) -> tuple[str, FakeQuantizer | None]:
         """Return the name and the quantizer of a layer's weight.
 
-        Layers that use the same parameter share them.
+        Layers that use the same parameter share the name and the quantizer.
         """
         config, uses = self.config.weights, self.weight_uses[_weight_key(layer)]
         quantized = [use for use in uses if not use.in_float]
@@ -151,7 +151,7 @@ class Builder:
     def _activation(self, layer: Layer, slot: str) -> tuple[str, FakeQuantizer | None]:
         """Return the name and the quantizer of an input of a layer.
 
-        Layers that consume the same tensor share them.
+        Layers that consume the same tensor share the name and the quantizer.
         """
         consumers = self.consumers[self._key(layer, slot)]
         operands = layer.operands(layer.slots[slot])
@@ -339,7 +339,7 @@ def _pinned(layer: Layer, pin: Pin) -> Layer:
 
 
 def _with_shared_tables(layers: Sequence[Layer]) -> list[Layer]:
-    """Return the layers; untrained tables become quantized if a quantized layer shares them."""
+    """Return the layers; an untrained table is quantized if a quantized layer shares it."""
     quantized = {_weight_key(x) for x in layers if x.weight is not None and not x.in_float}
     return [
         dataclasses.replace(layer, float_reason="")

@@ -74,7 +74,7 @@ def _projections(layers: Sequence[Layer], infos: Sequence[LayerInfo]) -> list[li
 
 
 def _residual(sums: Mapping[str, Sequence[Call]]) -> list[list[str]]:
-    """Return pairs of sums in which one adds to the result of the other."""
+    """Return pairs of sums in which the result of one sum is a term of the other."""
     by_origin = {call.origin: name for name, calls in sums.items() for call in calls}
     groups = []
     for name, calls in sums.items():
@@ -150,7 +150,7 @@ def share_bits(
 def tie(groups: Iterable[Sequence[str]], quantizers: Mapping[str, FakeQuantizer]) -> None:
     """Make the quantizers in each group share one theta.
 
-    Call this again after loading a state dict, which may create new parameters.
+    Call this function again after loading a state dict, which may create new parameters.
     """
     for group in groups:
         for name in group:

@@ -10,7 +10,7 @@ from nipq_search.errors import UserError, nearest
 from nipq_search.quant.config import FLOAT, QuantConfig
 
 KIND, ORDER = "kind:", "order:"
-"""Prefixes of patterns that do not match layer names."""
+"""Prefixes of patterns that select layers by kind or by order instead of by name."""
 
 
 class LayerName(NamedTuple):

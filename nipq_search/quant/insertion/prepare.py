@@ -38,8 +38,8 @@ M = TypeVar("M", bound=nn.Module)
 class QuantState(nn.Module):
     """Graph, configuration and noise clock of a prepared model, attached to its root.
 
-    The state dict contains the clock's seed and step, so a resumed model continues the same
-    noise sequence.
+    The state dict contains the clock's seed and step, so a model that is loaded from a checkpoint
+    continues the same noise sequence.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class QuantState(nn.Module):
 
         Args:
             graph: layers and tensors of the model.
-            config: settings that the model was prepared with.
+            config: settings with which the model was prepared.
             clock: noise clock shared by all quantizers of the model.
             example_inputs: arguments of one forward call; they define which entries of a batch are
                 inputs of the model.
@@ -73,7 +73,7 @@ class QuantState(nn.Module):
         return args[: self.positional], kept
 
     def forward(self, x: Any) -> Any:
-        """Return `x` unchanged, because a root such as `nn.Sequential` calls every child."""
+        """Return `x` unchanged, because a parent such as `nn.Sequential` calls every child."""
         return x
 
     def get_extra_state(self) -> dict[str, int]:

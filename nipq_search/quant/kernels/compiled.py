@@ -1,9 +1,9 @@
 """NIPQ's forward pass in training as custom operators that are opaque to `torch.compile`.
 
 The compiler cannot trace this pass, because the noise depends on the step number and the kernels
-are not torch operations. The operators receive the step as a tensor, so one compiled graph serves
-all steps. They save their input for the backward pass; the compiler decides which other tensors to
-save.
+are not torch operations. The operators receive the step as a tensor, so the same compiled graph
+can be used for all steps. They save their input for the backward pass; the compiler decides which
+other tensors to save.
 """
 
 from typing import Any

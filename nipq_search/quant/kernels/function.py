@@ -24,7 +24,7 @@ class Backend(Protocol):
     def packed_range(self, boundary: Boundary) -> Tensor:
         """Return a range as a tensor of shape (5 or more, channels).
 
-        Its first rows are the fields of `functional.Range`.
+        The first five rows are the fields of `functional.Range`.
         """
 
     def residuals_of(self, x: Tensor, axis: int, range_: Tensor) -> Residuals:

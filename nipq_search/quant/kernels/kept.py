@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Kept(enum.Enum):
-    """Tensor that is saved for the backward pass of a quantizer; the kernels use these codes."""
+    """Tensor that a quantizer saves for the backward pass; the values are codes in the kernels."""
 
     INPUT = 0
     OUTPUT = 1
@@ -34,7 +34,7 @@ _SAVE_THEIR_RESULT = frozenset({"SoftmaxBackward0"})
 
 def is_retained(x: Tensor) -> bool:
     """Whether `x` stays in memory until the backward pass even if not saved by the quantizer."""
-    # Without a `grad_fn`, it is a parameter or part of the batch, which are held anyway.
+    # A tensor without a `grad_fn` is a parameter or part of the batch, and stays alive anyway.
     return x.grad_fn is None or x.grad_fn.name() in _SAVE_THEIR_RESULT
 
 

@@ -77,7 +77,7 @@ def lean_relu(x: Tensor, cap: float, inplace: bool) -> Tensor | None:
 
 
 class _Lean(nn.Module):
-    """Base class of the ReLU layers of a prepared model."""
+    """Base class of the memory-saving ReLU layers of a prepared model."""
 
     cap: float
     inplace: bool
@@ -89,13 +89,13 @@ class _Lean(nn.Module):
 
 
 class LeanReLU(_Lean, nn.ReLU):
-    """Replacement for `nn.ReLU` in a prepared model."""
+    """Memory-saving replacement for `nn.ReLU` in a prepared model."""
 
     cap = float("inf")
 
 
 class LeanReLU6(_Lean, nn.ReLU6):
-    """Replacement for `nn.ReLU6` in a prepared model."""
+    """Memory-saving replacement for `nn.ReLU6` in a prepared model."""
 
     cap = 6.0
 
@@ -104,7 +104,7 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: LeanReLU, nn.ReLU6: Lea
 
 
 def make_lean(model: nn.Module) -> None:
-    """Replace the class of every ReLU and ReLU6 in a model, in place, except for subclasses."""
+    """Convert every ReLU and ReLU6, but no subclasses, to its memory-saving class, in place."""
     for module in model.modules():
         if type(module) in LEAN:
             module.__class__ = LEAN[type(module)]

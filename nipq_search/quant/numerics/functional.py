@@ -45,7 +45,7 @@ class Range(NamedTuple):
         step: distance between adjacent grid points.
         low: lower truncation boundary; values at or below it are truncated.
         high: upper truncation boundary; values at or above it are truncated.
-        lowest: integer of the lowest grid point, `low / step` rounded.
+        lowest: integer of the lowest grid point: `low / step`, rounded.
         highest: integer of the highest grid point.
     """
 

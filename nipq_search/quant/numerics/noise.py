@@ -30,8 +30,8 @@ _MASK = (1 << 64) - 1
 def not_compiled(function: Function) -> Function:
     """Exclude `function` from torch.compile, because noise depends on the step number.
 
-    Equivalent to `torch.compiler.disable`, which would load the compiler at import time and take
-    about a second.
+    Equivalent to `torch.compiler.disable`, which would load the compiler at import time; this
+    takes about a second.
     """
     return _disable_dynamo(function)  # type: ignore[return-value]
 
@@ -279,8 +279,8 @@ class NoiseClock:
 
     Attributes:
         seed: seed of the noise.
-        share: share of the batch that this process computes: number of samples before it, in it,
-            and in the whole batch; zeros if there is a single process.
+        share: share of the batch that this process computes, as numbers of samples: before the
+            share, in the share, and in the whole batch. Zeros if there is a single process.
     """
 
     def __init__(self, seed: int = 0, step: int = 0) -> None:

@@ -51,7 +51,7 @@ def theta_for(bits: float, min_bits: float, max_bits: float) -> float:
 
 
 def sample_width(bits: float, allowed: tuple[int, ...], u: float) -> int:
-    """Round a soft bit-width as `sample_bits` does, but with plain numbers, faster on a CPU.
+    """Round a soft bit-width like `sample_bits`, but with plain numbers, which is faster on a CPU.
 
     Args:
         bits: soft bit-width in bits.
@@ -122,7 +122,7 @@ def draw(
 
 
 def nearest_bits(bits: float, allowed: tuple[int, ...]) -> int:
-    """Return the allowed bit-width nearest to a soft one; ties go to the larger."""
+    """Return the allowed bit-width nearest to a soft one; in case of a tie, the larger one."""
     return min(allowed, key=lambda width: (abs(width - bits), -width))
 
 

@@ -76,7 +76,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
 
     rounds_once_frozen = True
     """Whether values are rounded in training once the bit-width is frozen. If false, training
-    continues as before, for instance with noise. Values are always rounded in evaluation."""
+    continues as before, for example with noise. Values are always rounded in evaluation."""
 
     scales_gradient = False
     """Whether the gradient through `alpha` depends on the number of elements per boundary."""
@@ -137,9 +137,9 @@ class FakeQuantizer(nn.Module, abc.ABC):
         """Multiply the quantization range by factors of shape (1,) or (channels,)."""
 
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
-        """Return `x` as quantized in training before the bit-width is frozen.
+        """Quantize `x` as in training before the bit-width is frozen.
 
-        The method is also used after freezing if `rounds_once_frozen` is false.
+        This method is also called after freezing if `rounds_once_frozen` is false.
         """
         return hard_quantize(x, self.boundary_for(x, place))
 

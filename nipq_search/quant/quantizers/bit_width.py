@@ -40,9 +40,8 @@ class BitWidth(nn.Module):
     """Bit-width of one tensor, chosen from an allowed set.
 
     A learned bit-width has one parameter `theta` of shape (1,). If the set has a single width, or
-    `learned` is false, the integer buffer `fixed`, which `start_at` can change, takes its place.
-    `freeze` permanently replaces theta with the integer buffer `frozen`, which no optimizer
-    updates.
+    `learned` is false, the integer buffer `fixed` is used instead; `start_at` can change it.
+    `freeze` sets the integer buffer `frozen`, which no optimizer updates, and removes theta.
     `marginal` is a running mean of the derivative of the *task* loss with respect to the
     bit-width, in loss per bit; the projection onto a budget ranks tensors by it.
 

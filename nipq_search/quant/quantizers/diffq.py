@@ -19,9 +19,9 @@ class DiffQ(FakeQuantizer):
 
     As in the paper, bit-widths are real numbers during learning, the boundary of a weight is its
     current largest magnitude, and no boundary is learned. For comparability with the other
-    quantizers, three things differ from the paper: it uses their grids, weights have boundaries
-    per output channel rather than per group of elements, and activations are quantized too, with
-    the boundary from calibration.
+    quantizers, three things differ from the paper: the grids are those of the other quantizers,
+    weights have boundaries per output channel rather than per group of elements, and activations
+    are quantized too, with the boundary from calibration.
     """
 
     learns_boundary = False
@@ -51,7 +51,7 @@ class DiffQ(FakeQuantizer):
         return self.boundary.clamp(min=MIN_BOUNDARY)
 
     def scale_range(self, factor: Tensor) -> None:
-        """Do nothing, because the data determine the range."""
+        """Leave the range unchanged, because it is determined by the data."""
 
     @not_compiled
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:

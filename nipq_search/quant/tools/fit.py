@@ -36,9 +36,9 @@ def fit_ranges(
     """Scale quantization ranges to minimize the squared rounding error at the current bit-widths.
 
     A boundary at the extremes of a tensor is far from optimal at two or three bits, and a short
-    training run does not correct it. A range that was learned at a different bit-width keeps its
-    ratio to the least-error range, within limits. Initial boundaries that are prescribed by a
-    quantizer's method are left unchanged.
+    training run does not move it far enough. A range that was learned at a different bit-width
+    keeps its ratio to the least-error range, within limits. Initial boundaries that a quantizer's
+    method prescribes are left unchanged.
 
     Args:
         model: a prepared and calibrated model, at its initial bit-widths.
@@ -71,7 +71,7 @@ def fit_ranges(
         if before is None:
             quantizer.scale_range(_best(quantizer, rows, bits))
         elif bits != before[name]:
-            # Ratio of the learned range to the least-error one. It is limited, because the error
+            # The ratio of the learned range to the least-error one is limited, because the error
             # of grids with many levels hardly depends on their boundary.
             learned = (1 / _best(quantizer, rows, before[name])).clamp(1 / _MAX_RATIO, _MAX_RATIO)
             quantizer.scale_range(_best(quantizer, rows, bits) * learned)

@@ -35,6 +35,9 @@ def param_groups(
         Non-empty groups, each with a `name`. The `bits` group is absent once the bit-widths
         are frozen.
 
+    Raises:
+        UserError: the model is not prepared.
+
     Example:
         >>> import torch
         >>> from nipq_search import param_groups, prepare

@@ -65,8 +65,9 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     The FLOP formulas are those of `FlopCounterMode`, whose module tracker cannot be used here: it
     rejects parameters that are passed to modules while gradients are disabled.
 
-    The origins of a result are those of its operands, until `set` replaces them with a closer one,
-    such as the layer that multiplied. In-place writes add the origins of the written values.
+    The origins of a result are those of its operands, until `set` replaces them with a closer
+    origin, such as the layer that computed the result. In-place writes add the origins of the
+    written values.
     """
 
     def __init__(self) -> None:

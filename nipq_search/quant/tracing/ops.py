@@ -29,8 +29,8 @@ class OperandSpec:
     Attributes:
         position: index among the positional arguments.
         keyword: name of the argument.
-        axis: dimension of the output channels if the operand is a weight; None if there is no
-            single one.
+        axis: dimension of the output channels if the operand is a weight; None if no single
+            dimension contains them.
         kept_dims: number of trailing dimensions that the function keeps when it flattens all
             leading ones into one; None if it does not flatten.
     """
@@ -88,7 +88,7 @@ class Op:
 
     @property
     def reads_rows(self) -> bool:
-        """Whether the results are the rows themselves, so only these need to be quantized."""
+        """Whether the result consists of rows of the weight, so only these rows are quantized."""
         return self.kind == "embedding"
 
 
@@ -189,4 +189,4 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {
 """Equivalents of fused functions, written in terms of functions in `OPS`, by fused function."""
 
 DECOMPOSED_KINDS = frozenset({"linear", "scores", "values"})
-"""Kinds of the functions in `OPS` that these equivalents call."""
+"""Kinds of the functions in `OPS` that the equivalents in `DECOMPOSED` call."""

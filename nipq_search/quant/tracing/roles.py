@@ -40,7 +40,7 @@ class Layer:
         weight: index of the operand that is a weight, or None.
         slots: indices of the operands that are activations, by slot.
         float_reason: reason why the layer stays in float; empty if it is quantized.
-        float_requested: whether the configuration requested that.
+        float_requested: whether `float_reason` follows from the configuration.
         pin: bit-width in bits, `float` or None.
     """
 
@@ -176,7 +176,8 @@ def weight_value(layer: Layer) -> Tensor:
 def weight_axis(layer: Layer) -> int | None:
     """Return the output-channel dimension of the weight of a layer that has one.
 
-    It is None if the operation declares none, or if the weight has fewer than two dimensions.
+    Returns None if the operation declares no such dimension, or if the weight has fewer than two
+    dimensions.
     """
     op = layer.call.op
     assert op is not None

@@ -32,13 +32,14 @@ class OperandRecord:
     """Operand of one execution of a traced call.
 
     Attributes:
-        key: identity of its values.
+        key: identity of the operand's values.
         shape: shape, including the batch dimension.
-        origins: origins of its values; see `flow.Flow`.
-        parameter: name of the parameter that it is, or is a dense view of; otherwise None.
-        value: the tensor itself if it is a weight, otherwise None.
-        raw: whether it holds values of the model's inputs, possibly moved or padded.
-        trained: whether it is computed from a parameter that requires gradients.
+        origins: origins of the operand's values; see `flow.Flow`.
+        parameter: name of the parameter if the operand is a whole parameter, possibly as a view;
+            otherwise None.
+        value: the tensor itself if the operand is a weight, otherwise None.
+        raw: whether the operand holds values of the model's inputs, possibly moved or padded.
+        trained: whether the operand is computed from a parameter that requires gradients.
     """
 
     key: TensorKey

@@ -166,7 +166,8 @@ def build_model(task: Task) -> nn.Module:
     """Return a new model for the task.
 
     Raises:
-        UserError: the call fails, does not return a module, or leaves parameters without values.
+        UserError: the task's method fails, does not return a module, or leaves parameters without
+            values.
     """
     with _report_failure("build_model()"):
         model = task.build_model()
@@ -177,7 +178,7 @@ def example_inputs(task: Task, device: torch.device | None = None) -> Any:
     """Return the task's example inputs, moved to `device` if one is given.
 
     Raises:
-        UserError: the call fails.
+        UserError: the task's method fails.
     """
     with _report_failure("example_inputs()"):
         inputs = task.example_inputs()
@@ -191,7 +192,8 @@ def build_teacher(task: object) -> nn.Module | None:
         The teacher, or None if the float model is the teacher.
 
     Raises:
-        UserError: the call fails, does not return a module, or leaves parameters without values.
+        UserError: the task's method fails, does not return a module, or leaves parameters without
+            values.
     """
     method = getattr(task, "build_teacher", None)
     if method is None:
@@ -268,7 +270,7 @@ def unreadable(error: PermissionError) -> str:
 
 
 def input_bits(task: object) -> int | None:
-    """Return the raw input's bit-width, or None if it is quantized like any other activation."""
+    """Return the bit-width of the raw input, or None if the input is quantized."""
     bits: int | None = getattr(task, "input_bits", None)
     return bits
 
@@ -307,8 +309,8 @@ def take(task: object, batch: Any, part: slice) -> Any:
         part: the samples to select.
 
     Returns:
-        A smaller batch. By default, these rows are selected from every tensor that is as long as
-        the first one; everything else is unchanged.
+        A smaller batch. By default, the rows in `part` are selected from every tensor that is as
+        long as the first one; everything else is unchanged.
 
     Raises:
         UserError: the task does not define `take`, and its first tensor does not have one row per

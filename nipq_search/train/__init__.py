@@ -3,7 +3,7 @@
 Start reading in `trial.py`, which runs the phases of a training run, then in `loop.py`, which
 runs its steps. `config.py` defines the settings; `models.py` creates and loads the models.
 `stability/` contains methods that reduce oscillation; `starts/` chooses the initial bit-widths.
-Imports `tasks`, `cost` and `quant`; requires only torch.
+This layer imports `tasks`, `cost` and `quant`, and requires only torch, numpy and scipy.
 """
 
 from nipq_search.train.config import HYPERPARAMETERS, FloatConfig, TrainConfig

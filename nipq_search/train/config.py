@@ -111,15 +111,17 @@ class TrainConfig:
         warmup: fraction of the steps over which the learning rate rises from a tenth of its peak.
         distill: whether to distill from the task's own teacher or, if it has none, from the float
             model.
-        distill_weight: weight of the distillation loss, in [0, 1]; the task loss has the rest.
+        distill_weight: weight w of the distillation loss, in [0, 1]; the task loss has the weight
+            1 - w.
         proxy: distribution of the noise, `uniform` or `empirical`; None uses `quant.proxy`.
         start: where bit-widths start. `budget`: at the uniform width whose cost equals the
-            budget, or at the widths of the trial's parent if these meet it and use it up;
-            `parent`: at the widths of the trial's parent, shifted onto the budget (without a
-            parent, the same as `budget`); `sensitivity`: at the widths with the least measured
-            loss within the budget; `config`: at `quant.start_bits`; `uniform`: at the largest
-            single width within the budget, where they stay. If widths are not learned or there
-            is no noise phase, they are projected onto the budget from there.
+            budget, or at the widths of the trial's parent if these satisfy the budget and use at
+            least 97 % of it; `parent`: at the widths of the trial's parent, shifted onto the
+            budget (without a parent, the same as `budget`); `sensitivity`: at the widths with the
+            least measured loss within the budget; `config`: at `quant.start_bits`; `uniform`: at
+            the largest single width within the budget, which is kept until the end. If widths are
+            not learned or there is no noise phase, these starting values are projected onto the
+            budget.
         fit_ranges: whether truncation boundaries start at the values that minimize the squared
             rounding error at the starting bit-widths; meant for NIPQ, since LSQ has its own
             initialization. Boundaries inherited from a parent with a different width are always
@@ -139,8 +141,9 @@ class TrainConfig:
         grad_clip: maximum norm of the gradient; 0 disables clipping.
         precision: precision of forward passes and losses, in training and validation: `float32`,
             or `bfloat16` by autocast. Parameters and quantizers stay in float32.
-        ema: decay of the moving average of the weights over the tuning phase, which is then
-            validated and stored; 0 disables it. See `Average` for its warm-up.
+        ema: decay of the moving average of the weights over the tuning phase. Validation and the
+            stored model use the average; 0 disables averaging. See `Average` for the warm-up of
+            the decay.
         checkpoint_minutes: maximum time between two checkpoints, in minutes; every epoch also
             ends with a checkpoint.
     """
@@ -223,8 +226,8 @@ class FloatConfig:
         grad_clip: maximum norm of the gradient; 0 disables clipping.
         precision: precision of forward passes and losses, in training and validation: `float32`,
             or `bfloat16` by autocast. Parameters stay in float32.
-        ema: decay of the moving average of the weights, which is then validated and stored; 0
-            disables it. See `Average` for its warm-up.
+        ema: decay of the moving average of the weights. Validation and the stored model use the
+            average; 0 disables averaging. See `Average` for the warm-up of the decay.
         checkpoint: file with a state dict to load instead of training; None trains the model.
     """
 

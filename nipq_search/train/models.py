@@ -93,7 +93,7 @@ def teacher_of(task: Task, model: nn.Module, seed: int, device: torch.device) ->
         device: device of the teacher.
 
     Returns:
-        A trained model in eval mode; in the latter case, a copy of the float model.
+        A trained model in eval mode: the task's own teacher, or a copy of the float model.
 
     Raises:
         UserError: the task's teacher cannot be built.
@@ -189,12 +189,18 @@ def load_trained(task: Task, spec: TrainSpec, path: Path, device: torch.device) 
 
     Args:
         task: model and data.
-        spec: specification that the model was trained with.
+        spec: specification with which the model was trained.
         path: file of the model.
         device: device of the model.
 
     Returns:
         The model in eval mode.
+
+    Raises:
+        UserError: the model cannot be built, or the file of a float model is missing or does not
+            match the model.
+        OSError: the file of a quantized model cannot be read.
+        RuntimeError: the file of a quantized model does not match the model.
     """
     if spec.quant is None:
         return load_float(task, path, spec.seed, device).eval()

@@ -2,12 +2,13 @@
 
 Every process holds the whole model and iterates over the same batches, but computes losses and
 gradients only on its own share of the samples. Gradients, losses and batch normalization
-statistics are averaged over the processes, so all of them take the same step. Sampled bit-widths
-agree because they are functions of the seed and the step. The noise agrees as well, since it
-depends on an element's position in the whole batch. Calibration and the final normalization
-statistics are not shared: each process that needs them computes them on whole batches. The result
-differs from that of a single process only in the order of summation, in dropout, and in residual
-tables (`proxy: empirical`), which each process builds from its own share.
+statistics are averaged over the processes, so all of them take the same step. All processes draw
+the same bit-widths, which are functions of the seed and the step. The noise of an element depends
+on its position in the whole batch, so the noise does not depend on the division into shares.
+Calibration and the final normalization statistics are not shared: each process that needs them
+computes them on whole batches. The result differs from that of a single process only in the order
+of summation, in dropout, and in residual tables (`proxy: empirical`), which each process builds
+from its own share.
 """
 
 from __future__ import annotations
@@ -104,9 +105,9 @@ class Team:
         return [bool(value) for value in decided.tolist()]
 
     def given(self, value: Any) -> Any:
-        """Return the leader's object in every process; all processes must call this.
+        """Return the leader's object in every process; all processes must call this method.
 
-        Tensors must be on the CPU.
+        Tensors in the object must be on the CPU.
         """
         if self.size == 1:
             return value
@@ -186,7 +187,7 @@ class Team:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the processes. Every summand affects every loss, so gradients are summed too."""
+    """Sum over the processes. Each summand affects the losses of all, so gradients are summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

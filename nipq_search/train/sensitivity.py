@@ -55,7 +55,7 @@ def sensitivities(
 
     Args:
         model: a prepared and calibrated model with a quantizer that learns no bit-widths and
-            whose boundary depends on the width (`lsq`). Its bit-widths are changed.
+            whose boundary depends on the width (`lsq`). The function changes its bit-widths.
         batches: batches that are iterated from the start for every score.
         loss: returns a scalar for the model and a batch.
 
@@ -103,7 +103,8 @@ def score(
 ) -> dict[str, dict[int, float]]:
     """Measure the `sensitivities` of a task's float model on `spec.train.score_batches` batches.
 
-    Truncation boundaries are the starting values of LSQ, which are near-optimal at every width.
+    The truncation boundaries are those with which LSQ starts, which are near-optimal at every
+    width.
 
     Args:
         task: provides the model and the training data.

@@ -191,6 +191,9 @@ def split_sources(validation: Any, test: Any) -> tuple[SplitSource, SplitSource]
 
     Each argument is a share in (0, 1), a path, or a list of paths.
 
+    Returns:
+        The origin of the validation split and that of the test split, with absolute paths.
+
     Raises:
         UserError: an argument is neither a share nor a path, the shares leave no training data, or
             a file is in both splits.

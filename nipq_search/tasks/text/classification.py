@@ -44,7 +44,7 @@ class EncoderClassifier(nn.Module):
 
         Args:
             encoder: a transformers model without a head.
-            width: size of its hidden states.
+            width: size of the encoder's hidden states.
             classes: number of outputs.
         """
         super().__init__()

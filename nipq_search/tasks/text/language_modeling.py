@@ -198,7 +198,6 @@ class LanguageModeling(abc.ABC):
         """Return the logits (N, V) at the predicted positions, and the hidden states or None.
 
         The hidden states are computed only if distillation uses them.
-
         `loss` and `distill_loss` make the same call, so a caller can pass a model that caches its
         last output.
         """

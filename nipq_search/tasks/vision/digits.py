@@ -15,7 +15,7 @@ from nipq_search.tasks.vision.resnet import ResNet
 
 
 class Digits(ArrayClassification):
-    """The demo task; an epoch takes a fraction of a second on one core.
+    """The task of the demo; an epoch takes a fraction of a second on one core.
 
     Args:
         split_seed: seed for the division into splits.

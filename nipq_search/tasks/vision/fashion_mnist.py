@@ -31,8 +31,8 @@ class FashionMnist(ArrayClassification):
     """Images from a folder with the four published IDX files, gzip-compressed or plain.
 
     Args:
-        path: the folder; by default the value of NIPQ_FASHION_MNIST or, if it is not set, the
-            folder that Debian uses.
+        path: the folder; by default, the value of the environment variable NIPQ_FASHION_MNIST or,
+            if the variable is not set, the folder of Debian's package.
         train_samples: maximum number of the 55,000 training images to use; all by default.
         augment: whether to shift training images at random by up to two pixels.
         split_seed: seed for selecting the 5,000 validation images from the training file.

@@ -14,8 +14,8 @@ class Average:
     """The moving average of a model's parameters and floating-point buffers.
 
     Update n, counted from 0, uses the decay `min(decay, (1 + n) / (10 + n))`, so the influence of
-    the initial weights vanishes quickly. Integer and non-persistent buffers are not averaged: the
-    model's current values are used.
+    the initial weights vanishes quickly. Integer and non-persistent buffers are not averaged;
+    their current values in the model are used.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -30,7 +30,7 @@ class Average:
         }
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield the averaged tensors of the model, looked up anew: modules may replace buffers."""
+        """Yield the averaged tensors, looked up anew because modules may replace their buffers."""
         return ((name, value) for name, value in _tensors(model) if name in self.values)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from nipq_search.train.stability.oscillation import MOMENTUM, tuned_weights
 
 @dataclass
 class _Tracked:
-    """State of one weight tensor; all fields have its shape.
+    """State of one weight tensor; all fields have the shape of the weight.
 
     Attributes:
         integers: current grid integers.
@@ -44,6 +44,8 @@ def _grid(weight: Tensor, quantizer: FakeQuantizer) -> tuple[Tensor, Tensor]:
 
 class Freezing:
     """Fixes weights at their most frequent grid point once they oscillate too often.
+
+    That grid point is estimated by the rounded running mean of the weight's grid integers.
 
     Args:
         threshold: running frequency of reversals, per step, above which a weight is fixed.

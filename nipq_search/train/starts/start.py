@@ -95,6 +95,9 @@ def start_at_budget(
         budget: the targets.
         base: bit-widths by tensor that are shifted onto the budget; None shifts equal widths.
         learning: whether widths are learned; otherwise they are projected and frozen.
+
+    Raises:
+        UserError: widths are not learned, and the budget cannot be reached.
     """
     graph, found = quant_state(model).graph, quantizers(model)
     bits = bits_at_budget(graph, budget, base)
@@ -159,6 +162,9 @@ def start_at_profile(
             allowed width, and pinned tensors keep their own width.
         learning: whether widths are learned; otherwise they are frozen at the assignment within
             the budget that is closest to the shifted profile in squared distance.
+
+    Raises:
+        UserError: widths are not learned, and the budget cannot be reached.
     """
     graph = quant_state(model).graph
     units = units_of(graph)

@@ -165,7 +165,7 @@ class Teacher(nn.Module):
 
         Args:
             model: the model.
-            own: the normalization that the model was trained with.
+            own: the normalization with which the model was trained.
             given: the normalization of the inputs that `forward` receives.
         """
         super().__init__()
@@ -179,6 +179,6 @@ class Teacher(nn.Module):
         self.shift: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (B, 3, H, W), normalized for the other model, to logits (B, classes)."""
+        """Map images (B, 3, H, W), with the normalization `given`, to logits (B, classes)."""
         logits: Tensor = self.model(x * self.scale + self.shift)
         return logits

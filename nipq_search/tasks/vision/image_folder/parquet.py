@@ -25,8 +25,8 @@ from nipq_search.tasks.vision.image_folder.sources import (
 def find_parquet(path: Path, names: SplitNames, columns: tuple[str, str]) -> FoundImages:
     """Read a Parquet file, or a folder of files whose names begin with the name of their split.
 
-    Files that do not belong to a split by name contain training images, unless the names of other
-    files begin with `train`.
+    Files whose names do not indicate a split contain the training images. They are ignored if the
+    names of other files begin with `train`.
 
     Args:
         path: the file or folder.
@@ -67,7 +67,7 @@ def find_parquet(path: Path, names: SplitNames, columns: tuple[str, str]) -> Fou
 
 
 def _files_by_split(path: Path, names: SplitNames) -> dict[str, list[Path]]:
-    """Return the Parquet files of each split; those of no split are under an empty name."""
+    """Return the Parquet files by split, and files that belong to no split under an empty name."""
     files = [path]
     if path.is_dir():
         files = [file for file in list_files(path) if file.suffix == ".parquet"]
@@ -148,7 +148,7 @@ def check_labels(file: Path, column: str, kind: Any) -> None:
     Args:
         file: the file, for messages.
         column: name of the column.
-        kind: its pyarrow type.
+        kind: pyarrow type of the column.
 
     Raises:
         UserError: the type is neither integer, Boolean nor text.

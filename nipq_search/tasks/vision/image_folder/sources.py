@@ -72,7 +72,7 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles:
-    """Image files below a folder. A pickled object contains only their names."""
+    """Image files below a folder. A pickled object contains the file names but no images."""
 
     folder: str
     paths: PackedBytes

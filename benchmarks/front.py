@@ -246,7 +246,7 @@ def read_test(unit: Unit, config: SweepConfig, trials: list[int]) -> None:
 
 
 def read_plan(file: Path, quick: bool, parts: bool = False) -> dict[str, Any]:
-    """Read a plan.
+    """Read a plan and return it with the requested size and methods.
 
     Args:
         file: the YAML file.

@@ -35,6 +35,9 @@ def volume(run: Run, samples: float, split: str = "test") -> float:
         run: the result of a method and seed.
         samples: number of samples after which points are ignored.
         split: `validation` or `test`; points are selected on the validation split either way.
+
+    Returns:
+        The normalized area; 0 if no point counts.
     """
     best, given = run["float"][split], run.get("reference")
     found = hypervolume(
@@ -60,6 +63,9 @@ def samples_to(run: Run, wanted: float, allowance: float) -> float | None:
         run: the result of a method and seed.
         wanted: the hypervolume.
         allowance: samples after which points are ignored.
+
+    Returns:
+        The number of samples processed by the end of the first trial that reaches it.
     """
     return next((s for s, v in curve(run, allowance) if v >= wanted), None)
 
@@ -71,6 +77,9 @@ def accuracy_at(run: Run, budget: float, allowance: float) -> float | None:
         run: the result of a method and seed.
         budget: maximum front cost.
         allowance: samples after which points are ignored.
+
+    Returns:
+        The metric, or None if no point is within the budget.
     """
     sign = 1 if run["mode"] == "max" else -1
     fitting = [p for p in kept(run, allowance) if p["cost"] <= budget]

@@ -155,7 +155,16 @@ class Clock:
         return timed
 
     def work(self, job: Job, task: Any, report: Any) -> JobOutcome:
-        """Run the stub and count its CPU time separately."""
+        """Run the stub and count its CPU time separately.
+
+        Args:
+            job: see `stub`.
+            task: see `stub`.
+            report: see `stub`.
+
+        Returns:
+            The outcome of the stub.
+        """
         began = time.process_time()
         outcome = stub(job, task, report)
         self.stubs += time.process_time() - began

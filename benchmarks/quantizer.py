@@ -123,6 +123,7 @@ class Case:
     """An input of one shape, its boundary, and the gradient of its output."""
 
     def __init__(self, shape: tuple[int, ...], device: str) -> None:
+        """Draw the input and the gradient from a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         self.device, self.is_weight = device, shape in WEIGHTS
         self.x = torch.randn(*shape, generator=generator).to(device).requires_grad_()
@@ -130,6 +131,7 @@ class Case:
         self.alpha = nn.Parameter(torch.full((1,), 1.7, device=device))
 
     def run(self, kind: Callable[[Tensor, Boundary, int], Tensor], step: int) -> None:
+        """Run one forward and backward pass of a quantizer."""
         self.x.grad = self.alpha.grad = None
         # An activation is a non-leaf tensor, so saving it for the backward pass takes memory.
         x = self.x if self.is_weight else self.x.view_as(self.x)

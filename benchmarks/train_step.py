@@ -38,12 +38,14 @@ class Encoder(nn.Module):
     """A transformer encoder as in small language models: 6 layers, width 384, 12 heads."""
 
     def __init__(self) -> None:
+        """Create the layers."""
         super().__init__()
         layer = nn.TransformerEncoderLayer(384, 12, 1536, 0.0, "gelu", batch_first=True)
         self.layers = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
         self.head = nn.Linear(384, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map embeddings (B, L, 384) to logits (B, classes)."""
         return self.head(self.layers(x).mean(1))
 
 
@@ -74,6 +76,7 @@ class FakeQuantized(nn.Module):
     """A layer of torch with torch.ao's fused quantizers on its weight and its input."""
 
     def __init__(self, layer: nn.Module) -> None:
+        """Wrap `layer`, whose weight is parametrized in place."""
         super().__init__()
         ao = torch.ao.quantization
         self.layer = layer
@@ -90,6 +93,7 @@ class FakeQuantized(nn.Module):
         nn.utils.parametrize.register_parametrization(layer, "weight", weight, unsafe=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Quantize the input and the weight to 4 bits and apply the layer."""
         return self.layer(self.activation(x.float()))  # type: ignore[no-any-return]
 
 
@@ -125,14 +129,22 @@ def variants(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
 
 
 class Training:
-    """One variant with its optimizer."""
+    """One variant with its optimizer.
+
+    Args:
+        model: the model.
+        x: the inputs of every step, with the batch as the first dimension.
+        precision: `float32` or `bfloat16`.
+    """
 
     def __init__(self, model: nn.Module, x: Tensor, precision: str) -> None:
+        """Create labels and an optimizer for the model."""
         self.model, self.x, self.precision = model.train(), x, precision
         self.y = torch.arange(len(x), device=x.device) % CLASSES
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
     def step(self) -> None:
+        """Take one optimizer step."""
         context: Any = contextlib.nullcontext()
         if self.precision == "bfloat16":
             context = torch.autocast(self.x.device.type, dtype=torch.bfloat16)

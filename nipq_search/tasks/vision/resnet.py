@@ -30,7 +30,13 @@ class BasicBlock(nn.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        """Create the layers; a stride of 2 halves the height and width."""
+        """Create the layers.
+
+        Args:
+            inputs: number of input channels.
+            outputs: number of output channels.
+            stride: stride of the first convolution; 2 halves the height and width.
+        """
         super().__init__()
         self.conv1 = conv3x3(inputs, outputs, stride)
         self.bn1 = nn.BatchNorm2d(outputs)

@@ -147,7 +147,7 @@ class Team:
     @contextlib.contextmanager
     def shared_statistics(self, model: nn.Module) -> Iterator[None]:
         """Normalize batches in training over the samples of all processes, within the context."""
-        # torch has no public base class of its batch normalization modules.
+        # torch has no public base class for its batch normalization modules.
         kind = nn.modules.batchnorm._BatchNorm
         found = [m for m in model.modules() if isinstance(m, kind)] if self.size > 1 else []
         for module in found:
@@ -187,7 +187,7 @@ class Team:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the processes. Each summand affects the losses of all, so gradients are summed."""
+    """Sum over the processes; gradients are summed too, since each summand affects every loss."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ _MASK = (1 << 64) - 1
 def not_compiled(function: Function) -> Function:
     """Exclude `function` from torch.compile, because noise depends on the step number.
 
-    Equivalent to `torch.compiler.disable`, which would load the compiler at import time; this
+    Equivalent to `torch.compiler.disable`, but does not load the compiler at import time, which
     takes about a second.
     """
     return _disable_dynamo(function)  # type: ignore[return-value]
@@ -247,11 +247,11 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
 
 
 def drawn_from(residuals: Residuals, shape: torch.Size, key: int) -> Tensor:
-    """Draw "empirical" noise: each group of elements receives adjacent entries of the table.
+    """Draw empirical noise: each group of elements receives adjacent entries of the table.
 
-    The position of the first of these entries is a hash. As in a bootstrap, the noise of an
-    element has the distribution of the residuals but is independent of the element's own residual.
-    Because the table is shuffled, the noise of adjacent elements is independent too.
+    A hash determines the position of the first of these entries. As in a bootstrap, the noise of
+    an element has the distribution of the residuals but is independent of the element's own
+    residual. Because the table is shuffled, the noise of adjacent elements is independent too.
 
     Args:
         residuals: table of rounding residuals.

@@ -68,7 +68,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first access."""
-    # The package `search` is itself callable, so the result does not depend on import order.
+    # `nipq_search.search` is a callable package, so `search` is the same object no matter whether
+    # the package was imported first.
     if name == "search":
         return importlib.import_module(f"{__name__}.search")
     if name not in _HOME:

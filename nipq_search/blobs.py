@@ -1,9 +1,9 @@
 """Large files (models and checkpoints) in a sweep's folder or in an object store.
 
-An object store is any file system that pyarrow supports by URI: `s3://`, `gs://`, `file://`.
-Objects have unique names and are never overwritten. A sealed pointer file, written last, replaces
-the local file and stores the object's URI and digest. Thus readers see either the old or the new
-content, and damaged objects are detected.
+An object store is any file system that pyarrow opens by URI: `s3://`, `gs://` or `file://`. Each
+object has a unique name and is never overwritten. Once an object has been written, a sealed
+pointer file with its URI and digest replaces the local file. Readers therefore see either the old
+or the new content, and can detect a damaged object.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ _SECRETS = ("secret", "key", "sig", "token", "password")
 
 
 class StoreAway(OSError):
-    """An object store cannot be reached or denies access."""
+    """An operation on an object store failed for a reason other than a missing object.
+
+    For example, the store cannot be reached or denies access.
+    """
 
 
 def check_home(uri: str) -> None:
-    """Check the syntax of an object store's URI.
+    """Check that an object store's URI is well-formed and contains no secret.
 
     Raises:
         UserError: `uri` is not a URI or contains a secret.
@@ -50,7 +53,7 @@ def check_home(uri: str) -> None:
 
 
 def within(home: str | None, *names: str) -> str | None:
-    """Return the URI of an object inside `home`; None if `home` is None."""
+    """Return the URI of the object at the path `names` inside `home`; None if `home` is None."""
     if home is None:
         return None
     base, mark, query = home.partition("?")
@@ -59,7 +62,7 @@ def within(home: str | None, *names: str) -> str | None:
 
 @contextmanager
 def _store(uri: str) -> Iterator[tuple[Any, str]]:
-    """Open the file system of a URI; errors raised inside the context become `StoreAway`.
+    """Open the file system of a URI; I/O errors raised inside the context become `StoreAway`.
 
     Yields:
         The pyarrow file system and the path of the object in it.
@@ -83,15 +86,16 @@ def _store(uri: str) -> Iterator[tuple[Any, str]]:
 
 
 def write(path: Path, data: bytes, home: str | None) -> None:
-    """Write `data` to the file `path`, or to an object inside `home` with a pointer at `path`.
+    """Write `data` to the file `path`, or to an object with a pointer file in place of `path`.
 
     Args:
         path: local path of the file.
         data: content of the file or object.
-        home: URI of a folder in an object store; None writes a local file.
+        home: URI of the folder for the object in an object store; None writes a local file.
 
     Raises:
         OSError: writing failed; the previous content is intact.
+        UserError: `home` is given, but pyarrow is not installed.
     """
     old = file_io.read_sealed(_pointer(path))
     if home is None:
@@ -122,8 +126,9 @@ def read(path: Path) -> bytes:
     """Return the content that `write` stored at `path`.
 
     Raises:
-        StoreAway: the object store cannot be reached.
+        StoreAway: the object store cannot be reached or denies access.
         OSError: the file or object is missing, unreadable or damaged.
+        UserError: the content is in an object store, but pyarrow is not installed.
     """
     pointer = file_io.read_sealed(_pointer(path))
     if pointer is None:
@@ -136,15 +141,17 @@ def read(path: Path) -> bytes:
 
 
 def exists(path: Path) -> bool:
-    """Whether the file or a pointer in its place exists."""
+    """Whether the file `path`, or a pointer file in its place, exists."""
     return path.is_file() or file_io.read_sealed(_pointer(path)) is not None
 
 
 def can_be_read(path: Path) -> bool:
-    """Whether the file exists or, if a pointer replaces it, the object that the pointer names.
+    """Whether the content of `path` exists, in the local file or in an object store.
+
+    Unlike `exists`, this also checks that the object to which a pointer file refers exists.
 
     Raises:
-        StoreAway: the object store cannot be reached.
+        StoreAway: the object store cannot be reached or denies access.
     """
     pointer = file_io.read_sealed(_pointer(path))
     if pointer is None:
@@ -154,7 +161,10 @@ def can_be_read(path: Path) -> bool:
 
 
 def digest_of(path: Path) -> str | None:
-    """Return the digest of the content, or None if there is none; objects are not downloaded."""
+    """Return the SHA-256 digest of the content of `path`, or None if there is no content.
+
+    The digest of an object is read from its pointer file, without downloading the object.
+    """
     pointer = file_io.read_sealed(_pointer(path))
     if pointer is not None:
         return str(pointer["digest"])
@@ -162,7 +172,7 @@ def digest_of(path: Path) -> str | None:
 
 
 def size_of(path: Path) -> int:
-    """Return the size of a file or folder in bytes, including objects that pointers refer to."""
+    """Return the size of a file or folder in bytes, including objects in an object store."""
     if not path.is_dir():
         pointer = file_io.read_sealed(_pointer(path))
         return int(pointer["bytes"]) if pointer is not None else path.stat().st_size
@@ -173,10 +183,11 @@ def size_of(path: Path) -> int:
 
 
 def remove(path: Path) -> bool:
-    """Delete a file or a folder with all its content, and the objects that pointers refer to.
+    """Delete a file or folder, and the objects to which its pointer files refer.
 
     Returns:
-        Whether everything was deleted. Pointers to objects that could not be deleted are kept.
+        Whether everything was deleted. The pointer file of an object that could not be deleted is
+        kept.
     """
     done = True
     pointers = sorted(path.rglob(f"*{_POINTER}")) if path.is_dir() else [_pointer(path)]
@@ -199,6 +210,7 @@ def probe(home: str) -> None:
 
     Raises:
         OSError: an operation failed, or the content read back differs from the content written.
+        UserError: pyarrow is not installed.
     """
     word = uuid.uuid4().hex
     with _store(_put(home, f".probe-{word}", word.encode())) as (files, place):
@@ -210,12 +222,15 @@ def probe(home: str) -> None:
 
 
 def _pointer(path: Path) -> Path:
-    """Return the path of the pointer that replaces `path`."""
+    """Return the path of the pointer file that replaces `path`."""
     return path.with_name(path.name + _POINTER)
 
 
 def _forget(uri: str) -> bool:
-    """Delete an object and return whether it is gone; an object left behind only wastes space."""
+    """Delete an object and return whether it no longer exists.
+
+    A failure is not raised, because an object that is left behind only wastes space.
+    """
     try:
         with _store(uri) as (files, place):
             files.delete_file(place)

@@ -11,7 +11,8 @@ class UserError(ValueError):
     """A usage or configuration error, which commands print on one line before exiting with code 2.
 
     Attributes:
-        below: the cause, set if it must survive pickling, which drops `__cause__`.
+        below: the underlying exception; set where it must survive pickling, which drops
+            `__cause__`.
 
     Example:
         >>> import nipq_search as ns
@@ -26,12 +27,16 @@ class UserError(ValueError):
 
 
 def one_line(error: BaseException, most: int = 240) -> str:
-    """Return an error's message on one line, truncated between words to `most` characters."""
+    """Return an error's message on one line, cut between words to at most `most` characters."""
     return textwrap.shorten(str(error), most, placeholder=" ...")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` for a similar known word; otherwise, list all known words."""
+    """Return text to append to the error message about an unknown `word`.
+
+    If a known word is similar, the text is ` (did you mean 'x'?)`; otherwise, it lists all known
+    words.
+    """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if close:

@@ -20,9 +20,10 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 @contextmanager
 def _flushed(path: Path, data: bytes) -> Iterator[str]:
-    """Write `data` to a temporary file next to `path`, which the caller then renames or links.
+    """Write `data` to a temporary file next to `path`, for the caller to rename or link to `path`.
 
-    The file is flushed to disk before the new name is created, and the folder is flushed later.
+    The file is flushed to disk before it is renamed or linked, and the folder afterwards, so that
+    a crash cannot leave an incomplete file at `path`.
 
     Yields:
         The path of the temporary file.
@@ -38,7 +39,7 @@ def _flushed(path: Path, data: bytes) -> Iterator[str]:
         yield temporary
     except OSError as error:
         if error.filename in (None, temporary):
-            error.filename = str(path)  # "disk full" errors do not name a file
+            error.filename = str(path)  # errors such as "disk full" do not name a file
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -74,7 +75,7 @@ def write_once(path: Path, data: bytes) -> bool:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            # NFS also reports this error for a link that succeeded if its reply was lost.
+            # NFS also reports this error if the link was created but the server's reply was lost.
             return path.read_bytes() == data
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -86,12 +87,12 @@ def write_once(path: Path, data: bytes) -> bool:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write `document` as JSON, atomically; raise `ValueError` for NaN."""
+    """Write `document` as JSON, atomically; raise `ValueError` for NaN or an infinite number."""
     write_bytes(path, as_json(document))
 
 
 def as_json(document: Any) -> bytes:
-    """Serialize `document` as JSON; raise `ValueError` for NaN."""
+    """Serialize `document` as JSON; raise `ValueError` for NaN or an infinite number."""
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
@@ -109,7 +110,7 @@ def digest(data: bytes) -> str:
 
 
 def canonical(document: Any) -> bytes:
-    """Serialize `document` as JSON independently of the order of its keys."""
+    """Serialize `document` as JSON with sorted keys, so that equal documents give equal bytes."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -129,7 +130,7 @@ def _sealed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """Return the document that `write_sealed` wrote; None if missing, incomplete or altered."""
+    """Return the document that `write_sealed` wrote, or None if the file is missing or damaged."""
     document = read_json(path)
     if not isinstance(document, dict):
         return None
@@ -144,10 +145,10 @@ _MOUNTS = Path("/proc/self/mounts")
 
 
 def network_file_system(path: Path) -> str | None:
-    """Return the type of the network file system that contains `path`; None for a local one.
+    """Return the type of the network file system that contains `path`, or None if it is local.
 
-    SQLite's locks are unreliable on network file systems. `path` need not exist. The result is
-    also None on systems without `/proc`.
+    This matters because SQLite's locks are unreliable on network file systems. `path` need not
+    exist. The result is also None on systems without `/proc`.
     """
     try:
         lines = _MOUNTS.read_text().splitlines()
@@ -164,7 +165,9 @@ def network_file_system(path: Path) -> str | None:
 
 
 def setting(name: str) -> str | None:
-    """Return an environment variable, or the content of the file named by `<name>_FILE`.
+    """Return the environment variable `name`, or the content of the file that `<name>_FILE` names.
+
+    The result is None if neither variable is set.
 
     Raises:
         UserError: the file is unreadable or empty.

@@ -1,7 +1,7 @@
 """Record types shared by several layers: the inputs and results of trials and sweeps.
 
-They are plain frozen dataclasses without dependencies, and all of them survive a round trip
-through JSON. The search writes them; the tracking and report layers read them.
+These frozen dataclasses depend on no other part of the library and survive a round trip through
+JSON. The search creates them; the tracking and report layers read them.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ class TrialRecord:
         test: the task's metric on the test split; only set for trials on the front.
         metrics: all validation metrics that the task returned.
         cost: exact costs by name (`bops`, `weight_bytes`, ...).
-        on_front: whether no other COMPLETE trial dominates it in validation metric and front cost.
-        samples: number of training samples that the trial itself processed.
+        on_front: whether no other COMPLETE trial dominates this one in validation metric and front
+            cost.
+        samples: number of training samples that the trial processed, excluding its parent's.
         seconds: wall-clock time of training, summed over the attempts that led to the result.
-        parent: trial whose model this one started from, or None for the float model.
+        parent: number of the trial from whose model this one started; None if it started from the
+            float model.
         attempts: number of times the trial was started.
         seed: seed of the trial, derived from the sweep's seed and the trial number.
-        threads: number of torch threads.
+        threads: number of torch threads of each training process.
         started: Unix time at the start of the first attempt, in seconds; None until then.
         ended: Unix time of the result, in seconds; None until then.
         strategy: name of the strategy that assigned the budget.

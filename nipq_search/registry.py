@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class RegistrationError(ValueError):
-    """The name is already registered, or the value is not of the registry's kind."""
+    """The name is already registered, or the value did not pass the registry's check."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Plugin:
         name: the name that configurations use.
         package: name of the distribution, as pip shows it.
         version: version of the distribution.
-        target: the object that the entry point refers to, `module:attribute`.
+        target: the object to which the entry point refers, as `module:attribute`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Registry(Mapping[str, T], Generic[T]):
     Args:
         kind: singular noun for the entries, used in messages.
         group: entry point group of the family; None if other packages cannot add entries.
-        check: called with a name and a value; returns what is wrong with the value, or None.
+        check: called with a name and a value; returns a message if the value is invalid, or None.
         hint: text appended to the message for an unknown name.
     """
 
@@ -75,7 +75,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """Add a built-in entry.
 
         Raises:
-            RegistrationError: the name is taken, or the value is not of the registry's kind.
+            RegistrationError: the name is already registered, or the value did not pass the
+                registry's check.
         """
         if name in self._own:
             raise RegistrationError(f"{self.kind} '{name}' is already registered")
@@ -107,10 +108,14 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._loaded[name]
 
     def lookup(self, name: str, key: str) -> T:
-        """Return the value; errors name the configuration key that selects it.
+        """Return the value, as indexing does; error messages begin with the configuration key.
+
+        Args:
+            name: the name of the entry.
+            key: the configuration key that selects the entry, such as `quant.quantizer`.
 
         Raises:
-            UserError: as for indexing.
+            UserError: the name is unknown, several packages provide it, or the plug-in is broken.
         """
         try:
             return self[name]

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class _Search(ModuleType):
     """Callable module type for this package.
 
-    `nipq_search.search` is both a package and a public function. Importing the package binds that
-    name to it, so with a separate function, the import order would decide what the name refers to.
+    `nipq_search.search` is both a package and a public function. Importing the package sets the
+    attribute `search` of `nipq_search` to it. If the function were a separate object, the import
+    order would determine whether the attribute is the package or the function.
     """
 
     def __call__(
@@ -32,18 +33,19 @@ class _Search(ModuleType):
         out: Path | str | None = None,
         **options: Any,
     ) -> Sweep:
-        """Run a sweep; see `nipq_search.search.run.search` for the options.
+        """Run a sweep from Python, as `nipq-search run` does.
 
         Args:
             config: a sweep configuration, an equivalent mapping, or the path of a sweep file.
-            out: folder of the sweep; default `runs/<name>`.
-            options: keyword arguments of `run_sweep`, such as `trials`.
+            out: the sweep's folder; default `runs/<name>`.
+            options: keyword arguments of `nipq_search.search.run.run_sweep`, such as `trials`.
 
         Returns:
-            The sweep.
+            The sweep; its `front()` returns a pandas DataFrame.
 
         Raises:
-            UserError: the sweep cannot start; the message names the key and the fix.
+            UserError: a check before the first job failed; the message names the key and the fix.
+            RuntimeError: the sweep could not be completed; see `run_sweep` for the reasons.
 
         Example:
             A minimal sweep that runs in this process; by default, trials run on Ray.

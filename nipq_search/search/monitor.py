@@ -31,12 +31,12 @@ from nipq_search.search.worker import failures
 
 _log = logging.getLogger("nipq_search")
 _KILL_GRACE_SECONDS = 15
-"""Time that a worker has to stop on its own after `limits.trial_minutes`."""
+"""How long a worker may take to stop on its own once `limits.trial_minutes` is exceeded."""
 _CHECK_INTERVAL_SECONDS = 5
 
 
 def full_figure(value: float) -> str:
-    """Format a cost in full, with thousands separators; fractional values have two decimals."""
+    """Format a cost with thousands separators and no unit prefix; fractions have two decimals."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
 
 
@@ -46,16 +46,17 @@ class Monitor:
     Args:
         out: the sweep's folder.
         config: the sweep configuration.
-        resolved: the resolved graph, budgets and costs.
+        resolved: the resolved sweep: its graph, budgets and costs.
         coordinator: schedules the jobs of the sweep.
         progress: receives progress updates and messages.
-        stop: set by a signal handler.
-        guard: called before each write; raises once this driver has lost its lease.
+        stop: event that the signal handlers set to request a stop.
+        guard: called before each write; raises `LeaseLost` once this driver has lost its lease.
 
     Attributes:
-        limit: the limit that is exhausted, as `key (value)`, or empty.
+        limit: the exhausted limit, as `key (value)`; empty if none is exhausted.
         interrupted: whether a signal or a stop request ended the run.
-        problem: why the test split could not be evaluated or an output not be written, or empty.
+        problem: why the test split could not be evaluated or an output could not be written; empty
+            if there was no such problem.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Monitor:
         stop: threading.Event,
         guard: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start the clock for `limits.hours`."""
+        """Store the arguments and start the clock for `limits.hours`."""
         self.out, self.config, self.resolved, self.coordinator = out, config, resolved, coordinator
         self.progress, self.stop, self.guard = progress, stop, guard
         self.outputs = Outputs(out, config)
@@ -88,7 +89,7 @@ class Monitor:
     def begin(self) -> None:
         """Open the tracking run and bring all outputs up to date."""
         self.guard()
-        # `finish` overwrites this status; it remains if the driver is killed.
+        # `finish` overwrites this status, so it remains only if the driver is killed.
         self.coordinator.ledger.remember(RUN_STATUS_ATTRIBUTE, RunStatus.KILLED.value)
         self._samples = documents.samples_by_job(self.out)
         self._total_samples = sum(self._samples.values())
@@ -116,7 +117,10 @@ class Monitor:
         return bool(self.limit)
 
     def tick(self) -> None:
-        """Handle stop requests, limits, hung trials and progress; called by the executor."""
+        """Handle stop requests, limits, hung trials and progress.
+
+        The executor calls this method repeatedly while jobs run.
+        """
         self.guard()
         self._handle_stop_request()
         if not self._trials_began and self.coordinator.stage == "trials":
@@ -134,10 +138,10 @@ class Monitor:
         self.progress.update(self._progress())
 
     def _count_samples(self, job: Job) -> None:
-        """Add the samples that a job has processed since the last count."""
+        """Add the samples that a job has processed since they were last counted."""
         if job.kind != "test":
-            # The last write of a process on another node may become visible late, so keep
-            # counting a job that has ended until its record appears.
+            # The last write of a process on another node may become visible with a delay, so keep
+            # counting the samples of a job that has ended until its record appears.
             ended = job.name not in self.coordinator.running
             if ended and jobs.committed(job.folder) is None:
                 self._uncommitted[job.folder] = job
@@ -148,7 +152,8 @@ class Monitor:
             self._samples[job.folder] = processed
 
     def _handle_stop_request(self) -> None:
-        # `limits.hours` stops the workers through the same file, but is not an interruption.
+        # When `limits.hours` is exhausted, the driver itself writes the stop request. This is not
+        # an interruption.
         stopping = self.coordinator.stopping
         requested = self.stop.is_set() or (not stopping and stop_requested(self.out))
         if requested and not self.interrupted:
@@ -171,7 +176,8 @@ class Monitor:
             attempt = jobs.live_attempt(job.folder, job.run)
             if attempt is None:
                 continue
-            # The driver's monotonic clock pauses while the machine is suspended.
+            # Use the driver's monotonic clock, which does not count the time during which the
+            # machine is suspended.
             since = self._seen_since.setdefault(attempt["folder"], time.monotonic())
             if time.monotonic() - since < 60 * minutes + _KILL_GRACE_SECONDS:
                 continue
@@ -186,13 +192,14 @@ class Monitor:
                 failures.kill_on(attempt["node"], attempt["pid"])
 
     def _refresh(self, running: bool = True) -> None:
-        """Read the ledger again and write the tables."""
+        """Update the records from the ledger, then the tables; see `Outputs.refresh`."""
         self.outputs.refresh(self.coordinator.ledger.look(), running)
 
     def _record_running(self) -> None:
         """Record the progress of running trials.
 
-        Further calls do nothing until `PAUSE_FACTOR` times the duration of this one has passed.
+        To bound the share of time spent here, further calls do nothing until `PAUSE_FACTOR` times
+        the duration of this call has passed.
         """
         numbers = {j.number for j in self.coordinator.running.values() if j.kind == "trial"}
         began = time.monotonic()
@@ -208,16 +215,16 @@ class Monitor:
     def job_finished(self, job: Job) -> None:
         """Report a job whose result was just added to the ledger, and update the outputs."""
         self._count_samples(job)  # up to date for `enough`, which is checked before the next trial
-        # Workers check for the request on their own and may stop before the next call of `tick`;
-        # without this call, their jobs would be restarted.
+        # Workers check for stop requests on their own and may stop before the next `tick`. Without
+        # this call, the coordinator would restart their jobs.
         self._handle_stop_request()
         done = jobs.committed(job.folder)
-        if job.kind == "test":  # test jobs share a folder; the last attempt is this job's
+        if job.kind == "test":  # test jobs share a folder; its last attempt belongs to this job
             last = jobs.attempts(job.folder)[-1:]
             done = file_io.read_sealed(last[0] / jobs.RESULT) if last else None
             if done and done["state"] == jobs.FAIL:
                 self.problem = f"the test split: {done['reason']}"
-            self.outputs.invalidate()  # records now include test metrics
+            self.outputs.invalidate()  # the records of finished trials now include test metrics
         paused = job.kind == "trial" and len(jobs.rung_records(job.folder)) > job.rung
         state = str(done["state"]) if done else ("paused at a rung" if paused else "stopped")
         text = f"{job.name} {state}"

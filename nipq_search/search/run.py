@@ -79,7 +79,7 @@ class Outcome:
 
     Attributes:
         state: why the run ended.
-        message: text for the user, or empty.
+        message: explanation for the user; empty if there is nothing to explain.
         complete: number of COMPLETE trials in the whole sweep.
         failed: number of failed trials in the whole sweep.
         pruned: number of pruned trials in the whole sweep.
@@ -95,16 +95,16 @@ class Outcome:
 def open_ledger(
     config: SweepConfig, task: Task, out: Path, guard: Callable[[], None] = lambda: None
 ) -> tuple[Ledger, ResolvedSweep]:
-    """Open the ledger, check it against an earlier run, and write the sweep's files.
+    """Open the ledger, compare the sweep with its earlier runs, and write the sweep's files.
 
     Args:
         config: the sweep configuration.
         task: the task, with its data loaded.
         out: the sweep's folder.
-        guard: called before each write; raises once this driver has lost its lease.
+        guard: called before each write; raises `LeaseLost` once this driver has lost its lease.
 
     Returns:
-        The ledger, and the graph, budgets and costs resolved for this task.
+        The ledger, and the resolved sweep: its graph, budgets and costs.
 
     Raises:
         UserError: a budget is unreachable, the folder contains trials of another study, or the
@@ -117,7 +117,7 @@ def open_ledger(
         space |= bits_space(resolved.graph)
     begun = jobs.any_attempt_exists(out)
     if begun:
-        # Job numbers come from the study, so jobs of another study could be mistaken for its own.
+        # Job numbers come from the study, so another study would mistake these jobs for its own.
         known = file_io.read_json(out / FACTS_FILE)
         identity = known.get("study") if isinstance(known, dict) else None
         Ledger.load(out, config.name, identity).close()
@@ -199,7 +199,10 @@ def _check_mode(ledger: Ledger, task: Task) -> None:
 
 @contextlib.contextmanager
 def signals_to(stop: threading.Event, progress: ProgressSink) -> Iterator[None]:
-    """Set `stop` on SIGINT or SIGTERM; a second signal terminates this process immediately."""
+    """Set `stop` on SIGINT or SIGTERM; a second signal terminates this process immediately.
+
+    Outside the main thread, this does nothing, because Python handles signals only there.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -228,23 +231,24 @@ def run_sweep(
     progress: ProgressSink | None = None,
     executor: Executor | None = None,
 ) -> Outcome:
-    """Start a sweep, or resume it.
+    """Start or resume a sweep, and run it until it is complete, reaches a limit or is stopped.
 
     Args:
         config: the sweep configuration.
         out: the sweep's folder; created if missing.
-        trials: total number of trials; overrides `search.trials`.
+        trials: total number of trials over all runs; None uses `search.trials`.
         address: address of a Ray cluster; None starts a cluster on this machine.
-        progress: receives progress updates and messages.
-        executor: runs the jobs; default Ray Tune.
+        progress: receives progress updates and messages; None discards them.
+        executor: runs the jobs; None runs them on Ray Tune.
 
     Returns:
         Why the run ended, and the number of trials by state.
 
     Raises:
-        UserError: a check before the first job failed.
-        RuntimeError: the float model failed, a fault of the machine halted the sweep, or an output
-            could not be written.
+        UserError: a check before the first job failed; the message names the key and the fix.
+        RuntimeError: the float model failed, a fault of the machine halted the sweep, this driver
+            lost its lease, the test split could not be evaluated, or an output could not be
+            written.
     """
     progress = progress or SilentProgress()
     out = out.absolute()
@@ -298,7 +302,7 @@ def _drive(
     address: str | None,
     executor: Executor | None,
 ) -> Outcome:
-    """Run all remaining jobs; see `run_sweep`."""
+    """Run all remaining jobs and write the outputs; see `run_sweep`."""
     resources = monitor.config.resources
     monitor.begin()
     idle = not coordinator.has_work()
@@ -310,7 +314,7 @@ def _drive(
             with (
                 cluster if executor is None else contextlib.nullcontext(),
                 driver_log(monitor.out),
-                # Ray replaces the signal handlers when it starts, so install ours again.
+                # Ray replaces the signal handlers when it starts, so install these again.
                 signals_to(monitor.stop, monitor.progress),
             ):
                 if executor is None and address is not None:
@@ -331,7 +335,7 @@ def _drive(
 
 
 def _outcome(coordinator: Coordinator, monitor: Monitor, idle: bool) -> Outcome:
-    """Summarize the run; `idle` is whether there was nothing to run."""
+    """Summarize the run; `idle` tells whether there was nothing left to run at its start."""
     trials = coordinator.ledger.trials()
     counts = {state: sum(t.state is state for t in trials) for state in TrialState}
     complete, failed = counts[TrialState.COMPLETE], counts[TrialState.FAIL]
@@ -377,7 +381,8 @@ def search(
         The sweep; its `front()` returns a pandas DataFrame.
 
     Raises:
-        UserError: a check before the first job failed.
+        UserError: a check before the first job failed; the message names the key and the fix.
+        RuntimeError: the sweep could not be completed; see `run_sweep` for the reasons.
     """
     if isinstance(config, (str, Path)):
         config = load_config(Path(config))

@@ -1,7 +1,8 @@
 """The command `nipq-search`, which parses arguments, calls the library and prints results.
 
 Start reading in `app.py`, which declares the commands. `main` maps every outcome to an exit code
-of `exit_codes.py` and every error to one line on stderr. May import every other layer.
+of `exit_codes.py` and every error to one line on stderr. This package may import every other
+layer.
 """
 
 from __future__ import annotations

@@ -27,14 +27,14 @@ def bops(value: float | None) -> str:
 
 
 def kilobytes(value: float | None) -> str:
-    """Format bytes in kilobytes (1000 bytes), but small values exactly: `24.0 kB`, `4,608 B`."""
+    """Format a number of bytes in kilobytes (1000 bytes), or in bytes below 10,000: `24.0 kB`."""
     if not known(value):
         return NOTHING
     return f"{value:,.0f} B" if value < 10_000 else f"{value / 1000:,.1f} kB"
 
 
 def megabytes(value: float | None) -> str:
-    """Format bytes in megabytes (1,000,000 bytes), rounded up: `1,200 MB`."""
+    """Format a number of bytes in megabytes (1,000,000 bytes), rounded up: `1,200 MB`."""
     return f"{math.ceil(value / 1e6):,} MB" if known(value) else NOTHING
 
 
@@ -44,7 +44,7 @@ def metric(value: float | None) -> str:
 
 
 def bits(value: float | None) -> str:
-    """Format a mean bit-width as `3.42`, and the integer width of a layer as `4`."""
+    """Format a bit-width: a mean with two decimals (`3.42`), an integer without (`4`)."""
     if not known(value):
         return NOTHING
     return str(value) if isinstance(value, int) else f"{value:.2f}"
@@ -70,9 +70,10 @@ COST_FORMATS: Mapping[str, Callable[[float | None], str]] = {
     "bytes": kilobytes,
     "bits": mean_bits,
 }
-"""Format of a cost by its unit, which ends its name: `weight_bytes` is in bytes.
+"""The formatting function for each unit of a cost; the unit is the last word of the cost's name.
 
-Costs in any other unit, such as those of plug-ins, are printed with four significant digits.
+For example, `weight_bytes` is in bytes. Costs in any other unit, such as those of plug-ins, are
+printed with four significant digits.
 """
 
 
@@ -89,7 +90,7 @@ def costs(values: Mapping[str, float] | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Format a duration in hours and minutes, or in seconds if short: `2 h 5 min`, `45 s`."""
+    """Format a duration in hours and minutes (`2 h 5 min`), or in seconds below a minute."""
     if not known(seconds):
         return NOTHING
     if seconds < 60:
@@ -104,6 +105,6 @@ def setting(value: object) -> str:
 
 
 def one_line(text: str | None) -> str:
-    """Put `text` on one line and replace control characters, which a terminal would interpret."""
+    """Put `text` on one line; replace unprintable characters, which could control a terminal."""
     words = " ".join((text or NOTHING).split())
     return "".join(letter if letter.isprintable() else "?" for letter in words)

@@ -55,8 +55,8 @@ def emit_table(*renderables: RenderableType) -> None:
 def emit_text(text: str) -> None:
     """Print `text` on stdout verbatim.
 
-    If the reader of a pipe has exited (`| head`), the rest is discarded; the exit code does not
-    change.
+    If stdout is a pipe whose reader has exited (`| head`), the rest of the output is discarded and
+    the exit code does not change.
     """
     try:
         sys.stdout.write(text)

@@ -18,7 +18,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def progress_line(progress: Progress) -> str:
-    """Format `progress` as one line, most important parts first in case it is truncated."""
+    """Format `progress` as one line, with the most important parts first in case it is cut off."""
     done = f"{progress.done}/{progress.total} trials"
     if progress.stage != "trials":
         done = f"{progress.stage}, {done}"
@@ -42,12 +42,12 @@ class ProgressLine:
         from rich.live import Live
 
         self._console = console(stream)
-        # Redraw only on update: no thread is needed, and a hung driver shows as a line that no
-        # longer changes.
+        # Redraw only on update. This requires no thread, and users can recognize a hung driver
+        # because the line stops changing.
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> ProgressLine:
-        """Start drawing."""
+        """Start drawing the live line."""
         self._live.start()
         return self
 

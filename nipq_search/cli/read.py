@@ -43,15 +43,18 @@ def _print(
 
 
 def plan(config: Path, overrides: Sequence[str], as_json: bool) -> int:
-    """Print the search space and the expected effort of a sweep file.
+    """Print the layers, reachable costs, budgets and expected effort of a sweep file.
 
     Args:
         config: the sweep file.
-        overrides: values of `--set`.
+        overrides: values of `--set`, as `A.B=C`.
         as_json: print JSON instead of tables.
 
     Returns:
         The exit code.
+
+    Raises:
+        UserError: the sweep file is invalid, or `run` would reject it.
     """
     with library_output_on_stderr():
         from nipq_search.search.commands.plan import plan as make_plan
@@ -88,6 +91,9 @@ def show(folder: Path, trial: int, as_json: bool) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        UserError: the folder is not a sweep, or the trial does not exist.
     """
     with library_output_on_stderr():
         document = _sweep(folder).show(trial)
@@ -100,11 +106,14 @@ def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
 
     Args:
         folder: the sweep's folder.
-        limit_texts: limits as COST=NUMBER.
+        limit_texts: values of `--max`, as COST=NUMBER.
         as_json: print JSON instead of tables.
 
     Returns:
         The exit code; 1 if no point satisfies the limits.
+
+    Raises:
+        UserError: the folder is not a sweep, or a limit is invalid.
     """
     limits = parse_limits(limit_texts)
     with library_output_on_stderr():
@@ -118,7 +127,7 @@ def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
 
 
 def logs(folder: Path, trial: int, as_json: bool) -> int:
-    """Print the output and tracebacks of one trial, by attempt.
+    """Print the output, tracebacks and stack dumps of one trial, attempt by attempt.
 
     Args:
         folder: the sweep's folder.
@@ -127,6 +136,9 @@ def logs(folder: Path, trial: int, as_json: bool) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        UserError: the folder is not a sweep, or the trial does not exist.
     """
     with library_output_on_stderr():
         files = _sweep(folder).log_files(trial)
@@ -154,6 +166,9 @@ def replay(folder: Path, trial: int, as_json: bool) -> int:
 
     Returns:
         The exit code; 4 if the replay does not match the record.
+
+    Raises:
+        UserError: the folder is not a sweep, or the trial cannot be replayed.
     """
     with library_output_on_stderr():
         from nipq_search.search.commands.replay import replay as run_again
@@ -176,7 +191,7 @@ def doctor(config: Path | None, address: str | None, out: Path | None, as_json: 
         The exit code; 1 if a check failed.
 
     Raises:
-        UserError: `out` is given without `address`, or an argument is invalid.
+        UserError: `out` is given without `address`, or the address or the sweep file is invalid.
     """
     address = check_address(address)
     if out is not None and address is None:

@@ -34,12 +34,16 @@ def run(
     Args:
         config: the sweep file.
         out: the sweep's folder; default `runs/<name>`.
-        overrides: values of `--set`.
-        trials: total number of trials, or None.
-        address: address of a Ray cluster; None starts a local one.
+        overrides: values of `--set`, as `A.B=C`.
+        trials: total number of trials over all runs; None uses `search.trials`.
+        address: address of a Ray cluster; None starts a cluster on this machine.
 
     Returns:
         The exit code.
+
+    Raises:
+        UserError: the sweep file is invalid, or a check before the first job failed.
+        RuntimeError: the sweep could not be completed; see `run_sweep`.
     """
     address = check_address(address)
     with library_output_on_stderr():
@@ -71,17 +75,21 @@ def run(
 def submit(
     config: Path, address: str, out: str | None, overrides: Sequence[str], trials: int | None
 ) -> int:
-    """Submit a sweep to a cluster as a job, and print the commands to follow and stop it.
+    """Submit a sweep to a cluster as a Ray job; print its ID and commands to follow and stop it.
 
     Args:
         config: the sweep file.
         address: URL of the head's dashboard.
         out: the sweep's folder on the head; default `~/runs/<name>`.
-        overrides: values of `--set`.
-        trials: total number of trials, or None.
+        overrides: values of `--set`, as `A.B=C`.
+        trials: total number of trials over all runs; None uses `search.trials`.
 
     Returns:
         The exit code.
+
+    Raises:
+        UserError: the sweep file, the address or `out` is invalid, no dashboard accepts jobs at
+            the address, or `ray[default]` is not installed.
     """
     with library_output_on_stderr():
         from nipq_search.search.commands.submit import submit as send
@@ -145,12 +153,12 @@ def next_steps(folder: Path, failed: int, front: Mapping[str, Any] | None) -> li
 
 
 def _example_limit(front: Mapping[str, Any]) -> str:
-    """Return a limit that the middle point of the front satisfies."""
+    """Return an example value of `--max`: a limit that the middle point of the front satisfies."""
     name = front.get("front_cost") or "bops"
     costs = sorted(
         point["cost"][name] for point in front.get("points") or [] if point.get("on_front")
     )
-    # 1 % more, because formatting with three digits may round down.
+    # Add 1 % to the cost, because formatting with three digits may round the limit down.
     return f"{name}={1.01 * costs[len(costs) // 2]:.3g}" if costs else f"{name}=NUMBER"
 
 
@@ -195,6 +203,10 @@ def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        UserError: the folder is not a sweep, or a driver is running it.
+        RuntimeError: a file or object could not be deleted.
     """
     with library_output_on_stderr():
         from nipq_search.search.results.retention import collect

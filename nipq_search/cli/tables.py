@@ -32,10 +32,10 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in columns:
         left = column in _LEFT
-        # Truncate long labels instead of wrapping every row on narrow terminals.
+        # On narrow terminals, truncate long budget labels instead of wrapping every row.
         table.add_column(column, justify="left" if left else "right", no_wrap=column == "budget")
     for row in rows:
-        # Text instead of str, because a layer name such as `[bold]` would be parsed as markup.
+        # Use Text, because rich would parse a str such as the layer name `[bold]` as markup.
         table.add_row(*(Text(numbers.one_line(cell)) for cell in row))
     return table
 
@@ -99,7 +99,7 @@ def _front_row(trial: str, label: str, names: Sequence[str], point: Document) ->
 
 
 def best(document: Document) -> RenderableType:
-    """Render the best point, or the nearest one, next to the limits."""
+    """Render the costs of the best point, or of the nearest one, next to the limits."""
     point = document.get("point") or document.get("nearest")
     model = f"model: {document['model']} in the sweep's folder" if document.get("model") else ""
     if point is None:
@@ -257,7 +257,7 @@ def plan(document: Document) -> RenderableType:
 
 
 def _noise(document: Document) -> list[RenderableType]:
-    """Describe the length of the noise phase."""
+    """Return a line on the length of the noise phase; empty if the plan does not contain it."""
     steps = document.get("noise_steps")
     if steps is None:
         return []

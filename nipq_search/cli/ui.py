@@ -33,7 +33,7 @@ _MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # no information about the sweep leaves the machine
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # would start additional processes
 }
-# Runs `optuna-dashboard` without relying on the location of its script.
+# Runs the console script `optuna-dashboard`, wherever it is installed.
 _OPTUNA_PROGRAM = (
     "import sys; from importlib.metadata import entry_points; "
     "(program,) = entry_points(group='console_scripts', name='optuna-dashboard'); "
@@ -49,7 +49,7 @@ class Server:
         name: name to display.
         command: program and arguments.
         port: port on the loopback interface.
-        environment: variables added to those of this process.
+        environment: environment variables added to those of this process.
     """
 
     name: str
@@ -65,7 +65,13 @@ class Server:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """A started dashboard and the file with its output."""
+    """A started dashboard.
+
+    Attributes:
+        server: the dashboard.
+        process: its process.
+        output: temporary file that receives its stdout and stderr.
+    """
 
     server: Server
     process: subprocess.Popen[bytes]
@@ -116,14 +122,14 @@ def plan_servers(folder: Path, mlflow_port: int | None, optuna_port: int | None)
 
     Args:
         folder: the sweep's folder.
-        mlflow_port: port for MLflow; None as in `ui`.
-        optuna_port: port for optuna-dashboard; None as in `ui`.
+        mlflow_port: port for MLflow; None selects one as in `ui`.
+        optuna_port: port for optuna-dashboard; None selects one as in `ui`.
 
     Returns:
         The dashboards to start.
 
     Raises:
-        UserError: the folder contains data for neither, or a requested port is in use.
+        UserError: the folder contains data for neither dashboard, or a requested port is in use.
     """
     store = folder / "mlflow.db"
     studies = [path for path in (folder / "study.log", folder / "study.db") if path.exists()]

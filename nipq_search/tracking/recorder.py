@@ -1,8 +1,8 @@
 """Recording of a sweep in MLflow; idempotent, so repeating it does not create duplicate runs.
 
 All sweeps on a server share the experiment `nipq_search`, because MLflow's table and charts
-compare runs within one experiment. A sweep is a parent run with the sweep's name. Its trials are
-nested child runs, named after the trial's number and budget.
+compare runs within one experiment. Each sweep has a parent run, which has the sweep's name. Each
+of its trials has a nested child run, named after the trial's number and budget.
 
 Runs are identified by their tags instead of by a local file of run ids:
 
@@ -46,7 +46,7 @@ class _Wanted:
 
     def digest(self) -> str:
         """Return a digest of the record, without `on_front`, and of the learning curve."""
-        # Whether a trial is on the front depends on other trials, so it has a tag of its own.
+        # Whether a trial is on the front depends on other trials, so a separate tag stores it.
         record = asdict(self.trial)
         del record["on_front"]
         return run_view.fingerprint(record, [asdict(point) for point in self.curve])
@@ -152,7 +152,7 @@ class MlflowRecorder:
 
         Args:
             trial: the trial's record.
-            curve: all its epochs so far.
+            curve: the trial's learning curve, with one point per epoch so far.
             layers: one mapping per layer, in the format of `show --json`; stored as the artifact
                 `bits.json`. None keeps the layers of an earlier call.
         """
@@ -163,7 +163,11 @@ class MlflowRecorder:
         self._attempt()
 
     def update_front(self, numbers: Collection[int]) -> None:
-        """Set the tag `on_front` of every trial; this overrides the records' `on_front`."""
+        """Set the tag `on_front` of every trial's run; this overrides the records' `on_front`.
+
+        Args:
+            numbers: numbers of the trials on the front.
+        """
         self._front = set(numbers)
         self._attempt()
 
@@ -224,7 +228,7 @@ class MlflowRecorder:
         config, tags, dataset = self._begun
         client = server.open_client(self._uri)
         experiment = server.experiment_id(client, self._uri, self._out)
-        # A digest contains no quotes, which the server's filters cannot escape.
+        # Use a digest, because a name may contain quotes, which MLflow's filters cannot escape.
         identity = run_view.fingerprint(self._sweep, self._identity)
         tags = {**server.context_tags(), **{k: str(v) for k, v in tags.items()}}
         tags |= {"nipq.sweep": self._sweep, "nipq.sweep_id": identity}
@@ -309,7 +313,7 @@ class MlflowRecorder:
         (found.front.add if on_front else found.front.discard)(trial.trial)
 
     def _fixed_tags(self) -> dict[str, str]:
-        """Return the tags given by the configuration, for values that the trial does not set."""
+        """Return tags with values from the configuration, for trials that do not set their own."""
         train = self._begun[0].get("train") if self._begun else None
         strength = train.get("lambda") if isinstance(train, Mapping) else None
         return {} if strength is None else {"lambda": run_view.value_text(strength)}
@@ -340,7 +344,7 @@ class MlflowRecorder:
             if path.is_file():
                 data = path.read_bytes()
                 server.store_artifact(found.client, self._uri, found.parent.run, path.name, data)
-        # Each run of the sweep appends a step, unless no metric has changed.
+        # Each run of the driver logs the metrics at a new step, unless none of them has changed.
         keys = {run_view.clean_key(key): float(value) for key, value in metrics.items()}
         if any(found.parent.metrics.get(key) != value for key, value in keys.items()):
             step = int(found.parent.tags.get("nipq.ends", "0"))
@@ -361,7 +365,7 @@ class MlflowRecorder:
 
 
 def _milliseconds(seconds: float | None) -> int:
-    """Convert Unix time to milliseconds; None gives the current time."""
+    """Convert Unix time from seconds to milliseconds; None stands for the current time."""
     return run_view.milliseconds(time.time() if seconds is None else seconds)
 
 

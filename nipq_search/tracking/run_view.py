@@ -1,7 +1,7 @@
 """The view of a sweep and its trials in MLflow, as pure functions from records to plain values.
 
-Keys are restricted to the characters that MLflow accepts, and values are truncated to the limits
-of all its stores. No function here accesses a server.
+Keys are restricted to the characters that MLflow accepts, and values are truncated to lengths that
+all of MLflow's stores accept. No function here accesses a server.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Row:
         key: name of the metric.
         step: the epoch, or 0 for a final value.
         timestamp: Unix time in milliseconds.
-        value: the value.
+        value: value of the metric.
     """
 
     key: str
@@ -84,7 +84,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def run_name(trial: TrialRecord) -> str:
-    """Return the run's name, such as `trial-003 bops: uniform 4`; sorts by number up to 999."""
+    """Return the run's name, such as `trial-003 bops: uniform 4`.
+
+    Sorted alphabetically, the names of trials up to 999 are in the order of their numbers.
+    """
     return f"trial-{trial.trial:03d} {trial.budget_label}".strip()[:KEY_LIMIT]
 
 

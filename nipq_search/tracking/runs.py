@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 METRICS_PER_BATCH = 800
-"""MLflow accepts 1,000 entries per batch, at most 100 of them params and 100 tags."""
+"""Number of metrics per batch, so that a full batch has the 1,000 entries that MLflow accepts."""
 TEXTS_PER_BATCH = 100
+"""Number of params per batch, and of tags per batch: the most that MLflow accepts of each."""
 
 
 class RunMemory:
@@ -25,11 +26,12 @@ class RunMemory:
         run: the run, as just found or created.
 
     Attributes:
-        run: the run, as found or created.
+        run: the run, as found or created; later updates do not change it.
+        run_id: the run's id.
         status: the run's last known status.
         params: the run's last known params.
         tags: the run's last known tags.
-        metrics: the latest value of each metric by its key.
+        metrics: the latest value of each metric, by key.
     """
 
     def __init__(self, client: MlflowClient, run: Run) -> None:

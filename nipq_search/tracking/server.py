@@ -56,10 +56,11 @@ def tracking_uri(out: Path, uri: str | None = None) -> str:
 
 
 def given_uri() -> str | None:
-    """Return `MLFLOW_TRACKING_URI`, or the content of the file `MLFLOW_TRACKING_URI_FILE`.
+    """Return `MLFLOW_TRACKING_URI`, or the content of the file in `MLFLOW_TRACKING_URI_FILE`.
 
-    The variant with a file exists because a database URL contains a password, and Ray's dashboard
-    displays the environment variables of jobs.
+    The result is None if neither environment variable is set. The file keeps the URI out of Ray's
+    dashboard, which displays the environment variables of jobs: a database URI can contain a
+    password.
 
     Raises:
         UserError: the file cannot be read.
@@ -84,7 +85,7 @@ def open_client(uri: str) -> MlflowClient:
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # Warnings caused by MLflow's use of its own dependencies cannot be fixed here.
+        # MLflow's use of its own dependencies causes warnings that cannot be fixed here.
         warnings.simplefilter("ignore")
         from mlflow.tracking import MlflowClient
 
@@ -170,7 +171,10 @@ def context_tags() -> dict[str, str]:
 
 
 def git_commit(folder: Path | None = None) -> str | None:
-    """Return the hash of the commit checked out in `folder` (default: the working directory)."""
+    """Return the hash of the commit checked out in `folder` (default: the working directory).
+
+    The result is None if the folder is not in a Git repository or Git is not installed.
+    """
     command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5)
@@ -180,7 +184,7 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 
 def dataset_input(dataset: Mapping[str, Any]) -> Any:
-    """Convert `dataset` (name, digest, sizes) to an MLflow DatasetInput for `training`."""
+    """Convert `dataset` (name, digest, sizes) to a DatasetInput with the context `training`."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     name = str(dataset.get("name") or "data")[:500]
@@ -198,7 +202,7 @@ def dataset_input(dataset: Mapping[str, Any]) -> Any:
 
 
 def _database_folder(uri: str) -> Path | None:
-    """Return the folder of a SQLite database, or None for other servers."""
+    """Return the folder of the SQLite database at `uri`, or None if `uri` is not a SQLite URI."""
     if not uri.startswith("sqlite:///"):
         return None
     return Path(uri.removeprefix("sqlite:///").split("?")[0]).absolute().parent

@@ -141,7 +141,7 @@ def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _type(values: Iterable[Any]) -> str:
-    """Return the narrowest column type that fits all values; `object` stands for JSON text."""
+    """Return the narrowest column type for the values; `object` if they must become JSON text."""
     present = [value for value in values if value is not None]
     if all(isinstance(value, bool) for value in present):
         return "boolean" if present else TEXT

@@ -54,7 +54,7 @@ def section(data: ReportData) -> str:
 
 
 def document(data: ReportData) -> dict[str, Any]:
-    """Build the data for the figure's script: the layout, and each trial's caption and layers."""
+    """Build the input of the figure's script: the layout, and each trial's caption and layers."""
     points = {point["trial"]: point for point in data.points()}
     trials: dict[int, dict[str, Any]] = {}
     for trial in sorted(data.layers):
@@ -90,7 +90,7 @@ def document(data: ReportData) -> dict[str, Any]:
         "margin": {"l": 60, "r": 20, "t": 20, "b": 40},
         "legend": {"orientation": "h", "y": 1.12},
         "xaxis": AXIS | {"type": "category", "automargin": True},
-        # A fixed scale for all trials, so that bars remain comparable between selections.
+        # Use the same scale for all trials, so that bars of different trials can be compared.
         "yaxis": AXIS | {"title": {"text": "bits"}, "range": [0, 1.15 * max([1, *widths])]},
     }
     return {"trials": trials, "layout": layout}

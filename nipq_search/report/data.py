@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7b61c4", "#b08600", "#56b4e9", "#5f6b7a")
-"""Colors of the budgets, safe for color blindness; they repeat if there are more budgets."""
+"""Colors of the budgets, distinguishable with color blindness; reused for further budgets."""
 
 COST_LABELS = {
     "bops": "BOPs per sample",
@@ -39,7 +39,7 @@ class ReportData:
         results: one row per trial, in the format of `tracking.results_table`.
         curves: one row per trial and epoch, in the format of `tracking.curves_table`.
         layers: by trial, one mapping per layer in the format of `show --json`.
-        histories: by trial, bit-widths over the noise phase in the format of
+        histories: by trial, bit-widths over the noise phase, in the format of
             `TrainResult.history`.
     """
 
@@ -60,7 +60,7 @@ class ReportData:
         return self.sweep.metric
 
     def points(self) -> list[Mapping[str, Any]]:
-        """Return the points with a metric and a positive front cost, sorted by cost."""
+        """Return the points with a metric and a positive front cost, sorted by front cost."""
         found = [
             point
             for point in self.sweep.front.get("points") or []
@@ -121,7 +121,10 @@ def label(value: Any) -> str:
 
 
 def embed(name: str, document: Any) -> str:
-    """Embed `document` as a JSON script element, escaped so that no text can close the element."""
+    """Return a script element that contains `document` as JSON.
+
+    The JSON is escaped so that no text in it can close the element.
+    """
     dumped = json.dumps(_finite(document), allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         dumped = dumped.replace(character, f"\\u{ord(character):04x}")
@@ -129,7 +132,7 @@ def embed(name: str, document: Any) -> str:
 
 
 def human(value: Any) -> str:
-    """Format a number with four significant digits: `5.3 G`, `24 k`, `0.912`, or `–` for None."""
+    """Format a number with four significant digits: `5.3 G`, `24 k`, `0.912`; `–` if missing."""
     figure = number(value)
     if figure is None:
         return "–"

@@ -1,9 +1,9 @@
 """The registry of figures.
 
-A figure is a function from `ReportData` to an HTML fragment. To add one, write `report/<name>.py`
-and add one line here; the tests cover every registered figure. The script of a figure can react to
-the selection of a trial (`nipq.onSelect(callback)`) and select a trial (`nipq.select(trial)`);
-both functions are defined in `html.py`.
+A figure is a function from `ReportData` to an HTML fragment. To add a figure, write
+`report/<name>.py` and register its function here; the tests cover every registered figure. The
+script of a figure can react to the selection of a trial (`nipq.onSelect(callback)`) and select a
+trial (`nipq.select(trial)`); both functions are defined in `html.py`.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def render(
         curves: one row per trial and epoch (`tracking.curves_table`).
         layers: by trial, one mapping per layer in the format of `show --json`; trials may be
             missing.
-        histories: by trial, bit-widths over the noise phase; trials may be missing.
+        histories: by trial, bit-widths over the noise phase in the format of
+            `TrainResult.history`; trials may be missing.
 
     Returns:
         The content of an HTML file.

@@ -34,7 +34,10 @@ SCRIPT = """
 """
 
 History = Sequence[Mapping[str, Any]]
-"""Entries with `step`, `bits` by tensor and `gradient` by tensor."""
+"""One entry per recorded step, with keys `step`, `bits` and `gradient`, the latter two by tensor.
+
+See `TrainResult.history`.
+"""
 
 
 def never_moved(history: History) -> list[str]:

@@ -239,15 +239,15 @@ def _budget_note(name: str, target: float, color: str | None) -> dict[str, Any]:
         "text": label(name),
         "textangle": -90,
         "showarrow": False,
-        "xanchor": "left",  # the trials of a budget are just left of its line
+        "xanchor": "left",  # the points of a budget are just to the left of its line
         "yanchor": "bottom",
         "font": {"size": 11, "color": color or "#6b7480"},
     }
 
 
 def _float_note(reference: float, left: bool) -> dict[str, Any]:
-    # If the metric is maximized, the cheap points on the left lie far below the line, so the label
-    # has the most space there.
+    # If the metric is maximized, the cheap points at the left end of the plot lie far below the
+    # line, so that end has the most space for the label.
     return {
         "x": 0.01 if left else 0.99,
         "xref": "paper",

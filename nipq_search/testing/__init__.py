@@ -53,14 +53,16 @@ def __getattr__(name: str) -> Any:
 def suites(suite: type, registry: Registry[Any]) -> dict[str, type]:
     """Return a subclass of a suite for each entry of a registry, by class name.
 
-    A test module collects them with `globals().update(suites(TaskConformance, TASKS))`.
+    For pytest to collect them, a test module adds them to its namespace with
+    `globals().update(suites(TaskConformance, TASKS))`.
 
     Args:
-        suite: a conformance class.
+        suite: a conformance suite, such as `TaskConformance`.
         registry: the family's registry; plug-ins that have not been looked up are not included.
 
     Returns:
-        Test classes named `Test_<name>`, with the entry and its `name` as attributes.
+        Test classes named `Test_<name>`. Each has the attributes `<registry.kind>`, the entry, and
+        `name`, the entry's name.
     """
     return {
         f"Test_{name}": type(f"Test_{name}", (suite,), {registry.kind: value, "name": name})

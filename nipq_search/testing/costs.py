@@ -17,15 +17,15 @@ from nipq_search.quant.graph import Graph
 from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.testing.graphs import ends, graphs
 
-# Every subclass runs the inherited test functions on its own instance, which Hypothesis rejects
-# unless `differing_executors` is suppressed.
+# Several subclasses inherit each test function, and Hypothesis reports running one function on
+# instances of different classes as an error unless `differing_executors` is suppressed.
 _SETTINGS = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.differing_executors]
 )
 
 
 def net(**options: Any) -> nn.Module:
-    """Return a prepared model of two linear layers."""
+    """Return a prepared model of two linear layers; `options` are arguments of `QuantConfig`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
@@ -33,7 +33,7 @@ def net(**options: Any) -> nn.Module:
 
 
 class _Estimate(nn.Module):
-    """A module whose forward pass computes the estimate, for `functional_call`."""
+    """A module whose forward pass computes a cost estimate, for use with `functional_call`."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
@@ -72,11 +72,11 @@ class CostConformance:
     @_SETTINGS
     @given(graph=graphs())
     def test_exact_costs_are_plain_numbers(self, graph: Graph) -> None:
-        """Exact costs are integers if `whole` is set; fractional widths give values in between."""
+        """Exact costs are integers if `whole` is set; at fractional widths, they lie in between."""
         name, (least, _) = self.cost.name, ends(graph)
         value = exact_cost(name, graph, least)
         assert type(value) is (int if self.cost.whole else float)
-        # Budgets such as `uniform 2.5` use fractional widths.
+        # Budgets such as `uniform 2.5` evaluate the exact cost at fractional bit-widths.
         middle = exact_cost(name, graph, {n: b + 0.5 for n, b in least.items()})
         more = exact_cost(name, graph, {n: b + 1 for n, b in least.items()})
         assert exact_cost(name, graph, least) - 1 <= middle <= more + 1e-9

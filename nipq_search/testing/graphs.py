@@ -17,7 +17,7 @@ allowed_sets = st.sets(st.integers(2, 8), min_size=1, max_size=5).map(
 
 @st.composite
 def graphs(draw: st.DrawFn) -> Graph:
-    """Draw a graph of one to five linear layers with shared, raw and float inputs."""
+    """Draw a graph of one to five linear layers, whose inputs may be shared, raw or float."""
     tensors: dict[str, TensorInfo] = {}
     layers: list[LayerInfo] = []
     inputs: list[str] = []
@@ -58,6 +58,6 @@ def graphs(draw: st.DrawFn) -> Graph:
 
 
 def ends(graph: Graph) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the smallest and the largest allowed bit-widths, by tensor."""
+    """Return the smallest and the largest allowed bit-width of each searched tensor."""
     searched = {name: t.allowed for name, t in graph.tensors.items() if t.allowed}
     return {n: a[0] for n, a in searched.items()}, {n: a[-1] for n, a in searched.items()}

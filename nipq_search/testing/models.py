@@ -1,4 +1,4 @@
-"""A small model, its inputs, and a textbook quantizer that serves the suites as reference."""
+"""A small model, its inputs, and a textbook quantizer that the suites use as a reference."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def images(seed: int = 0, batch: int = 4) -> Tensor:
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return standard normal random numbers, which are the same in every run.
+    """Return standard normal random numbers that are reproducible by `seed`.
 
     Args:
         shape: shape of the tensor.

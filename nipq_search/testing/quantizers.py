@@ -34,12 +34,15 @@ NAME = "quantizer under test"
 
 
 def prepared(**options: Any) -> nn.Module:
-    """Return a residual net prepared with the quantizer under test."""
+    """Return a residual net prepared with the quantizer under test.
+
+    `options` are arguments of `QuantConfig`.
+    """
     return prepare(residual_net(), images(), QuantConfig(quantizer=NAME, **options))
 
 
 def trained(**options: Any) -> Any:
-    """Return a prepared residual net after three training steps."""
+    """Return a prepared residual net after three training steps; see `prepared`."""
     model = prepared(**options)
     optimizer = torch.optim.SGD(param_groups(model, lr=0.05), momentum=0.9)
     for seed in range(3):
@@ -50,7 +53,7 @@ def trained(**options: Any) -> Any:
 
 
 def reference_operand(quantizer: Any, x: Tensor) -> Tensor:
-    """Return one tensor quantized by the textbook implementation."""
+    """Return `x` as the textbook implementation quantizes it with the quantizer's settings."""
     alpha = quantizer.alpha().detach()
     if quantizer.channels > 1:
         alpha = alpha.view(-1, *[1] * (x.dim() - 1))
@@ -58,7 +61,7 @@ def reference_operand(quantizer: Any, x: Tensor) -> Tensor:
 
 
 def reference_forward(model: Any, x: Tensor) -> Tensor:
-    """Return the residual net's output with all operands quantized by the textbook method."""
+    """Return the output of the residual net with all operands quantized as in a textbook."""
 
     def conv(layer: Any, x: Tensor) -> Tensor:
         x = reference_operand(layer.input_quantizer, x)
@@ -117,7 +120,11 @@ class QuantizerConformance:
                 assert torch.equal(y, reference_operand(quantizer, x))
 
     def test_every_parameter_learns(self) -> None:
-        """Every parameter has a finite nonzero gradient; learned bit-widths have a marginal."""
+        """Every parameter has a finite nonzero gradient.
+
+        For every learned bit-width, `marginal`, the derivative of the task loss with respect to
+        the bit-width, is also nonzero. Frozen models still have a gradient for every parameter.
+        """
         float_model = residual_net()
         float_model(images()).square().sum().backward()
         learning = {n for n, p in float_model.named_parameters() if _gradient(p).abs().max() > 0}
@@ -155,7 +162,7 @@ class QuantizerConformance:
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
     def test_groups_hold_every_parameter_once(self) -> None:
-        """Each parameter is in one group; quantizer parameters have their own, without decay."""
+        """Each parameter is in one group; those of quantizers have groups without weight decay."""
         model = prepared()
         groups = param_groups(model, lr=0.1, weight_decay=1e-4, lr_boundaries=0.2, lr_bits=0.3)
         held = [id(p) for group in groups for p in group["params"]]
@@ -180,7 +187,7 @@ class QuantizerConformance:
     def test_state_dict_round_trip(
         self, frozen: bool, target_frozen: bool, tmp_path: Path
     ) -> None:
-        """A state dict restores values, noise and phase in a model that differs in all of them.
+        """A state dict restores parameters, noise and phase in a model that differs in all three.
 
         Args:
             frozen: whether the saved model is frozen.

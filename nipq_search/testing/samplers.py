@@ -25,7 +25,7 @@ def study_of(sampler: optuna.samplers.BaseSampler | None) -> optuna.Study:
 
 
 def ask(study: optuna.Study) -> tuple[optuna.trial.Trial, dict[str, Any]]:
-    """Return a new trial of a study and its hyperparameters."""
+    """Ask `study` for a new trial; return the trial and its hyperparameters by name."""
     trial = study.ask()
     values = {key: suggest(trial, key, distribution(key, form)) for key, form in SPACE.items()}
     return trial, values
@@ -41,7 +41,7 @@ class SamplerConformance:
     sampler: ClassVar[SamplerFactory]
 
     def propose(self, seed: int, history: int) -> dict[str, Any]:
-        """Return the sampler's proposal after `history` finished trials."""
+        """Return the hyperparameters that the sampler proposes after `history` finished trials."""
         study = study_of(random(0))
         for index in range(history):
             trial, values = ask(study)

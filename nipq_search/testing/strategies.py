@@ -24,7 +24,10 @@ class StrategyConformance:
 
     @pytest.mark.parametrize("budgets", [1, 2, 5])
     def test_strategies_serve_every_budget(self, budgets: int) -> None:
-        """Every budget is assigned, targets and parents are valid, and no hidden state is kept."""
+        """Every budget is assigned, targets and parents are valid, and the strategy is stateless.
+
+        Each assignment must equal that of a new instance of the strategy.
+        """
         strategy = self.strategy()
         assigned: list[int] = []
         finished: list[FinishedTrial] = []

@@ -24,7 +24,7 @@ NAME = "task under test"
 """Name under which the suite registers the task."""
 
 _INSTANCES: dict[type, tuple[dict[str, Any], Any]] = {}
-"""Arguments and instance by test class; data are loaded once per class, which saves time."""
+"""Arguments and instance by test class, so that the data are loaded only once per class."""
 
 
 def first_batches(
@@ -36,11 +36,11 @@ def first_batches(
         task: the task.
         split: name of the split.
         seed: seed of the order of the samples, or None.
-        count: number of batches.
-        batch_size: samples in a batch.
+        count: maximum number of batches.
+        batch_size: number of samples in a batch.
 
     Returns:
-        At most `count` batches.
+        The batches; fewer than `count` if the split is smaller.
     """
     return list(itertools.islice(iter(task.loader(split, batch_size, seed)), count))
 
@@ -58,7 +58,10 @@ def equal(left: Any, right: Any) -> bool:
 
 
 def keys(task: Any, split: str) -> set[Any]:
-    """Return keys that identify a split's samples: the task's own, or the first tensor's bytes."""
+    """Return keys that identify the samples of a split.
+
+    These are the task's `sample_keys`, or else the bytes of each sample in a batch's first tensor.
+    """
     own = getattr(task, "sample_keys", None)
     if own is not None:
         return set(own(split))
@@ -76,10 +79,12 @@ class TaskConformance:
     task: ClassVar[Callable[..., Task]]
 
     def task_args(self, folder: Path) -> dict[str, Any]:
-        """Return the arguments of a small instance; override this for a task that requires any.
+        """Return the arguments of a small instance of the task.
+
+        Override this method if the task has required arguments or needs data files.
 
         Args:
-            folder: empty folder for data files. Repeated calls receive the same one.
+            folder: empty folder for data files.
         """
         return {}
 
@@ -90,12 +95,12 @@ class TaskConformance:
 
     @pytest.fixture
     def arguments(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-        """Return the arguments of the instance."""
+        """Return the arguments of `instance`."""
         return self._instance(tmp_path_factory)[0]
 
     @pytest.fixture
     def instance(self, tmp_path_factory: pytest.TempPathFactory) -> Any:
-        """Return a task whose data are loaded."""
+        """Return an instance of the task with its data loaded, shared by all tests of the class."""
         return self._instance(tmp_path_factory)[1]
 
     def _instance(self, factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
@@ -153,7 +158,7 @@ class TaskConformance:
 
     @pytest.mark.parametrize("split", ["validation", "test"])
     def test_other_splits_keep_their_order(self, instance: Any, split: str) -> None:
-        """The seed does not shuffle the validation and test splits."""
+        """The order of the validation and test splits does not depend on the seed."""
         assert equal(first_batches(instance, split, 1), first_batches(instance, split, 2))
 
     def test_loader_leaves_the_global_rng_alone(self, instance: Any) -> None:
@@ -194,7 +199,10 @@ class TaskConformance:
         assert outputs and all(torch.isfinite(output).all() for output in outputs)
 
     def test_distillation_reaches_the_model_alone(self, instance: Any) -> None:
-        """The distillation loss trains only the model; without one, the error names the fix."""
+        """The distillation loss has gradients for the model only.
+
+        If the task has no distillation loss, the error message names the setting to change.
+        """
         model, teacher = instance.build_model(), instance.build_model().eval()
         batch = first_batch(instance)
         if not base.has_distillation(instance):
@@ -206,7 +214,7 @@ class TaskConformance:
         assert all(p.grad is None for p in teacher.parameters())
 
     def test_loss_and_distillation_share_a_forward(self, instance: Any) -> None:
-        """The loss and the distillation loss share one forward pass, with one draw of noise."""
+        """The loss and the distillation loss use one forward pass, hence one draw of noise."""
         if not base.has_distillation(instance):
             return
         model, teacher = instance.build_model(), instance.build_model().eval()
@@ -219,7 +227,10 @@ class TaskConformance:
         assert len(calls) == 1
 
     def test_evaluate_has_the_metric_and_restores_the_modes(self, instance: Any) -> None:
-        """Evaluation returns finite metrics and leaves the model's modes and values unchanged."""
+        """Evaluation returns finite metrics and leaves the modules' modes and state unchanged.
+
+        Repeating the evaluation gives equal metrics.
+        """
         model = instance.build_model()
         leaves = [module for module in model.modules() if not list(module.children())]
         norms = [leaf for leaf in leaves if isinstance(leaf, torch.nn.BatchNorm2d)]

@@ -72,7 +72,7 @@ class CostConformance:
     @_SETTINGS
     @given(graph=graphs())
     def test_exact_costs_are_plain_numbers(self, graph: Graph) -> None:
-        """Exact costs are integers if `whole` is set; at fractional widths, they lie in between."""
+        """Exact costs are integers if `whole` is set; fractional bits give values in between."""
         name, (least, _) = self.cost.name, ends(graph)
         value = exact_cost(name, graph, least)
         assert type(value) is (int if self.cost.whole else float)

@@ -100,7 +100,7 @@ class TaskConformance:
 
     @pytest.fixture
     def instance(self, tmp_path_factory: pytest.TempPathFactory) -> Any:
-        """Return an instance of the task with its data loaded, shared by all tests of the class."""
+        """Return a task whose data are loaded; all tests of the class share this instance."""
         return self._instance(tmp_path_factory)[1]
 
     def _instance(self, factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:

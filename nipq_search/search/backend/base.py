@@ -10,7 +10,7 @@ from nipq_search.search.jobs import Job, JobOutcome
 from nipq_search.tasks import Task
 
 MAX_FAILED_STARTS = 4
-"""How many times in a row a job's process may die before it begins an attempt."""
+"""How many times in a row the process of a job may die before beginning an attempt."""
 
 Work = Callable[[Job, Task, Callable[[dict[str, Any]], None]], JobOutcome]
 """A function that executes a job: `nipq_search.search.worker.worker.execute` or a substitute."""

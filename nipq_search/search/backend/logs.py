@@ -15,8 +15,8 @@ def driver_log(out: Path) -> Iterator[None]:
     """Redirect Ray's loggers to `driver.log` in the sweep's folder.
 
     Enter this context after Ray has started, because Ray configures its loggers when it starts.
-    The log contains the tracebacks of processes that died; why a job ended is stored in its
-    record.
+    The log contains the tracebacks of processes that died. The reason why a job failed is stored
+    in its record.
     """
     handler = logging.FileHandler(out / LOG_FILE, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -98,8 +98,8 @@ def _check_largest(
 def slots(resources: ResourcesSection) -> int:
     """Return how many trials run concurrently: as many as fit, but at most `concurrent`.
 
-    The result is at least 1. If the cluster adds nodes and `concurrent` is set, it is the result,
-    because the number of trials that fit on the nodes changes.
+    The result is at least 1. If the cluster adds nodes (`autoscale`), the result is `concurrent`
+    itself, because the number of trials that fit changes with the number of nodes.
     """
     if resources.autoscale and resources.concurrent is not None:
         return resources.concurrent

@@ -84,14 +84,15 @@ def loopback_only() -> Iterator[None]:
 def connect_to_gcs(address: str) -> None:
     """Check that a Ray head responds at `HOST:PORT`.
 
-    `ray.init` waits forever if something other than Ray listens there; the GCS client gives up
-    after 40 seconds. Uses `ray._raylet.GcsClient`; tested with Ray 2.60.
+    If a program other than Ray listens at the address, `ray.init` waits indefinitely, whereas the
+    GCS client raises an error after 40 seconds. Uses `ray._raylet.GcsClient`; tested with Ray
+    2.60.
 
     Args:
         address: `HOST:PORT` of the head.
 
     Raises:
-        Exception: the client's error if no head responds.
+        Exception: no head responded; the GCS client determines the type of the error.
     """
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 

@@ -1,9 +1,9 @@
 """Cleanup of the processes of a local Ray cluster after its driver has ended.
 
 Ray's processes exit when their driver is killed, but some agents first wait up to a minute for a
-server that died with it. A small helper process therefore waits on a pipe for the driver to end
-and then kills the remaining processes of the cluster, which it finds through the process tree
-below the daemons that the driver started. On systems without `/proc`, no helper is started.
+server that died with the driver. A small helper process therefore waits on a pipe for the driver
+to end and then kills the remaining processes of the cluster. To find them, it tracks the process
+tree below the daemons that the driver started. On systems without `/proc`, no helper is started.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def ray_children(driver: int, others: set[int]) -> set[int]:
 
 @contextlib.contextmanager
 def reaped() -> Iterator[None]:
-    """End the Ray processes started in this context when it exits or if this process dies."""
+    """End the Ray processes started in this context when it exits, or when this process dies."""
     if not _PROC.is_dir():
         yield
         return

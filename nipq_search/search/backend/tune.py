@@ -61,7 +61,7 @@ def token_exists() -> bool:
 def _is_open(address: str) -> bool:
     """Whether a cluster accepts connections without a token.
 
-    A cluster that `ray start` started requires a token if its machine has one; others do not.
+    A cluster requires a token only if `ray start` started it on a machine that has a token.
     `ray.init` sends no token by default, and a cluster without authentication cannot reply to a
     client that sends one. Ray reads the mode once per process, so a subprocess runs the check.
     """

@@ -211,7 +211,9 @@ class Ticker(Callback):
 
 
 class StopWhenIdle(Stopper):
-    """Ends a stopping sweep once no job is running; pending trials might never get a node.
+    """Ends a sweep that is stopping as soon as no job is running.
+
+    Pending trials are not waited for, because they might never get a node.
 
     Args:
         coordinator: reports whether the sweep is stopping.

@@ -38,7 +38,8 @@ def doctor(
         out: the folder that all nodes must share; default the current folder.
 
     Returns:
-        `{"check", "ok", "detail", "fix"}` per check; `fix` is None if the check passed.
+        One mapping per check, with the keys `check` (its name), `ok`, `detail` and `fix`; `fix` is
+        None if the check passed.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
         *((package, lambda p=package: importlib.metadata.version(p)) for package in PACKAGES),

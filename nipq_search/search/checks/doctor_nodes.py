@@ -38,8 +38,8 @@ def inspect_node(
 
     Args:
         folder: the shared folder.
-        token: name and content of a file that the driver wrote to this folder; this function
-            adds another file.
+        token: name and content of a file that `check_nodes` wrote to this folder; this function
+            adds another file, to show that the node can write to the folder.
         task: the task whose data are loaded, or None.
         arguments: keyword arguments of the task.
         home: URI of the storage for models and checkpoints, or None.

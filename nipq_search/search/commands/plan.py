@@ -1,4 +1,4 @@
-"""`plan`: the search space and the expected effort of a sweep, computed without training."""
+"""`plan`: the layers, budgets and expected effort of a sweep, computed without training."""
 
 from __future__ import annotations
 

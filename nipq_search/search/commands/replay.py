@@ -33,10 +33,10 @@ COMPARED = ("model_sha256", "metrics", "cost", "bits", "steps")
 """Entries of a record that a replay must reproduce."""
 
 WEIGHTS_TOLERANCE = 1e-3
-"""Allowed relative error of a tensor, in the Euclidean norm, unless the bits must be equal."""
+"""Allowed relative error of a tensor, in the Euclidean norm, if results may differ in rounding."""
 
 METRICS_TOLERANCE = 1e-2
-"""Allowed relative error of a metric, unless the bits must be equal."""
+"""Allowed relative error of a metric, if results may differ in rounding."""
 
 _NO_PAUSE = 1 << 30
 """A rung that no trial reaches, so that the replay trains without pausing."""
@@ -45,7 +45,7 @@ _NO_PAUSE = 1 << 30
 def replay(
     sweep: Sweep, trial: int, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Rerun a finished trial with the params, budget, parent, seed and thread count of its record.
+    """Rerun a finished trial from its record: hyperparameters, budget, parent, seed and threads.
 
     The results must be bit-identical if this machine matches the record's provenance (versions and
     CPU capability). Otherwise, and for records without provenance, models and metrics are compared

@@ -19,7 +19,7 @@ from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.jobs import SWEEP_FILE
 
 _SUBMIT_TIMEOUT_SECONDS = 60.0
-"""Time for which to retry, because a head that has just started may refuse jobs."""
+"""How long to retry the submission, because a head that has just started may refuse jobs."""
 
 
 def command_of(name: str, out: str | None, overrides: Sequence[str], trials: int | None) -> str:
@@ -28,8 +28,8 @@ def command_of(name: str, out: str | None, overrides: Sequence[str], trials: int
     Args:
         name: the sweep's name.
         out: the sweep's folder on the head; default `~/runs/<name>`.
-        overrides: values of `--set`.
-        trials: total number of trials, or None.
+        overrides: values of `--set`, as `A.B=C`.
+        trials: total number of trials over all runs; None uses `search.trials`.
 
     Returns:
         The command line, quoted for a POSIX shell.
@@ -66,7 +66,7 @@ def submit(
     overrides: Sequence[str] = (),
     trials: int | None = None,
 ) -> str:
-    """Submit a sweep to a cluster as a job.
+    """Submit a sweep to a cluster as a Ray job.
 
     This process's environment variables are not passed on, because the job's description would
     expose them. Set secrets in the environment of the head, or in files there.
@@ -76,8 +76,8 @@ def submit(
         config: the validated content of the file.
         address: URL of the head's dashboard, such as `http://HEAD:8265`.
         out: the sweep's folder on the head, absolute or below `~/`; default `~/runs/<name>`.
-        overrides: values of `--set`.
-        trials: total number of trials, or None.
+        overrides: values of `--set`, as `A.B=C`.
+        trials: total number of trials over all runs; None uses `search.trials`.
 
     Returns:
         The job's id.

@@ -1,4 +1,4 @@
-"""Plug-ins of a sweep: the packages and versions that provide what its configuration names.
+"""Plug-ins of a sweep: the packages that provide the entries in its configuration.
 
 Entries are identified by `<family>.<name>`, for example `quantizer.nipq`.
 """
@@ -49,13 +49,13 @@ def plugin_mismatches(wanted: Mapping[str, str]) -> list[str]:
 
 
 def check_installed(wanted: Mapping[Any, Any]) -> None:
-    """Check that the plug-ins that a sweep was recorded with are installed, in any version.
+    """Check that the plug-ins recorded for a sweep are installed, in any version.
 
     Args:
         wanted: the `plugins` section of a sweep file, possibly with entries of invalid types.
 
     Raises:
-        UserError: one is missing; the message names the package and how to install it.
+        UserError: a plug-in is missing; the message says how to install its package.
     """
     for entry, package in wanted.items():
         family, _, name = str(entry).partition(".")

@@ -42,7 +42,7 @@ def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
         UserError: anything else differs; the message lists the differences.
     """
     document = new.as_json()
-    with contextlib.suppress(UserError):  # adds defaults for keys introduced since then
+    with contextlib.suppress(UserError):  # parsing adds defaults for keys introduced since then
         old = parse_config(dict(old)).as_json()
     lost = [entry for entry in old["budgets"] if entry not in document["budgets"]]
     if lost:

@@ -34,8 +34,8 @@ class SearchSection(Section):
     """The search space and the search algorithm.
 
     Attributes:
-        strategy: how budgets are assigned to trials.
-        sampler: Optuna sampler that proposes hyperparameters.
+        strategy: name of the strategy that assigns budgets to trials.
+        sampler: name of the Optuna sampler that proposes hyperparameters.
         trials: total number of trials over all runs of the sweep.
         space: range or choices by hyperparameter: `{log: [a, b]}`, `{uniform: [a, b]}`,
             `{int: [a, b]}` or `{choice: [...]}`.
@@ -95,7 +95,7 @@ class SweepConfig(Section):
         train: training settings.
         search: search space and search algorithm.
         resources: resources of one trial.
-        limits: when to stop.
+        limits: limits on time, training samples and failures.
         checkpoints: URI of the folder that stores models and checkpoints, such as
             `s3://BUCKET/FOLDER`; None stores them in the sweep's folder.
         plugins: `package version` of every plug-in in use, by `<family>.<name>`. `run` writes it;

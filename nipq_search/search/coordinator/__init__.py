@@ -1,4 +1,4 @@
-"""The order of jobs, and what a finished job means for the study. Starts no processes.
+"""The order of jobs, and the effect of finished jobs on the study. Starts no processes.
 
 Start reading in `coordinator.py`. `trials.py` starts and ends trials, and `history.py` presents
 them to the strategy. `resolved.py` derives the graph, the absolute budgets and the bounds of the

@@ -132,10 +132,10 @@ class Coordinator:
         return self.trials.remaining()
 
     def next_job(self) -> Job | Verdict:
-        """Return the next job, or what to do if there is none."""
+        """Return the next job; if there is none, return whether to wait for one or to end."""
         if self.stopping or self.failure:
             return Verdict.DONE
-        if "float" in self.running:  # even if its record exists: it may be a failure
+        if "float" in self.running:  # even if a record exists, because the job may have failed
             return Verdict.WAIT
         if self._state("float", 0) is None:
             return self._start(self._job("float", 0))
@@ -160,8 +160,8 @@ class Coordinator:
 
         Args:
             job: a job that is no longer running.
-            lost: why it ended without a record; None if it has one, or if it stays open because
-                it paused or a stop was requested.
+            lost: why the job ended without a record; None if the job has a record, or stays open
+                because it paused or a stop was requested.
         """
         self.running.pop(job.name, None)
         record = committed(job.folder)

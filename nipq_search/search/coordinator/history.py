@@ -22,7 +22,7 @@ TARGET = "budget_"
 """Prefix of the attributes that hold a trial's absolute targets."""
 
 FREE_FAILURES = 2
-"""Number of failed trials per budget that do not count toward it; further ones do."""
+"""Number of failed trials per budget that do not count as its trials; further failed ones do."""
 
 MAX_FINISHED = 500
 """A strategy receives this many of the newest finished trials, in addition to the front.
@@ -135,7 +135,7 @@ class TrialHistory:
         return found[0] if found and found[0].number == number else None
 
     def state(self, unfinished: Sequence[FrozenTrial]) -> SearchState:
-        """Return what the strategy bases its next decision on.
+        """Return the state on which the strategy bases its next decision.
 
         Args:
             unfinished: the trials that have not finished.
@@ -170,7 +170,7 @@ class TrialHistory:
         )
 
     def ranked(self, metrics: Mapping[str, float]) -> float:
-        """Return the metric, negated if it is minimized; minus infinity if it is missing."""
+        """Return the task's metric, such that greater is better; minus infinity if missing."""
         if self._resolved.metric not in metrics:
             return float("-inf")
         return self._sign * metrics[self._resolved.metric]

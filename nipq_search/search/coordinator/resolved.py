@@ -74,7 +74,7 @@ def float_model(config: SweepConfig, task: Task) -> nn.Module:
     """Return the task's model, with the weights of `float.checkpoint` if the sweep has one.
 
     Raises:
-        UserError: the model cannot be built, or the file is not a checkpoint of it.
+        UserError: the model cannot be built, or the file is not a checkpoint of this model.
     """
     device = torch.device("cpu")
     if (name := config.float_model.checkpoint) is None:

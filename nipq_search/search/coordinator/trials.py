@@ -132,7 +132,8 @@ class Trials:
         more = not self.limit_reached()
         if more and (promoted := self._to_promote(last=False)) is not None:
             return self._promote(promoted)
-        # Pruning below relies on there being no waiting trial, so a cached list will not do.
+        # Pruning below relies on there being no waiting trial, so a cached list, which may lack
+        # new trials, does not suffice.
         trials = self.ledger.trials() if self.strategy.rungs else self.ledger.look()
         unfinished = self.history.update(trials)
         waiting = any(t.state is TrialState.WAITING for t in unfinished)
@@ -224,8 +225,8 @@ class Trials:
             parent = self.strategy.parent(budget, usable)
             if parent is None or blobs.can_be_read(model_file(self._folder(parent))):
                 return parent
-            # `gc` has deleted its model: it keeps the parents found among all trials, not only
-            # among the recent ones.
+            # `gc` has deleted the model of this parent. It keeps the models of parents selected
+            # from all trials, which can differ from those selected from the recent ones.
             unreadable.add(parent)
             finished = self.history.all_but(unreadable)
 

@@ -1,9 +1,9 @@
 """The attempts of a job, each with its own folder below the job's folder.
 
 An attempt's result is final once its `result.json` is complete, with the model next to it; nothing
-is reported earlier. An attempt is closed by its own `result.json`, or by one that the next attempt
-writes in its place when it takes the job over. Only one of the two can be created, so a process
-that continues after it was superseded cannot change the result.
+is reported before that. An attempt is closed by its own `result.json`, or by one that the next
+attempt writes in its place when it takes the job over. Only one of these two files can be created,
+so a process that continues after it was superseded cannot change the result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nipq_search.search.jobs.paths import (
 from nipq_search.train.models import MODEL_FILE
 
 MAX_HANGS = 2
-"""A job is given up after this many attempts that exceeded their time limit."""
+"""A job fails after this many attempts that exceeded their time limit."""
 
 
 class Cause(enum.StrEnum):
@@ -78,7 +78,7 @@ def attempts(folder: Path) -> list[Path]:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Read a JSON file of an attempt; empty if it is missing, torn or not a JSON object."""
+    """Return the JSON object in a file; empty if it is missing, incomplete or not an object."""
     document = file_io.read_json(path)
     return document if isinstance(document, dict) else {}
 
@@ -169,8 +169,8 @@ def training_setup(folder: Path) -> dict[str, Any]:
 def open_attempt(job: Job, node: str | None = None, **more: Any) -> Path:
     """Create the folder of the next attempt; only one process can create each folder.
 
-    This supersedes earlier attempts: a process of one that is still running, for example on an
-    unreachable node, cannot commit and ends once it detects this.
+    Earlier attempts are superseded: if the process of one of them is still running, for example on
+    an unreachable node, it cannot commit, and it ends once it detects the new attempt.
 
     Args:
         job: the job.

@@ -41,7 +41,7 @@ def _take(descriptor: int) -> bool:
 
 
 def live_driver(folder: Path) -> dict[str, Any] | None:
-    """Return `{"host": ..., "pid": ...}` of the driver that is running this sweep, or None."""
+    """Return a mapping with `host` and `pid` of the driver that is running this sweep, or None."""
     path = folder / LOCK_FILE
     try:
         descriptor = os.open(path, os.O_RDONLY)

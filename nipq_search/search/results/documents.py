@@ -110,7 +110,7 @@ def _record(
     folder = job_folder(out, "trial", trial.number)
     tries = jobs.attempts(folder)
     finished = trial.state.is_finished()
-    # For finished trials, these figures are in the ledger; for running ones, in the folder.
+    # The ledger has the samples and seconds of finished trials, the folder those of running ones.
     in_ledger = finished and "samples" in attributes and "seconds" in attributes
     targets = {
         name: value

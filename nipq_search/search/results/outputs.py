@@ -23,8 +23,8 @@ from nipq_search.tracking import MlflowRecorder
 from nipq_search.tracking.tables import curves_table, results_table, write_table
 
 PAUSE_FACTOR = 20
-"""Pause after writing the tables or recording running trials, as a multiple of the time that this
-took, so that each of the two uses at most about 1/20 of the driver's time."""
+"""Pause after writing the tables or recording running trials, as a multiple of the duration of
+that step, so that each of the two steps uses at most about 1/20 of the driver's time."""
 
 RUN_STATUS_ATTRIBUTE = "ended"
 """Study attribute that stores the `RunStatus` of the sweep's last run."""
@@ -163,8 +163,8 @@ def sync(out: Path) -> dict[str, Any]:
         out: the sweep's folder.
 
     Returns:
-        `server`, the server's address without credentials, and `trials`, the number of trials that
-        have a run on it.
+        A mapping with `server`, the server's address without credentials, and `trials`, the number
+        of trials that have a run on the server.
 
     Raises:
         UserError: the folder is not a sweep, or a driver is running it.

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 SAME = 0.05
-"""Two costs that differ by at most this many octaves count as the same place on the front."""
+"""Two costs that differ by at most this many octaves (factors of two) count as the same place on
+the front."""
 
 REPEAT_OF_LEAD, REPEAT_OF_SPAN = 0.2, 0.003
 """Expected improvement of the metric by a second trial at the same place: a fraction of the float
@@ -55,7 +56,7 @@ def _interpolated(front: Sequence[tuple[float, float]], cost: float) -> float:
 def _position(left: float, cost: float, right: float) -> float:
     """Return where a cost lies between two others on a log2 scale: 0 at the left, 1 at the right.
 
-    It is 0.5 if the interval is empty.
+    The result is 0.5 if the interval is empty.
     """
     if right <= left or cost == math.sqrt(left * right):
         return 0.5
@@ -86,11 +87,11 @@ def most_promising_cost(
     Between neighboring points of the front, and between its ends and the corners of the rectangle,
     the metric is interpolated linearly in log2 cost. Fronts are usually concave in log2 cost, so
     the interpolation underestimates the metric that a trial between two points can reach. A trial
-    at the place of an earlier one starts from it, and its expected gain is determined by
+    at the place of an earlier one starts from that one, and its expected gain is determined by
     `REPEAT_OF_LEAD` and `REPEAT_OF_SPAN`. Running trials count as points on the interpolated
     front. Every trial that was targeted at a place lowers the expected gain there, because the
     place may be unreachable or every trial there may fail. Metrics below the reference are raised
-    to it, so a collapsed trial does not attract further ones.
+    to the reference, so that a trial that collapsed does not attract further ones.
 
     Args:
         points: (metric, cost) of every finished trial; at least one.

@@ -38,9 +38,9 @@ def hypervolume(
     """Return the area under the front over log2 cost, as a fraction of a reference rectangle.
 
     The rectangle spans the costs from the least reachable one to that of the uniform 8-bit model,
-    and the metrics from the reference to that of the float model: 1.0 means float accuracy at the
-    least reachable cost. A metric above the float model's counts in full, so the result can
-    exceed 1.
+    and the metrics from the reference to that of the float model. A result of 1.0 means float
+    accuracy at the least reachable cost. Metrics above the float model's count in full, so the
+    result can exceed 1.
 
     Args:
         points: (metric, cost) of each point on the front. The height of the area at a cost is the

@@ -38,8 +38,8 @@ class SearchState:
 
     Attributes:
         budgets: absolute targets of the sweep's budgets.
-        assigned: budget index of every trial that counts toward its budget; a few failed ones do
-            not (`FREE_FAILURES` in `coordinator/history.py`).
+        assigned: budget index of every trial, except for a few failed trials per budget
+            (`FREE_FAILURES` in `coordinator/history.py`).
         running: absolute targets of the running trials.
         asked: absolute targets of all trials, whatever their state.
         finished: COMPLETE trials.
@@ -159,9 +159,9 @@ class Ladder(Strategy):
     _STEP_OCTAVES = 0.1
 
     def parent(self, budget: Mapping[str, float], finished: Sequence[FinishedTrial]) -> int | None:
-        """Return the number of the best of the nearest trials, or None if none is large enough.
+        """Return the number of the best of the nearest trials at an equal or larger budget.
 
-        Distances are rounded to a tenth of an octave.
+        The result is None if there is no such trial. Distances are rounded to tenths of an octave.
         """
         best: tuple[int, float, int] | None = None
         for trial in finished:
@@ -253,8 +253,8 @@ class Fill(Strategy):
     def epochs_share(self, budget: Mapping[str, float], parent: FinishedTrial | None) -> float:
         """Return `_FIRST` without a parent, `_NEW_PLACE` at a new place, and 1 for a repeat.
 
-        A repeat, whose parent is at the same place, must train in full, because a shorter one
-        gains nothing.
+        A repeat, whose parent is at the same place, must train in full, because a shorter training
+        run gains nothing.
         """
         if parent is None:
             return self._FIRST

@@ -39,7 +39,7 @@ EXPIRY_SECONDS = 40.0
 write that the previous driver had already started."""
 
 _now: Callable[[], float] = time.monotonic
-"""Monotonic time in seconds; where the clock supports it, time spent in suspension counts too."""
+"""Monotonic time in seconds; on Linux, it also advances while the machine is suspended."""
 if hasattr(time, "CLOCK_BOOTTIME"):
     _now = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 

@@ -1,4 +1,4 @@
-"""Repairs of the study's journal file after a crash: of a torn last line or an orphaned lock."""
+"""Repairs of the study's journal after a crash: of an incomplete last line or an orphaned lock."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LOCK_SECONDS = 5
 
 
 def mend_journal(path: Path) -> None:
-    """Remove a torn last line, which would make every later record unreadable.
+    """Remove an incomplete last line, which would make every later record unreadable.
 
-    If another program, such as `optuna-dashboard`, appended an entry to the torn line, only the
-    torn part is removed. Call this only while holding the sweep's lease.
+    If another program, such as `optuna-dashboard`, appended an entry to the incomplete line, only
+    the incomplete part is removed. Call this only while holding the sweep's lease.
     """
     try:
         size = path.stat().st_size
@@ -57,10 +57,10 @@ def _is_entry(line: bytes) -> bool:
 def free_journal(path: Path) -> None:
     """Remove the journal's lock if the process that took it no longer exists.
 
-    Optuna holds the lock for milliseconds, so one that is older than `_LOCK_SECONDS` is orphaned.
-    Optuna itself would wait half a minute before breaking it, or forever if the lock is a link
-    into a folder that has been moved. Call this only while holding the sweep's lease, so that the
-    only other possible writers are the `optuna` command and its dashboard.
+    Optuna holds the lock for milliseconds, so a lock older than `_LOCK_SECONDS` is orphaned.
+    Optuna itself would wait half a minute before removing the lock, or forever if the lock is a
+    link into a folder that has been moved. Call this only while holding the sweep's lease, so that
+    the only other possible writers are the `optuna` command and its dashboard.
     """
     lock = path.with_name(path.name + ".lock")
     for _ in range(100):

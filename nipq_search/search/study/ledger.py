@@ -1,9 +1,10 @@
 """The ledger: the Optuna study, which stores every decision of a sweep.
 
-Only the driver writes to it. In the life cycle of a trial, `ask` creates it (RUNNING), a worker
-writes its result record, and the driver sets its attributes and constraint and then calls `tell`
-(COMPLETE, FAIL or PRUNED). After a crash between any two of these steps, the next driver carries
-out the remaining ones: no trial is finished twice, and running trials keep their numbers.
+Only the driver writes to the study. In the life cycle of a trial, `ask` creates the trial
+(RUNNING), a worker writes its result record, and the driver sets its attributes and constraint and
+then calls `tell` (COMPLETE, FAIL or PRUNED). After a crash between any two of these steps, the
+next driver carries out the remaining ones: no trial is finished twice, and running trials keep
+their numbers.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Ledger:
             guard: called before every write; raises once this process must stop writing.
 
         Returns:
-            The ledger; a torn journal has been repaired.
+            The ledger; if the journal ended in an incomplete line, this line has been removed.
 
         Raises:
             UserError: the study's storage is unreachable, or its journal is damaged.
@@ -142,8 +143,8 @@ class Ledger:
     def close(self) -> None:
         """Close the storage; the ledger cannot be used afterwards.
 
-        A torn last line, which a full disk can leave in the journal, is removed before other
-        programs append to it.
+        An incomplete last line, which a full disk can leave in the journal, is removed before
+        other programs append to the journal.
         """
         if self._journal is not None:
             mend_journal(self._journal)
@@ -171,7 +172,7 @@ class Ledger:
         return cls(study, space={}, sampler="random", seed=0, storage=storage)
 
     def remember(self, key: str, value: Any) -> None:
-        """Store a value as an attribute of the study, unless it is stored already."""
+        """Store a value as an attribute of the study, unless the attribute has this value."""
         self._before_write()
         text = json.dumps(value, sort_keys=True)
         if self.study.user_attrs.get(key) != text:
@@ -193,7 +194,10 @@ class Ledger:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def look(self) -> list[FrozenTrial]:
-        """Return all trials; reading them is slow, so they are cached briefly, until a write."""
+        """Return all trials; the list is cached for `_FRESH_SECONDS`, because reading is slow.
+
+        Writing to the study through this object invalidates the cache.
+        """
         if self._cached is None or time.monotonic() - self._cached_at > _FRESH_SECONDS:
             self._cached, self._cached_at = self.trials(), time.monotonic()
         return self._cached

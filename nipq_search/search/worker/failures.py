@@ -1,8 +1,8 @@
 """Causes of failures of worker processes, and whether they count against the job.
 
-A trial is given up after `limits.max_failures` crashes. The death of a node, which is common with
-preemptible machines, must not count against the trial. Ray only reports that a process ended;
-this module determines the cause.
+A trial is marked as failed after `limits.max_failures` crashes. The death of a node, which is
+common with preemptible machines, must not count against the trial. Ray only reports that a process
+ended; this module determines the cause.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ FIXES = {
     Cause.GPU_MEMORY: "its GPU ran out of memory; raise resources.gpus, or lower train.batch_size "
     "(raise train.accumulate to keep the effective batch size)",
 }
-"""Reason and suggested change to the sweep file for a job that was given up, by cause."""
+"""Reason for the failure of a job, and suggested change to the sweep file, by cause."""
 
 _OS_ERROR_TEXT = re.compile(r"\[Errno (\d+)\] [^:\n]*(?:: '([^'\n]+)')?")
 
@@ -274,7 +274,7 @@ def await_node_states(folder: Path, run: str) -> None:
     """Wait until it is certain whether the nodes of recently lost attempts are alive.
 
     Ray reports a lost connection immediately, but a dead node only after several missed
-    heartbeats. Call this before giving up a job.
+    heartbeats. Call this before marking a job as failed.
     """
     own = own_node()
     if own is None:

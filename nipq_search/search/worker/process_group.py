@@ -4,7 +4,7 @@ The trial's own process is rank 0. It starts the other ranks as child processes 
 within the resources assigned to the trial there. A single resource request covers the whole
 group, so two trials never deadlock with half a group each. (Ray Train instead gives its
 workers a placement group separate from the trial's.) The ranks communicate over the loopback
-interface and end with rank 0, however it ends.
+interface. All other ranks end when rank 0 does, even if it is killed.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def launch_group(
     Raises:
         UserError: this machine has fewer GPUs than `size`.
         RankFailed: another rank raised an exception.
-        RankKilled: another rank was killed; this process must then exit as if killed as well.
+        RankKilled: another rank was killed; the caller must then end this process, too.
         OSError: another rank failed because of a fault of the machine.
     """
     if size == 1:
@@ -318,7 +318,7 @@ def launch_group(
                 except (Interrupted, Paused):
                     raise
                 except Exception as error:
-                    # Do this before leaving the group, which the others would see as a failure.
+                    # Do this before leaving the group, because that makes the other ranks fail.
                     if _is_echo(error):
                         others.wait_for_failure(_CAUSE_SECONDS)
                         others.raise_cause()

@@ -88,7 +88,10 @@ def _sensitivity_losses(out: Path) -> dict[str, dict[int, float]]:
 
 
 def home_of(config: SweepConfig, job: Job) -> str | None:
-    """Return the URI under which a job's model and checkpoints are stored; None for its folder."""
+    """Return the URI under which a job's model and checkpoints are stored.
+
+    The result is None if they are stored in the job's folder.
+    """
     place = job.folder.relative_to(job.out)
     return blobs.within(config.checkpoints, config.name, *place.parts)
 

@@ -234,7 +234,7 @@ def _threads(job: Job, config: SweepConfig) -> int:
 def _reason_to_give_up(job: Job, config: SweepConfig) -> str | None:
     """Return why a job that failed before should not be retried, or None.
 
-    A job is given up only once it is certain that its attempts were not lost with their nodes.
+    The result is a reason only if it is certain that the attempts were not lost with their nodes.
     """
     limits = config.limits
     failures.record_causes(job.folder, job.run)

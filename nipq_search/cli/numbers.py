@@ -44,7 +44,7 @@ def metric(value: float | None) -> str:
 
 
 def bits(value: float | None) -> str:
-    """Format a bit-width: a mean with two decimals (`3.42`), an integer without (`4`)."""
+    """Format a mean bit-width with two decimals (`3.42`), and an integer bit-width as is (`4`)."""
     if not known(value):
         return NOTHING
     return str(value) if isinstance(value, int) else f"{value:.2f}"

@@ -257,7 +257,7 @@ def plan(document: Document) -> RenderableType:
 
 
 def _noise(document: Document) -> list[RenderableType]:
-    """Return a line on the length of the noise phase; empty if the plan does not contain it."""
+    """Return a line about the length of the noise phase, or no line if the length is unknown."""
     steps = document.get("noise_steps")
     if steps is None:
         return []

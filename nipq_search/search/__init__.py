@@ -23,8 +23,8 @@ class _Search(ModuleType):
     """Callable module type for this package.
 
     `nipq_search.search` is both a package and a public function. Importing the package sets the
-    attribute `search` of `nipq_search` to it. If the function were a separate object, the import
-    order would determine whether the attribute is the package or the function.
+    attribute `search` of `nipq_search` to the package. If the function were a separate object, the
+    import order would determine whether the attribute is the package or the function.
     """
 
     def __call__(

@@ -335,7 +335,7 @@ def _drive(
 
 
 def _outcome(coordinator: Coordinator, monitor: Monitor, idle: bool) -> Outcome:
-    """Summarize the run; `idle` tells whether there was nothing left to run at its start."""
+    """Summarize the run; `idle` means that nothing was left to run when the run started."""
     trials = coordinator.ledger.trials()
     counts = {state: sum(t.state is state for t in trials) for state in TrialState}
     complete, failed = counts[TrialState.COMPLETE], counts[TrialState.FAIL]

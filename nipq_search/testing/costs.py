@@ -17,8 +17,8 @@ from nipq_search.quant.graph import Graph
 from nipq_search.quant.insertion.prepare import quant_state
 from nipq_search.testing.graphs import ends, graphs
 
-# Several subclasses inherit each test function, and Hypothesis reports running one function on
-# instances of different classes as an error unless `differing_executors` is suppressed.
+# Hypothesis rejects a test function that runs on instances of different classes, as inherited
+# tests do, unless `differing_executors` is suppressed.
 _SETTINGS = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.differing_executors]
 )

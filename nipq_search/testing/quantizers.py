@@ -53,7 +53,7 @@ def trained(**options: Any) -> Any:
 
 
 def reference_operand(quantizer: Any, x: Tensor) -> Tensor:
-    """Return `x` as the textbook implementation quantizes it with the quantizer's settings."""
+    """Return `x`, quantized by the textbook implementation with the settings of `quantizer`."""
     alpha = quantizer.alpha().detach()
     if quantizer.channels > 1:
         alpha = alpha.view(-1, *[1] * (x.dim() - 1))
@@ -61,7 +61,7 @@ def reference_operand(quantizer: Any, x: Tensor) -> Tensor:
 
 
 def reference_forward(model: Any, x: Tensor) -> Tensor:
-    """Return the output of the residual net with all operands quantized as in a textbook."""
+    """Return the residual net's output with all operands quantized by `reference_operand`."""
 
     def conv(layer: Any, x: Tensor) -> Tensor:
         x = reference_operand(layer.input_quantizer, x)
@@ -162,7 +162,10 @@ class QuantizerConformance:
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
     def test_groups_hold_every_parameter_once(self) -> None:
-        """Each parameter is in one group; those of quantizers have groups without weight decay."""
+        """Each parameter is in exactly one group.
+
+        The parameters of quantizers have separate groups without weight decay.
+        """
         model = prepared()
         groups = param_groups(model, lr=0.1, weight_decay=1e-4, lr_boundaries=0.2, lr_bits=0.3)
         held = [id(p) for group in groups for p in group["params"]]

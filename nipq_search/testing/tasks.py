@@ -199,7 +199,7 @@ class TaskConformance:
         assert outputs and all(torch.isfinite(output).all() for output in outputs)
 
     def test_distillation_reaches_the_model_alone(self, instance: Any) -> None:
-        """The distillation loss has gradients for the model only.
+        """The gradients of the distillation loss reach the model but not the teacher.
 
         If the task has no distillation loss, the error message names the setting to change.
         """

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 METRICS_PER_BATCH = 800
-"""Number of metrics per batch, so that a full batch has the 1,000 entries that MLflow accepts."""
+"""Maximum number of metrics per batch. With 100 params and 100 tags, a batch then has the 1,000
+entries that MLflow accepts."""
 TEXTS_PER_BATCH = 100
-"""Number of params per batch, and of tags per batch: the most that MLflow accepts of each."""
+"""Maximum number of params per batch, and of tags per batch, which is MLflow's limit for each."""
 
 
 class RunMemory:

@@ -56,11 +56,11 @@ def tracking_uri(out: Path, uri: str | None = None) -> str:
 
 
 def given_uri() -> str | None:
-    """Return `MLFLOW_TRACKING_URI`, or the content of the file in `MLFLOW_TRACKING_URI_FILE`.
+    """Return the URI of the server from the environment, or None if it is not set there.
 
-    The result is None if neither environment variable is set. The file keeps the URI out of Ray's
-    dashboard, which displays the environment variables of jobs: a database URI can contain a
-    password.
+    The URI is the value of `MLFLOW_TRACKING_URI`, or the content of the file that
+    `MLFLOW_TRACKING_URI_FILE` names. The variant with a file exists because a database URI may
+    contain a password, and Ray's dashboard displays the environment variables of jobs.
 
     Raises:
         UserError: the file cannot be read.

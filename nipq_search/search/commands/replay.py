@@ -45,9 +45,10 @@ _NO_PAUSE = 1 << 30
 def replay(
     sweep: Sweep, trial: int, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Rerun a finished trial from its record: hyperparameters, budget, parent, seed and threads.
+    """Rerun a finished trial from its record and compare the results.
 
-    The results must be bit-identical if this machine matches the record's provenance (versions and
+    The record determines the hyperparameters, the budget, the parent, the seed and the number of
+    threads. The results must be bit-identical if this machine matches the record's provenance (versions and
     CPU capability). Otherwise, and for records without provenance, models and metrics are compared
     within `WEIGHTS_TOLERANCE` and `METRICS_TOLERANCE`. The sweep's folder is not modified.
 

@@ -135,7 +135,7 @@ class Coordinator:
         """Return the next job; if there is none, return whether to wait for one or to end."""
         if self.stopping or self.failure:
             return Verdict.DONE
-        if "float" in self.running:  # even if a record exists, because the job may have failed
+        if "float" in self.running:  # wait even if a record exists: the job may have failed
             return Verdict.WAIT
         if self._state("float", 0) is None:
             return self._start(self._job("float", 0))

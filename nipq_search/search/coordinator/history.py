@@ -22,7 +22,7 @@ TARGET = "budget_"
 """Prefix of the attributes that hold a trial's absolute targets."""
 
 FREE_FAILURES = 2
-"""Number of failed trials per budget that do not count as its trials; further failed ones do."""
+"""Number of failed trials of each budget that are ignored when the budget's trials are counted."""
 
 MAX_FINISHED = 500
 """A strategy receives this many of the newest finished trials, in addition to the front.
@@ -170,7 +170,10 @@ class TrialHistory:
         )
 
     def ranked(self, metrics: Mapping[str, float]) -> float:
-        """Return the task's metric, such that greater is better; minus infinity if missing."""
+        """Return the task's metric, negated if it is minimized, so that greater is better.
+
+        The result is minus infinity if the metric is missing.
+        """
         if self._resolved.metric not in metrics:
             return float("-inf")
         return self._sign * metrics[self._resolved.metric]

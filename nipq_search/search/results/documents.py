@@ -110,7 +110,7 @@ def _record(
     folder = job_folder(out, "trial", trial.number)
     tries = jobs.attempts(folder)
     finished = trial.state.is_finished()
-    # The ledger has the samples and seconds of finished trials, the folder those of running ones.
+    # The ledger stores samples and seconds only for finished trials; for others, read the folder.
     in_ledger = finished and "samples" in attributes and "seconds" in attributes
     targets = {
         name: value

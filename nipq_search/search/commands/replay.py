@@ -48,9 +48,10 @@ def replay(
     """Rerun a finished trial from its record and compare the results.
 
     The record determines the hyperparameters, the budget, the parent, the seed and the number of
-    threads. The results must be bit-identical if this machine matches the record's provenance (versions and
-    CPU capability). Otherwise, and for records without provenance, models and metrics are compared
-    within `WEIGHTS_TOLERANCE` and `METRICS_TOLERANCE`. The sweep's folder is not modified.
+    threads. The results must be bit-identical if this machine matches the record's provenance
+    (versions and CPU capability). Otherwise, and for records without provenance, models and
+    metrics are compared within `WEIGHTS_TOLERANCE` and `METRICS_TOLERANCE`. The sweep's folder is
+    not modified.
 
     Args:
         sweep: the sweep.

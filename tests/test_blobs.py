@@ -57,7 +57,7 @@ def test_a_damaged_object_is_reported(tmp_path, s3):
     s3.put(s3.objects()[0], b"dat")
     with pytest.raises(OSError, match="damaged") as raised:
         blobs.read(path)
-    assert not isinstance(raised.value, blobs.StoreAway)
+    assert not isinstance(raised.value, blobs.StoreUnavailable)
     s3.client.delete_object(Bucket="models", Key=s3.objects()[0])
     with pytest.raises(FileNotFoundError):
         blobs.read(path)
@@ -68,10 +68,10 @@ def test_an_unreachable_store_is_distinguished(tmp_path, s3):
     blobs.write(path, b"data", s3.home)
     blobs.probe(s3.home)
     assert len(s3.objects()) == 1
-    with pytest.raises(blobs.StoreAway, match="no-such-bucket"):
+    with pytest.raises(blobs.StoreUnavailable, match="no-such-bucket"):
         blobs.probe(s3.home.replace("models", "no-such-bucket"))
     s3.close()
-    with pytest.raises(blobs.StoreAway):
+    with pytest.raises(blobs.StoreUnavailable):
         blobs.read(path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nipq_search.report.data import ReportData, cost, embed, escape, human, label, text
+from nipq_search.report.data import ReportData, cost, embed, escape, format_number, label, text
 from nipq_search.report.pareto import AXIS, LAYOUT
 
 SCRIPT = """
@@ -61,8 +61,8 @@ def document(data: ReportData) -> dict[str, Any]:
         point = points.get(trial, {})
         parts = [f"trial {trial}", text(point.get("budget_label"))]
         if point:
-            parts.append(f"{data.metric} {human(point['validation'])}")
-            parts.append(f"{data.front_cost} {human(cost(point, data.front_cost))}")
+            parts.append(f"{data.metric} {format_number(point['validation'])}")
+            parts.append(f"{data.front_cost} {format_number(cost(point, data.front_cost))}")
         trials[trial] = {
             "caption": " · ".join(part for part in parts if part),
             "layers": [
@@ -71,8 +71,9 @@ def document(data: ReportData) -> dict[str, Any]:
                     "weight_bits": layer.get("weight_bits"),
                     "activation_bits": layer.get("activation_bits"),
                     "hover": f"<b>{label(layer.get('name'))}</b> {label(layer.get('kind'))}<br>"
-                    f"{human(layer.get('macs'))} MACs, {human(layer.get('bops'))} BOPs<br>"
-                    f"{human(layer.get('weight_bytes'))} bytes of weights",
+                    f"{format_number(layer.get('macs'))} MACs, "
+                    f"{format_number(layer.get('bops'))} BOPs<br>"
+                    f"{format_number(layer.get('weight_bytes'))} bytes of weights",
                 }
                 for layer in data.layers[trial]
             ],

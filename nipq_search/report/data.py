@@ -131,7 +131,7 @@ def embed(name: str, document: Any) -> str:
     return f'<script type="application/json" id="{name}">{dumped}</script>'
 
 
-def human(value: Any) -> str:
+def format_number(value: Any) -> str:
     """Format a number with four significant digits: `5.3 G`, `24 k`, `0.912`; `–` if missing."""
     figure = number(value)
     if figure is None:

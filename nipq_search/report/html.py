@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nipq_search.records import SweepRecord
-from nipq_search.report.data import ReportData, escape, human, number
+from nipq_search.report.data import ReportData, escape, format_number, number
 from nipq_search.report.figures import FIGURES
 
 if TYPE_CHECKING:
@@ -118,11 +118,11 @@ def _cards(data: ReportData) -> str:
     points = sum(bool(point.get("on_front")) for point in data.points())
     cards = [
         (str(points), "points on the front"),
-        (human(front.get("hypervolume")), "hypervolume, validation"),
-        (human(front.get("test_hypervolume")), "hypervolume, test"),
-        (human(validation), f"float model's {data.metric}"),
+        (format_number(front.get("hypervolume")), "hypervolume, validation"),
+        (format_number(front.get("test_hypervolume")), "hypervolume, test"),
+        (format_number(validation), f"float model's {data.metric}"),
         (str(len(data.results)), f"trials: {trials}" if trials else "trials"),
-        (human(front.get("total_samples")), "samples processed"),
+        (format_number(front.get("total_samples")), "samples processed"),
     ]
     return (
         "<div class='cards'>"

@@ -12,7 +12,7 @@ from nipq_search.report.data import (
     ReportData,
     cost,
     embed,
-    human,
+    format_number,
     label,
     number,
     text,
@@ -141,7 +141,7 @@ def log2_axis(values: Sequence[float]) -> dict[str, Any]:
         "type": "log",
         "range": [math.log10(low), math.log10(high)],
         "tickvals": ticks,
-        "ticktext": [human(tick) for tick in ticks],
+        "ticktext": [format_number(tick) for tick in ticks],
     }
 
 
@@ -213,12 +213,14 @@ def _baseline_points(data: ReportData, uniform: Sequence[Mapping[str, Any]]) -> 
 def _hover(data: ReportData, point: Mapping[str, Any]) -> str:
     lines = [
         f"<b>trial {label(point['trial'])}</b>  {label(point.get('budget_label'))}",
-        f"validation {label(data.metric)} {human(point['validation'])}",
+        f"validation {label(data.metric)} {format_number(point['validation'])}",
     ]
     if number(point.get("test")) is not None:
-        lines.append(f"test {label(data.metric)} {human(point['test'])}")
+        lines.append(f"test {label(data.metric)} {format_number(point['test'])}")
     costs = (point.get("cost") or {}).items()
-    lines += [f"{label(COST_LABELS.get(name, name))} {human(value)}" for name, value in costs]
+    lines += [
+        f"{label(COST_LABELS.get(name, name))} {format_number(value)}" for name, value in costs
+    ]
     return "<br>".join(lines)
 
 
@@ -252,7 +254,7 @@ def _float_note(reference: float, left: bool) -> dict[str, Any]:
         "x": 0.01 if left else 0.99,
         "xref": "paper",
         "y": reference,
-        "text": f"float model {human(reference)}",
+        "text": f"float model {format_number(reference)}",
         "showarrow": False,
         "xanchor": "left" if left else "right",
         "yanchor": "bottom",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nipq_search.report.data import ReportData, escape, human, number, text
+from nipq_search.report.data import ReportData, escape, format_number, number, text
 
 SCRIPT = """
 (() => {
@@ -88,6 +88,6 @@ def _cell(column: str, value: Any) -> str:
         return f"<td data-value='{int(bool(value))}'>{'★' if value else ''}</td>"
     shown = value
     if number(value) is not None and not isinstance(value, (str, bool)):
-        shown = str(value) if column in ("trial", "parent", "attempts") else human(value)
+        shown = str(value) if column in ("trial", "parent", "attempts") else format_number(value)
     kind = f" class='{escape(value)}'" if column == "state" else ""
     return f"<td{kind} data-value='{escape(text(value))}'>{escape(shown)}</td>"

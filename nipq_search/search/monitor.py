@@ -35,7 +35,7 @@ _KILL_GRACE_SECONDS = 15
 _CHECK_INTERVAL_SECONDS = 5
 
 
-def full_figure(value: float) -> str:
+def format_cost(value: float) -> str:
     """Format a cost with thousands separators and no unit prefix; fractions have two decimals."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
 
@@ -107,7 +107,7 @@ class Monitor:
                 f"{self.out / 'trials'}; restore them: a trial without a record has no model"
             )
 
-    def enough(self) -> bool:
+    def limit_reached(self) -> bool:
         """Whether a limit is exhausted, so that no new trials may start; sets `limit`."""
         limits = self.config.limits
         if limits.samples is not None and self._total_samples >= limits.samples:
@@ -130,7 +130,7 @@ class Monitor:
             for job in [*self.coordinator.running.values(), *self._uncommitted.values()]:
                 self._count_samples(job)
             hours = self.config.limits.hours
-            if self.enough() and hours is not None and "hours" in self.limit:
+            if self.limit_reached() and hours is not None and "hours" in self.limit:
                 self._stop_workers()
             self._kill_hung()
             self._record_running()
@@ -214,7 +214,9 @@ class Monitor:
 
     def job_finished(self, job: Job) -> None:
         """Report a job whose result was just added to the ledger, and update the outputs."""
-        self._count_samples(job)  # up to date for `enough`, which is checked before the next trial
+        self._count_samples(
+            job
+        )  # up to date for `limit_reached`, which is checked before the next trial
         # Workers check for stop requests on their own and may stop before the next `tick`. Without
         # this call, the coordinator would restart their jobs.
         self._handle_stop_request()
@@ -232,7 +234,7 @@ class Monitor:
             metric, cost = self.resolved.metric, self.resolved.front_cost
             text += f": {metric} {done['metrics'].get(metric, float('nan')):.4f}"
             if cost in done.get("cost", {}):
-                text += f", {cost} {full_figure(done['cost'][cost])}"
+                text += f", {cost} {format_cost(done['cost'][cost])}"
         elif done and done.get("reason"):
             text += f": {done['reason']}"
         self.progress.message(text)

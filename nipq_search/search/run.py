@@ -279,7 +279,7 @@ def run_sweep(
                 ledger=ledger,
                 out=out,
                 run=run,
-                limit_reached=lambda: monitor.enough(),
+                limit_reached=lambda: monitor.limit_reached(),
                 on_finished=lambda job: monitor.job_finished(job),
             )
             monitor = Monitor(

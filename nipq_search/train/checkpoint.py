@@ -83,13 +83,13 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     Damaged checkpoints are logged and skipped.
 
     Raises:
-        blobs.StoreAway: the object store cannot be reached.
+        blobs.StoreUnavailable: the object store cannot be reached.
     """
     for candidate in _checkpoints(folder):
         manifest = file_io.read_sealed(candidate / "manifest.json")
         try:
             data = blobs.read(candidate / "state.pt")
-        except blobs.StoreAway:
+        except blobs.StoreUnavailable:
             raise  # the checkpoint is not damaged, and starting over would lose work
         except OSError:
             data = b""

@@ -162,7 +162,7 @@ class Trainer:
                 if self.step % self.schedule.steps_per_epoch == 0:
                     continue  # report the epoch before saving
                 due = time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes
-                stop, due = self.team.agreed(should_stop(), due)
+                stop, due = self.team.broadcast_flags(should_stop(), due)
                 if stop or due:
                     self._save(save)
                     saved_at = time.monotonic()
@@ -173,12 +173,12 @@ class Trainer:
                 self._enter_tuning()
             if self.team.leads:
                 on_epoch(self._curve_point())
-            self.team.same_random_state()
+            self.team.broadcast_random_state()
             self.loss_sum.zero_()
             self.loss_count = 0
             self._save(save)
             saved_at = time.monotonic()
-            if self.step < self.schedule.total and self.team.agreed(should_stop())[0]:
+            if self.step < self.schedule.total and self.team.broadcast_flags(should_stop())[0]:
                 return False
         return True
 

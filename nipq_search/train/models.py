@@ -58,7 +58,7 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
 
     Raises:
         UserError: the model cannot be built, or the file is missing or does not match the model.
-        blobs.StoreAway: the object store cannot be reached.
+        blobs.StoreUnavailable: the object store cannot be reached.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -73,7 +73,7 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
                     f"{', '.join(missing[:3])}; give the complete state dict of this task's model"
                 )
             model.load_state_dict(state)
-        except (UserError, blobs.StoreAway):
+        except (UserError, blobs.StoreUnavailable):
             raise
         except (OSError, RuntimeError, AttributeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())

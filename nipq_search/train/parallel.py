@@ -96,7 +96,7 @@ class Team:
         # The projection uses these derivatives of the task loss with respect to bit-widths.
         self.mean([m.marginal for m in model.modules() if isinstance(m, BitWidth)])
 
-    def agreed(self, *values: bool) -> list[bool]:
+    def broadcast_flags(self, *values: bool) -> list[bool]:
         """Return the leader's values in every process."""
         if self.size == 1:
             return list(values)
@@ -104,7 +104,7 @@ class Team:
         dist.broadcast(decided, 0)
         return [bool(value) for value in decided.tolist()]
 
-    def given(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return the leader's object in every process; all processes must call this method.
 
         Tensors in the object must be on the CPU.
@@ -115,15 +115,15 @@ class Team:
         dist.broadcast_object_list(box, 0)
         return box[0]
 
-    def same_model(self, model: nn.Module) -> None:
+    def broadcast_model(self, model: nn.Module) -> None:
         """Load the leader's model state, since calibration may differ by rounding."""
         if self.size == 1:
             return
         state = model.state_dict() if self.leads else {}
         on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
-        model.load_state_dict(self.given(on_cpu))
+        model.load_state_dict(self.broadcast(on_cpu))
 
-    def same_random_state(self) -> None:
+    def broadcast_random_state(self) -> None:
         """Copy the leader's generator state, which evaluation has advanced in the leader alone."""
         if self.size > 1:
             state = torch.get_rng_state()

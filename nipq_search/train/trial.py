@@ -121,7 +121,7 @@ class _Training:
         model = self._float_model()
         spec, schedule = self._scheduled()
         checkpoint = load_checkpoint(self.folder / "checkpoints") if self.team.leads else None
-        checkpoint = self.team.given(checkpoint)
+        checkpoint = self.team.broadcast(checkpoint)
         teacher, samples = None, 0
         if spec.quant is not None:
             if spec.train.distill and spec.train.distill_weight > 0:
@@ -130,7 +130,7 @@ class _Training:
                 self.task, model, spec, self.device, calibrated=checkpoint is None
             )
             self.hooks.on_samples(samples)
-        self.team.same_model(model)
+        self.team.broadcast_model(model)
         # A model with one width for all tensors is not projected: its width must not change.
         projected = spec.budget if spec.train.start != BitStart.UNIFORM else None
         trainer = Trainer(

@@ -13,7 +13,7 @@ import pytest
 from nipq_search.records import Baseline
 from nipq_search.report import FIGURES, ReportData, render
 from nipq_search.report.bits import document
-from nipq_search.report.data import embed, human, label, number, text
+from nipq_search.report.data import embed, format_number, label, number, text
 from nipq_search.report.pareto import baselines, budget_targets, figure, log2_axis
 
 
@@ -150,7 +150,7 @@ def test_a_layer_in_floating_point_has_no_bits(data: ReportData) -> None:
 
 
 def test_helpers() -> None:
-    assert [human(v) for v in (5.3e9, 24_000, 0.91234, None, math.nan, 9999)] == [
+    assert [format_number(v) for v in (5.3e9, 24_000, 0.91234, None, math.nan, 9999)] == [
         "5.3 G",
         "24 k",
         "0.9123",

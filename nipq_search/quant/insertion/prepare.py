@@ -311,7 +311,7 @@ def _some(texts: Sequence[str]) -> str:
 
 
 @contextmanager
-def observed(
+def observing(
     model: nn.Module, observers: Mapping[str, Callable[[Tensor], None]]
 ) -> Iterator[None]:
     """Within the context, pass tensors to observers and run the model in float.
@@ -345,7 +345,7 @@ def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module
     config = quant_state(model).config
     found = quantizers(model)
     observers = {n: Observer() for n, q in found.items() if not q.is_weight}
-    with observed(model, observers), eval_without_grad(model):
+    with observing(model, observers), eval_without_grad(model):
         if callable(calibration):
             calibration(model)
         else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from nipq_search.quant.insertion.prepare import observed, quantizers
+from nipq_search.quant.insertion.prepare import observing, quantizers
 from nipq_search.quant.numerics.functional import Grid
 from nipq_search.quant.quantizers.base import FakeQuantizer
 from nipq_search.quant.quantizers.statistics import least_error_shares
@@ -63,7 +63,7 @@ def fit_ranges(
         return observe
 
     chosen = (n for n, q in found.items() if before is not None or q.free_start)
-    with observed(model, {name: observer(name) for name in chosen}), eval_without_grad(model):
+    with observing(model, {name: observer(name) for name in chosen}), eval_without_grad(model):
         calibration(model)
     for name, rows in samples.items():
         quantizer = found[name]

@@ -28,11 +28,11 @@ def allow_restart(trial: Any, allowed: bool) -> None:
 
 
 class OutOfMemoryError(RayActorError):
-    """Actor error that `memory_faults` substitutes for Ray's error of the same name."""
+    """Actor error that replaces the Ray error of the same name."""
 
 
 @contextlib.contextmanager
-def memory_faults() -> Iterator[None]:
+def ray_errors_as_actor_deaths() -> Iterator[None]:
     """Treat every `RayError` of an actor, such as a lack of memory, as the death of that actor.
 
     Tune's actor manager handles only actor and task errors and aborts the whole run on any other
@@ -81,7 +81,7 @@ def loopback_only() -> Iterator[None]:
         os.environ.pop(name, None)
 
 
-def connect_to_gcs(address: str) -> None:
+def check_head(address: str) -> None:
     """Check that a Ray head responds at `HOST:PORT`, or at the address that `auto` stands for.
 
     If a program other than Ray listens at the address, `ray.init` waits indefinitely, whereas the

@@ -64,12 +64,12 @@ def _is_open(address: str) -> bool:
     `ray.init` sends no token by default, and a cluster without authentication cannot reply to a
     client that sends one.
     """
-    from nipq_search.search.backend.ray_compat import connect_to_gcs, reread_settings
+    from nipq_search.search.backend.ray_compat import check_head, reread_settings
 
     os.environ[AUTH_MODE] = "disabled"
     reread_settings()
     try:
-        connect_to_gcs(address)
+        check_head(address)
     except Exception:  # Ray defines no class for it
         return False
     return True
@@ -231,11 +231,11 @@ def _start(options: dict[str, Any], address: str | None) -> None:
     """Start Ray on this machine, or connect to a cluster; see `ray_cluster`."""
     import ray
 
-    from nipq_search.search.backend.ray_compat import connect_to_gcs
+    from nipq_search.search.backend.ray_compat import check_head
 
     try:
         if address is not None and address.rpartition(":")[2].isdigit():
-            connect_to_gcs(address)
+            check_head(address)
         ray.init(**options)
     except Exception as error:  # Ray raises a plain Exception if a node does not start
         reason = " ".join(str(error).split())[:200]
@@ -283,7 +283,7 @@ class TuneExecutor:
         from ray import tune
         from ray.tune import FailureConfig, RunConfig, TuneConfig
 
-        from nipq_search.search.backend.ray_compat import memory_faults
+        from nipq_search.search.backend.ray_compat import ray_errors_as_actor_deaths
         from nipq_search.search.backend.tune_callbacks import (
             JobSearcher,
             StopWhenIdle,
@@ -319,7 +319,7 @@ class TuneExecutor:
                 ),
             )
             if coordinator.has_work():
-                with memory_faults():
+                with ray_errors_as_actor_deaths():
                     tuner.fit()
             if searcher.problem is not None:
                 raise searcher.problem

@@ -85,7 +85,7 @@ def replay(
     if not exact:
         recorded_weights = _weights(model_file(job.folder))
         differences = _intolerable(differences, recorded_weights, weights)
-    same_model = record["model_sha256"] == replayed["model_sha256"]
+    broadcast_model = record["model_sha256"] == replayed["model_sha256"]
     tolerance = {"weights": WEIGHTS_TOLERANCE, "metrics": METRICS_TOLERANCE}
     return {
         "schema": SCHEMA,
@@ -93,7 +93,7 @@ def replay(
         "equal": not differences,
         "exact": exact,
         "tolerance": None if exact else tolerance,
-        "weights_compared": exact or same_model or recorded_weights is not None,
+        "weights_compared": exact or broadcast_model or recorded_weights is not None,
         "provenance": {"recorded": recorded, "here": here},
         "model_sha256": replayed["model_sha256"],
         "differences": differences,

@@ -21,7 +21,7 @@ from nipq_search.search.study.ledger import BUDGET
 TARGET = "budget_"
 """Prefix of the attributes that hold a trial's absolute targets."""
 
-FREE_FAILURES = 2
+UNCOUNTED_FAILURES = 2
 """Number of failed trials of each budget that are ignored when the budget's trials are counted."""
 
 MAX_FINISHED = 500
@@ -103,12 +103,12 @@ class TrialHistory:
     def _count_for_budget(self, trial: FrozenTrial) -> None:
         """Count a finished trial toward its budget.
 
-        The first `FREE_FAILURES` failed ones do not count.
+        The first `UNCOUNTED_FAILURES` failed ones do not count.
         """
         failed = trial.state is TrialState.FAIL
         if (index := trial.params.get(BUDGET)) is not None:
             self._failures[index] = self._failures.get(index, 0) + failed
-            if not failed or self._failures[index] > FREE_FAILURES:
+            if not failed or self._failures[index] > UNCOUNTED_FAILURES:
                 self._assigned.append(int(index))
 
     def _add(self, new: Sequence[FinishedTrial]) -> None:

@@ -26,7 +26,7 @@ from nipq_search.search.strategies.halving import Standing, to_promote
 from nipq_search.search.strategies.samplers import RUNGS
 from nipq_search.search.strategies.strategies import STRATEGIES, Assignment
 from nipq_search.search.study.ledger import BUDGET, Ledger
-from nipq_search.search.study.proposals import Asked, Refused
+from nipq_search.search.study.proposals import Proposal, RejectedTrial
 from nipq_search.train.checkpoint import remove_checkpoints
 
 RUNG = "rung"
@@ -97,7 +97,7 @@ class Trials:
         while True:
             try:
                 job = self._next()
-            except Refused as refused:
+            except RejectedTrial as refused:
                 self.ledger.fail(refused.number, str(refused), {})
                 continue
             if job is not None:
@@ -125,7 +125,7 @@ class Trials:
         """Return the next job: resumed, promoted or new.
 
         Raises:
-            Refused: an enqueued trial has unusable values.
+            RejectedTrial: an enqueued trial has unusable values.
         """
         if self.open:
             return self._resume(self.open.pop(0))
@@ -148,8 +148,8 @@ class Trials:
     def _propose(self, unfinished: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> Job:
         """Propose a trial, or take one that was enqueued."""
         assignment = self.strategy.assign(self.history.state(unfinished))
-        asked = self.ledger.ask(assignment.budget, len(self.resolved.budgets), trials)
-        return self._job(asked, _targets_for(asked, assignment))
+        proposal = self.ledger.ask(assignment.budget, len(self.resolved.budgets), trials)
+        return self._job(proposal, _targets_for(proposal, assignment))
 
     def _resume(self, number: int) -> Job:
         """Return the job that resumes a running trial."""
@@ -157,47 +157,49 @@ class Trials:
         unfinished = self.history.update(self.ledger.trials())
         others = [t for t in unfinished if t.number != number]
         assignment = self.strategy.assign(self.history.state(others))
-        asked = self.ledger.resume(number, assignment.budget, len(self.resolved.budgets))
+        proposal = self.ledger.resume(number, assignment.budget, len(self.resolved.budgets))
         if "parent" in before.user_attrs:  # stored last, so the targets are complete
-            return self._job(asked, targets_of(before))
+            return self._job(proposal, targets_of(before))
         # The driver crashed right after the proposal: decide again, based on the same state.
-        return self._job(asked, _targets_for(asked, assignment))
+        return self._job(proposal, _targets_for(proposal, assignment))
 
-    def _job(self, asked: Asked, targets: Mapping[str, float]) -> Job:
+    def _job(self, proposal: Proposal, targets: Mapping[str, float]) -> Job:
         """Create the job of a trial, and store the decisions about it in the ledger.
 
         Args:
-            asked: the trial.
+            proposal: the trial.
             targets: absolute targets that replace those of its budget; empty to keep them.
 
         Raises:
-            Refused: an enqueued trial has unusable values.
+            RejectedTrial: an enqueued trial has unusable values.
         """
-        if not 0 <= asked.budget < len(self.resolved.budgets):
+        if not 0 <= proposal.budget < len(self.resolved.budgets):
             last = len(self.resolved.budgets) - 1
-            raise Refused(asked.number, f"budget: index {asked.budget} is not one of 0..{last}")
+            raise RejectedTrial(
+                proposal.number, f"budget: index {proposal.budget} is not one of 0..{last}"
+            )
         try:
-            self.config.train.with_hyperparameters(split(asked.params)[0])
+            self.config.train.with_hyperparameters(split(proposal.params)[0])
         except UserError as error:
-            raise Refused(asked.number, str(error)) from error
-        budget = self.resolved.budgets[asked.budget]
+            raise RejectedTrial(proposal.number, str(error)) from error
+        budget = self.resolved.budgets[proposal.budget]
         label = budget.label
         if targets and dict(targets) != dict(budget.targets):
             label = ", ".join(f"{name}: {target:,.0f}" for name, target in targets.items())
         targets = dict(targets or budget.targets)
-        attributes = self.ledger.trial(asked.number).user_attrs
+        attributes = self.ledger.trial(proposal.number).user_attrs
         parent = self._parent(attributes, targets)
         job = self.make_job(
             "trial",
-            asked.number,
-            params=dict(asked.params),
+            proposal.number,
+            params=dict(proposal.params),
             budget=targets,
             parent=parent,
             epochs_share=self._epochs_share(targets, parent),
             rung=int(attributes.get(RUNG, 0)),
         )
         self.ledger.note(
-            asked.number,
+            proposal.number,
             {
                 **{f"{TARGET}{name}": target for name, target in targets.items()},
                 "budget": label,
@@ -279,8 +281,8 @@ class Trials:
         trial = self.ledger.trial(number)
         self.ledger.note(number, {RUNG: int(trial.user_attrs.get(RUNG, 0)) + 1})
         budgets = len(self.resolved.budgets)
-        asked = self.ledger.resume(number, int(trial.params[BUDGET]), budgets)
-        return self._job(asked, targets_of(trial))
+        proposal = self.ledger.resume(number, int(trial.params[BUDGET]), budgets)
+        return self._job(proposal, targets_of(trial))
 
     def _prune(self) -> None:
         """Prune all paused trials, because no further trial can lead to their promotion."""
@@ -323,8 +325,8 @@ class Trials:
         self.ledger.complete(number, values, attributes, slack)
 
 
-def _targets_for(asked: Asked, assignment: Assignment) -> Mapping[str, float]:
+def _targets_for(proposal: Proposal, assignment: Assignment) -> Mapping[str, float]:
     """Return the assigned targets, or none if the trial was enqueued or has another budget."""
-    if asked.enqueued or asked.budget != assignment.budget:
+    if proposal.enqueued or proposal.budget != assignment.budget:
         return {}
     return assignment.targets

@@ -32,7 +32,7 @@ from nipq_search.search.jobs import (
 from nipq_search.search.jobs.lease import live_driver
 from nipq_search.search.results import documents
 from nipq_search.search.results.best import best_document
-from nipq_search.search.study.storage import StudyGone, close_storage, load_study
+from nipq_search.search.study.storage import StudyNotFound, close_storage, load_study
 from nipq_search.tasks import make_task
 from nipq_search.train import TrainSpec
 from nipq_search.train.models import load_trained
@@ -141,7 +141,7 @@ class Sweep:
         name, identity = str(self.config["name"]), self.facts.get("study")
         try:
             study, storage = load_study(self.folder, name, identity)
-        except StudyGone:
+        except StudyNotFound:
             if jobs.any_attempt_exists(self.folder):
                 raise
             return []

@@ -39,7 +39,7 @@ class SearchState:
     Attributes:
         budgets: absolute targets of the sweep's budgets.
         assigned: budget index of every trial, except for a few failed trials per budget
-            (`FREE_FAILURES` in `coordinator/history.py`).
+            (`UNCOUNTED_FAILURES` in `coordinator/history.py`).
         running: absolute targets of the running trials.
         asked: absolute targets of all trials, whatever their state.
         finished: COMPLETE trials.

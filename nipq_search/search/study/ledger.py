@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nipq_search.search.strategies.samplers import SAMPLERS, History, RegretSampler
 from nipq_search.search.study.journal import free_journal, mend_journal
-from nipq_search.search.study.proposals import Asked, Refused, suggest
+from nipq_search.search.study.proposals import Proposal, RejectedTrial, suggest
 from nipq_search.search.study.retry import retry_outages
 from nipq_search.search.study.storage import (
     JOURNAL,
@@ -226,7 +226,9 @@ class Ledger:
             if self.study.metric_names != [metric, cost]:
                 self.study.set_metric_names([metric, cost])
 
-    def ask(self, budget: int, budgets: int, trials: Sequence[FrozenTrial] | None = None) -> Asked:
+    def ask(
+        self, budget: int, budgets: int, trials: Sequence[FrozenTrial] | None = None
+    ) -> Proposal:
         """Take the next waiting trial, or propose one for the given budget.
 
         The sampler's seed depends on the trial's number, so a resumed search repeats no proposal,
@@ -241,7 +243,7 @@ class Ledger:
             The trial, which may have been enqueued with another budget.
 
         Raises:
-            Refused: the waiting trial has unusable values.
+            RejectedTrial: the waiting trial has unusable values.
         """
         self._before_write()
         # `study.ask` takes the first waiting trial, which may have been enqueued just now.
@@ -254,7 +256,7 @@ class Ledger:
         return self._suggest(trial, budgets)
 
     @retry_outages
-    def resume(self, number: int, budget: int, budgets: int) -> Asked:
+    def resume(self, number: int, budget: int, budgets: int) -> Proposal:
         """Return a running trial again, after proposing any parameters that it lacks.
 
         Args:
@@ -266,7 +268,7 @@ class Ledger:
             The trial.
 
         Raises:
-            Refused: the trial was enqueued with unusable values.
+            RejectedTrial: the trial was enqueued with unusable values.
         """
         self._before_write()
         trials = self.trials()
@@ -297,7 +299,7 @@ class Ledger:
     def _space(self, budgets: int) -> dict[str, BaseDistribution]:
         return {BUDGET: IntDistribution(0, max(budgets - 1, 1)), **self.space}
 
-    def _suggest(self, trial: optuna.trial.Trial, budgets: int) -> Asked:
+    def _suggest(self, trial: optuna.trial.Trial, budgets: int) -> Proposal:
         wanted = self._space(budgets)
         params = dict(trial.params)
         for name, distribution in wanted.items():
@@ -305,12 +307,12 @@ class Ledger:
                 try:
                     params[name] = suggest(trial, name, distribution)
                 except (ValueError, TypeError) as error:
-                    raise Refused(trial.number, f"{name}: {error}") from error
+                    raise RejectedTrial(trial.number, f"{name}: {error}") from error
         # Enqueued trials may have parameters that the sweep file does not contain; drop these.
         params = {name: params[name] for name in wanted}
         budget = int(params.pop(BUDGET))
         enqueued = _FIXED in self.trial(trial.number).system_attrs
-        return Asked(number=trial.number, budget=budget, params=params, enqueued=enqueued)
+        return Proposal(number=trial.number, budget=budget, params=params, enqueued=enqueued)
 
     @retry_outages
     def note(self, number: int, attributes: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from nipq_search.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Proposal:
     """A trial that the sampler proposed or a user enqueued.
 
     Attributes:
@@ -34,7 +34,7 @@ class Asked:
     enqueued: bool = False
 
 
-class Refused(UserError):
+class RejectedTrial(UserError):
     """An enqueued trial has values that cannot be used."""
 
     def __init__(self, number: int, reason: str) -> None:

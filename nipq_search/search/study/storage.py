@@ -86,7 +86,7 @@ def open_storage(folder: Path) -> BaseStorage:
             ) from error
 
 
-class StudyGone(UserError):
+class StudyNotFound(UserError):
     """The study of a sweep does not exist in its folder or at the configured URL."""
 
 
@@ -104,11 +104,11 @@ def load_study(
         The study, and its storage, which the caller must close.
 
     Raises:
-        StudyGone: the study does not exist.
+        StudyNotFound: the study does not exist.
         UserError: a different study has this name, or the storage cannot be opened; see
             `open_storage`.
     """
-    gone = StudyGone(
+    gone = StudyNotFound(
         f"{folder}: the study '{name}' with its trials is gone; restore study.log, or set "
         "NIPQ_STORAGE_URL to the value that the sweep began with, or use another folder"
     )

@@ -210,7 +210,7 @@ def test_an_out_of_memory_kill_keeps_its_cause():
     ended = OutOfMemoryError("Task was killed\ndue to the node running low on memory.")
     with pytest.raises(RuntimeError, match="unexpected"):
         manager._actor_task_failed(Task, ended)
-    with ray_compat.memory_faults():
+    with ray_compat.ray_errors_as_actor_deaths():
         manager._actor_task_failed(Task, ended)
         manager._actor_task_failed(Task, ActorDiedError())
     assert [failures.classify(error, False) for error in seen] == [

@@ -17,7 +17,7 @@ from nipq_search.errors import UserError
 from nipq_search.search.config.space import distribution
 from nipq_search.search.study.journal import mend_journal
 from nipq_search.search.study.ledger import BUDGET, Ledger
-from nipq_search.search.study.proposals import Refused
+from nipq_search.search.study.proposals import RejectedTrial
 from nipq_search.search.study.storage import JOURNAL, open_storage, storage_url
 
 SPACE = {
@@ -181,10 +181,10 @@ def test_enqueued_trials_may_lie_outside_the_space(home):
 def test_unusable_enqueued_values_are_refused_with_the_trial_number(home, wanted):
     ledger = open_ledger(home)
     ledger.study.enqueue_trial(wanted)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RejectedTrial) as caught:
         ledger.ask(0, 2)
     assert caught.value.number == 0 and next(iter(wanted)) in str(caught.value)
-    with pytest.raises(Refused):
+    with pytest.raises(RejectedTrial):
         open_ledger(home).resume(0, 0, 2)
     ledger.fail(0, str(caught.value), {})
     assert ledger.ask(0, 2).number == 1

@@ -9,7 +9,7 @@ import torch
 from unit_helpers import Bench, digits, make_config, run_here
 
 from nipq_search import file_io
-from nipq_search.blobs import StoreAway
+from nipq_search.blobs import StoreUnavailable
 from nipq_search.errors import UserError
 from nipq_search.search import jobs
 from nipq_search.search.checks.doctor import doctor
@@ -99,7 +99,7 @@ def test_an_unreachable_store_fails_no_trial(tmp_path, s3):
     assert outcome.kind is OutcomeKind.HALT
     assert "some%20sweeps" in outcome.reason and "\n" not in outcome.reason
     assert jobs.committed(job.folder) is None
-    with pytest.raises(StoreAway):
+    with pytest.raises(StoreUnavailable):
         train(digits(), spec, job.folder, torch.device("cpu"))
 
 

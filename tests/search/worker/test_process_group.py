@@ -15,7 +15,7 @@ import pytest
 import torch
 from unit_helpers import make_config, run_here
 
-from nipq_search.blobs import StoreAway
+from nipq_search.blobs import StoreUnavailable
 from nipq_search.search.backend.reaper import children_now, process_tree
 from nipq_search.search.commands.replay import replay
 from nipq_search.search.results.sweep import Sweep
@@ -94,7 +94,7 @@ def test_the_root_cause_is_raised_with_three_ranks(tmp_path):
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_a_machine_fault_in_any_rank_is_raised_as_such(tmp_path, everywhere):
     """A full disk or an unreachable store is reported as such by every rank."""
-    error = StoreAway(errno.EIO, "s3://b/x: no answer")
+    error = StoreUnavailable(errno.EIO, "s3://b/x: no answer")
     with pytest.raises(OSError, match="s3://b/x: no answer") as raised:
         together(Faulty(error, everywhere), tmp_path)
     assert raised.value.errno == errno.EIO

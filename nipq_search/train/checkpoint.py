@@ -83,7 +83,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     Damaged checkpoints are logged and skipped.
 
     Raises:
-        blobs.StoreUnavailable: the object store cannot be reached.
+        blobs.StoreUnavailable: the object store cannot be reached or denies access.
     """
     for candidate in _checkpoints(folder):
         manifest = file_io.read_sealed(candidate / "manifest.json")

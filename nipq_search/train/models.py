@@ -58,7 +58,7 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
 
     Raises:
         UserError: the model cannot be built, or the file is missing or does not match the model.
-        blobs.StoreUnavailable: the object store cannot be reached.
+        blobs.StoreUnavailable: the object store cannot be reached or denies access.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

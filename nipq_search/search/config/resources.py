@@ -83,8 +83,7 @@ class LimitsSection(Section):
         trial_minutes: maximum wall time of one attempt, in minutes. An attempt that exceeds it
             is killed and retried once; if the limit is exceeded again, the trial is marked as
             failed.
-        max_failures: number of times the process of a trial may die in one run before the trial
-            fails.
+        max_failures: a trial fails when its process has died this many times in one run.
     """
 
     hours: float | None = Field(default=None, gt=0)

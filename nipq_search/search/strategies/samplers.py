@@ -74,7 +74,7 @@ def random(seed: int) -> BaseSampler:
 
 
 def gp(seed: int) -> BaseSampler:
-    """Return a sampler based on a Gaussian process; practical for up to about 300 trials.
+    """Return a sampler based on a Gaussian process; each proposal takes longer than with `tpe`.
 
     The time per proposal is cubic in the number of trials that it learns from.
     """

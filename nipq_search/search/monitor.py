@@ -108,7 +108,7 @@ class Monitor:
             )
 
     def limit_reached(self) -> bool:
-        """Whether a limit is exhausted, so that no new trials may start; sets `limit`."""
+        """Whether a limit is reached, in which case no new trials may start; sets `limit`."""
         limits = self.config.limits
         if limits.samples is not None and self._total_samples >= limits.samples:
             self.limit = f"limits.samples ({limits.samples})"
@@ -213,10 +213,13 @@ class Monitor:
         self._running_shown_until = time.monotonic() + pause
 
     def job_finished(self, job: Job) -> None:
-        """Report a job whose result was just added to the ledger, and update the outputs."""
-        self._count_samples(
-            job
-        )  # up to date for `limit_reached`, which is checked before the next trial
+        """Count a job's samples, report how it ended, and update the outputs.
+
+        The job may have a result, be paused at a rung, or have stopped without a result. The
+        ledger is already up to date.
+        """
+        # `limit_reached` is checked before the next trial.
+        self._count_samples(job)
         # Workers check for stop requests on their own and may stop before the next `tick`. Without
         # this call, the coordinator would restart their jobs.
         self._handle_stop_request()

@@ -81,7 +81,7 @@ def open_client(uri: str) -> MlflowClient:
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    # While a database is created, each migration is logged at INFO level.
+    # MLflow logs each migration at INFO level while it creates a database.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():

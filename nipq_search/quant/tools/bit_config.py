@@ -85,7 +85,8 @@ def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) 
     for section in SECTIONS:
         if not isinstance(bits.get(section), Mapping):
             raise UserError(
-                f"bit config: '{section}' is missing; expected weights and activations"
+                f"bit config: '{section}' must map layer names to bit-widths; expected the "
+                "sections weights and activations"
             )
         known = {
             key: tensor

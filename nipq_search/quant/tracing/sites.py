@@ -74,16 +74,17 @@ class ParameterTable:
         # A parameter of another module, as in a power iteration that runs only in training.
         return OTHER if isinstance(x._base if x._is_view() else x, nn.Parameter) else ""
 
-    def of_call(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return the label of the parameter that a call multiplies by.
+    def label_of_call(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """Return the label of the parameter among a call's operands.
 
         Args:
-            op: the called function.
+            op: the entry of the called function in `ops.OPS`.
             args: positional arguments.
             kwargs: keyword arguments.
 
         Returns:
-            The label of the second operand or, if it is not a parameter, of the first.
+            The label of the second operand or, if it is not a parameter, of the first; an empty
+            string if neither is a parameter.
         """
         label = self.label(op.second.of(args, kwargs))
         if label or op.first is None:
@@ -197,7 +198,7 @@ class _Frame:
         """
         if not self.sites or (self.kinds is not None and op.kind not in self.kinds):
             return None
-        label = self.parameters.of_call(op, args, kwargs)
+        label = self.parameters.label_of_call(op, args, kwargs)
         ordinal = self.counts.get((op.kind, label), 0)
         self.counts[op.kind, label] = ordinal + 1
         site = self.sites.get(site_key(op.kind, label, ordinal))

@@ -155,7 +155,7 @@ class _Recorder(TorchFunctionMode):
         if op is not None and self.kinds is not None and op.kind not in self.kinds:
             return func(*args, **kwargs)
         operands = (None, None) if op is None else self._operands(op, args, kwargs)
-        label = "" if op is None else self.parameters.of_call(op, args, kwargs)
+        label = "" if op is None else self.parameters.label_of_call(op, args, kwargs)
         before_flops = self.flow.flops
         out = func(*args, **kwargs)
         macs = (self.flow.flops - before_flops) // 2

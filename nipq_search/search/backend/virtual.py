@@ -1,4 +1,4 @@
-"""An executor that runs jobs in the current process, sequentially in virtual time.
+"""An executor that runs jobs in this process, one by one; their concurrency is simulated.
 
 Used to simulate large sweeps, and to run sweeps without Ray. It behaves like `TuneExecutor`;
 `tests/search/backend/test_executors.py` runs the same tests on both.

@@ -366,7 +366,7 @@ class RegretSampler(BaseSampler):
 
 
 class _ImmutableTrial(FrozenTrial):
-    """A trial that is never modified, so that studies need not copy it deeply."""
+    """A trial that is never modified, so studies need not deep-copy it."""
 
     def __deepcopy__(self, memo: Any) -> _ImmutableTrial:
         return copy.copy(self)

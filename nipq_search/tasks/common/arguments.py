@@ -62,10 +62,10 @@ def check_limit(key: str, limit: int | None, available: int) -> None:
         raise argument_error(key, f"{limit} exceeds the {available} available samples")
 
 
-def text(key: str, value: Any) -> str:
+def non_empty_string(key: str, value: Any) -> str:
     """Return `value` if it is a non-empty string."""
     if not isinstance(value, str) or not value:
-        raise argument_error(key, f"{value!r} is not a name")
+        raise argument_error(key, f"{value!r} is not a non-empty string")
     return value
 
 
@@ -113,7 +113,7 @@ def one_of(key: str, value: Any, known: Iterable[str]) -> str:
 def text_or_integer(key: str, value: Any) -> str:
     """Return `value` as a string if it is a non-empty string or an integer."""
     if not isinstance(value, str | int) or value == "":
-        raise argument_error(key, f"{value!r} is not a name")
+        raise argument_error(key, f"{value!r} is not a non-empty string")
     return str(value)
 
 

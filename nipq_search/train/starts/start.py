@@ -86,15 +86,17 @@ def start_at_budget(
     base: Mapping[str, float] | None = None,
     learning: bool = True,
 ) -> None:
-    """Start bit-widths at the budget; see `bits_at_budget`.
+    """Initialize the bit-widths so that the cost meets the budget; see `bits_at_budget`.
 
     A short noise phase that started from 8 bits would mostly be spent on reducing the bit-widths.
 
     Args:
         model: a prepared model.
         budget: the targets.
-        base: bit-widths by tensor that are shifted onto the budget; None shifts equal widths.
-        learning: whether widths are learned; otherwise they are projected and frozen.
+        base: bit-widths by tensor, all shifted by the same amount to meet the budget; None
+            starts from equal widths.
+        learning: whether widths are learned; otherwise they are projected to allowed widths
+            within the budget and frozen.
 
     Raises:
         UserError: widths are not learned, and the budget cannot be reached.

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nipq_search.tasks.common.arguments import integer, one_of, sample_limit, seed, text
+from nipq_search.tasks.common.arguments import (
+    integer,
+    non_empty_string,
+    one_of,
+    sample_limit,
+    seed,
+)
 from nipq_search.tasks.common.package_files import resolve_path
 from nipq_search.tasks.common.sections import store
 from nipq_search.tasks.vision.image_folder.search import find_images
@@ -66,8 +72,8 @@ class ImageData:
         split_names(self.validation, self.test)
         for split, limit in self.limits().items():
             sample_limit(f"{split}_samples", limit)
-        text("image", self.image)
-        text("label", self.label)
+        non_empty_string("image", self.image)
+        non_empty_string("label", self.label)
         seed("split_seed", self.split_seed)
         one_of("cache", self.cache, CACHES)
         integer("workers", self.workers, 0, 1_000)

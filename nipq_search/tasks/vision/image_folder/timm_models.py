@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from nipq_search.tasks.common.arguments import argument_error, text
+from nipq_search.tasks.common.arguments import argument_error, non_empty_string
 from nipq_search.tasks.common.extras import requires_extra
 
 
@@ -24,7 +24,7 @@ def import_timm() -> Any:
 def check_name(name: str, key: str) -> None:
     """Raise `UserError` unless timm has a model with this name."""
     timm = import_timm()
-    if not timm.is_model(text(key, name)):
+    if not timm.is_model(non_empty_string(key, name)):
         close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
         raise argument_error(key, f"timm has no model named '{name}'{hint}")

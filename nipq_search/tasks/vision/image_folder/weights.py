@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nipq_search.errors import UserError, one_line
 from nipq_search.tasks.base import unreadable
-from nipq_search.tasks.common.arguments import argument_error, text
+from nipq_search.tasks.common.arguments import argument_error, non_empty_string
 from nipq_search.tasks.common.extras import requires_extra
 from nipq_search.tasks.common.package_files import absolute_if_exists, resolve_file
 from nipq_search.tasks.vision.image_folder.timm_models import classifier_names
@@ -129,7 +129,7 @@ def checked_weights(key: str, name: Any) -> str | None:
     """Return `name` as a value of `Weights.name`, with the path of a file made absolute."""
     if name is None or name == PRETRAINED:
         return name  # type: ignore[no-any-return]
-    return str(absolute_if_exists(text(key, name)))
+    return str(absolute_if_exists(non_empty_string(key, name)))
 
 
 def _first(keys: list[str]) -> str:

@@ -79,6 +79,28 @@ def import_all(names: list[str]) -> None:
         importlib.import_module(name)
 
 
+def replace_actor_class_ids() -> None:
+    """Replace Ray's class; call this before other modules of Ray are imported."""
+    import ray.actor
+
+    ray.actor.ActorClassID = OwnActorClassID
+
+
+class OwnActorClassID:
+    """Draws the IDs of actor classes, which are assigned at import, without Ray's generator.
+
+    Ray's generator is seeded when it is first used. Processes forked after that would draw the
+    same IDs of nodes, workers and objects as each other, and clash within a cluster.
+    """
+
+    @staticmethod
+    def from_random() -> Any:
+        """Return a random ID."""
+        from ray import ActorClassID
+
+        return ActorClassID(os.urandom(ActorClassID.size()))
+
+
 def become(request: dict[str, Any], descriptors: list[int]) -> None:
     """Apply a request's descriptors, directory and environment to this process."""
     import random
@@ -232,9 +254,11 @@ def main() -> None:
         commands.close()
         # Ray reads these at import. The client ends with its node, and its worker with the client.
         os.environ |= {"RAY_JOB_ID": NO_JOB, "RAY_RAYLET_PID": str(os.getpid())}
+        replace_actor_class_ids()
         import_all(["ray.tune"])
         serve(programs)
     programs.close()
+    replace_actor_class_ids()
 
     from nipq_search.search.backend.tune import quiet_environment
 

@@ -64,7 +64,7 @@ class RunEnd(StrEnum):
 
     Attributes:
         FINISHED: no work is left.
-        LIMIT: `limits.hours` or `limits.samples` is exhausted.
+        LIMIT: `limits.hours` or `limits.samples` was reached before all trials had ended.
         INTERRUPTED: a signal or `stop` ended it.
     """
 
@@ -101,14 +101,14 @@ def open_ledger(
         config: the sweep configuration.
         task: the task, with its data loaded.
         out: the sweep's folder.
-        guard: called before each write; raises `LeaseLost` once this driver has lost its lease.
+        guard: called before writes; raises `LeaseLost` once this driver has lost its lease.
 
     Returns:
         The ledger, and the resolved sweep: its graph, budgets and costs.
 
     Raises:
-        UserError: a budget is unreachable, the folder contains trials of another study, or the
-            configuration or the data have changed since the first job was started.
+        UserError: a budget is unreachable, the study cannot be opened, the folder contains trials
+            of another study, or the configuration or the data have changed since the first job.
     """
     # Budgets are checked before the study is created, so a rejected start leaves no study behind.
     resolved, data = resolve_sweep(config, task), dataset(task)
@@ -199,7 +199,7 @@ def _check_mode(ledger: Ledger, task: Task) -> None:
 
 @contextlib.contextmanager
 def signals_to(stop: threading.Event, progress: ProgressSink) -> Iterator[None]:
-    """Set `stop` on SIGINT or SIGTERM; a second signal terminates this process immediately.
+    """Set `stop` on SIGINT or SIGTERM within a block; a second signal terminates this process.
 
     Outside the main thread, this does nothing, because Python handles signals only there.
     """

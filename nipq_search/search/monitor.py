@@ -110,7 +110,7 @@ class Monitor:
             )
 
     def limit_reached(self) -> bool:
-        """Return whether a limit on new trials has been reached; if so, set `limit`."""
+        """Return whether a limit forbids new trials; if so, set `limit` to the limit reached."""
         limits = self.config.limits
         if limits.samples is not None and self._total_samples >= limits.samples:
             self.limit = f"limits.samples ({limits.samples})"

@@ -108,7 +108,7 @@ def open_ledger(
 
     Raises:
         UserError: a budget is unreachable, the study cannot be opened, the folder contains trials
-            of another study, or the configuration or the data have changed since the first job.
+            of another study, or the sweep cannot be resumed with this configuration and data.
     """
     # Budgets are checked before the study is created, so a rejected start leaves no study behind.
     resolved, data = resolve_sweep(config, task), dataset(task)
@@ -171,7 +171,7 @@ def _store_sweep(
 
 
 def _check_same(ledger: Ledger, config: SweepConfig, data: Mapping[str, Any], out: Path) -> None:
-    """Raise `UserError` if the configuration or the data have changed since the sweep began."""
+    """Raise `UserError` if the sweep cannot be resumed with this configuration and these data."""
     try:
         check_resume(ledger.recall("config"), config)
         known = ledger.recall("dataset")
@@ -201,7 +201,7 @@ def _check_mode(ledger: Ledger, task: Task) -> None:
 def signals_to(stop: threading.Event, progress: ProgressSink) -> Iterator[None]:
     """Set `stop` on SIGINT or SIGTERM within a block; a second signal terminates this process.
 
-    Outside the main thread, this does nothing, because Python handles signals only there.
+    Outside the main thread, signals are left alone, because Python can handle them only there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

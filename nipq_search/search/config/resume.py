@@ -33,7 +33,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
-    """Check that a configuration may resume a sweep that began with another one.
+    """Check that a sweep may be resumed with a configuration that differs from its earlier one.
 
     Additional budgets, different versions of plug-ins, and changes to `search.trials`,
     `resources` and `limits` are allowed.

@@ -202,7 +202,7 @@ class SweepConfig(Section):
         )
 
     def with_plugins(self) -> SweepConfig:
-        """Return a copy whose `plugins` lists the versions installed here of the plug-ins in use.
+        """Return a copy in which `plugins` lists the plug-ins in use, as they are installed here.
 
         Raises:
             UserError: an entry is unknown, or several packages provide it.

@@ -164,7 +164,9 @@ class Coordinator:
         return self._start(test)
 
     def finished(self, job: Job, lost: str | None = None) -> None:
-        """Process the end of a job: enter a trial into the ledger; check the float model and scores.
+        """Process the end of a job, and enter the result of a trial into the ledger.
+
+        An unusable float model or failed sensitivity scores set `failure`.
 
         Args:
             job: a job that is no longer running.

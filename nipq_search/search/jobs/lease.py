@@ -105,7 +105,8 @@ def check_free(folder: Path) -> None:
 def driver_lease(folder: Path) -> Iterator[str]:
     """Lock the sweep's folder for this process, creating it if it is missing.
 
-    Earlier stop requests are discarded. On exit, a folder that contains only the lock is removed.
+    Stop requests are discarded on entry and exit. If the folder contains only the lock on exit,
+    the lock is removed, as are the folders that were created here.
 
     Yields:
         A token that is unique to this run.

@@ -192,8 +192,8 @@ class History:
     def observe(self, trial: FrozenTrial) -> Observation | None:
         """Return the observation of a trial, or None if it has none.
 
-        A trial has none if it failed, has no budget, did not reach a rung or the end of training,
-        or ended with a metric that is not finite.
+        A trial has none if it failed, has no budget, reached neither a rung nor the end of its
+        training, or ended with a metric that is not finite.
         """
         # Trials that users add may have parameters of any type.
         if trial.state is TrialState.FAIL or not isinstance(trial.params.get(self.key), int):

@@ -334,7 +334,7 @@ class Ledger:
         attributes: Mapping[str, Any],
         slack: float,
     ) -> None:
-        """Set the attributes and the constraint of a trial, then `tell` COMPLETE; idempotent.
+        """Set the attributes and the constraint of a trial, then mark it as COMPLETE; idempotent.
 
         Args:
             number: trial number.
@@ -353,7 +353,7 @@ class Ledger:
         self.study.tell(number, values=list(values), skip_if_finished=True)
 
     def fail(self, number: int, reason: str, attributes: Mapping[str, Any]) -> None:
-        """Store the reason and the attributes of a failed trial, then `tell` FAIL; idempotent.
+        """Store the reason and the attributes of a failed trial, then mark it as FAIL; idempotent.
 
         Args:
             number: trial number.
@@ -363,7 +363,7 @@ class Ledger:
         self._end(number, TrialState.FAIL, {**attributes, "reason": reason})
 
     def prune(self, number: int, attributes: Mapping[str, Any]) -> None:
-        """Store the attributes of a trial, then `tell` PRUNED; idempotent."""
+        """Store the attributes of a trial, then mark it as PRUNED; idempotent."""
         self._end(number, TrialState.PRUNED, attributes)
 
     @retry_outages

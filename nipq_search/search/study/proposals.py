@@ -44,7 +44,7 @@ class RejectedTrial(UserError):
 
 
 def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution) -> Any:
-    """Let Optuna suggest a value for a parameter, through its public methods.
+    """Return the value that Optuna suggests for a parameter, using only its public methods.
 
     Args:
         trial: the trial.

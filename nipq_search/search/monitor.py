@@ -271,7 +271,10 @@ class Monitor:
         )
 
     def finish(self, status: RunStatus) -> None:
-        """Write all outputs one last time and close the tracking run; an error sets `problem`."""
+        """Write all outputs one last time and close the tracking run; never raises.
+
+        An error sets `problem`. Without the lease, nothing is written.
+        """
         try:
             self.guard()
             self.coordinator.ledger.remember(RUN_STATUS_ATTRIBUTE, status.value)

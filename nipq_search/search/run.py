@@ -246,9 +246,9 @@ def run_sweep(
 
     Raises:
         UserError: a check before the first job failed; the message names the key and the fix.
-        RuntimeError: the float model failed, a fault of the machine halted the sweep, this driver
-            lost its lease, the test split could not be evaluated, or an output could not be
-            written.
+        RuntimeError: the float model or the sensitivity scores failed, Ray did not start, a fault
+            of the machine halted the sweep, this driver lost its lease, the test split could not
+            be evaluated, or an output could not be written.
     """
     progress = progress or SilentProgress()
     out = out.absolute()

@@ -1,4 +1,4 @@
-"""Settings that may change when a sweep is resumed."""
+"""The check that a resumed sweep changes only the settings that may change."""
 
 from __future__ import annotations
 

@@ -337,7 +337,7 @@ def _keys(section: Any) -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError) -> str:
-    """Format the first error as `key: problem and fix`; unknown keys before missing ones."""
+    """Format the first error as `key: problem and fix`; errors for unknown keys come first."""
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     first = min(error.errors(), key=lambda found: found["type"] not in unknown)
     location = tuple("lambda" if part == "lambda_" else part for part in first["loc"])

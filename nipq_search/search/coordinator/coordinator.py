@@ -250,7 +250,7 @@ class Coordinator:
     def _test_job(self) -> Job | None:
         """Return a job that evaluates all reported models that lack test metrics, or None.
 
-        The reported models are the float model, the baselines and the trials on the front.
+        The reported models are the float model, the COMPLETE baselines and those on the front.
         """
         subjects = [self._job("float", 0)]
         subjects += [

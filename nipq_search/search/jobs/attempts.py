@@ -109,7 +109,7 @@ def commit(attempt: Path, record: dict[str, Any]) -> bool:
 def model_file(folder: Path) -> Path:
     """Return the path of a job's trained model, next to its newest committed record.
 
-    Without a record, this is the path in the first attempt's folder, where no file may exist.
+    Without a record, this is a path in the first attempt's folder, where there may be no file.
     """
     for attempt in reversed(attempts(folder)):
         if file_io.read_sealed(attempt / RESULT) is not None:
@@ -277,7 +277,7 @@ def lost_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def crash_causes(folder: Path, run: str) -> list[Cause]:
-    """Return the causes of the lost attempts that count against a job, excluding dead nodes.
+    """Return the causes of a job's lost attempts, without `Cause.NODE`, which does not count.
 
     Only attempts of the driver's run `run` are considered. An attempt without a recorded cause
     counts as `Cause.PROCESS`.

@@ -30,7 +30,7 @@ class Job:
         seed: seed of all randomness in the training run.
         params: hyperparameters of a trial and, with `search.bits`, its starting bit-widths.
         budget: absolute targets of a trial, by cost name.
-        parent: number of the trial whose model a trial starts from, or None.
+        parent: number of the trial whose model a trial starts from; None for the float model.
         epochs_share: fraction of `train.epochs` for which a trial trains.
         rung: number of the rung at which a trial pauses next.
         jobs: jobs whose models a `test` job evaluates, each as `as_json` returns it.

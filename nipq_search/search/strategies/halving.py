@@ -1,4 +1,4 @@
-"""Asynchronous successive halving within each budget, as pure functions of rung metrics.
+"""Asynchronous successive halving within each budget, as a pure function of rung metrics.
 
 Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning" (arXiv 1810.05934). A
 trial pauses at each rung and is promoted as soon as it is among the best of the trials that have

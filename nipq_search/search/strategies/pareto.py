@@ -38,9 +38,9 @@ def hypervolume(
     """Return the area under the front over log2 cost, as a fraction of a reference rectangle.
 
     The rectangle spans the costs from the least reachable one to that of the uniform 8-bit model,
-    and the metrics from the reference to that of the float model. A result of 1.0 means float
-    accuracy at the least reachable cost. Metrics better than the float model's count in full, so
-    the result can exceed 1.
+    and the metrics from the reference to that of the float model. A point with the metric of the
+    float model at the least reachable cost gives 1.0. Metrics better than the float model's count
+    in full, so the result can exceed 1.
 
     Args:
         points: (metric, cost) of each point on the front. The height of the area at a cost is the

@@ -136,7 +136,8 @@ class Observation(NamedTuple):
     Attributes:
         number: trial number.
         budget: index of the trial's budget.
-        levels: the metric at each rung, then at the end of training; greater is better.
+        levels: the metric at each rung, then at the end of training; greater is better. It is
+            minus infinity at rungs where it was not a finite number.
         trial: the trial.
     """
 

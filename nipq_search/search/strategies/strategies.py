@@ -181,7 +181,7 @@ class Ladder(Strategy):
 
 
 class Fill(Strategy):
-    """Gives every budget one trial, then fills the gaps in the front; chooses parents as `Ladder`.
+    """Gives every budget one trial, then fills gaps in the front; chooses parents like `Ladder`.
 
     Each further trial goes where it is expected to improve the front the most. This place may lie
     between two budgets but never beyond the smallest or largest one; see `most_promising_cost`.

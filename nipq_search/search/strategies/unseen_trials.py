@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 
 def is_foreign(trial: FrozenTrial) -> bool:
-    """Return whether a COMPLETE trial was added to the study by a user and thus has no model.
+    """Return whether a user added a trial to the study as COMPLETE, so that it has no model.
 
     Trials that ran as jobs have the attribute `strategy`, which is set before the job starts.
     """

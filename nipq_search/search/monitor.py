@@ -33,6 +33,7 @@ _log = logging.getLogger("nipq_search")
 _KILL_GRACE_SECONDS = 15
 """How long a worker may take to stop on its own once `limits.trial_minutes` is exceeded."""
 _CHECK_INTERVAL_SECONDS = 5
+"""Interval at which `tick` checks limits and hung trials, and records running ones."""
 
 
 def format_cost(value: float) -> str:
@@ -50,10 +51,11 @@ class Monitor:
         coordinator: schedules the jobs of the sweep.
         progress: receives progress updates and messages.
         stop: event that the signal handlers set to request a stop.
-        guard: called before each write; raises `LeaseLost` once this driver has lost its lease.
+        guard: called by `begin`, `tick` and `finish` before they write; raises `LeaseLost` once
+            this driver has lost its lease.
 
     Attributes:
-        limit: the exhausted limit, as `key (value)`; empty if none is exhausted.
+        limit: the limit that has been reached, as `key (value)`; empty if there is none.
         interrupted: whether a signal or a stop request ended the run.
         problem: why the test split could not be evaluated or an output could not be written; empty
             if there was no such problem.
@@ -87,7 +89,7 @@ class Monitor:
         self._trials_began = 0.0
 
     def begin(self) -> None:
-        """Open the tracking run and bring all outputs up to date."""
+        """Open the tracking run, bring all outputs up to date and report missing records."""
         self.guard()
         # `finish` overwrites this status, so it remains only if the driver is killed.
         self.coordinator.ledger.remember(RUN_STATUS_ATTRIBUTE, RunStatus.KILLED.value)
@@ -97,7 +99,7 @@ class Monitor:
         self._warn_about_missing_records()
 
     def _warn_about_missing_records(self) -> None:
-        """Report finished trials whose records have been deleted from the sweep's folder."""
+        """Report COMPLETE trials whose records are missing from the sweep's folder."""
         done = [r.trial for r in self.outputs.records if r.state == jobs.COMPLETE and r.cost]
         lost = [n for n in done if not jobs.committed(jobs.job_folder(self.out, "trial", n))]
         if lost:
@@ -108,7 +110,7 @@ class Monitor:
             )
 
     def limit_reached(self) -> bool:
-        """Whether a limit is reached, in which case no new trials may start; sets `limit`."""
+        """Return whether a limit forbids new trials; if so, set `limit` to the limit reached."""
         limits = self.config.limits
         if limits.samples is not None and self._total_samples >= limits.samples:
             self.limit = f"limits.samples ({limits.samples})"
@@ -117,7 +119,7 @@ class Monitor:
         return bool(self.limit)
 
     def tick(self) -> None:
-        """Handle stop requests, limits, hung trials and progress.
+        """Handle stop requests, limits and hung trials, and update the outputs and the progress.
 
         The executor calls this method repeatedly while jobs run.
         """
@@ -152,8 +154,8 @@ class Monitor:
             self._samples[job.folder] = processed
 
     def _handle_stop_request(self) -> None:
-        # When `limits.hours` is exhausted, the driver itself writes the stop request. This is not
-        # an interruption.
+        # When `limits.hours` is reached, the driver itself writes the stop request. This is not an
+        # interruption.
         stopping = self.coordinator.stopping
         requested = self.stop.is_set() or (not stopping and stop_requested(self.out))
         if requested and not self.interrupted:
@@ -196,7 +198,7 @@ class Monitor:
         self.outputs.refresh(self.coordinator.ledger.look(), running)
 
     def _record_running(self) -> None:
-        """Record the progress of running trials.
+        """Update the outputs with the progress of running trials.
 
         To bound the share of time spent here, further calls do nothing until `PAUSE_FACTOR` times
         the duration of this call has passed.
@@ -213,12 +215,12 @@ class Monitor:
         self._running_shown_until = time.monotonic() + pause
 
     def job_finished(self, job: Job) -> None:
-        """Count a job's samples, report how it ended, and update the outputs.
+        """Count a job's samples, report how it ended, and update the outputs of a finished trial.
 
         The job may have a result, be paused at a rung, or have stopped without a result. The
-        ledger is already up to date.
+        ledger must already be up to date.
         """
-        # `limit_reached` is checked before the next trial.
+        # `limit_reached` is called before the next trial starts, and depends on this count.
         self._count_samples(job)
         # Workers check for stop requests on their own and may stop before the next `tick`. Without
         # this call, the coordinator would restart their jobs.
@@ -269,7 +271,10 @@ class Monitor:
         )
 
     def finish(self, status: RunStatus) -> None:
-        """Write all outputs one last time and close the tracking run; never raises."""
+        """Write all outputs one last time and close the tracking run; never raises.
+
+        An error sets `problem`. Without the lease, nothing is written.
+        """
         try:
             self.guard()
             self.coordinator.ledger.remember(RUN_STATUS_ATTRIBUTE, status.value)

@@ -64,7 +64,7 @@ class RunEnd(StrEnum):
 
     Attributes:
         FINISHED: no work is left.
-        LIMIT: `limits.hours` or `limits.samples` is exhausted.
+        LIMIT: `limits.hours` or `limits.samples` was reached before all trials had ended.
         INTERRUPTED: a signal or `stop` ended it.
     """
 
@@ -101,14 +101,14 @@ def open_ledger(
         config: the sweep configuration.
         task: the task, with its data loaded.
         out: the sweep's folder.
-        guard: called before each write; raises `LeaseLost` once this driver has lost its lease.
+        guard: called before writes; raises `LeaseLost` once this driver has lost its lease.
 
     Returns:
         The ledger, and the resolved sweep: its graph, budgets and costs.
 
     Raises:
-        UserError: a budget is unreachable, the folder contains trials of another study, or the
-            configuration or the data have changed since the first job was started.
+        UserError: a budget is unreachable, the study cannot be opened, the folder contains trials
+            of another study, or the sweep cannot be resumed with this configuration and data.
     """
     # Budgets are checked before the study is created, so a rejected start leaves no study behind.
     resolved, data = resolve_sweep(config, task), dataset(task)
@@ -171,7 +171,7 @@ def _store_sweep(
 
 
 def _check_same(ledger: Ledger, config: SweepConfig, data: Mapping[str, Any], out: Path) -> None:
-    """Raise `UserError` if the configuration or the data have changed since the sweep began."""
+    """Raise `UserError` if the sweep cannot be resumed with this configuration and these data."""
     try:
         check_resume(ledger.recall("config"), config)
         known = ledger.recall("dataset")
@@ -199,9 +199,9 @@ def _check_mode(ledger: Ledger, task: Task) -> None:
 
 @contextlib.contextmanager
 def signals_to(stop: threading.Event, progress: ProgressSink) -> Iterator[None]:
-    """Set `stop` on SIGINT or SIGTERM; a second signal terminates this process immediately.
+    """Set `stop` on SIGINT or SIGTERM within a block; a second signal terminates this process.
 
-    Outside the main thread, this does nothing, because Python handles signals only there.
+    Outside the main thread, signals are left alone, because Python can handle them only there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -246,9 +246,9 @@ def run_sweep(
 
     Raises:
         UserError: a check before the first job failed; the message names the key and the fix.
-        RuntimeError: the float model failed, a fault of the machine halted the sweep, this driver
-            lost its lease, the test split could not be evaluated, or an output could not be
-            written.
+        RuntimeError: the float model or the sensitivity scores failed, Ray did not start, a fault
+            of the machine halted the sweep, this driver lost its lease, the test split could not
+            be evaluated, or an output could not be written.
     """
     progress = progress or SilentProgress()
     out = out.absolute()

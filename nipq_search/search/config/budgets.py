@@ -54,7 +54,7 @@ def check_budget(entry: Mapping[str, float | int | str]) -> None:
     """Check the notation of one budget, without computing its targets.
 
     Raises:
-        UserError: a cost is unknown or a target is malformed.
+        UserError: the budget is empty, a cost is unknown, or a target is malformed or not allowed.
     """
     if not entry:
         raise UserError("budgets: an entry is empty; write, for example, {bops: uniform 4}")
@@ -67,7 +67,11 @@ def check_budget(entry: Mapping[str, float | int | str]) -> None:
 
 
 def _parse_target(cost: str, target: float | int | str) -> tuple[_TargetForm, float]:
-    """Return the notation of a target, and the number in it."""
+    """Return the notation of a target, and the number in it.
+
+    Raises:
+        UserError: the target is malformed or not allowed.
+    """
     form, value = _TargetForm.NUMBER, target
     if isinstance(target, str):
         if found := _UNIFORM.match(target.strip()):
@@ -99,8 +103,11 @@ def resolve_budget(entry: Mapping[str, float | int | str], graph: Graph) -> Reso
             8-bit model.
         graph: the model's layers and tensors.
 
+    Returns:
+        The budget with its targets and its label.
+
     Raises:
-        UserError: the budget is below the least reachable cost.
+        UserError: a target is malformed, or the budget is below the least reachable cost.
     """
     targets = {}
     for cost, target in entry.items():

@@ -1,6 +1,7 @@
-"""Plug-ins of a sweep: the packages that provide the entries in its configuration.
+"""Plug-ins of a sweep: entries of its configuration that other packages provide.
 
-Entries are identified by `<family>.<name>`, for example `quantizer.nipq`.
+Entries are identified by `<family>.<name>`, for example `quantizer.nipq`, and the packages that
+provide them by `<package> <version>`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FAMILIES: Mapping[str, Registry[Any]] = {
 
 
 def plugin_versions(entries: Iterable[str]) -> dict[str, str]:
-    """Return the package and version of each entry that a plug-in provides; omit built-in ones.
+    """Return `package version` by entry, for the entries that are not built in.
 
     Raises:
         UserError: an entry is unknown, or several packages provide it.
@@ -43,7 +44,7 @@ def plugin_mismatches(wanted: Mapping[str, str]) -> list[str]:
         wanted: `package version` by entry, as `plugin_versions` returns it.
     """
     return [
-        f"{labels} needs {package}, found {here}: {_install(package)}"
+        f"{labels} needs {package}, found {here}: {_install_command(package)}"
         for package, here, labels in _changed(wanted, {e: _installed(e) for e in wanted})
     ]
 
@@ -62,14 +63,15 @@ def check_installed(wanted: Mapping[Any, Any]) -> None:
         if family in FAMILIES and name not in FAMILIES[family]:
             raise UserError(
                 f"plugins: {_label(str(entry))} comes from {package}, which is not installed; run "
-                f"{_install(str(package))}"
+                f"{_install_command(str(package))}"
             )
 
 
 def plugin_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return one line per package whose version differs between two runs of a sweep.
+    """Return one line per change of a package or its version between two runs of a sweep.
 
-    Entries that only one of the runs used are omitted.
+    Entries that only one of the runs used are omitted. Both arguments have the form that
+    `plugin_versions` returns.
     """
     return [f"{old} -> {new} ({labels})" for old, new, labels in _changed(before, now)]
 
@@ -82,7 +84,7 @@ def installed_plugins() -> Iterator[tuple[str, Plugin]]:
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Yield the old package, the new one and the entries they provide, per changed package."""
+    """Yield the old package, the new package and the labels of their entries, per change."""
     entries: dict[tuple[str, str], list[str]] = {}
     for entry in before.keys() & now.keys():
         if before[entry] != now[entry]:
@@ -92,7 +94,7 @@ def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tupl
 
 
 def _installed(entry: str) -> str:
-    """Return the installed package or packages that provide an entry, or "none"."""
+    """Return text that names the installed packages that provide an entry, or "none"."""
     family, _, name = entry.partition(".")
     try:
         return str(FAMILIES[family].plugin(name) or "nipq_search")
@@ -106,6 +108,6 @@ def _label(entry: str) -> str:
     return f"{family} '{name}'"
 
 
-def _install(package: str) -> str:
+def _install_command(package: str) -> str:
     name, _, version = package.rpartition(" ")
     return f"python -m pip install {name}=={version}"

@@ -67,7 +67,10 @@ class ResourcesSection(Section):
         return {name: amount for name, amount in wanted.items() if amount}
 
     def key_of(self, name: str) -> str:
-        """Return the key of this section that sets a Ray resource."""
+        """Return the key of this section that sets a Ray resource, for messages.
+
+        Two keys determine `CPU`; the result is `workers` if it is above 1, and `cpus` otherwise.
+        """
         several = "workers" if self.workers > 1 else "cpus"
         known = {"CPU": several, "GPU": "gpus", "memory": "memory_gb"}
         return known.get(name, f"custom.{name}")
@@ -80,10 +83,10 @@ class LimitsSection(Section):
         hours: maximum wall time of one `run`, in hours; when it is reached, running trials are
             interrupted and can be resumed.
         samples: total number of training samples; once it is reached, no further trial starts.
-        trial_minutes: maximum wall time of one attempt, in minutes. An attempt that exceeds it
-            is killed and retried once; if the limit is exceeded again, the trial is marked as
-            failed.
-        max_failures: a trial fails when its process has died this many times in one run.
+        trial_minutes: maximum wall time of one attempt of a trial or baseline, in minutes. An
+            attempt that exceeds it is killed and retried once; if the limit is exceeded again, the
+            trial or baseline is marked as failed.
+        max_failures: a job fails when its process has died this many times in one run.
     """
 
     hours: float | None = Field(default=None, gt=0)

@@ -1,4 +1,4 @@
-"""Settings that may change when a sweep is resumed."""
+"""The check that a resumed sweep changes only the settings that may change."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
-    """Check that a configuration may resume a sweep that began with a different one.
+    """Check that a sweep may be resumed with a configuration that differs from its earlier one.
 
     Additional budgets, different versions of plug-ins, and changes to `search.trials`,
     `resources` and `limits` are allowed.
 
+    Args:
+        old: the configuration of the earlier run, as `SweepConfig.as_json` returned it.
+        new: the configuration of this run.
+
     Raises:
-        UserError: anything else differs; the message lists the differences.
+        UserError: anything else differs; the message says what.
     """
     document = new.as_json()
     with contextlib.suppress(UserError):  # parsing adds defaults for keys introduced since then
@@ -51,7 +55,7 @@ def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
             "added (or give the sweep another name)"
         )
 
-    def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    def unchangeable(config: Mapping[str, Any]) -> dict[str, Any]:
         changeable = ("budgets", "resources", "limits", "plugins")
         kept = {k: v for k, v in config.items() if k not in changeable}
         # The effective front cost is compared below.
@@ -61,7 +65,7 @@ def check_resume(old: Mapping[str, Any], new: SweepConfig) -> None:
         }
         return kept
 
-    found = differences(fixed(old), fixed(document))
+    found = differences(unchangeable(old), unchangeable(document))
     old_cost = old["search"].get("front_cost") or next(iter(old["budgets"][0]))
     if old_cost != new.front_cost:
         found.append(f"front cost: {old_cost!r} -> {new.front_cost!r}; set search.front_cost")

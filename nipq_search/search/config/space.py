@@ -21,10 +21,11 @@ BITS = "bits."
 """Prefix of parameters that are bit-widths, followed by the name of the unit."""
 
 FORMS = ("log", "uniform", "int", "choice")
+"""Keys of the entries in `search.space`, which select the kind of distribution."""
 
 
 def check_space(space: Mapping[Any, Any]) -> None:
-    """Check names, forms and bounds, and that `TrainConfig` accepts both ends of every range.
+    """Check names and forms, and that `TrainConfig` accepts all choices and the ends of ranges.
 
     Raises:
         UserError: an entry is invalid; the message names the key and the fix.
@@ -56,8 +57,12 @@ def ends(distribution: BaseDistribution) -> list[Any]:
 def distribution(name: str, form: Mapping[str, Sequence[Any]]) -> BaseDistribution:
     """Return the Optuna distribution of one hyperparameter.
 
+    Args:
+        name: name of the hyperparameter, for error messages.
+        form: its entry in `search.space`, such as `{"log": [0.01, 0.1]}`.
+
     Raises:
-        UserError: the form is unknown or the bounds are invalid.
+        UserError: the form is unknown, or its values are invalid.
     """
     key = f"search.space.{name}"
     if len(form) != 1 or next(iter(form)) not in FORMS:
@@ -86,7 +91,10 @@ def distribution(name: str, form: Mapping[str, Sequence[Any]]) -> BaseDistributi
 
 
 def bits_space(graph: Graph) -> dict[str, BaseDistribution]:
-    """Return a distribution for every unit with more than one allowed width; see `units_of`."""
+    """Return the distributions of the parameters that are bit-widths, by parameter name.
+
+    There is one for every unit with more than one allowed width; see `units_of`.
+    """
     found: dict[str, BaseDistribution] = {}
     for unit in units_of(graph):
         allowed = graph.tensors[unit].allowed

@@ -1,4 +1,4 @@
-"""The sweep file: its sections, and its loading with a one-line error for any invalid entry."""
+"""The sweep file: its sections, and its loader, which reports an invalid entry in one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SearchSection(Section):
     """The search space and the search algorithm.
 
     Attributes:
-        strategy: name of the strategy that assigns budgets to trials.
+        strategy: name of the strategy that assigns budgets and parents to trials.
         sampler: name of the Optuna sampler that proposes hyperparameters.
         trials: total number of trials over all runs of the sweep.
         space: range or choices by hyperparameter: `{log: [a, b]}`, `{uniform: [a, b]}`,
@@ -43,7 +43,8 @@ class SearchSection(Section):
         front_cost: name of the Pareto front's cost; by default, the first cost of the first
             budget.
         reference: metric value of the hypervolume's reference point; by default, 0.8 times the
-            metric of the float model, or 1.25 times if the metric is minimized.
+            metric of the float model, or 1.25 times if the metric is minimized; see
+            `default_reference` for negative metrics.
         baselines: bit-widths of the uniform LSQ models that are trained for comparison.
     """
 
@@ -60,7 +61,7 @@ class SearchSection(Section):
     @classmethod
     def _registered(cls, value: str, info: ValidationInfo) -> str:
         known: Registry[Any] = STRATEGIES if info.field_name == "strategy" else SAMPLERS
-        known[value]
+        known[value]  # raises an error for an unknown name
         return value
 
     @field_validator("baselines")
@@ -91,7 +92,8 @@ class SweepConfig(Section):
         task_args: keyword arguments of the task.
         float_model: source of the float model (`float` in sweep files).
         quant: quantization settings.
-        budgets: target by cost name; a trial must satisfy all targets of its budget.
+        budgets: each one maps cost names to targets; a trial must satisfy all targets of its
+            budget.
         train: training settings.
         search: search space and search algorithm.
         resources: resources of one trial.
@@ -200,7 +202,7 @@ class SweepConfig(Section):
         )
 
     def with_plugins(self) -> SweepConfig:
-        """Return the configuration with the packages and versions that are installed here.
+        """Return a copy in which `plugins` lists the plug-ins in use, as they are installed here.
 
         Raises:
             UserError: an entry is unknown, or several packages provide it.
@@ -208,7 +210,10 @@ class SweepConfig(Section):
         return self.model_copy(update={"plugins": plugin_versions(self.entries)})
 
     def as_json(self) -> dict[str, Any]:
-        """Return the resolved configuration as JSON types, with the keys of a sweep file."""
+        """Return the configuration with all defaults as JSON types, keyed as in a sweep file.
+
+        Without plug-ins, the key `plugins` is omitted.
+        """
         document: dict[str, Any] = json.loads(self.model_dump_json(by_alias=True))
         document["train"]["lambda"] = document["train"].pop("lambda_")
         if not self.plugins:
@@ -269,7 +274,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def _override(document: Any, text: str) -> None:
-    """Apply one assignment `a.b=c`, whose value is YAML."""
+    """Apply one assignment `a.b=c`, whose value is YAML, to a document in place.
+
+    Raises:
+        UserError: the assignment is malformed, or its key does not exist and cannot be added.
+    """
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"--set {text}: write KEY=VALUE, such as search.trials=8")
@@ -298,7 +307,10 @@ def _override(document: Any, text: str) -> None:
 
 
 def _fields_at(location: Sequence[Any]) -> list[str]:
-    """Return the valid keys of the section at a location, as spelled in sweep files."""
+    """Return the valid keys of the section at a location, as spelled in sweep files.
+
+    The result is empty if there is no section at the location.
+    """
     section: Any = SweepConfig
     for part in location:
         fields = _keys(section)
@@ -309,7 +321,7 @@ def _fields_at(location: Sequence[Any]) -> list[str]:
 
 
 def _keys(section: Any) -> dict[str, Any]:
-    """Return the type of each key of a section."""
+    """Return the type of each key of a section, by key as spelled in sweep files."""
     if isinstance(section, type) and issubclass(section, BaseModel):
         return {(f.alias or n): f.annotation for n, f in section.model_fields.items()}
     import dataclasses
@@ -325,7 +337,7 @@ def _keys(section: Any) -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError) -> str:
-    """Format the first error as `key: problem and fix`; unknown keys before missing ones."""
+    """Format the first error as `key: problem and fix`; errors for unknown keys come first."""
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     first = min(error.errors(), key=lambda found: found["type"] not in unknown)
     location = tuple("lambda" if part == "lambda_" else part for part in first["loc"])

@@ -13,10 +13,10 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that parses `1e-3` as a number and rejects duplicate keys."""
+    """YAML loader that parses `1e-3` as a number and rejects duplicate string keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping; duplicate keys, of which PyYAML would keep the last, are errors."""
+        """Construct a mapping; reject duplicate string keys, of which PyYAML keeps the last."""
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == _MERGE:
@@ -39,7 +39,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse a YAML document.
+    """Parse a YAML document, and return it as plain types.
 
     Args:
         text: YAML text.

@@ -1,7 +1,7 @@
 """The order of jobs: float model, sensitivity scores, baselines, trials, test split.
 
 The coordinator derives the next job from the ledger and the folders of finished jobs, and enters
-finished jobs into the ledger. It uses neither a clock nor processes nor Ray, so any executor can
+finished trials into the ledger. It starts no processes and does not use Ray, so any executor can
 drive it. A coordinator created after a crash continues where the previous one stopped.
 """
 
@@ -47,13 +47,14 @@ class Coordinator:
     """Decides which job runs next. Call `reconcile` before anything else.
 
     Args:
-        config: the sweep.
+        config: the sweep configuration.
         resolved: the sweep's graph and budgets.
         ledger: the study.
         out: absolute path of the sweep's folder.
         run: token of this driver's run.
-        limit_reached: returns whether a limit forbids new trials; called before each proposal.
-        on_finished: called with each job after its result has been entered into the ledger.
+        limit_reached: returns whether a limit forbids new trials; called before trials are
+            proposed or promoted.
+        on_finished: called by `finished` with the job, after the ledger has been updated.
 
     Attributes:
         running: jobs that an executor is running, by name.
@@ -95,22 +96,29 @@ class Coordinator:
         )
 
     def reconcile(self) -> None:
-        """Enter into the ledger what workers committed before this driver started."""
+        """Take over the results that workers committed before this driver started.
+
+        Results of trials are entered into the ledger. A failed job or a damaged model on which all
+        trials depend sets `failure`.
+        """
         self.trials.reconcile()
         self._check_float(committed(job_folder(self.out, "float", 0)))
         self._check_scores(committed(job_folder(self.out, SCORES, 0)))
 
     def stop(self) -> None:
-        """Start no further jobs; running jobs save their state and stay open in the ledger."""
+        """Start no further jobs; this does not stop the jobs that are running."""
         self.stopping = True
 
     def halt(self, reason: str) -> None:
-        """Start no further jobs, because they could not succeed here; open trials stay open."""
+        """Start no further jobs, because they could not succeed here; open trials stay open.
+
+        The reason becomes `failure`, unless there is an earlier one.
+        """
         self.failure = self.failure or reason
 
     @property
     def stage(self) -> str:
-        """The stage of the sweep, for the progress line."""
+        """Name of the sweep's stage; `trials` if a trial is running, or if nothing is running."""
         kinds = {job.kind for job in self.running.values()}
         for kind, name in _STAGES:
             if kind in kinds and "trial" not in kinds:
@@ -118,7 +126,7 @@ class Coordinator:
         return "trials"
 
     def has_work(self) -> bool:
-        """Return whether there is a job to run, without taking it."""
+        """Return whether any job is left to run; call this only while no job is running."""
         if self.stopping or self.failure:
             return False
         if any(self._state(*job) is None for job in [("float", 0), *self._before_trials()]):
@@ -128,11 +136,11 @@ class Coordinator:
         return not self._tested and self._test_job() is not None
 
     def open_trials(self) -> int:
-        """Return how many trials remain, including enqueued ones."""
+        """Return the number of trials that have not ended; see `Trials.remaining`."""
         return self.trials.remaining()
 
     def next_job(self) -> Job | Verdict:
-        """Return the next job; if there is none, return whether to wait for one or to end."""
+        """Take the next job, which then counts as running, or return whether to wait or to end."""
         if self.stopping or self.failure:
             return Verdict.DONE
         if "float" in self.running:  # wait even if a record exists: the job may have failed
@@ -156,7 +164,9 @@ class Coordinator:
         return self._start(test)
 
     def finished(self, job: Job, lost: str | None = None) -> None:
-        """Enter the result of a job into the ledger.
+        """Process the end of a job, and enter the result of a trial into the ledger.
+
+        An unusable float model or failed sensitivity scores set `failure`.
 
         Args:
             job: a job that is no longer running.
@@ -183,7 +193,7 @@ class Coordinator:
         return non_dominated(points, self.resolved.mode)
 
     def _check_float(self, record: Mapping[str, Any] | None) -> None:
-        """Set `failure` if the float model failed or its file is damaged."""
+        """Set `failure` if the float model failed, or if its file is missing or damaged."""
         if record is None:
             return
         folder = job_folder(self.out, "float", 0)
@@ -238,7 +248,10 @@ class Coordinator:
         )
 
     def _test_job(self) -> Job | None:
-        """Return a job that evaluates every reported model without test metrics, or None."""
+        """Return a job that evaluates all reported models that lack test metrics, or None.
+
+        The reported models are the float model, the COMPLETE baselines and those on the front.
+        """
         subjects = [self._job("float", 0)]
         subjects += [
             self._job("baseline", bits)

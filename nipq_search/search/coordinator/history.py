@@ -25,7 +25,7 @@ UNCOUNTED_FAILURES = 2
 """Number of failed trials of each budget that are ignored when the budget's trials are counted."""
 
 MAX_FINISHED = 500
-"""A strategy receives this many of the newest finished trials, in addition to the front.
+"""A strategy receives at most this many of the newest finished trials, in addition to the front.
 
 Without a limit, each decision would take longer than the one before.
 """
@@ -50,10 +50,10 @@ def _number(trial: FinishedTrial) -> int:
 
 
 class TrialHistory:
-    """The finished trials of a study.
+    """The finished trials of a study, except those that users added.
 
     Args:
-        config: the sweep.
+        config: the sweep configuration.
         resolved: the sweep's graph and budgets.
         out: absolute path of the sweep's folder.
     """
@@ -103,7 +103,7 @@ class TrialHistory:
     def _count_for_budget(self, trial: FrozenTrial) -> None:
         """Count a finished trial toward its budget.
 
-        The first `UNCOUNTED_FAILURES` failed ones do not count.
+        The first `UNCOUNTED_FAILURES` failed trials of each budget do not count.
         """
         failed = trial.state is TrialState.FAIL
         if (index := trial.params.get(BUDGET)) is not None:
@@ -120,16 +120,16 @@ class TrialHistory:
         self._front = [rivals[number] for number in sorted(non_dominated(points, "max"))]
 
     def recent(self) -> list[FinishedTrial]:
-        """Return the newest `MAX_FINISHED` finished trials, plus any others on the front."""
+        """Return the newest `MAX_FINISHED` COMPLETE trials, plus any others on the front."""
         newest = self._finished[-MAX_FINISHED:]
         return [*(t for t in self._front if t.number < newest[0].number), *newest]
 
     def all_but(self, numbers: Container[int]) -> list[FinishedTrial]:
-        """Return all finished trials except those with these numbers."""
+        """Return all COMPLETE trials except those with these numbers."""
         return [t for t in self._finished if t.number not in numbers]
 
     def find(self, number: int) -> FinishedTrial | None:
-        """Return a finished trial by its number, or None."""
+        """Return a COMPLETE trial by its number, or None."""
         at = bisect.bisect_left(self._finished, number, key=_number)
         found = self._finished[at : at + 1]
         return found[0] if found and found[0].number == number else None

@@ -1,4 +1,4 @@
-"""The resolved form of a sweep, computed before training: graph, absolute budgets and axes."""
+"""The resolved sweep, computed before training: graph, absolute targets, ends of the cost axis."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ResolvedSweep:
 
     Attributes:
         graph: layers and tensors of the prepared model.
-        budgets: absolute budgets, in the ledger's order.
+        budgets: the budgets with their absolute targets, in the ledger's order.
         front_cost: name of the front's cost.
         metric: name of the task's metric.
         mode: direction of the metric, `max` or `min`.
@@ -55,7 +55,7 @@ class ResolvedSweep:
     costs: Mapping[str, Mapping[str, float]]
 
     def as_json(self) -> dict[str, Any]:
-        """Return, as plain types, what `facts.json` stores for commands that read a sweep."""
+        """Return, as plain types, what `facts.json` stores about the resolved sweep."""
         return {
             "budgets": [
                 {"label": b.label, "entry": dict(b.entry), "targets": dict(b.targets)}
@@ -71,10 +71,11 @@ class ResolvedSweep:
 
 
 def float_model(config: SweepConfig, task: Task) -> nn.Module:
-    """Return the task's model, with the weights of `float.checkpoint` if the sweep has one.
+    """Return the task's model, with the weights of `float.checkpoint` if set, otherwise untrained.
 
     Raises:
-        UserError: the model cannot be built, or the file is not a checkpoint of this model.
+        UserError: the model cannot be built, or the file cannot be read, is not a checkpoint of
+            this model, or contains weights that are not finite.
     """
     device = torch.device("cpu")
     if (name := config.float_model.checkpoint) is None:
@@ -124,7 +125,7 @@ def resolve_sweep(
     """Resolve and check a configuration before the sweep starts.
 
     Args:
-        config: the sweep.
+        config: the sweep configuration.
         task: the sweep's task.
         order: budgets of an earlier run, in the ledger's order; new ones are appended.
 
@@ -132,8 +133,8 @@ def resolve_sweep(
         The resolved sweep.
 
     Raises:
-        UserError: a budget cannot be reached, two budgets are equal, or the model cannot be
-            prepared.
+        UserError: a budget cannot be reached, two budgets are equal, the model cannot be prepared,
+            or `float.checkpoint` does not fit it.
     """
     graph = model_graph(config, task)
     entries: list[Mapping[str, Any]] = list(order or [])

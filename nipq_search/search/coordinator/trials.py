@@ -34,19 +34,20 @@ RUNG = "rung"
 
 
 class Trials:
-    """Starts trials and enters their results into the ledger; call `reconcile` first.
+    """Creates jobs of trials and enters their results into the ledger; call `reconcile` first.
 
     Args:
-        config: the sweep.
+        config: the sweep configuration.
         resolved: the sweep's graph and budgets.
         ledger: the study.
         out: absolute path of the sweep's folder.
         make_job: returns a job from its kind, its number and further fields of `Job`.
-        limit_reached: returns whether a limit forbids new trials; called before each proposal.
+        limit_reached: returns whether a limit forbids new trials; called before trials are
+            proposed or promoted.
 
     Attributes:
-        open: numbers of running trials that have no process, to be resumed first.
-        started: numbers of trials whose jobs are running.
+        open: numbers of RUNNING trials without a job, which are resumed before any other starts.
+        started: numbers of trials whose jobs `next` returned and that have not ended.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Trials:
         self.open: list[int] = []
 
     def reconcile(self) -> None:
-        """Record in the ledger the results that workers committed before this driver started.
+        """Enter into the ledger the results that workers committed before this driver started.
 
-        Running trials without a record are resumed first.
+        RUNNING trials without a record stay paused or are queued to be resumed. Checkpoints that a
+        crash left in the folders of PRUNED trials are deleted.
         """
         for trial in self.ledger.trials(TrialState.PRUNED):
             remove_checkpoints(self._folder(trial.number) / "checkpoints")  # left by a crash
@@ -85,7 +87,7 @@ class Trials:
         return job_folder(self.out, "trial", number)
 
     def remaining(self) -> int:
-        """Return how many trials remain, including enqueued ones."""
+        """Return the number of trials that are RUNNING, enqueued or still to be proposed."""
         trials = self.ledger.trials()
         waiting = sum(t.state is TrialState.WAITING for t in trials)
         asked = len(trials) - waiting
@@ -93,7 +95,10 @@ class Trials:
         return running + max(waiting, self.config.search.trials - asked)
 
     def next(self) -> Job | None:
-        """Return the next trial's job, or None if there is none at present."""
+        """Take the job of the next trial to run, or return None if there is none at present.
+
+        Enqueued trials with unusable values fail.
+        """
         while True:
             try:
                 job = self._next()
@@ -105,7 +110,7 @@ class Trials:
             return job
 
     def ended(self, job: Job, record: Mapping[str, Any] | None) -> None:
-        """Enter the result of a trial's job; without a record, the trial stays paused or open."""
+        """Enter the record of a trial's job into the ledger; without one, keep the trial open."""
         self.started.discard(job.number)
         if record is not None:
             self.tell(job.number, record)
@@ -113,7 +118,7 @@ class Trials:
             self._keep_open(self.ledger.trial(job.number))
 
     def _keep_open(self, trial: FrozenTrial) -> None:
-        """Keep a trial without a record open: paused at its rung, or queued to be resumed."""
+        """Store the rung metrics of a trial that is paused; queue any other one to be resumed."""
         if self._is_paused(trial):
             self._note_rung_metrics(trial.number)
         elif trial.number not in self.open:
@@ -122,7 +127,9 @@ class Trials:
     # The next trial
 
     def _next(self) -> Job | None:
-        """Return the next job: resumed, promoted or new.
+        """Return the job of the next trial: resumed, promoted or new; None if there is none.
+
+        Once no other trial can start, paused trials that are not promoted are pruned.
 
         Raises:
             RejectedTrial: an enqueued trial has unusable values.
@@ -146,13 +153,13 @@ class Trials:
         return None
 
     def _propose(self, unfinished: Sequence[FrozenTrial], trials: Sequence[FrozenTrial]) -> Job:
-        """Propose a trial, or take one that was enqueued."""
+        """Return the job of a trial that is proposed now or was enqueued."""
         assignment = self.strategy.assign(self.history.state(unfinished))
         proposal = self.ledger.ask(assignment.budget, len(self.resolved.budgets), trials)
         return self._job(proposal, _targets_for(proposal, assignment))
 
     def _resume(self, number: int) -> Job:
-        """Return the job that resumes a running trial."""
+        """Return the job that resumes a RUNNING trial."""
         before = self.ledger.trial(number)
         unfinished = self.history.update(self.ledger.trials())
         others = [t for t in unfinished if t.number != number]
@@ -211,10 +218,10 @@ class Trials:
         return job
 
     def _parent(self, attributes: Mapping[str, Any], budget: Mapping[str, float]) -> int | None:
-        """Return the trial that a new one starts from; for a resumed trial, the stored one.
+        """Return the parent that the strategy chooses; for a resumed trial, the stored one.
 
         If the model of the stored parent is missing, for example in a new folder, the trial starts
-        over from another parent.
+        over from another parent. The result is None if the trial starts from the float model.
         """
         noted = attributes.get("parent")
         if "parent" in attributes and noted is None:
@@ -240,7 +247,7 @@ class Trials:
     # Rungs
 
     def _is_paused(self, trial: FrozenTrial) -> bool:
-        """Return whether a running trial has reached its rung and awaits a decision."""
+        """Return whether a RUNNING trial has reached its rung and awaits a decision."""
         rung = int(trial.user_attrs.get(RUNG, 0))
         return len(rung_records(self._folder(trial.number))) > rung < len(self.strategy.rungs)
 
@@ -305,7 +312,10 @@ class Trials:
     # Results
 
     def tell(self, number: int, record: Mapping[str, Any]) -> None:
-        """Set the attributes, the constraint and the state of a trial from its result record."""
+        """Complete or fail a trial in the ledger, as its result record says.
+
+        A COMPLETE record in which the task's metric is missing or NaN counts as a failure.
+        """
         own = ("samples", "seconds", "attempts", "seed", "threads", "ended")
         attributes = {key: record[key] for key in own if key in record}
         reason = record.get("reason")

@@ -1,8 +1,8 @@
-"""Jobs on disk: what a worker has to run, and the files that its attempts leave.
+"""Jobs on disk: what a worker has to run, and the files that the attempts of a job leave.
 
-Start reading in `job.py`, then `attempts.py`. `outcome.py` defines how an attempt ends, `paths.py`
-names every file in a sweep's folder, and `lease.py` prevents a second driver from using the same
-folder. Imports no other package of the search.
+Start reading in `job.py`, then `attempts.py`. `outcome.py` defines how an attempt can end,
+`paths.py` names the files of a sweep and of its jobs, and `lease.py` prevents a second driver from
+using the same folder. Imports no other package of the search.
 """
 
 from __future__ import annotations

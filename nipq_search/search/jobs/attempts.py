@@ -1,9 +1,9 @@
 """The attempts of a job, each with its own folder below the job's folder.
 
-An attempt's result is final once its `result.json` is complete, with the model next to it; nothing
-is reported before that. An attempt is closed by its own `result.json`, or by one that the next
-attempt writes in its place when it takes the job over. Only one of these two files can be created,
-so a process that continues after it was superseded cannot change the result.
+An attempt's result is final once its `result.json` is complete, with the model next to it; no
+result is reported before that. An attempt is closed by its own `result.json`, or by the one that
+the next attempt writes in its place when it takes the job over. Only one of these two files can be
+created, so a process that continues after it was superseded cannot change the result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_HANGS = 2
 
 
 class Cause(enum.StrEnum):
-    """Cause of the loss of an attempt, as stored in `lost.json`."""
+    """Why an attempt was lost, as stored in `lost.json`."""
 
     NODE = "node"
     """Its node died, which never counts as a failure of the job."""
@@ -65,7 +65,7 @@ class AlreadyCommitted(Exception):
 
 
 def any_attempt_exists(out: Path) -> bool:
-    """Return whether any job of the sweep in this folder was ever started."""
+    """Return whether any job in the sweep's folder `out` has an attempt."""
     return any(out.glob("*/attempt-*")) or any(out.glob("*/*/attempt-*"))
 
 
@@ -78,19 +78,19 @@ def attempts(folder: Path) -> list[Path]:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; empty if it is missing, incomplete or not an object."""
+    """Return the JSON object in a file; an empty one if the file contains none or is missing."""
     document = file_io.read_json(path)
     return document if isinstance(document, dict) else {}
 
 
 def _number(document: Mapping[str, Any], key: str) -> float | None:
-    """Return a value of a document if it is a finite number, otherwise None."""
+    """Return the value of a key if it is a finite number, otherwise None."""
     value = document.get(key)
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def committed(folder: Path) -> dict[str, Any] | None:
-    """Return the result record that an attempt of the job committed, or None."""
+    """Return the newest result record that an attempt of a job committed, or None."""
     for attempt in reversed(attempts(folder)):
         if (record := file_io.read_sealed(attempt / RESULT)) is not None:
             return record
@@ -98,7 +98,7 @@ def committed(folder: Path) -> dict[str, Any] | None:
 
 
 def commit(attempt: Path, record: dict[str, Any]) -> bool:
-    """Write the result record, which completes the job.
+    """Write the result record of an attempt, which finishes the job.
 
     Returns:
         Whether the record was written; False if a later attempt has taken the job over.
@@ -107,7 +107,10 @@ def commit(attempt: Path, record: dict[str, Any]) -> bool:
 
 
 def model_file(folder: Path) -> Path:
-    """Return the path of a job's trained model, next to its committed record if there is one."""
+    """Return the path of a job's trained model, next to its newest committed record.
+
+    Without a record, this is a path in the first attempt's folder, where there may be no file.
+    """
     for attempt in reversed(attempts(folder)):
         if file_io.read_sealed(attempt / RESULT) is not None:
             return attempt / MODEL_FILE
@@ -115,12 +118,13 @@ def model_file(folder: Path) -> Path:
 
 
 def model_files(folder: Path, *, obsolete: bool = False) -> list[Path]:
-    """Return the models of all attempts of a job.
+    """Return the paths of the models that the attempts of a job saved, oldest first.
 
     Args:
         folder: the job's folder.
         obsolete: return only models that do not belong to the committed record: those of attempts
-            that were superseded, or killed before they wrote a record.
+            that were superseded, or killed before they wrote a record. Without a committed record,
+            no model is obsolete.
     """
     found = [attempt / MODEL_FILE for attempt in attempts(folder)]
     if obsolete:
@@ -138,7 +142,8 @@ def record_rung(folder: Path, rung: int, measured: dict[str, Any]) -> None:
     Args:
         folder: the trial's folder.
         rung: number of the rung, from 0.
-        measured: `metrics`, and `samples`: the training samples processed up to the rung.
+        measured: `metrics`, and `samples`: the number of training samples used to estimate
+            normalization statistics for this measurement.
     """
     file = rung_file(folder, rung)
     if not file_io.seal_once(file, measured) and file_io.read_sealed(file) is None:
@@ -146,7 +151,10 @@ def record_rung(folder: Path, rung: int, measured: dict[str, Any]) -> None:
 
 
 def rung_records(folder: Path) -> list[dict[str, Any]]:
-    """Return what a trial measured at its rungs, in order; see `record_rung`."""
+    """Return what a trial measured at its rungs, in order; see `record_rung`.
+
+    The list ends before the first rung without an intact record.
+    """
     found: list[dict[str, Any]] = []
     while (record := file_io.read_sealed(rung_file(folder, len(found)))) is not None:
         found.append(record)
@@ -157,7 +165,10 @@ def rung_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def training_setup(folder: Path) -> dict[str, Any]:
-    """Return the thread count, worker count and parent of a job's last attempt, if any."""
+    """Return `threads`, `workers` and `parent` of the last attempt that recorded all three.
+
+    The result is empty if no attempt of the job did.
+    """
     keys = ("threads", "workers", "parent")
     for attempt in reversed(attempts(folder)):
         started = read_document(attempt / STARTED)
@@ -167,14 +178,15 @@ def training_setup(folder: Path) -> dict[str, Any]:
 
 
 def open_attempt(job: Job, node: str | None = None, **more: Any) -> Path:
-    """Create the folder of the next attempt; only one process can create each folder.
+    """Supersede earlier attempts, and create the next attempt's folder with `started.json`.
 
-    Earlier attempts are superseded: if the process of one of them is still running, for example on
-    an unreachable node, it cannot commit, and it ends once it detects the new attempt.
+    If the process of an earlier attempt is still running, for example on an unreachable node, it
+    cannot commit, and it ends once it detects the new attempt. Only one process can create each
+    folder.
 
     Args:
         job: the job.
-        node: Ray's ID of the node that runs the attempt; None outside Ray.
+        node: Ray's ID of the node on which the attempt runs; None outside Ray.
         more: further entries of `started.json`.
 
     Returns:
@@ -237,7 +249,7 @@ def _hung(attempt: Path) -> bool:
 
 
 def _has_ended(attempt: Path) -> bool:
-    """Return whether an attempt left any record of its own end, even a damaged one."""
+    """Return whether an attempt's folder shows how it ended; a damaged record suffices."""
     if (attempt / STOPPED).exists() or _hung(attempt):
         return True
     return (attempt / RESULT).exists() and file_io.read_json(attempt / RESULT) != _TAKEN_OVER
@@ -265,7 +277,11 @@ def lost_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def crash_causes(folder: Path, run: str) -> list[Cause]:
-    """Return the causes of the lost attempts that count against a job: all except dead nodes."""
+    """Return the causes of a job's lost attempts, without `Cause.NODE`, which does not count.
+
+    Only attempts of the driver's run `run` are considered. An attempt without a recorded cause
+    counts as `Cause.PROCESS`.
+    """
     found = [cause_of(attempt) or Cause.PROCESS for attempt, _ in lost_attempts(folder, run)]
     return [cause for cause in found if cause is not Cause.NODE]
 
@@ -276,47 +292,49 @@ def record_cause(attempt: Path, cause: Cause, detail: str) -> None:
     Args:
         attempt: the attempt's folder.
         cause: the cause, as `nipq_search.search.worker.failures` classifies it.
-        detail: text of the error, if one is available.
+        detail: text of the error; empty if none is available.
     """
     file_io.write_json(attempt / LOST, {"cause": cause, "detail": detail, "time": time.time()})
 
 
 def cause_of(attempt: Path) -> Cause | None:
-    """Return the cause that `record_cause` wrote, or None."""
+    """Return the cause that `record_cause` wrote for an attempt, or None."""
     cause = read_document(attempt / LOST).get("cause")
     return Cause(cause) if cause in list(Cause) else None
 
 
 def lost_time(attempt: Path) -> float:
-    """Return the Unix time at which `record_cause` was called; 0 if it has not been called."""
+    """Return the Unix time at which an attempt's loss was recorded; 0 if it was not recorded."""
     return _number(read_document(attempt / LOST), "time") or 0.0
 
 
 def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
-    """Return `started.json` of the attempt that is running according to its files, or None.
+    """Return the content of a job's last `started.json`, or None unless that attempt is running.
 
-    The entry `folder` is added and contains the path of the attempt's folder.
+    It is running if it belongs to the driver's run `run` and no file records its end. The added
+    entry `folder` contains the path of the attempt's folder.
     """
-    for attempt in reversed(attempts(folder)):
-        ended = any((attempt / name).exists() for name in (RESULT, STOPPED, LOST))
-        started = read_document(attempt / STARTED)
-        if ended or _hung(attempt) or started.get("run") != run:
-            return None
-        return {**started, "folder": str(attempt)}
-    return None
+    if not (found := attempts(folder)):
+        return None
+    attempt = found[-1]
+    ended = any((attempt / name).exists() for name in (RESULT, STOPPED, LOST))
+    started = read_document(attempt / STARTED)
+    if ended or _hung(attempt) or started.get("run") != run:
+        return None
+    return {**started, "folder": str(attempt)}
 
 
 # Totals over all attempts
 
 
 def samples_processed(folder: Path) -> int:
-    """Return the number of samples that all attempts trained on, including repeated ones."""
+    """Return how many training samples a job's attempts processed, including repeated ones."""
     found = (_number(read_document(a / PROGRESS), "samples") for a in attempts(folder))
     return sum(int(samples or 0) for samples in found)
 
 
 def seconds_spent(folder: Path) -> float:
-    """Return the wall time of all attempts in seconds, each up to its last progress report."""
+    """Return how many seconds a job's attempts took, each up to its last progress report."""
     total = 0.0
     for attempt in attempts(folder):
         started = _number(read_document(attempt / STARTED), "time")
@@ -327,13 +345,16 @@ def seconds_spent(folder: Path) -> float:
 
 
 def first_start(folder: Path) -> float | None:
-    """Return the Unix time at which a job's first attempt started, or None."""
+    """Return the Unix time at which a job's first attempt started; None if none has started."""
     times = [_number(read_document(attempt / STARTED), "time") for attempt in attempts(folder)]
     return min((t for t in times if t is not None), default=None)
 
 
 def curve(folder: Path) -> list[CurvePoint]:
-    """Return the learning curve over all attempts; the first measurement of an epoch counts."""
+    """Return a job's learning curve, ordered by epoch.
+
+    If several attempts measured the same epoch, the first measurement counts.
+    """
     points: dict[int, CurvePoint] = {}
     for attempt in attempts(folder):
         try:

@@ -19,18 +19,18 @@ SCORES = "sensitivity"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything a worker needs to run a job, as plain types that can be sent to it.
+    """Description of a job, in plain types that can be sent to a worker.
 
     Attributes:
         kind: `float`, `sensitivity`, `baseline`, `trial` or `test`.
         number: trial number; bit-width of a baseline; otherwise 0.
         out: absolute path of the sweep's folder.
-        config: the resolved sweep configuration.
+        config: the sweep configuration, in the form of `SweepConfig.as_json`.
         run: token of the driver's run.
         seed: seed of all randomness in the training run.
-        params: hyperparameters of a trial.
+        params: hyperparameters of a trial and, with `search.bits`, its starting bit-widths.
         budget: absolute targets of a trial, by cost name.
-        parent: number of the trial whose model a trial starts from, or None.
+        parent: number of the trial whose model a trial starts from; None for the float model.
         epochs_share: fraction of `train.epochs` for which a trial trains.
         rung: number of the rung at which a trial pauses next.
         jobs: jobs whose models a `test` job evaluates, each as `as_json` returns it.
@@ -51,7 +51,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The job's folder below the sweep's."""
+        """The job's folder, which is inside the sweep's folder."""
         return job_folder(Path(self.out), self.kind, self.number)
 
     @property

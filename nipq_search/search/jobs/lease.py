@@ -23,7 +23,7 @@ from nipq_search.search.jobs.paths import LOCK_FILE, STOP_FILE
 
 
 def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Try to take the lock; return False if it is held, or if its file has been deleted."""
+    """Try to take the lock; return False if it is taken, or if its file has been deleted."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -32,7 +32,10 @@ def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def _take(descriptor: int) -> bool:
-    """Take the lock for a driver, retrying because `live_driver` holds it for a moment."""
+    """Try to take the lock for a driver, and return whether this succeeded.
+
+    A failure is retried for a moment, because `live_driver` takes the lock briefly.
+    """
     for _ in range(5):
         if _try_lock(descriptor):
             return True
@@ -41,7 +44,10 @@ def _take(descriptor: int) -> bool:
 
 
 def live_driver(folder: Path) -> dict[str, Any] | None:
-    """Return a mapping with `host` and `pid` of the driver that is running this sweep, or None."""
+    """Return a mapping with `host` and `pid` of the driver that is running this sweep, or None.
+
+    If the driver has not written them, they are `unknown` and 0.
+    """
     path = folder / LOCK_FILE
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -57,7 +63,7 @@ def live_driver(folder: Path) -> dict[str, Any] | None:
 
 
 def driver_host(folder: Path) -> str | None:
-    """Return the host of the sweep's last driver, or None.
+    """Return the host of the sweep's last driver, or None if it is unknown.
 
     Workers use this, because on some file systems the lock is not visible from other nodes.
     """
@@ -66,7 +72,10 @@ def driver_host(folder: Path) -> str | None:
 
 
 def _owner(path: Path) -> dict[str, Any]:
-    """Return host and pid of the lock's holder, waiting briefly for a new driver to write them."""
+    """Return host and pid of the lock's holder, waiting briefly for a new driver to write them.
+
+    If they are still missing after a second, return `unknown` and 0.
+    """
     for _ in range(20):
         if isinstance(owner := file_io.read_json(path), dict):
             return owner
@@ -74,7 +83,8 @@ def _owner(path: Path) -> dict[str, Any]:
     return {"host": "unknown", "pid": 0}
 
 
-def _taken(folder: Path, owner: dict[str, Any]) -> UserError:
+def _already_running(folder: Path, owner: dict[str, Any]) -> UserError:
+    """Return the error for a sweep that is being run by another driver."""
     return UserError(
         f"{folder}: a driver is running this sweep on host {owner['host']}, pid {owner['pid']}; "
         f"wait for it to finish, or stop it with `nipq-search stop {folder}`"
@@ -88,12 +98,15 @@ def check_free(folder: Path) -> None:
         UserError: a driver is running it; the message names its host and pid.
     """
     if (owner := live_driver(folder)) is not None:
-        raise _taken(folder, owner)
+        raise _already_running(folder, owner)
 
 
 @contextlib.contextmanager
 def driver_lease(folder: Path) -> Iterator[str]:
-    """Lock the sweep's folder for this process.
+    """Lock the sweep's folder for this process, creating it if it is missing.
+
+    Stop requests are discarded on entry and exit. If the folder contains only the lock on exit,
+    the lock is removed, as are the folders that were created here.
 
     Yields:
         A token that is unique to this run.
@@ -107,7 +120,7 @@ def driver_lease(folder: Path) -> Iterator[str]:
     descriptor = _open_lock(path)
     try:
         if not _take(descriptor):
-            raise _taken(folder, _owner(path))
+            raise _already_running(folder, _owner(path))
         token = uuid.uuid4().hex
         # Write in place: replacing the file would leave the lock on the deleted one.
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": token}
@@ -126,7 +139,7 @@ def driver_lease(folder: Path) -> Iterator[str]:
 
 
 def _open_lock(path: Path) -> int:
-    """Open the lock file, creating it and its folder if missing.
+    """Open the lock file, creating the file and its folder if they are missing.
 
     Raises:
         UserError: the folder is not writable.
@@ -139,16 +152,16 @@ def _open_lock(path: Path) -> int:
 
 
 def _remove_if_unused(path: Path, created: list[Path]) -> None:
-    """Remove the lock of an otherwise empty folder, and the folders created for it."""
+    """Remove the lock file from an otherwise empty folder, then the folders created for it."""
     if [entry.name for entry in path.parent.iterdir()] == [LOCK_FILE]:
         path.unlink()
-        with contextlib.suppress(OSError):  # no longer empty
+        with contextlib.suppress(OSError):  # a folder is not empty
             for folder in created:
                 folder.rmdir()
 
 
 def request_stop(folder: Path) -> str | None:
-    """Request that the running driver stop gracefully; it reacts within a second.
+    """Ask the running driver, if there is one, to stop gracefully; it reacts within a second.
 
     Returns:
         Host and pid of the driver, or None if no driver is running.

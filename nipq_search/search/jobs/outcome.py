@@ -1,4 +1,4 @@
-"""The outcome of one attempt, as a worker returns it and an executor receives it."""
+"""The outcome of an attempt, which a worker returns and an executor receives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class OutcomeKind(enum.Enum):
-    """Outcome of an attempt of a job."""
+    """The ways in which an attempt of a job can end."""
 
     COMPLETE = "COMPLETE"
     """The job succeeded; its result record is committed."""
@@ -21,13 +21,13 @@ class OutcomeKind(enum.Enum):
     """The trial reached its rung and recorded its metrics; the job stays open."""
 
     STOPPED = "STOPPED"
-    """The attempt received a stop request and saved its state; the job stays open."""
+    """The attempt stopped early, usually because of a stop request; the job stays open."""
 
     SUPERSEDED = "SUPERSEDED"
-    """A later attempt took the job over; this one committed nothing."""
+    """A later attempt took the job over, so the result of this one was not committed."""
 
     HALT = "HALT"
-    """The machine cannot run any job; the job stays open, and the sweep must end."""
+    """The machine has a fault or lacks a file; the job stays open, and the sweep must end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class JobOutcome:
 
     Attributes:
         kind: how the attempt ended.
-        reason: why the machine is unfit and how to fix it; empty unless `kind` is `HALT`.
+        reason: the fault of the machine and how to fix it; empty unless `kind` is `HALT`.
     """
 
     kind: OutcomeKind
@@ -44,7 +44,7 @@ class JobOutcome:
 
     @property
     def has_record(self) -> bool:
-        """Whether the job has a committed result record."""
+        """Whether this outcome implies that the job has a committed result record."""
         return self.kind in (OutcomeKind.COMPLETE, OutcomeKind.FAIL)
 
     def as_report(self) -> dict[str, str]:
@@ -53,7 +53,7 @@ class JobOutcome:
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any] | None) -> JobOutcome | None:
-        """Restore an outcome from what `as_report` returned, or return None if there is none."""
+        """Restore an outcome from what `as_report` returned; None if `report` contains none."""
         if not report or "state" not in report:
             return None
         return cls(kind=OutcomeKind(report["state"]), reason=str(report.get("reason", "")))

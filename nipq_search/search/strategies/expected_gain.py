@@ -19,7 +19,9 @@ model's metric. Each further trial is expected to gain half as much as the one b
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The rectangle in which the hypervolume of a front is measured; greater metrics are better.
+    """The rectangle in which the hypervolume of a front is measured.
+
+    Metrics that are minimized are negated, so that greater is better.
 
     Attributes:
         cost: name of the front's cost.
@@ -37,7 +39,7 @@ class Axes:
 
 
 def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the non-dominated points as (cost, metric), cheapest first."""
+    """Return the non-dominated (metric, cost) points as (cost, metric), cheapest first."""
     found: list[tuple[float, float]] = []
     for cost, loss in sorted((cost, -metric) for metric, cost in points):
         if not found or -loss > found[-1][1]:
@@ -46,7 +48,10 @@ def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _interpolated(front: Sequence[tuple[float, float]], cost: float) -> float:
-    """Return the metric at a cost, interpolated linearly over log2 cost."""
+    """Return the metric at a cost, interpolated linearly over log2 cost.
+
+    Beyond the ends of the front, it is the metric at that end.
+    """
     for (left, low), (right, high) in zip(front, front[1:], strict=False):
         if left <= cost <= right:
             return low + (high - low) * math.log2(cost / left) / (math.log2(right / left) or 1.0)
@@ -94,15 +99,15 @@ def most_promising_cost(
     to the reference, so that a trial that collapsed does not attract further ones.
 
     Args:
-        points: (metric, cost) of every finished trial; at least one.
+        points: (metric, cost) of each finished trial; at least one.
         running: cost targets of the running trials.
-        asked: cost targets of all trials, whatever their state.
+        asked: cost targets of the trials so far, whatever their state.
         axes: the rectangle of the hypervolume.
-        within: smallest and largest cost that may be returned.
+        within: smallest and largest cost at which a trial may be placed.
 
     Returns:
         A cost in `within` or, if repeating a trial is expected to add the most, the cost of an
-        existing point, which may lie up to `SAME` octaves below the smallest allowed cost.
+        existing point, which may lie up to `SAME` octaves below the smallest of these costs.
     """
     front = _front((max(metric, axes.reference), cost) for metric, cost in points)
     least, most = within

@@ -1,4 +1,4 @@
-"""Asynchronous successive halving within each budget, as pure functions of rung metrics.
+"""Asynchronous successive halving within each budget, as a pure function of rung metrics.
 
 Source: Li et al., "A System for Massively Parallel Hyperparameter Tuning" (arXiv 1810.05934). A
 trial pauses at each rung and is promoted as soon as it is among the best of the trials that have
@@ -17,7 +17,7 @@ ETA = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """A trial and the rungs that it has reached.
+    """A trial and its metrics at the rungs that it has reached.
 
     Attributes:
         number: trial number.
@@ -41,7 +41,7 @@ def to_promote(standings: Sequence[Standing], last: bool) -> int | None:
         standings: every trial that has reached a rung, including pruned and finished ones.
         last: whether no further trial will start. In that case, the best trial at a rung is
             promoted even if fewer than `ETA` trials have reached the rung, unless another trial
-            in its bracket has already been promoted from it.
+            in its bracket has already been promoted from that rung.
     """
     waiting = [s for s in standings if s.paused]
     for rung in sorted({len(s.metrics) - 1 for s in waiting}, reverse=True):

@@ -38,15 +38,15 @@ def hypervolume(
     """Return the area under the front over log2 cost, as a fraction of a reference rectangle.
 
     The rectangle spans the costs from the least reachable one to that of the uniform 8-bit model,
-    and the metrics from the reference to that of the float model. A result of 1.0 means float
-    accuracy at the least reachable cost. Metrics above the float model's count in full, so the
-    result can exceed 1.
+    and the metrics from the reference to that of the float model. A point with the metric of the
+    float model at the least reachable cost gives 1.0. Metrics better than the float model's count
+    in full, so the result can exceed 1.
 
     Args:
         points: (metric, cost) of each point on the front. The height of the area at a cost is the
             metric of the most expensive point that does not exceed this cost.
         axis: least reachable cost, and cost of the uniform 8-bit model.
-        reference: metric at or below which a point contributes nothing.
+        reference: metric that a point must beat in order to contribute.
         best: metric of the float model.
         mode: direction of the metric, `max` or `min`.
 
@@ -70,10 +70,11 @@ def hypervolume(
 
 
 def default_reference(best: float, mode: str) -> float:
-    """Return the default reference metric, which is worse than the float model's metric `best`.
+    """Return the default reference metric for a float model with the metric `best`.
 
     It is 0.8 times `best`, or 1.25 times `best` if the metric is minimized. For a negative `best`,
-    such as a log-likelihood, the factors are 1.2 and 0.75, respectively.
+    such as a log-likelihood, the factors are 1.2 and 0.75, respectively. The reference is thus
+    worse than `best`, unless `best` is 0.
     """
     if mode == "max":
         return 0.8 * best if best > 0 else 1.2 * best

@@ -54,7 +54,7 @@ class SamplerFactory:
     learns_by_regret: bool = False
 
     def __call__(self, seed: int) -> BaseSampler:
-        """Build a sampler."""
+        """Build a sampler from the seed of one trial."""
         return self.build(seed)
 
 
@@ -111,7 +111,7 @@ SAMPLERS.register("gp", SamplerFactory(gp, learns_by_regret=True))
 SAMPLERS.register("nsga2", SamplerFactory(nsga2))
 
 RUNGS = "rung_metrics"
-"""Trial attribute: the metric at each rung so far; None if it was not a finite number."""
+"""Trial attribute: the metric at each rung so far, with None for values that were not finite."""
 
 MAX_OBSERVATIONS = 150
 """Maximum number of observations that a sampler learns from."""
@@ -136,7 +136,8 @@ class Observation(NamedTuple):
     Attributes:
         number: trial number.
         budget: index of the trial's budget.
-        levels: the metric at each rung, then at the end of training; greater is better.
+        levels: the metric at each rung, then at the end of training; greater is better. It is
+            minus infinity at rungs where it was not a finite number.
         trial: the trial.
     """
 
@@ -190,7 +191,11 @@ class History:
         return unfinished
 
     def observe(self, trial: FrozenTrial) -> Observation | None:
-        """Return the observation of a trial, or None if nothing was measured."""
+        """Return the observation of a trial, or None if it has none.
+
+        A trial has none if it failed, has no budget, reached neither a rung nor the end of its
+        training, or ended with a metric that is not finite.
+        """
         # Trials that users add may have parameters of any type.
         if trial.state is TrialState.FAIL or not isinstance(trial.params.get(self.key), int):
             return None
@@ -203,7 +208,10 @@ class History:
         return Observation(trial.number, budget, levels, trial) if levels else None
 
     def raise_best(self, best: dict[tuple[int, int], float], observation: Observation) -> None:
-        """Raise the entries of `best`, by budget and level, that an observation exceeds."""
+        """Raise the entries of `best`, by budget and level, that an observation exceeds.
+
+        Missing entries are added.
+        """
         for level, metric in enumerate(observation.levels):
             at = (observation.budget, level)
             best[at] = max(best.get(at, float("-inf")), metric)
@@ -219,8 +227,8 @@ class RegretSampler(BaseSampler):
     `lambda` depends on the budget, this outperforms three alternatives: metric and cost as two
     objectives, the regrets of all budgets, and univariate TPE (docs/front-quality.md). A trial
     that paused or was pruned at a rung contributes its regret there, relative to the best trial
-    that reached the rung. The first trial with a budget takes the midpoint of every range, because
-    other trials start from it.
+    that reached the rung. The first trial with a budget takes the `middle` of every distribution,
+    because other trials start from it.
 
     Args:
         base: a sampler for one objective.
@@ -272,7 +280,7 @@ class RegretSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Return one parameter of the base sampler's proposal, which is made on the first call.
+        """Return one parameter of the proposal, which is made on the first call.
 
         Args:
             study: the study.
@@ -318,7 +326,9 @@ class RegretSampler(BaseSampler):
     def regrets(
         observations: Sequence[Observation], best: Mapping[tuple[int, int], float]
     ) -> list[tuple[float, FrozenTrial]]:
-        """Return each trial with its negated regret: at most 0, or minus infinity if undefined.
+        """Return pairs of the negated regret at a trial's last level and the trial itself.
+
+        A negated regret is at most 0; it is minus infinity if the metric was not finite.
 
         Args:
             observations: the measurements of the trials.

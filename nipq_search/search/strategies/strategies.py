@@ -1,4 +1,4 @@
-"""Strategies, which select the budget and the starting point of the next trial.
+"""Strategies, which select the budget, the starting point and the length of the next trial.
 
 To add one, derive a class from `Strategy` and register it in `STRATEGIES`. Other packages declare
 an entry point instead.
@@ -22,7 +22,7 @@ class FinishedTrial:
     Attributes:
         number: trial number.
         cost: exact costs, by cost name.
-        metric: the validation metric; greater is better.
+        metric: the validation metric, negated if it is minimized, so that greater is better.
         targets: absolute targets that the trial was assigned, by cost name.
     """
 
@@ -41,8 +41,9 @@ class SearchState:
         assigned: budget index of every trial, except for a few failed trials per budget
             (`UNCOUNTED_FAILURES` in `coordinator/history.py`).
         running: absolute targets of the running trials.
-        asked: absolute targets of all trials, whatever their state.
-        finished: COMPLETE trials.
+        asked: absolute targets of the unfinished trials and of the newest finished ones, including
+            failed ones.
+        finished: the newest COMPLETE trials, and older ones on the front.
         axes: the rectangle of the hypervolume; None until the float model is trained.
     """
 
@@ -56,7 +57,7 @@ class SearchState:
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """The budget of a trial.
+    """The budget that a strategy assigns to a trial.
 
     Attributes:
         budget: index of one of the sweep's budgets, which the sampler conditions on.
@@ -79,9 +80,9 @@ def least_served(state: SearchState) -> int:
 class Strategy:
     """Assigns budgets and parents to trials.
 
-    A strategy has no state of its own: its decisions depend on the ledger alone, so they are the
-    same in a resumed sweep. By default, the budget with the fewest trials comes next, and every
-    trial starts from the float model, trains for all epochs and has a noise phase.
+    A strategy has no state of its own: its decisions depend on its arguments alone, so they are
+    the same in a resumed sweep. By default, the budget with the fewest trials comes next, and
+    every trial starts from the float model, trains for all epochs and has a noise phase.
 
     Attributes:
         noise_factor: multiplies the noise phase's share of the steps in a trial with a parent.
@@ -180,14 +181,13 @@ class Ladder(Strategy):
 
 
 class Fill(Strategy):
-    """Like `Ladder` at first; once every budget has a trial, fills the gaps in the front.
+    """Gives every budget one trial, then fills gaps in the front; chooses parents like `Ladder`.
 
     Each further trial goes where it is expected to improve the front the most. This place may lie
     between two budgets but never beyond the smallest or largest one; see `most_promising_cost`.
     Only the target for the front's cost is set to that place; the other targets are those of the
     nearest budget. Budgets without a target for the front's cost get an equal share of the trials.
-    Trials without a parent train for less than all epochs, because later trials continue from
-    them.
+    Trials without a parent do not train for all epochs, because later trials continue from them.
     """
 
     noise_factor = Ladder.noise_factor
@@ -199,7 +199,11 @@ class Fill(Strategy):
         self._ladder = Ladder()
 
     def assign(self, state: SearchState) -> Assignment:
-        """Return a budget that has no trial yet; otherwise, the most promising place."""
+        """Return a budget that has no trial yet; otherwise, usually, the most promising place.
+
+        The budget with the fewest trials is returned instead while there is no finished trial, if
+        no budget has a target for the front's cost, or if it is the turn of a budget without one.
+        """
         index = least_served(state)
         axes = state.axes
         if axes is None or index not in state.assigned:
@@ -236,7 +240,9 @@ class Fill(Strategy):
 
     @staticmethod
     def _is_turn_of(index: int, targets: Mapping[int, float], state: SearchState) -> bool:
-        """Return whether a budget has too few trials and no target for the front's cost.
+        """Return whether a budget has no target for the front's cost and too few trials.
+
+        Too few means less than an equal share of the trials.
 
         Args:
             index: index of the budget with the fewest trials.
@@ -251,7 +257,7 @@ class Fill(Strategy):
         return self._ladder.parent(budget, finished)
 
     def epochs_share(self, budget: Mapping[str, float], parent: FinishedTrial | None) -> float:
-        """Return `_FIRST` without a parent, `_NEW_PLACE` at a new place, and 1 for a repeat.
+        """Return 0.75 without a parent, 0.3 at a new place, and 1 for a repeat.
 
         A repeat, whose parent is at the same place, must train in full, because a shorter training
         run gains nothing.

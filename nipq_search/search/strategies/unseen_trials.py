@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 
 def is_foreign(trial: FrozenTrial) -> bool:
-    """Return whether a finished trial was added to the study by a user and thus has no model.
+    """Return whether a user added a trial to the study as COMPLETE, so that it has no model.
 
     Trials that ran as jobs have the attribute `strategy`, which is set before the job starts.
     """
@@ -16,7 +16,7 @@ def is_foreign(trial: FrozenTrial) -> bool:
 
 
 class UnseenTrials:
-    """Returns each finished trial once, and unfinished trials every time.
+    """Selects the trials to process: each finished trial once, unfinished trials every time.
 
     A finished trial never changes, so callers can keep what they derived from it. If they derived
     it again, the work per new trial would grow with the number of trials.

@@ -3,7 +3,8 @@
 One table row per study stores the driver and its heartbeat, a counter that the driver increments
 every few seconds. Clocks of different hosts are never compared: a second driver watches the
 counter, and takes the row over by compare-and-swap only after the counter has been unchanged for
-longer than a running driver ever pauses.
+longer than a running driver ever pauses, or if the other driver's process has ended on the same
+machine.
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ class StorageLease:
         self._thread.start()
 
     def held(self) -> bool:
-        """Return whether this driver may write."""
+        """Return whether this driver still holds the lease, and thus may write."""
         return not self._taken and _now() - self._alive_at < SILENT_SECONDS
 
     def check(self) -> None:
-        """Raise `LeaseLost` unless this driver may write."""
+        """Raise `LeaseLost` unless this driver still holds the lease."""
         if not self.held():
             raise LeaseLost(
                 "this driver lost its lease: the study's server did not respond, or another "
@@ -111,7 +112,7 @@ class StorageLease:
             self._alive_at = asked_at
 
     def close(self) -> None:
-        """Stop the heartbeat and release the lease if it is still held."""
+        """Stop the heartbeat and release the lease if it is still held; ignore database errors."""
         self._end.set()
         self._thread.join(timeout=BEAT_SECONDS)
         mine = (_TABLE.c.study == self._study) & (_TABLE.c.token == self._token)
@@ -120,7 +121,7 @@ class StorageLease:
 
 
 def make_engine(url: str) -> Engine:
-    """Return an SQLAlchemy engine that times out if the server does not respond.
+    """Return an SQLAlchemy engine for the study's database, with the options of `engine_options`.
 
     Raises:
         UserError: the URL is invalid, or the database driver is not installed.
@@ -132,10 +133,8 @@ def make_engine(url: str) -> Engine:
             f"NIPQ_STORAGE_URL: the package {error.name} is not installed; run python -m pip "
             "install 'nipq-search[postgres]' and write postgresql+psycopg://..."
         ) from error
-    except (
-        sa.exc.SQLAlchemyError,
-        ValueError,
-    ) as error:  # for example a port that is not a number
+    except (sa.exc.SQLAlchemyError, ValueError) as error:
+        # For example, the port is not a number.
         raise UserError(
             f"NIPQ_STORAGE_URL: not a database URL ({type(error).__name__}); write "
             "postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME"
@@ -167,7 +166,7 @@ def _insert(engine: Engine, row: dict[str, Any]) -> bool:
 
 
 def _swap(engine: Engine, old: Any, row: dict[str, Any]) -> bool:
-    """Take a row over; return False if its driver has renewed it since it was read."""
+    """Take a row over; return False if it has been renewed or taken since it was read."""
     same = (_TABLE.c.study == old.study) & (_TABLE.c.token == old.token)
     with engine.begin() as connection:
         taken = connection.execute(
@@ -199,7 +198,7 @@ def _is_dead_here(row: Any) -> bool:
 
 
 def _acquire(engine: Engine, study: str, token: str) -> None:
-    """Acquire the lease, waiting until a previous one expires.
+    """Acquire the lease; if another driver holds it, wait until it expires or is renewed.
 
     Raises:
         UserError: the driver that holds it is running; the message names its host and pid.
@@ -244,7 +243,7 @@ def _no_check() -> None:
 
 @contextlib.contextmanager
 def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
-    """Hold the lease of a study for this process if `NIPQ_STORAGE_URL` names a database server.
+    """Hold the lease of a study for this process if the study has a URL; see `storage_url`.
 
     Args:
         study: name of the study.
@@ -254,8 +253,8 @@ def study_lease(study: str, token: str) -> Iterator[Callable[[], None]]:
         A function that raises `LeaseLost` once this process must stop writing.
 
     Raises:
-        UserError: another driver holds the lease, or the server is unreachable; the message
-            contains no password.
+        UserError: another driver holds the lease, the URL is invalid, or the server is
+            unreachable; the message contains no password.
     """
     url = storage_url()
     if url is None:

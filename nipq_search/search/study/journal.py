@@ -1,4 +1,4 @@
-"""Repairs of the study's journal after a crash: of an incomplete last line or an orphaned lock."""
+"""Repairs of the study's journal after a crash, which can leave an incomplete line or a lock."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _LOCK_SECONDS = 5
 
 
 def mend_journal(path: Path) -> None:
-    """Remove an incomplete last line, which would make every later record unreadable.
+    """Remove an incomplete last line, which would make every later entry unreadable.
 
     If another program, such as `optuna-dashboard`, appended an entry to the incomplete line, only
-    the incomplete part is removed. Call this only while holding the sweep's lease.
+    the incomplete part is removed. A missing journal is ignored. Call this only while holding the
+    sweep's lease.
     """
     try:
         size = path.stat().st_size
@@ -55,7 +56,7 @@ def _is_entry(line: bytes) -> bool:
 
 
 def free_journal(path: Path) -> None:
-    """Remove the journal's lock if the process that took it no longer exists.
+    """Wait until the journal's lock is released, or remove it once it is evidently orphaned.
 
     Optuna holds the lock for milliseconds, so a lock older than `_LOCK_SECONDS` is orphaned.
     Optuna itself would wait half a minute before removing the lock, or forever if the lock is a

@@ -68,8 +68,9 @@ class Ledger:
         sampler: name of the sampler.
         seed: the sweep's seed.
         storage: the study's storage, which `close` closes.
-        journal: the study's journal file, repaired on close; None for a database.
-        guard: called before every write; raises once this process must stop writing.
+        journal: the study's journal file, which `close` repairs; None for a database.
+        guard: called before trials and attributes are written; raises once this process must
+            stop writing.
     """
 
     def __init__(
@@ -102,19 +103,19 @@ class Ledger:
         seed: int,
         guard: Callable[[], None] = lambda: None,
     ) -> Ledger:
-        """Create or load the study.
+        """Create or load the study, after repairing its journal.
 
         Args:
             folder: the sweep's folder.
             name: name of the study.
-            mode: direction of the metric, `max` or `min`; the cost is minimized.
+            mode: direction of the metric, `max` or `min`, in a new study; the cost is minimized.
             space: distribution of each hyperparameter.
             sampler: name of the sampler.
             seed: the sweep's seed.
-            guard: called before every write; raises once this process must stop writing.
+            guard: see `Ledger`.
 
         Returns:
-            The ledger; if the journal ended in an incomplete line, this line has been removed.
+            The ledger.
 
         Raises:
             UserError: the study's storage is unreachable, or its journal is damaged.
@@ -161,7 +162,7 @@ class Ledger:
             identity: identity of the study with which the folder was created; None if unknown.
 
         Returns:
-            A ledger that cannot propose trials.
+            A ledger without a search space, which must not propose trials.
 
         Raises:
             UserError: the study does not exist or does not belong to the folder; see
@@ -172,14 +173,14 @@ class Ledger:
         return cls(study, space={}, sampler="random", seed=0, storage=storage)
 
     def remember(self, key: str, value: Any) -> None:
-        """Store a value as an attribute of the study, unless the attribute has this value."""
+        """Store a JSON value as an attribute of the study, unless it already has this value."""
         self._before_write()
         text = json.dumps(value, sort_keys=True)
         if self.study.user_attrs.get(key) != text:
             self.study.set_user_attr(key, text)
 
     def recall(self, key: str) -> Any:
-        """Return a value stored by `remember`, or None."""
+        """Return the value that `remember` stored under a key, or None."""
         text = self.study.user_attrs.get(key)
         return None if text is None else json.loads(text)
 
@@ -229,7 +230,7 @@ class Ledger:
     def ask(
         self, budget: int, budgets: int, trials: Sequence[FrozenTrial] | None = None
     ) -> Proposal:
-        """Take the next waiting trial, or propose one for the given budget.
+        """Take the next waiting trial or, if there is none, propose one for the given budget.
 
         The sampler's seed depends on the trial's number, so a resumed search repeats no proposal,
         and its proposals do not depend on where it was interrupted.
@@ -240,7 +241,7 @@ class Ledger:
             trials: all trials of the study, if the caller has already read them.
 
         Returns:
-            The trial, which may have been enqueued with another budget.
+            The trial; if a user enqueued it, it may have another budget.
 
         Raises:
             RejectedTrial: the waiting trial has unusable values.
@@ -257,7 +258,7 @@ class Ledger:
 
     @retry_outages
     def resume(self, number: int, budget: int, budgets: int) -> Proposal:
-        """Return a running trial again, after proposing any parameters that it lacks.
+        """Return a RUNNING trial, after proposing any parameters that it lacks.
 
         Args:
             number: trial number.
@@ -265,7 +266,7 @@ class Ledger:
             budgets: number of budgets.
 
         Returns:
-            The trial.
+            The trial with all parameters.
 
         Raises:
             RejectedTrial: the trial was enqueued with unusable values.
@@ -316,7 +317,7 @@ class Ledger:
 
     @retry_outages
     def note(self, number: int, attributes: Mapping[str, Any]) -> None:
-        """Set user attributes of an unfinished trial."""
+        """Set user attributes of an unfinished trial, except those that have the given value."""
         self._before_write()
         frozen = self.trial(number)
         # A frozen trial has no public attribute for its ID in the storage.
@@ -333,7 +334,7 @@ class Ledger:
         attributes: Mapping[str, Any],
         slack: float,
     ) -> None:
-        """Set the attributes and the constraint of a trial, then `tell` COMPLETE; idempotent.
+        """Set the attributes and the constraint of a trial, then mark it as COMPLETE; idempotent.
 
         Args:
             number: trial number.
@@ -352,7 +353,7 @@ class Ledger:
         self.study.tell(number, values=list(values), skip_if_finished=True)
 
     def fail(self, number: int, reason: str, attributes: Mapping[str, Any]) -> None:
-        """Store the reason and the attributes of a failed trial, then `tell` FAIL; idempotent.
+        """Store the reason and the attributes of a failed trial, then mark it as FAIL; idempotent.
 
         Args:
             number: trial number.
@@ -362,7 +363,7 @@ class Ledger:
         self._end(number, TrialState.FAIL, {**attributes, "reason": reason})
 
     def prune(self, number: int, attributes: Mapping[str, Any]) -> None:
-        """Store the attributes of a trial, then `tell` PRUNED; idempotent."""
+        """Store the attributes of a trial, then mark it as PRUNED; idempotent."""
         self._end(number, TrialState.PRUNED, attributes)
 
     @retry_outages

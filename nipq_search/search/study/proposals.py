@@ -24,7 +24,7 @@ class Proposal:
     Attributes:
         number: trial number.
         budget: index of its budget.
-        params: its hyperparameters.
+        params: its other parameters: hyperparameters and, with `search.bits`, bit-widths.
         enqueued: whether a user enqueued it.
     """
 
@@ -44,7 +44,7 @@ class RejectedTrial(UserError):
 
 
 def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution) -> Any:
-    """Suggest a parameter through Optuna's public methods.
+    """Return the value that Optuna suggests for a parameter, using only its public methods.
 
     Args:
         trial: the trial.

@@ -19,7 +19,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Guarded(Protocol):
-    """A class whose methods may be retried."""
+    """An object whose methods may be retried."""
 
     guard: Callable[[], None]
     """Raises once the lease is lost."""
@@ -28,7 +28,8 @@ class Guarded(Protocol):
 def retry_outages(method: Method) -> Method:
     """Retry an idempotent method while the server is unreachable and the lease is held.
 
-    The decorated method raises `StorageInternalError` if the outage exceeds `OUTAGE_SECONDS`.
+    The decorated method raises `StorageInternalError` if the outage exceeds `OUTAGE_SECONDS`, and
+    the error of `guard` if the lease is lost.
     """
 
     @functools.wraps(method)

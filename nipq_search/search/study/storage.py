@@ -1,4 +1,4 @@
-"""The study's storage: a journal in the sweep's folder, or a database given by URL."""
+"""The study's storage: a journal or a database in the sweep's folder, or a database at a URL."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def storage_url() -> str | None:
     """Return the study's URL from the environment, or None for a file in the sweep's folder.
 
     Raises:
-        UserError: `NIPQ_STORAGE_URL_FILE` cannot be read.
+        UserError: `NIPQ_STORAGE_URL_FILE` names a file that is unreadable or empty.
     """
     return file_io.setting("NIPQ_STORAGE_URL")
 
@@ -50,7 +50,9 @@ def engine_options(url: str) -> dict[str, Any]:
 
 
 def open_storage(folder: Path) -> BaseStorage:
-    """Open the study's storage.
+    """Open the study's storage: a database if there is one, otherwise a journal.
+
+    A missing journal is created.
 
     Raises:
         UserError: the storage is unreachable or cannot be opened (the message contains no
@@ -80,7 +82,7 @@ def open_storage(folder: Path) -> BaseStorage:
             return JournalStorage(JournalFileBackend(str(journal)))
         except (ValueError, TypeError, KeyError, AssertionError) as error:
             raise UserError(
-                f"{journal}: {_damaged(journal)} is damaged "
+                f"{journal}: {_damaged_line(journal)} is damaged "
                 f"({' '.join(str(error).split())[:120]}); restore the file from a backup: "
                 "deleting the line would lose what it records about a trial"
             ) from error
@@ -132,8 +134,8 @@ def load_study(
     return study, storage
 
 
-def _damaged(journal: Path) -> str:
-    """Return the first invalid line of a journal as text, such as `line 3`."""
+def _damaged_line(journal: Path) -> str:
+    """Return text for the first invalid line of a journal: `line 3`, or `a line` if unknown."""
     with journal.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -146,7 +148,7 @@ def _damaged(journal: Path) -> str:
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Close the connections to a database, which Optuna leaves open."""
+    """Close the connections to a database, which Optuna leaves open; a journal has none."""
     if isinstance(storage, RDBStorage):
         storage.remove_session()
         storage.engine.dispose()

@@ -14,7 +14,7 @@ def sources(task: str) -> list[Path]:
     """Return the package folders and module files that a worker must be able to import.
 
     A module outside a package is shipped as a single file, so a task that consists of several
-    files must be a package.
+    files must be a package. To find a task's module, the current folder is added to `sys.path`.
 
     Args:
         task: the task's name in the sweep file. Registered tasks add nothing, because they belong

@@ -27,7 +27,10 @@ Process = tuple[int, str]
 
 
 def process_tree() -> dict[int, tuple[int, str]]:
-    """Return the parent's id and the start time of every running process, by process id."""
+    """Return the parent's id and the start time of every running process, by process id.
+
+    Zombies are excluded. On systems without `/proc`, the result is empty.
+    """
     found = {}
     for folder in _PROC.iterdir() if _PROC.is_dir() else ():
         if not folder.name.isdigit():
@@ -41,7 +44,12 @@ def process_tree() -> dict[int, tuple[int, str]]:
 
 
 def descendants(roots: set[int], tree: dict[int, tuple[int, str]]) -> set[Process]:
-    """Return the running processes among `roots` and all their descendants."""
+    """Return the running processes among `roots`, together with all their descendants.
+
+    Args:
+        roots: process ids.
+        tree: result of `process_tree`.
+    """
     members, grown = set(roots) & tree.keys(), True
     while grown:
         below = {pid for pid, (parent, _) in tree.items() if parent in members} - members
@@ -68,7 +76,7 @@ def _is_ray(pid: int) -> bool:
 
 
 def ray_children(driver: int, others: set[int]) -> set[int]:
-    """Return the Ray processes that `driver` started directly, except those in `others`."""
+    """Return the ids of the Ray processes that `driver` started itself, without `others`."""
     tree = process_tree().items()
     own = {pid for pid, (parent, _) in tree if parent == driver} - others
     return {pid for pid in own if _is_ray(pid)}
@@ -76,7 +84,10 @@ def ray_children(driver: int, others: set[int]) -> set[int]:
 
 @contextlib.contextmanager
 def reaped() -> Iterator[None]:
-    """End the Ray processes started in this context when it exits, or when this process dies."""
+    """Kill Ray processes started in this context that outlive it, or that outlive this process.
+
+    On systems without `/proc`, do nothing.
+    """
     if not _PROC.is_dir():
         yield
         return

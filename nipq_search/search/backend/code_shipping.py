@@ -35,6 +35,6 @@ def sources(task: str) -> list[Path]:
 
 
 def can_ship_code() -> bool:
-    """Whether this installation can ship code, which requires `ray[default]`."""
+    """Return whether this installation can ship code, which requires `ray[default]`."""
     # `aiohttp_cors` is a dependency that only the extra `default` installs.
     return importlib.util.find_spec("aiohttp_cors") is not None

@@ -88,7 +88,7 @@ class JobSearcher(Searcher):
         swallows exceptions raised here, so the first one is stored in `problem`.
 
         Args:
-            trial_id: Tune's id of the job.
+            trial_id: Tune's ID of the job.
             result: the last report of the job.
             error: whether the process of the job died and Tune does not restart it.
 

@@ -52,13 +52,13 @@ def quiet_environment() -> None:
 
 
 def token_exists() -> bool:
-    """Return whether an authentication token is set in one of the places where Ray looks for it."""
+    """Return whether an authentication token is set where Ray looks for one."""
     given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     return given or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _is_open(address: str) -> bool:
-    """Return whether a cluster needs no token; leave the mode at `disabled`.
+    """Return whether a cluster responds without a token; leave the mode at `disabled`.
 
     A cluster requires a token only if `ray start` started it on a machine that has a token.
     `ray.init` sends no token by default, and a cluster without authentication cannot reply to a

@@ -87,7 +87,7 @@ class Running:
 
 
 def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
-    """Serve both dashboards until Ctrl-C, SIGTERM or SIGHUP, then terminate them.
+    """Serve the dashboards of a sweep until Ctrl-C, SIGTERM or SIGHUP, then terminate them.
 
     Args:
         folder: the sweep's folder.

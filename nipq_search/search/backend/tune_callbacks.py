@@ -122,8 +122,8 @@ class JobSearcher(Searcher):
     def _count_start(self, job: Job, cause: str | None = None) -> None:
         """Count a failed start, unless an attempt has begun or the cause is the death of a node.
 
-        An attempt that began since the last call resets the count, which is thus the number of
-        consecutive failed starts.
+        If an attempt has begun since the last call, the count is reset, so that it is the number
+        of consecutive failed starts.
         """
         known_attempts, failed_starts = self._failed_starts.get(job.name, (0, 0))
         attempts = len(jobs.attempts(job.folder))
@@ -133,10 +133,11 @@ class JobSearcher(Searcher):
             self._failed_starts[job.name] = (attempts, failed_starts + 1)
 
     def on_process_restart(self, trial: Any) -> None:
-        """Record why a process died before Tune restarts it; decide whether it may restart again.
+        """Record why a process died, and decide whether Tune may restart it once more.
 
-        The worker limits a job's attempts, depending on why they failed. Only processes that die
-        before an attempt begins are counted here.
+        `Ticker` calls this before Tune restarts the process. The worker limits a job's attempts,
+        depending on why they failed. Only processes that die before an attempt begins are counted
+        here.
         """
         job = self._jobs.get(trial.trial_id)
         if job is None:

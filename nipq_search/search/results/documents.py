@@ -68,7 +68,7 @@ class Records:
 
         Args:
             trials: all trials of the study, ordered by number.
-            running: whether to update the records of running and waiting trials as well.
+            running: whether to also update unfinished trials whose state has not changed.
         """
         changed = self._unseen.take(trials)
         # A dominated trial stays dominated, so only the front and the new trials are candidates.

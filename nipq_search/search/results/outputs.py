@@ -82,7 +82,7 @@ class Outputs:
 
         Args:
             trials: all trials of the study, ordered by number.
-            running: whether to update the records of running and waiting trials as well.
+            running: whether to also update unfinished trials whose state has not changed.
         """
         if self._cache_invalid:
             self.cache, self._cache_invalid = documents.Records(self.sweep.facts, self.out), False

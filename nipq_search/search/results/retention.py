@@ -99,9 +99,9 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
         dry_run: only list what would be deleted.
 
     Returns:
-        The document of `gc --json`. `freed` lists each deleted path with its size in bytes and its
-        trial (None for the float model and baselines), `bytes` is their total size, and `kept`
-        lists the trials whose models remain, with the reasons.
+        The document of `gc --json`. `freed` lists each path that was or would be deleted, with its
+        size in bytes and its trial (None for the float model and baselines). `bytes` is the total
+        size, and `kept` lists the trials whose models remain, with the reasons.
 
     Raises:
         UserError: the folder is not a sweep, or a driver is running it.

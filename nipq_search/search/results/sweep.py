@@ -49,7 +49,7 @@ def is_sweep(folder: Path) -> bool:
 
 
 class Sweep:
-    """The results of a sweep; `Sweep.open` reads them from a folder.
+    """The results of a sweep, which are read from its folder on request; see `Sweep.open`.
 
     Only `write_report` writes to the folder.
 

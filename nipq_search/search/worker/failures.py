@@ -1,8 +1,8 @@
 """Causes of failures of worker processes, and whether they count against the job.
 
-A trial is marked as failed after `limits.max_failures` crashes. The death of a node, which is
-common with preemptible machines, must not count against the trial. Ray only reports that a process
-ended; this module determines the cause.
+A job is marked as failed after `limits.max_failures` crashes. The death of a node, which is common
+with preemptible machines, must not count against the job. Ray only reports that a process ended;
+this module determines the cause.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MISSING_ERRNOS = {
 """Errors that mean that a file does not exist or cannot be reached."""
 
 NEVER_STARTED = "its process died before it could start"
-"""Reason recorded for a job whose processes died before any of them began an attempt."""
+"""Reason recorded for a job whose processes repeatedly died before they began an attempt."""
 
 NODE_DEATH_SECONDS = 30.0
 """Time after which Ray has certainly detected a dead node; by default, it takes about 15 s."""

@@ -85,7 +85,10 @@ def cost(name: str, value: float | None) -> str:
 
 
 def costs(values: Mapping[str, float] | None) -> str:
-    """Format several costs on one line: `bops 5.30 GBOPs, weight_bytes 24.0 kB`; may be empty."""
+    """Format several costs on one line: `bops 5.30 GBOPs, weight_bytes 24.0 kB`.
+
+    The result is empty if there are no costs.
+    """
     return ", ".join(f"{name} {cost(name, value)}" for name, value in (values or {}).items())
 
 

@@ -106,7 +106,7 @@ class QuantizerConformance:
 
     @pytest.mark.parametrize(("grid", "bits"), WIDTHS)
     def test_frozen_activations_are_hard_quantized(self, grid: Grid, bits: int) -> None:
-        """Frozen activation quantizers equal textbook quantization, in training and evaluation."""
+        """A frozen activation quantizer gives the textbook result, in training and evaluation."""
         shift = {Grid.SIGNED: 0.0, Grid.UNSIGNED: 5.0, Grid.AFFINE: 1.0}[grid]
         config = QuantConfig(quantizer=NAME, activations=ActivationConfig(bits=(bits,)))
         for seed in range(10):

@@ -193,7 +193,9 @@ class Ticker(Callback):
             self._searcher.on_process_restart(trial)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        """Call `tick` if it is due, after each iteration of Tune's event loop.
+        """Update `busy`, and call `tick` if it is due.
+
+        Tune calls this after each iteration of its event loop.
 
         Args:
             iteration: iteration of Tune's event loop.

@@ -215,7 +215,7 @@ def _exists(file: str) -> bool:
 
 
 def kill_on(node: str, pid: int) -> None:
-    """Kill a process on any node of the cluster, even if it is suspended; return immediately."""
+    """Kill a process on a node of the cluster, even if it is suspended; return immediately."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

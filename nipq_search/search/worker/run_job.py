@@ -28,7 +28,7 @@ from nipq_search.train.sensitivity import score
 
 
 def run_job(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> dict[str, Any]:
-    """Run a job according to its kind.
+    """Train, measure sensitivity scores or evaluate on the test split, as the job's kind requires.
 
     Args:
         job: the job.

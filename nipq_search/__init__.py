@@ -68,8 +68,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first access."""
-    # `nipq_search.search` is a callable package, so `search` is the same object no matter whether
-    # the package was imported first.
+    # `nipq_search.search` is a callable package: return it, so that `search` is the same object
+    # whether or not the package has been imported before.
     if name == "search":
         return importlib.import_module(f"{__name__}.search")
     if name not in _HOME:

@@ -141,12 +141,12 @@ def read(path: Path) -> bytes:
 
 
 def exists(path: Path) -> bool:
-    """Whether the file `path`, or a pointer file in its place, exists."""
+    """Return whether the file `path`, or a pointer file in its place, exists."""
     return path.is_file() or file_io.read_sealed(_pointer(path)) is not None
 
 
 def can_be_read(path: Path) -> bool:
-    """Whether the content of `path` exists, in the local file or in an object store.
+    """Return whether the content of `path` exists, in the local file or in an object store.
 
     Unlike `exists`, this also checks that the object to which a pointer file refers exists.
 

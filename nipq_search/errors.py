@@ -35,7 +35,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return text to append to the error message about an unknown `word`.
 
     If a known word is similar, the text is ` (did you mean 'x'?)`; otherwise, it lists all known
-    words.
+    words. It is empty if there are none.
     """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)

@@ -1,4 +1,8 @@
-"""Atomic writes, digests and sealed JSON files."""
+"""Atomic writes, digests and sealed JSON files.
+
+Also detects network file systems, and reads settings from environment variables or from files
+that they name.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +70,7 @@ def write_once(path: Path, data: bytes) -> bool:
     On file systems without hard links, the check and the write are not one atomic operation.
 
     Returns:
-        Whether `path` now contains `data`.
+        Whether `path` now contains `data`; without hard links, False if the file existed at all.
 
     Raises:
         OSError: the disk is full or the folder is not writable.
@@ -92,12 +96,12 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def as_json(document: Any) -> bytes:
-    """Serialize `document` as JSON; raise `ValueError` for NaN or an infinite number."""
+    """Serialize `document` as indented JSON; raise `ValueError` for NaN or an infinite number."""
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any | None:
-    """Return the JSON document in `path`, or None if the file is missing or incomplete."""
+    """Return the JSON document in `path`; None if the file cannot be read or is not valid JSON."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -130,7 +134,7 @@ def _sealed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """Return the document that `write_sealed` wrote, or None if the file is missing or damaged."""
+    """Return a sealed document without its digest, or None if the file is missing or damaged."""
     document = read_json(path)
     if not isinstance(document, dict):
         return None
@@ -141,6 +145,8 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 _NETWORK = {"9p", "afs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "lustre", "smb3", "smbfs"}
 _NETWORK |= {"beegfs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.juicefs", "gpfs"}
 _NETWORK |= {"nfs", "nfs4", "ocfs2", "orangefs", "panfs", "wekafs"}
+"""Types of network file systems, as the kernel names them."""
+
 _MOUNTS = Path("/proc/self/mounts")
 
 
@@ -165,9 +171,10 @@ def network_file_system(path: Path) -> str | None:
 
 
 def setting(name: str) -> str | None:
-    """Return the environment variable `name`, or the content of the file that `<name>_FILE` names.
+    """Return the value of the environment variable `name`, which may also be stored in a file.
 
-    The result is None if neither variable is set.
+    If the variable is not set, the result is the content of the file that `<name>_FILE` names, or
+    None if that variable is not set either.
 
     Raises:
         UserError: the file is unreadable or empty.

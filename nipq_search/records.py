@@ -45,13 +45,14 @@ class TrialRecord:
         budget: absolute targets by cost name, for example `{"bops": 5.3e9}`.
         params: hyperparameters of the trial.
         validation: the task's metric on the validation split.
-        test: the task's metric on the test split; only set for trials on the front.
+        test: the task's metric on the test split, which is measured only for trials on the front;
+            None if it was not measured.
         metrics: all validation metrics that the task returned.
         cost: exact costs by name (`bops`, `weight_bytes`, ...).
         on_front: whether no other COMPLETE trial dominates this one in validation metric and front
             cost.
         samples: number of training samples that the trial processed, excluding its parent's.
-        seconds: wall-clock time of training, summed over the attempts that led to the result.
+        seconds: wall-clock time of training, summed over all attempts.
         parent: number of the trial from whose model this one started; None if it started from the
             float model.
         attempts: number of times the trial was started.
@@ -109,7 +110,7 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepRecord:
-    """A sweep's properties, excluding its trials.
+    """A sweep's properties, excluding the records of its trials.
 
     Attributes:
         name: the sweep's name.

@@ -131,7 +131,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._own.keys() | self._loaded.keys())
 
     def __contains__(self, name: object) -> bool:
-        """Whether the name is built in or provided by a package; imports nothing."""
+        """Return whether the name is built in or provided by a package; imports nothing."""
         if name in self._own or name in self._loaded:
             return True
         return isinstance(name, str) and bool(self._offers(name))

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; without arguments, print the help.
 
     Args:
-        argv: arguments without the program's name; default `sys.argv[1:]`.
+        argv: arguments without the program's name; defaults to `sys.argv[1:]`.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the parent process closed the stream

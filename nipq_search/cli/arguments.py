@@ -1,4 +1,4 @@
-"""Parsing of command-line values, with a one-line error for invalid ones."""
+"""Parsing and checking of command-line values, with a one-line error for invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formatting of numbers for display; numbers that are missing or not finite become `-`."""
+"""Formatting of values for display; numbers that are missing or not finite become `-`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STEPS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def known(value: float | None) -> TypeGuard[float]:
-    """Whether a value exists and is finite."""
+    """Return whether a number exists and is finite."""
     return value is not None and math.isfinite(value)
 
 
@@ -27,7 +27,7 @@ def bops(value: float | None) -> str:
 
 
 def kilobytes(value: float | None) -> str:
-    """Format a number of bytes in kilobytes (1000 bytes), or in bytes below 10,000: `24.0 kB`."""
+    """Format a number of bytes in kilobytes (`24.0 kB`), or in bytes below 10,000 (`9,216 B`)."""
     if not known(value):
         return NOTHING
     return f"{value:,.0f} B" if value < 10_000 else f"{value / 1000:,.1f} kB"
@@ -44,7 +44,7 @@ def metric(value: float | None) -> str:
 
 
 def bits(value: float | None) -> str:
-    """Format a mean bit-width with two decimals (`3.42`), and an integer bit-width as is (`4`)."""
+    """Format a bit-width: a float with two decimals (`3.42`), an integer as is (`4`)."""
     if not known(value):
         return NOTHING
     return str(value) if isinstance(value, int) else f"{value:.2f}"
@@ -85,7 +85,10 @@ def cost(name: str, value: float | None) -> str:
 
 
 def costs(values: Mapping[str, float] | None) -> str:
-    """Format several costs on one line: `bops 5.30 GBOPs, weight_bytes 24.0 kB`."""
+    """Format several costs on one line: `bops 5.30 GBOPs, weight_bytes 24.0 kB`.
+
+    The result is empty if there are no costs.
+    """
     return ", ".join(f"{name} {cost(name, value)}" for name, value in (values or {}).items())
 
 
@@ -105,6 +108,9 @@ def setting(value: object) -> str:
 
 
 def one_line(text: str | None) -> str:
-    """Put `text` on one line; replace unprintable characters, which could control a terminal."""
+    """Put `text` on one line; replace unprintable characters, which could control a terminal.
+
+    A missing or empty text becomes `-`.
+    """
     words = " ".join((text or NOTHING).split())
     return "".join(letter if letter.isprintable() else "?" for letter in words)

@@ -18,7 +18,7 @@ PIPE_COLUMNS = 1000
 
 
 def console(stream: TextIO) -> Console:
-    """Create a Rich console that prints text verbatim, without markup, emoji or highlighting."""
+    """Create a Rich console that interprets no markup or emoji codes and highlights nothing."""
     from rich.console import Console
 
     terminal = stream.isatty()
@@ -70,12 +70,13 @@ def emit_text(text: str) -> None:
 
 @contextlib.contextmanager
 def library_output_on_stderr() -> Iterator[None]:
-    """Redirect the output of libraries to stderr, so that stdout contains only data."""
+    """Redirect stdout to stderr in this context, so that libraries print nothing to stdout."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def _finite(value: Any) -> Any:
+    """Return a copy of a document with None in place of non-finite numbers."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nipq_search.search.results.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
+"""Minimum time between two progress lines in a file or pipe."""
 
 
 def progress_line(progress: Progress) -> str:
@@ -68,7 +69,7 @@ class ProgressLine:
         self._live.update(line, refresh=True)
 
     def message(self, text: str) -> None:
-        """Print a permanent line above the live one."""
+        """Print `text` on a permanent line above the live one."""
         self._console.print(numbers.one_line(text))
 
 
@@ -76,7 +77,7 @@ class ProgressLog:
     """A `ProgressSink` for files and pipes: writes every message, and progress at intervals."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        """Write to `stream`; `clock` returns seconds."""
+        """Store the stream to write to, and the clock, which returns seconds."""
         self._stream = stream
         self._clock = clock
         self._last_line = ""
@@ -112,7 +113,7 @@ class ProgressLog:
 
 
 def progress_sink(stream: TextIO | None = None) -> ProgressLine | ProgressLog:
-    """Return the progress display for `stream` (default stderr), as a context manager."""
+    """Return a progress display for `stream`, by default stderr; enter it as a context manager."""
     stream = stream or sys.stderr
     screen = console(stream)
     live = screen.is_terminal and not screen.is_dumb_terminal

@@ -1,4 +1,4 @@
-"""The commands that do not modify a sweep: each prints one document from the search layer."""
+"""The commands that do not modify a sweep: each prints a document, or files of the sweep."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def plan(config: Path, overrides: Sequence[str], as_json: bool) -> int:
 
 
 def status(folder: Path, as_json: bool) -> int:
-    """Print the states of a sweep's trials."""
+    """Print the driver and the stage of a sweep, and the states of its trials."""
     with library_output_on_stderr():
         document = _sweep(folder).status()
     _print(document, as_json, tables.status)
@@ -74,7 +74,7 @@ def status(folder: Path, as_json: bool) -> int:
 
 
 def front(folder: Path, as_json: bool) -> int:
-    """Print the current Pareto front."""
+    """Print the current Pareto front, the float model and the baselines."""
     with library_output_on_stderr():
         document = _sweep(folder).front_document()
     _print(document, as_json, tables.front)
@@ -110,7 +110,7 @@ def best(folder: Path, limit_texts: Sequence[str], as_json: bool) -> int:
         as_json: print JSON instead of tables.
 
     Returns:
-        The exit code; 1 if no point satisfies the limits.
+        The exit code, which is 1 if no point satisfies the limits.
 
     Raises:
         UserError: the folder is not a sweep, or a limit is invalid.
@@ -165,7 +165,7 @@ def replay(folder: Path, trial: int, as_json: bool) -> int:
         as_json: print JSON instead of tables.
 
     Returns:
-        The exit code; 4 if the replay does not match the record.
+        The exit code, which is 4 if the replay does not match the record.
 
     Raises:
         UserError: the folder is not a sweep, or the trial cannot be replayed.
@@ -184,11 +184,11 @@ def doctor(config: Path | None, address: str | None, out: Path | None, as_json: 
     Args:
         config: if given, also check the data and storage of this sweep file.
         address: if given, also check every node of the Ray cluster at this address.
-        out: the folder that all nodes must share; default the current folder.
+        out: the folder that all nodes must share; defaults to the current folder.
         as_json: print JSON instead of a table.
 
     Returns:
-        The exit code; 1 if a check failed.
+        The exit code, which is 1 if a check failed.
 
     Raises:
         UserError: `out` is given without `address`, or the address or the sweep file is invalid.

@@ -33,7 +33,7 @@ def run(
 
     Args:
         config: the sweep file.
-        out: the sweep's folder; default `runs/<name>`.
+        out: the sweep's folder; defaults to `runs/<name>`.
         overrides: values of `--set`, as `A.B=C`.
         trials: total number of trials over all runs; None uses `search.trials`.
         address: address of a Ray cluster; None starts a cluster on this machine.
@@ -80,7 +80,7 @@ def submit(
     Args:
         config: the sweep file.
         address: URL of the head's dashboard.
-        out: the sweep's folder on the head; default `~/runs/<name>`.
+        out: the sweep's folder on the head; defaults to `~/runs/<name>`.
         overrides: values of `--set`, as `A.B=C`.
         trials: total number of trials over all runs; None uses `search.trials`.
 
@@ -109,7 +109,7 @@ def submit(
 
 
 def exit_code(outcome: Outcome) -> int:
-    """Map an outcome to an exit code: 0, 1 (all trials failed), 3 (some failed) or 130."""
+    """Return the exit code of a run: 0, 1 (all trials failed), 3 (some failed) or 130."""
     if outcome.state == "interrupted":
         return INTERRUPTED
     if outcome.failed:
@@ -158,7 +158,7 @@ def _example_limit(front: Mapping[str, Any]) -> str:
     costs = sorted(
         point["cost"][name] for point in front.get("points") or [] if point.get("on_front")
     )
-    # Add 1 % to the cost, because formatting with three digits may round the limit down.
+    # Add 1 % to the cost, because formatting with three digits may round it down.
     return f"{name}={1.01 * costs[len(costs) // 2]:.3g}" if costs else f"{name}=NUMBER"
 
 
@@ -184,7 +184,7 @@ def stop(folder: Path) -> int:
 
 
 def sync(folder: Path) -> int:
-    """Bring the tables, the report and the tracking server up to date."""
+    """Bring the tables, the front, the report and the tracking server up to date."""
     with library_output_on_stderr():
         from nipq_search.search.results.outputs import sync as bring_up_to_date
 
@@ -222,7 +222,7 @@ def gc(folder: Path, dry_run: bool, as_json: bool) -> int:
 
 
 def report(folder: Path, open_it: bool) -> int:
-    """Write the sweep's report and print its path."""
+    """Write the sweep's report, print its path, and open it in a browser if `open_it` is set."""
     with library_output_on_stderr():
         from nipq_search.search.results.sweep import Sweep
 

@@ -1,4 +1,4 @@
-"""Tables and text lines for the documents that `--json` prints, one function per command.
+"""Tables and text lines for the documents that `--json` prints; most commands have one function.
 
 Any value may be missing (None, or no key) and is displayed as `-`, because the commands also work
 on sweeps that have just started.
@@ -99,7 +99,7 @@ def _front_row(trial: str, label: str, names: Sequence[str], point: Document) ->
 
 
 def best(document: Document) -> RenderableType:
-    """Render the costs of the best point, or of the nearest one, next to the limits."""
+    """Render the best point, or the nearest one and why no point satisfies the limits."""
     point = document.get("point") or document.get("nearest")
     model = f"model: {document['model']} in the sweep's folder" if document.get("model") else ""
     if point is None:
@@ -124,7 +124,7 @@ def best(document: Document) -> RenderableType:
 
 
 def status(document: Document) -> RenderableType:
-    """Render the driver, the number of trials in each state, and one row per trial."""
+    """Render the driver, the stage, the number of trials in each state, and one row per trial."""
     states = document.get("states") or {}
     driver = document.get("driver")
     by = f"driver on {driver['host']}, pid {driver['pid']}" if driver else "no driver is running"
@@ -206,7 +206,10 @@ def _weight_width(row: Document) -> str:
 
 
 def _activation_width(row: Document) -> str:
-    """Format the bit-width of the input, or of both operands of a product of two activations."""
+    """Format the bit-width of the input, or of both operands of a product of two activations.
+
+    The result is `-` for an embedding, whose input is not quantized.
+    """
     if row.get("kind") == "embedding":
         return "-"
     bits = _width(row, "activation_bits")
@@ -215,6 +218,7 @@ def _activation_width(row: Document) -> str:
 
 
 def _width(row: Document, key: str) -> str:
+    """Format a bit-width of a row; `float` if it is missing and not searched."""
     if row.get(key) is None and not row.get("searched"):
         return "float"
     return numbers.bits(row.get(key))
@@ -267,7 +271,7 @@ def _noise(document: Document) -> list[RenderableType]:
 
 
 def doctor(checks: Sequence[Document]) -> RenderableType:
-    """Render the result of every check, with the fix if it failed."""
+    """Render the result of every check, with the fix of each check that failed."""
     rows = []
     for check in checks:
         detail = str(check.get("detail") or "")
@@ -302,7 +306,7 @@ def _within(document: Document) -> str:
 
 
 def gc(document: Document) -> RenderableType:
-    """Render the paths that were, or would be, deleted."""
+    """Render the paths that were or would be deleted, and the number of models that remain."""
     rows = [
         ["-" if e["trial"] is None else str(e["trial"]), e["path"], numbers.count(e["bytes"])]
         for e in document["freed"]

@@ -87,7 +87,7 @@ class Running:
 
 
 def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
-    """Serve both dashboards until Ctrl-C, SIGTERM or SIGHUP, then terminate them.
+    """Serve the dashboards of a sweep until Ctrl-C, SIGTERM or SIGHUP, then terminate them.
 
     Args:
         folder: the sweep's folder.
@@ -99,8 +99,10 @@ def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
         The exit code.
 
     Raises:
-        UserError: the folder contains neither a study nor an MLflow database, or a port is in use.
+        UserError: the folder contains neither a study nor an MLflow database, or a requested port
+            is in use.
         RuntimeError: a dashboard did not start, or exited unexpectedly.
+        ModuleNotFoundError: MLflow or optuna-dashboard is not installed.
     """
     servers = plan_servers(folder, mlflow_port, optuna_port)
     with _signals_interrupt(), contextlib.ExitStack() as stack:
@@ -118,7 +120,7 @@ def ui(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> int:
 
 
 def plan_servers(folder: Path, mlflow_port: int | None, optuna_port: int | None) -> list[Server]:
-    """Return the dashboards for which `folder` contains data; report missing ones on stderr.
+    """Return the dashboards for which `folder` contains data; report missing data on stderr.
 
     Args:
         folder: the sweep's folder.
@@ -130,6 +132,7 @@ def plan_servers(folder: Path, mlflow_port: int | None, optuna_port: int | None)
 
     Raises:
         UserError: the folder contains data for neither dashboard, or a requested port is in use.
+        ModuleNotFoundError: MLflow or optuna-dashboard is not installed.
     """
     store = folder / "mlflow.db"
     studies = [path for path in (folder / "study.log", folder / "study.db") if path.exists()]
@@ -198,6 +201,7 @@ def _port(wanted: int | None, usual: int, option: str) -> int:
 
 @contextlib.contextmanager
 def _started(server: Server, folder: Path) -> Iterator[Running]:
+    """Start a dashboard in the sweep's folder; terminate it on exit."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             server.command,
@@ -228,6 +232,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_until_it_answers(dashboard: Running) -> None:
+    """Wait for a dashboard; raise RuntimeError if it exits or does not answer in time."""
     deadline = time.monotonic() + START_SECONDS
     while not _answers(dashboard.server.port):
         dashboard.check()

@@ -5,7 +5,7 @@ Start with `html.py`. Imports `records` and `registry`.
     html      `render`, which produces the self-contained page
     figures   `FIGURES`, the registry of figures, in page order
     data      `ReportData`, the input to every figure, and shared helpers
-    pareto, bits, movement, curves, tables   the figures
+    pareto, bits, movement, curves, tables   the figures and tables
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ SCRIPT = """
 
 
 def section(data: ReportData) -> str:
-    """Return the figure and the list of values as a section; `""` if there are no curves."""
+    """Return the figure and the list of its values as a section; `""` if there are no curves."""
     metrics = lines(data)
     if not metrics:
         return ""
@@ -63,7 +63,7 @@ def section(data: ReportData) -> str:
 
 
 def lines(data: ReportData) -> dict[str, list[dict[str, Any]]]:
-    """Return, for each measured value, one line per trial in the color of the trial's budget."""
+    """Return the lines of the figure by measured value: one per trial, in its budget's color."""
     colors = data.colors()
     labels = zip(data.results["trial"], data.results["budget_label"], strict=True)
     budgets = {int(trial): text(budget) for trial, budget in labels}
@@ -85,6 +85,6 @@ def lines(data: ReportData) -> dict[str, list[dict[str, Any]]]:
 
 
 def _first(data: ReportData, names: list[str]) -> str:
-    """Return the value to select initially: the task's metric if possible, or the first value."""
+    """Return the value to select initially: the task's metric if present, else the first one."""
     preferred = (f"validation_{data.metric}", data.metric)
     return next((name for name in preferred if name in names), names[0])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7b61c4", "#b08600", "#56b4e9", "#5f6b7a")
-"""Colors of the budgets, distinguishable with color blindness; reused for further budgets."""
+"""Colors of the budgets, which color-blind readers can distinguish; reused if there are more."""
 
 COST_LABELS = {
     "bops": "BOPs per sample",
@@ -60,7 +60,7 @@ class ReportData:
         return self.sweep.metric
 
     def points(self) -> list[Mapping[str, Any]]:
-        """Return the points with a metric and a positive front cost, sorted by front cost."""
+        """Return the COMPLETE trials with a metric and a positive front cost, cheapest first."""
         found = [
             point
             for point in self.sweep.front.get("points") or []
@@ -72,8 +72,8 @@ class ReportData:
     def best(self) -> int | None:
         """Return the trial to select initially, or None if there is no suitable trial.
 
-        This is the best trial on the front. If the front is empty, it is the first trial whose
-        layers are known.
+        This is the trial on the front with the best metric. If the front is empty, it is the trial
+        with the lowest number among those whose layers are known.
         """
         sign = 1 if self.sweep.mode == "max" else -1
         front = [point for point in self.points() if point.get("on_front")]
@@ -95,7 +95,7 @@ def cost(holder: Mapping[str, Any], name: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """Convert `value` to a float; return None if it is missing, not finite or not a number."""
+    """Convert `value` to a float; return None if it cannot be converted or is not finite."""
     try:
         result = float(value)
     except (TypeError, ValueError):  # None, text, and the missing value of pandas
@@ -116,7 +116,10 @@ def escape(value: Any) -> str:
 
 
 def label(value: Any) -> str:
-    """Escape `value` for Plotly text, which supports some HTML tags but only a few entities."""
+    """Escape `value` for Plotly text, which supports some HTML tags but only a few entities.
+
+    Quotation marks are therefore not escaped.
+    """
     return html.escape(text(value), quote=False)
 
 
@@ -124,6 +127,10 @@ def embed(name: str, document: Any) -> str:
     """Return a script element that contains `document` as JSON.
 
     The JSON is escaped so that no text in it can close the element.
+
+    Args:
+        name: ID of the element.
+        document: the document; non-finite numbers become null.
     """
     dumped = json.dumps(_finite(document), allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
@@ -132,7 +139,10 @@ def embed(name: str, document: Any) -> str:
 
 
 def format_number(value: Any) -> str:
-    """Format a number with four significant digits: `5.3 G`, `24 k`, `0.912`; `–` if missing."""
+    """Format a number with four significant digits: `5.3 G`, `24 k`, `0.912`.
+
+    The result is `–` if the number is missing or not finite.
+    """
     figure = number(value)
     if figure is None:
         return "–"

@@ -1,4 +1,4 @@
-"""The registry of figures.
+"""The registry of figures and tables, which are all called figures here.
 
 A figure is a function from `ReportData` to an HTML fragment. To add a figure, write
 `report/<name>.py` and register its function here; the tests cover every registered figure. The

@@ -1,7 +1,7 @@
 """The report page: all figures in one HTML file that works without a network or a server.
 
-The page embeds Plotly's script. Figures are independent of each other and share only the selected
-trial, through the page's JavaScript object `nipq`.
+The page embeds Plotly's script. The figures share only the selected trial, through the page's
+JavaScript object `nipq`.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def render(
 
 
 def _subtitle(sweep: SweepRecord) -> str:
+    """Return the escaped line below the title: task, data, metric and BOPs convention."""
     dataset = sweep.dataset.get("name")
     parts = [f"Task {sweep.task}", f"data {dataset}" if dataset else ""]
     better = "higher" if sweep.mode == "max" else "lower"

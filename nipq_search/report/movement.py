@@ -34,16 +34,16 @@ SCRIPT = """
 """
 
 History = Sequence[Mapping[str, Any]]
-"""One entry per recorded step, with keys `step`, `bits` and `gradient`, the latter two by tensor.
+"""One entry per recorded step, with the keys `step`, `bits` and `gradient`.
 
-See `TrainResult.history`.
+The values of `bits` and `gradient` are mappings by tensor; see `TrainResult.history`.
 """
 
 
 def never_moved(history: History) -> list[str]:
-    """Return the tensors whose learned bit-width stayed at its initial value.
+    """Return the tensors whose learned bit-width stayed near its initial value.
 
-    The list is empty if the history has fewer than two entries.
+    See `MOVEMENT_TOLERANCE`. The list is empty if the history has fewer than two entries.
     """
     if len(history) < 2:
         return []
@@ -56,7 +56,7 @@ def never_moved(history: History) -> list[str]:
 
 
 def section(data: ReportData) -> str:
-    """Return the figure as a section of the page; `""` if no trial has a noise phase."""
+    """Return the figure as a section of the page; `""` if no history has two or more entries."""
     trials = {
         trial: _document(history)
         for trial, history in sorted(data.histories.items())
@@ -82,7 +82,10 @@ def section(data: ReportData) -> str:
 
 
 def _document(history: History) -> dict[str, Any]:
-    """Build the lines for one trial, and a hint about bit-widths that never moved."""
+    """Build the input of the figure's script for one trial: its lines, and a hint.
+
+    The hint names bit-widths that never moved.
+    """
     names = list(history[0]["bits"])
     unmoved = never_moved(history)
     hint = "Every bit-width moved."

@@ -51,7 +51,7 @@ SCRIPT = """
 
 
 def section(data: ReportData) -> str:
-    """Return the figure as a section of the page; clicking a point selects its trial."""
+    """Return the figure as a section of the page; a click on a point selects its trial."""
     note = "" if data.points() else "<p class='empty'>No trial has finished yet.</p>"
     return (
         "<section><h2>Pareto front</h2>"
@@ -113,7 +113,7 @@ def budget_targets(data: ReportData) -> dict[str, float]:
 
 
 def baselines(data: ReportData) -> list[dict[str, Any]]:
-    """Return the uniform LSQ models with a metric and a positive front cost, sorted by cost."""
+    """Return the uniform LSQ models with a metric and a positive front cost, cheapest first."""
     known = data.sweep.front.get("baselines")
     if known is None:
         known = [asdict(baseline) for baseline in data.sweep.baselines]
@@ -127,9 +127,10 @@ def baselines(data: ReportData) -> list[dict[str, Any]]:
 
 
 def log2_axis(values: Sequence[float]) -> dict[str, Any]:
-    """Return the settings of a logarithmic axis with ticks at powers of two: 0.5 G, 1 G, 2 G.
+    """Return the settings of a logarithmic axis that spans `values` with a margin at both ends.
 
-    Without `values`, the axis spans 1 to 2.
+    The ticks are powers of two times a power of 1000: 0.5 G, 1 G, 2 G. If `values` is empty, the
+    axis spans 1 to 2.
     """
     low, high = (min(values), max(values)) if values else (1.0, 2.0)
     low, high = low / 1.15, high * 1.15
@@ -150,7 +151,7 @@ def _axis_name(data: ReportData) -> str:
 
 
 def _range(values: Sequence[float]) -> dict[str, Any]:
-    """Return the settings of a linear axis with a margin at both ends."""
+    """Return the settings of a linear axis that spans `values` with a margin at both ends."""
     if not values:
         return {"range": [0, 1]}
     low, high = min(values), max(values)
@@ -163,7 +164,7 @@ def _trace(**settings: Any) -> dict[str, Any]:
 
 
 def _front_line(data: ReportData, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Draw the front as a step function: the best metric up to each cost."""
+    """Return the trace of the front, a step function: the best metric up to each cost."""
     front = [point for point in points if point.get("on_front")]
     return _trace(
         name="front",

@@ -34,7 +34,10 @@ SCRIPT = """
 
 
 def trials(data: ReportData) -> str:
-    """Return the table of all trials; click a heading to sort it, or a row to select a trial."""
+    """Return the table of all trials as a section of the page; `""` if there are no trials.
+
+    A click on a heading sorts the table, and a click on a row selects its trial.
+    """
     results = data.results
     if not len(results):
         return ""
@@ -58,7 +61,7 @@ def trials(data: ReportData) -> str:
 
 
 def failures(data: ReportData) -> str:
-    """Return the table of failed trials and why they failed; `""` if no trial failed."""
+    """Return the table of failed trials and their reasons; `""` if no trial has failed."""
     rows = [row for row in data.results.to_dict("records") if row["state"] == "FAIL"]
     if not rows:
         return ""
@@ -76,14 +79,14 @@ def failures(data: ReportData) -> str:
 
 
 def _title(column: str) -> str:
-    """Return the heading of a column: its name without the prefix that groups columns."""
+    """Return the heading of a column: its name, without `cost_` or `params_`, and with spaces."""
     for prefix in ("cost_", "params_"):
         column = column.removeprefix(prefix)
     return column.replace("_", " ")
 
 
 def _cell(column: str, value: Any) -> str:
-    """Return one cell; the table is sorted by its `data-value`."""
+    """Return one cell of the table, which is sorted by the attribute `data-value` of its cells."""
     if column == "on_front":
         return f"<td data-value='{int(bool(value))}'>{'★' if value else ''}</td>"
     shown = value

@@ -72,7 +72,11 @@ class CostConformance:
     @_SETTINGS
     @given(graph=graphs())
     def test_exact_costs_are_plain_numbers(self, graph: Graph) -> None:
-        """Exact costs are integers if `whole` is set; fractional bits give values in between."""
+        """Exact costs are integers if `whole` is set, and floats otherwise.
+
+        At fractional bit-widths, they lie between those at the neighboring integers, up to
+        rounding.
+        """
         name, (least, _) = self.cost.name, ends(graph)
         value = exact_cost(name, graph, least)
         assert type(value) is (int if self.cost.whole else float)
@@ -125,7 +129,7 @@ class CostConformance:
 
     @pytest.mark.parametrize("start", [8, 2], ids=["from above", "from below"])
     def test_the_penalty_reaches_the_budget(self, start: int) -> None:
-        """Minimizing the penalty alone moves the estimate to the budget from either side."""
+        """Minimizing the penalty alone moves the estimate to the target, from above and below."""
         name, model = self.cost.name, net(start_bits=start)
         graph = quant_state(model).graph
         target = exact_cost(name, graph, dict.fromkeys(quantizers(model), 4.5))

@@ -17,7 +17,10 @@ allowed_sets = st.sets(st.integers(2, 8), min_size=1, max_size=5).map(
 
 @st.composite
 def graphs(draw: st.DrawFn) -> Graph:
-    """Draw a graph of one to five linear layers, whose inputs may be shared, raw or float."""
+    """Draw a graph of one to five linear layers, whose inputs may be shared, raw or float.
+
+    The graph may also contain an addition and an operation that is not converted.
+    """
     tensors: dict[str, TensorInfo] = {}
     layers: list[LayerInfo] = []
     inputs: list[str] = []
@@ -58,6 +61,6 @@ def graphs(draw: st.DrawFn) -> Graph:
 
 
 def ends(graph: Graph) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the smallest and the largest allowed bit-width of each searched tensor."""
+    """Return the smallest and the largest allowed bit-widths, each by name of searched tensor."""
     searched = {name: t.allowed for name, t in graph.tensors.items() if t.allowed}
     return {n: a[0] for n, a in searched.items()}, {n: a[-1] for n, a in searched.items()}

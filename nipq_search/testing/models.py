@@ -41,12 +41,12 @@ def residual_net(seed: int = 0) -> Residual:
 
 
 def images(seed: int = 0, batch: int = 4) -> Tensor:
-    """Return random grayscale images in [0, 1), of shape (batch, 1, 8, 8)."""
+    """Return random grayscale images fixed by `seed`: values in [0, 1), shape (batch, 1, 8, 8)."""
     return torch.rand(batch, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return standard normal random numbers that are reproducible by `seed`.
+    """Return standard normal random numbers that are determined by `seed`.
 
     Args:
         shape: shape of the tensor.
@@ -69,7 +69,7 @@ def plain_quantize(x: Tensor, alpha: Tensor, bits: int, grid: Grid, minimum: Ten
         alpha: truncation boundary, broadcastable to `x`.
         bits: bit-width.
         grid: signed, unsigned or affine.
-        minimum: lower end of an affine grid.
+        minimum: lower end of an affine grid; ignored for other grids.
 
     Returns:
         The quantized tensor, with the shape of `x`.

@@ -41,7 +41,12 @@ class SamplerConformance:
     sampler: ClassVar[SamplerFactory]
 
     def propose(self, seed: int, history: int) -> dict[str, Any]:
-        """Return the hyperparameters that the sampler proposes after `history` finished trials."""
+        """Return the hyperparameters that the sampler proposes after `history` finished trials.
+
+        Args:
+            seed: seed of the sampler.
+            history: number of finished trials, whose hyperparameters do not depend on `seed`.
+        """
         study = study_of(random(0))
         for index in range(history):
             trial, values = ask(study)

@@ -51,7 +51,10 @@ def first_batch(task: Any) -> Any:
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Whether two batches, however nested, contain equal tensors in the same order."""
+    """Return whether two nested batches contain equal tensors in the same order.
+
+    An assertion fails if one of them contains no tensors.
+    """
     one, other = list(tensors_in(left)), list(tensors_in(right))
     assert one and other, "a batch contains no tensors"
     return len(one) == len(other) and all(map(torch.equal, one, other))
@@ -229,7 +232,7 @@ class TaskConformance:
     def test_evaluate_has_the_metric_and_restores_the_modes(self, instance: Any) -> None:
         """Evaluation returns finite metrics and leaves the modules' modes and state unchanged.
 
-        Repeating the evaluation gives equal metrics.
+        The metrics include the task's metric, and repeating the evaluation gives equal metrics.
         """
         model = instance.build_model()
         leaves = [module for module in model.modules() if not list(module.children())]
@@ -260,7 +263,7 @@ class TaskConformance:
     def test_splits_are_disjoint_and_fixed_by_the_seed(
         self, arguments: dict[str, Any], instance: Any
     ) -> None:
-        """Splits share no samples and depend only on the arguments, including `split_seed`."""
+        """Splits barely overlap and depend only on the arguments, including `split_seed`."""
         # Published data sets contain a few duplicates, so a small overlap is allowed.
         samples = [keys(instance, name) for name in base.SPLITS]
         for one, other in itertools.combinations(samples, 2):

@@ -4,7 +4,7 @@ All sweeps on a server share the experiment `nipq_search`, because MLflow's tabl
 compare runs within one experiment. Each sweep has a parent run, which has the sweep's name. Each
 of its trials has a nested child run, named after the trial's number and budget.
 
-Runs are identified by their tags instead of by a local file of run ids:
+Runs are identified by their tags instead of by a local file of run IDs:
 
     nipq.sweep_id   on the parent: the sweep's identity; see `MlflowRecorder`
     nipq.trial      on a child: the trial's number, unique among the children of a parent
@@ -34,6 +34,7 @@ log = logging.getLogger("nipq_search")
 REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 """MLflow error codes for values that it rejects on every attempt."""
 MAX_RETRY_SECONDS = 300.0
+"""Longest pause after a failure, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class _Server:
 
     Attributes:
         client: the MLflow client.
-        experiment: id of the experiment.
+        experiment: ID of the experiment.
         parent: the sweep's run.
         children: the trials' runs by trial number.
         front: trials whose runs are tagged `on_front`.
@@ -72,11 +73,11 @@ class _Server:
 
 
 class MlflowRecorder:
-    """Keeps MLflow up to date with a sweep. No method raises an exception.
+    """Keeps MLflow up to date with a sweep; failures to do so are logged, not raised.
 
-    If the server is unavailable, a single warning is logged. Unsent data are kept and sent by a
-    later call, at the latest by `finish`, or by the recorder of a later run of the sweep. Not
-    thread-safe; only the sweep's driver may use it.
+    Only the first of several consecutive failures is logged. Unsent data are kept and sent by a
+    later call, at the latest by `finish`, or by the recorder of a later run of the sweep. The
+    class is not thread-safe; only the sweep's driver may use it.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class MlflowRecorder:
         Args:
             out: the sweep's folder.
             sweep: the sweep's name.
-            uri: URI of the server; None selects `MLFLOW_TRACKING_URI`, or SQLite in `out`.
+            uri: URI of the server; None selects the one that `tracking_uri` returns.
             identity: distinguishes this sweep from others of the same name on the same server;
                 not needed for a database in `out`.
             retry_seconds: initial pause in seconds after a failure; the pause is doubled after
@@ -115,12 +116,12 @@ class MlflowRecorder:
 
     @property
     def address(self) -> str:
-        """URI of the server without credentials."""
+        """The server's URI without credentials."""
         return re.sub(r"//[^/@]*@", "//", self._uri)
 
     @property
     def behind(self) -> bool:
-        """Whether any data passed to this recorder have not reached the server yet."""
+        """Whether the last attempt to send data failed, or unsent data about trials remain."""
         return self._unavailable or bool(self._unsent)
 
     def begin(
@@ -147,8 +148,8 @@ class MlflowRecorder:
     ) -> None:
         """Record the current state of a trial.
 
-        Only differences are sent, so repeated calls are cheap. Epochs that are already stored on
-        the server do not change.
+        Only differences are sent, so repeated calls are cheap. Metrics of an epoch that the server
+        already stores are not replaced.
 
         Args:
             trial: the trial's record.
@@ -163,7 +164,7 @@ class MlflowRecorder:
         self._attempt()
 
     def update_front(self, numbers: Collection[int]) -> None:
-        """Set the tag `on_front` of every trial's run; this overrides the records' `on_front`.
+        """Set the tag `on_front` of the trials' runs; this overrides the records' `on_front`.
 
         Args:
             numbers: numbers of the trials on the front.
@@ -190,13 +191,16 @@ class MlflowRecorder:
             self._guard(lambda found: self._close(found, status, artifacts, metrics or {}))
 
     def _attempt(self, force: bool = False) -> None:
-        """Bring the server up to date, unless the pause after a failure is not over yet."""
+        """Send all unsent data, unless the pause after a failure is not over yet.
+
+        If `force` is set, do not wait for the end of the pause.
+        """
         if self._begun is None or (not force and time.monotonic() < self._retry_at):
             return
         self._guard(self._send_all)
 
     def _guard(self, action: Any) -> None:
-        """Call `action` with the connection; on failure, log a warning and drop the connection.
+        """Connect if necessary and call `action`; on failure, warn and drop the connection.
 
         The next call reconnects and reads the server's state again, so data that were sent by an
         incomplete call are not duplicated.
@@ -258,7 +262,7 @@ class MlflowRecorder:
         )
 
     def _send_all(self, found: _Server) -> None:
-        """Send every unsent trial, and the tags of the front."""
+        """Send every unsent trial, and the changed tags `on_front`."""
         for number in sorted(self._unsent):
             try:
                 self._send_trial(found, self._wanted[number])
@@ -274,7 +278,7 @@ class MlflowRecorder:
             found.front.symmetric_difference_update({number})
 
     def _send_trial(self, found: _Server, wanted: _Wanted) -> None:
-        """Bring the run of one trial up to date."""
+        """Bring the run of one trial up to date, creating it if necessary."""
         trial = wanted.trial
         child = found.children.get(trial.trial)
         if trial.state not in run_view.STATUS:  # a waiting trial has no run
@@ -321,7 +325,7 @@ class MlflowRecorder:
     def _store_layers(
         self, found: _Server, child: RunMemory, layers: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Store the bits by layer as `bits.json`, unless the run already contains them."""
+        """Store `layers` as the artifact `bits.json`, unless the run already contains them."""
         digest = run_view.fingerprint(layers)
         if child.tags.get("nipq.bits") != digest:
             data = (json.dumps(layers, indent=1, default=str) + "\n").encode()
@@ -335,7 +339,7 @@ class MlflowRecorder:
         artifacts: Sequence[Path],
         metrics: Mapping[str, float],
     ) -> None:
-        """End the runs of the trials, store the files, and end the sweep's run last."""
+        """End the trials' runs, store the files and the metrics, and end the sweep's run last."""
         now = _milliseconds(None)
         for child in found.children.values():
             if child.status == "RUNNING":
@@ -357,7 +361,7 @@ class MlflowRecorder:
         found.parent.set_status(status, now)
 
     def _is_on_front(self, trial: TrialRecord) -> bool:
-        """Whether a trial is on the front.
+        """Return whether a trial is on the front.
 
         Once `update_front` has been called, its argument overrides the trials' records.
         """

@@ -44,9 +44,10 @@ class Row:
 
 
 def clean_key(name: str) -> str:
-    """Replace every character that MLflow rejects in a key with `_`.
+    """Replace every character that MLflow rejects in a key with `_`, and truncate the key.
 
-    Slashes are replaced as well, because MLflow rejects keys such as `a//b` or `../a`.
+    Slashes are replaced as well, because MLflow rejects keys such as `a//b` or `../a`. A key of
+    nothing but dots and spaces becomes `_`.
     """
     key = re.sub(r"[^\w\-. :]", "_", name)[:KEY_LIMIT]
     return key if key.strip(". ") else "_"
@@ -70,6 +71,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Flatten a nested configuration: `{"train": {"epochs": 4}}` becomes the param `train.epochs`.
 
     Lists of mappings are numbered (`budgets.0.bops`); lists of plain values become JSON text.
+
+    Args:
+        config: the configuration.
+        prefix: text that every key begins with.
     """
     flat: dict[str, str] = {}
     for name, value in config.items():
@@ -84,7 +89,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def run_name(trial: TrialRecord) -> str:
-    """Return the run's name, such as `trial-003 bops: uniform 4`.
+    """Return the name of a trial's run, such as `trial-003 bops: uniform 4`.
 
     Sorted alphabetically, the names of trials up to 999 are in the order of their numbers.
     """
@@ -92,7 +97,7 @@ def run_name(trial: TrialRecord) -> str:
 
 
 def trial_params(trial: TrialRecord) -> dict[str, str]:
-    """Return the params of a trial's run: hyperparameters, budget label and seed."""
+    """Return the params of a trial's run, by key: hyperparameters, budget label and seed."""
     params = {clean_key(name): value_text(value) for name, value in trial.params.items()}
     return params | {"budget": value_text(trial.budget_label), "seed": str(trial.seed)}
 
@@ -148,5 +153,5 @@ def fingerprint(*parts: Any) -> str:
 
 
 def chunks(rows: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    """Split `rows` into pieces of at most `size` elements."""
+    """Yield consecutive pieces of `rows` with at most `size` elements each."""
     return (rows[start : start + size] for start in range(0, len(rows), size))

@@ -20,7 +20,7 @@ TEXTS_PER_BATCH = 100
 
 
 class RunMemory:
-    """A run on the server, with a local copy of its params, tags, status and metric rows.
+    """A run on the server, with a local copy of its params, tags, status and metrics.
 
     Args:
         client: the MLflow client.
@@ -28,11 +28,11 @@ class RunMemory:
 
     Attributes:
         run: the run, as found or created; later updates do not change it.
-        run_id: the run's id.
+        run_id: the run's ID.
         status: the run's last known status.
         params: the run's last known params.
         tags: the run's last known tags.
-        metrics: the latest value of each metric, by key.
+        metrics: the latest value of each metric, by key; `send` does not update it.
     """
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
@@ -67,13 +67,13 @@ class RunMemory:
         tags: Mapping[str, str] | None = None,
         rows: Iterable[Row] = (),
     ) -> None:
-        """Send the entries that the run does not contain yet, with the tags last.
+        """Send the entries that the run does not contain yet; the last batch has the last tags.
 
         Params are immutable in MLflow, so existing ones are skipped.
 
         Args:
-            params: params by key.
-            tags: tags by key.
+            params: values of params, by key.
+            tags: values of tags, by key.
             rows: metric values.
         """
         from mlflow.entities import Metric, Param, RunTag
@@ -101,7 +101,13 @@ class RunMemory:
             self.tags |= dict(batch_tags)
 
     def set_status(self, status: str, ended: int | None = None) -> None:
-        """Set the status if it has changed; `ended` is the end time in Unix milliseconds."""
+        """Set the status if it has changed.
+
+        Args:
+            status: the new status.
+            ended: Unix time of the end in milliseconds; None stands for the current time. It is
+                ignored for the status RUNNING.
+        """
         if status == self.status:
             return
         if status == "RUNNING":
@@ -116,12 +122,12 @@ def find_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> li
 
     Args:
         client: the MLflow client.
-        experiment: id of the experiment.
+        experiment: ID of the experiment.
         tag: key of the tag.
         value: value of the tag, without quotes, which MLflow's filter language cannot escape.
 
     Returns:
-        The matching runs.
+        The matching runs, with local copies of their state.
     """
     found: list[RunMemory] = []
     token: str | None = None

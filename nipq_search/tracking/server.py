@@ -50,7 +50,7 @@ def tracking_uri(out: Path, uri: str | None = None) -> str:
     SQLite file in `out`.
 
     Raises:
-        UserError: `MLFLOW_TRACKING_URI_FILE` cannot be read.
+        UserError: the file that `MLFLOW_TRACKING_URI_FILE` names cannot be read or is empty.
     """
     return uri or given_uri() or own_uri(out)
 
@@ -63,18 +63,18 @@ def given_uri() -> str | None:
     contain a password, and Ray's dashboard displays the environment variables of jobs.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read or is empty.
     """
     return setting("MLFLOW_TRACKING_URI")
 
 
 def own_uri(out: Path) -> str:
-    """Return the URI of the SQLite file in the sweep's folder."""
+    """Return the URI of the SQLite file `mlflow.db` in the sweep's folder `out`."""
     return f"sqlite:///{out.absolute()}/mlflow.db"
 
 
 def open_client(uri: str) -> MlflowClient:
-    """Connect to `uri`; a missing SQLite database is created.
+    """Return a client for `uri`; a missing SQLite database is created.
 
     Raises:
         Exception: MLflow cannot open the database.
@@ -96,10 +96,10 @@ def open_client(uri: str) -> MlflowClient:
 
 
 def experiment_id(client: MlflowClient, uri: str, out: Path) -> str:
-    """Find or create the experiment.
+    """Find or create the experiment that all sweeps share, and return its ID.
 
-    If a database is accessed without a server, artifacts are stored in a folder `mlartifacts/`:
-    next to a SQLite file, or in `out` for other databases.
+    If a database is accessed without a server, a new experiment stores its artifacts in a folder
+    `mlartifacts/`: next to a SQLite file, or in `out` for other databases.
 
     Args:
         client: the MLflow client.
@@ -107,7 +107,7 @@ def experiment_id(client: MlflowClient, uri: str, out: Path) -> str:
         out: the sweep's folder.
 
     Returns:
-        The experiment's id.
+        The experiment's ID.
 
     Raises:
         RuntimeError: the experiment has been deleted; MLflow reserves its name until it is
@@ -155,7 +155,7 @@ def store_artifact(client: MlflowClient, uri: str, run: Run, name: str, data: by
 
 
 def context_tags() -> dict[str, str]:
-    """Return MLflow's standard tags for the user, program and commit, where available."""
+    """Return MLflow's standard tags for the user, the program and, if known, the commit."""
     tags = {
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": Path(sys.argv[0]).name or "python",
@@ -171,9 +171,13 @@ def context_tags() -> dict[str, str]:
 
 
 def git_commit(folder: Path | None = None) -> str | None:
-    """Return the hash of the commit checked out in `folder` (default: the working directory).
+    """Return the hash of the commit that is checked out, or None.
 
-    The result is None if the folder is not in a Git repository or Git is not installed.
+    The result is None if the folder is not in a Git repository, or if Git is not installed or
+    fails.
+
+    Args:
+        folder: a folder in the working tree; None stands for the working directory.
     """
     command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
     try:

@@ -50,12 +50,12 @@ CURVES = {"trial": "int64", "epoch": "int64", "step": "int64", "phase": TEXT, "t
 
 
 def results_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
-    """Return one row per trial, sorted by trial number.
+    """Return the results table, with one row per trial, sorted by trial number.
 
     In addition to the fixed columns (`RESULTS`), the table has columns `budget_<cost>`,
     `params_<name>`, `metrics_<name>` and `cost_<name>`, with missing values for trials without
-    the entry. Parameters keep their type if it is the same in all trials; otherwise, they are
-    stored as JSON text.
+    the entry. Hyperparameters keep their type if it is the same in all trials; integers mixed
+    with floats become floats, and any other mixture is stored as JSON text.
     """
     records = sorted(records, key=lambda record: record.trial)
     fixed = {name: [getattr(record, name) for record in records] for name in RESULTS}
@@ -70,7 +70,9 @@ def results_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
 
 
 def curves_table(curves: Mapping[int, Sequence[CurvePoint]]) -> pd.DataFrame:
-    """Return one row per trial and epoch, sorted by both, with `metrics_<name>` columns.
+    """Return the curves table: one row per trial and epoch, sorted by both.
+
+    In addition to the fixed columns (`CURVES`), the table has columns `metrics_<name>`.
 
     An epoch that was repeated after a crash appears once, with its first measurement. Training
     resumes bit-exactly, so both measurements are equal.
@@ -101,7 +103,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read a table that `write_table` wrote.
 
     Raises:
-        UserError: the file is missing or is not a Parquet file.
+        UserError: the file is missing, unreadable or not a Parquet file.
     """
     import pandas as pd
     import pyarrow
@@ -136,12 +138,12 @@ def _frame(
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return all keys in order of first appearance."""
+    """Return the keys of all mappings, in order of first appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 def _type(values: Iterable[Any]) -> str:
-    """Return the narrowest column type for the values; `object` if they must become JSON text."""
+    """Return the column type for the values; `object` if they must become JSON text."""
     present = [value for value in values if value is not None]
     if all(isinstance(value, bool) for value in present):
         return "boolean" if present else TEXT

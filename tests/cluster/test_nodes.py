@@ -78,8 +78,8 @@ def test_a_node_without_the_data_is_named_before_any_trial(tmp_path, cluster):
         victim.send_signal(signal.SIGSTOP)
         failures.kill_on(added[0].node_id, victim.pid)
         assert victim.wait(timeout=60) == -signal.SIGKILL
-        assert nodes._problem(lacking, 8, str(tmp_path / "other"), "") is not None
-        assert "a different folder" in str(nodes._problem(lacking, 8, str(tmp_path), "0"))
+        assert nodes._node_problem(lacking, 8, str(tmp_path / "other"), "") is not None
+        assert "a different folder" in str(nodes._node_problem(lacking, 8, str(tmp_path), "0"))
     finally:
         ray.shutdown()
 

@@ -19,8 +19,8 @@ Work = Callable[[Job, Task, Callable[[dict[str, Any]], None]], JobOutcome]
 class Executor(Protocol):
     """Runs a coordinator's jobs until none are left.
 
-    Every job is reported to the coordinator as finished exactly once. If a job's process
-    dies, the job is retried until it reaches its limit of failed attempts. A fault of the machine,
+    Every job is reported to the coordinator as finished exactly once. If the process of a job
+    dies, the job is retried until it has reached a limit on its failures. A fault of the machine,
     such as a full disk, halts the sweep. An exception raised by `tick` ends the run.
     """
 

@@ -14,7 +14,7 @@ def sources(task: str) -> list[Path]:
     """Return the package folders and module files that a worker must be able to import.
 
     A module outside a package is shipped as a single file, so a task that consists of several
-    files must be a package.
+    files must be a package. To find a task's module, the current folder is added to `sys.path`.
 
     Args:
         task: the task's name in the sweep file. Registered tasks add nothing, because they belong
@@ -35,6 +35,6 @@ def sources(task: str) -> list[Path]:
 
 
 def can_ship_code() -> bool:
-    """Whether this installation can ship code, which requires `ray[default]`."""
+    """Return whether this installation can ship code, which requires `ray[default]`."""
     # `aiohttp_cors` is a dependency that only the extra `default` installs.
     return importlib.util.find_spec("aiohttp_cors") is not None

@@ -98,7 +98,7 @@ def _check_largest(
 def slots(resources: ResourcesSection) -> int:
     """Return how many trials run concurrently: as many as fit, but at most `concurrent`.
 
-    The result is at least 1. If the cluster adds nodes (`autoscale`), the result is `concurrent`
+    The result is at least 1. If `autoscale` and `concurrent` are set, the result is `concurrent`
     itself, because the number of trials that fit changes with the number of nodes.
     """
     if resources.autoscale and resources.concurrent is not None:
@@ -129,7 +129,7 @@ def check_data(
         out: the sweep's folder.
         resources: resources of one trial.
         own_host: whether to also check nodes on this host, where the task is already loaded.
-        stopping: returns whether to stop waiting, for example after Ctrl-C.
+        stopping: returns whether to abandon the check without an error, for example after Ctrl-C.
 
     Raises:
         UserError: a check failed on a node; the message names the node and the fix.
@@ -140,7 +140,7 @@ def check_data(
         facts_digest = file_io.digest((out / FACTS_FILE).read_bytes())
         arguments = (ray.put(task), batch_size, str(out), facts_digest)
         fix = "mount the same folders there, or remove the node"
-        _check_each(nodes, _problem, arguments, fix, stopping)
+        _check_each(nodes, _node_problem, arguments, fix, stopping)
 
 
 def check_plugins(
@@ -155,7 +155,7 @@ def check_plugins(
         plugins: the sweep's plug-ins, as `package version` by entry; see `SweepConfig.plugins`.
         resources: resources of one trial.
         own_host: whether to also check nodes on this host.
-        stopping: returns whether to stop waiting, for example after Ctrl-C.
+        stopping: returns whether to abandon the check without an error, for example after Ctrl-C.
 
     Raises:
         UserError: a plug-in is missing or has a different version; the message names the node
@@ -189,7 +189,15 @@ def _check_each(
     fix: str,
     stopping: Callable[[], bool],
 ) -> None:
-    """Run a check on every node and raise `UserError` for the first problem found."""
+    """Run a check on every node and raise `UserError` for the first problem found.
+
+    Args:
+        nodes: the nodes, as Ray describes them.
+        find_problem: the check, which returns the problem of the node that it runs on, or None.
+        arguments: arguments of the check.
+        fix: how to fix any problem that the check finds.
+        stopping: returns whether to abandon the check without an error.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -218,8 +226,8 @@ def _check_each(
             )
 
 
-def _problem(task: Task, batch_size: int, out: str, facts_digest: str) -> str | None:
-    """Return why trials cannot run on a node, or None; runs on that node."""
+def _node_problem(task: Task, batch_size: int, out: str, facts_digest: str) -> str | None:
+    """Return why a node cannot use the sweep's folder, data or model, or None; runs on it."""
     try:
         found = file_io.digest((Path(out) / FACTS_FILE).read_bytes())
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Every patch and every use of Ray internals, each with its reason and the tested version.
+"""Patches of Ray internals and calls to them, each with its reason and the tested version.
 
-All functions here depend on private names of Ray. After an upgrade of Ray, `tests/search/backend`
-and `tests/cluster` fail if one of these names has changed.
+All functions here depend on names that are not part of Ray's documented interface. After an
+upgrade of Ray, `tests/search/backend` and `tests/cluster` fail if one of these names has changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def allow_restart(trial: Any, allowed: bool) -> None:
 
 
 class OutOfMemoryError(RayActorError):
-    """Actor error that replaces the Ray error of the same name."""
+    """Actor error that stands in for the Ray error of the same name."""
 
 
 @contextlib.contextmanager

@@ -23,11 +23,14 @@ _TICK_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
 
 Process = tuple[int, str]
-"""A process id and its start time, which together are unique even if the id is reused."""
+"""A process ID and its start time, which together are unique even if the ID is reused."""
 
 
 def process_tree() -> dict[int, tuple[int, str]]:
-    """Return the parent's id and the start time of every running process, by process id."""
+    """Return the parent's ID and the start time of every running process, by process ID.
+
+    Zombies are excluded. On systems without `/proc`, the result is empty.
+    """
     found = {}
     for folder in _PROC.iterdir() if _PROC.is_dir() else ():
         if not folder.name.isdigit():
@@ -41,7 +44,12 @@ def process_tree() -> dict[int, tuple[int, str]]:
 
 
 def descendants(roots: set[int], tree: dict[int, tuple[int, str]]) -> set[Process]:
-    """Return the running processes among `roots` and all their descendants."""
+    """Return the running processes among `roots`, together with all their descendants.
+
+    Args:
+        roots: process IDs.
+        tree: result of `process_tree`.
+    """
     members, grown = set(roots) & tree.keys(), True
     while grown:
         below = {pid for pid, (parent, _) in tree.items() if parent in members} - members
@@ -51,13 +59,13 @@ def descendants(roots: set[int], tree: dict[int, tuple[int, str]]) -> set[Proces
 
 
 def children_now() -> set[int]:
-    """Return the ids of the children of the current process."""
+    """Return the IDs of the children of the current process."""
     own = os.getpid()
     return {pid for pid, (parent, _) in process_tree().items() if parent == own}
 
 
 def _is_ray(pid: int) -> bool:
-    """Whether a process runs a server or a Python daemon of the Ray package (Ray 2.60)."""
+    """Return whether a process runs a server or a Python daemon of the Ray package (Ray 2.60)."""
     try:
         command = (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
@@ -68,7 +76,7 @@ def _is_ray(pid: int) -> bool:
 
 
 def ray_children(driver: int, others: set[int]) -> set[int]:
-    """Return the Ray processes that `driver` started directly, except those in `others`."""
+    """Return the IDs of the Ray processes that `driver` started itself, without `others`."""
     tree = process_tree().items()
     own = {pid for pid, (parent, _) in tree if parent == driver} - others
     return {pid for pid in own if _is_ray(pid)}
@@ -76,7 +84,10 @@ def ray_children(driver: int, others: set[int]) -> set[int]:
 
 @contextlib.contextmanager
 def reaped() -> Iterator[None]:
-    """End the Ray processes started in this context when it exits, or when this process dies."""
+    """Kill Ray processes started in this context that outlive it, or that outlive this process.
+
+    On systems without `/proc`, do nothing.
+    """
     if not _PROC.is_dir():
         yield
         return
@@ -102,8 +113,8 @@ def watch(driver: int, others: set[int]) -> None:
     """Track Ray's processes below `driver` until standard input closes, then kill the survivors.
 
     Args:
-        driver: id of the process that starts Ray.
-        others: ids of the children that the driver had before it started Ray.
+        driver: ID of the process that starts Ray.
+        others: IDs of the children that the driver had before it started Ray.
     """
     known: set[Process] = set()
     closed = False

@@ -52,13 +52,13 @@ def quiet_environment() -> None:
 
 
 def token_exists() -> bool:
-    """Whether an authentication token is set in one of the places where Ray looks for it."""
+    """Return whether an authentication token is set where Ray looks for one."""
     given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     return given or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _is_open(address: str) -> bool:
-    """Whether a cluster accepts connections without a token; leaves the mode at `disabled`.
+    """Return whether a cluster responds without a token; leave the mode at `disabled`.
 
     A cluster requires a token only if `ray start` started it on a machine that has a token.
     `ray.init` sends no token by default, and a cluster without authentication cannot reply to a
@@ -76,7 +76,7 @@ def _is_open(address: str) -> bool:
 
 
 def check_machine(resources: ResourcesSection) -> None:
-    """Check that one trial fits on this machine, before Ray is started.
+    """Check that this machine has the cores and GPUs that one trial requests, without using Ray.
 
     Raises:
         UserError: the machine has too few cores or GPUs.
@@ -95,6 +95,8 @@ def check_machine(resources: ResourcesSection) -> None:
 def check_listening(address: str) -> None:
     """Check that a process listens at the address; without one, Ray would wait indefinitely.
 
+    An address without a port, such as `auto`, is not checked.
+
     Raises:
         UserError: no process accepts connections there.
     """
@@ -108,10 +110,10 @@ def check_listening(address: str) -> None:
 
 
 def check_place(address: str | None, resources: ResourcesSection) -> None:
-    """Check this machine, or the cluster's address, before anything is started.
+    """Check the cluster's address, or this machine if `address` is None, without using Ray.
 
     Raises:
-        UserError: this machine is too small for a trial, or nothing listens at the address.
+        UserError: nothing listens at the address, or this machine is too small for a trial.
     """
     if address is None:
         check_machine(resources)
@@ -148,6 +150,7 @@ def ray_cluster(
 
     Raises:
         UserError: no cluster is reachable at the address, or no node is large enough for a trial.
+        RuntimeError: Ray did not start on this machine.
     """
     quiet_environment()
     if address is not None:
@@ -262,7 +265,7 @@ class TuneExecutor:
 
     Args:
         resources: resources of each job.
-        work: executes a job in its process; default `worker.execute`.
+        work: executes a job in its process; None selects `worker.execute`.
     """
 
     def __init__(self, resources: ResourcesSection, work: Work | None = None) -> None:
@@ -278,7 +281,7 @@ class TuneExecutor:
             tick: called at most every 0.5 s, after an iteration of Tune's event loop.
 
         Raises:
-            BaseException: an error that the coordinator raised when a job ended.
+            BaseException: an error raised by `tick`, or by the coordinator when a job ended.
         """
         from ray import tune
         from ray.tune import FailureConfig, RunConfig, TuneConfig

@@ -1,4 +1,4 @@
-"""Callback objects for Ray Tune, which are pickled without their state."""
+"""Objects whose methods Ray Tune calls; they are pickled without their state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RECORD_VISIBILITY_SECONDS = 90.0
 """Time limit for another node's write to become visible; NFS may delay it by a minute."""
 
 
-def _is_visible(job: Job) -> bool:
+def _becomes_visible(job: Job) -> bool:
     """Wait for a record that a worker has committed; return whether it can be read here.
 
     For a test job, do not wait: it suffices that one of its attempts is visible.
@@ -84,13 +84,13 @@ class JobSearcher(Searcher):
     ) -> None:
         """Report the end of a job to the coordinator, which reads its record.
 
-        A job whose process died before an attempt began is reopened a limited number of times.
-        Tune swallows exceptions raised here, so the first one is stored in `problem`.
+        If the machine is at fault or the record is not visible here, also halt the sweep. Tune
+        swallows exceptions raised here, so the first one is stored in `problem`.
 
         Args:
-            trial_id: Tune's id of the job.
+            trial_id: Tune's ID of the job.
             result: the last report of the job.
-            error: whether the process of the job died.
+            error: whether the process of the job died and Tune does not restart it.
 
         Raises:
             BaseException: an error raised by the coordinator.
@@ -101,11 +101,11 @@ class JobSearcher(Searcher):
         assert self._coordinator is not None
         outcome = JobOutcome.from_report(result)
         if error:
-            self._count(job)
+            self._count_start(job)
         try:
             if outcome is not None and outcome.kind is OutcomeKind.HALT:
                 self._coordinator.halt(outcome.reason)
-            elif outcome is not None and outcome.has_record and not _is_visible(job):
+            elif outcome is not None and outcome.has_record and not _becomes_visible(job):
                 self._coordinator.halt(
                     f"{job.name} has ended, but its record is not visible here: all nodes must "
                     f"share {job.out}; `nipq-search doctor --address ... --out ...` lists the "
@@ -119,8 +119,12 @@ class JobSearcher(Searcher):
             self.problem = self.problem or raised
             raise
 
-    def _count(self, job: Job, cause: str | None = None) -> None:
-        """Count a job's consecutive failed starts, except those caused by the death of a node."""
+    def _count_start(self, job: Job, cause: str | None = None) -> None:
+        """Count a failed start, unless an attempt has begun or the cause is the death of a node.
+
+        If an attempt has begun since the last call, the count is reset, so that it is the number
+        of consecutive failed starts.
+        """
         known_attempts, failed_starts = self._failed_starts.get(job.name, (0, 0))
         attempts = len(jobs.attempts(job.folder))
         if attempts > known_attempts:
@@ -129,10 +133,11 @@ class JobSearcher(Searcher):
             self._failed_starts[job.name] = (attempts, failed_starts + 1)
 
     def on_process_restart(self, trial: Any) -> None:
-        """Record why a process died, before Tune restarts it.
+        """Record why a process died, and decide whether Tune may restart it once more.
 
-        The worker limits a job's attempts, depending on why they failed. Only processes that die
-        before an attempt begins are counted here.
+        `Ticker` calls this before Tune restarts the process. The worker limits a job's attempts,
+        depending on why they failed. Only processes that die before an attempt begins are counted
+        here.
         """
         job = self._jobs.get(trial.trial_id)
         if job is None:
@@ -140,7 +145,7 @@ class JobSearcher(Searcher):
         error = failures.error_of(trial)
         with contextlib.suppress(OSError):  # a full disk is reported by the worker
             failures.record_causes(job.folder, job.run, error)
-        self._count(job, failures.classify(error, node_is_dead=False))
+        self._count_start(job, failures.classify(error, node_is_dead=False))
         # After the last allowed start, another death is final unless an attempt has begun.
         failed_starts = self._failed_starts.get(job.name, (0, 0))[1]
         allow_restart(trial, failed_starts < MAX_FAILED_STARTS)
@@ -188,7 +193,9 @@ class Ticker(Callback):
             self._searcher.on_process_restart(trial)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        """Call `tick` if it is due, after each iteration of Tune's event loop.
+        """Update `busy`, and call `tick` if it is due.
+
+        Tune calls this after each iteration of its event loop.
 
         Args:
             iteration: iteration of Tune's event loop.
@@ -196,7 +203,7 @@ class Ticker(Callback):
             info: unused.
 
         Raises:
-            BaseException: an error that the coordinator raised when a job ended.
+            BaseException: an error raised by `tick`, or by the coordinator when a job ended.
         """
         self.busy = any(trial.status == "RUNNING" for trial in trials)
         if self._searcher is not None and self._searcher.problem is not None:
@@ -206,17 +213,17 @@ class Ticker(Callback):
             self._tick()
 
     def get_state(self) -> dict[str, Any] | None:
-        """Return no state."""
+        """Return None, because there is no state to restore."""
         return None
 
 
 class StopWhenIdle(Stopper):
-    """Ends a sweep that is stopping as soon as no job is running.
+    """Ends Tune's event loop once the sweep is stopping or has failed and no job is running.
 
     Pending trials are not waited for, because they might never get a node.
 
     Args:
-        coordinator: reports whether the sweep is stopping.
+        coordinator: reports whether the sweep is stopping or has failed.
         ticker: reports whether a job is running.
     """
 
@@ -234,7 +241,7 @@ class StopWhenIdle(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        """Whether to end Tune's event loop."""
+        """Return whether to end Tune's event loop."""
         if self._coordinator is None or self._ticker is None:
             return False
         ending = self._coordinator.stopping or bool(self._coordinator.failure)

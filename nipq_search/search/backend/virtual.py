@@ -1,6 +1,6 @@
 """An executor that runs jobs in this process, one by one; their concurrency is simulated.
 
-Used to simulate large sweeps, and to run sweeps without Ray. It behaves like `TuneExecutor`;
+It is used to simulate large sweeps, and to run sweeps without Ray. It behaves like `TuneExecutor`;
 `tests/search/backend/test_executors.py` runs the same tests on both.
 """
 
@@ -28,7 +28,7 @@ class VirtualExecutor:
 
     Args:
         slots: number of concurrent jobs.
-        work: executes a job; default `worker.execute`.
+        work: executes a job, or raises `Died`; by default, `worker.execute`.
         seconds: returns the virtual duration of an attempt in seconds.
 
     Attributes:
@@ -54,7 +54,7 @@ class VirtualExecutor:
         Args:
             coordinator: source of the jobs.
             task: the sweep's task with its data loaded.
-            tick: called after every attempt.
+            tick: called after every attempt and every failed start.
         """
         while True:
             while len(self._queue) < self.slots:
@@ -83,6 +83,7 @@ class VirtualExecutor:
             tick()
 
     def _start(self, job: Job, failed_starts: int) -> None:
+        """Enter a job into the queue; it runs once the clock has reached the attempt's end."""
         seconds = self.seconds(job)
         self.busy += seconds
         heapq.heappush(self._queue, (self.now + seconds, next(self._order), job, failed_starts))

@@ -35,11 +35,11 @@ def doctor(
     Args:
         config: if given, also check the data, budgets and checkpoint storage of this sweep.
         address: if given, also check every node of the Ray cluster at this address.
-        out: the folder that all nodes must share; default the current folder.
+        out: the folder that all nodes must share; defaults to the current folder.
 
     Returns:
-        One mapping per check, with the keys `check` (its name), `ok`, `detail` and `fix`; `fix` is
-        None if the check passed.
+        One mapping per check and per node, with the keys `check` (its name), `ok`, `detail` and
+        `fix`; `fix` is None if the check passed.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
         *((package, lambda p=package: importlib.metadata.version(p)) for package in PACKAGES),

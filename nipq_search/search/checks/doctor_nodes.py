@@ -1,4 +1,4 @@
-"""Checks that `doctor` runs on every node of a cluster: versions, data, shared folder, devices."""
+"""The check that `doctor` runs on every node of a cluster: versions, shared folder and data."""
 
 from __future__ import annotations
 
@@ -42,11 +42,14 @@ def inspect_node(
             adds another file, to show that the node can write to the folder.
         task: the task whose data are loaded, or None.
         arguments: keyword arguments of the task.
-        home: URI of the storage for models and checkpoints, or None.
+        home: URI of the storage for models and checkpoints, or None; the function writes an
+            object, reads it and deletes it.
         plugins: `package version` of the sweep's plug-ins, by entry.
 
     Returns:
-        The host name, the versions, the devices, the digest of the data, and any error messages.
+        `host`, `python`, `versions` by package, `gpus`, `data` (a digest, or None), `plugins` (how
+        the plug-ins differ), and `read` (whether the folder can be used). `error`, `store_error`
+        and `data_error` are messages, set only if the folder, the storage or the data failed.
     """
     import torch
 
@@ -89,11 +92,11 @@ def _version(name: str) -> str:
 
 
 def differences(node: Mapping[str, Any], own: Mapping[str, Any], folder: str) -> list[str]:
-    """List the problems of a node, each with its fix.
+    """List the problems of a node, most of them with a fix.
 
     Args:
         node: result of `inspect_node` on the node.
-        own: result on this machine, where the driver would run.
+        own: result of `inspect_node` on this machine, where the driver would run.
         folder: the shared folder.
 
     Returns:
@@ -156,7 +159,11 @@ def check_nodes(address: str, folder: Path, config: SweepConfig | None) -> list[
 def _check(
     node: Mapping[str, Any], folder: Path, own: Mapping[str, Any], arguments: tuple[Any, ...]
 ) -> dict[str, Any]:
-    """Run `inspect_node(*arguments)` on a node and compare the result with this machine."""
+    """Run `inspect_node(*arguments)` on a node and compare its result with `own`.
+
+    Returns:
+        The result of the check, in the format of `doctor`.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -21,7 +21,7 @@ _UNFINISHED = (f".{FACTS_FILE}.", f".{SWEEP_FILE}.")
 
 
 def _sweep_name(out: Path) -> str | None:
-    """Return the name of the sweep in a folder; None if the folder holds no readable sweep."""
+    """Return the name of the sweep in a folder; None if the folder contains no readable sweep."""
     try:
         return str(Sweep.open(out).config["name"])
     except (UserError, KeyError):
@@ -29,7 +29,7 @@ def _sweep_name(out: Path) -> str | None:
 
 
 def check_folder(out: Path, name: str) -> None:
-    """Check that a folder can store the sweep `name`.
+    """Check that a folder can store the sweep `name`; it need not exist.
 
     Raises:
         UserError: the path is a file, or the folder contains other data or another sweep.
@@ -79,10 +79,12 @@ def check_databases(out: Path) -> None:
 
 
 def check_checkpoints(home: str | None) -> None:
-    """Check that the storage for models and checkpoints is writable.
+    """Check that the object store for models and checkpoints can be written and read.
+
+    If `home` is None, there is no object store, and nothing is checked.
 
     Raises:
-        UserError: the storage is not writable.
+        UserError: an operation on the store failed, or pyarrow is not installed.
     """
     try:
         if home is not None:
@@ -98,8 +100,8 @@ def load_task(config: SweepConfig) -> Task:
     """Create the sweep's task and load its data.
 
     Raises:
-        UserError: the task or its data cannot be loaded, or `train.distill` is set but
-            the task does not support it.
+        UserError: the task or its data cannot be loaded, or `train.distill` is set, but the task
+            has no distillation loss.
     """
     task = make_task(config.task, config.task_args)
     load_data(task)

@@ -67,10 +67,10 @@ def _layers(graph: Graph) -> list[dict[str, Any]]:
 
 
 def _budget_row(graph: Graph, budget: ResolvedBudget) -> dict[str, Any]:
-    """Return a budget's targets, with the costs of the bit-widths that use most of it."""
+    """Return a budget's targets, with the costs of the bit-widths that use the most of it."""
     targets = Budget(**budget.targets)
     bits = max_usage_bits(graph, targets)
-    if not bits:  # None if the solver cannot prove optimality; fall back to a projection
+    if not bits:  # the solver could not prove optimality, so fall back to a projection
         soft = bits_at_budget(graph, targets)
         zero_marginal = dict.fromkeys(soft, 0.0)
         bits = project(graph, targets, soft, zero_marginal)
@@ -84,7 +84,7 @@ def _budget_row(graph: Graph, budget: ResolvedBudget) -> dict[str, Any]:
 
 
 def _data(task: Any) -> dict[str, Any]:
-    """Return the data set's name, number of classes (None without classes) and split sizes."""
+    """Return the data set's name, number of classes (None if it has none) and split sizes."""
     known = dataset(task)
     classes = known.get("classes")
     count = classes if classes is None or isinstance(classes, int) else len(classes)
@@ -113,7 +113,10 @@ def _samples(config: SweepConfig, task: Any, graph: Graph) -> int:
 
 
 def _noise_steps(config: SweepConfig, task: Any) -> int:
-    """Return the number of steps of a trial's longest noise phase; 0 if the strategy skips it."""
+    """Return the largest number of steps of a trial's noise phase; 0 if the strategy skips it.
+
+    The trial is assumed to start from the float model.
+    """
     train, strategy = config.train, STRATEGIES[config.search.strategy]()
     form = config.search.space.get("noise_share")
     shares = [train.noise_share] if form is None else ends(distribution("noise_share", form))

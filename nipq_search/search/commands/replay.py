@@ -56,7 +56,7 @@ def replay(
     Args:
         sweep: the sweep.
         trial: number of a COMPLETE trial.
-        report: receives a line after every epoch, and one line if a tolerance applies.
+        report: called with a line after every epoch, and with one line if a tolerance applies.
 
     Returns:
         The document that `replay --json` prints: `equal` is true if the results agree;
@@ -74,7 +74,7 @@ def replay(
     recorded, here = record.get("provenance"), provenance(config)
     exact = recorded == here
     if not exact:
-        report(f"compared within a tolerance: {_origin(recorded, here)}")
+        report(f"compared within a tolerance: {_why_inexact(recorded, here)}")
     replayed, weights = _train_again(config, job, record, task, report)
     differences = [
         {"name": name, "recorded": record[name], "replayed": replayed[name]}
@@ -84,8 +84,8 @@ def replay(
     recorded_weights = None
     if not exact:
         recorded_weights = _weights(model_file(job.folder))
-        differences = _intolerable(differences, recorded_weights, weights)
-    broadcast_model = record["model_sha256"] == replayed["model_sha256"]
+        differences = _beyond_tolerance(differences, recorded_weights, weights)
+    same_model = record["model_sha256"] == replayed["model_sha256"]
     tolerance = {"weights": WEIGHTS_TOLERANCE, "metrics": METRICS_TOLERANCE}
     return {
         "schema": SCHEMA,
@@ -93,7 +93,7 @@ def replay(
         "equal": not differences,
         "exact": exact,
         "tolerance": None if exact else tolerance,
-        "weights_compared": exact or broadcast_model or recorded_weights is not None,
+        "weights_compared": exact or same_model or recorded_weights is not None,
         "provenance": {"recorded": recorded, "here": here},
         "model_sha256": replayed["model_sha256"],
         "differences": differences,
@@ -107,14 +107,17 @@ def _train_again(
     task: Task,
     report: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Train a trial again; return its results, normalized like a record, and its model's tensors.
+    """Train a trial again in a temporary folder.
 
     Args:
         config: the sweep configuration.
         job: the trial's job.
         record: the trial's record, which determines the number of threads and processes.
-        task: the sweep's task.
-        report: receives a line after every epoch.
+        task: the sweep's task, with its data loaded.
+        report: called with a line after every epoch.
+
+    Returns:
+        The results, with the same types as in a record, and the tensors of the model.
     """
     threads, device = int(record["threads"]), training_device(config)
     torch.set_num_threads(threads)
@@ -128,7 +131,7 @@ def _train_again(
         ) as team:
             result = train(task, spec, place, device, hooks, team)
         weights = _weights(place / MODEL_FILE) or {}
-    # Normalize like a record: converted through JSON, without non-finite metrics.
+    # Records have passed through JSON and contain only finite metrics, so do the same here.
     found = {name: getattr(result, name) for name in COMPARED}
     found["metrics"] = {k: v for k, v in result.metrics.items() if math.isfinite(v)}
     replayed: dict[str, Any] = json.loads(json.dumps(found))
@@ -149,7 +152,7 @@ def _record(sweep: Sweep, trial: int) -> dict[str, Any]:
     return record
 
 
-def _origin(recorded: Mapping[str, Any] | None, here: Mapping[str, Any]) -> str:
+def _why_inexact(recorded: Mapping[str, Any] | None, here: Mapping[str, Any]) -> str:
     """Describe why a replay need not be bit-identical to the recorded trial."""
     if recorded is None:
         return "recorded without version information"
@@ -164,7 +167,7 @@ def _weights(file: Path) -> dict[str, Tensor] | None:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _intolerable(
+def _beyond_tolerance(
     differences: list[dict[str, Any]],
     recorded: Mapping[str, Tensor] | None,
     replayed: Mapping[str, Tensor],
@@ -178,7 +181,8 @@ def _intolerable(
         replayed: tensors of the replayed model.
 
     Returns:
-        The remaining entries; the model's entry names the tensor with the largest relative error.
+        The entries that exceed a tolerance, or that have none and differ. The model's entry names
+        the tensor with the largest relative error.
     """
     found = []
     for entry in differences:
@@ -196,7 +200,8 @@ def _largest_error(
 ) -> tuple[float, str]:
     """Return the largest relative error of a tensor, in the Euclidean norm, and the tensor's name.
 
-    The error is 1 for a tensor that is missing, has a different shape or is not finite.
+    The first tensor that is missing or has a different shape is returned with an error of 1. The
+    error of a tensor that is not finite is also 1.
     """
     errors = {}
     for name in [*recorded, *(name for name in replayed if name not in recorded)]:
@@ -211,7 +216,7 @@ def _largest_error(
 
 
 def _close(recorded: Mapping[str, float], replayed: Mapping[str, float]) -> bool:
-    """Whether two sets of metrics agree within `METRICS_TOLERANCE`."""
+    """Return whether two sets of metrics agree within `METRICS_TOLERANCE`."""
     return recorded.keys() == replayed.keys() and all(
         math.isclose(value, replayed[name], rel_tol=METRICS_TOLERANCE, abs_tol=1e-9)
         for name, value in recorded.items()

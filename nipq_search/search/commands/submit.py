@@ -27,7 +27,7 @@ def command_of(name: str, out: str | None, overrides: Sequence[str], trials: int
 
     Args:
         name: the sweep's name.
-        out: the sweep's folder on the head; default `~/runs/<name>`.
+        out: the sweep's folder on the head; defaults to `~/runs/<name>`.
         overrides: values of `--set`, as `A.B=C`.
         trials: total number of trials over all runs; None uses `search.trials`.
 
@@ -75,12 +75,12 @@ def submit(
         config_file: the sweep file, sent unchanged.
         config: the validated content of the file.
         address: URL of the head's dashboard, such as `http://HEAD:8265`.
-        out: the sweep's folder on the head, absolute or below `~/`; default `~/runs/<name>`.
+        out: the sweep's folder on the head, absolute or below `~/`; defaults to `~/runs/<name>`.
         overrides: values of `--set`, as `A.B=C`.
         trials: total number of trials over all runs; None uses `search.trials`.
 
     Returns:
-        The job's id.
+        The job's ID.
 
     Raises:
         UserError: the address or folder is malformed, no dashboard accepts jobs at the address,
@@ -123,7 +123,7 @@ def submit(
 
 
 def _send(client: Any, job: Mapping[str, Any]) -> str:
-    """Submit a job; retry as long as a head that has just started refuses it."""
+    """Submit a job and return its ID; retry while a head that has just started refuses jobs."""
     limit = time.monotonic() + _SUBMIT_TIMEOUT_SECONDS
     while True:
         try:

@@ -14,19 +14,18 @@ def best_document(
     facts: Mapping[str, Any],
     layers_of: Callable[[int], Sequence[Mapping[str, Any]]] = lambda trial: (),
 ) -> dict[str, Any]:
-    """Build the document of `best --json`: the best point within the limits.
-
-    If no point satisfies the limits, the document contains the nearest point and the limits that
-    it exceeds.
+    """Build the document of `best --json`, except the path of the model.
 
     Args:
-        points: points of the front document.
+        points: points of the front document, that is, all COMPLETE trials.
         limits: maximum by cost name, in the unit of the cost.
         facts: the sweep's resolved facts, `ResolvedSweep.as_json()`.
         layers_of: returns the bits and costs of each layer of a trial.
 
     Returns:
-        The document.
+        The document. `point` is the best point within the limits, or None. If it is None,
+        `nearest` is the point that exceeds the limits least, or None if there are no points, and
+        `blocks` lists the reasons: limits that are unreachable or exceeded, or the lack of points.
     """
     sign = 1.0 if facts["mode"] == "max" else -1.0
 
@@ -73,7 +72,7 @@ def best_document(
 
 
 def _largest(name: str, layers: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the layers with the largest shares of a cost, if it is defined per layer."""
+    """Describe the layers with the largest shares of a cost; `""` if no layer has a share."""
     costs = {row["name"]: row.get(name) or 0 for row in layers}
     total = sum(costs.values())
     if not total:

@@ -1,6 +1,6 @@
-"""Trial records, and the JSON documents that read-only commands print.
+"""Trial records, and the documents that `front --json` and `status --json` print.
 
-Everything here is derived from the ledger's trials and the jobs' folders.
+Everything here is derived from the resolved sweep, the ledger's trials and the jobs' folders.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Records:
 
     Attributes:
         states: number of ended trials by state.
-        best: best validation metric and its front cost, by budget label.
+        best: validation metric and front cost of the best trial, by budget label.
     """
 
     def __init__(self, facts: Mapping[str, Any], out: Path) -> None:
@@ -64,11 +64,11 @@ class Records:
         return set(self._points)
 
     def update(self, trials: Sequence[FrozenTrial], running: bool = True) -> list[TrialRecord]:
-        """Return one record per trial.
+        """Update the records, `front`, `states` and `best`, and return one record per trial.
 
         Args:
             trials: all trials of the study, ordered by number.
-            running: whether to update the records of running trials.
+            running: whether to also update unfinished trials whose state has not changed.
         """
         changed = self._unseen.take(trials)
         # A dominated trial stays dominated, so only the front and the new trials are candidates.
@@ -143,7 +143,7 @@ def _record(
 
 
 def baselines(bits: Sequence[int], metric: str, out: Path) -> list[Baseline]:
-    """Return the uniform LSQ models that have been trained.
+    """Return the records of the uniform LSQ models that have been trained successfully.
 
     Args:
         bits: configured bit-widths of the baselines.
@@ -151,7 +151,7 @@ def baselines(bits: Sequence[int], metric: str, out: Path) -> list[Baseline]:
         out: the sweep's folder.
 
     Returns:
-        One record per finished baseline.
+        One record per COMPLETE baseline.
     """
     found = []
     for width in bits:
@@ -197,7 +197,7 @@ def front_document(
     config: Mapping[str, Any],
     out: Path,
 ) -> dict[str, Any]:
-    """Build the document of `front --json`: all COMPLETE trials and the hypervolumes.
+    """Build the document of `front --json`: all COMPLETE trials, baselines and hypervolumes.
 
     Args:
         records: records of all trials.
@@ -303,7 +303,7 @@ def _stage(
 def status_document(
     records: Sequence[TrialRecord], config: Mapping[str, Any], driver: Any, out: Path
 ) -> dict[str, Any]:
-    """Build the document of `status --json`.
+    """Build the document of `status --json`: the stage, and the state and progress of each trial.
 
     Args:
         records: records of all trials.

@@ -1,4 +1,4 @@
-"""Outputs of a sweep: tables, report and MLflow runs, all of which can be rebuilt at any time."""
+"""Outputs of a sweep: tables, report and MLflow runs, which can all be rebuilt at any time."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Outputs:
         self._pause_until = 0.0
 
     def begin(self, trials: Sequence[FrozenTrial]) -> None:
-        """Open the tracking run and record every trial that has ended."""
+        """Open the tracking run, refresh the records, and record every ended trial in MLflow."""
         dataset = self.sweep.facts.get("dataset", {})
         tags = {"strategy": self.config.search.strategy, "task": self.config.task}
         self.recorder.begin(self.config.as_json(), tags, dataset)
@@ -78,9 +78,11 @@ class Outputs:
                 self.record(record)
 
     def refresh(self, trials: Sequence[FrozenTrial], running: bool = True) -> None:
-        """Update the records from the ledger's trials, then the tables.
+        """Update the records from the ledger's trials, and write the tables if the pause is over.
 
-        If `running` is set, this includes the records of running trials.
+        Args:
+            trials: all trials of the study, ordered by number.
+            running: whether to also update unfinished trials whose state has not changed.
         """
         if self._cache_invalid:
             self.cache, self._cache_invalid = documents.Records(self.sweep.facts, self.out), False
@@ -97,10 +99,10 @@ class Outputs:
         self._cache_invalid = True
 
     def write_tables(self, force: bool = False) -> None:
-        """Write outdated tables, at most once per pause unless `force` is set.
+        """Write the tables if they are outdated and the pause after the last write is over.
 
-        Each write rewrites the whole tables, so its duration grows with the number of trials, and
-        the pause grows in proportion.
+        If `force` is set, do not wait for the end of the pause. Each write rewrites the whole
+        tables, so its duration grows with the number of trials, and the pause grows in proportion.
         """
         if not self._tables_outdated or (time.monotonic() < self._pause_until and not force):
             return
@@ -112,7 +114,7 @@ class Outputs:
         self._pause_until = time.monotonic() + PAUSE_FACTOR * (time.monotonic() - began)
 
     def _curve(self, record: TrialRecord) -> list[CurvePoint]:
-        """Return a trial's learning curve; the curve of a finished trial is read only once."""
+        """Return a trial's learning curve; that of a finished trial is read only once."""
         if record.trial in self._curves:
             return self._curves[record.trial]
         curve = self.sweep.curve(record.trial)
@@ -126,14 +128,14 @@ class Outputs:
         self.recorder.record(record, self._curve(record), layers)
 
     def update_front(self) -> None:
-        """Tag the trials on the Pareto front."""
+        """Tag the trials on the Pareto front in MLflow."""
         self.recorder.update_front(self.cache.front)
 
     def finish(self, status: RunStatus) -> None:
-        """Write the tables, the front and the report, and end the tracking run.
+        """Write the tables, the front and the report, record all trials, and end the tracking run.
 
         Raises:
-            OSError: the folder is not writable.
+            OSError: a file cannot be written.
         """
         self.write_tables(force=True)
         document = self.sweep.front_document()
@@ -154,7 +156,7 @@ class Outputs:
 
 
 def sync(out: Path) -> dict[str, Any]:
-    """Bring the tracking server up to date, and rewrite the tables and the report.
+    """Bring the tracking server up to date, and rewrite the tables, the front and the report.
 
     MLflow shows only data derived from the study and the trials' folders, so nothing needs to be
     stored separately while the server is unavailable. A running driver does the same on its own.
@@ -167,7 +169,7 @@ def sync(out: Path) -> dict[str, Any]:
         of trials that have a run on the server.
 
     Raises:
-        UserError: the folder is not a sweep, or a driver is running it.
+        UserError: the folder is not a sweep, its study is missing, or a driver is running it.
         RuntimeError: the server did not respond, or accepted only part of the data.
     """
     sweep = Sweep.open(out)

@@ -17,10 +17,10 @@ class Progress:
         failed: number of failed trials.
         total: total number of trials.
         stage: current stage, such as `float model` or `trials`.
-        best: best validation metric and its front cost, by budget label.
-        seconds_left: estimated remaining time in seconds, or None.
+        best: validation metric and front cost of the best trial, by budget label.
+        seconds_left: estimated remaining time in seconds; None if it is unknown.
         metric: name of the task's metric.
-        front_cost: name of the Pareto front's cost.
+        front_cost: name of the front cost.
     """
 
     done: int = 0

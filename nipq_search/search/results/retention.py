@@ -74,7 +74,11 @@ def _best_trials(
     targets: Sequence[Mapping[str, float]],
     names: Collection[str],
 ) -> dict[int, str]:
-    """Find the trials that `best` returns for limits on one cost or on a budget's costs."""
+    """Find the trials that `best` returns for limits on one cost or on a budget's costs.
+
+    Returns:
+        The reason for keeping each trial's model, by trial number.
+    """
     found: dict[int, str] = {}
     for name in sorted(names):
         points = {t.number: (t.metric, t.cost[name]) for t in finished if name in t.cost}
@@ -95,8 +99,9 @@ def collect(out: Path, dry_run: bool = False) -> dict[str, Any]:
         dry_run: only list what would be deleted.
 
     Returns:
-        The document of `gc --json`: `freed` (trial, or None for the float model and baselines;
-        path; bytes), the total `bytes`, and `kept`, the trials whose models remain, with reasons.
+        The document of `gc --json`. `freed` lists each path that was or would be deleted, with its
+        size in bytes and its trial (None for the float model and baselines). `bytes` is the total
+        size, and `kept` lists the trials whose models remain, with the reasons.
 
     Raises:
         UserError: the folder is not a sweep, or a driver is running it.
@@ -148,7 +153,10 @@ def _garbage(folder: Path, record: TrialRecord, kept: bool) -> list[Path]:
 
 
 def _initial_garbage(out: Path) -> list[Path]:
-    """List leftovers of finished float and baseline runs whose cleanup was interrupted."""
+    """List the paths that an interrupted cleanup left in the float model's or a baseline's folder.
+
+    Only jobs with a committed record are considered, because the others may still resume.
+    """
     folders = [out / "float", *sorted((out / "baselines").glob("*"))]
     done = [folder for folder in folders if jobs.committed(folder) is not None]
     checkpoints = [folder / "checkpoints" for folder in done]

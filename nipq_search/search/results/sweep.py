@@ -1,4 +1,4 @@
-"""Read access to a sweep's folder, during and after the run."""
+"""Access to the results in a sweep's folder, during and after the run."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ _log = logging.getLogger("nipq_search")
 
 
 def is_sweep(folder: Path) -> bool:
-    """Return whether a folder contains a sweep."""
+    """Return whether a folder contains the files of a sweep."""
     return (folder / SWEEP_FILE).is_file() and (folder / FACTS_FILE).is_file()
 
 
 class Sweep:
-    """Read access to the results of a sweep; `Sweep.open` creates one from a folder.
+    """The results of a sweep, which are read from its folder on request; see `Sweep.open`.
+
+    Only `write_report` writes to the folder.
 
     Args:
         folder: the sweep's folder.
@@ -90,7 +92,8 @@ class Sweep:
         """Open a sweep's folder.
 
         Raises:
-            UserError: the folder is missing, not a sweep, or damaged.
+            UserError: the folder is missing, not a sweep or damaged, or one of the sweep's
+                plug-ins is not installed.
         """
         folder = Path(folder).absolute()
         if folder.is_file():
@@ -132,10 +135,11 @@ class Sweep:
         return cls(folder, config, facts)
 
     def trials(self) -> list[TrialRecord]:
-        """Return one record per trial of the ledger.
+        """Return one record per trial of the ledger; empty if no job has been started.
 
         Raises:
-            UserError: the study is missing or belongs to another sweep; see `load_study`.
+            UserError: the study is missing although a job has been started, or it belongs to
+                another sweep; see `load_study`.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         name, identity = str(self.config["name"]), self.facts.get("study")
@@ -164,7 +168,7 @@ class Sweep:
         return records[trial]
 
     def front(self) -> pandas.DataFrame:
-        """Return the points on the Pareto front, cheapest first, with a column per cost."""
+        """Return the Pareto front as a table, cheapest point first, with one column per cost."""
         import pandas
 
         points = [p for p in self.front_document()["points"] if p["on_front"]]
@@ -193,12 +197,12 @@ class Sweep:
         return documents.status_document(self.trials(), self.config, shown, self.folder)
 
     def layers(self, trial: int) -> list[dict[str, Any]]:
-        """Return the bit-widths and costs of a finished trial by layer; empty for other trials."""
+        """Return the bit-widths and costs of a COMPLETE trial by layer; empty for other trials."""
         record = committed(job_folder(self.folder, "trial", trial)) or {}
         return list(record.get("layers", []))
 
     def history(self, trial: int) -> list[dict[str, Any]]:
-        """Return a finished trial's bit-widths in its noise phase; see `TrainResult.history`."""
+        """Return the `TrainResult.history` of a COMPLETE trial; empty for other trials."""
         record = committed(job_folder(self.folder, "trial", trial)) or {}
         return list(record.get("history", []))
 
@@ -212,7 +216,8 @@ class Sweep:
         """Load the hard-quantized model of a COMPLETE trial, in evaluation mode on the CPU.
 
         Raises:
-            UserError: the trial has no model, or the sweep's task cannot be created.
+            UserError: the trial does not exist or has no model, or the sweep's task cannot be
+                created.
         """
         file = self.model_file(trial)
         state = self.record(trial).state
@@ -263,6 +268,7 @@ class Sweep:
         }
 
     def _shown_file(self, trial: int, state: str = "COMPLETE") -> str | None:
+        """Return the relative path of a trial's model; warn if a COMPLETE trial has none."""
         file = self.model_file(trial)
         if file is None and state == "COMPLETE":
             _log.warning(self._why_no_model(trial, state))
@@ -285,7 +291,7 @@ class Sweep:
         return {**document, "model": point and self._shown_file(point["trial"])}
 
     def log_files(self, trial: int) -> list[Path]:
-        """List a trial's files of output, tracebacks and stack dumps of hangs, attempt by attempt.
+        """List a trial's non-empty files of output, tracebacks and stacks, attempt by attempt.
 
         Raises:
             UserError: the trial does not exist.

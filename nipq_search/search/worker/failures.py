@@ -1,8 +1,8 @@
 """Causes of failures of worker processes, and whether they count against the job.
 
-A trial is marked as failed after `limits.max_failures` crashes. The death of a node, which is
-common with preemptible machines, must not count against the trial. Ray only reports that a process
-ended; this module determines the cause.
+A job is marked as failed after `limits.max_failures` crashes. The death of a node, which is common
+with preemptible machines, must not count against the job. Ray only reports that a process ended;
+this module determines the cause.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _MISSING_ERRNOS = {
     errno.ENOTCONN,
     errno.ENODEV,
 }
-"""Errors for files that do not exist or cannot be reached."""
+"""Errors that mean that a file does not exist or cannot be reached."""
 
 NEVER_STARTED = "its process died before it could start"
-"""Reason recorded for a job whose processes died before any of them began an attempt."""
+"""Reason recorded for a job whose processes repeatedly died before they began an attempt."""
 
 NODE_DEATH_SECONDS = 30.0
 """Time after which Ray has certainly detected a dead node; by default, it takes about 15 s."""
@@ -58,7 +58,7 @@ FIXES = {
     Cause.GPU_MEMORY: "its GPU ran out of memory; raise resources.gpus, or lower train.batch_size "
     "(raise train.accumulate to keep the effective batch size)",
 }
-"""Reason for the failure of a job, and suggested change to the sweep file, by cause."""
+"""What went wrong, and which settings of the sweep file to change, by cause."""
 
 _OS_ERROR_TEXT = re.compile(r"\[Errno (\d+)\] [^:\n]*(?:: '([^'\n]+)')?")
 
@@ -84,8 +84,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def find_os_error(error: BaseException) -> OSError | None:
     """Return the first `OSError` among an error and its causes, or None.
 
-    A `DataLoader` re-raises the errors of its workers with nothing but their text; the errno and
-    file name are then parsed from the message.
+    A `DataLoader` re-raises an error of its workers with nothing but its text. In this case, the
+    result is a new `OSError` with the errno and the file name that the text contains.
     """
     found = next((e for e in _causes(error) if isinstance(e, OSError)), None)
     if found is not None and found.errno is None:
@@ -95,32 +95,34 @@ def find_os_error(error: BaseException) -> OSError | None:
     return found
 
 
-def _file(error: OSError) -> Path | None:
+def _path_of(error: OSError) -> Path | None:
+    """Return the absolute path of the file that an error concerns, or None if it names no file."""
     name = error.filename
     return Path(os.path.abspath(os.fsdecode(name))) if isinstance(name, (str, bytes)) else None
 
 
 def is_machine_fault(error: BaseException, out: Path) -> bool:
-    """Return whether an error means that no job of the sweep in folder `out` can run here."""
+    """Return whether an error means that this machine can run no job of the sweep in `out`."""
     if (found := find_os_error(error)) is None:
         return False
-    file = _file(found)
+    file = _path_of(found)
     in_sweep = file is not None and file.is_relative_to(out)
     return found.errno in MACHINE_ERRNOS or (in_sweep and found.errno in _FOLDER_ERRNOS)
 
 
 def is_missing_here(error: BaseException, out: Path) -> bool:
-    """Return whether an error concerns a file, such as data, that is missing only on this node.
+    """Return whether an error concerns a file that exists on the driver's host but not here.
 
-    Files in the sweep's folder `out` are excluded. If the file is missing on the driver's host as
-    well, the trial is at fault.
+    Such a file may contain the task's data, for example. Files in the sweep's folder `out` are
+    excluded. If the file is also missing on the driver's host, the job itself is at fault, and
+    the result is False.
     """
     found, host = find_os_error(error), driver_host(out)
     if found is None or found.errno not in _MISSING_ERRNOS:
         return False
     if host in (None, socket.gethostname()):
         return False
-    file = _file(found)
+    file = _path_of(found)
     if file is None or file.is_relative_to(out):
         return False
     return file_exists_on(str(host), str(file))
@@ -144,7 +146,11 @@ def is_gpu_memory(error: BaseException) -> bool:
 
 
 def is_environment_fault(error: BaseException, out: Path) -> bool:
-    """Return whether an error was caused by the machine, the node's files or the GPU."""
+    """Return whether the environment rather than the job is at fault for an error.
+
+    This is the case for machine faults, files that are missing only on this node, and a lack of
+    GPU memory.
+    """
     return is_machine_fault(error, out) or is_missing_here(error, out) or is_gpu_memory(error)
 
 
@@ -165,7 +171,7 @@ def gpu_is_lost() -> bool:
 
 
 def own_node() -> str | None:
-    """Return the Ray id of the node that this process runs on; None outside Ray."""
+    """Return Ray's ID of the node that this process runs on; None outside Ray."""
     if "ray" not in sys.modules:
         return None
     import ray
@@ -174,7 +180,7 @@ def own_node() -> str | None:
 
 
 def dead_nodes() -> set[str]:
-    """Return the ids of the cluster's dead nodes; empty outside Ray."""
+    """Return the IDs of the cluster's dead nodes; empty outside Ray."""
     if own_node() is None:
         return set()
     import ray
@@ -183,7 +189,10 @@ def dead_nodes() -> set[str]:
 
 
 def file_exists_on(host: str, file: str) -> bool:
-    """Return whether a file exists on a host of the cluster; False if the host is unreachable."""
+    """Return whether a file exists on a host of the cluster.
+
+    The result is False outside Ray, and if the host is unreachable.
+    """
     if own_node() is None:
         return False
     import ray
@@ -206,7 +215,7 @@ def _exists(file: str) -> bool:
 
 
 def kill_on(node: str, pid: int) -> None:
-    """Kill a process on another node of the cluster, even one that is suspended."""
+    """Kill a process on a node of the cluster, even if it is suspended; return immediately."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -224,10 +233,10 @@ def _kill(pid: int) -> None:
 
 
 def classify(error: BaseException | None, node_is_dead: bool) -> Cause:
-    """Return the cause of the error that Ray raised for a lost process.
+    """Return why a process was lost, judging by the error that Ray raised.
 
     Args:
-        error: Ray's exception, or None if it is unknown.
+        error: Ray's exception, or None if it is not known.
         node_is_dead: whether the cluster reports the process's node as dead.
 
     Returns:
@@ -242,10 +251,10 @@ def classify(error: BaseException | None, node_is_dead: bool) -> Cause:
 
 
 def record_causes(folder: Path, run: str, error: BaseException | None = None) -> Cause | None:
-    """Record the cause of each lost attempt of a job.
+    """Record the cause of each lost attempt of a job, unless it has been recorded already.
 
-    An attempt that was recorded as a crash is reclassified once its node is reported dead, because
-    the end of a process may be reported before that of its node.
+    If an attempt was recorded as a crash and its node is now reported dead, the recorded cause is
+    replaced: the end of a process may be reported before that of its node.
 
     Args:
         folder: the job's folder.
@@ -254,7 +263,7 @@ def record_causes(folder: Path, run: str, error: BaseException | None = None) ->
         error: the exception that Ray raised for the last attempt, if known.
 
     Returns:
-        Why the last attempt was lost; None if it ended on its own or never began.
+        Why the last attempt was lost; None if it was not lost, or if there is no attempt.
     """
     lost = jobs.lost_attempts(folder, run)
     dead = dead_nodes() if lost else set()
@@ -271,10 +280,10 @@ def record_causes(folder: Path, run: str, error: BaseException | None = None) ->
 
 
 def await_node_states(folder: Path, run: str) -> None:
-    """Wait until it is certain whether the nodes of recently lost attempts are alive.
+    """Record causes until it is certain whether the nodes of recently lost attempts are alive.
 
     Ray reports a lost connection immediately, but a dead node only after several missed
-    heartbeats. Call this before marking a job as failed.
+    heartbeats. Call this before marking a job as failed. Outside Ray, it does nothing.
     """
     own = own_node()
     if own is None:

@@ -1,10 +1,10 @@
-"""Training in several processes: the process group of one trial, on GPUs or CPU cores.
+"""Training in several processes: the process group of one training run, on GPUs or CPU cores.
 
-The trial's own process is rank 0. It starts the other ranks as child processes on its node,
-within the resources assigned to the trial there. A single resource request covers the whole
-group, so two trials never deadlock with half a group each. (Ray Train instead gives its
-workers a placement group separate from the trial's.) The ranks communicate over the loopback
-interface. All other ranks end when rank 0 does, even if it is killed.
+The job's own process is rank 0. It starts the other ranks as child processes on its node, within
+the resources assigned to the job there. A single resource request covers the whole group, so two
+jobs cannot deadlock because each has obtained half of its processes. (Ray Train instead requests
+a separate placement group for its workers.) The ranks communicate over the loopback interface.
+All other ranks end when rank 0 does, even if it is killed.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ class GroupSpec:
 
 
 class RankFailed(RuntimeError):
-    """Another rank of the training run raised an exception; the message quotes it."""
+    """Another rank raised an exception or did not start; the message quotes its error."""
 
 
 class RankKilled(RuntimeError):
-    """Another rank exited without reporting an exception.
+    """A signal killed another rank before that rank reported an exception.
 
-    For example, it was killed or ran out of memory.
+    For example, the kernel killed it because the machine ran out of memory.
     """
 
 
@@ -142,7 +142,7 @@ class _OtherRanks:
         Raises:
             RankFailed: a process did not start.
             RankKilled: a process was killed.
-            OSError: the shared memory is full.
+            OSError: the spec cannot be written, for example because shared memory is full.
         """
         rendezvous = self.group.rendezvous
         _save_spec(self.group)
@@ -154,8 +154,8 @@ class _OtherRanks:
                 if not process.stdout.readline():
                     self.ended = {rank: process.wait()}
                     self.raise_cause()
-            # Every process has the files open. Files in shared memory occupy RAM, and nothing
-            # would delete them if this process were killed.
+            # Every process has loaded the files. Files in shared memory occupy RAM, and nothing
+            # would delete them if all processes were killed at once.
             for file in [rendezvous / "spec", *rendezvous.glob("buffer-*")]:
                 file.unlink()
         except BaseException:
@@ -181,11 +181,11 @@ class _OtherRanks:
                 self.ended.setdefault(rank, process.returncode)
 
     def _watch(self) -> None:
-        """Kill the other ranks when one of them fails, which interrupts rank 0."""
+        """Kill all other ranks when one fails, which interrupts rank 0; end rank 0 if it hangs."""
         while not self.over.wait(0.2):
             self._poll()
             if self.ended:
-                time.sleep(0.5)  # the rank at fault may end slightly after one that it affects
+                time.sleep(0.5)  # the rank at fault may end slightly after one that it affected
                 self._poll()
                 self.kill()  # their closed connections raise an error in rank 0
                 if not self.over.wait(_GRACE_SECONDS):
@@ -195,7 +195,7 @@ class _OtherRanks:
                 return
 
     def _errors(self) -> dict[int, dict[str, Any] | None]:
-        """Return the error that each failed rank reported; None if it reported none."""
+        """Return the error that each failed rank reported, by rank; None if it reported none."""
         errors: dict[int, dict[str, Any] | None] = {}
         for rank in self.ended:
             try:
@@ -205,13 +205,13 @@ class _OtherRanks:
         return errors
 
     def raise_cause(self) -> None:
-        """Raise the error that ended another rank, if any, preferring a root cause to its effects.
+        """Raise the error that ended another rank, if any: the root cause rather than an effect.
 
         Raises:
             RankKilled: a rank was killed.
             OSError: a rank failed because of a fault of the machine.
             OutOfMemoryError: the GPU of a rank ran out of memory.
-            RankFailed: a rank raised another exception.
+            RankFailed: a rank raised another exception or did not start.
         """
         errors = self._errors()
         for rank, status in self.ended.items():
@@ -237,7 +237,7 @@ class _OtherRanks:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """Kill all processes immediately."""
+        """Kill all other ranks immediately."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
@@ -284,13 +284,14 @@ def launch_group(
         log: folder for the output of the other ranks.
 
     Yields:
-        The group to pass to `train`.
+        This process's view of the group, to pass to `train`.
 
     Raises:
-        UserError: this machine has fewer GPUs than `size`.
-        RankFailed: another rank raised an exception.
+        UserError: `gpu` is set, but this machine has fewer GPUs than `size`.
+        RankFailed: another rank raised an exception or did not start.
         RankKilled: another rank was killed; the caller must then end this process, too.
         OSError: another rank failed because of a fault of the machine.
+        OutOfMemoryError: the GPU of another rank ran out of memory.
     """
     if size == 1:
         yield ALONE
@@ -318,7 +319,7 @@ def launch_group(
                 except (Interrupted, Paused):
                     raise
                 except Exception as error:
-                    # Do this before leaving the group, because that makes the other ranks fail.
+                    # Do this before leaving the group: leaving it makes the other ranks fail.
                     if _is_echo(error):
                         others.wait_for_failure(_CAUSE_SECONDS)
                         others.raise_cause()
@@ -333,14 +334,14 @@ def launch_group(
 
 
 def _end_with_rank_0(rendezvous: Path) -> None:
-    """Wait until rank 0 ends, then clean up and end this process; runs in a thread."""
+    """Wait until rank 0 ends, then delete `rendezvous` and end this process; runs in a thread."""
     os.read(0, 1)
     shutil.rmtree(rendezvous, ignore_errors=True)
     os._exit(1)
 
 
 def run_rank(group: GroupSpec, rank: int) -> int:
-    """Train as a rank other than 0 and return the exit status."""
+    """Train as a rank other than 0, record an error for rank 0, and return the exit status."""
     device = torch.device("cuda", rank) if group.gpu else torch.device("cpu")
     torch.set_num_threads(group.threads)
     try:

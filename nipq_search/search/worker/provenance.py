@@ -1,4 +1,4 @@
-"""Provenance of a result: the software and the processor that computed it."""
+"""Provenance of a result: the software versions and CPU capability that it was computed with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from nipq_search.version import __version__
 
 
 def provenance(config: SweepConfig) -> dict[str, Any]:
-    """Return the versions and the CPU capability with which this process computes.
+    """Return the software versions and the CPU capability with which this process computes.
 
-    If the provenance is the same, repeating a training run on CPUs gives bit-identical results.
+    Repeating a training run on CPUs with the same provenance and the same number of threads gives
+    bit-identical results.
 
     Args:
-        config: the sweep configuration, whose plug-ins are listed.
+        config: the sweep configuration; the versions of the plug-ins that it uses are included.
     """
     return {
         "nipq_search": __version__,
@@ -38,6 +39,6 @@ def provenance_changes(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> 
     ]
 
 
-def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
     """Return a flat copy of a provenance, in which each plug-in has a key of its own."""
-    return {**{k: v for k, v in found.items() if k != "plugins"}, **found.get("plugins", {})}
+    return {**{k: v for k, v in nested.items() if k != "plugins"}, **nested.get("plugins", {})}

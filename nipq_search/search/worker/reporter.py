@@ -1,4 +1,4 @@
-"""The progress files of an attempt, and the checks for requests to stop it."""
+"""The files that show an attempt's progress, and the checks whether the attempt must stop."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ _WRITE_SECONDS = 2.0
 
 
 class Reporter:
-    """Writes an attempt's learning curve and progress; its methods are hooks of the training run.
+    """Writes an attempt's learning curve and progress file, and checks whether it must stop.
+
+    All methods except `write` are hooks of the training run; see `Hooks`.
 
     Args:
         job: the job.
         attempt: the attempt's folder.
-        report: receives a small dictionary after every epoch.
+        report: called after every epoch with a dictionary of `epoch` and `job`, the job's name.
     """
 
     def __init__(self, job: Job, attempt: Path, report: Callable[[dict[str, Any]], None]) -> None:
@@ -39,7 +41,7 @@ class Reporter:
         self._stopping = False
 
     def on_epoch(self, point: CurvePoint) -> None:
-        """Append a point to the learning curve, and report the progress."""
+        """Append a point to the learning curve, write the progress file, and report the epoch."""
         self._epoch = point.epoch
         with (self.attempt / jobs.CURVE).open("a") as file:
             file.write(json.dumps(dataclasses.asdict(point)) + "\n")
@@ -47,13 +49,13 @@ class Reporter:
         self.report({"epoch": point.epoch, "job": self.job.name})
 
     def on_samples(self, count: int) -> None:
-        """Add `count` processed samples; write the progress file every few seconds."""
+        """Add `count` processed samples; write the progress file at most every two seconds."""
         self._samples += count
         if time.monotonic() - self._written > _WRITE_SECONDS:
             self.write()
 
     def write(self) -> None:
-        """Write the progress file now."""
+        """Write the progress file immediately."""
         self._written = time.monotonic()
         file_io.write_json(
             self.attempt / jobs.PROGRESS,
@@ -70,7 +72,10 @@ class Reporter:
             raise Interrupted
 
     def should_stop(self) -> bool:
-        """Return whether a stop was requested or a later attempt has taken over the job."""
+        """Return whether a stop was requested or a later attempt has taken over the job.
+
+        The files are checked at most twice a second. Once the result is True, it remains so.
+        """
         if not self._stopping and time.monotonic() - self._polled > _POLL_SECONDS:
             self._polled = time.monotonic()
             superseded = jobs.is_superseded(self.attempt)

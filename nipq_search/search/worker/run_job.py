@@ -1,4 +1,4 @@
-"""What each kind of job does: train, measure sensitivity, or evaluate on the test split."""
+"""What each kind of job does: train, measure sensitivity, or evaluate models on the test split."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nipq_search.train.sensitivity import score
 
 
 def run_job(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> dict[str, Any]:
-    """Run a job according to its kind.
+    """Train, measure sensitivity scores or evaluate on the test split, as the job's kind requires.
 
     Args:
         job: the job.
@@ -37,11 +37,13 @@ def run_job(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> di
         reporter: records the progress and checks for requests to stop.
 
     Returns:
-        The job's result record.
+        The job's result record, to which the caller adds its setup, provenance and duration.
 
     Raises:
         Interrupted: a stop was requested, or a later attempt has taken over the job.
         Paused: a trial reached its rung.
+        RankKilled: another process of the training run was killed.
+        Exception: the job failed for any other reason.
     """
     if job.kind == "test":
         return _run_test(job, config, task, reporter)
@@ -65,7 +67,7 @@ def failure_record(job: Job, reason: str) -> dict[str, Any]:
 
 
 def _run_training(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> dict[str, Any]:
-    """Train a float model, baseline or trial."""
+    """Train a float model, baseline or trial, and return its record."""
     spec = train_spec(config, job)
     device = training_device(config)
     hooks = Hooks(
@@ -122,7 +124,7 @@ def _record(job: Job, result: TrainResult) -> dict[str, Any]:
 
 
 def _run_scores(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> dict[str, Any]:
-    """Measure how much the loss increases as bit-widths decrease; see `score`."""
+    """Measure the sensitivity scores, and return the record that contains them; see `score`."""
     losses = score(
         task,
         train_spec(config, job),
@@ -140,7 +142,10 @@ def _run_scores(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -
 
 
 def _run_test(job: Job, config: SweepConfig, task: Task, reporter: Reporter) -> dict[str, Any]:
-    """Evaluate trained models on the test split and write each result next to its model."""
+    """Evaluate trained models on the test split and write each result to its job's folder.
+
+    Models that have a result are skipped. If a model cannot be evaluated, the others still are.
+    """
     device = training_device(config)
     failed = []
     for entry in job.jobs:

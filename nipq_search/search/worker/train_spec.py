@@ -66,7 +66,11 @@ def _quant(config: SweepConfig, job: Job) -> QuantConfig:
 
 
 def _schedule(config: SweepConfig, job: Job, training: TrainConfig) -> TrainConfig:
-    """Shorten a trial's training run and scale its noise phase, as its strategy specifies."""
+    """Return the training configuration of a job.
+
+    The strategy determines how many of the epochs a trial trains for, and the factor by which the
+    noise phase of a warm start is scaled.
+    """
     if job.kind != "trial":
         return training
     strategy = STRATEGIES[config.search.strategy]
@@ -79,30 +83,30 @@ def _schedule(config: SweepConfig, job: Job, training: TrainConfig) -> TrainConf
 
 
 def _sensitivity_losses(out: Path) -> dict[str, dict[int, float]]:
-    """Return the loss of each unit at each bit-width, as the `sensitivity` job measured it."""
+    """Return the sensitivity scores by unit and bit-width; empty if they were not measured."""
     record = jobs.committed(job_folder(out, jobs.SCORES, 0)) or {}
     return {
-        unit: {int(width): loss for width, loss in of_unit.items()}
-        for unit, of_unit in record.get("losses", {}).items()
+        unit: {int(width): loss for width, loss in by_width.items()}
+        for unit, by_width in record.get("losses", {}).items()
     }
 
 
 def home_of(config: SweepConfig, job: Job) -> str | None:
-    """Return the URI under which a job's model and checkpoints are stored.
+    """Return the URI under which an object store holds a job's model and checkpoints.
 
-    The result is None if they are stored in the job's folder.
+    The result is None if they are stored in the job's folder instead.
     """
     place = job.folder.relative_to(job.out)
     return blobs.within(config.checkpoints, config.name, *place.parts)
 
 
 def _pause_share(config: SweepConfig, job: Job) -> float | None:
-    """Return the fraction of the steps after which a job pauses at a rung, or None."""
+    """Return the fraction of the steps after which a job pauses; None if it never pauses."""
     rungs = STRATEGIES[config.search.strategy].rungs
     return rungs[job.rung] if job.kind == "trial" and job.rung < len(rungs) else None
 
 
 def training_device(config: SweepConfig) -> torch.device:
-    """Return the first GPU if trials are assigned GPUs and one is available; otherwise the CPU."""
+    """Return the first GPU if `resources.gpus` is set and CUDA is available; otherwise the CPU."""
     use_gpu = config.resources.gpus > 0 and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu")

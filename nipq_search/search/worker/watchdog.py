@@ -14,7 +14,7 @@ _log = logging.getLogger("nipq_search")
 
 @contextlib.contextmanager
 def captured(path: Path) -> Iterator[None]:
-    """Redirect everything that the attempt prints or logs to a file, appending to it."""
+    """Append the output of Python code to a file instead of printing it, and log there, too."""
     with path.open("a", buffering=1) as file:
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -28,10 +28,10 @@ def captured(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watchdog(path: Path, minutes: float | None) -> Iterator[None]:
-    """End this process and write a stack trace to `path` if the attempt exceeds its time limit.
+    """End this process if the attempt exceeds its time limit; first write all stacks to `path`.
 
-    A C thread enforces the limit, so it also ends an attempt whose loop never releases the
-    interpreter lock. Without a limit, do nothing.
+    A thread outside the interpreter enforces the limit, even if the attempt's code never releases
+    the interpreter lock. If `minutes` is None, there is no limit and no file.
     """
     if minutes is None:
         yield

@@ -56,13 +56,14 @@ class _MissingHere(Exception):
 def execute(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> JobOutcome:
     """Run one attempt of a job, unless the job has a committed record.
 
-    Ends the process instead of returning if its GPU must be released or another rank of the
-    training run was killed; the executor then restarts the job.
+    A job that has reached a limit on its failures is recorded as failed instead. If the GPU must
+    be released or another rank of the training run was killed, this function ends the process
+    instead of returning; the executor then restarts the job.
 
     Args:
         job: the job to run.
         task: the sweep's task, with its data loaded.
-        report: receives a small dictionary after every epoch.
+        report: called after every epoch with a dictionary of `epoch` and `job`, the job's name.
 
     Returns:
         How the attempt ended.
@@ -104,7 +105,8 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
     """Run one attempt; see `execute`.
 
     Raises:
-        OSError: the machine is at fault; nothing is recorded for the job.
+        OSError: the machine is at fault, or an operation outside the training run failed; nothing
+            is recorded for the job.
         _MissingHere: a file that the job needs does not exist on this node.
         _EndProcess: the process must end.
     """
@@ -113,7 +115,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
         return JobOutcome(kind=OutcomeKind(done["state"]))
     config = parse_config(dict(job.config))
     gave_up = _reason_to_give_up(job, config)
-    threads, workers = _threads(job, config), config.resources.processes
+    threads, workers = _choose_threads(job, config), config.resources.processes
     setup = {"threads": threads, "workers": workers, "parent": job.parent}
     try:
         attempt = jobs.open_attempt(job, failures.own_node(), **setup)
@@ -148,7 +150,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
 
 
 def _pause(job: Job, reporter: Reporter, paused: Paused) -> JobOutcome:
-    """Record what a trial measured at its rung."""
+    """Record what a trial measured at its rung, and return the outcome of the attempt."""
     metrics = {name: v for name, v in paused.metrics.items() if math.isfinite(v)}
     reporter.write()
     jobs.record_rung(job.folder, job.rung, {"metrics": metrics, "samples": paused.samples})
@@ -182,6 +184,11 @@ def _record_of_error(job: Job, reporter: Reporter, error: Exception) -> dict[str
 def _commit(job: Job, reporter: Reporter, record: dict[str, Any]) -> JobOutcome:
     """Commit the record of an attempt, unless a later attempt has taken over the job.
 
+    Also deletes files that are no longer needed.
+
+    Returns:
+        The outcome of the attempt.
+
     Raises:
         _EndProcess: the job failed and left the GPU unusable; otherwise, Tune would reuse this
             process for the next job.
@@ -199,7 +206,7 @@ def _commit(job: Job, reporter: Reporter, record: dict[str, Any]) -> JobOutcome:
 
 
 def _mark_stopped(attempt: Path) -> None:
-    """Record that an attempt ended in an orderly way without a result."""
+    """Record that an attempt ended in an orderly way, but without a result."""
     file_io.write_json(attempt / jobs.STOPPED, {"time": time.time()})
 
 
@@ -214,13 +221,13 @@ def _clean_up(job: Job) -> None:
 # Before an attempt
 
 
-def _threads(job: Job, config: SweepConfig) -> int:
-    """Return the number of threads for a job's next attempt, which may resume from a checkpoint.
+def _choose_threads(job: Job, config: SweepConfig) -> int:
+    """Return the number of threads for a job's next attempt, and delete unusable checkpoints.
 
     A resumed training run is bit-identical to an uninterrupted one only if it has the same number
-    of threads, the same number of workers and the same parent. The number of threads is therefore
-    that of the previous attempt, and checkpoints written with a different number of workers or a
-    different parent are deleted.
+    of threads, the same number of workers and the same parent. If the attempt can resume from a
+    checkpoint, it therefore gets the previous attempt's number of threads. Checkpoints written
+    with a different number of workers or a different parent are deleted.
     """
     checkpoints, before = job.folder / "checkpoints", jobs.training_setup(job.folder)
     if not checkpoints.is_dir() or not before:
@@ -232,21 +239,22 @@ def _threads(job: Job, config: SweepConfig) -> int:
 
 
 def _reason_to_give_up(job: Job, config: SweepConfig) -> str | None:
-    """Return why a job that failed before should not be retried, or None.
+    """Return why a job should not be attempted again, or None if it should.
 
-    The result is a reason only if it is certain that the attempts were not lost with their nodes.
+    Before a reason is returned, the function waits until it is certain which attempts were lost
+    with their nodes, because those do not count.
     """
     limits = config.limits
     failures.record_causes(job.folder, job.run)
-    reason = _exhausted_limit(job, limits.max_failures, limits.trial_minutes)
+    reason = _limit_reached(job, limits.max_failures, limits.trial_minutes)
     if reason:
         failures.await_node_states(job.folder, job.run)
-        reason = _exhausted_limit(job, limits.max_failures, limits.trial_minutes)
+        reason = _limit_reached(job, limits.max_failures, limits.trial_minutes)
     return reason
 
 
-def _exhausted_limit(job: Job, max_failures: int, minutes: float | None) -> str | None:
-    """Return which of a job's limits its recorded attempts have exhausted, or None."""
+def _limit_reached(job: Job, max_failures: int, minutes: float | None) -> str | None:
+    """Return the reason for failing a job whose recorded attempts reached a limit, or None."""
     if jobs.count_hangs(job.folder) >= jobs.MAX_HANGS:
         limit = "" if minutes is None else f" after {minutes:g} minutes"
         return f"hung: killed{limit}, twice (limits.trial_minutes)"

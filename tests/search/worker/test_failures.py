@@ -15,7 +15,7 @@ from nipq_search.search.backend.base import MAX_FAILED_STARTS
 from nipq_search.search.backend.tune_callbacks import JobSearcher
 from nipq_search.search.jobs import Job
 from nipq_search.search.worker import failures
-from nipq_search.search.worker.worker import _exhausted_limit
+from nipq_search.search.worker.worker import _limit_reached
 
 
 def job_in(folder):
@@ -53,7 +53,7 @@ def test_dead_nodes_use_up_no_retries_even_if_reported_late(tmp_path, monkeypatc
     monkeypatch.setattr(failures, "dead_nodes", lambda: {"a", "b"})
     assert failures.record_causes(job.folder, "now") == "node"
     assert jobs.crash_causes(job.folder, "now") == []
-    assert _exhausted_limit(job, 1, None) is None
+    assert _limit_reached(job, 1, None) is None
 
 
 def test_crashes_add_up_and_out_of_memory_names_the_fix(tmp_path):
@@ -61,10 +61,10 @@ def test_crashes_add_up_and_out_of_memory_names_the_fix(tmp_path):
     for _ in range(2):
         jobs.open_attempt(job)
         assert failures.record_causes(job.folder, "now") == "process"
-    assert _exhausted_limit(job, 3, None) is None
+    assert _limit_reached(job, 3, None) is None
     jobs.open_attempt(job)
     assert failures.record_causes(job.folder, "now", OutOfMemoryError("no room")) == "memory"
-    reason = _exhausted_limit(job, 3, None)
+    reason = _limit_reached(job, 3, None)
     assert "died 3 times" in reason and "resources.memory_gb" in reason
     assert file_io.read_json(jobs.attempts(job.folder)[2] / jobs.LOST)["detail"] == "no room"
 

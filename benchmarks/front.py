@@ -34,7 +34,7 @@ from pages import write_table
 from nipq_search.errors import UserError, nearest
 from nipq_search.file_io import digest, write_json
 from nipq_search.search import jobs
-from nipq_search.search.backend.tune import quiet_environment
+from nipq_search.search.backend.tune import set_ray_defaults
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, load_config
 from nipq_search.search.jobs import Job, OutcomeKind, job_folder
@@ -122,7 +122,7 @@ def done(job: Job, task: Task) -> dict[str, Any]:
         RuntimeError: the job failed, or this machine cannot run it.
     """
     outcome = run_job(job, task, lambda report: None)
-    record = jobs.committed(job.folder) or {}
+    record = jobs.committed_record(job.folder) or {}
     if outcome.kind is not OutcomeKind.COMPLETE:
         raise RuntimeError(
             f"{job.folder}: {record.get('reason') or outcome.reason or outcome.kind.value}"
@@ -239,7 +239,7 @@ def read_test(unit: Unit, config: SweepConfig, trials: list[int]) -> None:
     """
     wanted = []
     for number in trials:
-        record = jobs.committed(job_folder(unit.folder, "trial", number)) or {}
+        record = jobs.committed_record(job_folder(unit.folder, "trial", number)) or {}
         given = {key: record[key] for key in ("params", "budget", "seed")}
         wanted.append(job_of(unit, config, "trial", number, **given).as_json())
     done(job_of(unit, config, "test", jobs=tuple(wanted)), task_of(config))
@@ -311,7 +311,7 @@ def run_all(
     known = {(r["method"], r["seed"]): r for r in results}
     if all((unit.method, unit.seed) in known for unit in units):
         return
-    quiet_environment()
+    set_ray_defaults()
     import ray
 
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -34,7 +34,7 @@ from pages import write_table
 from nipq_search import file_io
 from nipq_search.file_io import write_json
 from nipq_search.search import jobs
-from nipq_search.search.backend.tune import TuneExecutor, quiet_environment
+from nipq_search.search.backend.tune import TuneExecutor, set_ray_defaults
 from nipq_search.search.backend.virtual import VirtualExecutor
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
 from nipq_search.search.jobs import TEST_FILE, Job, JobOutcome, OutcomeKind
@@ -231,7 +231,7 @@ def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, fl
     """
     import functools
 
-    quiet_environment()
+    set_ray_defaults()
     import ray
 
     ray.init(

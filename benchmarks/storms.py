@@ -27,12 +27,12 @@ from postgres_server import Postgres  # noqa: E402
 from storm import Storm  # noqa: E402
 
 from nipq_search.file_io import write_json  # noqa: E402
-from nipq_search.search.backend.tune import quiet_environment  # noqa: E402
+from nipq_search.search.backend.tune import set_ray_defaults  # noqa: E402
 
 
 def one(seed: int, postgres: Postgres) -> dict[str, Any]:
     """Run one storm on its own cluster and return its result."""
-    quiet_environment()
+    set_ray_defaults()
     from ray.cluster_utils import Cluster
 
     folder = Path(tempfile.mkdtemp(prefix="nipq-storm-"))

@@ -52,7 +52,7 @@ def check_home(uri: str) -> None:
         )
 
 
-def within(home: str | None, *names: str) -> str | None:
+def object_uri(home: str | None, *names: str) -> str | None:
     """Return the URI of the object at the path `names` inside `home`; None if `home` is None."""
     if home is None:
         return None
@@ -112,7 +112,7 @@ def write(path: Path, data: bytes, home: str | None) -> None:
 
 def _put(home: str, name: str, data: bytes) -> str:
     """Write a new object and return its URI."""
-    uri = within(home, name)
+    uri = object_uri(home, name)
     assert uri is not None
     with _store(uri) as (files, place):
         if files.type_name == "local":
@@ -205,7 +205,7 @@ def remove(path: Path) -> bool:
     return done
 
 
-def probe(home: str) -> None:
+def check_store(home: str) -> None:
     """Check an object store by writing an object, reading it back and deleting it.
 
     Raises:

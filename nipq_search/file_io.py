@@ -150,7 +150,7 @@ _NETWORK |= {"nfs", "nfs4", "ocfs2", "orangefs", "panfs", "wekafs"}
 _MOUNTS = Path("/proc/self/mounts")
 
 
-def network_file_system(path: Path) -> str | None:
+def network_file_system_type(path: Path) -> str | None:
     """Return the type of the network file system that contains `path`, or None if it is local.
 
     This matters because SQLite's locks are unreliable on network file systems. `path` need not

@@ -20,7 +20,7 @@ def test_written_content_is_read_back(tmp_path, home):
     path = tmp_path / "sweep/model.pt"
     assert not blobs.exists(path) and blobs.digest_of(path) is None
     for data in (b"first", b"second" * 1000):
-        blobs.write(path, data, blobs.within(home, "a name", "trials", "3"))
+        blobs.write(path, data, blobs.object_uri(home, "a name", "trials", "3"))
         assert blobs.exists(path) and blobs.read(path) == data
         assert blobs.digest_of(path) == file_io.digest(data)
         assert blobs.size_of(path) == len(data)
@@ -66,10 +66,10 @@ def test_a_damaged_object_is_reported(tmp_path, s3):
 def test_an_unreachable_store_is_distinguished(tmp_path, s3):
     path = tmp_path / "model.pt"
     blobs.write(path, b"data", s3.home)
-    blobs.probe(s3.home)
+    blobs.check_store(s3.home)
     assert len(s3.objects()) == 1
     with pytest.raises(blobs.StoreUnavailable, match="no-such-bucket"):
-        blobs.probe(s3.home.replace("models", "no-such-bucket"))
+        blobs.check_store(s3.home.replace("models", "no-such-bucket"))
     s3.close()
     with pytest.raises(blobs.StoreUnavailable):
         blobs.read(path)
@@ -91,5 +91,5 @@ def test_invalid_homes_are_rejected(uri, told):
 
 
 def test_names_precede_the_query():
-    assert blobs.within("s3://b/x/?region=r", "a b", "3") == "s3://b/x/a%20b/3?region=r"
-    assert blobs.within(None, "a") is None
+    assert blobs.object_uri("s3://b/x/?region=r", "a b", "3") == "s3://b/x/a%20b/3?region=r"
+    assert blobs.object_uri(None, "a") is None

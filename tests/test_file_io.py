@@ -13,7 +13,7 @@ from nipq_search.errors import UserError
 from nipq_search.search.checks.preflight import check_databases, check_folder
 from nipq_search.search.study.database_lease import make_engine
 from nipq_search.search.study.storage import storage_url
-from nipq_search.tracking.server import given_uri
+from nipq_search.tracking.server import environment_uri
 
 
 def test_a_written_file_is_whole_and_readable_by_others(tmp_path):
@@ -128,13 +128,13 @@ def test_network_file_systems_are_detected_from_mounts(tmp_path, monkeypatch):
         "/home/me/far/away": "fuse.sshfs",
         "/home/me/farther": None,
     }
-    assert {p: file_io.network_file_system(Path(p)) for p in kinds} == kinds
+    assert {p: file_io.network_file_system_type(Path(p)) for p in kinds} == kinds
     monkeypatch.setattr(file_io, "_MOUNTS", tmp_path / "absent")
-    assert file_io.network_file_system(Path("/mnt/shared")) is None
+    assert file_io.network_file_system_type(Path("/mnt/shared")) is None
 
 
 def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_io, "network_file_system", lambda path: "nfs")
+    monkeypatch.setattr(file_io, "network_file_system_type", lambda path: "nfs")
     for name in ("NIPQ_STORAGE_URL", "NIPQ_STORAGE_URL_FILE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="mlflow.db: SQLite on .* set MLFLOW_TRACKING_URI"):
@@ -164,7 +164,7 @@ def test_a_study_in_memory_is_refused(url, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["NIPQ_STORAGE_URL", "MLFLOW_TRACKING_URI"])
 def test_urls_come_from_the_environment_or_from_files(name, tmp_path, monkeypatch):
-    read = {"NIPQ_STORAGE_URL": storage_url, "MLFLOW_TRACKING_URI": given_uri}[name]
+    read = {"NIPQ_STORAGE_URL": storage_url, "MLFLOW_TRACKING_URI": environment_uri}[name]
     for variable in (name, f"{name}_FILE"):
         monkeypatch.delenv(variable, raising=False)
     assert read() is None

@@ -101,7 +101,9 @@ class Monitor:
     def _warn_about_missing_records(self) -> None:
         """Report COMPLETE trials whose records are missing from the sweep's folder."""
         done = [r.trial for r in self.outputs.records if r.state == jobs.COMPLETE and r.cost]
-        lost = [n for n in done if not jobs.committed(jobs.job_folder(self.out, "trial", n))]
+        lost = [
+            n for n in done if not jobs.committed_record(jobs.job_folder(self.out, "trial", n))
+        ]
         if lost:
             names = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
             self.progress.message(
@@ -145,7 +147,7 @@ class Monitor:
             # The last write of a process on another node may become visible with a delay, so keep
             # counting the samples of a job that has ended until its record appears.
             ended = job.name not in self.coordinator.running
-            if ended and jobs.committed(job.folder) is None:
+            if ended and jobs.committed_record(job.folder) is None:
                 self._uncommitted[job.folder] = job
             else:
                 self._uncommitted.pop(job.folder, None)
@@ -175,7 +177,7 @@ class Monitor:
         for job in list(self.coordinator.running.values()):
             if job.kind not in ("trial", "baseline"):
                 continue
-            attempt = jobs.live_attempt(job.folder, job.run)
+            attempt = jobs.live_start(job.folder, job.run)
             if attempt is None:
                 continue
             # Use the driver's monotonic clock, which does not count the time during which the
@@ -195,7 +197,7 @@ class Monitor:
 
     def _refresh(self, running: bool = True) -> None:
         """Update the records from the ledger, then the tables; see `Outputs.refresh`."""
-        self.outputs.refresh(self.coordinator.ledger.look(), running)
+        self.outputs.refresh(self.coordinator.ledger.cached_trials(), running)
 
     def _record_running(self) -> None:
         """Update the outputs with the progress of running trials.
@@ -225,7 +227,7 @@ class Monitor:
         # Workers check for stop requests on their own and may stop before the next `tick`. Without
         # this call, the coordinator would restart their jobs.
         self._handle_stop_request()
-        done = jobs.committed(job.folder)
+        done = jobs.committed_record(job.folder)
         if job.kind == "test":  # test jobs share a folder; its last attempt belongs to this job
             last = jobs.attempts(job.folder)[-1:]
             done = file_io.read_sealed(last[0] / jobs.RESULT) if last else None

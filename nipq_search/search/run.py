@@ -44,7 +44,7 @@ from nipq_search.search.config.sweep_config import (
 )
 from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.coordinator.resolved import ResolvedSweep, resolve_sweep
-from nipq_search.search.jobs import FACTS_FILE, FAIL, SWEEP_FILE, committed, job_folder
+from nipq_search.search.jobs import FACTS_FILE, FAIL, SWEEP_FILE, committed_record, job_folder
 from nipq_search.search.jobs.lease import driver_lease
 from nipq_search.search.monitor import Monitor
 from nipq_search.search.results.outputs import RunStatus
@@ -183,7 +183,7 @@ def _check_same(ledger: Ledger, config: SweepConfig, data: Mapping[str, Any], ou
             )
     except UserError as error:
         folder = job_folder(out, "float", 0)
-        if ledger.trials() or (committed(folder) or {}).get("state") != FAIL:
+        if ledger.trials() or (committed_record(folder) or {}).get("state") != FAIL:
             raise
         raise UserError(f"{error}; or remove {folder}, whose job failed, to start over") from error
 
@@ -345,9 +345,11 @@ def _outcome(coordinator: Coordinator, monitor: Monitor, idle: bool) -> Outcome:
             RunEnd.INTERRUPTED,
             "stopped; run the same command again to resume the sweep",
         )
-    elif monitor.limit and coordinator.open_trials():
+    elif monitor.limit and coordinator.remaining_trials():
         state = RunEnd.LIMIT
-        message = f"{monitor.limit} reached with {coordinator.open_trials()} trials remaining; "
+        message = (
+            f"{monitor.limit} reached with {coordinator.remaining_trials()} trials remaining; "
+        )
         message += "run the same command again to continue the sweep"
         if "hours" in monitor.limit:
             message += " (the test split is evaluated once the sweep is complete)"

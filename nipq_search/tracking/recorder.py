@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from nipq_search.records import CurvePoint, TrialRecord
 from nipq_search.tracking import run_view, server
-from nipq_search.tracking.runs import RunMemory, find_runs
+from nipq_search.tracking.runs import CachedRun, find_runs
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -67,8 +67,8 @@ class _Server:
 
     client: MlflowClient
     experiment: str
-    parent: RunMemory
-    children: dict[int, RunMemory]
+    parent: CachedRun
+    children: dict[int, CachedRun]
     front: set[int]
 
 
@@ -215,7 +215,7 @@ class MlflowRecorder:
             self._pause = min(2 * self._pause, MAX_RETRY_SECONDS)
             if not self._unavailable:
                 fix = ""
-                if self._uri == server.own_uri(self._out):
+                if self._uri == server.local_uri(self._out):
                     fix = "; if this persists, remove mlflow.db and run the same command again"
                 log.warning(
                     "MLflow is not up to date, but no data are lost: %s%s", _line(error), fix
@@ -242,7 +242,7 @@ class MlflowRecorder:
             parent = found[0]
         else:
             run = client.create_run(experiment, tags=tags, run_name=self._sweep)
-            parent = RunMemory(client, run)
+            parent = CachedRun(client, run)
         params = run_view.flatten(config)
         changed = {k: v for k, v in params.items() if parent.params.get(k, v) != v}
         # Also update values that were changed for one resume and reverted for a later one.
@@ -253,7 +253,7 @@ class MlflowRecorder:
             client.log_inputs(parent.run_id, datasets=[server.dataset_input(dataset)])
         if self._ended is None:
             parent.set_status("RUNNING")
-        children: dict[int, RunMemory] = {}
+        children: dict[int, CachedRun] = {}
         for child in find_runs(client, experiment, "mlflow.parentRunId", parent.run_id):
             children.setdefault(int(child.tags.get("nipq.trial", -1)), child)
         front = {n for n, child in children.items() if child.tags.get("on_front") == "true"}
@@ -292,7 +292,7 @@ class MlflowRecorder:
         on_front = self._is_on_front(trial)
         tags["on_front"] = str(on_front).lower()
         if child is None:
-            child = RunMemory(
+            child = CachedRun(
                 found.client,
                 found.client.create_run(
                     found.experiment,
@@ -323,7 +323,7 @@ class MlflowRecorder:
         return {} if strength is None else {"lambda": run_view.value_text(strength)}
 
     def _store_layers(
-        self, found: _Server, child: RunMemory, layers: Sequence[Mapping[str, Any]]
+        self, found: _Server, child: CachedRun, layers: Sequence[Mapping[str, Any]]
     ) -> None:
         """Store `layers` as the artifact `bits.json`, unless the run already contains them."""
         digest = run_view.fingerprint(layers)

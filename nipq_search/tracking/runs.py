@@ -19,7 +19,7 @@ TEXTS_PER_BATCH = 100
 """Maximum number of params per batch, and of tags per batch, which is MLflow's limit for each."""
 
 
-class RunMemory:
+class CachedRun:
     """A run on the server, with a local copy of its params, tags, status and metrics.
 
     Args:
@@ -117,7 +117,7 @@ class RunMemory:
         self.status = status
 
 
-def find_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> list[RunMemory]:
+def find_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> list[CachedRun]:
     """Return the active runs with a given tag, oldest first.
 
     Args:
@@ -129,7 +129,7 @@ def find_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> li
     Returns:
         The matching runs, with local copies of their state.
     """
-    found: list[RunMemory] = []
+    found: list[CachedRun] = []
     token: str | None = None
     while True:
         with warnings.catch_warnings():
@@ -141,7 +141,7 @@ def find_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> li
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
-        found += [RunMemory(client, run) for run in page]
+        found += [CachedRun(client, run) for run in page]
         token = page.token
         if not token:
             return found

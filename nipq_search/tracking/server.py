@@ -52,10 +52,10 @@ def tracking_uri(out: Path, uri: str | None = None) -> str:
     Raises:
         UserError: the file that `MLFLOW_TRACKING_URI_FILE` names cannot be read or is empty.
     """
-    return uri or given_uri() or own_uri(out)
+    return uri or environment_uri() or local_uri(out)
 
 
-def given_uri() -> str | None:
+def environment_uri() -> str | None:
     """Return the URI of the server from the environment, or None if it is not set there.
 
     The URI is the value of `MLFLOW_TRACKING_URI`, or the content of the file that
@@ -68,7 +68,7 @@ def given_uri() -> str | None:
     return setting("MLFLOW_TRACKING_URI")
 
 
-def own_uri(out: Path) -> str:
+def local_uri(out: Path) -> str:
     """Return the URI of the SQLite file `mlflow.db` in the sweep's folder `out`."""
     return f"sqlite:///{out.absolute()}/mlflow.db"
 

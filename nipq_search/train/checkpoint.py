@@ -56,7 +56,7 @@ def save_checkpoint(
     data = to_bytes(state)
     target = folder / f"{step:09d}"
     try:
-        inside = blobs.within(home, "checkpoints", target.name)
+        inside = blobs.object_uri(home, "checkpoints", target.name)
         blobs.write(target / "state.pt", data, inside)
         manifest = {"step": step, "state": file_io.digest(data), "bytes": len(data)}
         file_io.write_sealed(target / "manifest.json", manifest)

@@ -21,9 +21,9 @@ still has ten seconds for each reply, as by default."""
 @pytest.fixture(scope="session")
 def head() -> Iterator[Any]:
     """The head of a cluster, without resources for trials."""
-    from nipq_search.search.backend.tune import quiet_environment
+    from nipq_search.search.backend.tune import set_ray_defaults
 
-    quiet_environment()
+    set_ray_defaults()
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:

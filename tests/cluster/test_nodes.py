@@ -126,13 +126,13 @@ def test_a_type_of_node_that_is_too_small_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(nodes, "BOOTSTRAP_FILE", tmp_path / "bootstrap.yaml")
     more = {"autoscale": True, "concurrent": 2}
     wanted = ResourcesSection(cpus=4, **more)
-    nodes.check_room(wanted, grows=True)  # the types of nodes that may be added are unknown
+    nodes.check_trial_fits(wanted, grows=True)  # the types of nodes that may be added are unknown
     types = {"head": {"resources": {"CPU": 2}}, "worker": {"resources": {"CPU": 8, "GPU": 1}}}
     nodes.BOOTSTRAP_FILE.write_text(yaml.safe_dump({"available_node_types": types}))
-    nodes.check_room(wanted, grows=True)
-    nodes.check_room(ResourcesSection(cpus=4, gpus=1, memory_gb=99, **more), grows=True)
+    nodes.check_trial_fits(wanted, grows=True)
+    nodes.check_trial_fits(ResourcesSection(cpus=4, gpus=1, memory_gb=99, **more), grows=True)
     message = "gpus: one trial requests 4, but the largest node type has 1"
     with pytest.raises(UserError, match=message):
-        nodes.check_room(ResourcesSection(cpus=1, gpus=4, **more), grows=True)
+        nodes.check_trial_fits(ResourcesSection(cpus=1, gpus=4, **more), grows=True)
     with pytest.raises(UserError, match="cpus: one trial requests 4, but the largest node has 2"):
-        nodes.check_room(wanted, grows=False)
+        nodes.check_trial_fits(wanted, grows=False)

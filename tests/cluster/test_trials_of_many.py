@@ -65,7 +65,7 @@ def test_trials_get_parts_of_gpus_and_several(tmp_path, cluster, gpus, processes
     command = Command(tmp_path)
     command.run("--address", cluster.address)
     assert states(command.out) == ["COMPLETE"] * 2
-    record = jobs.committed(job_folder(command.out, "trial", 1))
+    record = jobs.committed_record(job_folder(command.out, "trial", 1))
     assert record["workers"] == processes
 
     import ray

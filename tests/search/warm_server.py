@@ -260,9 +260,9 @@ def main() -> None:
     programs.close()
     replace_actor_class_ids()
 
-    from nipq_search.search.backend.tune import quiet_environment
+    from nipq_search.search.backend.tune import set_ray_defaults
 
-    quiet_environment()
+    set_ray_defaults()
     os.environ["RAY_enable_pipe_based_agent_to_parent_health_check"] = "1"
     import_all(COMMAND_MODULES)
     use_template()

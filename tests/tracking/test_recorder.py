@@ -24,7 +24,7 @@ DATASET = {"name": "digits", "digest": "ab" * 32, "train": 1000}
 def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """An empty MLflow database, copied by each test because creating one takes seconds."""
     folder = tmp_path_factory.mktemp("empty")
-    server.open_client(server.own_uri(folder))
+    server.open_client(server.local_uri(folder))
     return (folder / "mlflow.db").read_bytes()
 
 
@@ -46,7 +46,7 @@ def begin(out: Path, sweep: str = "digits", config: Any = None, **options: Any) 
 
 def runs(out: Path) -> tuple[list[Run], dict[int, Run]]:
     """Return the parent runs, and the children by trial number; fail on duplicate children."""
-    client = server.open_client(server.own_uri(out))
+    client = server.open_client(server.local_uri(out))
     found = list(client.search_runs(["1"]))
     children = [run for run in found if "nipq.trial" in run.data.tags]
     numbers = [int(run.data.tags["nipq.trial"]) for run in children]
@@ -55,7 +55,7 @@ def runs(out: Path) -> tuple[list[Run], dict[int, Run]]:
 
 
 def steps(out: Path, run: Run, key: str) -> list[int]:
-    client = server.open_client(server.own_uri(out))
+    client = server.open_client(server.local_uri(out))
     return sorted(metric.step for metric in client.get_metric_history(run.info.run_id, key))
 
 
@@ -192,7 +192,7 @@ def test_changes_of_the_front_update_the_tags(out: Path, monkeypatch: pytest.Mon
 
 
 def test_sweeps_of_the_same_name_are_separate_on_a_server(out: Path) -> None:
-    uri = server.own_uri(out)
+    uri = server.local_uri(out)
     for folder in ("a", "b", "a"):
         recorder = begin(out.parent / folder, uri=uri, identity=folder)
         recorder.record(complete(0), curve(0))
@@ -304,7 +304,7 @@ def test_creating_a_database_logs_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "größe"
-    recorder = begin(out, uri=server.own_uri(out), identity="x")
+    recorder = begin(out, uri=server.local_uri(out), identity="x")
     recorder.finish("FINISHED")
     assert not recorder.behind
     assert (out / "mlflow.db").is_file()

@@ -36,7 +36,7 @@ def alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def check_room(resources: ResourcesSection, grows: bool) -> None:
+def check_trial_fits(resources: ResourcesSection, grows: bool) -> None:
     """Check that one trial fits on an existing node, or on one that the cluster can add.
 
     If it is unknown which types of nodes the cluster can add, log a warning instead of raising.

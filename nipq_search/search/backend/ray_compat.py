@@ -18,7 +18,7 @@ GCS_RECONNECT_TIMEOUT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 to reconnect to a lost head. Tested with Ray 2.60."""
 
 
-def allow_restart(trial: Any, allowed: bool) -> None:
+def set_restart_allowed(trial: Any, allowed: bool) -> None:
     """Set whether Tune restarts a trial's process after its next failure.
 
     Tune applies one `max_failures` to all trials, but the number of failed starts is counted per

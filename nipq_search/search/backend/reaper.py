@@ -83,7 +83,7 @@ def ray_children(driver: int, others: set[int]) -> set[int]:
 
 
 @contextlib.contextmanager
-def reaped() -> Iterator[None]:
+def reap_ray_processes() -> Iterator[None]:
     """Kill Ray processes started in this context that outlive it, or that outlive this process.
 
     On systems without `/proc`, do nothing.

@@ -20,8 +20,8 @@ from typing import Any
 from nipq_search.errors import UserError
 from nipq_search.search.backend.base import Work
 from nipq_search.search.backend.code_shipping import EXCLUDES, can_ship_code
-from nipq_search.search.backend.nodes import check_room, slots
-from nipq_search.search.backend.reaper import reaped
+from nipq_search.search.backend.nodes import check_trial_fits, slots
+from nipq_search.search.backend.reaper import reap_ray_processes
 from nipq_search.search.config.resources import ResourcesSection
 from nipq_search.search.coordinator.coordinator import Coordinator
 from nipq_search.search.jobs import Job
@@ -31,7 +31,7 @@ AUTH_MODE = "RAY_AUTH_MODE"
 """Environment variable that sets whether connections to a cluster carry a token."""
 
 
-def quiet_environment() -> None:
+def set_ray_defaults() -> None:
     """Set defaults for Ray's environment variables, mainly to disable telemetry and output.
 
     Also disables Tune's handling of Ctrl-C and its buffering of results. Variables that are
@@ -152,7 +152,7 @@ def ray_cluster(
         UserError: no cluster is reachable at the address, or no node is large enough for a trial.
         RuntimeError: Ray did not start on this machine.
     """
-    quiet_environment()
+    set_ray_defaults()
     if address is not None:
         check_listening(address)
     if "ray" in sys.modules:
@@ -220,11 +220,11 @@ def _connected(
     with ExitStack() as own:
         if address is None:
             own.enter_context(loopback_only())
-            own.enter_context(reaped())
+            own.enter_context(reap_ray_processes())
         _start(options, address)
         try:
             if check:
-                check_room(resources, grows=address is not None and resources.autoscale)
+                check_trial_fits(resources, grows=address is not None and resources.autoscale)
             yield
         finally:
             ray.shutdown()

@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 
 from nipq_search.search import jobs
 from nipq_search.search.backend.base import MAX_FAILED_STARTS
-from nipq_search.search.backend.ray_compat import allow_restart
+from nipq_search.search.backend.ray_compat import set_restart_allowed
 from nipq_search.search.coordinator.coordinator import Coordinator, Verdict
 from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind
 from nipq_search.search.worker import failures
@@ -27,7 +27,7 @@ def _becomes_visible(job: Job) -> bool:
     For a test job, do not wait: it suffices that one of its attempts is visible.
     """
     limit = time.monotonic() + _RECORD_VISIBILITY_SECONDS
-    while jobs.committed(job.folder) is None:
+    while jobs.committed_record(job.folder) is None:
         if job.kind == "test" or time.monotonic() > limit:
             return job.kind == "test" and bool(jobs.attempts(job.folder))
         time.sleep(1)
@@ -142,13 +142,13 @@ class JobSearcher(Searcher):
         job = self._jobs.get(trial.trial_id)
         if job is None:
             return
-        error = failures.error_of(trial)
+        error = failures.tune_trial_error(trial)
         with contextlib.suppress(OSError):  # a full disk is reported by the worker
             failures.record_causes(job.folder, job.run, error)
         self._count_start(job, failures.classify(error, node_is_dead=False))
         # After the last allowed start, another death is final unless an attempt has begun.
         failed_starts = self._failed_starts.get(job.name, (0, 0))[1]
-        allow_restart(trial, failed_starts < MAX_FAILED_STARTS)
+        set_restart_allowed(trial, failed_starts < MAX_FAILED_STARTS)
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the ledger stores the state."""

@@ -134,9 +134,9 @@ def _storage() -> str:
 
 
 def _tracking() -> str:
-    from nipq_search.tracking.server import given_uri, open_client
+    from nipq_search.tracking.server import environment_uri, open_client
 
-    uri = given_uri()
+    uri = environment_uri()
     if uri is None:
         return "a file in the sweep's folder (set MLFLOW_TRACKING_URI to use a server)"
     try:

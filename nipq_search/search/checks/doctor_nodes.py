@@ -68,7 +68,7 @@ def inspect_node(
         found["read"], found["error"] = False, str(error)
     try:
         if home is not None:
-            blobs.probe(home)
+            blobs.check_store(home)
     except (OSError, UserError) as error:
         found["store_error"] = " ".join(str(error).split())[:200]
     if task is not None:

@@ -70,7 +70,7 @@ def check_databases(out: Path) -> None:
         file = Path(place.partition("?")[0]) if sqlite else None
         if not uri and (out / name).exists():
             file = out / name
-        if file is not None and (kind := file_io.network_file_system(file)):
+        if file is not None and (kind := file_io.network_file_system_type(file)):
             raise UserError(
                 f"{file}: SQLite on a network file system ({kind}) can lose data; set {variable} "
                 "to a server's URL, such as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, "
@@ -88,7 +88,7 @@ def check_checkpoints(home: str | None) -> None:
     """
     try:
         if home is not None:
-            blobs.probe(home)
+            blobs.check_store(home)
     except OSError as error:
         raise UserError(
             f"checkpoints: {error.strerror or error}; check the URI and the keys in the "

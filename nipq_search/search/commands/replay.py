@@ -19,7 +19,7 @@ from nipq_search.records import SCHEMA
 from nipq_search.search import jobs
 from nipq_search.search.checks.preflight import load_task
 from nipq_search.search.config.sweep_config import SweepConfig, parse_config
-from nipq_search.search.jobs import Job, committed, job_folder, model_file
+from nipq_search.search.jobs import Job, committed_record, job_folder, model_file
 from nipq_search.search.results.sweep import Sweep
 from nipq_search.search.worker.process_group import launch_group
 from nipq_search.search.worker.provenance import provenance, provenance_changes
@@ -141,7 +141,7 @@ def _train_again(
 def _record(sweep: Sweep, trial: int) -> dict[str, Any]:
     """Return the record of a COMPLETE trial; raise `UserError` if there is none."""
     state = sweep.record(trial).state
-    record = committed(job_folder(sweep.folder, "trial", trial))
+    record = committed_record(job_folder(sweep.folder, "trial", trial))
     if state == jobs.COMPLETE and record is None:
         place = job_folder(sweep.folder, "trial", trial)
         raise UserError(f"trial {trial}: its record is missing from {place}; restore the folder")

@@ -14,7 +14,7 @@ from typing import Any
 
 from nipq_search.errors import UserError
 from nipq_search.search.backend.code_shipping import EXCLUDES, can_ship_code, sources
-from nipq_search.search.backend.tune import quiet_environment, token_exists
+from nipq_search.search.backend.tune import set_ray_defaults, token_exists
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.jobs import SWEEP_FILE
 
@@ -22,7 +22,7 @@ _SUBMIT_TIMEOUT_SECONDS = 60.0
 """How long to retry the submission, because a head that has just started may refuse jobs."""
 
 
-def command_of(name: str, out: str | None, overrides: Sequence[str], trials: int | None) -> str:
+def run_command(name: str, out: str | None, overrides: Sequence[str], trials: int | None) -> str:
     """Build the shell command that the job runs on the head.
 
     Args:
@@ -98,7 +98,7 @@ def submit(
             "submit: Ray's job client is missing; install it with: "
             "python -m pip install 'ray[default]'"
         )
-    quiet_environment()
+    set_ray_defaults()
     if token_exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobSubmissionClient
@@ -106,7 +106,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="nipq-submit-") as staged:
         _stage(Path(staged), config_file, config.task)
         job = {
-            "entrypoint": command_of(config.name, out, overrides, trials),
+            "entrypoint": run_command(config.name, out, overrides, trials),
             "runtime_env": {"working_dir": staged},
             "metadata": {"sweep": config.name},
         }

@@ -20,7 +20,7 @@ from nipq_search.search import jobs
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.resolved import ResolvedSweep
 from nipq_search.search.coordinator.trials import Trials
-from nipq_search.search.jobs import SCORES, TEST_FILE, Job, committed, job_folder
+from nipq_search.search.jobs import SCORES, TEST_FILE, Job, committed_record, job_folder
 from nipq_search.search.strategies.pareto import non_dominated
 from nipq_search.search.study.ledger import Ledger
 from nipq_search.train.loop import seed_for
@@ -102,8 +102,8 @@ class Coordinator:
         trials depend sets `failure`.
         """
         self.trials.reconcile()
-        self._check_float(committed(job_folder(self.out, "float", 0)))
-        self._check_scores(committed(job_folder(self.out, SCORES, 0)))
+        self._check_float(committed_record(job_folder(self.out, "float", 0)))
+        self._check_scores(committed_record(job_folder(self.out, SCORES, 0)))
 
     def stop(self) -> None:
         """Start no further jobs; this does not stop the jobs that are running."""
@@ -131,11 +131,11 @@ class Coordinator:
             return False
         if any(self._state(*job) is None for job in [("float", 0), *self._before_trials()]):
             return True
-        if self.trials.open or (self.open_trials() > 0 and not self.limit_reached()):
+        if self.trials.open or (self.remaining_trials() > 0 and not self.limit_reached()):
             return True
         return not self._tested and self._test_job() is not None
 
-    def open_trials(self) -> int:
+    def remaining_trials(self) -> int:
         """Return the number of trials that have not ended; see `Trials.remaining`."""
         return self.trials.remaining()
 
@@ -174,7 +174,7 @@ class Coordinator:
                 because it paused or a stop was requested.
         """
         self.running.pop(job.name, None)
-        record = committed(job.folder)
+        record = committed_record(job.folder)
         if record is None and lost is not None:
             self._lost.add(job.folder)
             record = {"state": jobs.FAIL, "reason": lost}
@@ -232,7 +232,7 @@ class Coordinator:
     def _state(self, kind: str, number: int) -> str | None:
         """Return the state of a job's record, or None if the job is open."""
         folder = job_folder(self.out, kind, number)
-        if (record := committed(folder)) is not None:
+        if (record := committed_record(folder)) is not None:
             return str(record["state"])
         return jobs.FAIL if folder in self._lost else None
 
@@ -259,7 +259,7 @@ class Coordinator:
             if self._state("baseline", bits) == jobs.COMPLETE
         ]
         for number in sorted(self.front()):
-            record = committed(job_folder(self.out, "trial", number))
+            record = committed_record(job_folder(self.out, "trial", number))
             if record is not None:
                 subjects.append(
                     self._job("trial", number, params=record["params"], budget=record["budget"])

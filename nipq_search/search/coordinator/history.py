@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from nipq_search.cost import COSTS
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.resolved import ResolvedSweep
-from nipq_search.search.jobs import committed, job_folder
+from nipq_search.search.jobs import committed_record, job_folder
 from nipq_search.search.strategies.expected_gain import Axes
 from nipq_search.search.strategies.pareto import default_reference, non_dominated
 from nipq_search.search.strategies.strategies import FinishedTrial, SearchState
@@ -154,7 +154,7 @@ class TrialHistory:
     def _axes(self) -> Axes | None:
         """Return the rectangle of the hypervolume, or None until the float model is trained."""
         resolved = self._resolved
-        record = committed(job_folder(self._out, "float", 0)) or {}
+        record = committed_record(job_folder(self._out, "float", 0)) or {}
         best = record.get("metrics", {}).get(resolved.metric)
         if best is None:
             return None
@@ -169,7 +169,7 @@ class TrialHistory:
             best=self._sign * best,
         )
 
-    def ranked(self, metrics: Mapping[str, float]) -> float:
+    def signed_metric(self, metrics: Mapping[str, float]) -> float:
         """Return the task's metric, negated if it is minimized, so that greater is better.
 
         The result is minus infinity if the metric is missing.

@@ -21,7 +21,7 @@ from nipq_search.search.config.space import split
 from nipq_search.search.config.sweep_config import SweepConfig
 from nipq_search.search.coordinator.history import TARGET, TrialHistory, targets_of
 from nipq_search.search.coordinator.resolved import ResolvedSweep
-from nipq_search.search.jobs import Job, committed, job_folder, model_file, rung_records
+from nipq_search.search.jobs import Job, committed_record, job_folder, model_file, rung_records
 from nipq_search.search.strategies.halving import Standing, to_promote
 from nipq_search.search.strategies.samplers import RUNGS
 from nipq_search.search.strategies.strategies import STRATEGIES, Assignment
@@ -78,7 +78,7 @@ class Trials:
             remove_checkpoints(self._folder(trial.number) / "checkpoints")  # left by a crash
         self.open = []
         for trial in self.ledger.trials(TrialState.RUNNING):
-            if (record := committed(self._folder(trial.number))) is not None:
+            if (record := committed_record(self._folder(trial.number))) is not None:
                 self.tell(trial.number, record)
             else:
                 self._keep_open(trial)
@@ -141,7 +141,7 @@ class Trials:
             return self._promote(promoted)
         # Pruning below relies on there being no waiting trial, so a cached list, which may lack
         # new trials, does not suffice.
-        trials = self.ledger.trials() if self.strategy.rungs else self.ledger.look()
+        trials = self.ledger.trials() if self.strategy.rungs else self.ledger.cached_trials()
         unfinished = self.history.update(trials)
         waiting = any(t.state is TrialState.WAITING for t in unfinished)
         if more and (waiting or len(trials) < self.config.search.trials):
@@ -269,7 +269,7 @@ class Trials:
                     Standing(
                         number=trial.number,
                         bracket=int(trial.params[BUDGET]),
-                        metrics=[self.history.ranked(rung["metrics"]) for rung in measured],
+                        metrics=[self.history.signed_metric(rung["metrics"]) for rung in measured],
                         paused=running and self._is_paused(trial),
                         pruned=trial.state is TrialState.PRUNED,
                     )

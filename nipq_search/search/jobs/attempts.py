@@ -77,7 +77,7 @@ def attempts(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("attempt-")))
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; an empty one if the file contains none or is missing."""
     document = file_io.read_json(path)
     return document if isinstance(document, dict) else {}
@@ -89,7 +89,7 @@ def _number(document: Mapping[str, Any], key: str) -> float | None:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def committed(folder: Path) -> dict[str, Any] | None:
+def committed_record(folder: Path) -> dict[str, Any] | None:
     """Return the newest result record that an attempt of a job committed, or None."""
     for attempt in reversed(attempts(folder)):
         if (record := file_io.read_sealed(attempt / RESULT)) is not None:
@@ -128,7 +128,7 @@ def model_files(folder: Path, *, obsolete: bool = False) -> list[Path]:
     """
     found = [attempt / MODEL_FILE for attempt in attempts(folder)]
     if obsolete:
-        current = model_file(folder) if committed(folder) else None
+        current = model_file(folder) if committed_record(folder) else None
         found = [model for model in found if current not in (None, model)]
     return [model for model in found if blobs.exists(model)]
 
@@ -171,7 +171,7 @@ def training_setup(folder: Path) -> dict[str, Any]:
     """
     keys = ("threads", "workers", "parent")
     for attempt in reversed(attempts(folder)):
-        started = read_document(attempt / STARTED)
+        started = read_json_object(attempt / STARTED)
         if all(key in started for key in keys):
             return {key: started[key] for key in keys}
     return {}
@@ -270,7 +270,7 @@ def lost_attempts(folder: Path, run: str) -> list[tuple[Path, dict[str, Any]]]:
     """
     found = []
     for attempt in attempts(folder):
-        started = read_document(attempt / STARTED)
+        started = read_json_object(attempt / STARTED)
         if started.get("run") == run and not _has_ended(attempt):
             found.append((attempt, started))
     return found
@@ -299,16 +299,16 @@ def record_cause(attempt: Path, cause: Cause, detail: str) -> None:
 
 def cause_of(attempt: Path) -> Cause | None:
     """Return the cause that `record_cause` wrote for an attempt, or None."""
-    cause = read_document(attempt / LOST).get("cause")
+    cause = read_json_object(attempt / LOST).get("cause")
     return Cause(cause) if cause in list(Cause) else None
 
 
-def lost_time(attempt: Path) -> float:
+def loss_recorded_at(attempt: Path) -> float:
     """Return the Unix time at which an attempt's loss was recorded; 0 if it was not recorded."""
-    return _number(read_document(attempt / LOST), "time") or 0.0
+    return _number(read_json_object(attempt / LOST), "time") or 0.0
 
 
-def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
+def live_start(folder: Path, run: str) -> dict[str, Any] | None:
     """Return the content of a job's last `started.json`, or None unless that attempt is running.
 
     It is running if it belongs to the driver's run `run` and no file records its end. The added
@@ -318,7 +318,7 @@ def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
         return None
     attempt = found[-1]
     ended = any((attempt / name).exists() for name in (RESULT, STOPPED, LOST))
-    started = read_document(attempt / STARTED)
+    started = read_json_object(attempt / STARTED)
     if ended or _hung(attempt) or started.get("run") != run:
         return None
     return {**started, "folder": str(attempt)}
@@ -329,7 +329,7 @@ def live_attempt(folder: Path, run: str) -> dict[str, Any] | None:
 
 def samples_processed(folder: Path) -> int:
     """Return how many training samples a job's attempts processed, including repeated ones."""
-    found = (_number(read_document(a / PROGRESS), "samples") for a in attempts(folder))
+    found = (_number(read_json_object(a / PROGRESS), "samples") for a in attempts(folder))
     return sum(int(samples or 0) for samples in found)
 
 
@@ -337,8 +337,8 @@ def seconds_spent(folder: Path) -> float:
     """Return how many seconds a job's attempts took, each up to its last progress report."""
     total = 0.0
     for attempt in attempts(folder):
-        started = _number(read_document(attempt / STARTED), "time")
-        reported = _number(read_document(attempt / PROGRESS), "time")
+        started = _number(read_json_object(attempt / STARTED), "time")
+        reported = _number(read_json_object(attempt / PROGRESS), "time")
         if started is not None and reported is not None:
             total += max(0.0, reported - started)
     return total
@@ -346,7 +346,7 @@ def seconds_spent(folder: Path) -> float:
 
 def first_start(folder: Path) -> float | None:
     """Return the Unix time at which a job's first attempt started; None if none has started."""
-    times = [_number(read_document(attempt / STARTED), "time") for attempt in attempts(folder)]
+    times = [_number(read_json_object(attempt / STARTED), "time") for attempt in attempts(folder)]
     return min((t for t in times if t is not None), default=None)
 
 

@@ -18,7 +18,7 @@ from nipq_search.cost import CONVENTION
 from nipq_search.file_io import read_sealed
 from nipq_search.records import SCHEMA, Baseline, TrialRecord
 from nipq_search.search import jobs
-from nipq_search.search.jobs import TEST_FILE, committed, job_folder
+from nipq_search.search.jobs import TEST_FILE, committed_record, job_folder
 from nipq_search.search.strategies.pareto import default_reference, hypervolume, non_dominated
 from nipq_search.search.strategies.unseen_trials import UnseenTrials, is_foreign
 from nipq_search.search.study.ledger import BUDGET
@@ -156,7 +156,7 @@ def baselines(bits: Sequence[int], metric: str, out: Path) -> list[Baseline]:
     found = []
     for width in bits:
         folder = job_folder(out, "baseline", width)
-        record = committed(folder)
+        record = committed_record(folder)
         if record is None or record["state"] != jobs.COMPLETE:
             continue
         found.append(
@@ -210,7 +210,7 @@ def front_document(
     """
     metric, mode, cost = facts["metric"], facts["mode"], facts["front_cost"]
     folder = job_folder(out, "float", 0)
-    record = committed(folder) or {}
+    record = committed_record(folder) or {}
     floats = {
         "validation": record.get("metrics", {}).get(metric),
         "test": test_metric(folder, metric),
@@ -290,12 +290,12 @@ def _stage(
     """Return the name of a running sweep's stage, or None if no driver is running."""
     if driver is None:
         return None
-    if committed(job_folder(out, "float", 0)) is None:
+    if committed_record(job_folder(out, "float", 0)) is None:
         return "float model"
-    if (out / jobs.SCORES).is_dir() and committed(job_folder(out, jobs.SCORES, 0)) is None:
+    if (out / jobs.SCORES).is_dir() and committed_record(job_folder(out, jobs.SCORES, 0)) is None:
         return "sensitivity scores"
     widths = config["search"]["baselines"]
-    if any(committed(job_folder(out, "baseline", bits)) is None for bits in widths):
+    if any(committed_record(job_folder(out, "baseline", bits)) is None for bits in widths):
         return "baselines"
     return "trials" if states["RUNNING"] else "test split"
 
@@ -320,7 +320,7 @@ def status_document(
         states[record.state] += 1
         progress: dict[str, Any] = {}
         if record.folder is not None:
-            progress = jobs.read_document(out / record.folder / jobs.PROGRESS)
+            progress = jobs.read_json_object(out / record.folder / jobs.PROGRESS)
         rows.append(
             {
                 "trial": record.trial,

@@ -158,7 +158,7 @@ def _initial_garbage(out: Path) -> list[Path]:
     Only jobs with a committed record are considered, because the others may still resume.
     """
     folders = [out / "float", *sorted((out / "baselines").glob("*"))]
-    done = [folder for folder in folders if jobs.committed(folder) is not None]
+    done = [folder for folder in folders if jobs.committed_record(folder) is not None]
     checkpoints = [folder / "checkpoints" for folder in done]
     spare = [model for folder in done for model in jobs.model_files(folder, obsolete=True)]
     return [path for path in checkpoints if path.is_dir()] + spare

@@ -25,7 +25,7 @@ from nipq_search.search.jobs import (
     FACTS_FILE,
     REPORT_FILE,
     SWEEP_FILE,
-    committed,
+    committed_record,
     job_folder,
     model_file,
 )
@@ -198,19 +198,19 @@ class Sweep:
 
     def layers(self, trial: int) -> list[dict[str, Any]]:
         """Return the bit-widths and costs of a COMPLETE trial by layer; empty for other trials."""
-        record = committed(job_folder(self.folder, "trial", trial)) or {}
+        record = committed_record(job_folder(self.folder, "trial", trial)) or {}
         return list(record.get("layers", []))
 
     def history(self, trial: int) -> list[dict[str, Any]]:
         """Return the `TrainResult.history` of a COMPLETE trial; empty for other trials."""
-        record = committed(job_folder(self.folder, "trial", trial)) or {}
+        record = committed_record(job_folder(self.folder, "trial", trial)) or {}
         return list(record.get("history", []))
 
     def model_file(self, trial: int) -> Path | None:
         """Return the path of a trial's trained model, or None if it does not exist."""
         folder = job_folder(self.folder, "trial", trial)
         file = model_file(folder)
-        return file if committed(folder) and blobs.exists(file) else None
+        return file if committed_record(folder) and blobs.exists(file) else None
 
     def load_model(self, trial: int) -> nn.Module:
         """Load the hard-quantized model of a COMPLETE trial, in evaluation mode on the CPU.
@@ -225,7 +225,7 @@ class Sweep:
             raise UserError(self._why_no_model(trial, state))
         config = parse_config(dict(self.config))
         task = make_task(config.task, config.task_args)
-        record = committed(job_folder(self.folder, "trial", trial)) or {}
+        record = committed_record(job_folder(self.folder, "trial", trial)) or {}
         spec = TrainSpec(
             train=config.train.with_hyperparameters(split(record["params"])[0]),
             seed=record["seed"],
@@ -238,7 +238,7 @@ class Sweep:
         why = "deleted by `nipq-search gc`"
         if state != "COMPLETE":
             why = f"its state is {state}"
-        elif committed(folder := job_folder(self.folder, "trial", trial)) is None:
+        elif committed_record(folder := job_folder(self.folder, "trial", trial)) is None:
             why = f"its record is missing; restore {folder}"
         return f"trial {trial}: no trained model ({why})"
 

@@ -194,7 +194,7 @@ class Ledger:
         """Return the trials in these states (default: all), ordered by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
-    def look(self) -> list[FrozenTrial]:
+    def cached_trials(self) -> list[FrozenTrial]:
         """Return all trials; the list is cached for `_FRESH_SECONDS`, because reading is slow.
 
         Writing to the study through this object invalidates the cache.

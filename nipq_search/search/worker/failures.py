@@ -110,7 +110,7 @@ def is_machine_fault(error: BaseException, out: Path) -> bool:
     return found.errno in MACHINE_ERRNOS or (in_sweep and found.errno in _FOLDER_ERRNOS)
 
 
-def is_missing_here(error: BaseException, out: Path) -> bool:
+def is_missing_only_here(error: BaseException, out: Path) -> bool:
     """Return whether an error concerns a file that exists on the driver's host but not here.
 
     Such a file may contain the task's data, for example. Files in the sweep's folder `out` are
@@ -128,7 +128,7 @@ def is_missing_here(error: BaseException, out: Path) -> bool:
     return file_exists_on(str(host), str(file))
 
 
-def is_gpu_memory(error: BaseException) -> bool:
+def is_gpu_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that a GPU ran out of memory.
 
     Another process may have taken the memory, so the job may succeed in a new process.
@@ -151,7 +151,11 @@ def is_environment_fault(error: BaseException, out: Path) -> bool:
     This is the case for machine faults, files that are missing only on this node, and a lack of
     GPU memory.
     """
-    return is_machine_fault(error, out) or is_missing_here(error, out) or is_gpu_memory(error)
+    return (
+        is_machine_fault(error, out)
+        or is_missing_only_here(error, out)
+        or is_gpu_out_of_memory(error)
+    )
 
 
 def gpu_is_lost() -> bool:
@@ -295,14 +299,14 @@ def await_node_states(folder: Path, run: str) -> None:
             for attempt, started in jobs.lost_attempts(folder, run)
             if started.get("node") not in (None, own)
             and jobs.cause_of(attempt) is not Cause.NODE
-            and time.time() - jobs.lost_time(attempt) < NODE_DEATH_SECONDS
+            and time.time() - jobs.loss_recorded_at(attempt) < NODE_DEATH_SECONDS
         ]
         if not recent:
             return
         time.sleep(1)
 
 
-def error_of(trial: Any) -> BaseException | None:
+def tune_trial_error(trial: Any) -> BaseException | None:
     """Return the exception that Ray raised for a failed Tune trial; None if it cannot be read."""
     with contextlib.suppress(Exception):
         import pickle

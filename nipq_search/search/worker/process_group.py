@@ -369,7 +369,7 @@ def _describe(error: Exception) -> dict[str, Any]:
         "text": text[:500],
         "errno": number,
         "echo": _is_echo(error),
-        "gpu_memory": failures.is_gpu_memory(error),
+        "gpu_memory": failures.is_gpu_out_of_memory(error),
     }
 
 

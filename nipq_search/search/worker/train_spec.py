@@ -26,7 +26,7 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
             seed=job.seed,
             # A given checkpoint is evaluated and stored as is, without training.
             float_model=None if file is None else Path(file),
-            home=home_of(config, job),
+            home=store_uri(config, job),
         )
     out = Path(job.out)
     params, profile = split(job.params)
@@ -48,7 +48,7 @@ def train_spec(config: SweepConfig, job: Job) -> TrainSpec:
         pause=_pause_share(config, job),
         losses=losses,
         least_noise_steps=strategy.least_noise_steps if job.kind == "trial" else 0,
-        home=home_of(config, job),
+        home=store_uri(config, job),
     )
 
 
@@ -84,20 +84,20 @@ def _schedule(config: SweepConfig, job: Job, training: TrainConfig) -> TrainConf
 
 def _sensitivity_losses(out: Path) -> dict[str, dict[int, float]]:
     """Return the sensitivity scores by unit and bit-width; empty if they were not measured."""
-    record = jobs.committed(job_folder(out, jobs.SCORES, 0)) or {}
+    record = jobs.committed_record(job_folder(out, jobs.SCORES, 0)) or {}
     return {
         unit: {int(width): loss for width, loss in by_width.items()}
         for unit, by_width in record.get("losses", {}).items()
     }
 
 
-def home_of(config: SweepConfig, job: Job) -> str | None:
+def store_uri(config: SweepConfig, job: Job) -> str | None:
     """Return the URI under which an object store holds a job's model and checkpoints.
 
     The result is None if they are stored in the job's folder instead.
     """
     place = job.folder.relative_to(job.out)
-    return blobs.within(config.checkpoints, config.name, *place.parts)
+    return blobs.object_uri(config.checkpoints, config.name, *place.parts)
 
 
 def _pause_share(config: SweepConfig, job: Job) -> float | None:

@@ -110,7 +110,7 @@ def _attempt(job: Job, task: Task, report: Callable[[dict[str, Any]], None]) -> 
         _MissingHere: a file that the job needs does not exist on this node.
         _EndProcess: the process must end.
     """
-    done = jobs.committed(job.folder) if job.kind != "test" else None
+    done = jobs.committed_record(job.folder) if job.kind != "test" else None
     if done is not None:
         return JobOutcome(kind=OutcomeKind(done["state"]))
     config = parse_config(dict(job.config))
@@ -171,10 +171,10 @@ def _record_of_error(job: Job, reporter: Reporter, error: Exception) -> dict[str
         raise failures.find_os_error(error) or error from None
     (attempt / jobs.TRACEBACK).write_text(traceback.format_exc())
     reason = " ".join(str(error).split()) or type(error).__name__
-    if failures.is_missing_here(error, out):
+    if failures.is_missing_only_here(error, out):
         _mark_stopped(attempt)
         raise _MissingHere(reason) from error
-    if failures.is_gpu_memory(error):
+    if failures.is_gpu_out_of_memory(error):
         reporter.write()
         jobs.record_cause(attempt, jobs.Cause.GPU_MEMORY, reason[:500])
         raise _EndProcess(ExitReason.GPU_MEMORY) from error
@@ -212,7 +212,7 @@ def _mark_stopped(attempt: Path) -> None:
 
 def _clean_up(job: Job) -> None:
     """Delete the checkpoints and obsolete models of a job if it has a committed record."""
-    if job.kind != "test" and jobs.committed(job.folder) is not None:
+    if job.kind != "test" and jobs.committed_record(job.folder) is not None:
         remove_checkpoints(job.folder / "checkpoints")
         for model in jobs.model_files(job.folder, obsolete=True):
             blobs.remove(model)

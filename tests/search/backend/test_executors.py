@@ -144,7 +144,7 @@ def test_every_job_ends_once_whatever_happens_to_it(executor, tmp_path):
     assert script.most == 2, "exactly two slots were used"
     assert ticks and ticks == sorted(ticks)
     assert script.ended[0][0] == 0
-    began = {n: jobs.committed(tmp_path / f"trials/{n}") for n in (0, 1, 2, 4)}
+    began = {n: jobs.committed_record(tmp_path / f"trials/{n}") for n in (0, 1, 2, 4)}
     assert all(began[n]["began"] >= began[0]["ended"] - 0.01 for n in (1, 2, 4)), (
         "the other jobs wait for the first one"
     )

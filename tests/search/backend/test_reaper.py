@@ -13,11 +13,11 @@ from nipq_search.search.backend.reaper import descendants, process_tree
 
 DRIVER = """
 import subprocess, sys, time
-from nipq_search.search.backend.reaper import reaped
+from nipq_search.search.backend.reaper import reap_ray_processes
 # Stand-ins for a Ray daemon that starts an agent and for a child unrelated to Ray.
 sleep = "import time; time.sleep(600)"
 other = subprocess.Popen([sys.executable, "-c", sleep])
-with reaped():
+with reap_ray_processes():
     agent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
     daemon = subprocess.Popen([sys.executable, "-c", agent, "/site/ray/core/src/raylet"])
     late = subprocess.Popen([sys.executable, "-c", sleep, "mine"])

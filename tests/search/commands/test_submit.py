@@ -21,12 +21,12 @@ def _no_token(monkeypatch, tmp_path):
 
 
 def test_the_command_is_quoted_for_a_shell():
-    assert submit.command_of("a b", None, ["search.space.lr={log: [1, 2]}"], 7) == (
+    assert submit.run_command("a b", None, ["search.space.lr={log: [1, 2]}"], 7) == (
         "python -m nipq_search.cli run sweep.yaml --address auto "
         "--set 'search.space.lr={log: [1, 2]}' --trials 7 --out ~/runs/'a b'"
     )
-    assert submit.command_of("x", "/mnt/o ut", [], None).endswith("--out '/mnt/o ut'")
-    assert submit.command_of("x", "~/o ut/x", [], None).endswith("--out ~/'o ut'/x")
+    assert submit.run_command("x", "/mnt/o ut", [], None).endswith("--out '/mnt/o ut'")
+    assert submit.run_command("x", "~/o ut/x", [], None).endswith("--out ~/'o ut'/x")
 
 
 def test_shipped_code(tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ def test_stopped_jobs_keep_their_number(bench, whole):
     for job in (second, first):
         (jobs.open_attempt(job) / jobs.STOPPED).write_text("{}")
         coordinator.finished(job)
-    assert coordinator.open_trials() == 4
+    assert coordinator.remaining_trials() == 4
     again = bench.open()
     resumed = [again.next_job() for _ in range(2)]
     assert [(j.name, j.params, j.budget, j.seed) for j in resumed] == [
@@ -281,7 +281,7 @@ def test_no_trial_starts_after_the_sample_limit(bench):
     bench.enough = lambda: documents.total_samples(bench.out) >= 400
     coordinator = bench.sweep()
     assert bench.executed == [*EVERYTHING[:4], "test"]
-    assert coordinator.open_trials() == 2
+    assert coordinator.remaining_trials() == 2
     bench.enough = lambda: False
     bench.sweep()
     assert [name for name in bench.executed if name != "test"] == EVERYTHING[:-1]

@@ -62,17 +62,17 @@ def test_a_lost_attempt_folder_is_not_taken_twice(tmp_path):
 def test_only_complete_records_count(tmp_path):
     job = job_in(tmp_path)
     first, second = jobs.open_attempt(job), jobs.open_attempt(job)
-    assert jobs.committed(job.folder) is None
+    assert jobs.committed_record(job.folder) is None
     (second / jobs.RESULT).write_text('{"state": "COMPLETE"')
-    assert jobs.committed(job.folder) is None
+    assert jobs.committed_record(job.folder) is None
     third = jobs.open_attempt(job)
     assert jobs.commit(third, {"state": "COMPLETE", "metrics": {"accuracy": 0.5}})
-    assert jobs.committed(job.folder)["metrics"] == {"accuracy": 0.5}
+    assert jobs.committed_record(job.folder)["metrics"] == {"accuracy": 0.5}
     assert jobs.model_file(job.folder) == third / MODEL_FILE
     assert not jobs.commit(first, {"state": "FAIL"}) and not jobs.is_superseded(
         job.folder / "none"
     )
-    assert jobs.committed(job.folder)["metrics"] == {"accuracy": 0.5}
+    assert jobs.committed_record(job.folder)["metrics"] == {"accuracy": 0.5}
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -83,7 +83,9 @@ def test_an_attempt_ends_with_its_record_or_is_superseded(tmp_path, monkeypatch,
     first = jobs.open_attempt(job)
     second = jobs.open_attempt(job)
     assert jobs.is_superseded(first) and not jobs.is_superseded(second)
-    assert not jobs.commit(first, {"state": "COMPLETE"}) and jobs.committed(job.folder) is None
+    assert (
+        not jobs.commit(first, {"state": "COMPLETE"}) and jobs.committed_record(job.folder) is None
+    )
     assert jobs.commit(second, {"state": "COMPLETE"})
     with pytest.raises(jobs.AlreadyCommitted):
         jobs.open_attempt(job)
@@ -118,7 +120,7 @@ def test_either_a_concurrent_commit_or_a_take_over_succeeds(tmp_path):
 
             done, taken = pool.submit(commit), pool.submit(take_over)
             assert done.result() != taken.result()
-            assert (jobs.committed(job.folder) is not None) == done.result()
+            assert (jobs.committed_record(job.folder) is not None) == done.result()
             assert len(jobs.attempts(job.folder)) == 1 + taken.result()
 
 
@@ -150,7 +152,7 @@ def test_an_altered_record_is_ignored(tmp_path):
     jobs.commit(attempt, {"state": "COMPLETE", "metrics": {"accuracy": 0.5}})
     path = attempt / jobs.RESULT
     path.write_text(path.read_text().replace("0.5", "0.9"))
-    assert jobs.committed(job.folder) is None
+    assert jobs.committed_record(job.folder) is None
 
 
 def test_crashes_hangs_and_stops_are_counted_separately(tmp_path):
@@ -179,13 +181,13 @@ def test_an_empty_hang_marker_does_not_count_as_a_hang(tmp_path):
 
 def test_the_live_attempt_is_the_last_one_of_this_run(tmp_path):
     job = job_in(tmp_path)
-    assert jobs.live_attempt(job.folder, "one") is None
+    assert jobs.live_start(job.folder, "one") is None
     jobs.open_attempt(job)
     last = jobs.open_attempt(job)
-    assert jobs.live_attempt(job.folder, "one")["folder"] == str(last)
-    assert jobs.live_attempt(job.folder, "two") is None
+    assert jobs.live_start(job.folder, "one")["folder"] == str(last)
+    assert jobs.live_start(job.folder, "two") is None
     (last / jobs.STOPPED).write_text("{}")
-    assert jobs.live_attempt(job.folder, "one") is None
+    assert jobs.live_start(job.folder, "one") is None
 
 
 def test_the_curve_contains_each_epoch_once_and_skips_torn_lines(tmp_path):

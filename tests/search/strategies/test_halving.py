@@ -140,8 +140,10 @@ def test_a_crash_between_promotion_and_start(bench):
 def test_a_missing_rung_metric_ranks_worst_if_the_metric_is_minimized(bench, monkeypatch):
     history = bench.open().trials.history
     monkeypatch.setattr(history, "_sign", -1)
-    ranked = [history.ranked(metrics) for metrics in ({"accuracy": 0.3}, {"accuracy": 0.4}, {})]
-    assert ranked == sorted(ranked, reverse=True)
+    signed_metric = [
+        history.signed_metric(metrics) for metrics in ({"accuracy": 0.3}, {"accuracy": 0.4}, {})
+    ]
+    assert signed_metric == sorted(signed_metric, reverse=True)
 
 
 def test_adding_trials_does_not_revive_pruned_ones(bench):

@@ -321,7 +321,7 @@ def test_the_optuna_command_shows_the_journal(journal):
 def test_a_trial_enqueued_just_before_ask_keeps_its_values(home):
     ledger = open_ledger(home)
     finish(ledger, ledger.ask(1, 2).number)
-    before = ledger.look()
+    before = ledger.cached_trials()
     open_ledger(home).study.enqueue_trial({BUDGET: 0, "lr": 0.05})
     asked = ledger.ask(1, 2, before)
     assert (asked.budget, asked.params["lr"], asked.enqueued) == (0, 0.05, True)
@@ -331,10 +331,10 @@ def test_a_trial_enqueued_just_before_ask_keeps_its_values(home):
 def test_a_write_invalidates_the_cached_trials(home):
     ledger = open_ledger(home)
     number = ledger.ask(1, 2).number
-    before = ledger.look()
-    assert ledger.look() is before
+    before = ledger.cached_trials()
+    assert ledger.cached_trials() is before
     finish(ledger, number)
-    assert [t.state for t in ledger.look()] == [TrialState.COMPLETE]
+    assert [t.state for t in ledger.cached_trials()] == [TrialState.COMPLETE]
 
 
 def test_only_the_torn_part_of_a_line_is_removed(journal):

@@ -23,7 +23,7 @@ from nipq_search.search.backend.tune_callbacks import JobSearcher
 from nipq_search.search.backend.virtual import Died, VirtualExecutor
 from nipq_search.search.config.sweep_config import load_config
 from nipq_search.search.coordinator.coordinator import Coordinator
-from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind, committed
+from nipq_search.search.jobs import Job, JobOutcome, OutcomeKind, committed_record
 from nipq_search.search.results import outputs
 from nipq_search.search.run import run_sweep
 from nipq_search.search.worker.worker import execute
@@ -87,7 +87,7 @@ before(
     Coordinator,
     "finished",
     "record",
-    lambda self, job, *rest: job.kind == "trial" and committed(job.folder) is not None,
+    lambda self, job, *rest: job.kind == "trial" and committed_record(job.folder) is not None,
 )
 launcher, launch = {"tune": (JobSearcher, "suggest"), "virtual": (Coordinator, "next_job")}[
     EXECUTOR

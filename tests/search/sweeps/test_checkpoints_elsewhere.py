@@ -73,7 +73,7 @@ def test_training_resumes_from_a_checkpoint_in_s3(tmp_path, s3):
     interrupted(spec, job.folder)
     assert any("/checkpoints/" in key for key in s3.objects())
     assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
-    record = jobs.committed(job.folder)
+    record = jobs.committed_record(job.folder)
     assert record["model_sha256"] == whole.model_sha256
     assert not any("/checkpoints/" in key for key in s3.objects())
 
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, s3):
         s3.put(key, b"torn")
     whole = in_one_go(spec, tmp_path)
     assert execute(job, digits(), lambda report: None).kind is OutcomeKind.COMPLETE
-    assert jobs.committed(job.folder)["model_sha256"] == whole.model_sha256
+    assert jobs.committed_record(job.folder)["model_sha256"] == whole.model_sha256
 
 
 def test_an_unreachable_store_fails_no_trial(tmp_path, s3):
@@ -98,7 +98,7 @@ def test_an_unreachable_store_fails_no_trial(tmp_path, s3):
     outcome = execute(job, digits(), lambda report: None)
     assert outcome.kind is OutcomeKind.HALT
     assert "some%20sweeps" in outcome.reason and "\n" not in outcome.reason
-    assert jobs.committed(job.folder) is None
+    assert jobs.committed_record(job.folder) is None
     with pytest.raises(StoreUnavailable):
         train(digits(), spec, job.folder, torch.device("cpu"))
 

@@ -81,7 +81,7 @@ def test_attempts_of_an_earlier_driver_and_ended_ones_are_not_lost(tmp_path):
 def test_an_unreadable_error_is_ignored(tmp_path):
     (tmp_path / "error.pkl").write_bytes(b"no pickle")
     for file in (tmp_path / "error.pkl", tmp_path / "absent.pkl", None):
-        assert failures.error_of(SimpleNamespace(pickled_error_file=file)) is None
+        assert failures.tune_trial_error(SimpleNamespace(pickled_error_file=file)) is None
 
 
 def test_nodes_that_die_before_their_job_begins_do_not_count_against_it(tmp_path):

@@ -72,7 +72,7 @@ def test_gpu_out_of_memory_ends_the_process_but_not_the_trial(task, job, left):
     task.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(Left):
         execute(job, task, lambda report: None)
-    assert jobs.committed(job.folder) is None
+    assert jobs.committed_record(job.folder) is None
     assert failures.record_causes(job.folder, job.run) == jobs.Cause.GPU_MEMORY, (
         "regardless of Ray's error"
     )
@@ -88,7 +88,7 @@ def test_a_trial_too_large_for_a_gpu_is_given_up_with_the_fix(task, job, left):
         with pytest.raises(Left):
             execute(job, task, lambda report: None)
     assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
-    reason = jobs.committed(job.folder)["reason"]
+    reason = jobs.committed_record(job.folder)["reason"]
     assert reason.startswith("its process died 3 times (limits.max_failures): its GPU ran out")
     assert "resources.gpus" in reason and "train.batch_size" in reason
 
@@ -99,7 +99,7 @@ def test_a_lost_gpu_affects_no_further_trial(task, job, left, monkeypatch):
     monkeypatch.setattr(failures, "gpu_is_lost", lambda: True)
     with pytest.raises(Left):
         execute(job, task, lambda report: None)
-    assert "device-side assert" in jobs.committed(job.folder)["reason"]
+    assert "device-side assert" in jobs.committed_record(job.folder)["reason"]
     assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL, "read from the record"
 
 
@@ -142,7 +142,9 @@ def test_data_missing_on_one_node_fails_no_trial(bench, task, job, monkeypatch, 
     assert outcome.kind is OutcomeKind.HALT
     assert outcome.reason.startswith(f"node {os.uname().nodename}: ")
     assert "/data/train/7.png" in outcome.reason and "mount the file there" in outcome.reason
-    assert jobs.committed(job.folder) is None and jobs.crash_causes(job.folder, job.run) == []
+    assert (
+        jobs.committed_record(job.folder) is None and jobs.crash_causes(job.folder, job.run) == []
+    )
     task.error = None
     assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
 
@@ -160,7 +162,7 @@ def test_a_disk_error_behind_another_error_fails_no_trial(task, job, told):
     outcome = execute(job, task, lambda report: None)
     assert outcome.kind is OutcomeKind.HALT
     assert outcome.reason.startswith("/data/train/7.png: Input/output error")
-    assert jobs.committed(job.folder) is None
+    assert jobs.committed_record(job.folder) is None
 
 
 def test_a_pickled_error_keeps_its_attributes():
@@ -181,7 +183,7 @@ def test_a_pickled_error_keeps_its_attributes():
     ],
 )
 def test_all_gpu_memory_errors_are_recognized(error, room):
-    assert failures.is_gpu_memory(error) is not room
+    assert failures.is_gpu_out_of_memory(error) is not room
 
 
 class Unfit(Failing):

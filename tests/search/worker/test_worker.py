@@ -79,7 +79,7 @@ def test_a_whole_sweep_of_real_training_runs(bench, task):
         folder = bench.out / "trials" / str(trial.number)
         assert (folder / TEST_FILE).exists() == (trial.number in front)
         assert jobs.model_file(folder).exists() and not (folder / "checkpoints").exists()
-        record = jobs.committed(folder)
+        record = jobs.committed_record(folder)
         budget = bench.facts.budgets[trial.params["budget"]]
         assert trial.values[1] == record["cost"]["bops"] <= budget.targets["bops"]
         assert trial.user_attrs["budget_slack"] <= 0
@@ -91,7 +91,7 @@ def test_a_whole_sweep_of_real_training_runs(bench, task):
     shown = {"name", "kind", "macs", "weight_bits", "activation_bits", "bops", "weight_bytes"}
     assert shown <= layers[0].keys()
     assert sum(row["bops"] for row in layers) == pytest.approx(trials[0].values[1], abs=1)
-    lsq = jobs.committed(bench.out / "baselines" / "lsq-4")
+    lsq = jobs.committed_record(bench.out / "baselines" / "lsq-4")
     assert lsq["cost"]["mean_weight_bits"] == 4
 
 
@@ -108,7 +108,7 @@ def test_equal_sweeps_have_equal_models(tmp_path, task):
     for name in ("one", "two"):
         bench = Bench(tmp_path / name, make_config(search__trials=1, search__baselines=[]))
         run(bench, task)
-        shas.append(jobs.committed(bench.out / "trials" / "0")["model_sha256"])
+        shas.append(jobs.committed_record(bench.out / "trials" / "0")["model_sha256"])
     assert shas[0] == shas[1]
 
 
@@ -161,11 +161,11 @@ def test_a_stop_request_saves_the_state_and_ends_the_attempt(bench, task):
     stop.touch()
     assert execute(job, task, lambda report: None).kind is OutcomeKind.STOPPED
     attempt = jobs.attempts(job.folder)[0]
-    assert (attempt / jobs.STOPPED).exists() and jobs.committed(job.folder) is None
+    assert (attempt / jobs.STOPPED).exists() and jobs.committed_record(job.folder) is None
     assert (job.folder / "checkpoints").is_dir()
     stop.unlink()
     assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
-    record = jobs.committed(job.folder)
+    record = jobs.committed_record(job.folder)
     assert record["attempts"] == 2 and len(jobs.crash_causes(job.folder, job.run)) == 0
     assert jobs.samples_processed(job.folder) == record["samples"], "no step was repeated"
 
@@ -177,7 +177,7 @@ def test_a_job_that_hung_twice_is_given_up(minutes, bench, task):
     for _ in range(2):
         (jobs.open_attempt(job) / jobs.HANG).write_text("stack")
     assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
-    reason = jobs.committed(job.folder)["reason"]
+    reason = jobs.committed_record(job.folder)["reason"]
     assert reason.startswith("hung: killed") and "limits.trial_minutes" in reason
     assert ("3 minutes" in reason) == (minutes is not None)
 
@@ -187,7 +187,7 @@ def test_a_job_whose_process_died_too_often_is_given_up(bench, task):
     for _ in range(3):
         jobs.open_attempt(job)
     assert execute(job, task, lambda report: None).kind is OutcomeKind.FAIL
-    record = jobs.committed(job.folder)
+    record = jobs.committed_record(job.folder)
     assert record["reason"] == "its process died 3 times (limits.max_failures)"
     assert record["attempts"] == 4
 
@@ -197,7 +197,7 @@ def test_a_float_model_from_a_file(tmp_path, task):
     config = make_config(float={"checkpoint": str(tmp_path / "float.pt")}, search__trials=1)
     bench = Bench(tmp_path / "sweep", config)
     run(bench, task)
-    record = jobs.committed(bench.out / "float")
+    record = jobs.committed_record(bench.out / "float")
     assert (record["samples"], record["steps"], record["state"]) == (0, 0, "COMPLETE")
     assert file_io.read_sealed(bench.out / "float" / TEST_FILE)["metrics"].keys() == {
         ACCURACY,
@@ -318,7 +318,7 @@ def test_a_superseded_attempt_changes_nothing(bench, task, monkeypatch, place):
     first, second = jobs.attempts(job.folder)
     assert after == [contents(second)] and {jobs.RESULT, MODEL_FILE} <= after[0].keys()
     assert (first / jobs.STOPPED).exists() and not (first / MODEL_FILE).exists()
-    record = jobs.committed(job.folder)
+    record = jobs.committed_record(job.folder)
     assert record == file_io.read_sealed(second / jobs.RESULT) and record["attempts"] == 2
     model = jobs.model_file(job.folder)
     assert model.parent == second and file_io.digest(model.read_bytes()) == record["model_sha256"]
@@ -375,13 +375,13 @@ def test_a_resumed_trial_replays_even_if_resources_changed(bench, task, resource
     """It keeps the threads of its checkpoint, but starts over if the workers have changed."""
     job = interrupted(bench, task, resources=resources)
     run(bench, task)
-    record, several = jobs.committed(job.folder), resources.get("workers", 1)
+    record, several = jobs.committed_record(job.folder), resources.get("workers", 1)
     assert (record["threads"], record["workers"], record["attempts"]) == (1, several, 2)
     epoch = 1_097  # training samples in an epoch
     repeated = jobs.samples_processed(job.folder) - record["samples"]
     assert epoch * several <= repeated < epoch * several + 150
     assert replay(bench.view(), job.number)["equal"]
-    assert jobs.committed(bench.out / "trials/1")["threads"] == resources["cpus"]
+    assert jobs.committed_record(bench.out / "trials/1")["threads"] == resources["cpus"]
 
 
 def test_a_trial_whose_parent_is_gone_starts_over(bench, task):
@@ -395,7 +395,7 @@ def test_a_trial_whose_parent_is_gone_starts_over(bench, task):
     job = bench.open().next_job()
     assert (job.number, job.parent) == (1, None)
     assert execute(job, task, lambda report: None).kind is OutcomeKind.COMPLETE
-    assert jobs.committed(job.folder)["parent"] is None
+    assert jobs.committed_record(job.folder)["parent"] is None
     assert replay(bench.view(), 1)["equal"]
 
 
@@ -443,4 +443,4 @@ def test_giving_up_a_job_that_was_taken_over_returns_superseded(bench, task, mon
 
     monkeypatch.setattr(jobs, "commit", late)
     assert execute(job, task, lambda report: None).kind is OutcomeKind.SUPERSEDED
-    assert jobs.committed(job.folder) is None
+    assert jobs.committed_record(job.folder) is None

@@ -359,7 +359,7 @@ def backward(
         kind: whether `kept` is the input or the output.
         axis: channel dimension.
         range_: packed range.
-        grid: shape of the grid.
+        grid: type of the grid.
         key: key of the noise; None selects rounding.
         residuals: table from which noise was drawn; None for uniform noise.
 

@@ -65,7 +65,7 @@ class Boundary(NamedTuple):
             `positive(alpha, start)`.
         bits: bit-width in bits, shape (1,). If `draw` is set, this is the theta of the draw
             instead.
-        grid: shape of the grid.
+        grid: type of the grid.
         minimum: lower end of an affine range, shape (1,).
         axis: channel dimension.
         start: initial boundaries, shape (channels,), or None; see `alpha`.
@@ -111,7 +111,7 @@ def quantization_range(alpha: Tensor, bits: Tensor, grid: Grid, minimum: Tensor)
         alpha: truncation boundary, positive: half the width of a signed range, or the full width
             of an unsigned or affine one.
         bits: bit-width in bits, at least 2 for a signed grid and 1 for the others.
-        grid: shape of the grid.
+        grid: type of the grid.
         minimum: lower end of an affine range, from calibration; unused for other grids.
 
     Returns:
@@ -144,7 +144,7 @@ def range_gradients(
 
     Args:
         range_: the range, shape (channels,).
-        grid: shape of the grid.
+        grid: type of the grid.
         grad_step: gradient with respect to the step, shape (channels,).
         grad_low: gradient with respect to the lower boundary, shape (channels,).
         grad_high: gradient with respect to the upper boundary, shape (channels,).

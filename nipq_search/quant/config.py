@@ -1,4 +1,4 @@
-"""Quantization settings: frozen, validated dataclasses with the keys of a sweep file's `quant`."""
+"""Quantization settings: frozen, validated dataclasses for the `quant` section of a sweep file."""
 
 from __future__ import annotations
 
@@ -147,9 +147,9 @@ class QuantConfig:
             same tensor within one attention module), `residual` (sums along one residual stream),
             a layer pattern, or a list of layer patterns.
         proxy: distribution of the pseudo-quantization noise of `nipq`.
-        start_bits: initial bit-width in bits, from 1 to 16. A learned bit-width starts no closer
-            to the smallest or largest allowed one than 5 % of the difference between the two;
-            any other starts at the nearest allowed one.
+        start_bits: initial bit-width in bits, from 1 to 16. Learned bit-widths are clipped to
+            between 5 % and 95 % of the way from the smallest to the largest allowed one; others
+            start at the nearest allowed one.
         input_bits: bit-width of the model's raw input, for example 8 for uint8 data; the input is
             then passed through unchanged and counted at this width. If None, the input is
             quantized like any other tensor.

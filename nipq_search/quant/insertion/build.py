@@ -346,7 +346,7 @@ def _pinned(layer: Layer, pin: Pin) -> Layer:
 
 
 def _with_shared_tables(layers: Sequence[Layer]) -> list[Layer]:
-    """Return the layers, without the float reason of untrained tables that others quantize."""
+    """Return the layers; an untrained table has no float reason if a quantized layer shares it."""
     quantized = {_weight_key(x) for x in layers if x.weight is not None and not x.in_float}
     return [
         dataclasses.replace(layer, float_reason="")

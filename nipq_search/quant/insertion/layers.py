@@ -33,7 +33,7 @@ class QuantLayer(nn.Module, abc.ABC):
     input_quantizer: FakeQuantizer | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the product of the quantized input and weight; shapes as in the float layer."""
+        """Run the layer on the quantized input and weight; shapes as in the float layer."""
         if not torch.compiler.is_compiling() and inside_owner():
             # Hide the multiplication from the enclosing owner. Torch has no public context manager
             # that disables function modes.

@@ -243,7 +243,10 @@ def prepare(
 
 
 def copy_model(model: M) -> M:
-    """Return a deep copy; tensors cached by earlier forward passes have no autograd graph there."""
+    """Return a deep copy of a model.
+
+    In the copy, tensors that earlier forward passes cached have no autograd graph.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for x in tensors_in(vars(module)):
@@ -286,7 +289,10 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
 
 
 def warn_of_float_work(graph: Graph) -> None:
-    """Warn about layers that did not run, or that stay in float although no setting requires it."""
+    """Warn about layers that did not run on the example inputs, or that stay in float.
+
+    Layers that the configuration keeps in float are not mentioned.
+    """
     idle = [layer.name for layer in graph.layers if layer.float_reason == IDLE]
     if idle:
         warnings.warn(

@@ -294,7 +294,7 @@ class NoiseClock:
         self.count = torch.from_numpy(self._place)
 
     def __reduce__(self) -> Any:
-        """Copy and pickle the seed and the step; copies share no memory and have no share."""
+        """Copy and pickle only the seed and the step; a copy has its own memory."""
         return NoiseClock, (self.seed, self.step)
 
     @property
@@ -325,6 +325,9 @@ class NoiseClock:
         return 0 if rest else before * per_sample
 
     def batch_ratio(self) -> float:
-        """Return the size of the whole batch divided by that of this process's share, or 1."""
+        """Return the size of the whole batch divided by that of this process's share.
+
+        The ratio is 1 if there is a single process.
+        """
         _, samples, total = self.share
         return total / samples if samples else 1.0

@@ -39,7 +39,7 @@ _MARGINS = (0.0, 2e-6)
 
 
 Limit = tuple[Polynomial, float]
-"""A cost, or one term of a cost that is a maximum, and its upper bound."""
+"""A cost, or one term of a cost that is a maximum, and a bound: an upper one unless noted."""
 
 
 class _Program:
@@ -69,7 +69,11 @@ class _Program:
         self.rows.append((dict(entries), least, most))
 
     def solve(self) -> np.ndarray | None:
-        """Return the optimal variables; None if scipy is missing or optimality is not proven."""
+        """Return the optimum as an array of all variables, up to the relative gap `GAP`.
+
+        Returns:
+            None if scipy is missing (with a warning) or optimality is not proven.
+        """
         try:
             from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
             from scipy.sparse import coo_array
@@ -101,15 +105,17 @@ Share = Callable[[float], float]
 
 
 def _share(value: float, target: float, whole: bool) -> float:
-    """Return the share of a target that a cost uses; `whole` costs are rounded up first."""
+    """Return `value / target`; the value of a cost with `whole` is rounded up first."""
     return (math.ceil(value * (1 - 1e-12)) if whole else value) / target
 
 
 def _limits(graph: Graph, budget: Budget) -> list[tuple[Limit, Share]] | None:
     """Return each cost as a polynomial, with its upper bound and its `Share` function.
 
+    A cost that is the maximum of its terms has one entry per term.
+
     Returns:
-        None if a cost is not a polynomial.
+        None if a cost is not a polynomial, or combines its terms in a custom way.
     """
     widths = {name: variable(name) for name, tensor in graph.tensors.items() if tensor.allowed}
     found: list[tuple[Limit, Share]] = []
@@ -165,19 +171,21 @@ class Assignment:
             at_least: a cost and the minimum value that it must reach.
 
         Returns:
-            Widths of the units that contribute to the budget. None if a cost is not a polynomial
-            of degree two or less, a loss is not finite, or the solver could not prove optimality.
+            Widths of the units on which a budgeted cost depends. None if there are none, a cost is
+            not a polynomial of degree two or less, a loss is not finite, or the solver found no
+            provably optimal widths within the budget.
         """
         if not all(math.isfinite(loss) for row in self._losses.values() for loss in row.values()):
             return None  # for example after training with a NaN loss
         return self._solve(at_least)
 
     def max_usage(self) -> tuple[Limit, dict[str, int]] | None:
-        """Maximize the ratio of any single cost to its target within the budget.
+        """Maximize the largest ratio of a cost to its target within the budget.
 
         Returns:
-            The cost with its largest reachable value, and widths that reach it. None if a cost
-            is not a polynomial of degree two or less, or the solver could not prove optimality.
+            The cost that reaches the largest ratio, with its value, and widths that reach it. None
+            if no budgeted cost depends on a width, a cost is not a polynomial of degree two or
+            less, or the solver found no provably optimal widths within the budget.
         """
         best: tuple[float, Limit, dict[str, int]] | None = None
         bounded = [
@@ -197,7 +205,7 @@ class Assignment:
         return None if best is None else best[1:]
 
     def _bound(self, cost: Polynomial, most: float) -> float:
-        """Return an upper bound on the ratio of a cost to its target."""
+        """Return an upper bound on the ratio of a cost to its target within the budget."""
         units = {name for monomial in cost.terms for name in monomial}
         if len(units) == 1:
             (unit,) = units
@@ -210,7 +218,11 @@ class Assignment:
     def _solve(
         self, at_least: Limit | None = None, maximize: Polynomial | None = None
     ) -> dict[str, int] | None:
-        """Solve with increasing safety margins until the exact costs are within the budget."""
+        """Solve with increasing safety margins until the exact costs are within the budget.
+
+        Returns:
+            The widths by unit, or None if no attempt succeeds; see `_solved`.
+        """
         if not self._solvable:
             return None
         for margin in _MARGINS:
@@ -223,6 +235,7 @@ class Assignment:
 
 
 def _value(cost: Polynomial, widths: Mapping[str, int]) -> float:
+    """Evaluate a cost at the given widths."""
     return sum(c * math.prod(widths[name] for name in m) for m, c in cost.terms.items())
 
 
@@ -284,7 +297,7 @@ def _linear(
     products: dict[tuple[str, ...], dict[tuple[int, int], int]],
     monomial: tuple[str, ...],
 ) -> dict[int, float]:
-    """Return a monomial as coefficients by column, adding columns for products of two units."""
+    """Return a monomial as coefficients by column; add columns for a new product of two units."""
     if not monomial:
         return {}
     first, second = chosen[monomial[0]], chosen[monomial[-1]]

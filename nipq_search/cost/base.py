@@ -31,7 +31,7 @@ class Cost:
         terms: computes the contributions, by layer or tensor, from the bit-widths of *every*
             tensor. No contribution may decrease when a bit-width increases.
         combine: reduces the terms to the cost; `sum_terms` or `largest_term`.
-        whole: whether the exact count is rounded up to an integer.
+        whole: whether the exact cost at integer bit-widths is rounded up to an integer.
     """
 
     name: str
@@ -46,7 +46,7 @@ def sum_terms(terms: dict[str, Any]) -> Any:
 
 
 def largest_term(terms: dict[str, Any]) -> Any:
-    """Return the largest term; gradients flow to that term alone."""
+    """Return the largest term; gradients flow only to that term."""
     return max(terms.values(), key=lambda t: float(t.detach() if isinstance(t, Tensor) else t))
 
 
@@ -70,7 +70,10 @@ def get_cost(name: str) -> Cost:
 
 
 def complete_bits(graph: Graph, bits: Bits) -> dict[str, Any]:
-    """Return `bits`, extended with the fixed widths of the tensors that have no quantizer."""
+    """Return `bits`, extended with the fixed widths of the tensors that it does not contain.
+
+    Tensors without a fixed width count as 32 bits.
+    """
     fixed = {
         name: FLOAT_BITS if tensor.fixed_bits is None else tensor.fixed_bits
         for name, tensor in graph.tensors.items()
@@ -82,11 +85,12 @@ def complete_bits(graph: Graph, bits: Bits) -> dict[str, Any]:
 def exact_cost(name: str, graph: Graph, bits: Bits) -> float:
     """Return the exact cost, the value that is reported and compared with budgets.
 
-    Fractional widths are accepted, for budgets such as `uniform 2.5`. Only at integer widths is a
-    cost with `whole` rounded up to an integer.
+    Fractional widths are accepted, for budgets such as `uniform 2.5`. A cost with `whole` is
+    rounded up to an integer if all widths are integers; other costs are rounded to 12 significant
+    digits.
 
     Args:
-        name: a registered cost.
+        name: name of the cost.
         graph: the model's layers and tensors.
         bits: bit-widths of the tensors that have a quantizer.
 
@@ -94,13 +98,13 @@ def exact_cost(name: str, graph: Graph, bits: Bits) -> float:
         The cost in its own unit.
 
     Raises:
-        UserError: the cost is not registered.
+        UserError: no cost has this name, or the plug-in that provides the cost cannot be used.
     """
     cost = get_cost(name)
     value = float(cost.combine(cost.terms(graph, complete_bits(graph, bits))))
     if cost.whole and all(float(b).is_integer() for b in bits.values()):
         return math.ceil(value)
-    # Rounding to 12 digits makes the mean of equal widths exactly equal to the common width.
+    # This rounding makes the mean of equal widths exactly equal to the common width.
     return value if cost.whole else float(f"{value:.12g}")
 
 
@@ -114,7 +118,8 @@ def cost_estimate(name: str, model: nn.Module) -> Tensor:
     """Return the cost at the soft bit-widths as a differentiable scalar, for use in the loss.
 
     Raises:
-        UserError: the cost is not registered.
+        UserError: no cost has this name, the plug-in that provides the cost cannot be used, or the
+            model is not prepared.
     """
     cost = get_cost(name)
     soft = {tensor: quantizer.bits.soft() for tensor, quantizer in quantizers(model).items()}
@@ -126,12 +131,15 @@ def cost_estimate(name: str, model: nn.Module) -> Tensor:
 
 
 def hard_bits(model: nn.Module) -> dict[str, int]:
-    """Return a prepared model's integer bit-widths by tensor name."""
+    """Return the hard bit-widths of a prepared model by tensor name."""
     return {name: quantizer.bits.hard() for name, quantizer in quantizers(model).items()}
 
 
 def uniform_bits(graph: Graph, bits: float) -> dict[str, float]:
-    """Return `bits` for every searched tensor and the fixed width of each pinned one."""
+    """Return `bits` for every tensor that has a choice, and the only allowed width of the others.
+
+    Tensors without a quantizer are omitted.
+    """
     return {
         name: bits if len(tensor.allowed) > 1 else tensor.allowed[0]
         for name, tensor in graph.tensors.items()
@@ -140,6 +148,6 @@ def uniform_bits(graph: Graph, bits: float) -> dict[str, float]:
 
 
 def extreme_bits(graph: Graph, most: bool) -> dict[str, int]:
-    """Return the smallest or, with `most`, the largest allowed width of every quantized tensor."""
+    """Return the smallest or, with `most`, the largest allowed width of each quantized tensor."""
     end = -1 if most else 0
     return {name: t.allowed[end] for name, t in graph.tensors.items() if t.allowed}

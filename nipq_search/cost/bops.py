@@ -1,4 +1,4 @@
-"""Bit operations (BOPs), counted by convention 1; see `CONVENTION`."""
+"""Bit operations (BOPs), counted according to convention 1; see `CONVENTION`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nipq_search.cost.base import Bits, Cost, sum_terms
 from nipq_search.quant.graph import FLOAT_BITS, Graph
 
 CONVENTION = 1
-"""Version of the counting rules, printed with every BOPs figure.
+"""Version of the counting rules, reported as `bops_convention` in JSON documents.
 
 Per sample, a layer costs `MACs * weight bits * input bits`, and a product of two activations
 `MACs * bits * bits`. Raw uint8 input counts as 8 bits, and a floating-point operand as 32 bits.

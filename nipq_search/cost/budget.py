@@ -20,7 +20,8 @@ class Budget:
         targets: target by cost name, in the unit of the cost.
 
     Raises:
-        UserError: no target is given, a cost is unknown, or a target is not positive.
+        UserError: no target is given, a cost is unknown, or a target is not a positive, finite
+            number.
 
     Example:
         >>> import nipq_search as ns
@@ -41,7 +42,7 @@ class Budget:
             get_cost(name)
             number = isinstance(target, (int, float)) and not isinstance(target, bool)
             if not number or not 0 < target < math.inf:
-                raise UserError(f"Budget: {name}={target!r} is not a positive number")
+                raise UserError(f"Budget: {name}={target!r} is not a positive, finite number")
         object.__setattr__(self, "targets", MappingProxyType(dict(targets)))
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -57,15 +58,15 @@ class Budget:
         return isinstance(other, Budget) and self.targets == other.targets
 
     def __hash__(self) -> int:
-        """Hash the targets, consistently with equality."""
+        """Return a hash of the targets, consistent with equality."""
         return hash(frozenset(self.targets.items()))
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle by targets."""
+        """Copy and pickle by way of the targets, from which the budget is created again."""
         return _rebuild, (dict(self.targets),)
 
     def __repr__(self) -> str:
-        """Return the call that creates this budget."""
+        """Return the call that creates this budget, with targets rounded to six digits."""
         return f"Budget({', '.join(f'{n}={v:g}' for n, v in self.targets.items())})"
 
 

@@ -1,4 +1,4 @@
-"""Mean bit-widths of the quantized tensors, weighted by their number of elements."""
+"""Mean bit-widths of quantized weights and of quantized activations, weighted by element count."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from nipq_search.quant.graph import Graph
 
 
 def _mean_terms(role: str) -> Callable[[Graph, Bits], dict[str, Any]]:
+    """Return a function that computes what each quantized tensor with `role` adds to the mean."""
+
     def terms(graph: Graph, bits: Bits) -> dict[str, Any]:
         chosen = {n: t for n, t in graph.tensors.items() if t.role == role and t.allowed}
         total = sum(tensor.numel for tensor in chosen.values())

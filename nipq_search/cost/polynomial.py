@@ -1,7 +1,8 @@
 """Costs as polynomials in the bit-widths, for the solver.
 
 Cost formulas are written for numbers and tensors. Called with polynomials instead, a formula
-returns its terms symbolically. A formula that does more than add and multiply raises `TypeError`.
+returns its terms symbolically. Operations other than addition, subtraction, multiplication and
+division by a number raise `TypeError`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class Polynomial:
     """A sum of monomials, each with a coefficient, which may be zero."""
 
     def __init__(self, terms: Mapping[Monomial, float]) -> None:
-        """Copy the coefficients."""
+        """Copy the terms, which map each monomial to its coefficient."""
         self.terms = dict(terms)
 
     def __add__(self, other: Any) -> Polynomial:
@@ -67,7 +68,7 @@ class Polynomial:
     __rmul__ = __mul__
 
     def renamed(self, names: Mapping[str, str]) -> Polynomial:
-        """Return the polynomial with renamed variables; several may be merged under one name."""
+        """Return the polynomial with renamed variables; several may receive the same new name."""
         total: dict[Monomial, float] = {}
         for monomial, coefficient in self.terms.items():
             new = tuple(sorted(names[name] for name in monomial))

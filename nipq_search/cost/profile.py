@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
     """Return a row per layer: name, kind, macs, weight_bits, activation_bits, bops, weight_bytes.
 
-    Each row also contains `second_activation_bits`, the bit-width of the second operand of a
-    product of two activations, and `why`, the reason why a layer stays in floating point.
-    Bit-widths are None for missing and floating-point operands; raw uint8 input counts as 8 bits.
-    The bytes of a weight that several layers share are listed only in the row of the first layer.
+    MACs and BOPs are per sample. Each row also contains `second_activation_bits`, the bit-width of
+    the second operand of a product of two activations, and `why`, the reason why a layer stays in
+    floating point; empty if it is quantized. Bit-widths are None for missing and floating-point
+    operands; raw input has the width at which it is counted, such as 8 for uint8. The bytes of
+    a weight that several layers share are listed only in the row of the first of them.
     """
     complete: Mapping[str, Any] = complete_bits(graph, bits)
     bops = bops_terms(graph, complete)
@@ -55,12 +56,12 @@ def layer_rows(graph: Graph, bits: Bits) -> list[dict[str, Any]]:
 def profile(model: nn.Module) -> pandas.DataFrame:
     """Return a table of a prepared model's layers at their hard bit-widths; see `layer_rows`.
 
-    MACs and BOPs are per sample (convention 1); bytes cover only the packed weight. A row with
-    text in `why` is a multiplication that stays in floating point; the row `(unconverted)` covers
-    all multiplications that tracing could not attribute to a Python function.
+    BOPs are counted according to convention 1; bytes cover only the packed weight. A row with text
+    in `why` is a layer that stays in floating point; the row `(unconverted)` covers all
+    multiplications that tracing could not attribute to a Python function.
 
     Raises:
-        UserError: pandas is not installed.
+        UserError: pandas is not installed, or the model is not prepared.
 
     Example:
         >>> import nipq_search as ns

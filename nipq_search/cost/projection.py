@@ -51,9 +51,9 @@ def error_scales(soft: Mapping[str, float], marginal: Mapping[str, float]) -> di
     """Return the factor c of each tensor's predicted loss `c * 4**-bits`.
 
     The variance of the rounding error, step**2 / 12, falls by a factor of four per bit, so a
-    derivative dL/db at b bits gives `c = -dL/db * 4**b / (2 ln 2)`. Estimates that noise made
-    negative are replaced by a small positive value. If no estimate is positive, one more bit is
-    assumed to help every tensor equally.
+    derivative dL/db at b bits gives `c = -dL/db * 4**b / (2 ln 2)`. Estimates below a small
+    positive floor, such as those that noise made negative, are raised to it. If no estimate is
+    positive, all tensors are assumed to have the same loss at their current bit-widths.
     """
     raw = {n: -marginal.get(n, 0.0) * 4.0**b / (2 * math.log(2)) for n, b in soft.items()}
     positive = sorted(value for value in raw.values() if value > 0)
@@ -64,10 +64,10 @@ def error_scales(soft: Mapping[str, float], marginal: Mapping[str, float]) -> di
 
 
 def units_of(graph: Graph) -> dict[str, list[str]]:
-    """Return the units: sets of tensors that share one bit-width.
+    """Return the tensors of each unit, which share one bit-width, by the name of the first.
 
     A unit is a group of tensors, or a single tensor without a group; tensors with only one
-    allowed width are included. Each key is the first member of the unit.
+    allowed width are included, tensors without a quantizer are not.
     """
     groups: dict[str, list[str]] = {}
     for name, tensor in graph.tensors.items():
@@ -77,7 +77,7 @@ def units_of(graph: Graph) -> dict[str, list[str]]:
 
 
 Losses = Mapping[str, Mapping[int, float]]
-"""Predicted loss by unit and allowed width."""
+"""Predicted or measured loss by unit and allowed width."""
 
 
 class _Change(NamedTuple):
@@ -122,7 +122,7 @@ class _Projection:
         return {name: exact_cost(name, self.graph, bits) / target for name, target in targets}
 
     def excess(self, bits: dict[str, int]) -> float:
-        """Return the sum of the relative excesses over the targets; 0 within the budget.
+        """Return the sum of the relative excesses over the targets: 0 within the budget.
 
         Individual terms above a target add to the sum. Thus lowering any of them counts as
         progress even for a cost that is the maximum of its terms.
@@ -144,8 +144,8 @@ class _Projection:
     def solve(self, start: Mapping[str, int]) -> dict[str, int]:
         """Return the widths with the least loss that satisfy the guarantee of this module.
 
-        Tensors that contribute to no budgeted cost keep their width in `start`, unless less than
-        97 % of a target is used. If the solver fails, a greedy search begins at `start`.
+        Tensors that contribute to no budgeted cost keep their width in `start`, unless the
+        guarantee requires larger ones. If the solver fails, a greedy search begins at `start`.
         """
         program = Assignment(self.graph, self.budget, self.losses, self.unit)
         bits = self.complete(start, program.min_loss())
@@ -164,10 +164,10 @@ class _Projection:
     def complete(
         self, start: Mapping[str, int], solved: Mapping[str, int] | None
     ) -> dict[str, int]:
-        """Bring the solution within the budget, then raise widths as long as any raise fits.
+        """Return the solution, lowered to meet the budget, then raised as long as a raise fits.
 
-        Units without a solution start at their width in `start`. For solved units, `descend` only
-        corrects the solver's rounding.
+        Units without a solution start at their width in `start`. Raises that cost nothing are made
+        only below `MIN_USAGE`. For solved units, `descend` only corrects the solver's rounding.
         """
         solved = solved or {}
         bits = {name: solved.get(unit, start[name]) for name, unit in self.unit.items()}
@@ -185,7 +185,7 @@ class _Projection:
         return self.partners[name] if self.additive else set(self.allowed)
 
     def descend(self, bits: dict[str, int]) -> None:
-        """Lower the unit with the least loss increase per removed excess until none is left."""
+        """Lower units in place, by least loss increase per removed excess, until `excess` is 0."""
         changes: dict[str, _Change] = {}
         outdated = set(self.allowed)
         previous: set[str] = set()  # costs that exceeded their targets
@@ -207,7 +207,7 @@ class _Projection:
                 width = changes[name].width
             else:
                 # Costs are rounded up, so narrowing a tiny tensor may not reduce any of them.
-                # Lower the widest unit instead.
+                # Lower the unit that stays widest instead.
                 lower = {n: self.neighbor(bits, n, up=False) or 0 for n in self.allowed}
                 name = max(lower, key=lambda n: (lower[n], n))
                 width = lower[name]
@@ -215,7 +215,7 @@ class _Projection:
             outdated = self.coupled(name)
 
     def ascend(self, bits: dict[str, int], include_costless: bool) -> None:
-        """Raise one unit at a time, by largest loss reduction per added cost, while any fits.
+        """Raise one unit at a time, by largest loss reduction per added cost, while one fits.
 
         A raise that does not fit now cannot fit later, since raises never decrease a cost.
 
@@ -325,16 +325,16 @@ def freeze(model: M, budget: Budget | None = None) -> M:
         budget: the targets; None rounds every bit-width to the nearest allowed one.
 
     Returns:
-        The same model.
+        The same model; unchanged if it is already frozen.
 
     Raises:
-        UserError: the budget cannot be reached, or the model is already frozen and exceeds it.
+        UserError: the model is not prepared, the budget cannot be reached, or the model is already
+            frozen and exceeds it.
 
     Example:
         >>> import nipq_search as ns
         >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
-        >>> model = ns.prepare(model, torch.randn(1, 4))
+        >>> model = ns.prepare(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.randn(1, 4))
         >>> model = ns.freeze(model, ns.Budget(bops=128))
         >>> ns.bit_config(model)
         {'weights': {'0': 4}, 'activations': {'0': 4}}
@@ -353,16 +353,16 @@ def freeze(model: M, budget: Budget | None = None) -> M:
 
 
 def max_usage_bits(graph: Graph, budget: Budget) -> dict[str, int] | None:
-    """Return the allowed bit-widths that use as much of the budget as possible.
+    """Return the allowed bit-widths with the largest `usage` within the budget.
 
-    Tensors that contribute to no budgeted cost take their largest width.
+    Tensors on which no budgeted cost depends take their largest allowed width.
 
     Args:
         graph: the model's layers and tensors.
         budget: the targets, which must be reachable.
 
     Returns:
-        Bit-widths by tensor; None if the solver cannot prove that they are optimal.
+        Bit-widths by tensor; None if `Assignment.max_usage` returns None.
     """
     even = {unit: dict.fromkeys(graph.tensors[unit].allowed, 0.0) for unit in units_of(graph)}
     work = _Projection(graph, budget, even)

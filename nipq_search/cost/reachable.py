@@ -9,7 +9,11 @@ from nipq_search.quant.graph import Graph
 
 
 def largest_terms(name: str, graph: Graph) -> str:
-    """Describe the largest parts of the least reachable cost, as in `a: 50 %, b: 20 %`."""
+    """Return a description of the largest terms of the least reachable cost.
+
+    It names at most three terms with their shares of the sum of all terms, as in
+    `a: 50 %, b: 20 %`.
+    """
     terms = get_cost(name).terms(graph, complete_bits(graph, extreme_bits(graph, most=False)))
     total = sum(float(term) for term in terms.values()) or 1.0
     largest = sorted(terms.items(), key=lambda item: -float(item[1]))[:3]
@@ -17,11 +21,11 @@ def largest_terms(name: str, graph: Graph) -> str:
 
 
 def check_reachable(graph: Graph, budget: Budget) -> None:
-    """Check that some choice of allowed bit-widths meets the budget.
+    """Check that the smallest allowed bit-widths meet the budget.
 
     Raises:
-        UserError: a target is below the least reachable cost; the message names the layers that
-            dominate it.
+        UserError: a target is below the least reachable cost; the message names the largest terms
+            of that cost.
     """
     bits = extreme_bits(graph, most=False)
     for name, target in budget.targets.items():

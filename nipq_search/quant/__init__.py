@@ -3,8 +3,8 @@
 Start reading in `insertion/prepare.py`. The packages, from the lowest to the highest, are
 `numerics` (pure functions), `kernels` (fast implementations of these functions), `quantizers`
 (modules), `tracing` (finding every multiplication in a model), `insertion` (placing quantizers in
-a model) and `tools` (operations on a prepared model). This layer imports no other layer of the
-project and depends only on torch.
+a model) and `tools` (operations on a prepared model). From the rest of the project, this layer
+imports only `errors` and `registry`; it requires only torch and numpy.
 """
 
 from nipq_search.quant.quantizers.base import QUANTIZERS, FakeQuantizer

@@ -1,4 +1,4 @@
-"""Quantization settings: frozen, validated dataclasses that map directly to a sweep file."""
+"""Quantization settings: frozen, validated dataclasses for the `quant` section of a sweep file."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class Proxy(enum.StrEnum):
 
 
 def _choice(kind: type[enum.StrEnum], value: str, key: str) -> Any:
+    """Convert the value of the setting `key` to its enum."""
     try:
         return kind(value)
     except ValueError:
@@ -142,12 +143,13 @@ class QuantConfig:
         include: if not empty, only layers that match one of these patterns are quantized.
         products: whether to quantize products of two activations, as in attention.
         residuals: whether to quantize residual sums; one quantizer serves both terms.
-        groups: tensors that share one bit-width. Each entry is `qkv` (projections of the same
-            tensor within one attention module), `residual` (sums along one residual stream), a
-            layer pattern, or a list of layer patterns.
+        groups: sets of tensors that share one bit-width. Each entry is `qkv` (projections of the
+            same tensor within one attention module), `residual` (sums along one residual stream),
+            a layer pattern, or a list of layer patterns.
         proxy: distribution of the pseudo-quantization noise of `nipq`.
-        start_bits: initial bit-width in bits; limited to between 5 % and 95 % of the way from the
-            smallest to the largest allowed bit-width.
+        start_bits: initial bit-width in bits, from 1 to 16. Learned bit-widths are clipped to
+            between 5 % and 95 % of the way from the smallest to the largest allowed one; others
+            start at the nearest allowed one.
         input_bits: bit-width of the model's raw input, for example 8 for uint8 data; the input is
             then passed through unchanged and counted at this width. If None, the input is
             quantized like any other tensor.

@@ -8,25 +8,25 @@ from dataclasses import dataclass, field
 from nipq_search.quant.quantizers.base import TensorRole
 
 FLOAT_BITS = 32
-"""Bit-width, in bits, of an operand that stays in floating point."""
+"""Bit-width, in bits, at which an operand that stays in floating point is counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """A tensor with a bit-width.
+    """A weight, an activation that layers consume, or a residual sum.
 
     Attributes:
         name: `<layer>.weight` for a weight, `<first consuming layer>.input` for an activation,
-            and `<first consuming layer>.second` for the second operand of a product of two
-            activations.
+            `<first consuming layer>.second` for the second operand of a product of two
+            activations, and `<module>.add` or `<module>.add_<n>` for a residual sum.
         role: weight, activation or addition (a residual sum).
-        numel: number of elements; per sample for activations.
+        numel: number of elements; per sample unless the tensor is a weight.
         scales: number of float scales to store with the tensor.
         allowed: allowed bit-widths in bits, ascending: a single one if the tensor is pinned, none
             if it has no quantizer.
         group: name of the group whose tensors share one bit-width, or None.
-        fixed_bits: bit-width of a tensor without a quantizer: 32 in float, 8 for raw uint8
-            input. None for a quantized tensor.
+        fixed_bits: bit-width at which a tensor without a quantizer is counted: 32 in float, or
+            `QuantConfig.input_bits` for raw input. None for a quantized tensor.
     """
 
     name: str
@@ -40,7 +40,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerInfo:
-    """A layer that multiplies two tensors or looks up rows of a weight.
+    """A layer, which multiplies tensors or looks up rows of a weight.
 
     Attributes:
         name: qualified name of the module, or of the site within it.
@@ -49,8 +49,7 @@ class LayerInfo:
         weight: name of the weight tensor, or None.
         input: name of the input tensor, or None.
         second: name of the second activation in a product of two activations, or None.
-        float_reason: reason why the layer or one of its operands stays in floating point; empty
-            if everything is quantized.
+        float_reason: reason why the layer stays in floating point; empty if it is quantized.
         float_requested: whether `float_reason` follows from the configuration.
     """
 
@@ -69,9 +68,11 @@ class Graph:
     """Layers and tensors of a prepared model.
 
     Attributes:
-        layers: all layers, in order of execution.
+        layers: all layers, in order of execution, followed by those that did not run and by
+            `(unconverted)` if some multiplications belong to no layer.
         tensors: all tensors by name.
-        float_parameters: number of parameters that stay in float, excluding quantizer scales.
+        float_parameters: number of elements of all parameters that are not part of a weight in
+            `tensors`, such as biases; they stay in float. Excludes quantizer scales.
     """
 
     layers: tuple[LayerInfo, ...]

@@ -215,12 +215,12 @@ def test_budgets():
     [
         ({}, "at least one target"),
         ({"bobs": 1e9}, "unknown cost 'bobs'.*did you mean 'bops'"),
-        ({"bops": 0}, "bops=0 is not a positive number"),
-        ({"bops": -1.0}, "not a positive number"),
-        ({"bops": float("nan")}, "not a positive number"),
-        ({"bops": float("inf")}, "not a positive number"),
-        ({"bops": True}, "not a positive number"),
-        ({"bops": "5e9"}, "not a positive number"),
+        ({"bops": 0}, "bops=0 is not a positive, finite number"),
+        ({"bops": -1.0}, "not a positive, finite number"),
+        ({"bops": float("nan")}, "not a positive, finite number"),
+        ({"bops": float("inf")}, "not a positive, finite number"),
+        ({"bops": True}, "not a positive, finite number"),
+        ({"bops": "5e9"}, "not a positive, finite number"),
     ],
 )
 def test_bad_budgets(targets, message):

@@ -46,6 +46,9 @@ class Builder:
             model: copy of the float model, converted in place by `build`.
             found: trace of the model.
             config: quantization settings.
+
+        Raises:
+            UserError: a layer pattern matches no layer.
         """
         self.model, self.found, self.config = model, found, config
         self.clock = NoiseClock(config.seed)
@@ -84,6 +87,7 @@ class Builder:
     def _quantizer(
         self, name: str, allowed: tuple[int, ...], role: TensorRole, channels: int = 1
     ) -> FakeQuantizer:
+        """Create a quantizer and register it under the name of its tensor."""
         kind = QUANTIZERS[self.config.quantizer]
         key = next(self.keys)
         bits = BitWidth(allowed, self.config.start_bits, learned=kind.learns_bits, key=key)
@@ -139,6 +143,7 @@ class Builder:
         return name, quantizer
 
     def _allowed(self, uses: list[Layer], searched: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the width to which the layers that use a tensor are pinned, or `searched`."""
         pins = {use.pin for use in uses} - {None}
         if len(pins) > 1:
             raise UserError(
@@ -204,6 +209,7 @@ class Builder:
         return quantized
 
     def _add_site(self, call: Call, site: Site) -> None:
+        """Record the site of a call; `_make_owners` puts it into effect."""
         assert call.op is not None
         key = site_key(call.op.kind, call.label, call.ordinal)
         self.sites.setdefault(call.owner, {})[key] = site
@@ -212,7 +218,8 @@ class Builder:
         """Convert every layer in place and return the graph and the sites by owner.
 
         Raises:
-            UserError: pins contradict each other, or a group has no common bit-width.
+            UserError: pins contradict each other, a layer pattern in `quant.groups` matches no
+                layer, or a group has no common bit-width.
         """
         modules = dict(self.model.named_modules())
         infos = [self._layer(layer, modules) for layer in self.layers]
@@ -239,7 +246,7 @@ class Builder:
         return graph, sites
 
     def _idle_layers(self, modules: Mapping[str, nn.Module]) -> list[LayerInfo]:
-        """Return the layers that the example inputs did not reach, such as unused experts."""
+        """Record and return the layers that did not run on the example inputs."""
         covered = self._covered()
         infos = []
         for name, module in modules.items():
@@ -325,7 +332,7 @@ class Builder:
         return covered
 
     def _float_parameters(self) -> int:
-        """Return the number of parameters from which no weight of the graph is computed."""
+        """Return the number of elements of all parameters outside the weights of the graph."""
         counted = self._covered() | self.idle
         return sum(numel for name, numel in self.parameters.items() if name not in counted)
 
@@ -339,7 +346,7 @@ def _pinned(layer: Layer, pin: Pin) -> Layer:
 
 
 def _with_shared_tables(layers: Sequence[Layer]) -> list[Layer]:
-    """Return the layers; an untrained table is quantized if a quantized layer shares it."""
+    """Return the layers; an untrained table has no float reason if a quantized layer shares it."""
     quantized = {_weight_key(x) for x in layers if x.weight is not None and not x.in_float}
     return [
         dataclasses.replace(layer, float_reason="")

@@ -33,7 +33,7 @@ def tensor_groups(
     Args:
         wanted: entries of `quant.groups`: `qkv`, `residual`, layer patterns, or lists of patterns.
         layers: the traced layers.
-        infos: graph entries of the same layers.
+        infos: graph entries of the same layers, in the same order; further ones are ignored.
         sums: calls of each quantized sum, by tensor name.
         tensors: all tensors by name.
 
@@ -56,7 +56,7 @@ def tensor_groups(
 
 
 def _projections(layers: Sequence[Layer], infos: Sequence[LayerInfo]) -> list[list[str]]:
-    """Return groups of weights that project one tensor to operands of one attention module."""
+    """Return groups of weights whose layers map one tensor to operands of one attention module."""
     by_origin = {layer.call.origin: info for layer, info in zip(layers, infos, strict=False)}
     groups: dict[tuple[str, str], list[str]] = {}
     for layer in layers:
@@ -120,7 +120,7 @@ def share_bits(
     tensors: dict[str, TensorInfo],
     quantizers: Mapping[str, FakeQuantizer],
 ) -> None:
-    """Share one bit-width among the quantizers of each group, in place.
+    """Share one bit-width among the quantizers of each group, in place, before training.
 
     Args:
         groups: tensor names of each group.
@@ -140,7 +140,7 @@ def share_bits(
         allowed = tuple(sorted(common))
         first = quantizers[group[0]].bits
         for name in group:
-            # Each tensor keeps a separate `BitWidth` for its marginal loss; `tie` shares theta.
+            # Each tensor keeps a separate `BitWidth` for its `marginal`; `tie` shares theta.
             bits = BitWidth(allowed, first.start, learned=first.learnable, key=first.key)
             quantizers[name].replace_bits(bits)
             tensors[name] = dataclasses.replace(tensors[name], allowed=allowed, group=group[0])

@@ -18,9 +18,11 @@ from nipq_search.quant.tracing.sites import inside_owner
 
 
 class QuantLayer(nn.Module, abc.ABC):
-    """Base class of quantized layers with two quantizers.
+    """Base class of layers that quantize their weight and their input.
 
     Attributes:
+        kind: kind of the function that the layer runs; see `ops.OPS`.
+        weight: float weight of the layer.
         weight_quantizer: quantizer of the weight.
         input_quantizer: quantizer of the input, or None for raw uint8 input.
     """
@@ -31,7 +33,7 @@ class QuantLayer(nn.Module, abc.ABC):
     input_quantizer: FakeQuantizer | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Quantize both operands and multiply them; shapes as in the float layer."""
+        """Run the layer on the quantized input and weight; shapes as in the float layer."""
         if not torch.compiler.is_compiling() and inside_owner():
             # Hide the multiplication from the enclosing owner. Torch has no public context manager
             # that disables function modes.
@@ -40,6 +42,7 @@ class QuantLayer(nn.Module, abc.ABC):
         return self._quantized(input)
 
     def _quantized(self, x: Tensor) -> Tensor:
+        """Quantize both operands and multiply them."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         weight = self.weight_quantizer(self.weight)
@@ -62,7 +65,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         return super()._quantized(flattened(x, 1))
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the linear map of `x`; shapes as in `nn.Linear`."""
+        """Return `x @ weight.T + bias`; shapes as in `nn.Linear`."""
         return nnf.linear(x, weight, self.bias)
 
 

@@ -44,8 +44,12 @@ def matching(pattern: str, layers: Sequence[LayerName]) -> set[int]:
 
     Args:
         pattern: a layer name with `fnmatch` wildcards; `kind:` and a kind with wildcards; or
-            `order:first` or `order:last` for the first or last layer that multiplies by a weight.
+            `order:first` or `order:last` for the first or last layer with a weight that is not an
+            embedding.
         layers: the model's layers, in order of execution.
+
+    Returns:
+        Indices into `layers`; empty if no layer matches.
     """
     if pattern.startswith(KIND):
         wanted = pattern.removeprefix(KIND)
@@ -79,13 +83,15 @@ def check_patterns(patterns: Iterable[str], layers: Sequence[LayerName], key: st
                 f"{key}.{pattern}: no layer of this kind; the model has {', '.join(kinds)}"
             )
         if pattern.startswith(ORDER):
-            raise UserError(f"{key}.{pattern}: unknown order; use order:first or order:last")
+            raise UserError(
+                f"{key}.{pattern}: no layer has this order; use order:first or order:last"
+            )
         hint = nearest(pattern.strip("*"), [layer.name for layer in layers])
         raise UserError(f"{key}.{pattern}: no layer has this name{hint}")
 
 
 def pins_of(layers: Sequence[LayerName], config: QuantConfig) -> list[Pin]:
-    """Return the pin of every layer.
+    """Return the pin of every layer, from `pin`, `exclude` and `include`.
 
     Raises:
         UserError: a pattern matches no layer.

@@ -86,7 +86,7 @@ class QuantState(nn.Module):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the prepared module inside a DDP, torch.compile or averaged (EMA) wrapper.
+    """Return the prepared module: `model`, or the one in its DDP, compile or EMA wrappers.
 
     Raises:
         UserError: the model was not prepared.
@@ -103,7 +103,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def quant_state(model: nn.Module) -> QuantState:
-    """Return the quantization state of a prepared, possibly wrapped, model."""
+    """Return the quantization state of a prepared, possibly wrapped, model.
+
+    Raises:
+        UserError: the model was not prepared.
+    """
     return getattr(unwrap(model), STATE)  # type: ignore[no-any-return]
 
 
@@ -112,7 +116,7 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def attach_state(root: nn.Module, state: QuantState) -> None:
-    """Attach the quantization state to the root.
+    """Attach the quantization state to the root, with hooks for loading a state dict.
 
     A container such as `nn.Sequential` would treat the state as one of its layers, so the state
     becomes a child of the first non-container module inside it instead.
@@ -180,7 +184,8 @@ def prepare(
     Args:
         model: any float module; it is not modified.
         example_inputs: arguments of one forward call: a tensor, a tuple, or a dict of keyword
-            arguments. Their shapes determine the costs, which are reported per sample.
+            arguments. Their shapes determine the costs, which are reported per sample; the first
+            dimension of the first tensor is the number of samples.
         config: quantization settings. Default: `QuantConfig()`.
         calibration: batches in the format of `example_inputs` (additional entries, such as the
             labels in `(images, labels)`, are ignored), or a function that runs the model on
@@ -191,9 +196,9 @@ def prepare(
         The prepared model, a deep copy on the same device.
 
     Raises:
-        UserError: the model is already prepared, has lazy, meta, complex or integer parameters,
-            does not run on the example inputs or has nothing to quantize; a layer pattern matches
-            no layer or contradicts another; or there is no calibration data.
+        UserError: the model is already prepared, cannot be quantized (see `check_model`), does not
+            run on the example inputs or has nothing to quantize; a layer pattern matches no layer
+            or contradicts another; or there is no calibration data.
 
     Example:
         >>> import torch
@@ -238,7 +243,10 @@ def prepare(
 
 
 def copy_model(model: M) -> M:
-    """Return a deep copy; tensors cached by earlier forward passes lose their autograd graph."""
+    """Return a deep copy of a model.
+
+    In the copy, tensors that earlier forward passes cached have no autograd graph.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for x in tensors_in(vars(module)):
@@ -251,8 +259,9 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
     """Check that a model can be prepared.
 
     Raises:
-        UserError: the model is already prepared, or has parameters, buffers or example inputs
-            that cannot be quantized.
+        UserError: the model is already prepared; a parameter or buffer is lazy, on the meta device
+            or created in inference mode; a parameter is complex or an integer; or an example input
+            is complex.
     """
     if any(isinstance(module, (QuantState, QuantLayer, Owner)) for module in model.modules()):
         raise UserError("the model is already prepared; prepare the float model")
@@ -280,7 +289,10 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
 
 
 def warn_of_float_work(graph: Graph) -> None:
-    """Warn about multiplications that stay in float without being configured to do so."""
+    """Warn about layers that did not run on the example inputs, or that stay in float.
+
+    Layers that the configuration keeps in float are not mentioned.
+    """
     idle = [layer.name for layer in graph.layers if layer.float_reason == IDLE]
     if idle:
         warnings.warn(
@@ -337,7 +349,9 @@ def _ignore(x: Tensor) -> None:
 
 
 def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module], None]) -> None:
-    """Set the grid and the boundary of every activation quantizer from calibration data.
+    """Initialize every activation quantizer by running the float model on calibration data.
+
+    Quantizers that the data do not reach start with a boundary of 1, and a warning is emitted.
 
     Raises:
         UserError: no data went through the model.
@@ -369,6 +383,9 @@ def calibrate(model: nn.Module, calibration: Iterable[Any] | Callable[[nn.Module
 
 def freeze_bits(model: M, bits: Mapping[str, int] | None = None) -> M:
     """Freeze every bit-width in place: at `bits` by tensor name, or at the nearest allowed width.
+
+    Returns:
+        The same model.
 
     Raises:
         UserError: a bit-width is not allowed for its tensor, or differs from its frozen one.

@@ -46,7 +46,7 @@ def _processor() -> str:
 
 
 def _folders() -> Iterator[Path]:
-    """Yield the writable folders for the library: the user's cache, then a temporary folder."""
+    """Yield the writable folders for the library: the user's cache, then a temporary one."""
     user = os.getuid() if hasattr(os, "getuid") else ""
     places = [Path(tempfile.gettempdir()) / f"nipq-search-{user}"]
     try:
@@ -64,6 +64,11 @@ def _folders() -> Iterator[Path]:
 
 
 def _compiler() -> str:
+    """Return the first C compiler that is installed; the environment variable CC takes precedence.
+
+    Raises:
+        OSError: there is none.
+    """
     for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
         if name and shutil.which(name):
             return name
@@ -79,6 +84,10 @@ def _build(folder: Path) -> Path:
 
     The file name ends with a checksum, because loading a file that was truncated by a full disk
     or a power failure would kill the process.
+
+    Raises:
+        OSError: there is no C compiler, it fails, or the folder is not writable.
+        subprocess.SubprocessError: the compiler timed out.
     """
     sources = [source.read_text() for source in SOURCES]
     text = "\0".join((*sources, platform.machine(), _processor(), str(_FLAGS)))
@@ -132,7 +141,11 @@ def _load() -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the kernels, or None if they are disabled or cannot be built (with one warning)."""
+    """Return the kernels, or None if they are disabled or, with one warning, cannot be loaded.
+
+    Raises:
+        UserError: see `switched_off`.
+    """
     if switched_off():
         return None
     try:

@@ -29,7 +29,7 @@ def _boundary(
     axis: int,
     bits_key: int,
 ) -> tuple[Boundary, widths.Draw | None]:
-    """Return the boundary, without an autograd graph, and the draw of the bit-width."""
+    """Return the boundary and, if the bit-width is learned, its draw; see `noisy`."""
     draw, bits = None, alpha.new_full((1,), width)
     if theta is not None:
         u = noise.centered_uniform(clock.key(bits_key, 0))
@@ -111,7 +111,7 @@ def noisy_backward(
     axis: int,
     empirical: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Update `marginal` and return the gradients with respect to `x`, `alpha` and `theta`.
+    """Return the gradients with respect to `x`, `alpha` and `theta`, and update `marginal`.
 
     Args:
         grad: gradient with respect to the output.
@@ -120,7 +120,7 @@ def noisy_backward(
         minimum: see `noisy`.
         theta: see `noisy`.
         marginal: see `noisy`; updated in place if `learns`.
-        decayed: step at which `marginal` last decayed, shape (1,); updated in place.
+        decayed: step at which `marginal` last decayed, shape (1,); updated in place if `learns`.
         learns: whether theta requires a gradient.
         step: see `noisy`.
         seed: see `noisy`.
@@ -210,7 +210,7 @@ def noisy_node(x: Tensor, alpha: Tensor, theta: Tensor | None, *rest: Any) -> Te
         alpha: see `noisy`.
         theta: see `noisy`.
         rest: the arguments `minimum`, `marginal`, `decayed` and `step` of `noisy_backward`,
-            followed by its last eight arguments.
+            followed by its arguments from `seed` to `empirical`.
 
     Returns:
         The noisy tensor, of the shape and dtype of `x`.

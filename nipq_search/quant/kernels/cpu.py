@@ -27,6 +27,8 @@ _ROUNDING, _UNIFORM, _TABLE = range(3)  # codes of the noise distributions in cp
 
 
 class _Noise(ctypes.Structure):
+    """The struct `Noise` of cpu.c."""
+
     _fields_ = (
         ("law", ctypes.c_int),
         ("first", ctypes.c_uint32),
@@ -38,6 +40,8 @@ class _Noise(ctypes.Structure):
 
 
 class _KernelCall(ctypes.Structure):
+    """The struct `Call` of cpu.c."""
+
     _fields_ = (
         ("x", ctypes.c_void_p),
         ("g", ctypes.c_void_p),
@@ -54,7 +58,7 @@ class _KernelCall(ctypes.Structure):
 
 
 def _noise(key: int | None, residuals: Residuals | None) -> _Noise:
-    """Return the noise description for a kernel: rounding, uniform noise, or residuals."""
+    """Return the struct that selects rounding, uniform noise or residuals in a kernel."""
     if key is None:
         return _Noise(law=_ROUNDING)
     halves = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
@@ -65,7 +69,7 @@ def _noise(key: int | None, residuals: Residuals | None) -> _Noise:
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Allocate memory for C, independent of torch's default dtype and device."""
+    """Allocate a CPU tensor for C, regardless of torch's default dtype and device."""
     return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
@@ -105,9 +109,9 @@ def _run(
 
 
 def packed_range(boundary: Boundary) -> Tensor:
-    """Return a range as a tensor of shape (6, channels); see `Backend`.
+    """Return the range of a boundary as a tensor of shape (6, channels); see `Backend`.
 
-    The last row contains the derivative of the boundary with respect to its parameter.
+    The last row contains the derivative of the boundary with respect to its learned parameter.
     """
     alpha = boundary.alpha.detach().contiguous()
     start = None if boundary.start is None else boundary.start.contiguous()
@@ -189,7 +193,7 @@ def backward(
         kind: whether `kept` is the input or the output.
         axis: channel dimension.
         range_: packed range.
-        grid: shape of the grid.
+        grid: type of the grid.
         key: key of the noise; None selects rounding.
         residuals: table from which noise was drawn; None for uniform noise.
 

@@ -1,4 +1,4 @@
-"""GPU backend of the quantizers in Triton, with the same noise and results as cpu.c.
+"""GPU backend of the quantizers in Triton, with the same noise as cpu.c.
 
 Each program processes BLOCK adjacent elements or, in a backward pass with several boundaries, one
 channel. Float32 sums therefore have a fixed order. No function synchronizes the device. This
@@ -257,12 +257,13 @@ if triton is not None:
 
 
 def _law(key: int | None, residuals: Residuals | None) -> int:
+    """Return the code of the noise distribution in the kernels."""
     if key is None:
         return _ROUNDING
     return _UNIFORM if residuals is None else _TABLE
 
 
-def _drawn(
+def _noise_arguments(
     key: int | None, residuals: Residuals | None, other: Tensor
 ) -> tuple[Tensor, Tensor, int, int, int]:
     """Return the table, its used length, both halves of the key, and the low half of the origin.
@@ -287,7 +288,7 @@ def _launch(kernel: Any, programs: int, *given: Any, **constants: Any) -> None:
 
 
 def packed_range(boundary: Boundary) -> Tensor:
-    """Return a range as a tensor of shape (5, channels); see `Backend`."""
+    """Return the range of a boundary as a tensor of shape (5, channels); see `Backend`."""
     with torch.no_grad():
         alpha = boundary.alpha.detach()
         range_ = quantization_range(alpha, boundary.bits, boundary.grid, boundary.minimum)
@@ -331,7 +332,7 @@ def forward(
         x,
         y,
         range_,
-        *_drawn(key, residuals, range_),
+        *_noise_arguments(key, residuals, range_),
         count,
         channels,
         inner_size(x, channels, axis),
@@ -359,7 +360,7 @@ def backward(
         kind: whether `kept` is the input or the output.
         axis: channel dimension.
         range_: packed range.
-        grid: shape of the grid.
+        grid: type of the grid.
         key: key of the noise; None selects rounding.
         residuals: table from which noise was drawn; None for uniform noise.
 
@@ -369,7 +370,7 @@ def backward(
     out, count, channels = torch.empty_like(grad), grad.numel(), range_.shape[1]
     programs = triton.cdiv(count, _BLOCK) if channels == 1 else channels
     sums = torch.empty(programs, 3, dtype=torch.float32, device=grad.device)
-    given = (grad, kept, out, sums, range_, *_drawn(key, residuals, range_))
+    given = (grad, kept, out, sums, range_, *_noise_arguments(key, residuals, range_))
     constants = {"LAW": _law(key, residuals), "KEPT": kind.value}
     if channels == 1:
         _launch(_tensor_backward_kernel, programs, *given, count, **constants, BLOCK=_BLOCK)

@@ -17,7 +17,7 @@ def backend_for(x: Tensor, boundary: Boundary) -> Backend | None:
     """Return the kernels that support `x`, or None if torch operations are required."""
     alpha = boundary.alpha
     if alpha.dtype is not torch.float32 or alpha.device != x.device:
-        return None  # torch raises a clear error for tensors on different devices
+        return None  # torch raises a clear error if the devices differ
     if cpu.available(x):
         return cpu
     if x.is_cuda:
@@ -67,7 +67,7 @@ def _noise(x: Tensor, range_: Range, axis: int, key: int, empirical: bool) -> Te
 def gradients(
     grad: Tensor, x: Tensor, boundary: Boundary, key: int, empirical: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `pseudo_quantize` with respect to `x` and the boundary.
+    """Return the gradients of `pseudo_quantize` with respect to `x`, boundaries and bit-width.
 
     Args:
         grad: gradient with respect to the output, same shape as `x`.

@@ -22,7 +22,7 @@ class Backend(Protocol):
     """Kernels for one type of device. Tensors are dense and processed in memory order."""
 
     def packed_range(self, boundary: Boundary) -> Tensor:
-        """Return a range as a tensor of shape (5 or more, channels).
+        """Return the range of a boundary as a tensor of shape (5 or more, channels).
 
         The first five rows are the fields of `functional.Range`.
         """
@@ -79,7 +79,7 @@ class Backend(Protocol):
             kind: whether `kept` is the input or the output.
             axis: channel dimension.
             range_: packed range.
-            grid: shape of the grid.
+            grid: type of the grid.
             key: key of the noise; None selects rounding.
             residuals: table from which noise was drawn; None for uniform noise.
 
@@ -129,7 +129,7 @@ class _Quantization:
         kind: whether the input or the output is saved for the backward pass.
         version: version counter of the input.
         range_: packed range.
-        residuals: table from which noise was drawn.
+        residuals: table from which noise is drawn; None if it is not empirical.
         y: weak reference to the quantized tensor.
     """
 
@@ -154,7 +154,11 @@ class _Quantization:
         return y.to(x.dtype)
 
     def reused_output(self, x: Tensor) -> Tensor | None:
-        """Return the output of an earlier, identical quantization of `x`, or None."""
+        """Return the output of an earlier, identical quantization of `x`, and adopt its residuals.
+
+        Returns:
+            The output, or None if there is no such quantization or `x` is on a GPU.
+        """
         if x.is_cuda:  # comparing the ranges would synchronize the device
             return None
         other: _Quantization | None = _latest.get(x)  # type: ignore[no-untyped-call]
@@ -170,7 +174,7 @@ class _Quantization:
 
 
 _latest: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Latest quantization of each live activation, which several layers may consume."""
+"""Latest quantization of each activation still in memory, which several layers may consume."""
 
 
 class _Quantize(torch.autograd.Function):

@@ -26,14 +26,14 @@ class Kept(enum.Enum):
 
 
 SMALL_ELEMENTS = 1 << 14
-"""Tensors with fewer elements are saved in both forms, since recomputation would not pay off."""
+"""Quantized tensors with fewer elements are saved, since recomputing them would not pay off."""
 
 _SAVE_THEIR_RESULT = frozenset({"SoftmaxBackward0"})
 """Names of autograd nodes that save the result of their operation."""
 
 
 def is_retained(x: Tensor) -> bool:
-    """Whether `x` stays in memory until the backward pass even if not saved by the quantizer."""
+    """Whether `x` stays in memory until the backward pass without being saved by the quantizer."""
     # A tensor without a `grad_fn` is a parameter or part of the batch, and stays alive anyway.
     return x.grad_fn is None or x.grad_fn.name() in _SAVE_THEIR_RESULT
 
@@ -47,6 +47,9 @@ def flattened(x: Tensor, kept_dims: int) -> Tensor:
     Args:
         x: operand of a product.
         kept_dims: number of trailing dimensions that are not flattened.
+
+    Returns:
+        A tensor of the shape of `x`.
     """
     for i in range(x.dim() - kept_dims - 1):
         if x.stride(i) != x.stride(i + 1) * x.shape[i + 1]:
@@ -79,11 +82,11 @@ class Recipe:
 
 
 _recipes: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Recipes by live quantized tensor. Attributes of the tensors would be serialized with them."""
+"""Recipes by quantized tensor. As attributes of the tensors, they would be serialized too."""
 
 
 def register_recipe(y: Tensor, x: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
-    """Register that `y` can be recomputed from `x`.
+    """Register how `y` can be recomputed from `x`; see `recompute_operands`.
 
     Args:
         y: output of a quantizer.
@@ -94,6 +97,7 @@ def register_recipe(y: Tensor, x: Tensor, compute: Callable[[Tensor], Tensor]) -
 
 
 def _version(x: Tensor) -> int:
+    """Return the version counter of `x`, which counts in-place writes; 0 for inference tensors."""
     return 0 if x.is_inference() else x._version
 
 
@@ -151,7 +155,11 @@ def has_other_hooks() -> bool:
 def recompute_operands(*operands: Tensor) -> Iterator[None]:
     """Within the context, products recompute operands in the backward pass where possible.
 
-    Has no effect while other saved-tensor hooks are active, as in checkpointing.
+    Has no effect under torch.compile, or while other saved-tensor hooks are active, as in
+    checkpointing, or hooks are disabled.
+
+    Args:
+        operands: the products' operands; only those with a registered recipe are recomputed.
     """
     # Torch has no public function that returns whether hooks are allowed.
     enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]

@@ -19,6 +19,8 @@ from nipq_search.quant.numerics.noise import dense
 
 
 class _ReLU(torch.autograd.Function):
+    """Autograd node that computes `min(max(x, 0), cap)`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, cap: float, inplace: bool) -> Tensor:
         """Return `min(max(x, 0), cap)`, and save one byte per element for the backward pass."""
@@ -56,7 +58,10 @@ class _ReLU(torch.autograd.Function):
 
 
 def lean_relu(x: Tensor, cap: float, inplace: bool) -> Tensor | None:
-    """Return `min(max(x, 0), cap)`, or None if the kernel does not support the call.
+    """Return `min(max(x, 0), cap)`, or None if the kernel does not support or need the call.
+
+    It supports dense float32 tensors on a CPU, and is needed if `x` requires a gradient. In-place
+    calls must not overwrite a leaf or a view.
 
     Args:
         x: tensor of any shape.
@@ -83,7 +88,7 @@ class _Lean(nn.Module):
     inplace: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the memory-saving kernel if it supports the input, otherwise torch's ReLU."""
+        """Apply the memory-saving kernel if possible (see `lean_relu`), otherwise torch's ReLU."""
         found = lean_relu(input, self.cap, self.inplace)
         return super().forward(input) if found is None else found
 
@@ -101,10 +106,11 @@ class LeanReLU6(_Lean, nn.ReLU6):
 
 
 LEAN: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: LeanReLU, nn.ReLU6: LeanReLU6}
+"""Memory-saving class by exact torch class."""
 
 
 def make_lean(model: nn.Module) -> None:
-    """Convert every ReLU and ReLU6, but no subclasses, to its memory-saving class, in place."""
+    """Convert every ReLU and ReLU6 to its memory-saving class, in place, except for subclasses."""
     for module in model.modules():
         if type(module) in LEAN:
             module.__class__ = LEAN[type(module)]

@@ -22,7 +22,7 @@ MIN_BOUNDARY = 1e-12
 
 
 class Grid(enum.Enum):
-    """The shape of a quantization grid."""
+    """Type of a quantization grid, which determines the lowest and the highest integer."""
 
     SIGNED = "signed"
     UNSIGNED = "unsigned"
@@ -65,7 +65,7 @@ class Boundary(NamedTuple):
             `positive(alpha, start)`.
         bits: bit-width in bits, shape (1,). If `draw` is set, this is the theta of the draw
             instead.
-        grid: shape of the grid.
+        grid: type of the grid.
         minimum: lower end of an affine range, shape (1,).
         axis: channel dimension.
         start: initial boundaries, shape (channels,), or None; see `alpha`.
@@ -108,11 +108,12 @@ def quantization_range(alpha: Tensor, bits: Tensor, grid: Grid, minimum: Tensor)
     """Return the quantization range at `bits` bits; differentiable in `alpha` and `bits`.
 
     Args:
-        alpha: truncation boundary, positive: half the width of a signed range, or the full width
-            of an unsigned or affine one.
-        bits: bit-width in bits, at least 2 for a signed grid and 1 for the others.
-        grid: shape of the grid.
-        minimum: lower end of an affine range, from calibration; unused for other grids.
+        alpha: truncation boundaries, positive, in a shape that broadcasts to the tensor: half the
+            width of a signed range, or the full width of an unsigned or affine one.
+        bits: bit-width in bits, shape (1,), at least 2 for a signed grid and 1 for the others.
+        grid: type of the grid.
+        minimum: lower end of an affine range, shape (1,), from calibration; unused for other
+            grids.
 
     Returns:
         The range. The zero-point of an affine range is an integer, so that zero is a grid point;
@@ -144,7 +145,7 @@ def range_gradients(
 
     Args:
         range_: the range, shape (channels,).
-        grid: shape of the grid.
+        grid: type of the grid.
         grad_step: gradient with respect to the step, shape (channels,).
         grad_low: gradient with respect to the lower boundary, shape (channels,).
         grad_high: gradient with respect to the upper boundary, shape (channels,).
@@ -183,13 +184,13 @@ def range_sums(
         The gradient with respect to `x`, of the shape of `x`, and the gradients with respect to
         step, low and high, each of shape (channels,).
     """
-    grad_x, *rest = _range_gradients((True,) * 4, grad, x, *range_[:3], noise)
+    grad_x, *rest = _quantizer_gradients((True,) * 4, grad, x, *range_[:3], noise)
     grad_step, grad_low, grad_high = (t.reshape(-1) for t in rest if t is not None)
     assert grad_x is not None
     return grad_x, grad_step, grad_low, grad_high
 
 
-def _range_gradients(
+def _quantizer_gradients(
     needed: tuple[bool, ...],
     grad: Tensor,
     x: Tensor,
@@ -200,8 +201,9 @@ def _range_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of a quantizer with respect to x, step, low and high.
 
-    The flags in `needed` are in the same order. The gradient with respect to x is always computed;
-    the others are None if they are not needed.
+    The first four flags in `needed` are in the same order. The gradient with respect to x is
+    always computed; the others are None if they are not needed. Without `noise`, the quantizer is
+    the hard one.
     """
     above, below = x >= high, x <= low
     inside = grad.masked_fill(above | below, 0.0)
@@ -235,7 +237,7 @@ class _PseudoQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Differentiate the forward pass with the noise held fixed."""
-        return *_range_gradients(ctx.needs_input_grad, grads[0], *ctx.saved_tensors), None
+        return *_quantizer_gradients(ctx.needs_input_grad, grads[0], *ctx.saved_tensors), None
 
 
 class _HardQuantize(torch.autograd.Function):
@@ -259,12 +261,12 @@ class _HardQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Pass gradients straight through the rounding (LSQ, arXiv 1902.08153, eq. 3)."""
-        found = _range_gradients(ctx.needs_input_grad, grads[0], *ctx.saved_tensors)
+        found = _quantizer_gradients(ctx.needs_input_grad, grads[0], *ctx.saved_tensors)
         return *found, None, None
 
 
 def pseudo_quantize(x: Tensor, range_: Range, noise: Tensor) -> Tensor:
-    """Add noise in place of rounding, as NIPQ does in training (no straight-through estimator).
+    """Add noise instead of rounding, as NIPQ does in training, with exact gradients.
 
     Args:
         x: tensor of any shape, float32 or float64.
@@ -279,7 +281,7 @@ def pseudo_quantize(x: Tensor, range_: Range, noise: Tensor) -> Tensor:
 
 
 def hard_quantize(x: Tensor, range_: Range) -> Tensor:
-    """Round `x` to the grid, as in evaluation, the tuning phase and exported models."""
+    """Round `x` to the grid, as in evaluation and the tuning phase; straight-through gradients."""
     return _HardQuantize.apply(  # type: ignore[no-any-return]
         x, range_.step, range_.low, range_.high, range_.lowest, range_.highest
     )

@@ -2,7 +2,8 @@
 
 The functions do not use torch's global generator, so a trial that is resumed or replayed on
 another machine reproduces the same noise. The noise of an element is a hash of the key and the
-element's position in memory; the fast kernels compute the same numbers in registers, once in the
+element's position in memory or, if it is empirical, the entry that such a hash selects from a
+table of rounding residuals. The fast kernels compute the same numbers in registers, once in the
 forward pass and again in the backward pass.
 """
 
@@ -57,7 +58,7 @@ def with_origin(key: int, origin: int) -> int:
 
 
 def origin_of(key: int) -> int:
-    """Return the origin that a noise key contains; see `with_origin`."""
+    """Return the origin that a noise key contains, or 0; see `with_origin`."""
     return key >> 64
 
 
@@ -87,8 +88,8 @@ def is_plain(x: Tensor) -> bool:
     """Whether the C and Triton kernels may process `x`.
 
     They support float32, bfloat16 and float16. Empty tensors, tensor subclasses (as in export),
-    torch.compile, torch.jit.trace, functorch transforms and dispatch modes require torch
-    operations.
+    negated views, torch.compile, torch.jit.trace, functorch transforms and dispatch modes require
+    torch operations.
     """
     # The private names below detect torch.jit.trace, functorch transforms and dispatch modes.
     return (
@@ -192,7 +193,7 @@ def _stride(count: int) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _shuffle(count: int, device: torch.device) -> Tensor:
-    """Return a fixed random order for a residual table.
+    """Return a fixed random permutation of `count` elements, the order of a residual table.
 
     The table must be shuffled, because adjacent elements may have similar residuals, and adjacent
     entries are drawn together.
@@ -203,13 +204,13 @@ def _shuffle(count: int, device: torch.device) -> Tensor:
 
 
 def sample_of(x: Tensor) -> tuple[int, Tensor]:
-    """Return the stride and the order of the elements from which a residual table is built."""
+    """Return the stride at which a residual table samples `x`, and the order of its entries."""
     stride = _stride(x.numel())
     return stride, _shuffle(-(-x.numel() // stride), x.device)
 
 
 def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int = 0) -> Residuals:
-    """Return the rounding residuals `(Q(x) - x) / step` of a subsample, shuffled.
+    """Return a table of the rounding residuals `(Q(x) - x) / step` of a subsample, shuffled.
 
     All elements are used if there are at most 262,144; otherwise, at most 131,072 evenly spaced
     ones are used. Elements outside the boundaries are excluded. If no element is inside, the table
@@ -223,7 +224,7 @@ def residuals_of(x: Tensor, step: Tensor, low: Tensor, high: Tensor, axis: int =
         axis: channel dimension.
 
     Returns:
-        The table, in units of the step.
+        The residual table, in units of the step.
     """
     with torch.no_grad():
         stride, order = sample_of(x)
@@ -293,12 +294,12 @@ class NoiseClock:
         self.count = torch.from_numpy(self._place)
 
     def __reduce__(self) -> Any:
-        """Copy and pickle by value, so that copies do not share memory."""
+        """Copy and pickle only the seed and the step; a copy has its own memory."""
         return NoiseClock, (self.seed, self.step)
 
     @property
     def step(self) -> int:
-        """Number of forward passes in training mode so far."""
+        """Number of forward passes in training mode so far; may be set, as after a resume."""
         return int(self._place[0])
 
     @step.setter
@@ -313,16 +314,20 @@ class NoiseClock:
         return mix(self.seed, self.step, tensor, purpose)
 
     def origin(self, x: Tensor) -> int:
-        """Return the number of elements that belong to samples before this process's share.
+        """Return the number of elements that precede `x` in the tensor of the whole batch.
 
-        Samples are contiguous in memory. The origin is 0 for a tensor whose size is not a
-        multiple of the number of samples, because such a tensor does not depend on them.
+        They belong to the samples before this process's share; samples are contiguous in memory.
+        The origin is 0 for a tensor whose size is not a multiple of the number of samples, because
+        such a tensor does not depend on them.
         """
         before, samples, _ = self.share
         per_sample, rest = divmod(x.numel(), samples) if before else (0, 0)
         return 0 if rest else before * per_sample
 
     def batch_ratio(self) -> float:
-        """Return the size of the whole batch divided by that of this process's share."""
+        """Return the size of the whole batch divided by that of this process's share.
+
+        The ratio is 1 if there is a single process.
+        """
         _, samples, total = self.share
         return total / samples if samples else 1.0

@@ -51,7 +51,7 @@ def theta_for(bits: float, min_bits: float, max_bits: float) -> float:
 
 
 def sample_width(bits: float, allowed: tuple[int, ...], u: float) -> int:
-    """Round a soft bit-width like `sample_bits`, but with plain numbers, which is faster on a CPU.
+    """Compute `sample_bits` with plain numbers, which is faster on a CPU.
 
     Args:
         bits: soft bit-width in bits.
@@ -105,7 +105,8 @@ def draw(
         allowed_tensor: `allowed` as a tensor on the device of `theta`; created if None.
 
     Returns:
-        The draw, with tensors on an accelerator and plain numbers on a CPU.
+        The draw. Its width and slope are plain numbers on a CPU, except in dispatch modes, and
+        tensors otherwise.
     """
     min_bits, span = allowed[0], allowed[-1] - allowed[0]
     # Dispatch modes, which only a private function detects, must see operations on tensors.
@@ -135,9 +136,8 @@ class Draw(NamedTuple):
 
     Attributes:
         theta: learned parameter, shape (1,).
-        width: drawn bit-width in bits: a tensor of shape (1,), or a number on a CPU, where
-            reading it needs no synchronization.
-        slope: derivative of the soft bit-width with respect to theta; type as for `width`.
+        width: drawn bit-width in bits: a plain number or a tensor of shape (1,); see `draw`.
+        slope: derivative of the soft bit-width with respect to theta; same type as `width`.
         marginal: running mean of the derivative of the loss with respect to the bit-width, in
             loss per bit, shape (1,).
     """
@@ -158,7 +158,7 @@ class Draw(NamedTuple):
 
 
 class _Drawn(torch.autograd.Function):
-    """Autograd node that returns the width of a draw, with the derivative of the soft width."""
+    """Autograd node that returns the width of a draw; its derivative is that of the soft width."""
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, draw: Draw) -> Tensor:
@@ -176,5 +176,8 @@ class _Drawn(torch.autograd.Function):
 
 
 def drawn_bits(draw: Draw) -> Tensor:
-    """Return the width of a draw, shape (1,), differentiable in theta."""
+    """Return the width of a draw, shape (1,), differentiable in theta.
+
+    The backward pass updates the running mean of the draw.
+    """
     return _Drawn.apply(draw.theta, draw)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Base class and registry of fake quantizers.
 
 Life cycle of a quantizer: `prepare` constructs it; activation quantizers observe calibration
-batches; `initialize` sets the grid and the boundary from the observed statistics; the quantizer is
+batches; `initialize` sets the grid and the range from calibration statistics; the quantizer is
 trained; `freeze` fixes its bit-width; training with hard quantization and evaluation follow.
 
 To add a quantizer, write one file like `nipq.py` and register the class in
@@ -61,7 +61,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
         channels: number of boundaries: 1, or the number of output channels of a weight.
         clock: noise clock of the model.
         key: index of the tensor in the model; part of the key that determines its noise.
-        proxy: distribution of the noise, ignored by quantizers without noise.
+        proxy: distribution of the noise; ignored by quantizers that offer no choice.
         role: role of the tensor in the model.
     """
 
@@ -111,7 +111,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
         return self.role is TensorRole.WEIGHT
 
     def initialize(self, statistics: TensorStatistics) -> None:
-        """Set the grid and the boundary from calibration statistics."""
+        """Set the grid, the minimum and the boundary from calibration statistics."""
         self.grid = statistics.grid
         with torch.no_grad():
             self.grid_code.fill_(GRID_CODES.index(statistics.grid))
@@ -120,7 +120,7 @@ class FakeQuantizer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def set_boundary(self, statistics: TensorStatistics) -> None:
-        """Set the initial value of the boundary."""
+        """Set the boundary to its initial value, given calibration statistics."""
 
     @abc.abstractmethod
     def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
@@ -134,10 +134,13 @@ class FakeQuantizer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def scale_range(self, factor: Tensor) -> None:
-        """Multiply the quantization range by factors of shape (1,) or (channels,)."""
+        """Multiply the quantization range by factors of shape (1,) or (channels,).
+
+        Has no effect if the range is determined by the data.
+        """
 
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
-        """Quantize `x` as in training before the bit-width is frozen.
+        """Quantize `x` as in training before the bit-width is frozen; by default, by rounding.
 
         This method is also called after freezing if `rounds_once_frozen` is false.
         """
@@ -206,7 +209,11 @@ class FakeQuantizer(nn.Module, abc.ABC):
         self.bits.freeze(bits)
 
     def start_at(self, bits: float) -> None:
-        """Continue learning from a different bit-width, as in a warm start."""
+        """Set the bit-width from which training continues, as in a warm start.
+
+        Raises:
+            UserError: the bit-width is frozen.
+        """
         self.bits.start_at(bits)
 
     def forward(self, x: Tensor, axis: int | None = 0, rows: Tensor | None = None) -> Tensor:
@@ -214,11 +221,12 @@ class FakeQuantizer(nn.Module, abc.ABC):
 
         Args:
             x: floating-point tensor of any shape.
-            axis: dimension of the output channels, used with per-channel boundaries.
-            rows: row indices, shape (len(x),), if `x` contains rows looked up in a weight.
+            axis: dimension of the output channels, used with per-channel boundaries; None is
+                treated as 0.
+            rows: index of each row, shape (len(x),), if `x` contains rows looked up in a weight.
 
         Returns:
-            A tensor of the shape and dtype of `x`.
+            A tensor of the shape and dtype of `x`; `x` itself while `observer` is set.
         """
         if self.observer is not None:
             if rows is None:

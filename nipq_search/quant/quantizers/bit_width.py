@@ -63,7 +63,7 @@ class BitWidth(nn.Module):
     def __init__(
         self, allowed: tuple[int, ...], start: float = 8.0, learned: bool = True, key: int = 0
     ) -> None:
-        """Initialize at `start`, or at the nearest allowed width if the width is not learned."""
+        """Initialize at `start`, within the limits described in `start_at`."""
         super().__init__()
         self.allowed, self.key = allowed, key
         self.start, self.learnable = start, learned
@@ -88,7 +88,10 @@ class BitWidth(nn.Module):
         return self.frozen is not None
 
     def soft(self) -> Tensor:
-        """Return the continuous bit-width, shape (1,), differentiable in theta."""
+        """Return the continuous bit-width, shape (1,), differentiable in theta.
+
+        Without theta, this is the fixed or frozen bit-width.
+        """
         if self.theta is not None:
             return widths.soft_bits(self.theta, self.allowed[0], self.allowed[-1])
         return self._allowed.new_full((1,), self.hard())
@@ -100,7 +103,7 @@ class BitWidth(nn.Module):
         return widths.nearest_bits(float(self.soft().detach()), self.allowed)
 
     def draw(self, u: float, step: int) -> widths.Draw | None:
-        """Draw an integer bit-width for one training step, or return None if it is not learned.
+        """Draw an integer bit-width for one training step, or return None if there is no theta.
 
         Args:
             u: uniform random number from (-1/2, 1/2).
@@ -114,12 +117,12 @@ class BitWidth(nn.Module):
         return widths.draw(self.theta, self.allowed, u, self.marginal, self._allowed)
 
     def sample(self, u: float, step: int) -> Tensor:
-        """Return a drawn bit-width, shape (1,), or the fixed one; see `draw`."""
+        """Return a drawn bit-width, shape (1,), or the fixed or frozen one; see `draw`."""
         draw = self.draw(u, step)
         return self.soft() if draw is None else widths.drawn_bits(draw)
 
     def tie(self, other: BitWidth) -> None:
-        """Share theta with `other`, which has the same allowed set."""
+        """Use the theta of `other`, which has the same allowed set, if both are learned."""
         if self.theta is not None and other.theta is not None:
             self.theta = other.theta
 
@@ -141,7 +144,10 @@ class BitWidth(nn.Module):
         self._width = width
 
     def start_at(self, bits: float) -> None:
-        """Continue from `bits` bits, as in a warm start.
+        """Set the bit-width from which training continues, as in a warm start.
+
+        A learned bit-width is set to `bits` within the limits of `widths.theta_for`, a fixed one
+        to the nearest allowed width.
 
         Raises:
             UserError: the bit-width is frozen.

@@ -43,7 +43,7 @@ class DiffQ(FakeQuantizer):
         self.register_buffer("boundary", torch.ones(channels))
 
     def set_boundary(self, statistics: TensorStatistics) -> None:
-        """Set the boundary to its calibrated value."""
+        """Set the boundary to its calibrated value; in training, that of a weight changes."""
         self.boundary.copy_(statistics.alpha.expand(self.channels))
 
     def alpha(self, elements_per_boundary: float = 1.0) -> Tensor:
@@ -55,9 +55,9 @@ class DiffQ(FakeQuantizer):
 
     @not_compiled
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
-        """Add noise at the continuous bit-width."""
+        """Add noise at the continuous bit-width, or at the fixed or frozen one."""
         if self.is_weight and place.rows is None:
-            self._follow(x, place.axis)
+            self._set_largest(x, place.axis)
         # The draw supplies the gradient; the continuous bit-width replaces the drawn one.
         draw = self.bits.draw(0.0, self.clock.step)
         boundary: Boundary = self.boundary_for(x, place)
@@ -68,7 +68,7 @@ class DiffQ(FakeQuantizer):
         return pseudo_quantize(x, boundary, self.noise_key(x, place))
 
     @torch.no_grad()
-    def _follow(self, x: Tensor, axis: int) -> None:
+    def _set_largest(self, x: Tensor, axis: int) -> None:
         """Set the boundary to the largest magnitude of `x`, or to that of each channel."""
         others = [d for d in range(x.dim()) if self.channels == 1 or d != axis % x.dim()]
         largest = x.detach().abs()

@@ -60,7 +60,7 @@ class LSQ(FakeQuantizer):
         affine = self.grid is Grid.AFFINE
         initial = statistics.alpha if affine else 2.0 * statistics.mean_abs
         self.initial = initial.expand(self.channels).clone()
-        self.step.copy_(self._published())
+        self.step.copy_(self._initial_step())
 
     @torch.no_grad()
     def scale_range(self, factor: Tensor) -> None:
@@ -69,7 +69,7 @@ class LSQ(FakeQuantizer):
         if self.channels == 1:
             self.minimum.mul_(factor)
 
-    def _published(self) -> Tensor:
+    def _initial_step(self) -> Tensor:
         """Return the paper's initial step at the current bit-width."""
         levels = self._levels(self.bits.hard())
         return self.initial / (levels if self.grid is Grid.AFFINE else levels**0.5)
@@ -87,25 +87,33 @@ class LSQ(FakeQuantizer):
         A trained step is rescaled to preserve the boundary; an untrained one is initialized again.
         """
         before = self._levels(self.bits.hard())
-        untrained = torch.equal(self.step, self._published())
+        untrained = torch.equal(self.step, self._initial_step())
         yield
         with torch.no_grad():
             if untrained:  # the paper's initial step depends on the bit-width
-                self.step.copy_(self._published())
+                self.step.copy_(self._initial_step())
             else:
                 self.step.mul_(before / self._levels(self.bits.hard()))
 
     def replace_bits(self, bits: BitWidth) -> None:
-        """Replace the bit-width; an untrained step is initialized again for the new one."""
+        """Replace the bit-width and adjust the step; see `_adjusted_step`."""
         with self._adjusted_step():
             super().replace_bits(bits)
 
     def freeze(self, bits: int | None = None) -> None:
-        """Freeze the bit-width and preserve the boundary."""
+        """Freeze the bit-width and adjust the step; see `_adjusted_step`.
+
+        Raises:
+            UserError: see `FakeQuantizer.freeze`.
+        """
         with self._adjusted_step():
             super().freeze(bits)
 
     def start_at(self, bits: float) -> None:
-        """Continue at a different bit-width and preserve the boundary."""
+        """Change the bit-width and adjust the step; see `_adjusted_step`.
+
+        Raises:
+            UserError: the bit-width is frozen.
+        """
         with self._adjusted_step():
             super().start_at(bits)

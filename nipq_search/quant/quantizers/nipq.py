@@ -50,7 +50,7 @@ class NIPQ(FakeQuantizer):
     def scale_range(self, factor: Tensor) -> None:
         """Multiply the boundary and, if there is only one, the minimum by `factor`.
 
-        The new boundary becomes the initial value of the normalization.
+        The new boundary also becomes `start`, as after calibration.
         """
         self.start.copy_((self.alpha() * factor).clamp(min=F.MIN_BOUNDARY))
         self.boundary.copy_(F.softplus_inverse(torch.ones_like(self.boundary)))
@@ -62,7 +62,7 @@ class NIPQ(FakeQuantizer):
         return F.positive(self.boundary, self.start)
 
     def train_forward(self, x: Tensor, place: Placement) -> Tensor:
-        """Add noise at a drawn bit-width."""
+        """Add noise at a drawn bit-width, or at the fixed or frozen one."""
         if torch.compiler.is_compiling() and place.rows is None:
             bits, alpha = self.bits, self.alpha()
             if alpha.dtype in (torch.bfloat16, torch.float16):

@@ -20,7 +20,7 @@ class TensorStatistics:
     """Initial values of one quantizer.
 
     Attributes:
-        grid: shape of the grid.
+        grid: type of the grid.
         alpha: truncation boundary, shape (1,) or (channels,); positive.
         mean_abs: mean absolute value, same shape as `alpha`.
         minimum: lower end of an affine range, shape (1,); zero for other grids.
@@ -63,14 +63,12 @@ def weight_statistics(weight: Tensor, per_channel: bool, mse: bool) -> TensorSta
 def least_error_shares(
     rows: Tensor, alpha: Tensor, grid: Grid, minimum: Tensor, bits: float
 ) -> Tensor:
-    """Return the factors by which to scale each row's range to minimize the squared error.
-
-    The error is that of rounding the values to the grid.
+    """Return the factor for each row's range that minimizes the squared rounding error.
 
     Args:
         rows: values, shape (rows, n).
         alpha: truncation boundary of each row, shape (rows,).
-        grid: shape of the grid.
+        grid: type of the grid.
         minimum: lower end of the range if the grid is affine, shape (1,).
         bits: bit-width of the grid in bits, possibly fractional.
 
@@ -95,7 +93,7 @@ class Observer:
     minimum: float = float("inf")
 
     def __call__(self, x: Tensor) -> None:
-        """Record one batch."""
+        """Record one batch, without its infinite and NaN values."""
         values = x.detach().float().reshape(-1)
         values = values[values.isfinite()]
         if not values.numel():
@@ -112,7 +110,8 @@ class Observer:
         Tensors without negative values use an unsigned grid. Tensors whose range is strongly
         asymmetric around zero (after SiLU, h-swish, GELU, LeakyReLU or ELU) use an affine grid,
         because a signed grid would waste many of its levels. All others use a signed grid, or an
-        affine one if a signed grid is not allowed.
+        affine one if a signed grid is not allowed. If all values are zero, or none was recorded,
+        the boundary is 1 and the grid is not unsigned.
 
         Args:
             percentile: fraction of the values inside the boundary, in (0, 1].
@@ -146,9 +145,11 @@ class Observer:
 
 
 def _upper_end(values: Tensor, percentile: float) -> Tensor:
-    """Return the percentile of `values`, or their maximum if the percentile is not positive.
+    """Return a percentile of `values`, or their maximum if the percentile is not positive.
 
-    The fallback avoids a boundary of zero for sparse tensors. `torch.quantile` is not used
+    `percentile` is a fraction from 0 to 1.
+
+    The maximum avoids a boundary of zero for sparse tensors. `torch.quantile` is not used
     because it rejects more than 16 million values.
     """
     end = values.kthvalue(max(1, math.ceil(percentile * values.numel()))).values

@@ -59,7 +59,8 @@ def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) 
 
     Args:
         model: a prepared model with the same layers.
-        bits: bit-widths in the format of `bit_config`.
+        bits: bit-widths in the format of `bit_config`; fractional ones are permitted if `freeze`
+            is false.
         freeze: whether to freeze the bit-widths, which is irreversible; otherwise learning
             starts from them.
 
@@ -67,9 +68,10 @@ def apply_bit_config(model: M, bits: Mapping[str, Any], *, freeze: bool = True) 
         The same model.
 
     Raises:
-        UserError: a layer is unknown or missing, a bit-width is not allowed for the layer or
-            differs from its frozen one, or layers that share a tensor are assigned different
-            bit-widths. The model is unchanged in that case.
+        UserError: a section or layer is missing; a layer is unknown; a value is not a number or,
+            with `freeze`, not an allowed bit-width; a bit-width is already frozen at another value
+            or, without `freeze`, at any; or layers that share a tensor or a group are assigned
+            different bit-widths. The model is unchanged in that case.
 
     Example:
         >>> import torch

@@ -14,7 +14,7 @@ from nipq_search.quant.quantizers.statistics import least_error_shares
 from nipq_search.quant.tracing.trace import eval_without_grad
 
 _SAMPLE_ELEMENTS = 1 << 14
-"""Approximate number of elements per row from which the error is computed."""
+"""Approximate number of elements per boundary from which the error is computed."""
 
 _MAX_RATIO = 1.5
 """Limit on the ratio between a learned range and the least-error one, in either direction."""
@@ -42,8 +42,8 @@ def fit_ranges(
 
     Args:
         model: a prepared and calibrated model, at its initial bit-widths.
-        calibration: function that runs the model on data. Only the first finite, non-empty value
-            of each tensor is used.
+        calibration: function that runs the model on data. Only the first value of each tensor
+            that is finite and not empty is used.
         before: bit-widths, in bits by tensor name, at which the ranges were learned; None if the
             ranges come from calibration.
     """
@@ -69,15 +69,16 @@ def fit_ranges(
         quantizer = found[name]
         bits = float(quantizer.bits.soft().detach())
         if before is None:
-            quantizer.scale_range(_best(quantizer, rows, bits))
+            quantizer.scale_range(_factors(quantizer, rows, bits))
         elif bits != before[name]:
             # The ratio of the learned range to the least-error one is limited, because the error
             # of grids with many levels hardly depends on their boundary.
-            learned = (1 / _best(quantizer, rows, before[name])).clamp(1 / _MAX_RATIO, _MAX_RATIO)
-            quantizer.scale_range(_best(quantizer, rows, bits) * learned)
+            learned = 1 / _factors(quantizer, rows, before[name])
+            learned = learned.clamp(1 / _MAX_RATIO, _MAX_RATIO)
+            quantizer.scale_range(_factors(quantizer, rows, bits) * learned)
 
 
-def _best(quantizer: FakeQuantizer, rows: Tensor, bits: float) -> Tensor:
+def _factors(quantizer: FakeQuantizer, rows: Tensor, bits: float) -> Tensor:
     """Return factors by which to scale a quantizer's range for the least error at `bits` bits."""
     alpha = quantizer.alpha().detach().float()
     if quantizer.grid is Grid.SIGNED:

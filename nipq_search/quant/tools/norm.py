@@ -20,10 +20,10 @@ def norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module], None]) -> M:
-    """Replace running statistics with their averages over `batches`, in place.
+    """Replace batch normalization's running statistics with averages over `batches`, in place.
 
     All other layers run in eval mode with hard quantization. Training modes and RNG states are
-    restored afterwards.
+    restored afterwards. A normalization layer that no batch reaches keeps its statistics.
 
     Args:
         model: any model; returned unchanged if it has no batch normalization.
@@ -72,11 +72,14 @@ def reestimate_norm_stats(model: M, batches: Iterable[Any] | Callable[[nn.Module
             for name, buffer in buffers.items():
                 module.get_buffer(name).copy_(buffer)
     if max(runs) == 0:
-        raise UserError("reestimate_norm_stats: no batches; pass at least one")
+        raise UserError(
+            "reestimate_norm_stats: no batch reached a normalization layer; pass one that does"
+        )
     return model
 
 
 def _arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the forward arguments contained in a batch, also for an unprepared model."""
     try:
         return quant_state(model).arguments(batch)
     except UserError:

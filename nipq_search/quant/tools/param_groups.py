@@ -19,21 +19,21 @@ def param_groups(
     lr_boundaries: float | None = None,
     lr_bits: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return optimizer parameter groups: weights with and without decay, boundaries and bits.
+    """Return optimizer parameter groups: parameters with and without decay, boundaries and bits.
 
-    Weight decay applies neither to 1-D parameters (biases, normalization) nor to quantizer
-    parameters.
+    Weight decay applies neither to scalar and 1-D parameters (biases, normalization) nor to
+    quantizer parameters. Parameters that require no gradient are omitted.
 
     Args:
         model: a prepared model, possibly wrapped.
-        lr: learning rate of the weights, and of the other groups unless set below.
+        lr: learning rate of the model's own parameters.
         weight_decay: decay of parameters with two or more dimensions.
-        lr_boundaries: learning rate of the truncation boundaries.
-        lr_bits: learning rate of the bit-widths.
+        lr_boundaries: learning rate of the truncation boundaries. Default: `lr`.
+        lr_bits: learning rate of the bit-widths. Default: `lr`.
 
     Returns:
-        Non-empty groups, each with a `name`. The `bits` group is absent once the bit-widths
-        are frozen.
+        The non-empty ones of the groups `decayed`, `plain`, `boundaries` and `bits`, each with its
+        `name`. The `bits` group is absent once the bit-widths are frozen.
 
     Raises:
         UserError: the model is not prepared.

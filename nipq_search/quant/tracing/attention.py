@@ -132,8 +132,9 @@ def multi_head_attention(
         value: values, shape (S, N, E).
         embed_dim_to_check: ignored; torch compares it with E.
         num_heads: number of heads.
-        in_proj_weight: stacked projections of queries, keys and values, shape (3 * E, E).
-        in_proj_bias: stacked biases, shape (3 * E,).
+        in_proj_weight: stacked weights of the projections of queries, keys and values, shape
+            (3 * E, E).
+        in_proj_bias: stacked biases of these projections, shape (3 * E,).
         bias_k: key appended to the sequence, shape (1, 1, E).
         bias_v: value appended to the sequence, shape (1, 1, E).
         add_zero_attn: whether to append a key and a value of zeros.
@@ -148,9 +149,9 @@ def multi_head_attention(
             or (N * num_heads, L, S).
         use_separate_proj_weight: whether to use the following three weights instead of
             `in_proj_weight`.
-        q_proj_weight: projection of the queries.
-        k_proj_weight: projection of the keys.
-        v_proj_weight: projection of the values.
+        q_proj_weight: weight of the projection of the queries, shape (E, E).
+        k_proj_weight: weight of the projection of the keys, shape (E, key dimension).
+        v_proj_weight: weight of the projection of the values, shape (E, value dimension).
         static_k: keys that replace the projected ones, shape (N * num_heads, S, E / num_heads).
         static_v: values that replace the projected ones, same shape.
         average_attn_weights: whether to average the returned probabilities over heads.

@@ -77,7 +77,7 @@ def _encoder_layer(source: Shape, width: int, heads: int, *args: Any, **kwargs: 
 
 
 def register_formulas() -> None:
-    """Register the missing formulas; further calls have no effect."""
+    """Register the formulas of operations that have none; further calls have no effect."""
     formulas: dict[str, Callable[..., int]] = {
         "_grouped_mm": _grouped,
         "mv": _vector,

@@ -1,4 +1,4 @@
-"""Data flow of a forward pass: whether values come from inputs, parameters or layer outputs."""
+"""Data flow of a forward pass: which inputs, parameters, layers and sums values come from."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ SUM = "sum:"
 """Origins of values: the model's inputs, and prefixes of parameter, layer and sum names."""
 
 Origins = frozenset[str]
+"""Origins of the values of a tensor."""
 
 _MOVES = {
     getattr(torch.ops.aten, name)
@@ -28,7 +29,7 @@ _MOVES = {
         "reflection_pad2d", "replication_pad2d", "roll", "_to_copy",
     )
 }  # fmt: skip
-"""Operations that only move the values of their operands or insert constants."""
+"""Operations that only move, copy or convert the values of their operands, or insert constants."""
 
 TensorKey = tuple[int, int, int, int, tuple[tuple[int, int], ...]]
 """Identity of a tensor's values: storage, offset, version, number of elements, and the strides of
@@ -96,13 +97,13 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._raw.add(x.untyped_storage()._cdata)
 
     def is_raw(self, x: Tensor) -> bool:
-        """Whether `x` holds values of the model's inputs, possibly moved or padded."""
+        """Whether `x` contains only values of the model's inputs, possibly moved or padded."""
         return x.untyped_storage()._cdata in self._raw
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run the operation and record the origins of its results."""
+        """Run the operation, record the origins of its results and count its FLOPs."""
         kwargs = kwargs or {}
         formula = flop_registry.get(func.overloadpacket)
         if formula is None:

@@ -158,7 +158,8 @@ for _function in IN_PLACE:
 def op_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Op | None:
     """Return the entry of `OPS` for a call, or None if the call is not supported.
 
-    An einsum is supported only with two operands, and a sum only if both terms are tensors.
+    An einsum is supported only with two operands, passed as separate arguments, and a sum only if
+    both terms are tensors.
 
     Args:
         func: the called function.

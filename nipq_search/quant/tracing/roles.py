@@ -70,6 +70,9 @@ def find_layers(found: Trace, products: bool) -> list[Layer]:
     Args:
         found: the trace.
         products: whether to quantize products of two activations.
+
+    Returns:
+        The layers, including those that stay in float; none is pinned yet.
     """
     layers: list[Layer] = []
     taken: set[str] = set()
@@ -92,6 +95,9 @@ def roles_of(call: Call, products: bool) -> Roles | None:
     Args:
         call: a call that is not a sum.
         products: whether to quantize products of two activations.
+
+    Returns:
+        The roles. A reason is given if the call stays in float.
     """
     first, second = call.operands[0]
     if call.op is not None and call.op.is_lookup:
@@ -152,7 +158,10 @@ def find_sums(found: Trace) -> dict[str, Call]:
 
 
 def _is_residual(call: Call) -> bool:
-    """Whether a sum adds two activations of equal shape."""
+    """Whether a sum adds two activations of equal shape from different origins.
+
+    Sums of vectors and scalars do not count.
+    """
     first, second = call.operands[0]
     return (
         first is not None
@@ -176,8 +185,9 @@ def weight_value(layer: Layer) -> Tensor:
 def weight_axis(layer: Layer) -> int | None:
     """Return the output-channel dimension of the weight of a layer that has one.
 
-    Returns None if the operation declares no such dimension, or if the weight has fewer than two
-    dimensions.
+    Returns:
+        The non-negative index of the dimension. None if the operation declares no such dimension,
+        or if the weight has fewer than two dimensions.
     """
     op = layer.call.op
     assert op is not None

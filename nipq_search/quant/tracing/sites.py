@@ -105,7 +105,7 @@ def site_key(kind: str, label: str, ordinal: int) -> str:
         ordinal: index among the calls of that kind and parameter.
 
     Returns:
-        The non-empty fields, joined by slashes.
+        The non-empty fields, joined by slashes; dots in the label become hyphens.
     """
     parts = (kind, label.replace(".", "-"), str(ordinal))
     return "/".join(part for part in parts if part)
@@ -125,7 +125,7 @@ class Site(nn.Module):
         return self.first is None and self.second is None
 
     def call(self, op: Op, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a function on quantized operands.
+        """Run a function on quantized operands; an embedding quantizes its result instead.
 
         Args:
             op: the called function's entry in `ops.OPS`.
@@ -157,7 +157,7 @@ class Site(nn.Module):
         return result if target is None else target.copy_(result)
 
     def _lookup(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Look up rows and quantize them instead of the whole table."""
+        """Look up rows, and quantize them instead of the whole table."""
         rows: Tensor = func(*args, **kwargs)
         if self.second is None:
             return rows
@@ -183,13 +183,13 @@ class _Frame:
         self.with_gradients = torch.is_grad_enabled()
 
     def site(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Site | None:
-        """Return the site of the current call, or None.
+        """Count the current call and return its site, or None.
 
         A loop over a longer sequence than the traced one makes more calls. Additional calls with
         a parameter use the last site of that parameter; others stay in float.
 
         Args:
-            op: the called function.
+            op: the called function's entry in `ops.OPS`.
             args: positional arguments.
             kwargs: keyword arguments.
 
@@ -211,7 +211,7 @@ class _Frame:
 
 
 def _expected(sites: Mapping[str, Site]) -> dict[str, int]:
-    """Return the number of traced calls without a parameter, by kind."""
+    """Return the number of traced calls with no parameter among their operands, by kind."""
     kinds = (key.split("/") for key in sites)
     return dict(collections.Counter(parts[0] for parts in kinds if len(parts) == 2))
 
@@ -356,6 +356,7 @@ def _owner_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new_owner(kind: type[nn.Module]) -> nn.Module:
+    """Create an owner without initializing it, for copying and unpickling."""
     made = _owner_class(kind)
     return made.__new__(made)
 
@@ -366,7 +367,7 @@ def make_owner(
     """Convert a module into the owner of `sites`, in place.
 
     Args:
-        module: the module.
+        module: a float module.
         name: name of the module in the model.
         sites: sites by `site_key`. They are not registered as children of the module, because a
             container such as `nn.Sequential` would treat them as layers.

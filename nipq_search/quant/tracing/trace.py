@@ -38,7 +38,8 @@ class OperandRecord:
         parameter: name of the parameter if the operand is a whole parameter, possibly as a view;
             otherwise None.
         value: the tensor itself if the operand is a weight, otherwise None.
-        raw: whether the operand holds values of the model's inputs, possibly moved or padded.
+        raw: whether the operand contains only values of the model's inputs, possibly moved or
+            padded.
         trained: whether the operand is computed from a parameter that requires gradients.
     """
 
@@ -73,12 +74,13 @@ class Call:
     Attributes:
         owner: name of the innermost module whose forward method made the call.
         op: the called function; None if it has no quantized form.
-        function: name of the function.
-        label: label of the parameter that the call multiplies by; see `sites.ParameterTable`.
+        function: kind of the function in `ops.OPS` or, if it has no quantized form, its name.
+        label: label of the parameter that the call multiplies by, or an empty string; see
+            `sites.ParameterTable`.
         ordinal: index among the calls of its kind and parameter in the owner's forward method.
         operands: both operands of every execution.
         macs: multiply-accumulates of the whole batch, summed over all executions.
-        outputs: number of elements of the result, including the batch dimension.
+        outputs: number of elements of the largest result, including the batch dimension.
     """
 
     owner: str
@@ -104,7 +106,7 @@ class Trace:
 
     Attributes:
         calls: all sites, in order of execution.
-        inside: names of the enclosing modules, by the name of each module that ran.
+        inside: names of the modules that enclose each module that ran, by its name.
         unseen_macs: multiply-accumulates outside the recorded calls, as in TorchScript or
             compiled code.
         batch: number of samples in the example inputs.
@@ -249,7 +251,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 def parameter_locations(model: nn.Module) -> list[ParameterLocation]:
-    """Return the location of every parameter of a model, without repetitions."""
+    """Return the location of every parameter of a model; a shared one is listed once."""
     locations: list[ParameterLocation] = []
     for name, _ in model.named_parameters():
         owner, _, key = name.rpartition(".")
@@ -258,7 +260,7 @@ def parameter_locations(model: nn.Module) -> list[ParameterLocation]:
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Convert a tensor, tuple or mapping to the positional and keyword arguments of a call."""
+    """Convert a tensor, sequence or mapping to the positional and keyword arguments of a call."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, (tuple, list)):

@@ -177,7 +177,7 @@ def test_selection_by_name_kind_and_place():
     [
         ({"exclude": ("hed",)}, "quant.exclude.hed: no layer has this name .*'head'"),
         ({"include": ("kind:conv2d",)}, "quant.include.kind:conv2d: no layer of this kind; the"),
-        ({"pin": {"order:middle": 4}}, "order:middle: unknown order; use order:first or"),
+        ({"pin": {"order:middle": 4}}, "order:middle: no layer has this order; use order:first"),
         ({"groups": ("nothing*",)}, "quant.groups.nothing"),
     ],
 )

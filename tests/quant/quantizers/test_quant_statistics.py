@@ -172,7 +172,7 @@ def test_norm_statistics_are_averages_over_the_batches():
 
 
 def test_norm_statistics_need_data():
-    with pytest.raises(UserError, match="no batches"):
+    with pytest.raises(UserError, match="no batch reached"):
         reestimate_norm_stats(prepare(residual_net(), images()), [])
     plain = nn.Linear(2, 2)
     assert reestimate_norm_stats(plain, []) is plain

@@ -282,7 +282,7 @@ def input_bits(task: object) -> int | None:
 
 
 def dataset(task: object) -> dict[str, Any]:
-    """Return the task's entries about its data; `name`, `splits` and `digest` have defaults."""
+    """Return the result of the task's `dataset()`, with defaults for missing entries."""
     method = getattr(task, "dataset", None)
     given: Mapping[str, Any] = method() if method is not None else {}
     return {"name": type(task).__name__, "splits": {}, "digest": None, **given}

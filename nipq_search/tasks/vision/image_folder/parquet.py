@@ -25,8 +25,8 @@ from nipq_search.tasks.vision.image_folder.sources import (
 def find_parquet(path: Path, names: SplitNames, columns: tuple[str, str]) -> FoundImages:
     """Read a Parquet file, or a folder of files whose paths indicate their splits.
 
-    `split_of` defines how a path indicates a split. Files whose paths do not are used as training
-    images, or ignored if other files are in the `train` split.
+    `split_of` defines how a path indicates a split. Files whose paths indicate no split contain
+    the training images; they are ignored if the paths of other files indicate the `train` split.
 
     Args:
         path: the file or folder.

@@ -37,7 +37,7 @@ def data_config(name: str) -> Mapping[str, Any]:
 
 
 def check_size(name: str | None, size: int) -> None:
-    """Raise `UserError` if the model accepts only another size; None stands for no model."""
+    """Raise `UserError` if the model, when there is one, accepts only images of another size."""
     config = {} if name is None else data_config(name)
     fixed = config.get("input_size", (3, size, size))[-1]
     if config.get("fixed_input_size") and fixed != size:

@@ -96,7 +96,7 @@ def execute(run: Run) -> dict[str, Any]:
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """Return the mean of paired differences and half the width of its 95 % interval."""
+    """Return the mean of paired differences and half its 95 % interval; NaN for a single one."""
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return mean, float("nan")
@@ -140,7 +140,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 def pending(
     plan: dict[str, Any], done: Iterable[tuple[str, int]], folder: Path
 ) -> list[list[Run]]:
-    """Return the remaining runs: float models first, then variants in the order of the plan.
+    """Return the runs that are not finished, in two stages: float models, then variants.
 
     Args:
         plan: the plan.
@@ -148,8 +148,8 @@ def pending(
         folder: folder of the models.
 
     Returns:
-        Two stages: the runs of the float models, which must finish first, and those of the
-        variants.
+        The runs of the float models, which must finish first, and the runs of the variants in the
+        order of the plan.
     """
     known = set(done)
 
@@ -165,6 +165,7 @@ def pending(
 
 
 def main() -> None:
+    """Run what is not finished; print the table or write it to the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("plan", type=Path, help="YAML: pipeline, budget, seeds, variants")
     parser.add_argument(

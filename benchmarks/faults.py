@@ -57,7 +57,7 @@ def planted(fault: Fault, tree: Path) -> Iterator[None]:
 
 
 def further(fault: Fault, tree: Path) -> list[str]:
-    """Return further tests to run: those of the fault's layer, of higher layers, then the rest."""
+    """Return paths of tests: of the fault's layer, of higher layers, then of everything else."""
     folders = sorted(p.name for p in (tree / "tests").iterdir() if any(p.glob("test_*.py")))
     at = LAYERS.index(fault["layer"])
     order = [*LAYERS[at:], *(f for f in folders if f not in LAYERS), *LAYERS[:at]]
@@ -74,7 +74,8 @@ def run_pytest(path: str, done: Sequence[str], tree: Path, minutes: float) -> st
         minutes: time limit; a run that exceeds it counts as a failure.
 
     Returns:
-        The test and the start of its message, or None if all tests pass.
+        The test that failed and the start of its message, or the path and the reason if pytest
+        itself failed or took too long; None if all tests passed.
     """
     command = [sys.executable, "-m", "pytest", path, "-x", "-q", "-p", "no:cacheprovider"]
     command += ["--numprocesses", "0", "--tb", "no", "-rfE"]
@@ -136,6 +137,7 @@ def find(fault: Fault, tests: Sequence[str], more: Sequence[str], options: Any) 
 
 
 def main() -> None:
+    """Test every fault without a record; print the records and which faults were not found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=Path, required=True, help="YAML list of faults")
     parser.add_argument("--tree", type=Path, required=True, help="clone to plant them in")

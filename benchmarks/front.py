@@ -85,7 +85,7 @@ class Unit:
 
 
 def float_model(base: Path) -> Path:
-    """Return the path of a seed's float model."""
+    """Return the path of the float model in the folder of a seed."""
     return jobs.model_file(job_folder(base / FLOAT, "float", 0))
 
 
@@ -350,11 +350,10 @@ def run_all(
 
 
 def main() -> None:
+    """Run the missing sweeps; print the tables, and write tables, summary and plot to files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("plan", type=Path, help="YAML: pipeline, seeds, allowance, methods")
-    parser.add_argument(
-        "--json", type=Path, required=True, help="file of results, which is extended"
-    )
+    parser.add_argument("--json", type=Path, required=True, help="results; existing ones are kept")
     parser.add_argument(
         "--folder", type=Path, help="folder of the sweeps; default: next to the results"
     )

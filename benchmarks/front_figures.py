@@ -14,10 +14,11 @@ Run = Mapping[str, Any]
 """Result of one method and one seed; see `front.execute`."""
 
 RESAMPLES = 10_000
+"""Number of bootstrap samples for an interval."""
 
 
 def kept(run: Run, samples: float) -> list[Mapping[str, Any]]:
-    """Return the points whose training ended within `samples`."""
+    """Return the COMPLETE trials whose training ended within `samples`."""
     return [p for p in run["points"] if p["state"] == "COMPLETE" and p["ended_at"] <= samples]
 
 
@@ -87,7 +88,7 @@ def accuracy_at(run: Run, budget: float, allowance: float) -> float | None:
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean and the limits of its 95 % percentile interval over resampled seeds."""
+    """Return the mean and the ends of its 95 % percentile bootstrap interval."""
     generator = random.Random(0)
     means = sorted(
         statistics.fmean(generator.choices(differences, k=len(differences)))
@@ -107,6 +108,7 @@ def by_method(runs: Sequence[Run], names: Sequence[str]) -> dict[str, dict[int, 
 def _differences(
     ours: Mapping[int, Run], theirs: Mapping[int, Run], allowance: float
 ) -> list[float]:
+    """Return the difference in hypervolume for each seed that both methods have."""
     shared = sorted(ours.keys() & theirs.keys())
     return [volume(ours[s], allowance) - volume(theirs[s], allowance) for s in shared]
 
@@ -121,6 +123,7 @@ def _shares(
 
 
 def _difference(ours: Mapping[int, Run], theirs: Mapping[int, Run], allowance: float) -> str:
+    """Format the mean difference in hypervolume and its interval; empty without a shared seed."""
     differences = _differences(ours, theirs, allowance)
     if len(differences) < 2:
         return f"{differences[0]:+.4f}, one seed" if differences else ""

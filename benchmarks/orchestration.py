@@ -120,7 +120,7 @@ def stub(
 
 
 class Clock:
-    """Measures the CPU time of this process, excluding the stubs, and the wall time of calls."""
+    """Measures this process's CPU time, excluding the stubs, and the wall time of driver calls."""
 
     def __init__(self) -> None:
         self.calls: dict[str, list[float]] = {"ask": [], "tell": [], "record": []}
@@ -145,6 +145,8 @@ class Clock:
                 setattr(owner, name, call)
 
     def _timing(self, call: Any, key: str) -> Any:
+        """Return `call`, wrapped so that its wall time is appended to `calls[key]`."""
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             try:
@@ -209,7 +211,7 @@ def growth(folder: Path, trials: int, slots: int) -> list[dict[str, float]]:
 
 
 def concurrent(folder: Path, slots: int) -> dict[str, float]:
-    """Return the peak memory of a driver with `slots` concurrent trials, in GB."""
+    """Return `slots` and `peak_gb`, the driver's peak memory with that many concurrent trials."""
     executor = VirtualExecutor(slots, stub, lambda job: 60 + 20 * seed_for(job.seed) / 2**31)
     run_sweep(config_of(2 * slots, slots), folder / "concurrent", executor=executor)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -217,7 +219,9 @@ def concurrent(folder: Path, slots: int) -> dict[str, float]:
 
 
 def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, float]:
-    """Run sleeping trials through Ray Tune.
+    """Measure on Ray Tune how many slots are idle and how many trials run concurrently.
+
+    The trials only sleep.
 
     Args:
         folder: the folder in which the sweep is stored.
@@ -270,6 +274,7 @@ def on_ray(folder: Path, slots: int, waves: int, seconds: float) -> dict[str, fl
 
 
 def _sleeper(job: Job, task: Any, report: Any, seconds: float) -> JobOutcome:
+    """Run the stub, which sleeps for `seconds` if the job is a trial."""
     return stub(job, task, report, seconds if job.kind == "trial" else 0)
 
 
@@ -302,6 +307,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Run the parts without results; print the table and write it to the page, if one is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--json", type=Path, required=True, help="file of results, which is extended"

@@ -32,13 +32,19 @@ from nipq_search.quant.numerics.functional import Boundary, Grid
 from nipq_search.quant.numerics.noise import drawn_from, mix, residuals_of, uniform_noise
 
 WEIGHTS = ((64, 64, 3, 3), (512, 512, 3, 3))
+"""Shapes that are measured as weights."""
+
 SHAPES = (*WEIGHTS, (32, 64, 56, 56), (8192, 384))
+"""All shapes; those not in `WEIGHTS` are measured as activations."""
+
 BITS = 4.0
+"""Bit-width of every quantizer."""
+
 _HISTOGRAM_BINS = 256
 
 
 def grid_of(alpha: Tensor) -> Boundary:
-    """Return the boundary of a signed grid with `BITS` bits."""
+    """Return a truncation boundary at `alpha`, with a signed grid of `BITS` bits."""
     bits = torch.full((1,), BITS, device=alpha.device)
     return Boundary(alpha, bits, Grid.SIGNED, torch.zeros(1, device=alpha.device))
 
@@ -81,7 +87,7 @@ def diffq(x: Tensor, boundary: Boundary, step: int) -> Tensor:
 
 
 def eager(empirical: bool) -> Callable[[Tensor, Boundary, int], Tensor]:
-    """Return NIPQ implemented with torch operations."""
+    """Return NIPQ's quantizer in torch operations, with empirical or uniform noise."""
 
     def quantize(x: Tensor, boundary: Boundary, step: int) -> Tensor:
         range_ = boundary.range(x.dim())
@@ -146,6 +152,7 @@ class Case:
         return time.perf_counter() - started
 
     def _wait(self) -> None:
+        """Wait until the GPU has finished, if one is used."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -239,7 +246,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Format quantizers as rows and shapes as columns: milliseconds, and the ratio to `clone`."""
+    """Format a table of times with quantizers as rows and shapes as columns, and extra memory."""
     shapes = [tuple(shape) for shape in dict.fromkeys(tuple(row["shape"]) for row in rows)]
     by_place = {(row["kind"], tuple(row["shape"])): row for row in rows}
     head = "| | " + " | ".join(str(shape) for shape in shapes) + " | extra memory |"
@@ -256,6 +263,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Measure all shapes; print the table or write it to the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for machine and results")
     parser.add_argument("--table", type=Path, help="page whose table is updated")

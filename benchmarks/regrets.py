@@ -42,13 +42,14 @@ plain: Variant = RegretSampler.regrets
 
 
 def _share(trial: FrozenTrial) -> float:
+    """Return the share of the epochs for which a trial was trained."""
     return float(trial.user_attrs["share"])
 
 
 def less_mean(
     observations: Sequence[Observation], best: Mapping[tuple[int, int], float]
 ) -> Regrets:
-    """Subtract the mean regret of each training length."""
+    """Return regrets, less the mean regret of the trials with the same training length."""
     by_length: dict[float, list[float]] = {}
     for regret, trial in plain(observations, best):
         by_length.setdefault(_share(trial), []).append(regret)
@@ -74,7 +75,7 @@ def _fitted(observations: Sequence[Observation]) -> tuple[list[float], dict[floa
 
 
 def linear(observations: Sequence[Observation], best: Mapping[tuple[int, int], float]) -> Regrets:
-    """Replace the regrets with the residuals of a linear model in budget and length."""
+    """Return the residuals of a linear model in budget and length, in place of regrets."""
     left = _fitted(observations)[0] if observations else []
     return [(r, x.trial) for r, x in zip(left, observations, strict=True)]
 
@@ -82,7 +83,7 @@ def linear(observations: Sequence[Observation], best: Mapping[tuple[int, int], f
 def less_fitted(
     observations: Sequence[Observation], best: Mapping[tuple[int, int], float]
 ) -> Regrets:
-    """Subtract the fitted effect of the length; change nothing if all lengths are equal."""
+    """Return regrets, less the fitted effect of the length relative to the longest length."""
     effects = _fitted(observations)[1] if observations else {}
     longest = effects[max(effects)] if effects else 0.0
     return [(r - effects[_share(t)] + longest, t) for r, t in plain(observations, best)]
@@ -130,6 +131,7 @@ def searched(seed: int, rate: float, trials: int) -> float:
 
 
 def main() -> None:
+    """Compare all variants; print the table and write it to the page, if one is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=32)
     parser.add_argument("--trials", type=int, nargs="+", default=[30])

@@ -146,7 +146,7 @@ def lead(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
 
 
 def leads_over_rivals(seeds: int) -> dict[str, tuple[float, float]]:
-    """Return the lead of the default sampler over each rival, over paired seeds."""
+    """Return the mean lead of the default sampler over each rival, and its standard error."""
     ours = [searched(SearchSection().sampler, seed) for seed in range(seeds)]
     leads = {}
     for name, rival in RIVALS.items():
@@ -156,13 +156,14 @@ def leads_over_rivals(seeds: int) -> dict[str, tuple[float, float]]:
 
 
 def lead_of_rungs(seeds: int) -> tuple[float, float]:
-    """Return the lead of halving if the sampler receives the rungs, over paired seeds."""
+    """Return the lead that successive halving gains if the sampler receives metrics at rungs."""
     return lead(
         *([halved(with_rungs, seed) for seed in range(seeds)] for with_rungs in (True, False))
     )
 
 
 def main() -> None:
+    """Print the lead over each rival, and the lead gained from metrics at rungs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=24)
     seeds = parser.parse_args().seeds

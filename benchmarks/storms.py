@@ -31,7 +31,7 @@ from nipq_search.search.backend.tune import set_ray_defaults  # noqa: E402
 
 
 def one(seed: int, postgres: Postgres) -> dict[str, Any]:
-    """Run one storm on its own cluster and return its result."""
+    """Run one storm on its own cluster and return its result; keep its files if it failed."""
     set_ray_defaults()
     from ray.cluster_utils import Cluster
 
@@ -70,6 +70,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Run the storms without a good result; print the table, and write it to a given page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--json", type=Path, required=True, help="file of results, which is extended"

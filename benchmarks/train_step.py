@@ -32,6 +32,7 @@ from nipq_search.tasks.vision.resnet import ResNet
 from nipq_search.train.memory_format import use_channels_last
 
 CLASSES = 10
+"""Number of outputs of every model."""
 
 
 class Encoder(nn.Module):
@@ -58,7 +59,7 @@ class Model:
 
 
 def models(batch: int) -> dict[str, Model]:
-    """Return the models of the table; the small ResNet uses larger batches."""
+    """Return the models of the table by name; the small ResNet uses 16 times the batch size."""
     return {
         "resnet18, 224 px": Model(
             lambda: timm.create_model("resnet18", num_classes=CLASSES), (batch, 3, 224, 224)
@@ -109,7 +110,7 @@ def with_fake_quantize(model: nn.Module) -> nn.Module:
 
 
 def variants(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
-    """Return the float model and its quantized variants."""
+    """Return the float model, under `float32`, and its quantized variants by name."""
 
     def prepared(quantizer: str, frozen: bool = False) -> nn.Module:
         config = QuantConfig(quantizer=quantizer)
@@ -235,6 +236,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Measure all models and precisions; print the table or write it to the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for machine and results")
     parser.add_argument("--table", type=Path, help="page whose table is updated")

@@ -54,7 +54,7 @@ def tensors_with_gradient(value: Any) -> Iterator[Tensor]:
 
 
 def any_loss(output: Any) -> Tensor:
-    """Return a loss that depends on every output."""
+    """Return a loss that depends on every differentiable tensor of an output."""
     return sum((x.float().square().mean() for x in tensors_with_gradient(output)), torch.zeros(()))
 
 
@@ -66,7 +66,7 @@ def twice(inputs: Any) -> Any:
 
 
 def count_macs(model: nn.Module, inputs: Any) -> int:
-    """Return half of torch's FLOP count, with fused kernels decomposed."""
+    """Return the multiply-accumulates of a forward pass, half of torch's FLOP count."""
     args, kwargs = as_arguments(inputs)
     counter = FlopCounterMode(display=False)
     with plain_kernels(), counter:
@@ -80,7 +80,7 @@ def scale(output: Tensor) -> Tensor:
 
 
 def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
-    """Return the largest deviation from the float model's outputs if quantizers are disabled.
+    """Return how far a prepared model with disabled quantizers is from the float model.
 
     Args:
         model: the float model.
@@ -88,7 +88,7 @@ def distance(model: nn.Module, prepared: nn.Module, inputs: Any) -> float:
         inputs: arguments of a forward pass.
 
     Returns:
-        The deviation, relative to the `scale` of the output.
+        The largest deviation of an element, relative to the `scale` of its output.
     """
     args, kwargs = as_arguments(inputs)
     found = quantizers(prepared).values()
@@ -205,6 +205,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Test all models without results; print the tables or write them to the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="substrings of family names")
     parser.add_argument("--source", choices=["timm", "transformers"], help="test only this source")

@@ -260,6 +260,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 
 
 def _inputs(kind: str) -> dict[str, torch.Tensor]:
+    """Return the keyword arguments of a forward pass, drawn from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 101, (1, 12), generator=generator)
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -38,7 +38,11 @@ ARGUMENTS = [
 ]
 WINDOW = {"width": 1400, "height": 900}
 LARGEST_BYTES = 300_000
+"""Size of a screenshot above which a note is printed."""
+
 MOST_COMPARED = 30
+"""Maximum number of trials in the screenshot of a comparison."""
+
 COLUMNS = [
     "metrics.`validation`",
     "metrics.`cost_bops`",
@@ -90,7 +94,7 @@ def take_report(context: BrowserContext, folder: Path, out: Path) -> None:
 
     Args:
         context: the browser.
-        folder: folder of the sweep; without `report.html`, a note is printed instead.
+        folder: folder of the sweep. If it has no `report.html`, only a note is printed.
         out: folder of the screenshots.
     """
     path = folder / "report.html"
@@ -149,7 +153,7 @@ def take_optuna(context: BrowserContext, folder: Path, out: Path) -> None:
 
     Args:
         context: the browser.
-        folder: folder of the sweep; without a study file, a note is printed instead.
+        folder: folder of the sweep. If it has no study file, only a note is printed.
         out: folder of the screenshots.
 
     Raises:
@@ -186,13 +190,14 @@ def take(
     path: Path,
     arrange: Callable[[Page], None] | None = None,
 ) -> None:
-    """Open a page, arrange it, and save a screenshot.
+    """Open a page, arrange it, save a screenshot, and close the page.
 
     Args:
         context: the browser.
         url: address of the page.
         path: file of the screenshot.
-        arrange: called with the page before the screenshot is taken.
+        arrange: called with the page before the screenshot is taken; if it times out, a note is
+            printed and the screenshot is taken anyway.
     """
     page = context.new_page()
     page.goto(url)
@@ -235,6 +240,7 @@ def save(page: Page, path: Path, shoot: Callable[..., bytes] | None = None) -> N
 
 
 def _local(url: str) -> bool:
+    """Return whether a URL needs no access to another machine."""
     parts = urlsplit(url)
     return parts.scheme in ("file", "data", "blob") or parts.hostname in ("127.0.0.1", "localhost")
 
@@ -255,15 +261,18 @@ def _mlflow_view(experiment: str, parents: list[str]) -> str:
 
 
 def _tags(run: dict[str, Any]) -> dict[str, str]:
+    """Return the tags of an MLflow run by name."""
     return {tag["key"]: tag["value"] for tag in run["data"].get("tags", [])}
 
 
 def _mlflow(address: str, call: str, query: dict[str, Any]) -> dict[str, Any]:
+    """Call a method of MLflow's REST API and return its answer."""
     answer: dict[str, Any] = json.loads(_fetch(f"{address}/api/2.0/mlflow/{call}", query))
     return answer
 
 
 def _fetch(url: str, body: dict[str, Any] | None = None) -> bytes:
+    """Return the answer to a GET request or, with a body, to a POST request with that JSON."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:

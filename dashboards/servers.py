@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START_SECONDS = 120.0
+"""Time after which a server that does not respond counts as failed."""
+
 STOP_SECONDS = 20.0
+"""Time that a server has to exit after SIGTERM, before SIGKILL is sent."""
 
 
 def free_port() -> int:

@@ -62,6 +62,9 @@ def make_task(name: str, args: Mapping[str, Any] | None = None) -> Task:
         args: keyword arguments of the class, `task_args` in the sweep file. Fields of the class's
             `argument_sections` are not nested; see `nipq_search.tasks.common.sections`.
 
+    Returns:
+        The task, which has every required member.
+
     Raises:
         UserError: the name, module or class is unknown, an argument is invalid, or the class is
             not a task.

@@ -51,7 +51,7 @@ class Task(Protocol):
     metric: tuple[str, str]
 
     def build_model(self) -> nn.Module:
-        """Return a new, untrained model, initialized from torch's default RNG."""
+        """Return a new model; random weights are drawn from torch's default generator."""
         ...
 
     def example_inputs(self) -> tuple[Tensor, ...] | dict[str, Tensor]:
@@ -207,14 +207,20 @@ def build_teacher(task: object) -> nn.Module | None:
 
 
 def num_samples(task: object, batch: Any) -> int:
-    """Return the number of samples in a batch; the default is the length of its first tensor."""
+    """Return the number of samples in a batch; the default is the length of its first tensor.
+
+    Raises:
+        UserError: the task defines no `num_samples`, and the batch has no tensor or begins with a
+            scalar.
+    """
     method = getattr(task, "num_samples", None)
     if method is not None:
         return int(method(batch))
     first = next(_tensors(batch), None)
     if first is None or first.ndim == 0:
         raise UserError(
-            f"task {type(task).__name__} needs num_samples(batch): its batches contain no tensor"
+            f"task {type(task).__name__} needs num_samples(batch): its batches contain no tensor, "
+            "or the first one is a scalar"
         )
     return int(first.shape[0])
 
@@ -265,18 +271,18 @@ def load_data(task: object) -> None:
 
 
 def unreadable(error: PermissionError) -> str:
-    """Return the error message for a file or folder without read permission."""
+    """Return a message that names the file or folder for which read permission is missing."""
     return f"{error.filename or error}: cannot be read: permission denied"
 
 
 def input_bits(task: object) -> int | None:
-    """Return the bit-width of the raw input, or None if the input is quantized."""
+    """Return the bit-width of the raw input, or None if the task declares none."""
     bits: int | None = getattr(task, "input_bits", None)
     return bits
 
 
 def dataset(task: object) -> dict[str, Any]:
-    """Return the name, split sizes and digest of the data, with defaults for missing entries."""
+    """Return the result of the task's `dataset()`, with defaults for missing entries."""
     method = getattr(task, "dataset", None)
     given: Mapping[str, Any] = method() if method is not None else {}
     return {"name": type(task).__name__, "splits": {}, "digest": None, **given}

@@ -19,14 +19,14 @@ _log = logging.getLogger("nipq_search")
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
-    """Serialize a state of tensors and plain types."""
+    """Serialize a state, a dict of tensors and plain types, to bytes."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
 
 
 def from_bytes(data: bytes) -> dict[str, Any]:
-    """Deserialize a state; only tensors and plain types are unpickled."""
+    """Deserialize a state to the CPU; only tensors and plain types are unpickled."""
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
 
@@ -38,7 +38,10 @@ def save_checkpoint(
     home: str | None = None,
     fence: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write `<folder>/<step>/state.pt`, then the manifest that makes it valid.
+    """Write a checkpoint, then remove invalid checkpoints and all but the `KEEP` newest ones.
+
+    The checkpoint is a subfolder named after the step. It becomes valid when its manifest is
+    written, which happens after the state is written.
 
     Args:
         folder: folder of the run's checkpoints.
@@ -51,7 +54,7 @@ def save_checkpoint(
 
     Raises:
         OSError: writing failed, for example on a full disk; earlier checkpoints are intact.
-        Exception: any exception that `fence` raises; all other checkpoints are intact.
+        Exception: any exception that `fence` raises; no checkpoint has been removed.
     """
     data = to_bytes(state)
     target = folder / f"{step:09d}"
@@ -78,12 +81,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return the newest valid checkpoint in `folder`, or None.
+    """Return the state in the newest valid checkpoint in `folder`, or None if there is none.
 
-    Damaged checkpoints are logged and skipped.
+    Damaged and incomplete checkpoints are logged and skipped.
 
     Raises:
         blobs.StoreUnavailable: the object store cannot be reached or denies access.
+        UserError: the state is in an object store, but pyarrow is not installed.
     """
     for candidate in _checkpoints(folder):
         manifest = file_io.read_sealed(candidate / "manifest.json")
@@ -95,17 +99,17 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             data = b""
         if manifest is not None and file_io.digest(data) == manifest["state"]:
             return from_bytes(data)
-        _log.warning("checkpoint %s is damaged; using the previous one", candidate)
+        _log.warning("checkpoint %s is damaged or incomplete; skipping it", candidate)
     return None
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Delete all checkpoints of a finished training run."""
+    """Delete the folder that contains the checkpoints of a finished training run."""
     blobs.remove(folder)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoint folders, newest first."""
+    """Return the folders of all checkpoints, valid or not, from the newest to the oldest."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.name.isdigit()), reverse=True)

@@ -64,12 +64,14 @@ def _check_finite(config: TrainConfig | FloatConfig, section: str) -> None:
             raise UserError(f"{section}.{field.name.rstrip('_')}: {value} is not a finite number")
 
 
-def _check(condition: bool, key: str, fix: str) -> None:
+def _check(condition: bool, key: str, message: str) -> None:
+    """Raise `UserError` with a message about `key` unless `condition` is true."""
     if not condition:
-        raise UserError(f"{key}: {fix}")
+        raise UserError(f"{key}: {message}")
 
 
 def _check_choice(value: str | None, allowed: Iterable[str], key: str) -> None:
+    """Raise `UserError` unless `value` is one of the allowed values."""
     names = list(allowed)
     _check(value in names, key, f"unknown value {value!r}; use {' or '.join(names)}")
 
@@ -94,10 +96,12 @@ def _check_common(config: TrainConfig | FloatConfig, section: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a trial is trained: SGD or AdamW, with warm-up and cosine decay over both phases.
+    """Settings for training a trial.
+
+    Over both phases together, the learning rate warms up and then follows a cosine decay.
 
     Attributes:
-        epochs: passes over the training split, for both phases together; may be fractional.
+        epochs: passes over the training split, in both phases together; may be fractional.
         batch_size: samples per batch.
         accumulate: batches per optimizer step; the loss of a step is the mean of their losses.
         lr: peak learning rate of the weights.
@@ -115,13 +119,14 @@ class TrainConfig:
             1 - w.
         proxy: distribution of the noise, `uniform` or `empirical`; None uses `quant.proxy`.
         start: where bit-widths start. `budget`: at the uniform width whose cost equals the
-            budget, or at the widths of the trial's parent if these satisfy the budget and use at
-            least 97 % of it; `parent`: at the widths of the trial's parent, shifted onto the
-            budget (without a parent, the same as `budget`); `sensitivity`: at the widths with the
-            least measured loss within the budget; `config`: at `quant.start_bits`; `uniform`: at
-            the largest single width within the budget, which is kept until the end. If widths are
-            not learned or there is no noise phase, these starting values are projected onto the
-            budget.
+            budget (tensors that the budget does not count: at their largest width), or at the
+            widths of the trial's parent if these satisfy the budget and use at least 97 % of it;
+            `parent`: at the widths of the trial's parent, all changed by the
+            same amount if they exceed the budget or use less than 97 % of it (without a parent,
+            the same as `budget`); `sensitivity`: at the widths with the least measured loss within
+            the budget; `config`: at `quant.start_bits`; `uniform`: at the largest single width
+            within the budget, which is kept until the end. If widths are not learned or there is
+            no noise phase, these starting values are projected onto the budget.
         fit_ranges: whether truncation boundaries start at the values that minimize the squared
             rounding error at the starting bit-widths; meant for NIPQ, since LSQ has its own
             initialization. Boundaries inherited from a parent with a different width are always
@@ -212,7 +217,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FloatConfig:
-    """The float model: trained once per sweep, or loaded from a file.
+    """Settings for the float model, which is trained once per sweep or loaded from a file.
 
     Attributes:
         epochs: passes over the training split; may be fractional.

@@ -10,13 +10,16 @@ from torch import nn
 
 
 def arithmetic(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which forward passes and losses are computed.
+    """Return a context manager that sets the precision of forward passes and losses.
 
     Parameters and quantizers stay in float32 at either precision.
 
     Args:
         precision: `float32` or `bfloat16`; see `TrainConfig.precision`.
         device: device of the model.
+
+    Returns:
+        Autocast for `bfloat16`; for `float32`, a context manager that changes nothing.
     """
     if precision == "float32":
         return contextlib.nullcontext()

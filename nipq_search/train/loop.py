@@ -31,7 +31,7 @@ _FINITE_EVERY = 10
 """Steps between two checks that the loss is finite; each check synchronizes with the device."""
 
 _RECORDINGS = 12
-"""Number of times the bit-widths are recorded in a noise phase, not counting its end."""
+"""Approximate number of times that the bit-widths are recorded before a noise phase ends."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -39,7 +39,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 def seed_for(*words: int) -> int:
-    """Derive a seed from `words`; it is below 2**31, which every generator accepts."""
+    """Hash integers to a seed below 2**31, which every random number generator accepts."""
     return mix(*words) & 0x7FFFFFFF
 
 
@@ -50,10 +50,10 @@ def steps_in(loader: Iterable[Any]) -> int:
         UserError: the loader is empty.
     """
     length = getattr(loader, "__len__", None)
-    steps = int(length()) if length is not None else sum(1 for _ in loader)
-    if steps < 1:
+    batches = int(length()) if length is not None else sum(1 for _ in loader)
+    if batches < 1:
         raise UserError("loader('train') yields no batches: the split is empty")
-    return steps
+    return batches
 
 
 @contextmanager
@@ -75,11 +75,12 @@ class Trainer:
     Args:
         task: provides batches and losses.
         model: a float or prepared model, trained in place.
-        config: learning rates, phases and distillation.
+        config: settings for the training run.
         schedule: phases and learning rate by step.
         seed: seed of the data order; the seed of the noise is stored in the model.
         device: device of the model.
-        budget: cost targets; required for a prepared model that learns its bit-widths.
+        budget: cost targets; None adds no penalty to the loss and, before the tuning phase, rounds
+            learned bit-widths to the nearest allowed ones.
         teacher: the task's teacher or the float model; None disables distillation.
         team: the processes that share each batch.
         samples: number of training samples that calibration has processed.
@@ -140,6 +141,7 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: the loss became NaN or infinite.
+            RuntimeError: an epoch has a different number of batches than the schedule.
         """
         quantized = self.schedule.quantized
         tuned = _tuning_mode(self.model, self.config.tuning) if quantized else nullcontext()
@@ -303,7 +305,7 @@ class Trainer:
         return loss
 
     def _loss(self, batch: Any, weight: float) -> Tensor:
-        """Return the loss with distillation on this process's share of a batch, times `weight`."""
+        """Return and record the loss of this process's share of a batch, times `weight`."""
         model: Any = SharedForward(self.model)
         share = self.config.distill_weight if self.teacher is not None else 0.0
         loss = torch.zeros((), device=self.device)
@@ -373,7 +375,7 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a state that `state_dict` returned."""
         self.step, self.samples = state["step"], state["samples"]
         self.loss_sum = state["loss_sum"].to(self.device)
         self.loss_count = state["loss_count"]

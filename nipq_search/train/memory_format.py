@@ -39,6 +39,7 @@ def use_channels_last(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 
 def _converted(model: nn.Module) -> nn.Module:
+    """Convert the weights of convolutions in place and return the model."""
     return convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 

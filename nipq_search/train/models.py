@@ -49,8 +49,8 @@ def load_float(task: Task, path: Path | None, seed: int, device: torch.device) -
 
     Args:
         task: model and data.
-        path: file with a state dict; None leaves the model untrained.
-        seed: seed of the initial weights.
+        path: file with a state dict; None keeps the weights with which the task builds the model.
+        seed: seed for building the model.
         device: device of the model.
 
     Returns:
@@ -114,17 +114,20 @@ def prepare_for(
     Args:
         task: model and data.
         model: the float model.
-        spec: quantizers, starting values and seed.
+        spec: quantization, training settings, starting point and seed.
         device: device of the model.
         calibrated: whether to set starting values; otherwise, they are arbitrary and the caller
             must load a state dict.
 
     Returns:
-        The prepared model and the number of training samples that calibration processed.
+        The prepared model, and the number of training samples that calibration and `fit_ranges`
+        processed.
 
     Raises:
         UserError: the model cannot be prepared, the budget cannot be reached, or sensitivity
             scores are missing.
+        OSError: the parent's model file cannot be read.
+        RuntimeError: the parent's model file does not match the model.
     """
     assert spec.quant is not None
     quant = dataclasses.replace(

@@ -80,7 +80,11 @@ class Team:
                 tensor.copy_(part.view_as(tensor))
 
     def mean_gradients(self, model: nn.Module) -> None:
-        """Average gradients and marginals over the processes; missing gradients count as zero."""
+        """Average gradients and marginals over the processes, in place.
+
+        A gradient that is missing in some processes counts as zero there; one that is missing in
+        all processes stays None.
+        """
         if self.size == 1:
             return
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -116,7 +120,7 @@ class Team:
         return box[0]
 
     def broadcast_model(self, model: nn.Module) -> None:
-        """Load the leader's model state, since calibration may differ by rounding."""
+        """Load the leader's state into each `model`, since calibrations may differ by rounding."""
         if self.size == 1:
             return
         state = model.state_dict() if self.leads else {}
@@ -124,7 +128,7 @@ class Team:
         model.load_state_dict(self.broadcast(on_cpu))
 
     def broadcast_random_state(self) -> None:
-        """Copy the leader's generator state, which evaluation has advanced in the leader alone."""
+        """Copy the leader's generator state to all processes, since only the leader evaluates."""
         if self.size > 1:
             state = torch.get_rng_state()
             dist.broadcast(state, 0)
@@ -133,6 +137,8 @@ class Team:
     @contextlib.contextmanager
     def own_random_state(self, seed: int) -> Iterator[None]:
         """Seed each process differently, for dropout; restore the generator on exit.
+
+        A team of one process keeps its generator as it is.
 
         Args:
             seed: seed of the batch, the same in all processes.
@@ -146,7 +152,7 @@ class Team:
 
     @contextlib.contextmanager
     def shared_statistics(self, model: nn.Module) -> Iterator[None]:
-        """Normalize batches in training over the samples of all processes, within the context."""
+        """Within the context, let batch normalization in training use all processes' samples."""
         # torch has no public base class for its batch normalization modules.
         kind = nn.modules.batchnorm._BatchNorm
         found = [m for m in model.modules() if isinstance(m, kind)] if self.size > 1 else []

@@ -26,14 +26,15 @@ _RUINED = 1e3
 """Factor by which the score of a width with a non-finite loss exceeds all finite scores."""
 
 
-def _unchanged(x: torch.Tensor) -> None:
+def _observe_nothing(x: torch.Tensor) -> None:
     """Do nothing: a quantizer that has an observer returns its input unchanged."""
 
 
 def monotone(losses: Mapping[int, float]) -> dict[int, float]:
-    """Return losses by width, made non-negative and non-increasing to remove measurement noise.
+    """Return losses by width, corrected for measurement noise.
 
-    A width at which the loss is NaN or infinite is given a far larger loss than any other.
+    The result is sorted by width; its losses are non-negative and do not increase with the width.
+    NaN and infinity are replaced by a loss that is far above every finite one.
     """
     finite = [loss for loss in losses.values() if math.isfinite(loss)]
     ruined = _RUINED * (1.0 + max(finite, default=0.0))
@@ -55,12 +56,14 @@ def sensitivities(
 
     Args:
         model: a prepared and calibrated model with a quantizer that learns no bit-widths and
-            whose boundary depends on the width (`lsq`). The function changes its bit-widths.
-        batches: batches that are iterated from the start for every score.
-        loss: returns a scalar for the model and a batch.
+            whose boundary depends on the width (`lsq`). It is left in eval mode, with different
+            bit-widths.
+        batches: an iterable that yields the same batches on every pass.
+        loss: function that returns a scalar, given the model and a batch.
 
     Returns:
-        Increase in the loss over the float model's, by unit (see `units_of`) and allowed width.
+        Increase in the loss over the float model's, by unit (see `units_of`) and allowed width,
+        corrected by `monotone`.
 
     Raises:
         UserError: the loss of the float model is not finite.
@@ -73,7 +76,7 @@ def sensitivities(
         return sum(values) / len(values)
 
     for quantizer in found.values():
-        quantizer.observer = _unchanged
+        quantizer.observer = _observe_nothing
     try:
         base = measured()
         if not math.isfinite(base):
@@ -90,7 +93,7 @@ def sensitivities(
                     found[member].observer = None
                 of_unit[width] = measured() - base
             for member in members:
-                found[member].observer = _unchanged
+                found[member].observer = _observe_nothing
             scores[unit] = monotone(of_unit)
         return scores
     finally:
@@ -108,7 +111,7 @@ def score(
 
     Args:
         task: provides the model and the training data.
-        spec: file of the float model, quantization and seed.
+        spec: file of the float model, quantization, training settings and seed.
         device: device to run on.
         hooks: `on_samples` is called after every batch and `should_stop` before it.
 

@@ -14,7 +14,7 @@ from nipq_search.train.config import TrainConfig
 
 
 class Interrupted(Exception):
-    """Training was stopped on request, and its state is saved."""
+    """The work was stopped on request; a training run can resume from its last checkpoint."""
 
 
 class Released(Exception):
@@ -40,15 +40,17 @@ class TrainSpec:
     """Specification of a training run.
 
     Attributes:
-        train: learning rates, phases and distillation.
+        train: training settings.
         seed: seed of the data order, the noise and all other random draws.
         quant: quantization of the model; None trains the float model.
         budget: absolute targets by cost name; None sets no target, as for baselines.
         parent: model file of a finished trial to start from; None starts from the float model.
-        float_model: file with the float model's state dict; None starts from untrained weights.
-            Without `quant`, the model in the file is only evaluated and stored.
-        profile: starting bit-widths by unit (see `units_of`), which are shifted onto the budget;
-            takes precedence over `train.start`.
+        float_model: file with the float model's state dict; None starts from the weights with
+            which the task builds the model. Without `quant`, the model in the file is only
+            evaluated and stored.
+        profile: starting bit-widths by unit (see `units_of`), to all of which the same number is
+            added so that the cost equals the budget. It takes precedence over `train.start`, but
+            is ignored with `config` and without a budget.
         pause: fraction of the steps after which training pauses; None trains to the end.
         losses: sensitivity scores by unit and width, for `train.start: sensitivity`.
         least_noise_steps: minimum length of a noise phase, in steps; a shorter one is omitted.
@@ -96,14 +98,14 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Callbacks of a training run; the defaults do nothing.
+    """Callbacks of a training run; the defaults do nothing and never stop it.
 
     Attributes:
         on_epoch: called with a point of the learning curve after every epoch.
         on_samples: called with the number of training samples processed since the last call.
         should_stop: called after every step; True stops the training run.
-        before_write: called before a checkpoint or the trained model is written; may raise
-            `Interrupted`.
+        before_write: called before a checkpoint or the trained model is written, and again after
+            a checkpoint is written; may raise `Interrupted`.
     """
 
     on_epoch: Callable[[CurvePoint], None] = lambda point: None

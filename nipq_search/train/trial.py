@@ -47,7 +47,8 @@ def train(
     """Train to the end, resuming from the checkpoints in `folder` if there are any.
 
     Checkpoints are written below `folder/checkpoints`, and the model to `model.pt` in
-    `model_folder`. The caller removes the checkpoints once it has stored the result.
+    `model_folder`. The caller removes the checkpoints once it has stored the result. If `spec`
+    names a float model and no quantization, that model is only evaluated and stored.
 
     Args:
         task: model and data.
@@ -113,7 +114,7 @@ class _Training:
         return result
 
     def _float_model(self) -> nn.Module:
-        """Load the float model, or build an untrained one."""
+        """Build the float model, with the weights in its file if there is one."""
         return load_float(self.task, self.spec.float_model, self.spec.seed, self.device)
 
     def _prepare(self) -> Trainer:
@@ -263,7 +264,7 @@ class _Training:
 
 
 class _Progress:
-    """Forwards a trainer's progress to the caller's hooks.
+    """Forwards a trainer's progress to the caller's hooks and writes its checkpoints.
 
     Args:
         trainer: the trainer; the samples that it has processed so far are already reported.
@@ -282,7 +283,7 @@ class _Progress:
         self._reported = trainer.samples
 
     def report(self, samples: int) -> None:
-        """Report the samples processed since the last call, given their total."""
+        """Report the samples processed since the last call, given the total so far."""
         self.hooks.on_samples(samples - self._reported)
         self._reported = samples
 
@@ -297,7 +298,7 @@ class _Progress:
         self.hooks.on_epoch(point)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, unless `hooks.before_write` raises an exception."""
         fence = self.hooks.before_write
         fence()
         save_checkpoint(self.checkpoints, self.trainer.step, state, self.home, fence=fence)

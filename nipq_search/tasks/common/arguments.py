@@ -132,7 +132,7 @@ def seed(key: str, value: Any) -> int:
 
 
 def names(key: str, value: Any) -> tuple[str, ...] | None:
-    """Return a list of distinct names as a tuple; None is returned unchanged."""
+    """Return a non-empty list of distinct names as a tuple; None is returned unchanged."""
     if value is None:
         return None
     if isinstance(value, list | tuple):

@@ -101,7 +101,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def _nearest_file(missing: Path) -> str:
-    """Return a hint with the file in the same folder whose name is closest to the missing one."""
+    """Return a hint for a message: a similar file name, or that the folder is missing; or `""`."""
     if not missing.parent.is_dir():
         return f"; the folder {missing.parent} does not exist either"
     hint = nearest(missing.name, [other.name for other in missing.parent.iterdir()])

@@ -106,7 +106,7 @@ class TokenizedTexts:
 
 
 class TextClassification:
-    """Classification of the texts in a table with a pretrained encoder and a new head.
+    """Classification of the texts in a table with a transformers encoder and a new head.
 
     Args:
         source: the encoder and its tokenizer.
@@ -204,16 +204,17 @@ class TextClassification:
             yield found.ids[start:end].tobytes()
 
     def build_model(self) -> nn.Module:
-        """Return the checkpoint's encoder with a new head."""
+        """Return the encoder, with the checkpoint's weights or random ones, and a new head."""
         data = self.tokenized()
         encoder: Any = load_model(self.source, "AutoModel", data.vocabulary)
         self._check_length(getattr(encoder.config, "max_position_embeddings", None))
         return EncoderClassifier(encoder, encoder.config.hidden_size, len(data.classes))
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """Return the inputs for one text, cut or repeated to `example_length` tokens.
+        """Return the tokens, mask and, for pairs, token types of one text, each (1, L).
 
-        Costs are computed for this length.
+        The text is the beginning of the training data, cut or repeated to the length L for which
+        costs are computed, `TextLengths.cost_length`.
         """
         split, length = self.split("train"), self.lengths.cost_length
         ids = torch.from_numpy(np.resize(split.ids[:length], length).astype(np.int64))[None]

@@ -34,7 +34,10 @@ Blocks = NDArray[np.int32]
 a node without copying them. Shared arrays are read-only, so no function writes to them."""
 
 _RUNS = 100
+"""Maximum number of runs of consecutive blocks that are assigned to splits."""
+
 _CHARACTERS_AT_ONCE = 1_000_000
+"""Minimum number of characters that are tokenized in one call, except at the end of a text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: Any) -> SpecialTokens:
-        """Return the tokens that a tokenizer adds around a text, and its separator token."""
+        """Return the tokens that a tokenizer adds to a text, and its end-of-text or separator."""
         around = tuple(tokenizer("")["input_ids"])
         ids = (tokenizer.eos_token_id, tokenizer.sep_token_id)
         between = next(((token,) for token in ids if token is not None), ())
@@ -152,7 +155,7 @@ def split_blocks(
         blocks: blocks (N, L) of the main text, in order. They are divided into at most 100 runs,
             and each held-out share consists of at least one run.
         splits: how to divide the blocks.
-        own: blocks of the splits with separate files.
+        own: blocks by split, for the splits that have separate files.
 
     Returns:
         The blocks of the train, validation and test splits, in this order.

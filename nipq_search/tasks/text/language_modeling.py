@@ -271,7 +271,7 @@ class MaskedLanguageModeling(LanguageModeling):
         source: the model and its tokenizer.
         corpus: the text.
         splits: how blocks are divided into splits; None uses the defaults.
-        mask_share: share of the tokens to mask.
+        mask_share: share of the tokens to predict, most of which are masked; see `Masking`.
         hidden_weight: weight of the hidden-state error in the distillation loss.
     """
 

@@ -103,8 +103,8 @@ def load_config(source: ModelSource, vocabulary: int) -> Any:
             of a complete configuration.
 
     Raises:
-        UserError: there is no configuration, a key is unknown, or there are fewer embeddings than
-            tokens.
+        UserError: there is no configuration, a key is unknown, the model is an encoder-decoder, or
+            there are fewer embeddings than tokens.
     """
     library = transformers()
     changes = dict(source.config or {})
@@ -163,7 +163,8 @@ def load_model(source: ModelSource, factory: str, vocabulary: int) -> nn.Module:
         The model without its pooler.
 
     Raises:
-        UserError: there is no such model, or the checkpoint lacks weights.
+        UserError: there is no such model, `factory` does not support it, or weights are missing,
+            have a wrong shape or are not finite.
     """
     library = transformers()
     config = load_config(source, vocabulary)

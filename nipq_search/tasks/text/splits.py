@@ -214,6 +214,7 @@ def _by_group(
 
 
 def _labels(rows: Sequence[Row]) -> np.ndarray[Any, Any]:
+    """Return the labels of the rows as an array of strings, (N,)."""
     return np.array([row.label for row in rows], dtype=object).astype(str)
 
 

@@ -90,7 +90,7 @@ class Row:
 def read_rows(table: TextTable, path: str | None = None, key: str = "path") -> list[Row]:
     """Read the rows of a table in order; values become text, and missing values become `""`.
 
-    Quoted values of CSV files can contain commas and line breaks; TSV files have no quoting. Both
+    Quoted values of CSV files can contain commas and line breaks; TSV files have no quoting. Files
     can be compressed (.gz, .bz2, .xz).
 
     Args:

@@ -16,7 +16,10 @@ from nipq_search.tasks.common.arguments import flag, integer
 from nipq_search.tasks.text.table import Row
 
 _TEXTS_AT_ONCE = 1000
+"""Maximum number of texts that are tokenized in one call."""
+
 _BATCHES_IN_A_BUCKET = 50
+"""Number of batches' texts that are sorted by length together."""
 
 MIN_LENGTH = 8
 """Smallest valid `max_length`; below it, special tokens leave hardly any room for text."""

@@ -21,7 +21,7 @@ class ArrayClassification(abc.ABC):
     """Classification of uint8 images; a subclass reads the splits and builds the model.
 
     Batches are (images (B, C, H, W) float32, labels (B,) int64). A pickled task contains the
-    images only if `load_data` was called before.
+    images only if `load_data` has been called.
     """
 
     metric: tuple[str, str] = ("accuracy", "max")
@@ -36,7 +36,7 @@ class ArrayClassification(abc.ABC):
 
     @abc.abstractmethod
     def read_splits(self) -> Mapping[str, Split]:
-        """Read the data, or raise `UserError` with instructions for installing them."""
+        """Return the arrays by split; raise `UserError` with instructions if data are missing."""
 
     @abc.abstractmethod
     def build_model(self) -> nn.Module:

@@ -30,7 +30,7 @@ class Average:
         }
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield the averaged tensors, looked up anew because modules may replace their buffers."""
+        """Yield the averaged tensors of `model`, looked up anew: modules may replace buffers."""
         return ((name, value) for name, value in _tensors(model) if name in self.values)
 
     @torch.no_grad()
@@ -79,6 +79,6 @@ class Average:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield all parameters and buffers, each once."""
+    """Yield all parameters and buffers with their names, each tensor once."""
     yield from model.named_parameters()
     yield from model.named_buffers()

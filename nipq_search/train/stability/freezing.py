@@ -80,7 +80,7 @@ class Freezing:
             weight.copy_(torch.where(tracked.fixed, tracked.integers * step, weight))
 
     def share(self) -> float | None:
-        """Return the share of fixed weights; None before the first update."""
+        """Return the share of fixed weights; None if no weights have been observed."""
         if not self._tracked:
             return None
         fixed = sum(int(tracked.fixed.sum()) for tracked in self._tracked)

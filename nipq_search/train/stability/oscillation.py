@@ -80,7 +80,7 @@ class Oscillation:
         self.integers = integers
 
     def share(self) -> float | None:
-        """Return the share of oscillating weights; None before the first update."""
+        """Return the share of oscillating weights; None if no weights have been observed."""
         if self.integers is None:
             return None
         return float((self.frequencies > OSCILLATING).float().mean())

@@ -1,4 +1,4 @@
-"""Starting bit-widths: from the budget, sensitivity scores, a finished trial or a single width."""
+"""Starting bit-widths: from the budget, scores, a profile, a finished trial or a single width."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _BISECTIONS = 40
 def bits_at_budget(
     graph: Graph, budget: Budget, base: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Return soft bit-widths whose cost equals the budget: `base` plus a shift found by bisection.
+    """Return fractional bit-widths whose cost equals the budget: `base` plus one shift for all.
 
     Without `base`, tensors that contribute to no budgeted cost, such as an embedding under a
     BOPs budget, take their largest width.
 
     Args:
         graph: the model's layers and tensors.
-        budget: the targets; the binding one is met as closely as the allowed ranges permit.
+        budget: the targets. The binding one is met exactly, unless no shift within the allowed
+            ranges reaches it.
         base: bit-widths by tensor; None starts from equal widths.
 
     Returns:
@@ -193,7 +194,9 @@ def stop_learning_bits(model: nn.Module) -> None:
 
 
 def start_at_one_width(model: nn.Module, budget: Budget) -> None:
-    """Set every tensor to the largest single bit-width within the budget.
+    """Set every searched tensor to the largest single bit-width within the budget.
+
+    Tensors with only one allowed width keep it.
 
     Raises:
         UserError: no single width is within the budget.
@@ -212,9 +215,10 @@ def start_at_one_width(model: nn.Module, budget: Budget) -> None:
 
 
 def warm_start(model: nn.Module, state: Mapping[str, Any]) -> dict[str, float]:
-    """Load the weights, boundaries and normalization statistics of a finished trial, in place.
+    """Load a finished trial's weights, boundaries, normalization statistics and bit-widths.
 
-    Bit-widths stay learnable, and the seed of the noise is kept.
+    The model is changed in place. Its bit-widths can still be learned, and it keeps its own seed
+    for the noise.
 
     Args:
         model: a prepared, untrained model.

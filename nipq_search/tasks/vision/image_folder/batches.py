@@ -167,7 +167,8 @@ def decode_split(split: ImageSplit, crop: Crop, threads: int = 1) -> Split:
         Images (N, 1 or 3, size, size), with one channel if all of them are grayscale.
 
     Raises:
-        UserError: an image cannot be read, or the images do not fit into memory.
+        UserError: an image cannot be read, or the images would take more than half of the
+            machine's memory.
     """
     required = len(split) * 3 * crop.size**2
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

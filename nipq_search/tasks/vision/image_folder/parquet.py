@@ -23,14 +23,14 @@ from nipq_search.tasks.vision.image_folder.sources import (
 
 
 def find_parquet(path: Path, names: SplitNames, columns: tuple[str, str]) -> FoundImages:
-    """Read a Parquet file, or a folder of files whose names begin with the name of their split.
+    """Read a Parquet file, or a folder of files whose paths indicate their splits.
 
-    Files whose names do not indicate a split contain the training images. They are ignored if the
-    names of other files begin with `train`.
+    `split_of` defines how a path indicates a split. Files whose paths indicate no split contain
+    the training images; they are ignored if the paths of other files indicate the `train` split.
 
     Args:
         path: the file or folder.
-        names: names of each split.
+        names: names to search for, by split.
         columns: name of the column with the images (bytes, or a struct with `bytes`), and name of
             the column with the labels (integers or text).
 

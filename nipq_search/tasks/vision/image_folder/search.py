@@ -26,7 +26,7 @@ RESERVED_NAMES = {name for names in USUAL_NAMES.values() for name in names}
 """Folder names, in lower case, that denote a split and cannot be classes."""
 
 IDX_NAMES = {"train": "train", "test": "t10k"}
-"""Prefix of the IDX files of each split."""
+"""Prefix of the names of the IDX files, by split."""
 
 
 def find_images(
@@ -163,7 +163,13 @@ def _raise(error: OSError) -> None:
 
 
 def find_idx(path: Path, names: SplitNames) -> FoundImages:
-    """Find IDX files, compressed or plain, that are named like those of the MNIST family."""
+    """Read IDX files, compressed or plain, that are named like those of the MNIST family.
+
+    The test files are read only if `names` contains names for the test split.
+
+    Raises:
+        UserError: a file is missing or invalid, or the splits have different classes.
+    """
     prefixes = {split: prefix for split, prefix in IDX_NAMES.items() if names[split]}
     splits = {split: read_idx_pair(path, prefix) for split, prefix in prefixes.items()}
     classes = [str(label) for label in range(int(splits["train"].labels.max(initial=0)) + 1)]

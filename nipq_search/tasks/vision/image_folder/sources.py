@@ -178,8 +178,9 @@ def check_classes(origin: str, found: Iterable[str], classes: Sequence[str]) -> 
 def split_of(relative: Path, names: SplitNames) -> str | None:
     """Return the split that a file belongs to according to its path, or None.
 
-    The file's name, and then the name of each parent folder from the nearest to the farthest, is
-    checked: it must begin with one of the names of a split.
+    The file's name is checked first, then the names of its parent folders, starting with the
+    nearest. A name matches if it is the name of a split, in any case, or begins with it and
+    continues with a character other than a letter.
     """
     for name in reversed(relative.parts):
         word = re.split(r"[^A-Za-z]", name, maxsplit=1)[0].lower()

@@ -72,9 +72,10 @@ def choose_images(
     limits: Mapping[str, int | None],
     seed: int,
 ) -> dict[str, ImageSplit]:
-    """Return the three splits, stratified and disjoint.
+    """Draw the held-out splits from the training images, and apply the limits to all splits.
 
-    Shares are held out before the limits apply, so they do not depend on the limit for `train`.
+    All draws are stratified by class. Shares are held out before the limits apply, so they do not
+    depend on the limit for `train`.
 
     Args:
         found: the images.

@@ -84,13 +84,15 @@ class ImageFolder:
         self._loaded: LoadedImages | None = None
 
     def load_data(self) -> None:
-        """Find the images, and decode them if `cache` is `memory`; later calls have no effect."""
+        """Find the images, and decode them if `cache` is `memory`; later calls have no effect.
+
+        This also builds the teacher once, to report its errors before training starts.
+        """
         if self._loaded is not None:
             return
         found = self.data.find()
         chosen = self.data.choose(found)
         with torch.random.fork_rng():
-            # The teacher is built now so that its errors are reported before training starts.
             self._build_teacher(len(found.classes))
         splits: dict[str, ImageSplit | Split] = {**chosen}
         if self.data.cache == "memory":

@@ -31,13 +31,13 @@ def check_name(name: str, key: str) -> None:
 
 
 def data_config(name: str) -> Mapping[str, Any]:
-    """Return a model's pretrained configuration: `mean`, `std`, `crop_pct` and others."""
+    """Return the entries of a model's pretrained configuration, such as `mean`; may be empty."""
     cfg = import_timm().get_pretrained_cfg(name)
     return cfg.to_dict() if cfg is not None else {}
 
 
 def check_size(name: str | None, size: int) -> None:
-    """Raise `UserError` if the model accepts only images of a different size."""
+    """Raise `UserError` if the model, when there is one, accepts only images of another size."""
     config = {} if name is None else data_config(name)
     fixed = config.get("input_size", (3, size, size))[-1]
     if config.get("fixed_input_size") and fixed != size:

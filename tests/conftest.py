@@ -19,7 +19,7 @@ SERVERS = {"postgres", "s3"}
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute the tests by file: the second process starts with those that do not use Ray.
+    """Distribute the tests by file: one process starts with the Ray tests, others with the rest.
 
     Tests that use Ray mostly wait for processes to start, which leaves a core to the other tests.
     A process that has finished its own files continues with those of the other process.
@@ -28,7 +28,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduler(LoadFileScheduling):
         def _assign_work_unit(self, node: Any) -> None:
-            if node.gateway.id == "gw1":
+            if node.gateway.id != "gw0":
                 self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
             super()._assign_work_unit(node)
 

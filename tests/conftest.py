@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from typing import Any
+
+# Several tests run at once, each with processes of its own, so none needs more than one thread.
+# The variable is read when torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """Record types shared by several layers: the inputs and results of trials and sweeps.
 
 These frozen dataclasses depend on no other part of the library and survive a round trip through
-JSON. The search creates them; the tracking and report layers read them.
+JSON. `search/results/documents.py` creates them; the tracking and report layers read them.
 """
 
 from __future__ import annotations

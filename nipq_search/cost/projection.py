@@ -1,9 +1,9 @@
 """The projection of learned bit-widths onto the allowed widths and a budget.
 
 Guarantee: no cost exceeds its target, and the largest ratio of a cost to its target is at least
-97 % of the maximum that the allowed widths can reach within the budget. If the solver cannot
-determine that maximum, the guarantee is weaker: raising any single tensor to its next allowed
-width would exceed the budget.
+97 % of the maximum that the allowed widths can reach within the budget. If the solver in
+`assignment.py` cannot determine that maximum, the guarantee is weaker: raising any single tensor
+to its next allowed width would exceed the budget.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Start reading in `run.py`, the driver of a sweep. The subpackages, from the lowest layer to the
 highest: `jobs` (jobs on disk) and `strategies` (trial selection); `config` and `study`; `worker`,
 `coordinator` and `results`; `backend` (Ray); `checks`; `commands`. Apart from `testing`, only this
-package imports ray, optuna and pydantic.
+package imports ray, optuna and pydantic. Ray is imported in `backend`, and in a few functions of
+`worker`, `checks` and `commands`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Retries of study operations during a short outage of the database server."""
+"""Retries of study operations during a short outage of the database server.
+
+`worker/worker.py` decides when a failed trial is not retried any more.
+"""
 
 from __future__ import annotations
 

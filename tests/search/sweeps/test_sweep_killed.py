@@ -1,4 +1,4 @@
-"""SIGKILL of the driver between decision and record: no work is lost or duplicated."""
+"""SIGKILL of the driver before and after a trial's record: no work is lost or duplicated."""
 
 from __future__ import annotations
 

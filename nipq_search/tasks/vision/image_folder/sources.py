@@ -1,4 +1,8 @@
-"""Sources of images: files in class folders, IDX arrays or encoded bytes, opened one by one."""
+"""Sources of images: files in class folders, IDX arrays or encoded bytes, opened one by one.
+
+To add a format, write a function that returns `FoundImages`, like `find_parquet` in `parquet.py`,
+and call it in `find_images` in `search.py`.
+"""
 
 from __future__ import annotations
 

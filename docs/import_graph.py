@@ -167,4 +167,6 @@ def wrong_way(name: str, target: str) -> str | None:
         if below == above and loose:
             return None
         return f"{own} is not above {other} in {'/'.join([PACKAGE, *here[:depth]])}"
+    if target in LAYERS and name.startswith(f"{target}."):
+        return f"{own} imports the facade of {target}, which may import {name}"
     return None

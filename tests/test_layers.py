@@ -142,6 +142,7 @@ def test_a_wrong_import_is_found(tmp_path):
     assert sorted(found) == [
         "nipq_search",
         "nipq_search.cost",
+        "nipq_search.quant",  # `from . import trace`, which is no module here
         "nipq_search.train",
         "pandas",
         "ray",
@@ -157,6 +158,8 @@ REVERSED = [
     ("quant/quantizers/lsq.py", "nipq_search.quant.config"),
     ("tasks/common/hub.py", "nipq_search.tasks.text.files"),
     ("train/starts/start.py", "nipq_search.train.loop"),
+    ("search/jobs/job.py", "nipq_search.search"),
+    ("quant/numerics/noise.py", "nipq_search.quant"),
 ]
 
 

@@ -53,6 +53,8 @@ def largest_term(terms: dict[str, Any]) -> Any:
 def _problem(name: str, value: Any) -> str | None:
     if not isinstance(value, Cost):
         return "not a nipq_search.cost.Cost"
+    if name == "slack":  # the study has an attribute `budget_slack`
+        return "this name is reserved"
     return None if value.name == name else f"its name is '{value.name}'"
 
 

@@ -22,6 +22,7 @@ from nipq_search.search.coordinator.resolved import ResolvedSweep
 from nipq_search.search.coordinator.trials import Trials
 from nipq_search.search.jobs import SCORES, TEST_FILE, Job, committed_record, job_folder
 from nipq_search.search.strategies.pareto import non_dominated
+from nipq_search.search.strategies.unseen_trials import is_foreign
 from nipq_search.search.study.ledger import Ledger
 from nipq_search.train.loop import seed_for
 
@@ -187,9 +188,9 @@ class Coordinator:
         self.on_finished(job)
 
     def front(self) -> set[int]:
-        """Return the numbers of the trials on the Pareto front."""
+        """Return the numbers of the trials on the Pareto front; trials of users are ignored."""
         complete = self.ledger.trials(TrialState.COMPLETE)
-        points = {t.number: (t.values[0], t.values[1]) for t in complete}
+        points = {t.number: (t.values[0], t.values[1]) for t in complete if not is_foreign(t)}
         return non_dominated(points, self.resolved.mode)
 
     def _check_float(self, record: Mapping[str, Any] | None) -> None:

@@ -16,7 +16,7 @@ from nipq_search.search.strategies.expected_gain import Axes
 from nipq_search.search.strategies.pareto import default_reference, non_dominated
 from nipq_search.search.strategies.strategies import FinishedTrial, SearchState
 from nipq_search.search.strategies.unseen_trials import UnseenTrials, is_foreign
-from nipq_search.search.study.ledger import BUDGET
+from nipq_search.search.study.ledger import BUDGET, SLACK
 
 TARGET = "budget_"
 """Prefix of the attributes that hold a trial's absolute targets."""
@@ -40,7 +40,9 @@ def costs_of(trial: FrozenTrial) -> dict[str, float]:
 def targets_of(trial: FrozenTrial) -> dict[str, float]:
     """Return the absolute targets of a trial, from its attributes; empty before they are set."""
     found = (
-        (k.removeprefix(TARGET), v) for k, v in trial.user_attrs.items() if k.startswith(TARGET)
+        (k.removeprefix(TARGET), v)
+        for k, v in trial.user_attrs.items()
+        if k.startswith(TARGET) and k != SLACK
     )
     return {name: float(value) for name, value in found if name in COSTS}
 

@@ -49,14 +49,21 @@ def is_sweep(folder: Path) -> bool:
 
 
 class Sweep:
-    """The results of a sweep, which are read from its folder on request; see `Sweep.open`.
+    """The results of a sweep, which are read from its folder on request.
 
     Only `write_report` writes to the folder.
 
     Args:
         folder: the sweep's folder.
+
+    Attributes:
+        folder: absolute path of the folder.
         config: the resolved configuration.
         facts: the resolved facts of the last run, `ResolvedSweep.as_json()`.
+
+    Raises:
+        UserError: the folder is missing, not a sweep or damaged, or one of the sweep's plug-ins
+            is not installed.
 
     Example:
         Open the folder of a sweep, here a minimal one that runs without Ray.
@@ -74,7 +81,7 @@ class Sweep:
         ... }
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = search(config, folder, executor=VirtualExecutor())
-        ...     sweep = Sweep.open(folder)
+        ...     sweep = Sweep(folder)
         ...     record = sweep.record(0)
         ...     model = sweep.load_model(0)
         >>> record.state, record.budget_label
@@ -83,18 +90,8 @@ class Sweep:
         False
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Store the arguments; nothing is read."""
-        self.folder, self.config, self.facts = folder, config, facts
-
-    @classmethod
-    def open(cls, folder: Path | str) -> Sweep:
-        """Open a sweep's folder.
-
-        Raises:
-            UserError: the folder is missing, not a sweep or damaged, or one of the sweep's
-                plug-ins is not installed.
-        """
+    def __init__(self, folder: Path | str) -> None:
+        """Read the configuration and the facts of the sweep."""
         folder = Path(folder).absolute()
         if folder.is_file():
             raise UserError(f"{folder} is a file; give the folder of the sweep, such as runs/NAME")
@@ -132,7 +129,12 @@ class Sweep:
                 f"{folder / SWEEP_FILE}: damaged; run the sweep again with the original "
                 f"sweep file ({error})"
             ) from error
-        return cls(folder, config, facts)
+        self.folder, self.config, self.facts = folder, config, facts
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Sweep:
+        """Return `Sweep(folder)`."""
+        return cls(folder)
 
     def trials(self) -> list[TrialRecord]:
         """Return one record per trial of the ledger; empty if no job has been started.

@@ -45,6 +45,8 @@ BUDGET = "budget"
 CONSTRAINT = "budget"
 """Name of the Optuna constraint that requires a trial to stay within its budget."""
 
+SLACK = "budget_slack"
+"""Attribute with the largest value of cost / target - 1; the name is no cost's."""
 _FIXED = "fixed_params"
 """System attribute in which Optuna stores the parameters that a trial was enqueued with."""
 
@@ -345,7 +347,7 @@ class Ledger:
         frozen = self.trial(number)
         if frozen.state.is_finished():
             return
-        self.note(number, {**attributes, "budget_slack": slack})
+        self.note(number, {**attributes, SLACK: slack})
         if CONSTRAINT not in frozen.constraints:
             # A frozen trial has no public attribute for its ID in the storage.
             optuna.trial.Trial(self.study, frozen._trial_id).set_constraint(CONSTRAINT, slack)

@@ -201,6 +201,19 @@ def test_foreign_trials_have_no_model_and_change_nothing(added_to, capsys):
     assert "its record is missing" in capsys.readouterr().err
 
 
+def test_a_foreign_trial_that_dominates_all_others_is_not_on_the_front(sweep_copy):
+    """Otherwise, the trials that it dominates would not be evaluated on the test split."""
+    config = make_config(search__strategy="fill", search__trials=7)
+    ledger = ledger_of(sweep_copy, make_config(search__strategy="fill"))
+    ledger.study.add_trial(optuna.trial.create_trial(values=[1.0, 1.0]))
+    ledger.close()
+    run_here(config, sweep_copy)
+    document = Sweep(sweep_copy).front_document()
+    assert 5 not in [point["trial"] for point in document["points"]]
+    assert all(p["test"] is not None for p in document["points"] if p["on_front"])
+    assert document["test_hypervolume"] is not None
+
+
 def test_a_missing_record_is_reported(sweep_copy):
     messages = []
 

@@ -57,6 +57,23 @@ def here(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.parametrize("task", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split_seed": -1}, "task_args.split_seed: -1 is not an integer from 0 to"),
+        ({"split_seed": 1e30}, r"task_args.split_seed: 1e\+30 is not an integer"),
+        ({"width": 0}, "task_args.width: 0 is not a positive integer"),
+        ({"width": "a"}, "task_args.width: 'a' is not a positive integer"),
+        ({"blocks": [-1]}, "task_args.blocks: -1 is not a positive integer"),
+        ({"blocks": []}, "task_args.blocks: .* is not a list of positive integers"),
+    ],
+)
+def test_invalid_arguments_are_named(task, arguments, message):
+    with pytest.raises(UserError, match=message):
+        make_task(task, arguments)
+
+
 def test_own_class_from_the_current_directory(here):
     before = list(sys.path)
     task = make_task("own_task_module:Regression", {"scale": 2.0})

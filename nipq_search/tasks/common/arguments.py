@@ -22,6 +22,13 @@ def positive(key: str, value: Any) -> int:
     return value
 
 
+def positives(key: str, value: Any) -> tuple[int, ...]:
+    """Return `value` as a tuple if it is a non-empty list of positive integers."""
+    if not isinstance(value, list | tuple) or not value:
+        raise argument_error(key, f"{value!r} is not a list of positive integers")
+    return tuple(positive(key, number) for number in value)
+
+
 def integer(key: str, value: Any, low: int, high: int) -> int:
     """Check an integer argument.
 

@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 
 from nipq_search.tasks.base import SPLITS
+from nipq_search.tasks.common.arguments import positive, positives, seed
 from nipq_search.tasks.common.arrays import Normalization, Split, stratified
 from nipq_search.tasks.common.extras import requires_extra
 from nipq_search.tasks.vision.array_classification import ArrayClassification
@@ -30,10 +31,10 @@ class Digits(ArrayClassification):
     def __init__(
         self, *, split_seed: int = 0, width: int = 8, blocks: Sequence[int] = (1, 1)
     ) -> None:
-        """Store the arguments; the data are read later."""
-        self.split_seed = split_seed
-        self.width = width
-        self.blocks = tuple(blocks)
+        """Check and store the arguments; the data are read later."""
+        self.split_seed = seed("split_seed", split_seed)
+        self.width = positive("width", width)
+        self.blocks = positives("blocks", blocks)
 
     def read_splits(self) -> Mapping[str, Split]:
         """Return stratified splits of 1,097, 300 and 400 images."""

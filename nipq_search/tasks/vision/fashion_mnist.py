@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nipq_search.errors import UserError
-from nipq_search.tasks.common.arguments import check_limit, sample_limit
+from nipq_search.tasks.common.arguments import (
+    check_limit,
+    positive,
+    positives,
+    sample_limit,
+    seed,
+)
 from nipq_search.tasks.common.arrays import Normalization, Split, stratified
 from nipq_search.tasks.common.package_files import absolute_if_exists
 from nipq_search.tasks.vision.array_classification import ArrayClassification
@@ -60,9 +66,9 @@ class FashionMnist(ArrayClassification):
         self.path = absolute_if_exists(path)
         self.train_samples = sample_limit("train_samples", train_samples)
         self.shift = 2 if augment else 0
-        self.split_seed = split_seed
-        self.width = width
-        self.blocks = tuple(blocks)
+        self.split_seed = seed("split_seed", split_seed)
+        self.width = positive("width", width)
+        self.blocks = positives("blocks", blocks)
         self.stem_stride = stem_stride
 
     def folder(self) -> Path:

@@ -203,13 +203,16 @@ def test_foreign_trials_have_no_model_and_change_nothing(added_to, capsys):
 
 def test_a_foreign_trial_that_dominates_all_others_is_not_on_the_front(sweep_copy):
     """Otherwise, the trials that it dominates would not be evaluated on the test split."""
-    config = make_config(search__strategy="fill", search__trials=7)
-    ledger = ledger_of(sweep_copy, make_config(search__strategy="fill"))
+    before = make_config(search__strategy="fill")
+    ledger = ledger_of(sweep_copy, before)
     ledger.study.add_trial(optuna.trial.create_trial(values=[1.0, 1.0]))
     ledger.close()
-    run_here(config, sweep_copy)
+    # Trials under a smaller budget are on the front, as no other trial has so small a cost.
+    budgets = [*before.as_json()["budgets"], {"bops": "uniform 2.1"}]
+    run_here(make_config(search__strategy="fill", search__trials=9, budgets=budgets), sweep_copy)
     document = Sweep(sweep_copy).front_document()
     assert 5 not in [point["trial"] for point in document["points"]]
+    assert any(p["on_front"] for p in document["points"] if p["trial"] > 5)
     assert all(p["test"] is not None for p in document["points"] if p["on_front"])
     assert document["test_hypervolume"] is not None
 

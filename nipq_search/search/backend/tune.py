@@ -70,7 +70,7 @@ def _is_open(address: str) -> bool:
     reread_settings()
     try:
         check_head(address)
-    except Exception:  # Ray defines no class for it
+    except Exception:  # the type depends on the reason, and none of the types is documented
         return False
     return True
 
@@ -173,11 +173,11 @@ def _auth_mode(address: str | None) -> Iterator[None]:
     longer connect to a cluster that requires no token.
     """
     before = os.environ.get(AUTH_MODE)
-    if address is not None and before is None and token_exists():
-        os.environ[AUTH_MODE] = "disabled" if _is_open(address) else "token"
-    if "ray" in sys.modules:
-        _reread_settings()
     try:
+        if address is not None and before is None and token_exists():
+            os.environ[AUTH_MODE] = "disabled" if _is_open(address) else "token"
+        if "ray" in sys.modules:
+            _reread_settings()
         yield
     finally:
         if before is None:
